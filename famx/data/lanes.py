@@ -1,0 +1,169 @@
+"""Continuous lanes: each row of the batch reads one whole document over many steps."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from famx.data.batches import check_shards
+
+
+class Documents(Protocol):
+    """What lanes read: item i is int32 [n] tokens, or a pair (tokens, float32 [n] loss weights).
+
+    An optional method `num_tokens(i)` spares hosts from loading documents of other hosts' lanes.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Any: ...
+
+
+class ContinuousLanes:
+    """An endless iterator of batches whose lanes each read one document, piece by piece.
+
+    Each epoch shuffles the documents into one queue; a lane whose document has ended takes the next
+    one. Every step yields, for the rows of this shard (B = batch_size / num_shards):
+
+      decoder_input_tokens int32 [B, L]: bos first in a new document; first in a later piece is the
+        last target of the piece before
+      decoder_target_tokens int32 [B, L]: pad after the end of the document
+      decoder_loss_weights float32 [B, L]: 1, or the document's own weights; 0 on padding
+      reset bool [B]: True where the lane begins a new document at this step
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        batch_size: int,
+        length: int,
+        seed: int = 0,
+        shard_index: int = 0,
+        num_shards: int = 1,
+        bos_id: int = 1,
+        pad_id: int = 0,
+    ):
+        """
+        Args:
+          documents: see `Documents`; none may be empty.
+          batch_size: number of lanes over all shards.
+          length: tokens of a piece; may be changed between steps.
+          seed: seed of the order of the documents.
+          shard_index, num_shards: this host reads the rows from shard_index * B on; all hosts
+            follow one global schedule.
+          bos_id, pad_id: ids in front of a document and after its end.
+
+        Raises:
+          ValueError: there is no document, or a size is out of range or does not divide.
+        """
+        check_shards(batch_size, shard_index, num_shards)
+        if length < 1:
+            raise ValueError(f"Lanes need a length of at least 1 token, but it is {length}.")
+        if not len(documents):
+            raise ValueError("Lanes need at least one document, but there is none.")
+        self.documents, self.batch_size, self.length, self.seed = (
+            documents, batch_size, length, seed)
+        self.bos_id, self.pad_id = bos_id, pad_id
+        rows = batch_size // num_shards
+        self._own = range(shard_index * rows, (shard_index + 1) * rows)
+        self._epoch, self._taken = 0, 0  # how many of this epoch's documents were handed out
+        self._lanes = [None] * batch_size  # [document, offset, size] of every lane of all shards
+        self._order: tuple[int, np.ndarray] | None = None  # (epoch, its order of the documents)
+        self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # own lane -> its document
+
+    def __iter__(self) -> "ContinuousLanes":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        shape = (len(self._own), self.length)
+        inputs = np.full(shape, self.pad_id, np.int32)
+        targets = np.full(shape, self.pad_id, np.int32)
+        weights = np.zeros(shape, np.float32)
+        reset = np.zeros(len(self._own), bool)
+        for lane in range(self.batch_size):
+            if self._lanes[lane] is None:
+                self._lanes[lane] = self._take()
+                self._loaded.pop(lane, None)
+            document, offset, size = self._lanes[lane]
+            end = min(offset + self.length, size)
+            if lane in self._own:
+                row, n = lane - self._own.start, end - offset
+                tokens, token_weights = self._load(lane, document, size)
+                targets[row, :n] = tokens[offset:end]
+                inputs[row, 0] = tokens[offset - 1] if offset else self.bos_id
+                inputs[row, 1:n] = tokens[offset : end - 1]
+                weights[row, :n] = token_weights[offset:end]
+                reset[row] = offset == 0
+            self._lanes[lane] = None if end == size else [document, end, size]
+        return dict(
+            decoder_input_tokens=inputs,
+            decoder_target_tokens=targets,
+            decoder_loss_weights=weights,
+            reset=reset,
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        """The position of all lanes of all shards, as plain numbers that JSON can hold."""
+        return dict(
+            epoch=self._epoch,
+            taken=self._taken,
+            lanes=[None if lane is None else list(lane) for lane in self._lanes],
+            num_documents=len(self.documents),
+            seed=self.seed,
+        )
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `get_state` was called, on any number of shards.
+
+        Raises:
+          ValueError: the state is of other documents, another batch size or another seed.
+        """
+        here = (len(self.documents), self.batch_size, self.seed)
+        there = (state["num_documents"], len(state["lanes"]), state["seed"])
+        for name, now, then in zip(("number of documents", "batch size", "seed"), here, there):
+            if now != then:
+                raise ValueError(
+                    f"These lanes cannot resume: the {name} was {then} and is now {now}; resume "
+                    "with the data and settings of the run that was saved."
+                )
+        self._epoch, self._taken = int(state["epoch"]), int(state["taken"])
+        self._lanes = [None if lane is None else list(lane) for lane in state["lanes"]]
+        self._loaded = {}
+
+    def _take(self) -> list[int]:
+        """The next document of the queue, as [document, offset 0, size]."""
+        if self._taken == len(self.documents):
+            self._epoch, self._taken = self._epoch + 1, 0
+        document = int(self._queue()[self._taken])
+        self._taken += 1
+        if hasattr(self.documents, "num_tokens"):
+            size = int(self.documents.num_tokens(document))
+        else:
+            size = len(_tokens_and_weights(self.documents[document])[0])
+        if not size:
+            raise ValueError(f"Document {document} is empty; leave empty documents out.")
+        return [document, 0, size]
+
+    def _queue(self) -> np.ndarray:
+        """Order of all documents in this epoch."""
+        if self._order is None or self._order[0] != self._epoch:
+            rng = np.random.default_rng([self.seed, self._epoch])
+            self._order = (self._epoch, rng.permutation(len(self.documents)))
+        return self._order[1]
+
+    def _load(self, lane: int, document: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        if lane not in self._loaded:
+            self._loaded[lane] = _tokens_and_weights(self.documents[document])
+        tokens, weights = self._loaded[lane]
+        if len(tokens) != size:
+            raise ValueError(
+                f"Document {document} had {size} tokens and now has {len(tokens)}; do not change "
+                "the text during a run."
+            )
+        return tokens, weights
+
+
+def _tokens_and_weights(document: Any) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(document, tuple):
+        return document
+    tokens = np.asarray(document, np.int32)
+    return tokens, np.ones(len(tokens), np.float32)

@@ -1,0 +1,56 @@
+"""Names of tasks and texts: `get("passkey_words", digits=3)` makes one. Needs no TensorFlow."""
+
+import difflib
+import sys
+from typing import Any, Callable
+
+_FACTORIES: dict[str, Callable[..., Any]] = {}
+
+
+def register(name: str, factory: Callable[..., Any]) -> None:
+    """Let `get(name, **options)` return `factory(**options)`.
+
+    Raises:
+      ValueError: the name is taken by another factory.
+    """
+    if _FACTORIES.get(name, factory) is not factory:
+        raise ValueError(f"A task named '{name}' is registered already; choose another name.")
+    _FACTORIES[name] = factory
+
+
+def names() -> list[str]:
+    """Sorted names of all registered tasks (those of SeqIO not included)."""
+    return sorted(_FACTORIES)
+
+
+def get(name: str, **options: Any) -> Any:
+    """The task of that name; if the name is not ours, SeqIO's task or mixture of that name.
+
+    SeqIO is looked into only where it has been imported: before that it holds no tasks.
+
+    Args:
+      name: a registered name.
+      **options: handed to the factory; SeqIO's tasks take none.
+
+    Raises:
+      ValueError: no task has this name, or options were given for a SeqIO task.
+    """
+    if name in _FACTORIES:
+        return _FACTORIES[name](**options)
+    seqio = sys.modules.get("seqio")
+    seqio_names = []
+    if seqio is not None:
+        seqio_names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    if name in seqio_names:
+        if options:
+            raise ValueError(
+                f"'{name}' is a SeqIO task and takes no options, but was given {sorted(options)}."
+            )
+        return seqio.get_mixture_or_task(name)
+    known = sorted({*names(), *seqio_names})
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    hint = f" The nearest name is '{near[0]}'." if near else ""
+    raise ValueError(
+        f"No task is named '{name}'.{hint} Known are: {', '.join(known)}. A SeqIO task is known "
+        "once the module that registers it has been imported."
+    )

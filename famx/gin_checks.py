@@ -1,0 +1,117 @@
+"""Checks of a parsed gin configuration: nothing unused, nothing unset."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import gin
+from gin import config as gin_config
+
+from famx.errors import ConfigError
+
+_MACRO = "gin.macro"
+
+
+def check_macros() -> None:
+    """Raises ConfigError for a macro that is set and not used, or used and not set."""
+    values, used = _macros()
+    for name, value in values.items():
+        if name not in used and not _is_required(value):
+            near = nearest(name, list(used))
+            raise ConfigError(f"Nothing uses {name}: it is set, but no binding reads it.{near}")
+    for name in used:
+        if name not in values or _is_required(values[name]):
+            near = nearest(name, [other for other in values if other not in used])
+            raise ConfigError(not_set(name) + near)
+
+
+def check_required() -> None:
+    """Raises ConfigError for a parameter still bound to %gin.REQUIRED."""
+    for (scope, selector), params in gin_config._CONFIG.items():
+        for param, value in params.items():
+            if selector != _MACRO and _is_required(value):
+                raise ConfigError(
+                    not_set(f"{scope}/{short(selector)}.{param}".removeprefix("/"))
+                )
+
+
+def check_all_used(ignore: Sequence[str] = ()) -> None:
+    """Raises ConfigError if a bound parameter has not been read by any call made so far.
+
+    Call it once everything configurable was built. It catches what parsing cannot: a parameter of a
+    function that this run never calls, or that its caller overrides. `ignore` lists names of
+    configurables that are called only later.
+    """
+    called = gin_config._OPERATIVE_CONFIG
+    for (scope, selector), params in gin_config._CONFIG.items():
+        if selector == _MACRO or short(selector) in ignore:
+            continue
+        for param in params:
+            used = any(
+                selector == other and param in read and scope in _outer(inside)
+                for (inside, other), read in called.items()
+            )
+            if not used:
+                name = f"{scope}/{short(selector)}" if scope else short(selector)
+                raise ConfigError(
+                    f"The binding {name}.{param} has no effect in this run: {short(selector)} is"
+                    " not called with it. Remove the binding, or choose the part that it is for."
+                )
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """' Did you mean X?' for the known name nearest to `name`, or nothing if none is near."""
+    lower = {known.lower(): known for known in names}
+    found = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
+    return f" Did you mean {lower[found[0]]}?" if found else ""
+
+
+def short(selector: str) -> str:
+    """'famx.training.optimizers.adamw' -> 'adamw'."""
+    return selector.rsplit(".", 1)[-1]
+
+
+def not_set(name: str) -> str:
+    """The sentence for a macro or parameter without a value."""
+    example = "VALUE"
+    if name.lower().endswith(("_dir", "_path")):
+        example = "\"'/some/dir'\""
+    elif name.lower().endswith("_files"):
+        example = "\"'/some/dir/*.txt'\""
+    return f"{name} is not set: add --gin.{name}={example}."
+
+
+def _references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
+    if isinstance(value, gin_config.ConfigurableReference):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _references(key)
+            yield from _references(item)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _references(item)
+
+
+def _macros() -> tuple[dict[str, Any], dict[str, None]]:
+    """(name -> value of every macro that is set, names that some binding uses, in order)."""
+    values = {s: p["value"] for (s, sel), p in gin_config._CONFIG.items() if sel == _MACRO}
+    used = {}
+    for params in gin_config._CONFIG.values():
+        for reference in _references(list(params.values())):
+            if reference.configurable.selector == _MACRO:
+                used["/".join(reference.scopes)] = None
+    return values, used
+
+
+def _is_required(value: Any) -> bool:
+    if not isinstance(value, gin_config.ConfigurableReference):
+        return value is gin.REQUIRED
+    name = "/".join(value.scopes)
+    return value.configurable.selector == "gin.constant" and name == "gin.REQUIRED"
+
+
+def _outer(scope: str) -> list[str]:
+    """The scopes whose bindings apply inside `scope`: 'a/b' -> ['', 'a', 'a/b']."""
+    parts = scope.split("/") if scope else []
+    return ["/".join(parts[:n]) for n in range(len(parts) + 1)]

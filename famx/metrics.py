@@ -1,0 +1,40 @@
+"""Metrics as small pytrees that add up: over microbatches, steps, hosts."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+try:  # t5x accepts only subclasses of clu's Metric; famx itself needs nothing of clu.
+    from clu.metrics import Metric as _Base
+except ImportError:
+    _Base = object
+
+
+@flax.struct.dataclass
+class Mean(_Base):
+    """A weighted mean: float32 scalars `total` and `count`."""
+
+    total: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, values, weights=1.0) -> "Mean":
+        """The mean of `values` with `weights`, broadcastable to each other."""
+        values = jnp.asarray(values, jnp.float32)
+        weights = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), values.shape)
+        return cls(jnp.sum(values * weights), jnp.sum(weights))
+
+    @classmethod
+    def empty(cls) -> "Mean":
+        return cls(jnp.zeros(()), jnp.zeros(()))
+
+    def merge(self, other: "Mean") -> "Mean":
+        return type(self)(self.total + other.total, self.count + other.count)
+
+    def reduce(self) -> "Mean":
+        """Sums a leading axis away."""
+        return type(self)(jnp.sum(self.total, 0), jnp.sum(self.count, 0))
+
+    def compute(self):
+        """The mean; 0 where the weights sum to 0."""
+        return self.total / jnp.where(self.count == 0, 1, self.count)

@@ -1,0 +1,232 @@
+"""The model definition that an engine drives: losses, predictions, scores.
+
+One object serves our engine and t5x (whose contract it keeps without importing it). A batch is a
+mapping with `decoder_input_tokens` and `decoder_target_tokens`, int32 `[B, L]`, and optionally
+`decoder_loss_weights` float32 `[B, L]` (default: 1 where the target is not 0),
+`decoder_causal_attention` int32 `[B, L]` (1 on the prompt, for `predict_batch`) and `answer_start`
+int32 `[B]` (targets from there on count together as one exact match).
+"""
+
+from typing import Any, Mapping
+
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from famx import state_passing
+from famx.metrics import Mean
+from famx.modules import Decoder, DecoderState
+
+Batch = Mapping[str, jax.Array]
+MEMORY_COLLECTION = "state_passing"
+
+
+class DecoderModel:
+    """A `Decoder` with its training objective.
+
+    Args:
+      module: the decoder.
+      vocabulary: what t5x and the mains decode with; None for training on bare ids.
+      optimizer_def: t5x's optimizer, None elsewhere.
+      random_state: how random state passing is done in `loss_fn`; None: not at all.
+      random_position_offset: RPO, in training alone.
+      z_loss: coefficient of the squared log-partition.
+      loss_chunk: tokens whose logits exist at once in training; None: all of them.
+    """
+
+    def __init__(
+        self,
+        module: Decoder,
+        vocabulary: Any = None,
+        optimizer_def: Any = None,
+        random_state: state_passing.RandomState | None = None,
+        random_position_offset: bool = False,
+        z_loss: float = 0.0,
+        loss_chunk: int | None = None,
+    ):
+        if loss_chunk is not None and loss_chunk < 1:
+            raise ValueError(f"loss_chunk must be at least 1, or None for no limit; got {loss_chunk}.")
+        self.module = module
+        self.config = module.config
+        self.optimizer_def = optimizer_def
+        self.input_vocabulary = self.output_vocabulary = vocabulary
+        self.random_state = random_state
+        self.random_position_offset = random_position_offset
+        self.z_loss = z_loss
+        self.loss_chunk = loss_chunk
+
+    @property
+    def FEATURE_CONVERTER_CLS(self):  # noqa: N802, t5x's name
+        from famx.data.seqio_tasks import FamFeatureConverter  # needs seqio, so only on demand
+
+        return FamFeatureConverter
+
+    # Variables.
+
+    def get_initial_variables(self, rng, input_shapes, input_types=None):
+        """Fresh variables: `params` (boxed with their logical axes), and what state passing keeps."""
+        del input_types
+        shape = (input_shapes["decoder_input_tokens"][0], self.config.block_size)
+        variables = dict(self.module.init(rng, jnp.zeros(shape, jnp.int32)))
+        if self.random_state is not None:
+            variables[MEMORY_COLLECTION] = self.random_state.initial(self.config)
+        return flax.core.freeze(variables)
+
+    def initial_state(self, params, batch_size: int) -> DecoderState:
+        """The decoder's state before the first token; a function of the parameters."""
+        return self.module.apply({"params": params}, batch_size, method="initial_state")
+
+    # Training.
+
+    def loss(self, params, batch: Batch, rng=None, state: DecoderState | None = None, normalizer=None):
+        """The training objective from any state on.
+
+        Args:
+          params: parameters, unboxed.
+          batch: see the module.
+          rng: for the random position offset; None: no offset.
+          state: where each example goes on, at a block boundary; None: from its start.
+          normalizer: what the weighted sum of losses is divided by; None: the sum of the weights.
+
+        Returns:
+          `(loss, metrics, state)` with float32 scalar loss and the `DecoderState` after the batch.
+        """
+        tokens = batch["decoder_input_tokens"]
+        if state is None:
+            state = self.initial_state(params, tokens.shape[0])
+        if rng is not None and self.random_position_offset:
+            offset = state_passing.random_offset(rng, tokens.shape[0], self.config.rope_base)
+            state = state.replace(offset=jnp.where(state.position == 0, offset, state.offset))
+        variables = {"params": params}
+        hidden, state = self.module.apply(variables, tokens, state=state, aligned=True, method="read")
+        targets, weights = batch["decoder_target_tokens"], loss_weights(batch)
+        sums, correct = self._cross_entropy(variables, hidden, targets, weights)
+        weight = jnp.sum(weights)
+        loss = sums / jnp.maximum(weight if normalizer is None else normalizer, 1e-9)
+        metrics = {
+            "loss": Mean(sums, weight),
+            "accuracy": Mean.of(correct, weights),
+        }
+        if "answer_start" in batch:
+            before = jnp.arange(tokens.shape[1]) < batch["answer_start"][:, None]
+            metrics["exact_match"] = Mean.of(jnp.all(correct | before, axis=1))
+        if self.config.fam_length:
+            norm = jnp.sqrt(jnp.mean(jnp.square(state.memory)))
+            metrics["memory_rms"] = Mean.of(jax.lax.stop_gradient(norm))
+        return loss, metrics, state
+
+    def loss_fn(self, params, batch: Batch, dropout_rng, flax_mutables=None):
+        """t5x's training loss: with random state passing where there are `flax_mutables`."""
+        if self.random_state is None or not flax_mutables:
+            loss, metrics, _ = self.loss(params, batch, dropout_rng)
+            return (loss, metrics) if flax_mutables is None else (loss, (metrics, flax_mutables))
+        state = self.initial_state(params, batch["decoder_input_tokens"].shape[0])
+        if dropout_rng is None:
+            loss, metrics, _ = self.loss(params, batch, None, state)
+            return loss, (metrics, flax_mutables)
+        coin, rng = jax.random.split(dropout_rng)
+        kept = flax_mutables[MEMORY_COLLECTION]
+        state = self.random_state.start(kept, state, coin)
+        loss, metrics, state = self.loss(params, batch, rng, state)
+        kept = self.random_state.keep(kept, state)
+        return loss, (metrics, flax_mutables.copy({MEMORY_COLLECTION: flax.core.freeze(kept)}))
+
+    def eval_fn(self, params, batch: Batch, flax_mutables=None):
+        """`(loss, metrics)` from the start of each example, without any training technique."""
+        del flax_mutables
+        return self.loss(params, batch)[:2]
+
+    def _cross_entropy(self, variables, hidden, targets, weights):
+        """Weighted sum of the losses, and which arg-max is right, bool `[B, L]`.
+
+        With `loss_chunk`, the logits of only so many tokens exist at once, forward and backward.
+        """
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+
+        def chunk(hidden, targets, weights):
+            logits = self.module.apply(variables, hidden, method="logits").astype(wide)
+            log_z = jax.nn.logsumexp(logits, axis=-1)
+            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            loss = log_z - picked + self.z_loss * jnp.square(log_z)
+            return jnp.sum(loss * weights), jnp.argmax(logits, axis=-1) == targets
+
+        size = self.loss_chunk
+        if size is None or size >= targets.size:
+            return chunk(hidden, targets, weights)
+        shape, pad = targets.shape, -targets.size % size
+        split = lambda x: jnp.pad(
+            x.reshape(-1, *x.shape[2:]), [(0, pad)] + [(0, 0)] * (x.ndim - 2)
+        ).reshape(-1, size, *x.shape[2:])
+        step = jax.checkpoint(lambda total, xs: (lambda s, c: (total + s, c))(*chunk(*xs)))
+        total, correct = jax.lax.scan(
+            step, jnp.zeros((), wide), (split(hidden), split(targets), split(weights))
+        )
+        return total, correct.reshape(-1)[: targets.size].reshape(shape)
+
+    # Inference.
+
+    def score_batch(self, params, batch: Batch, return_intermediates=False, flax_mutables=None):
+        """Log-likelihood of the weighted targets, float32 `[B]`."""
+        del flax_mutables
+        if return_intermediates:
+            raise ValueError("Intermediates are not kept while scoring; use capture_intermediates.")
+        logits, _ = self.module.apply({"params": params}, batch["decoder_input_tokens"])
+        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+        targets = batch["decoder_target_tokens"]
+        picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(picked * loss_weights(batch), axis=1)
+
+    def predict_batch(self, params, batch: Batch, rng=None, flax_mutables=None):
+        """Greedy continuations of the prompts, int32 `[B, L]`: see `predict_batch_with_aux`."""
+        return self.predict_batch_with_aux(params, batch, rng, flax_mutables)[0]
+
+    def predict_batch_with_aux(self, params, batch: Batch, rng=None, flax_mutables=None):
+        """Greedy continuations and their log-likelihood.
+
+        The prompt is where `decoder_causal_attention` is 1, less its last place (in an input row,
+        shifted by one, that place holds the prompt's last token and predicts the first target); a
+        batch without that feature is a prompt as a whole up to its padding.
+
+        Returns:
+          int32 `[B, L]`, the first new token first, 0 where the row has no more room; and
+          `{"scores": float32 [B]}`.
+        """
+        del rng, flax_mutables
+        tokens = batch["decoder_input_tokens"]
+        length = tokens.shape[1]
+        if "decoder_causal_attention" in batch:
+            prompt = batch["decoder_causal_attention"] > 0
+        else:
+            prompt = (tokens != 0) | (jnp.arange(length) == 0)
+        size = jnp.sum(prompt, axis=1, dtype=jnp.int32)
+        variables = {"params": params}
+        valid = jnp.arange(length) < size[:, None]
+        hidden, state = self.module.apply(variables, tokens, valid=valid, method="read")
+        last = jnp.take_along_axis(hidden, (size - 1)[:, None, None], axis=1)
+        logits = self.module.apply(variables, last, method="logits")[:, 0]
+
+        def step(carry, _):
+            logits, state, score, room = carry
+            log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+            token = jnp.where(room > 0, jnp.argmax(log_p, axis=-1).astype(jnp.int32), 0)
+            score = score + jnp.where(room > 0, jnp.max(log_p, axis=-1), 0)
+            logits, state = self.module.apply(variables, token[:, None], state=state)
+            return (logits[:, 0], state, score, room - 1), token
+
+        start = (logits, state, jnp.zeros(tokens.shape[:1]), length - size + 1)
+        (_, _, scores, _), out = jax.lax.scan(step, start, None, length=length)
+        return out.T, {"scores": scores}
+
+
+def loss_weights(batch: Batch):
+    """Float32 `[B, L]`: the batch's own weights, or 1 where a target is not padding."""
+    weights = batch.get("decoder_loss_weights")
+    if weights is None:
+        weights = batch["decoder_target_tokens"] != 0
+    return weights.astype(jnp.float32)
+
+
+def unbox(variables):
+    """The variables without the boxes that carry their logical axes."""
+    return nn.unbox(variables)

@@ -1,0 +1,140 @@
+"""The one configuration of a decoder, checked when it is made."""
+
+import dataclasses
+import math
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
+REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+ATTENTION_BACKENDS = ("auto", "xla", "blockwise")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling, or plain linear scaling when `original_length` is None."""
+
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and choices of a decoder-only Transformer with block sliding window attention.
+
+    `fam_length=0` is BSWA; anything else adds feedback attention memory (Algorithm 2). The
+    defaults of `block_size`, `memory_segments` and `fam_length` are the paper's.
+
+    Raises:
+      ValueError: with one sentence that says which sizes do not fit and what would.
+    """
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int  # D
+    num_heads: int  # H
+    num_kv_heads: int | None = None  # K; None: as many as query heads
+    head_dim: int | None = None  # Dh; None: embed_dim / num_heads
+    mlp_dim: int | None = None  # F; None: 4 * embed_dim
+
+    # Memory.
+    block_size: int = 1024  # S
+    memory_segments: int = 3  # M: past blocks whose keys and values are kept
+    fam_length: int = 64  # N
+    fam_positions: str = "last"  # "last" (paper) | "float" | "zero": RoPE positions of the memory
+    fam_start: str = "prompt"  # "prompt" (paper) | "prefix": N embeddings per layer
+    fam_update: str = "residual"  # "residual" (paper) | "gated": ours, see `fam.update_memory`
+    fam_update_scale: float = 1.0  # of every update after the first; 1 is the paper
+    normalize_memory: bool = False  # RMS norm of F after each update; False is the paper
+    window_mask: bool = False  # Transformer-XL: each token sees exactly its last M * S
+    stop_gradient_segments: bool = False  # the paper's ablation M1_SG
+
+    # The Transformer.
+    norm: str = "rms"  # "rms" | "layer"
+    norm_epsilon: float = 1e-6
+    post_norms: bool = False  # norms on the outputs of attention and feed-forward (Gemma 2, 3)
+    parallel_block: bool = False  # attention and feed-forward side by side (PaLM)
+    gated_mlp: bool = True
+    activation: str = "silu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norm of queries and keys over the head width
+    query_scale: float | None = None  # None: head_dim ** -0.5
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    tied_embeddings: bool = True
+    scale_embeddings: bool = False  # by sqrt(embed_dim) (Gemma)
+    rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+
+    # Computation. None of these changes a number beyond rounding.
+    dtype: str = "float32"  # of activations, keys and values
+    param_dtype: str = "float32"
+    blocks_per_chunk: int | None = None  # None: all blocks at once (layer-parallel)
+    remat: str = "none"
+    attention_backend: str = "auto"
+
+    def __post_init__(self):
+        fill = lambda name, value: object.__setattr__(self, name, value)
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "block_size"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("memory_segments", "fam_length"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.num_kv_heads is None:
+            fill("num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            _require(
+                self.embed_dim % self.num_heads == 0,
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}; "
+                "set head_dim or change one of them.",
+            )
+            fill("head_dim", self.embed_dim // self.num_heads)
+        if self.mlp_dim is None:
+            fill("mlp_dim", 4 * self.embed_dim)
+        if self.query_scale is None:
+            fill("query_scale", 1.0 / math.sqrt(self.head_dim))
+        _require(
+            self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for RoPE.")
+        _require(
+            self.fam_length <= self.block_size,
+            f"fam_length {self.fam_length} exceeds block_size {self.block_size}: the memory takes "
+            "the last fam_length positions of a block.",
+        )
+        _require(
+            0.0 < self.fam_update_scale <= 1.0,
+            f"fam_update_scale must lie in (0, 1], got {self.fam_update_scale}.",
+        )
+        _require(
+            self.blocks_per_chunk is None or self.blocks_per_chunk >= 1,
+            f"blocks_per_chunk must be at least 1, or None for all; got {self.blocks_per_chunk}.",
+        )
+        _one_of(self, "fam_positions", ("last", "float", "zero"))
+        _one_of(self, "fam_start", ("prompt", "prefix"))
+        _one_of(self, "fam_update", ("residual", "gated"))
+        _one_of(self, "norm", ("rms", "layer"))
+        _one_of(self, "activation", ACTIVATIONS)
+        _one_of(self, "dtype", ("float32", "bfloat16", "float64"))
+        _one_of(self, "param_dtype", ("float32", "bfloat16", "float64"))
+        _one_of(self, "remat", REMAT_POLICIES)
+        _one_of(self, "attention_backend", ATTENTION_BACKENDS)
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens that a BSWA model can look back, `layers * M * S`; None with FAM (no bound)."""
+        if self.fam_length:
+            return None
+        return self.num_layers * self.memory_segments * self.block_size
+
+
+def _require(condition: bool, sentence: str):
+    if not condition:
+        raise ValueError(sentence)
+
+
+def _one_of(config: DecoderConfig, name: str, choices: tuple[str, ...]):
+    value = getattr(config, name)
+    _require(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}.")

@@ -1,0 +1,269 @@
+"""Algorithm 2 of the paper: one Transformer layer with block sliding window attention and FAM.
+
+The paper's letters are kept in comments: `I` input, `A` after attention, `O` output, `F` memory.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from famx.modules import rope
+from famx.modules.attention import attend, token_attention, visible
+from famx.modules.config import DecoderConfig
+from famx.modules.layers import FeedForward, Norm, projection, rms_normalize
+
+
+@flax.struct.dataclass
+class ChunkContext:
+    """Where the `C` blocks of a chunk stand; the same for every layer.
+
+    Attributes:
+      first_block: index in its sequence of each example's first block of the chunk, int32 `[B]`.
+      offset: random position offset, int32 `[B]`.
+      updates: memory updates before the chunk, int32 `[B]`.
+      start: tokens of the first block that the state already holds, int32 `[B]`; None: zero.
+      stop: slots of the chunk that hold a token after it was read, int32 `[B]`; None: all.
+    """
+
+    first_block: jax.Array
+    offset: jax.Array
+    updates: jax.Array
+    start: jax.Array | None = None
+    stop: jax.Array | None = None
+
+    def complete(self, size: int):
+        """Blocks of the chunk that are full after it was read, int32 `[B]`; None: all."""
+        return None if self.stop is None else self.stop // size
+
+
+class Layer(nn.Module):
+    """One layer. Block tokens and the memory share every weight, so FAM adds none."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        c = self.config
+        heads, kv_heads = ("heads", "kv"), ("kv_heads", "kv")
+        self.attention_norm = Norm(c)
+        self.query = projection(c, (c.num_heads, c.head_dim), ("embed",), heads, c.qkv_bias, None)
+        kv = lambda: projection(
+            c, (c.num_kv_heads, c.head_dim), ("embed",), kv_heads, c.qkv_bias, None
+        )
+        self.key, self.value = kv(), kv()
+        self.output = projection(c, (c.embed_dim,), heads, ("embed",), c.output_bias, None)
+        self.mlp = FeedForward(c)
+        if not c.parallel_block:
+            self.mlp_norm = Norm(c)
+        if c.post_norms:
+            self.post_attention_norm, self.post_mlp_norm = Norm(c), Norm(c)
+        if c.qk_norm:
+            self.query_norm, self.key_norm = Norm(c, axis="kv"), Norm(c, axis="kv")
+
+    # The layer's two halves, used alike for block tokens and for the memory.
+
+    def qkv(self, x, angle, key_angle=None):
+        """Rotated queries `[..., H, Dh]`, keys and values `[..., K, Dh]` of `Norm(x [..., D])`."""
+        x = self.attention_norm(x)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return rope.rotate(q, angle), rope.rotate(k, angle if key_angle is None else key_angle), v
+
+    def finish(self, x, attention, residual=None):
+        """`O = FF(Norm(A)) + A` with `A = attention + residual`, `[..., D]`.
+
+        `residual` is `x` unless given; it differs in the first update of the memory alone.
+        """
+        residual = x if residual is None else residual
+        attention = self.output(attention)
+        if self.config.post_norms:
+            attention = self.post_attention_norm(attention)
+        a = attention + residual
+        out = self.mlp(self.attention_norm(x) if self.config.parallel_block else self.mlp_norm(a))
+        if self.config.post_norms:
+            out = self.post_mlp_norm(out)
+        return out + a
+
+    def angles(self, positions, fraction=None):
+        c = self.config
+        frequency = rope.frequencies(c.head_dim, c.rope_base, c.rope_scaling)
+        dtype = jnp.promote_types(c.dtype, jnp.float32)
+        return rope.angles(positions, frequency, fraction, dtype)
+
+    def memory_angles(self, block, offset):
+        """Angles of the memory that compressed `block` (-1: the prompt), `[B, N, Dh / 2]`.
+
+        Positions: the block's last `N`, or between this block and the next, or zero.
+        """
+        c = self.config
+        n = np.arange(c.fam_length)
+        if c.fam_positions == "zero":
+            return self.angles(jnp.zeros((block.shape[0], c.fam_length), jnp.int32))
+        end = ((block + 1) * c.block_size + offset)[:, None]
+        if c.fam_positions == "last":
+            return self.angles(end + (n - c.fam_length))
+        return self.angles(end + np.full_like(n, -1), (n + 1) / (c.fam_length + 1))
+
+    # The memory.
+
+    def prompt(self, x):
+        """One layer of the prompt, which attends to itself alone: `[N, D] -> [N, D]`."""
+        q, k, v = self.qkv(x, self.memory_angles(jnp.full((1,), -1), jnp.zeros((1,), jnp.int32))[0])
+        return self.finish(x, attend(q, k, v, None, self.config)[0])
+
+    def memory_qkv(self, memory, block, offset):
+        """`qF` that compresses `block`, and `kF`, `vF` that the tokens of `block` read.
+
+        As a query the memory stands at `block`, as a key still at the block that it was made from.
+        """
+        angle, key_angle = (self.memory_angles(b, offset) for b in (block, block - 1))
+        return self.qkv(memory, angle, key_angle)
+
+    def update_memory(self, memory, qkv, keys, values, updates):
+        """`F_t` from `F_{t-1} [B, N, D]` and the keys and values `[B, S, K, Dh]` of block `t`.
+
+        The paper's update is `fam_update="residual"` with scale 1. Two named additions of ours:
+        `fam_update_scale` shrinks every update after the first; `"gated"` writes each memory token
+        in proportion to how far most of its attention went to the block, and keeps it bit for bit
+        where most of it went to the memory (`write_gate`).
+        """
+        c = self.config
+        q, k, v = qkv
+        keys, values = jnp.concatenate([k, keys], axis=1), jnp.concatenate([v, values], axis=1)
+        attention, probabilities = attend(q, keys, values, None, c)
+        first = (updates == 0)[:, None, None]
+        new = self.finish(memory, attention, jnp.where(first, 0, memory))  # A_F, then F_t
+        new = new.astype(memory.dtype)
+        if c.fam_update_scale != 1.0:
+            new = jnp.where(first, new, memory + c.fam_update_scale * (new - memory))
+        if c.normalize_memory:
+            new = rms_normalize(new, c.norm_epsilon)
+        if c.fam_update == "gated":
+            gate = self.write_gate(probabilities).astype(memory.dtype)
+            mixed = memory + gate * (new - memory)
+            if c.normalize_memory:
+                mixed = rms_normalize(mixed, c.norm_epsilon)
+            new = jnp.where(first, new, jnp.where(gate > 0, mixed, memory))
+        return new
+
+    def write_gate(self, probabilities):
+        """`max(0, 2 m - 1)` of the attention mass `m` on the block, `[B, N, 1]`.
+
+        `probabilities [B, K, G, N, N + S]` are those of the memory's queries.
+        """
+        mass = jnp.mean(jnp.sum(probabilities[..., self.config.fam_length :], -1), axis=(1, 2))
+        return nn.relu(2 * mass - 1)[..., None]
+
+    def scan_memory(self, memory, keys, values, context: ChunkContext):
+        """The only sequential part of a layer: `F` block after block.
+
+        Args:
+          memory: `F` before the chunk `[B, N, D]`.
+          keys, values: of the chunk's blocks `[B, C, S, K, Dh]`.
+
+        Returns:
+          `F` after the chunk; `kF`, `vF` before each block `[B, C, N, K, Dh]`.
+        """
+        complete = context.complete(self.config.block_size)
+
+        def step(layer, memory, index, keys, values):
+            qkv = layer.memory_qkv(memory, context.first_block + index, context.offset)
+            new = layer.update_memory(memory, qkv, keys, values, context.updates + index)
+            if complete is not None:
+                new = jnp.where((index < complete)[:, None, None], new, memory)
+            return new, qkv[1:]
+
+        scan = nn.scan(
+            step, variable_broadcast="params", split_rngs={"params": False}, in_axes=(0, 1, 1),
+            out_axes=1,
+        )  # fmt: skip
+        return scan(self, memory, jnp.arange(keys.shape[1]), keys, values)
+
+    # Whole chunks.
+
+    def read_chunk(self, x, memory, keys, values, context: ChunkContext):
+        """Algorithm 2 for `C` blocks at once.
+
+        Args:
+          x: `I`, `[B, C, S, D]`.
+          memory: `[B, N, D]`.
+          keys, values: the window before the chunk `[B, M + 1, S, K, Dh]`, as in `DecoderState`.
+          context: where the blocks stand.
+
+        Returns:
+          `O` `[B, C, S, D]`, then `memory`, `keys` and `values` after the chunk.
+        """
+        c = self.config
+        blocks, slots = x.shape[1], jnp.arange(x.shape[1] * c.block_size)
+        positions = context.first_block[:, None] * c.block_size + slots + context.offset[:, None]
+        q, k, v = self.qkv(x, self.angles(positions.reshape(-1, blocks, c.block_size)))
+        k, v = (self._merge(new, old, context) for new, old in ((k, keys), (v, values)))
+        past = lambda old, new: jnp.concatenate([old[:, : c.memory_segments], new], axis=1)
+        keys, values = past(keys, k), past(values, v)
+        if c.fam_length:
+            memory, read = self.scan_memory(memory, k, v, context)
+        else:
+            empty = jnp.zeros(k.shape[:2] + (0,) + k.shape[3:], k.dtype)
+            read = (empty, empty)
+        attention = token_attention(q, keys, values, *read, context.first_block, c)
+        out = self.finish(x, attention)
+        return out, memory, self._window(keys, context), self._window(values, context)
+
+    def _merge(self, new, window, context):
+        """Keys or values of the chunk, the tokens that the state already held put in their slots."""
+        if context.start is not None:
+            held = jnp.arange(self.config.block_size) < context.start[:, None]
+            first = jnp.where(held[..., None, None], window[:, -1], new[:, 0])
+            new = new.at[:, 0].set(first)
+        if context.stop is not None:
+            shape = new.shape
+            new = new.reshape(shape[0], -1, *shape[3:])
+            written = jnp.arange(new.shape[1]) < context.stop[:, None]
+            new = jnp.where(written[..., None, None], new, 0).reshape(shape)
+        return new
+
+    def _window(self, blocks, context):
+        """The window after the chunk: of `[B, M + C, ...]` the last `M` full blocks and the next."""
+        count = self.config.memory_segments + 1
+        blocks = jnp.pad(blocks, [(0, 0), (0, 1)] + [(0, 0)] * (blocks.ndim - 2))
+        complete = context.complete(self.config.block_size)
+        if complete is None:
+            return blocks[:, -count:]
+        index = complete[:, None] + jnp.arange(count)
+        return jnp.take_along_axis(blocks, index[:, :, None, None, None], axis=1)
+
+    # One token.
+
+    def read_token(self, x, memory, keys, values, context: ChunkContext):
+        """One token per example: `[B, D] -> [B, D]`, and its key and value `[B, K, Dh]`.
+
+        Does not write to the window nor update the memory: see `Decoder.read_token`.
+        """
+        c = self.config
+        position = context.first_block * c.block_size + context.start + context.offset
+        q, k, v = self.qkv(x[:, None], self.angles(position[:, None]))
+        flat = lambda window: window.reshape(window.shape[0], -1, *window.shape[3:])
+        _, memory_k, memory_v = self.memory_qkv(memory, context.first_block, context.offset)
+        size = c.fam_length + (c.memory_segments + 1) * c.block_size
+        missing = jnp.maximum(c.memory_segments - context.first_block, 0)[:, None]
+        # Columns that its row sees, less its own slot, which is not written yet.
+        row = context.start[:, None]
+        mask = visible(c, row, jnp.arange(size), missing) & visible(c, row - 1, jnp.arange(size), 0)
+        mask = jnp.concatenate([mask, jnp.ones_like(mask[:, :1])], axis=1)
+        attention, _ = attend(
+            q,
+            jnp.concatenate([memory_k, flat(keys), k], axis=1),
+            jnp.concatenate([memory_v, flat(values), v], axis=1),
+            mask[:, None, None, None],
+            c,
+        )
+        return self.finish(x, attention[:, 0]), k[:, 0], v[:, 0]
+
+    def complete_block(self, memory, keys, values, block, context_offset, updates):
+        """`F` after the block that just became full `[B, N, D]`; `keys, values` are the window's."""
+        if not self.config.fam_length:
+            return memory
+        qkv = self.memory_qkv(memory, block, context_offset)
+        return self.update_memory(memory, qkv, keys[:, -1], values[:, -1], updates)

@@ -1,0 +1,58 @@
+"""Rotary position embedding that stays exact at any position.
+
+Angles are kept in turns as 32-bit fixed point: multiplying an unsigned position by an unsigned
+frequency wraps around at a full turn by itself, so the angle between two tokens depends on their
+distance alone, at position 10^9 as at position 0. (Float32 angles lose that beyond about 10^5.)
+The frequency is rounded to 2^-33 turns per token, 3e-6 radians over 4096 tokens.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from famx.modules.config import RopeScaling
+
+_TURN = 2.0**32
+
+
+def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Radians per token, float64 `[Dh / 2]`."""
+    frequency = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return frequency
+    if scaling.original_length is None:
+        return frequency / scaling.factor
+    wavelength = 2 * np.pi / frequency
+    low = scaling.original_length / scaling.low_frequency_factor
+    high = scaling.original_length / scaling.high_frequency_factor
+    smooth = (scaling.original_length / wavelength - scaling.low_frequency_factor) / (
+        scaling.high_frequency_factor - scaling.low_frequency_factor
+    )
+    between = ((1 - smooth) / scaling.factor + smooth) * frequency
+    slow = np.where(wavelength > low, frequency / scaling.factor, between)
+    return np.where(wavelength < high, frequency, slow)
+
+
+def angles(positions, frequency: np.ndarray, fraction=None, dtype=jnp.float32):
+    """Angles in radians, `[..., Dh / 2]`, within half a turn of zero.
+
+    Args:
+      positions: int32 `[...]`, negative ones too.
+      frequency: radians per token `[Dh / 2]`.
+      fraction: float `[...]` in [0, 1) to add to `positions`, or None.
+      dtype: of the result; at least float32.
+    """
+    turns = frequency / (2 * np.pi)
+    fixed = np.round(turns * _TURN).astype(np.uint32)
+    phase = positions.astype(jnp.uint32)[..., None] * fixed
+    if fraction is not None:
+        part = np.round(np.asarray(fraction, np.float64)[..., None] * turns * _TURN)
+        phase = phase + part.astype(np.uint32)
+    return phase.astype(jnp.int32).astype(dtype) * jnp.asarray(2 * np.pi / _TURN, dtype)
+
+
+def rotate(x, angle):
+    """Rotates `x [..., heads, Dh]` by `angle [..., Dh / 2]` (halves paired, as in Llama)."""
+    cos, sin = (f(angle)[..., None, :] for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x.astype(angle.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,0 +1,74 @@
+"""What a decoder remembers between two chunks: one explicit pytree of constant size."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class DecoderState:
+    """Everything that is needed to read on, the same size after ten tokens as after a million.
+
+    Legend: `B` batch, `M` memory segments, `S` block size, `N` FAM length, `D` model width, `K`
+    key/value heads, `Dh` head width. Every example stands at its own place in its own block.
+
+    Attributes:
+      memory: `F` of Algorithm 2, float32 `[layers, B, N, D]`.
+      keys: rotated keys `[layers, B, M + 1, S, K, Dh]`: the last `M` blocks, oldest first, then the
+        incomplete block. Slots that hold no token are zero.
+      values: likewise.
+      position: tokens read, int32 `[B]`; the phase in the block is `position % S`.
+      updates: memory updates so far, int32 `[B]`; 0 means that `memory` is still the prompt, so that
+        the next update has no residual.
+      offset: random position offset, int32 `[B]`; 0 in inference.
+    """
+
+    memory: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    position: jax.Array
+    updates: jax.Array
+    offset: jax.Array
+
+    @classmethod
+    def initial(cls, config, batch_size: int, memory) -> "DecoderState":
+        """A state that has read nothing; `memory` is the prompt of each layer `[layers, N, D]`."""
+        c = config
+        window = (c.num_layers, batch_size, c.memory_segments + 1, c.block_size)
+        keys = jnp.zeros(window + (c.num_kv_heads, c.head_dim), c.dtype)
+        zero = jnp.zeros((batch_size,), jnp.int32)
+        memory = jnp.broadcast_to(
+            memory[:, None], (c.num_layers, batch_size, c.fam_length, c.embed_dim)
+        )
+        return cls(memory, keys, keys, zero, zero, zero)
+
+    @property
+    def batch_size(self) -> int:
+        return self.position.shape[0]
+
+    def num_bytes(self) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def map_examples(self, function, *others: "DecoderState") -> "DecoderState":
+        """Applies `function(array, *arrays, axis)` to every field, `axis` being its batch axis."""
+        axis_of = lambda array: 0 if array.ndim == 1 else 1
+        return jax.tree.map(lambda a, *b: function(a, *b, axis=axis_of(a)), self, *others)
+
+    def take(self, indices) -> "DecoderState":
+        """The states of the examples `indices` (int `[n]`); repeat an index to broadcast it."""
+        return self.map_examples(lambda a, axis: jnp.take(a, jnp.asarray(indices), axis=axis))
+
+    def select(self, mask, other: "DecoderState") -> "DecoderState":
+        """This state where `mask` (bool `[B]`) holds, `other` elsewhere: a reset per example."""
+
+        def choose(a, b, axis):
+            shape = [1] * a.ndim
+            shape[axis] = mask.shape[0]
+            return jnp.where(mask.reshape(shape), a, b)
+
+        return self.map_examples(choose, other)
+
+    def put(self, indices, other: "DecoderState") -> "DecoderState":
+        """This state with the examples `indices` replaced by those of `other`, in order."""
+        put = lambda a, b, axis: a.at[indices].set(b) if axis == 0 else a.at[:, indices].set(b)
+        return self.map_examples(put, other)

@@ -1,0 +1,1 @@
+"""The engine: checkpoints, logs, optimisers, partitioning and the training loop."""

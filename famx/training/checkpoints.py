@@ -1,0 +1,252 @@
+"""Checkpoints over orbax: `MODEL_DIR/checkpoint_<step>/state`, the layout that t5x reads.
+
+A checkpoint is written beside its final name and renamed when complete, so a kill at any moment
+leaves the previous one as it was. Trees are stored as nested dicts of arrays (optax's named tuples
+by position and field, as flax's `to_state_dict` names them) and come back bit for bit, in the
+structure, placement and dtypes that the caller describes.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import serialization, traverse_util
+
+from famx.errors import ConfigError
+
+_STATE, _DATASET = "state", "dataset"
+_MODEL_FILE = "model.json"
+
+
+class Checkpointer:
+    """Saves and restores `(tree, data_state)` by step and keeps the newest `keep` of them.
+
+    `tree` is any pytree that flax can turn into a state dict (dicts, tuples, optax states, flax
+    dataclasses) with array leaves: jax.Array, sharded or not, or numpy; random keys as
+    `jax.random.key_data`. `data_state` is what the data iterator needs to continue: anything that
+    JSON can hold, or None.
+
+    Args:
+        model_dir: absolute directory; made if missing.
+        keep: how many checkpoints stay; None keeps all.
+        save_interval: `save` ignores steps that are not multiples of it, unless forced.
+        async_: return from `save` once the arrays are copied and write in the background.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | os.PathLike,
+        keep: int | None = 3,
+        save_interval: int = 1,
+        async_: bool = True,
+    ):
+        self.model_dir = pathlib.Path(model_dir)
+        self._manager = ocp.CheckpointManager(
+            self.model_dir,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                step_prefix="checkpoint",
+                save_interval_steps=save_interval,
+                enable_async_checkpointing=async_,
+                cleanup_tmp_directories=True,
+            ),
+            item_handlers={
+                _STATE: ocp.PyTreeCheckpointHandler(),
+                _DATASET: ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def save(self, step: int, tree: Any, data_state: Any = None, force: bool = False) -> bool:
+        """Saves if `step` is due (or forced) and not saved yet; returns whether it does.
+
+        The arrays may be donated or changed as soon as this returns.
+        """
+        step = int(step)
+        if step in self._manager.all_steps():
+            return False
+        items = {_STATE: ocp.args.PyTreeSave(_nest(_flatten(tree)))}
+        if data_state is not None:
+            items[_DATASET] = ocp.args.JsonSave(data_state)
+        return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
+
+    def restore(self, step: int | None, abstract_tree: Any) -> tuple[Any, Any, int]:
+        """Returns (tree, data_state, step) of checkpoint `step`, or of the newest for None.
+
+        Args:
+            step: a step of `all_steps()`, or None.
+            abstract_tree: the tree that is wanted, with jax.ShapeDtypeStruct or array leaves. One
+                with a sharding comes back as a jax.Array placed so; any other as a numpy array.
+
+        Raises:
+            ConfigError: there is no such checkpoint, or its leaves differ in name, shape or dtype.
+        """
+        self.wait()
+        steps = self.all_steps()
+        if step is None and not steps:
+            raise ConfigError(f"There is no checkpoint in {self.model_dir}.")
+        step = steps[-1] if step is None else int(step)
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise ConfigError(
+                f"There is no checkpoint of step {step} in {self.model_dir}; there are: {there}."
+            )
+        wanted = _flatten(abstract_tree)
+        stored = traverse_util.flatten_dict(self._manager.item_metadata(step)[_STATE].tree)
+        _check_same_leaves(self.model_dir / f"checkpoint_{step}", stored, wanted)
+
+        items = {
+            _STATE: ocp.args.PyTreeRestore(
+                _nest(wanted),
+                restore_args=_nest({path: _restore_args(leaf) for path, leaf in wanted.items()}),
+            )
+        }
+        if (self.model_dir / f"checkpoint_{step}" / _DATASET).is_dir():
+            items[_DATASET] = ocp.args.JsonRestore()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        leaves = traverse_util.flatten_dict(restored[_STATE])
+        tree = _unflatten(abstract_tree, leaves)
+        return tree, restored.get(_DATASET), step
+
+    def latest_step(self) -> int | None:
+        """The newest saved step, or None."""
+        return max(self.all_steps(), default=None)
+
+    def all_steps(self) -> list[int]:
+        """The saved steps, oldest first; one that is still being written may be missing."""
+        return sorted(self._manager.all_steps())
+
+    def wait(self) -> None:
+        """Blocks until background writing is done; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes background writing and frees the threads."""
+        self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Path -> leaf; containers without leaves and Nones are left out."""
+    flat = traverse_util.flatten_dict({"": serialization.to_state_dict(tree)})
+    return {path[1:]: leaf for path, leaf in flat.items() if leaf is not None}
+
+
+def _nest(flat: dict[tuple[str, ...], Any]) -> Any:
+    return traverse_util.unflatten_dict(flat)
+
+
+def _unflatten(tree: Any, leaves: dict[tuple[str, ...], Any]) -> Any:
+    """`tree` with its leaves replaced; what `_flatten` left out stays as it is in `tree`."""
+    flat = traverse_util.flatten_dict(
+        {"": serialization.to_state_dict(tree)}, keep_empty_nodes=True
+    )
+    filled = {path: leaves.get(path[1:], leaf) for path, leaf in flat.items()}
+    return serialization.from_state_dict(tree, traverse_util.unflatten_dict(filled)[""])
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(sharding=sharding, dtype=leaf.dtype, global_shape=leaf.shape)
+
+
+def _check_same_leaves(directory: pathlib.Path, stored: dict, wanted: dict) -> None:
+    for path in sorted(stored.keys() | wanted.keys()):
+        name = "/".join(path)
+        if path not in stored:
+            raise ConfigError(f"{directory} holds another model: it has no {name}.")
+        if path not in wanted:
+            raise ConfigError(f"{directory} holds another model: this model has no {name}.")
+        there, here = _describe(stored[path]), _describe(wanted[path])
+        if there != here:
+            raise ConfigError(
+                f"{directory} holds another model: {name} is {there} there and {here} here."
+            )
+
+
+def _describe(leaf: Any) -> str:
+    """'float32[3, 4]'."""
+    return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+
+
+# ---------------------------------------------------------------- checks before anything expensive
+
+
+def check_model_dir(path: str | os.PathLike, need_bytes: int = 0) -> pathlib.Path:
+    """Makes the directory if need be and returns it as a Path.
+
+    Raises ConfigError if the path is relative, is no directory, cannot be written, or if its disk
+    has fewer than `need_bytes` free.
+    """
+    directory = pathlib.Path(path)
+    if not directory.is_absolute():
+        raise ConfigError(
+            f"MODEL_DIR must be an absolute path, not {path}: write {directory.absolute()}."
+        )
+    existing = directory
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"MODEL_DIR {path} cannot be used: {existing} is not a directory.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".write_test.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"MODEL_DIR {path} is not writable: {error.strerror}.") from error
+    free = shutil.disk_usage(directory).free
+    if free < need_bytes:
+        raise ConfigError(
+            f"MODEL_DIR {path} has {_size(free)} free and this run needs {_size(need_bytes)}: free"
+            " some space, keep fewer checkpoints or choose another disk."
+        )
+    return directory
+
+
+def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any]) -> None:
+    """Notes `model_config` in MODEL_DIR/model.json, or compares it with what is noted there.
+
+    Values must be what JSON can hold; anything else is compared as text. Raises ConfigError with
+    the differing fields if the directory belongs to another model.
+    """
+    path = pathlib.Path(model_dir) / _MODEL_FILE
+    here = json.loads(json.dumps(model_config, default=str))
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is not readable as JSON: remove it to go on.") from error
+        differing = [
+            f"{name} ({there.get(name, 'unset')!r} there, {here.get(name, 'unset')!r} here)"
+            for name in sorted(there.keys() | here.keys())
+            if there.get(name) != here.get(name) or (name in there) != (name in here)
+        ]
+        if differing:
+            raise ConfigError(
+                f"MODEL_DIR {model_dir} holds another model, differing in {', '.join(differing)}:"
+                " choose another MODEL_DIR or go back to that model."
+            )
+    elif jax.process_index() == 0:
+        temporary = path.with_name(f"{_MODEL_FILE}.{os.getpid()}")
+        temporary.write_text(json.dumps(here, indent=2, sort_keys=True) + "\n")
+        temporary.replace(path)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

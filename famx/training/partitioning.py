@@ -1,0 +1,206 @@
+"""Where arrays live: a mesh of devices, and rules from logical axes to its axes.
+
+Modules name the axes of their parameters ("embed", "heads", ...); here stands which of them is cut
+over which mesh axis. `data` cuts the batch; `fsdp` cuts the batch and the weights; `tensor` cuts
+heads, feed-forward and vocabulary; `context` cuts the length.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from famx.errors import ConfigError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+BATCH_AXES = ("data", "fsdp")
+LOGICAL_AXES = (
+    *("batch", "length", "blocks", "block", "segments", "fam", "layers"),
+    *("embed", "mlp", "heads", "kv_heads", "kv", "vocab"),
+)
+
+_MeshAxes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axes that it is cut over; axes without an entry are kept whole.
+
+    Construction raises ConfigError for a name that is no logical or mesh axis.
+    """
+
+    axes: Mapping[str, _MeshAxes]
+    may_replicate: tuple[str, ...] = ()  # axes kept whole where the mesh does not divide them
+
+    def __post_init__(self):
+        for name in (*self.axes, *self.may_replicate):
+            _known(name, LOGICAL_AXES, "logical axis")
+        for name in (axis for mesh_axes in self.axes.values() for axis in mesh_axes):
+            _known(name, MESH_AXES, "mesh axis")
+
+    def spec(self, names: Sequence[str | None]) -> PartitionSpec:
+        """The mesh axes of an array with these logical axes.
+
+        Beside a batch, the other axes leave alone what the batch is cut over: activations keep
+        their width whole where FSDP cuts the width of weights. Any other mesh axis wanted twice is
+        a ConfigError, as is an unknown logical axis.
+        """
+        cut = [self._mesh_axes(name) for name in names]
+        if "batch" in names:
+            taken = set(self._mesh_axes("batch"))
+            cut = [
+                axes if name == "batch" else tuple(a for a in axes if a not in taken)
+                for name, axes in zip(names, cut, strict=True)
+            ]
+        owner: dict[str, str] = {}
+        for name, axes in zip(names, cut, strict=True):
+            for axis in axes:
+                if axis in owner:
+                    raise ConfigError(
+                        f"The axes {owner[axis]} and {name} of one array [{_join(names)}] are both"
+                        f" cut over the mesh axis {axis}: change one of the two rules."
+                    )
+                owner[axis] = str(name)
+        return PartitionSpec(*(_entry(axes) for axes in cut))
+
+    def pairs(self) -> list[tuple[str, _MeshAxes | str | None]]:
+        """The rules for `nn.logical_axis_rules`, batch first, so that it wins in activations."""
+        ordered = sorted(LOGICAL_AXES, key=lambda name: name != "batch")
+        return [(name, _entry(self._mesh_axes(name))) for name in ordered]
+
+    def _mesh_axes(self, name: str | None) -> _MeshAxes:
+        if name is None:
+            return ()
+        _known(name, LOGICAL_AXES, "logical axis")
+        return tuple(self.axes.get(name, ()))
+
+
+_DATA = {"batch": BATCH_AXES, "length": ("context",)}
+_FSDP = {**_DATA, "embed": ("fsdp",)}
+_TENSOR = dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("tensor",))
+PRESETS = {"data": _DATA, "fsdp": _FSDP, "fsdp_tensor": {**_FSDP, **_TENSOR}}
+
+
+@gin.configurable
+def rules(preset: str = "fsdp_tensor", may_replicate: Sequence[str] = ()) -> Rules:
+    """The rules named `data` (weights whole), `fsdp` or `fsdp_tensor`.
+
+    `may_replicate` lists logical axes that stay whole where their size cannot be divided, such as
+    "kv_heads" with a single head; other axes that cannot be divided are errors.
+    """
+    _known(preset, tuple(PRESETS), "set of sharding rules")
+    return Rules(PRESETS[preset], tuple(may_replicate))
+
+
+@gin.configurable
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh over all `devices` (default: every device of every process).
+
+    One size may be -1: whatever the others leave. Raises ConfigError if the product of the sizes is
+    not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, context), strict=True))
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ConfigError(
+            f"Mesh sizes must be at least 1, and at most one of them -1 (the rest): {_show(sizes)}."
+        )
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise ConfigError(
+            f"A mesh of {_show(sizes)} does not fit {len(devices)} device(s): its sizes must"
+            f" {'divide' if free else 'multiply to'} that number."
+        )
+    for name in free:
+        sizes[name] = len(devices) // fixed
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+    )
+
+
+def logical_to_sharding(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """A NamedSharding for each leaf of `tree`.
+
+    Args:
+        tree: arrays or ShapeDtypeStructs, boxed by `nn.with_logical_partitioning` where they are to
+            be cut (others stay whole); or PartitionSpecs of logical names, whose sizes cannot be
+            checked.
+        mesh: as `make_mesh` makes it.
+        rules: logical to mesh axes.
+
+    Raises:
+        ConfigError: two axes of an array collide, or a size cannot be divided by its mesh axes.
+    """
+
+    def sharding(path, leaf):
+        if isinstance(leaf, PartitionSpec):
+            return NamedSharding(mesh, rules.spec(tuple(leaf)))
+        spec = nn.get_partition_spec(leaf)
+        return NamedSharding(mesh, _divisible(path, spec, nn.unbox(leaf).shape, mesh, rules))
+
+    def is_leaf(node):
+        return isinstance(node, (PartitionSpec, nn.meta.AxisMetadata))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=is_leaf)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Cuts the first axis of a batch over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises ConfigError unless the batch can be divided over the devices that share it."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size < 1 or batch_size % parts:
+        raise ConfigError(
+            f"BATCH_SIZE {batch_size} cannot be divided over {parts} devices (data"
+            f" {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): use a multiple of {parts}."
+        )
+
+
+def _divisible(path, logical, shape, mesh: Mesh, rules: Rules) -> PartitionSpec:
+    spec = rules.spec(tuple(logical))
+    entries = list(spec)
+    for i, (name, entry) in enumerate(zip(logical, spec, strict=True)):
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if shape[i] % parts == 0:
+            continue
+        if name not in rules.may_replicate:
+            raise ConfigError(
+                f"Axis {name} of {jax.tree_util.keystr(path, simple=True, separator='/')} has size"
+                f" {shape[i]}, which cannot be divided over {parts} devices (mesh axis"
+                f" {_join(axes)}): change the mesh, or add {name!r} to rules.may_replicate."
+            )
+        entries[i] = None
+    return PartitionSpec(*entries)
+
+
+def _entry(axes: _MeshAxes) -> _MeshAxes | str | None:
+    return None if not axes else axes[0] if len(axes) == 1 else axes
+
+
+def _known(name: str, names: Sequence[str], kind: str) -> None:
+    if name not in names:
+        raise ConfigError(f"There is no {kind} named {name!r}: choose from {_join(names)}.")
+
+
+def _join(names: Sequence[str | None]) -> str:
+    return ", ".join(map(str, names))
+
+
+def _show(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in sizes.items())

@@ -1,0 +1,150 @@
+"""What a run reports: scalars to TensorBoard and metrics.jsonl, progress to the terminal."""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import IO
+
+import tensorboardX
+import tqdm
+
+_FILE = "metrics.jsonl"
+_FLUSH_SECONDS = 5
+
+
+class RunLog:
+    """Writes `MODEL_DIR/metrics.jsonl`, TensorBoard events, and a bar or plain lines.
+
+    metrics.jsonl holds one JSON object per `write`: step, split, time (seconds since the epoch) and
+    the scalars. A run that resumes at `start_step` first drops the lines of later steps, which an
+    interrupted run may have written after its last checkpoint, so the file is one history.
+
+    Args:
+        model_dir: existing directory.
+        name: names the TensorBoard run `MODEL_DIR/tensorboard/<name>` and the progress bar.
+        total_steps: for the bar's end and the remaining time; None if unknown.
+        start_step: the step the run starts after; 0 for a new run.
+        stream: where progress goes; standard error by default. A terminal gets a bar.
+        enabled: False makes every method do nothing (processes other than the first).
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        name: str = "train",
+        total_steps: int | None = None,
+        start_step: int = 0,
+        stream: IO[str] | None = None,
+        enabled: bool = True,
+    ):
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._stream = sys.stderr if stream is None else stream
+        self._name, self._total, self._first = name, total_steps, start_step
+        self._began = _now()
+        path = pathlib.Path(model_dir) / _FILE
+        _drop_later_lines(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = tensorboardX.SummaryWriter(
+            str(pathlib.Path(model_dir) / "tensorboard" / name),
+            purge_step=start_step + 1 if start_step else None,
+            flush_secs=_FLUSH_SECONDS,
+        )
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm.tqdm(
+                total=total_steps, initial=start_step, desc=name, file=self._stream
+            )
+
+    def write(self, step: int, scalars: Mapping[str, float], split: str = "train") -> None:
+        """Records `scalars` at `step`, in TensorBoard as `<split>/<name>`.
+
+        The line in metrics.jsonl is on disk on return, TensorBoard's event within seconds.
+        """
+        if not self._enabled:
+            return
+        step, scalars = int(step), {key: float(value) for key, value in scalars.items()}
+        line = {"step": step, "split": split, "time": time.time(), **scalars}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for key, value in scalars.items():
+            self._writer.add_scalar(f"{split}/{key}", value, step)
+
+    def progress(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Moves the bar to `step`, or prints one line: step, scalars, elapsed, time left."""
+        if not self._enabled:
+            return
+        shown = {key: f"{float(value):.4g}" for key, value in scalars.items()}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(int(step) - self._bar.n)
+            return
+        elapsed = _now() - self._began
+        parts = [f"{self._name} step {int(step)}" + (f"/{self._total}" if self._total else "")]
+        parts += [f"{key} {value}" for key, value in shown.items()]
+        parts.append(f"elapsed {_clock(elapsed)}")
+        done = int(step) - self._first
+        if self._total and done > 0:
+            parts.append(f"eta {_clock(elapsed * (self._total - int(step)) / done)}")
+        print("  ".join(parts), file=self._stream, flush=True)
+
+    def message(self, text: str) -> None:
+        """Prints a line without tearing the bar."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Closes the files and the bar; safe to call twice."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        self._writer.close()
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read_metrics(model_dir: str, split: str | None = None) -> list[dict]:
+    """The lines of metrics.jsonl, of one split if named; a line cut off by a kill is skipped."""
+    path = pathlib.Path(model_dir) / _FILE
+    if not path.exists():
+        return []
+    lines = [_parse(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and split in (None, line["split"])]
+
+
+def _parse(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _drop_later_lines(path: pathlib.Path, step: int) -> None:
+    kept = [line for line in read_metrics(str(path.parent)) if line["step"] <= step]
+    if path.exists():
+        temporary = path.with_name(_FILE + ".new")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+
+
+def _now() -> float:
+    return time.monotonic()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

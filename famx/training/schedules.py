@@ -1,0 +1,102 @@
+"""Learning-rate schedules: functions of gin settings that return an optax schedule (step -> rate).
+
+Each starts with a linear warm-up from 0 over `warmup_steps` (none by default). At step `s` of the
+warm-up the rate is `learning_rate * (s + 1) / (warmup_steps + 1)`, so that step 0 learns too.
+"""
+
+from collections.abc import Callable
+
+import gin
+import jax
+import jax.numpy as jnp
+import optax
+
+from famx.errors import ConfigError
+
+_Rate = Callable[[jax.Array], jax.Array]
+
+
+@gin.configurable
+def constant_rate(learning_rate: float, warmup_steps: int = 0) -> optax.Schedule:
+    """`learning_rate` at every step after the warm-up."""
+    _check(learning_rate, warmup_steps)
+    return _warmed_up(learning_rate, warmup_steps, lambda step: jnp.ones_like(step))
+
+
+@gin.configurable
+def warmup_cosine(
+    learning_rate: float, total_steps: int, warmup_steps: int = 0, floor: float = 0.0
+) -> optax.Schedule:
+    """Half a cosine from `learning_rate` at the end of the warm-up to `floor` at `total_steps`.
+
+    `floor` is a rate, not a fraction; it holds from `total_steps` on.
+    """
+    _check(learning_rate, warmup_steps, total_steps, floor)
+    low = floor / learning_rate
+
+    def rate(step):
+        progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
+        return low + (1 - low) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+    return _warmed_up(learning_rate, warmup_steps, rate)
+
+
+@gin.configurable
+def warmup_rsqrt(learning_rate: float, warmup_steps: int) -> optax.Schedule:
+    """`learning_rate * sqrt(warmup_steps / step)` after the warm-up of at least a step."""
+    _check(learning_rate, warmup_steps)
+    if warmup_steps < 1:
+        raise ConfigError("warmup_rsqrt needs warmup_steps of at least 1.")
+    return _warmed_up(
+        learning_rate,
+        warmup_steps,
+        lambda step: jnp.sqrt(warmup_steps / jnp.maximum(step, warmup_steps)),
+    )
+
+
+@gin.configurable
+def warmup_stable_decay(
+    learning_rate: float,
+    total_steps: int,
+    decay_steps: int,
+    warmup_steps: int = 0,
+    floor: float = 0.0,
+) -> optax.Schedule:
+    """`learning_rate`, then a straight line to `floor` over the last `decay_steps` of the run."""
+    _check(learning_rate, warmup_steps, total_steps, floor)
+    if not 1 <= decay_steps <= total_steps - warmup_steps:
+        raise ConfigError(
+            f"decay_steps must be between 1 and total_steps - warmup_steps"
+            f" ({total_steps - warmup_steps}), not {decay_steps}."
+        )
+    low = floor / learning_rate
+
+    def rate(step):
+        left = jnp.clip((total_steps - step) / decay_steps, 0.0, 1.0)
+        return low + (1 - low) * left
+
+    return _warmed_up(learning_rate, warmup_steps, rate)
+
+
+def _warmed_up(learning_rate: float, warmup_steps: int, rate: _Rate) -> optax.Schedule:
+    def schedule(count):
+        step = jnp.asarray(count, jnp.float32)
+        warmth = jnp.minimum((step + 1) / (warmup_steps + 1), 1.0)
+        return learning_rate * jnp.where(step < warmup_steps, warmth, rate(step))
+
+    return schedule
+
+
+def _check(
+    learning_rate: float, warmup_steps: int, total_steps: int | None = None, floor: float = 0.0
+) -> None:
+    if learning_rate <= 0:
+        raise ConfigError(f"learning_rate must be above 0, not {learning_rate}.")
+    if warmup_steps < 0:
+        raise ConfigError(f"warmup_steps must not be negative, but is {warmup_steps}.")
+    if total_steps is not None and total_steps <= warmup_steps:
+        raise ConfigError(
+            f"total_steps ({total_steps}) must be larger than warmup_steps ({warmup_steps})."
+        )
+    if not 0 <= floor <= learning_rate:
+        raise ConfigError(f"floor must be between 0 and learning_rate, not {floor}.")

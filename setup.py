@@ -1,0 +1,66 @@
+"""Packaging of famx; the build system and the tools are configured in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).resolve().parent
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"$', (ROOT / "famx" / "__init__.py").read_text(), re.MULTILINE
+).group(1)
+
+setup(
+    name="famx",
+    version=VERSION,
+    description="TransformerFAM: feedback attention as working memory, in JAX and Flax",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # gin_configs/ stands at the top of the repository and travels inside the package in a wheel;
+    # famx.gin_utils.gin_root() finds it in both places.
+    packages=find_packages(include=["famx", "famx.*"]) + ["famx.gin_configs"],
+    package_dir={"famx.gin_configs": "gin_configs"},
+    package_data={"famx.gin_configs": ["*.gin", "**/*.gin"]},
+    install_requires=[
+        # Lower bounds of jax, flax, optax and orbax are the versions that the tests ran with, on
+        # Python 3.11. jax 0.11, which needs Python 3.12, is allowed; the suite did not run on it.
+        "jax>=0.10.2,<0.12",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        # Orbax changes its checkpoint handlers and on-disk metadata between minor versions, and
+        # exact resume depends on both.
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "numpy>=2.0",
+        # famx.gin_utils reads gin's table of bindings, which has no public accessor.
+        "gin-config>=0.5.0,<0.6",
+        "absl-py>=2.1",
+        "ml-collections>=1.1.0",
+        "tensorboardX>=2.6.2",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+        "seqio>=0.0.20",
+        "tensorflow-datasets>=4.9.10",
+    ],
+    extras_require={
+        # setuptools and wheel: the package tests build without network.
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "setuptools>=65.5",
+            "wheel",
+        ],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
+        "notebooks": ["jupyter", "jupytext", "plotly"],
+        "convert": ["gguf", "safetensors"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,17 @@
+"""Settings of the whole test suite: CPU, one compilation cache, reproducible hypothesis runs."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Shared by the workers of one run and by later runs; subprocesses inherit it.
+CACHE = pathlib.Path(tempfile.gettempdir()) / f"famx-jax-{os.getuid()}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import hypothesis  # noqa: E402
+
+hypothesis.settings.register_profile("famx", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("famx")

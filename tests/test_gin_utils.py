@@ -1,0 +1,224 @@
+"""gin's flags, and one sentence for every kind of bad binding."""
+
+import os
+import subprocess
+import sys
+
+import gin
+import pytest
+
+from famx import gin_utils
+from famx.errors import ConfigError
+
+
+@gin.configurable(module="famx_test")
+def build_tool(alpha=1, beta=2, *, model_dir=None):
+    return alpha, beta, model_dir
+
+
+@gin.configurable(module="famx_test")
+def build_strict(size=gin.REQUIRED):
+    return size
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+def fails(bindings, files=(), paths=()):
+    with pytest.raises(ConfigError) as caught:
+        gin_utils.parse_gin(files, bindings, paths)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_rewrite_gin_args():
+    argv = ["prog", "--gin_file=a.gin", "--gin.X='a=b'", "--gin.f.y=3", "--gin_bindings=Z=1"]
+    assert gin_utils.rewrite_gin_args(argv) == [
+        *("prog", "--gin_file=a.gin", "--gin_bindings=X = 'a=b'"),
+        *("--gin_bindings=f.y = 3", "--gin_bindings=Z=1"),
+    ]
+
+
+@pytest.mark.parametrize("arg", ["--gin.X", "--gin.=3", "--gin.X="])
+def test_rewrite_refuses_half_a_binding(arg):
+    with pytest.raises(ConfigError, match="--gin.NAME=VALUE"):
+        gin_utils.rewrite_gin_args([arg])
+
+
+def test_files_bindings_and_macros_compose(tmp_path):
+    (tmp_path / "base.gin").write_text("build_tool.alpha = %SIZE\nbuild_tool.beta = 5\nSIZE = 1\n")
+    (tmp_path / "run.gin").write_text('include "base.gin"\nSIZE = 3\n')
+    gin_utils.parse_gin(["run.gin"], ["build_tool.beta = {'k': [%SIZE]}"], [str(tmp_path)])
+    assert build_tool() == (3, {"k": [3]}, None)
+
+
+def test_later_binding_wins():
+    gin_utils.parse_gin([], ["build_tool.alpha = 1", "build_tool.alpha = 7"])
+    assert build_tool()[0] == 7
+
+
+def test_configuration_is_locked():
+    gin_utils.parse_gin([], ["build_tool.alpha = 1"])
+    with pytest.raises(RuntimeError):
+        gin.bind_parameter("build_tool.alpha", 2)
+
+
+def test_unknown_configurable_names_the_nearest():
+    assert "build_tol. Did you mean build_tool?" in fails(["build_tol.alpha = 1"])
+    assert "Did you mean build_tool?" in fails(["build_strict.size = @build_tol()"])
+
+
+def test_unknown_parameter_names_the_nearest():
+    assert fails(["build_tool.alhpa = 1"]) == (
+        "build_tool has no parameter alhpa. Did you mean alpha?"
+    )
+
+
+def test_unknown_parameter_in_a_file_names_the_line(tmp_path):
+    path = tmp_path / "x.gin"
+    path.write_text("build_tool.alpha = 1\nbuild_tool.gamma_ray = 2\n")
+    assert f"(in {path}, line 2)" in fails([], [str(path)])
+
+
+def test_unknown_file_names_the_nearest(tmp_path):
+    (tmp_path / "passkey_tiny.gin").write_text("")
+    sentence = fails([], ["passkey_tiney.gin"], [str(tmp_path)])
+    assert sentence == "There is no gin file passkey_tiney.gin. Did you mean passkey_tiny.gin?"
+
+
+def test_unknown_include(tmp_path):
+    (tmp_path / "x.gin").write_text('include "nowhere/at_all.gin"')
+    assert "There is no gin file nowhere/at_all.gin." in fails([], [str(tmp_path / "x.gin")])
+
+
+def test_import_that_fails(tmp_path):
+    (tmp_path / "x.gin").write_text("import famx_no_such_module")
+    assert "famx_no_such_module" in fails([], [str(tmp_path / "x.gin")])
+
+
+def test_file_that_cannot_be_parsed(tmp_path):
+    path = tmp_path / "x.gin"
+    path.write_text("build_tool.alpha = 1\nbuild_tool.beta == 2\n")
+    assert f"cannot be read in {path}, line 2" in fails([], [str(path)])
+
+
+def test_text_without_quotes():
+    sentence = fails(["build_tool.alpha = ab"])
+    assert "needs quotes, as in --gin.build_tool.alpha=\"'text'\"" in sentence
+
+
+def test_unset_macro_is_named():
+    sentence = fails(["build_tool.model_dir = %MODEL_DIR"])
+    assert sentence == "MODEL_DIR is not set: add --gin.MODEL_DIR=\"'/some/dir'\"."
+
+
+def test_unset_macro_inside_a_structure():
+    assert "SIZE is not set" in fails(["build_tool.alpha = {'a': (1, [%SIZE])}"])
+
+
+def test_required_macro_and_parameter():
+    assert "SIZE is not set" in fails(["build_tool.alpha = %SIZE", "SIZE = %gin.REQUIRED"])
+    gin.clear_config()
+    assert "build_tool.alpha is not set" in fails(["build_tool.alpha = %gin.REQUIRED"])
+
+
+def test_macro_that_nothing_uses_names_the_nearest():
+    sentence = fails(["build_tool.alpha = %TRAIN_STEPS", "TRAIN_STEPS = 1", "TRAIN_STPES = 5"])
+    assert sentence.startswith("Nothing uses TRAIN_STPES")
+    assert sentence.endswith("Did you mean TRAIN_STEPS?")
+
+
+def test_macro_used_by_a_macro_is_used():
+    gin_utils.parse_gin([], ["build_tool.alpha = %A", "A = %B", "B = 4"])
+    assert build_tool()[0] == 4
+
+
+def test_check_all_used():
+    gin_utils.parse_gin([], ["build_tool.alpha = 3", "in/build_tool.beta = 4"])
+    with pytest.raises(ConfigError, match="build_tool.alpha has no effect"):
+        gin_utils.check_all_used()
+    gin_utils.check_all_used(ignore=["build_tool"])
+    build_tool()
+    with pytest.raises(ConfigError, match="in/build_tool.beta has no effect"):
+        gin_utils.check_all_used()
+    with gin.config_scope("in"):
+        build_tool()
+    gin_utils.check_all_used()
+
+
+def test_check_all_used_sees_a_caller_that_overrides():
+    gin_utils.parse_gin([], ["build_tool.alpha = 3"])
+    build_tool(alpha=1)
+    with pytest.raises(ConfigError, match="alpha"):
+        gin_utils.check_all_used()
+
+
+def test_operative_config_is_written(tmp_path):
+    gin_utils.parse_gin([], ["build_tool.alpha = 31"])
+    build_tool()
+    gin_utils.write_operative_config(str(tmp_path / "run"))
+    text = (tmp_path / "run" / "config.gin").read_text()
+    assert "build_tool.alpha = 31" in text and "build_tool.beta = 2" in text
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.gin"]
+
+
+PROGRAM = """
+import gin
+from famx import gin_utils
+from famx.errors import ConfigError
+
+@gin.configurable
+def job(steps=gin.REQUIRED, block=1):
+    if block > 10:
+        raise ConfigError("block is too large: use at most 10.")
+    if block < 0:
+        raise RuntimeError("a bug")
+    print("ran", steps)
+
+def main(argv):
+    gin_utils.parse_gin_flags()
+    job()
+
+gin_utils.run(main)
+"""
+
+
+def run_program(tmp_path, *args):
+    (tmp_path / "prog.py").write_text(PROGRAM)
+    env = {**os.environ, "PYTHONPATH": str(gin_utils.gin_root())}
+    return subprocess.run(
+        [sys.executable, "prog.py", *args], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+
+
+def test_run_parses_flags(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.gin").write_text("job.steps = 3")
+    result = run_program(
+        tmp_path, "--gin_file=a.gin", "--gin_search_paths=other,sub", "--gin.job.block=4"
+    )
+    assert (result.returncode, result.stdout) == (0, "ran 3\n"), result.stderr
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        (["--gin.job.steps=1", "--gin.job.block=11"], "block is too large: use at most 10."),
+        (["--gin.job.block=1"], "job.steps is not set: add --gin.job.steps=VALUE."),
+        (["--gin.job.stesp=1"], "job has no parameter stesp. Did you mean steps?"),
+        (["--gin.job"], "--gin.job is no gin binding: write it as --gin.NAME=VALUE."),
+    ],
+)
+def test_run_prints_one_sentence(tmp_path, args, sentence):
+    result = run_program(tmp_path, *args)
+    assert (result.returncode, result.stderr) == (2, f"famx: error: {sentence}\n")
+
+
+def test_run_keeps_the_traceback_of_a_bug(tmp_path):
+    result = run_program(tmp_path, "--gin.job.steps=1", "--gin.job.block=-1")
+    assert result.returncode == 1 and "Traceback" in result.stderr and "a bug" in result.stderr

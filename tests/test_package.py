@@ -1,0 +1,153 @@
+"""famx installed: gin files found from a wheel and from an editable install; imports stay light."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import gin
+import pytest
+
+import famx
+
+ROOT = pathlib.Path(famx.__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md")
+LOOK = """
+import sys, famx
+from famx import gin_utils
+from famx.errors import ConfigError
+import gin
+@gin.configurable
+def job(size): return size
+gin_utils.parse_gin(["gin_configs/examples/probe.gin"])
+assert job() == 5
+print(famx.__file__, gin_utils.gin_root())
+"""
+
+VERSION = famx.__version__ + "+probe"
+
+needs_checkout = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="needs a checkout of the repository, not a wheel"
+)
+
+
+def run(*command, cwd, **env):
+    result = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what is packaged, with one more gin file, so that builds leave no trace here."""
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for name in SOURCES:
+        shutil.copy(ROOT / name, copy)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "famx", copy / "famx", ignore=ignore)
+    shutil.copytree(ROOT / "gin_configs", copy / "gin_configs", ignore=ignore)
+    nested = copy / "gin_configs" / "examples"
+    nested.mkdir(exist_ok=True)
+    (nested / "probe.gin").write_text('include "gin_configs/probe_base.gin"\njob.size = %SIZE\n')
+    (copy / "gin_configs" / "probe_base.gin").write_text("SIZE = 5\n")
+    # A version of its own keeps the copy apart from a famx that is installed where the tests run.
+    init = copy / "famx" / "__init__.py"
+    init.write_text(init.read_text().replace(famx.__version__, VERSION))
+    return copy
+
+
+def files(root, suffix):
+    return sorted(str(path.relative_to(root)) for path in root.rglob(f"*.{suffix}"))
+
+
+def pip_install(*args, cwd):
+    # --ignore-installed: never uninstall a famx of the environment that runs the tests.
+    flags = ("--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed", "--quiet")
+    run(sys.executable, "-m", "pip", "install", *flags, *args, cwd=cwd)
+
+
+@needs_checkout
+@pytest.mark.slow
+def test_wheel_finds_its_gin_files_outside_the_repository(tmp_path, checkout):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pip_install(str(checkout), "--target", str(site), cwd=elsewhere)
+    package, root = run(sys.executable, "-c", LOOK, cwd=elsewhere, PYTHONPATH=str(site)).split()
+    assert pathlib.Path(package) == site / "famx" / "__init__.py"
+    assert pathlib.Path(root) == site / "famx"
+    assert files(site / "famx" / "gin_configs", "gin") == files(checkout / "gin_configs", "gin")
+    assert files(site / "famx", "py") == files(checkout / "famx", "py")
+    (metadata,) = site.glob("famx-*.dist-info/METADATA")
+    assert f"Version: {VERSION}\n" in metadata.read_text()
+
+
+@needs_checkout
+@pytest.mark.slow
+def test_editable_install_finds_the_gin_files_of_the_checkout(tmp_path, checkout):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pip_install("--prefix", str(tmp_path / "env"), "--editable", str(checkout), cwd=elsewhere)
+    (site,) = (tmp_path / "env").rglob("site-packages")
+    assert not (site / "famx").exists()
+    # -S and addsitedir: start as an interpreter whose only site directory is the new one.
+    look = f"import site; site.addsitedir({str(site)!r})\n" + LOOK
+    libraries = str(pathlib.Path(gin.__file__).parent.parent)
+    out = run(sys.executable, "-S", "-c", look, cwd=elsewhere, PYTHONPATH=libraries)
+    package, root = out.split()
+    assert (pathlib.Path(package).parent.parent, pathlib.Path(root)) == (checkout, checkout)
+
+
+def test_importing_famx_imports_nothing_heavy():
+    code = "import sys, famx; print([m for m in ('jax', 'gin', 'numpy') if m in sys.modules])"
+    assert run(sys.executable, "-c", code, cwd=ROOT) == "[]\n"
+
+
+def test_engine_needs_no_tensorflow_and_no_seqio():
+    code = """if True:
+        import sys
+        for name in ("tensorflow", "seqio", "tensorflow_datasets", "tensorboard"):
+            sys.modules[name] = None  # importing it now raises ImportError
+        import famx.gin_utils
+        from famx.training import checkpoints, optimizers, partitioning, run_log, schedules
+    """
+    run(sys.executable, "-c", code, cwd=ROOT)
+
+
+@needs_checkout
+def test_readme_commands_are_marked_once_and_ci_runs_the_test_command():
+    readme = (ROOT / "README.md").read_text()
+    for marker in ("main-command", "test-command"):
+        blocks = re.findall(rf"^<!-- {marker} -->\n```bash\n(.+?)\n```$", readme, re.M | re.S)
+        assert len(blocks) == 1 and "python -m venv .venv" in blocks[0]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@needs_checkout
+@pytest.mark.slow
+def test_ci_runs_exactly_the_readme_block_in_a_clone_and_cleans_up(tmp_path):
+    repo, scratch = tmp_path / "repo", tmp_path / "scratch"
+    (repo / ".ci").mkdir(parents=True)
+    scratch.mkdir()
+    shutil.copy(ROOT / ".ci" / "run", repo / ".ci" / "run")
+    (repo / "README.md").write_text(
+        "```\nexit 9\n```\n<!-- test-command -->\n```bash\npwd\ncat README.md | wc -l\nfalse\n"
+        "echo not reached\n```\n```\nexit 8\n```\n"
+    )
+    git = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "x")):
+        run(*git, *command, cwd=repo)
+    result = subprocess.run(
+        [repo / ".ci" / "run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
+    where, lines = result.stdout.split()
+    assert result.returncode == 1 and int(lines) == 13
+    assert pathlib.Path(where).is_relative_to(scratch) and list(scratch.iterdir()) == []

@@ -1,0 +1,167 @@
+"""Rules, meshes and shardings; what needs several devices runs in one subprocess with eight."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import famx
+from famx.errors import ConfigError
+from famx.training import partitioning
+from famx.training.partitioning import Rules, rules
+
+ROOT = str(pathlib.Path(famx.__file__).parent.parent)
+
+
+def test_presets():
+    query = ("embed", "heads", "kv")
+    assert rules("data").spec(query) == P(None, None, None)
+    assert rules("fsdp").spec(query) == P("fsdp", None, None)
+    assert rules("fsdp_tensor").spec(query) == P("fsdp", "tensor", None)
+    assert rules("fsdp_tensor").spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
+    assert rules("fsdp_tensor").spec(("vocab", "embed")) == P("tensor", "fsdp")
+    assert rules("fsdp_tensor").spec(("fam", "embed")) == P(None, "fsdp")
+
+
+def test_batch_wins_over_the_width_of_activations():
+    for preset in partitioning.PRESETS:
+        spec = rules(preset).spec(("batch", "blocks", "length", "embed"))
+        assert spec == P(("data", "fsdp"), None, "context", None)
+    assert rules().spec(("layers", "batch", "fam", "embed"))[1] == ("data", "fsdp")
+    assert rules().spec(("batch", "length", "vocab"))[2] == "tensor"
+
+
+@given(st.permutations(["embed", "mlp", "kv"]))
+def test_collisions_are_refused(names):
+    both = Rules({"embed": ("tensor",), "mlp": ("tensor",)})
+    with pytest.raises(ConfigError, match="both cut over the mesh axis tensor"):
+        both.spec(names)
+    with pytest.raises(ConfigError, match="both cut"):
+        rules("fsdp").spec(["embed", "embed"])
+
+
+def test_unknown_names():
+    with pytest.raises(ConfigError, match="no logical axis named 'widht': choose from"):
+        Rules({"widht": ("data",)})
+    with pytest.raises(ConfigError, match="no mesh axis named 'model'"):
+        Rules({"embed": ("model",)})
+    with pytest.raises(ConfigError, match="no logical axis named 'joined'"):
+        rules().spec(["joined"])
+    with pytest.raises(ConfigError, match="set of sharding rules named 'zero'"):
+        rules("zero")
+
+
+def test_pairs_agree_with_flax():
+    with nn.logical_axis_rules(rules().pairs()):
+        for names in (("embed", "mlp"), ("batch", "length", "embed"), ("layers", "vocab", "embed")):
+            assert nn.logical_to_mesh_axes(names) == rules().spec(names)
+
+
+def test_mesh_on_one_device():
+    one = jax.devices()[:1]
+    assert partitioning.make_mesh(devices=one).devices.shape == (1, 1, 1, 1)
+    with pytest.raises(ConfigError, match="does not fit 1 device.*must divide"):
+        partitioning.make_mesh(fsdp=2, devices=one)
+    with pytest.raises(ConfigError, match="multiply to"):
+        partitioning.make_mesh(data=2, devices=one)
+    for sizes in ({"fsdp": 0}, {"fsdp": -1}, {"tensor": -2}):
+        with pytest.raises(ConfigError, match="at least 1, and at most one of them -1"):
+            partitioning.make_mesh(**sizes, devices=one)
+
+
+EIGHT = """
+import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from famx.errors import ConfigError
+from famx.training import partitioning as part
+
+def sentence(call, *args):
+    try:
+        call(*args)
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+assert jax.device_count() == 8
+mesh = part.make_mesh(fsdp=2, tensor=2)
+assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+assert all("Auto" in str(kind) for kind in mesh.axis_types)
+assert part.make_mesh().shape["data"] == 8
+assert "data -1 x fsdp 3 x tensor 1 x context 1 does not fit 8" in sentence(part.make_mesh, -1, 3)
+
+class Net(nn.Module):
+    heads: int = 4
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.normal(), ("embed", "heads", "kv"))
+        w = self.param("w", init, (16, self.heads, 5))
+        plain = self.param("plain", nn.initializers.ones, (3,))
+        return jnp.einsum("be,ehk->bhk", x, w) * plain[0]
+
+x = jnp.arange(8.0 * 16).reshape(8, 16) / 100
+boxed = jax.eval_shape(Net().init, jax.random.key(0), x)
+for preset, want in (("data", P(None, None, None)), ("fsdp_tensor", P("fsdp", "tensor", None))):
+    shardings = part.logical_to_sharding(boxed, mesh, part.rules(preset))
+    assert shardings["params"]["w"].spec == want, shardings
+    assert shardings["params"]["plain"].is_fully_replicated
+    init = jax.jit(lambda key: nn.unbox(Net().init(key, x)), out_shardings=shardings)
+    params = init(jax.random.key(0))
+    assert params["params"]["w"].sharding == shardings["params"]["w"]
+    one = nn.unbox(Net().init(jax.random.key(0), x))
+    np.testing.assert_allclose(params["params"]["w"], one["params"]["w"], rtol=1e-6)
+    y = jax.jit(Net().apply)(params, jax.device_put(x, part.batch_sharding(mesh)))
+    np.testing.assert_allclose(y, Net().apply(one, x), rtol=1e-4, atol=1e-5)
+shards = {s.data.shape for s in params["params"]["w"].addressable_shards}
+assert shards == {(8, 2, 5)}, shards
+
+odd = jax.eval_shape(Net(heads=1).init, jax.random.key(0), x)
+text = sentence(part.logical_to_sharding, odd, mesh, part.rules("fsdp_tensor"))
+assert "Axis heads of params/w has size 1, which cannot be divided over 2 devices" in text, text
+kept = part.logical_to_sharding(odd, mesh, part.rules("fsdp_tensor", ["heads"]))
+assert kept["params"]["w"].spec == P("fsdp", None, None)
+specs = part.logical_to_sharding({"a": P("batch", "embed")}, mesh, part.rules())
+assert specs["a"].spec == P(("data", "fsdp"), None)
+
+assert part.batch_sharding(mesh).shard_shape((8, 3)) == (2, 3)
+part.check_batch_size(8, mesh)
+text = sentence(part.check_batch_size, 6, mesh)
+assert text == ("BATCH_SIZE 6 cannot be divided over 4 devices (data 2 x fsdp 2):"
+                " use a multiple of 4."), text
+print("done")
+"""
+
+
+def test_eight_devices():
+    result = subprocess.run(
+        [sys.executable, "-c", EIGHT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+    )
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+def test_batch_size_on_one_device():
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    partitioning.check_batch_size(3, mesh)
+    with pytest.raises(ConfigError, match="BATCH_SIZE 0"):
+        partitioning.check_batch_size(0, mesh)
+
+
+def test_unboxed_leaves_stay_whole():
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    shardings = partitioning.logical_to_sharding({"a": jnp.ones((2, 3))}, mesh, rules())
+    assert shardings["a"].is_fully_replicated

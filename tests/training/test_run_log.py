@@ -1,0 +1,119 @@
+"""The run log: one history across resumes, and progress for terminals and files."""
+
+import io
+import json
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from famx.training.run_log import RunLog, read_metrics
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def events(directory):
+    """Every event in the directory's event files, in order."""
+    found = []
+    for path in sorted(directory.rglob("events.out.tfevents.*")):
+        blob, at = path.read_bytes(), 0
+        while at < len(blob):  # record: length (8), crc (4), payload, crc (4)
+            size = int.from_bytes(blob[at : at + 8], "little")
+            found.append(Event.FromString(blob[at + 12 : at + 12 + size]))
+            at += 16 + size
+    return found
+
+
+def scalars(directory):
+    return [(e.step, v.tag, v.simple_value) for e in events(directory) for v in e.summary.value]
+
+
+def test_write_reaches_both_files(tmp_path):
+    log = RunLog(tmp_path, stream=io.StringIO())
+    log.write(1, {"loss": 2.5, "accuracy": 0.25})
+    log.write(1, {"accuracy": 0.5}, split="eval")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["split"]) for line in lines] == [(1, "train"), (1, "eval")]
+    assert lines[0]["loss"] == 2.5 and lines[0]["time"] > 0
+    assert read_metrics(tmp_path, "eval")[0]["accuracy"] == 0.5
+    log.close()
+    log.close()
+    assert scalars(tmp_path / "tensorboard" / "train") == [
+        (1, "train/loss", 2.5),
+        (1, "train/accuracy", 0.25),
+        (1, "eval/accuracy", 0.5),
+    ]
+
+
+def test_device_scalars_and_nan_are_written(tmp_path):
+    import jax.numpy as jnp
+
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        log.write(jnp.int32(2), {"loss": jnp.float32(float("nan"))})
+    (line,) = read_metrics(tmp_path)
+    assert line["step"] == 2 and line["loss"] != line["loss"]
+
+
+def test_resume_drops_what_was_never_checkpointed(tmp_path):
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        for step in range(1, 6):
+            log.write(step, {"loss": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a kill in the middle of a line
+    with RunLog(tmp_path, start_step=3, stream=io.StringIO()) as log:
+        for step in range(4, 7):
+            log.write(step, {"loss": 10 * step})
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [1, 2, 3, 40, 50, 60]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    started = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
+    assert started == [4]  # TensorBoard hides the first run's points from step 4 on
+
+
+def test_new_run_starts_a_new_history(tmp_path):
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        log.write(5, {"loss": 1})
+    RunLog(tmp_path, start_step=0, stream=io.StringIO()).close()
+    assert read_metrics(tmp_path) == []
+
+
+def test_plain_lines(tmp_path, monkeypatch):
+    clock = iter([100.0, 100.0 + 75])
+    monkeypatch.setattr("famx.training.run_log._now", lambda: next(clock))
+    stream = io.StringIO()
+    with RunLog(tmp_path, total_steps=40, start_step=10, stream=stream) as log:
+        log.progress(20, {"loss": 1.23456, "tokens/s": 20480.0})
+    assert stream.getvalue() == (
+        "train step 20/40  loss 1.235  tokens/s 2.048e+04  elapsed 1:15  eta 2:30\n"
+    )
+
+
+def test_bar_on_a_terminal(tmp_path):
+    stream = Terminal()
+    with RunLog(tmp_path, total_steps=40, start_step=10, stream=stream) as log:
+        log.progress(20, {"loss": 1.5})
+        log.message("saved")
+    assert "20/40" in stream.getvalue() and "loss=1.5" in stream.getvalue()
+    assert "\r" in stream.getvalue() and "saved\n" in stream.getvalue()
+
+
+def test_message_without_a_terminal(tmp_path):
+    stream = io.StringIO()
+    with RunLog(tmp_path, stream=stream) as log:
+        log.message("saved")
+    assert stream.getvalue() == "saved\n"
+
+
+def test_disabled_writes_nothing(tmp_path):
+    with RunLog(tmp_path, enabled=False) as log:
+        log.write(1, {"loss": 1.0})
+        log.progress(1, {"loss": 1.0})
+        log.message("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["text", None])
+def test_only_numbers(tmp_path, value):
+    with RunLog(tmp_path, stream=io.StringIO()) as log, pytest.raises((TypeError, ValueError)):
+        log.write(1, {"loss": value})
