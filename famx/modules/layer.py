@@ -12,7 +12,7 @@ import numpy as np
 from famx.modules import rope
 from famx.modules.attention import attend, token_attention, visible
 from famx.modules.config import DecoderConfig
-from famx.modules.layers import FeedForward, Norm, projection, rms_normalize
+from famx.modules.layers import FeedForward, Norm, Projection, rms_normalize
 
 
 @flax.struct.dataclass
@@ -47,12 +47,10 @@ class Layer(nn.Module):
         c = self.config
         heads, kv_heads = ("heads", "kv"), ("kv_heads", "kv")
         self.attention_norm = Norm(c)
-        self.query = projection(c, (c.num_heads, c.head_dim), ("embed",), heads, c.qkv_bias, None)
-        kv = lambda: projection(
-            c, (c.num_kv_heads, c.head_dim), ("embed",), kv_heads, c.qkv_bias, None
-        )
+        self.query = Projection(c, (c.num_heads, c.head_dim), ("embed",), heads, c.qkv_bias)
+        kv = lambda: Projection(c, (c.num_kv_heads, c.head_dim), ("embed",), kv_heads, c.qkv_bias)
         self.key, self.value = kv(), kv()
-        self.output = projection(c, (c.embed_dim,), heads, ("embed",), c.output_bias, None)
+        self.output = Projection(c, (c.embed_dim,), heads, ("embed",), c.output_bias)
         self.mlp = FeedForward(c)
         if not c.parallel_block:
             self.mlp_norm = Norm(c)

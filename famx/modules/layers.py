@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from famx.modules.config import DecoderConfig
 
-_KERNEL = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 _EMBEDDING = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
 _ACTIVATION = {
     "silu": nn.silu,
@@ -57,18 +56,31 @@ class Norm(nn.Module):
         return x.astype(c.dtype)
 
 
-def projection(config: DecoderConfig, features, in_axes, out_axes, use_bias, name):
-    """A linear map `[..., *in_axes] -> [..., *out_axes]` with logical axis names."""
-    return nn.DenseGeneral(
-        features,
-        axis=tuple(range(-len(in_axes), 0)),
-        use_bias=use_bias,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        kernel_init=partitioned(_KERNEL, *in_axes, *out_axes),
-        bias_init=partitioned(nn.initializers.zeros, *out_axes),
-        name=name,
-    )
+class Projection(nn.Module):
+    """A linear map `[..., *in_axes] -> [..., *out_axes]` whose axes have logical names."""
+
+    config: DecoderConfig
+    features: tuple[int, ...]
+    in_axes: tuple[str, ...]
+    out_axes: tuple[str, ...]
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        c, n = self.config, len(self.in_axes)
+        rank = n + len(self.features)
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=range(n), out_axis=range(n, rank)
+        )
+        shape = x.shape[-n:] + self.features
+        kernel = self.param(
+            "kernel", partitioned(init, *self.in_axes, *self.out_axes), shape, c.param_dtype
+        )
+        x = jnp.tensordot(x.astype(c.dtype), kernel.astype(c.dtype), axes=n)
+        if self.use_bias:
+            zeros = partitioned(nn.initializers.zeros, *self.out_axes)
+            x = x + self.param("bias", zeros, self.features, c.param_dtype).astype(c.dtype)
+        return x
 
 
 class FeedForward(nn.Module):
@@ -79,8 +91,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        up = lambda name: projection(c, (c.mlp_dim,), ("embed",), ("mlp",), c.mlp_bias, name)(x)
+        up = lambda name: Projection(
+            c, (c.mlp_dim,), ("embed",), ("mlp",), c.mlp_bias, name=name
+        )(x)
         hidden = _ACTIVATION[c.activation](up("gate" if c.gated_mlp else "up"))
         if c.gated_mlp:
             hidden = hidden * up("up")
-        return projection(c, (c.embed_dim,), ("mlp",), ("embed",), c.mlp_bias, "down")(hidden)
+        return Projection(c, (c.embed_dim,), ("mlp",), ("embed",), c.mlp_bias, name="down")(hidden)

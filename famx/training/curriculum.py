@@ -1,0 +1,59 @@
+"""A curriculum that unlocks longer documents, or older memories, once the model is accurate."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Curriculum:
+    """Which document lengths, in blocks, training draws from.
+
+    Half of the draws are of the newest length, the others uniform over those before.
+
+    Attributes:
+      blocks: lengths in the order in which they unlock.
+      unlock: smoothed metric at which the next length unlocks.
+      metric: name of the metric, computed on batches of the newest length alone.
+      smoothing: weight of the past in the smoothed metric, per step of the newest length.
+      newest: share of the draws that go to the newest length.
+
+    Raises:
+      ValueError: no length, or a share outside [0, 1].
+    """
+
+    blocks: tuple[int, ...]
+    unlock: float = 0.9
+    metric: str = "exact_match"
+    smoothing: float = 0.9
+    newest: float = 0.5
+
+    def __post_init__(self):
+        if not self.blocks or any(b < 1 for b in self.blocks):
+            raise ValueError(f"A curriculum needs lengths of at least 1 block, got {self.blocks}.")
+        for name in ("unlock", "smoothing", "newest"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"The curriculum's {name} must lie in [0, 1].")
+        self.stage, self.level = 0, 0.0
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """A length in blocks."""
+        if self.stage == 0 or rng.random() < self.newest:
+            return self.blocks[self.stage]
+        return self.blocks[int(rng.integers(self.stage))]
+
+    def observe(self, blocks: int, value: float) -> bool:
+        """Takes the metric of a batch of `blocks`; True if that unlocked the next length."""
+        if blocks != self.blocks[self.stage]:
+            return False
+        self.level = self.smoothing * self.level + (1 - self.smoothing) * float(value)
+        if self.level < self.unlock or self.stage + 1 == len(self.blocks):
+            return False
+        self.stage, self.level = self.stage + 1, 0.0
+        return True
+
+    def get_state(self) -> dict:
+        return {"stage": self.stage, "level": self.level}
+
+    def set_state(self, state: dict):
+        self.stage, self.level = int(state["stage"]), float(state["level"])

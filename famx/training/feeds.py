@@ -1,0 +1,222 @@
+"""Where a training step's batch comes from, and from which states its examples go on.
+
+A feed has `next(step) -> (batch, blocks)` (numpy rows of this host; `blocks` is the length of the
+documents, or None), `observe(blocks, value) -> bool` for a curriculum, `prepare(step, params, lanes)
+-> lanes` for states made before the step, and `get_state`/`set_state` for exact resumption.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from famx import state_passing as passing
+from famx.data import ContinuousLanes, IndexedDocuments
+from famx.errors import ConfigError
+from famx.streaming import Streamer
+from famx.training.curriculum import Curriculum
+
+
+class LaneFeed:
+    """Documents read by continuous lanes. The engine carries the states, unless told not to."""
+
+    def __init__(self, lanes: ContinuousLanes):
+        self.lanes = lanes
+
+    def next(self, step):
+        return next(self.lanes), None
+
+    def observe(self, blocks, value):
+        return False
+
+    def prepare(self, step, params, lanes):
+        return lanes
+
+    def get_state(self):
+        return self.lanes.get_state()
+
+    def set_state(self, state):
+        self.lanes.set_state(state)
+
+
+class IndexedFeed:
+    """Rows of a task that is a pure function of an index; step `s` has indices `s * B` and on.
+
+    Args:
+      task: an object with `batch(indices, length)`, such as `PasskeyTask`.
+      batch_size: rows of the global batch.
+      block_size: tokens of a block.
+      blocks: blocks through which the gradient goes; longer documents need an `AgedFeed`.
+      curriculum: draws the lengths; None: always `blocks`.
+      seed: of the draws.
+      shard: this host's index, and how many hosts there are.
+    """
+
+    def __init__(self, task, batch_size, block_size, blocks, curriculum, seed, shard=(0, 1)):
+        self.task, self.batch_size, self.block_size, self.blocks = task, batch_size, block_size, blocks
+        self.curriculum = curriculum or Curriculum((blocks,))
+        self.seed, self.shard = seed, shard
+        shortest, longest = min(self.curriculum.blocks), max(self.curriculum.blocks)
+        needed = math.ceil(task.min_length / block_size)
+        if shortest < needed:
+            raise ConfigError(
+                f"The shortest length of the curriculum is {shortest} blocks of {block_size} tokens, "
+                f"but the task needs {task.min_length} tokens, {needed} blocks."
+            )
+        if longest > blocks and type(self) is IndexedFeed:
+            raise ConfigError(
+                f"The curriculum goes to {longest} blocks, but the rows hold {blocks}: raise "
+                "TASK_FEATURE_LENGTHS, or set STATE_PASSING to 'aged'."
+            )
+
+    def rng(self, step, stream):
+        return np.random.default_rng([self.seed, step, stream])
+
+    def next(self, step):
+        blocks = self.curriculum.draw(self.rng(step, 0))
+        return self.fresh(step, blocks), blocks
+
+    def fresh(self, step, blocks):
+        """A batch of whole documents of so many blocks."""
+        return self.rows(step * self.batch_size, blocks)
+
+    def rows(self, first, blocks):
+        """The documents from index `first` on: this host's part of a global batch."""
+        index, count = self.shard
+        rows = self.batch_size // count
+        start = first + index * rows
+        return self.task.batch(range(start, start + rows), blocks * self.block_size)
+
+    def observe(self, blocks, value):
+        return self.curriculum.observe(blocks, value)
+
+    def prepare(self, step, params, lanes):
+        return lanes
+
+    def get_state(self) -> dict[str, Any]:
+        return {"curriculum": self.curriculum.get_state()}
+
+    def set_state(self, state):
+        self.curriculum.set_state(state["curriculum"])
+
+
+class AgedFeed(IndexedFeed):
+    """Rows that end documents longer than the gradient reaches: the aged-state pool.
+
+    The pool has `groups` groups of a batch each. Every `refresh_period` steps one group is made
+    anew: fresh documents, all of one length, are read up to their last `blocks` blocks under the
+    current weights without gradient, and their states are kept. A step on a group trains the rest.
+    """
+
+    def __init__(self, *args, model, groups=8, refresh_period=8, place=lambda batch: batch, **kwargs):
+        super().__init__(*args, **kwargs)
+        if groups < 1 or refresh_period < 1:
+            raise ConfigError("The aged-state pool needs groups and refresh_period of at least 1.")
+        self.model, self.refresh_period, self.place = model, refresh_period, place
+        self.streamer = Streamer(model.module)
+        self.lengths, self.firsts = [0] * groups, [0] * groups  # blocks and first index of each
+        self.made = 0  # groups ever made
+        self._put = jax.jit(_put_group, donate_argnums=0, static_argnums=2)
+
+    @property
+    def pool_size(self) -> int:
+        return len(self.lengths) * self.batch_size
+
+    def next(self, step):
+        blocks = self.curriculum.draw(self.rng(step, 0))
+        if blocks > self.blocks:
+            groups = [g for g, length in enumerate(self.lengths) if length == blocks]
+            groups = groups or [g for g, length in enumerate(self.lengths) if length]
+            if groups:
+                return self._group(int(self.rng(step, 1).choice(groups)))
+            blocks = self.blocks
+        batch = self.fresh(step, blocks)
+        return {**batch, "lane": np.full(len(batch["answer"]), -1, np.int32)}, blocks
+
+    def prepare(self, step, params, lanes):
+        """Makes a group anew where one is due."""
+        unlocked = [b for b in self.curriculum.blocks[: self.curriculum.stage + 1] if b > self.blocks]
+        missing = [b for b in unlocked if b not in self.lengths]
+        if not unlocked or (step % self.refresh_period and not missing):
+            return lanes
+        blocks = missing[-1] if missing else int(self.rng(step, 2).choice(unlocked))
+        group = self.made % len(self.lengths)
+        # The indices of pool documents never meet those of the fresh ones.
+        self.lengths[group], self.firsts[group] = blocks, 2**40 + self.made * self.batch_size
+        self.made += 1
+        prefix = self.rows(self.firsts[group], blocks)["decoder_input_tokens"]
+        prefix = prefix[:, : (blocks - self.blocks) * self.block_size]
+        state = self.streamer.initial_state(params, self.batch_size)
+        state = self.streamer.read(params, state, self.place(prefix))
+        return self._put(lanes, state, group)
+
+    def _group(self, group):
+        blocks = self.lengths[group]
+        rows = self.rows(self.firsts[group], blocks)
+        start = (blocks - self.blocks) * self.block_size
+        batch = {k: v[:, start:] for k, v in rows.items() if k.startswith("decoder_")}
+        index, count = self.shard
+        size = self.batch_size // count
+        batch["answer"] = rows["answer"]
+        batch["answer_start"] = rows["answer_start"] - start
+        batch["lane"] = (group * self.batch_size + index * size + np.arange(size)).astype(np.int32)
+        return batch, blocks
+
+    def get_state(self):
+        state = super().get_state()
+        return {**state, "lengths": self.lengths, "firsts": self.firsts, "made": self.made}
+
+    def set_state(self, state):
+        super().set_state(state)
+        self.lengths, self.firsts = list(state["lengths"]), list(state["firsts"])
+        self.made = int(state["made"])
+
+
+def _put_group(pool, state, group):
+    size = state.batch_size
+    put = lambda a, b, axis: jax.lax.dynamic_update_slice_in_dim(a, b, group * size, axis)
+    return pool.map_examples(put, state)
+
+
+def make_feed(
+    task, mode, model, batch_size, length, curriculum, seed, shard, place, pool_groups, pool_refresh,
+    lane_documents,
+):  # fmt: skip
+    """The feed of a task under a state-passing mode; `length` tokens are one training row.
+
+    Raises:
+      ConfigError: the task, the mode and the lengths do not go together.
+    """
+    size = model.config.block_size
+    if mode not in passing.MODES:
+        raise ConfigError(
+            f"STATE_PASSING is {mode!r}; choose one of {', '.join(passing.MODES)}."
+        )
+    if length < size or length % size:
+        raise ConfigError(
+            f"The row length {length} of TASK_FEATURE_LENGTHS must be a multiple of the block size "
+            f"{size}: use {max(size, length // size * size)} or change DecoderConfig.block_size."
+        )
+    indexed = hasattr(task, "batch")
+    if not indexed and not hasattr(task, "__getitem__"):
+        raise ConfigError(
+            f"The task {type(task).__name__} has neither rows by index nor documents to train on."
+        )
+    if indexed and mode != "continuous":
+        common = (task, batch_size, size, length // size, curriculum, seed, shard)
+        if mode != "aged":
+            return IndexedFeed(*common)
+        return AgedFeed(
+            *common, model=model, groups=pool_groups, refresh_period=pool_refresh, place=place
+        )
+    if mode == "aged" or curriculum is not None:
+        what = "The aged-state pool" if mode == "aged" else "A curriculum"
+        raise ConfigError(
+            f"{what} needs a task whose examples are made by index, such as 'passkey_words', and "
+            "state passing other than 'continuous'."
+        )
+    if indexed:
+        task = IndexedDocuments(task, lane_documents.length, lane_documents.count)
+    lanes = ContinuousLanes(task, batch_size, length, seed, *shard)
+    return LaneFeed(lanes)

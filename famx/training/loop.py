@@ -1,0 +1,280 @@
+"""The training loop, read from top to bottom."""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import numpy as np
+
+from famx import gin_utils, state_passing
+from famx.data import registry
+from famx.errors import ConfigError
+from famx.metrics import Mean
+from famx.models import DecoderModel
+from famx.training import partitioning
+from famx.training.checkpoints import Checkpointer, check_model_dir, check_same_model
+from famx.training.curriculum import Curriculum
+from famx.training.feeds import make_feed
+from famx.training.run_log import RunLog
+from famx.training.step import make_initializer, make_train_step
+
+_MAX_SKIPPED = 20  # steps in a row whose gradient was not finite
+
+
+@dataclasses.dataclass(frozen=True)
+class LaneDocuments:
+    """How continuous lanes cut documents from a task that is made by index."""
+
+    length: int = 16384  # tokens of a document
+    count: int = 1_000_000
+
+
+@gin.configurable
+def train(
+    model_dir: str,
+    model: DecoderModel,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    total_steps: int,
+    batch_size: int,
+    optimizer: Any,
+    task_options: Mapping[str, Any] | None = None,
+    random_seed: int = 0,
+    state_passing_mode: str = "none",
+    random_state: state_passing.RandomState | None = None,
+    curriculum: Curriculum | None = None,
+    pool_groups: int = 8,
+    pool_refresh_period: int = 8,
+    lane_documents: LaneDocuments = LaneDocuments(),
+    evaluation: Any = None,
+    eval_period: int = 0,
+    log_period: int = 10,
+    checkpoint_period: int = 1000,
+    checkpoints_to_keep: int | None = 3,
+) -> dict[str, float]:
+    """Trains a model, or goes on where the last run in `model_dir` stopped, bit for bit.
+
+    Args:
+      model_dir: absolute directory of checkpoints and logs.
+      model: what to train.
+      mixture_or_task_name: a task of `famx.data`, made with `task_options`.
+      task_feature_lengths: `{"targets": L}`, the tokens of a row through which gradients go.
+      total_steps: steps of the whole run, earlier parts included.
+      batch_size: rows of the global batch.
+      optimizer: an optax transformation.
+      random_seed: of parameters, data and everything else that is drawn.
+      state_passing_mode: none, random, continuous or aged; see `famx.state_passing`.
+      random_state: settings of random state passing.
+      curriculum: lengths in blocks that unlock on accuracy; those beyond a row need `aged`.
+      pool_groups, pool_refresh_period: the aged-state pool, see `AgedFeed`.
+      lane_documents: documents that continuous lanes cut from a task made by index.
+      evaluation: called as `evaluation(model, params, step) -> scalars` every `eval_period` steps;
+        its `report(model, params, model_dir)`, if any, ends the run.
+      eval_period, log_period, checkpoint_period: in steps; `eval_period` 0: at the end alone.
+      checkpoints_to_keep: the newest so many; None: all.
+
+    Returns:
+      The last logged scalars.
+
+    Raises:
+      ConfigError: with one sentence, before anything is compiled, if the settings do not fit.
+    """
+    # ---------------------------------------------------------------- checks
+    directory = check_model_dir(model_dir)
+    for name, value in (("TRAIN_STEPS", total_steps), ("log_period", log_period)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}.")
+    if "targets" not in task_feature_lengths:
+        raise ConfigError("TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}.")
+    check_same_model(directory, dataclasses.asdict(model.config))
+    mesh = partitioning.make_mesh()
+    rules = partitioning.rules()
+    partitioning.check_batch_size(batch_size, mesh)
+    partitioning.check_batch_size(batch_size, _hosts())
+    task = _make_task(mixture_or_task_name, task_options or {})
+    _check_vocabulary(task, model)
+    model.random_state = None
+    if state_passing_mode == "random":
+        model.random_state = random_state or state_passing.RandomState()
+
+    # ---------------------------------------------------------------- data
+    sharding = partitioning.batch_sharding(mesh)
+
+    def place(batch):
+        make = lambda x: jax.make_array_from_process_local_data(sharding, x)
+        return jax.tree.map(make, batch)
+
+    shard = (jax.process_index(), jax.process_count())
+    feed = make_feed(
+        task, state_passing_mode, model, batch_size, task_feature_lengths["targets"], curriculum,
+        random_seed, shard, place, pool_groups, pool_refresh_period, lane_documents,
+    )  # fmt: skip
+    gin_utils.check_all_used()
+
+    # ---------------------------------------------------------------- state
+    first = shard[0] == 0
+    with contextlib.ExitStack() as stack:
+        num_lanes = getattr(feed, "pool_size", batch_size)
+        initialize, shardings = make_initializer(
+            model, optimizer, state_passing_mode, num_lanes, mesh, rules
+        )
+        abstract = jax.eval_shape(initialize, jax.random.key(random_seed))
+        abstract = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+        )
+        check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
+        checkpointer = stack.enter_context(Checkpointer(directory, keep=checkpoints_to_keep))
+        pending: list[list] = []  # metrics of steps since the last log line
+        if checkpointer.latest_step() is None:
+            state = initialize(jax.random.key(random_seed))
+        else:
+            tree, data, _ = checkpointer.restore(None, abstract.to_checkpoint())
+            state = type(abstract).from_checkpoint(tree)
+            feed.set_state(data["feed"])
+            pending = data["pending"]
+        step = int(state.step)
+        log = stack.enter_context(
+            RunLog(str(directory), total_steps=total_steps, start_step=step, enabled=first)
+        )
+        if first:
+            gin_utils.write_operative_config(str(directory))
+        if step == 0:
+            size = sum(x.size for x in jax.tree.leaves(state.params))
+            log.message(f"{size:,} parameters; {jax.device_count()} {jax.devices()[0].device_kind}")
+        else:
+            log.message(f"Going on from step {step} of {directory}.")
+
+        # ------------------------------------------------------------ loop
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(nn.logical_axis_rules(rules.pairs()))
+        train_step = make_train_step(model, optimizer, state_passing_mode, random_seed, shardings)
+        stop = stack.enter_context(_stop_signal())
+        scalars: dict[str, float] = {}
+        tokens, began, saved, skipped = 0, time.monotonic(), step, 0
+
+        def save():
+            data = {"feed": feed.get_state(), "pending": pending}
+            checkpointer.save(step, state.to_checkpoint(), data, force=True)
+
+        while step < total_steps and not stop():
+            state = state.replace(lanes=feed.prepare(step, state.params, state.lanes))
+            batch, blocks = feed.next(step)
+            batch.pop("answer", None)
+            tokens += batch["decoder_target_tokens"].size * shard[1]
+            state, metrics = train_step(state, place(batch))
+            step += 1
+            values = {k: [float(m.total), float(m.count)] for k, m in jax.device_get(metrics).items()}
+            pending.append([blocks, values])
+            skipped = skipped + 1 if values["skipped"][0] else 0
+            _check_finite(skipped, step, checkpointer)
+            if feed.observe(blocks, _mean(values, getattr(curriculum, "metric", "loss"))):
+                log.message(f"Step {step}: {curriculum.blocks[curriculum.stage]} blocks unlocked.")
+            if step % log_period == 0 or step == total_steps:
+                scalars = _summary(pending)
+                elapsed = time.monotonic() - began
+                scalars |= {"tokens_per_second": tokens / elapsed}
+                if curriculum is not None:
+                    scalars["blocks"] = curriculum.blocks[curriculum.stage]
+                pending, tokens, began = [], 0, time.monotonic()
+                log.write(step, scalars)
+                log.progress(step, scalars)
+            if step % checkpoint_period == 0:
+                save()
+                saved = step
+            if evaluation is not None and eval_period and step % eval_period == 0:
+                log.write(step, evaluation(model, state.params, step), split="eval")
+                began = time.monotonic()
+
+        # ------------------------------------------------------------ end
+        if step != saved or checkpointer.latest_step() is None:
+            save()
+        checkpointer.wait()
+        if step < total_steps:
+            log.message(f"Stopped at step {step}; the same command goes on from there.")
+            return scalars
+        if evaluation is not None:
+            final = evaluation(model, state.params, step)
+            log.write(step, final, split="eval")
+            scalars |= final
+            if first and hasattr(evaluation, "report"):
+                log.message(evaluation.report(model, state.params, str(directory)))
+    return scalars
+
+
+def _make_task(name: str, options: Mapping[str, Any]):
+    try:
+        return registry.get(name, **options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"MIXTURE_OR_TASK_NAME {name!r}: {error}") from error
+
+
+def _check_vocabulary(task, model):
+    vocab = getattr(task, "vocab", None)
+    if vocab is not None and vocab.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"The task's vocabulary has {vocab.vocab_size} tokens, the model's only "
+            f"{model.config.vocab_size}: raise DecoderConfig.vocab_size."
+        )
+
+
+class _hosts:
+    """What `check_batch_size` needs of a mesh, to divide the batch among processes."""
+
+    def __init__(self):
+        self.shape = {"data": jax.process_count(), "fsdp": 1}
+
+
+def _mean(values: Mapping[str, Sequence[float]], name: str) -> float:
+    total, count = values.get(name, (0.0, 0.0))
+    return total / count if count else 0.0
+
+
+def _summary(pending) -> dict[str, float]:
+    sums: dict[str, Mean] = collections.defaultdict(lambda: Mean(0.0, 0.0))
+    for _, values in pending:
+        for name, (total, count) in values.items():
+            sums[name] = Mean(sums[name].total + total, sums[name].count + count)
+    return {k: float(m.total / m.count) if m.count else 0.0 for k, m in sums.items()}
+
+
+def _check_finite(skipped: int, step: int, checkpointer: Checkpointer):
+    if skipped >= _MAX_SKIPPED:
+        raise ConfigError(
+            f"The gradient was not finite in the {skipped} steps before step {step}: lower the "
+            f"learning rate. The last checkpoint, of step {checkpointer.latest_step()}, is good."
+        )
+
+
+@contextlib.contextmanager
+def _stop_signal():
+    """A function that tells whether the run was asked to stop; SIGTERM and SIGINT ask for it."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            os._exit(128 + number)  # the second time it is meant
+        asked.append(number)
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    old = {s: signal.signal(s, ask) for s in signals}
+
+    def stop() -> bool:
+        if jax.process_count() == 1:
+            return bool(asked)
+        from jax.experimental import multihost_utils  # all processes must stop at one step
+
+        return bool(np.max(multihost_utils.process_allgather(np.int32(len(asked)))))
+
+    try:
+        yield stop
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
