@@ -17,8 +17,8 @@ from famx.state_passing import continue_lanes
 from famx.streaming import Streamer
 
 PROBES = {
-    "hold, random words": dict(filler="random_words", second_key=0.0),
-    "hold, repeated": dict(filler="repeated", second_key=0.0),
+    "hold": dict(filler="random_words", second_key=0.0),
+    "hold_repeated": dict(filler="repeated", second_key=0.0),
     "overwrite": dict(filler="random_words", second_key=1.0, second_key_depth=0.5),
 }
 
@@ -142,8 +142,8 @@ class TextEvaluation:
 
     Attributes:
       documents: held-out documents, such as `TextFiles(split="validation")`.
-      batch_size: lanes.
-      length: tokens per call, a multiple of the block size.
+      batch_size: lanes at most.
+      length: tokens per call, rounded down to whole blocks.
       max_tokens: how much is read at most; None: every document to its end.
     """
 
@@ -157,13 +157,21 @@ class TextEvaluation:
         """`bits_per_token` and `accuracy`."""
         del step
         run = self._jitted.setdefault(model.module, jax.jit(_lane_step(model)))
-        lanes = ContinuousLanes(self.documents, self.batch_size, self.length)
-        total = sum(self.documents.num_tokens(i) for i in range(len(self.documents)))
-        left = total if self.max_tokens is None else min(total, self.max_tokens)
-        state = model.initial_state(params, self.batch_size)
+        size, documents = model.config.block_size, len(self.documents)
+        lanes = ContinuousLanes(
+            self.documents, min(self.batch_size, documents), max(self.length // size, 1) * size
+        )
+        shapes = jax.eval_shape(lambda p: model.initial_state(p, lanes.batch_size), params)
+        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)  # every lane is reset
         nats, hits, count = 0.0, 0.0, 0.0
-        while count < left:
-            state, metrics = run(params, state, next(lanes))
+        taken, done = 0, np.zeros(lanes.batch_size, bool)
+        for batch in lanes:
+            for lane in np.flatnonzero(batch["reset"]):  # lanes take documents in this order
+                done[lane], taken = taken >= documents, taken + 1
+            if done.all() or (self.max_tokens is not None and count >= self.max_tokens):
+                break
+            batch["decoder_loss_weights"][done] = 0  # each document is read once
+            state, metrics = run(params, state, batch)
             nats += float(metrics["loss"].total)
             hits += float(metrics["accuracy"].total)
             count += float(metrics["loss"].count)

@@ -14,11 +14,12 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gin
-from absl import app, flags
+from absl import app, flags, logging
 from gin import config as gin_config
 from gin.resource_reader import system_path_reader
 
@@ -110,9 +111,39 @@ def run(main: Callable[[list[str]], Any]) -> None:
     define_flags()
 
     def flags_parser(argv):
-        return app.parse_flags_with_usage(rewrite_gin_args(argv))
+        left = app.parse_flags_with_usage(rewrite_gin_args(argv))
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax reports every step of every save
+        return left
 
     app.run(_exit_on_bad_input(main), flags_parser=_exit_on_bad_input(flags_parser))
+
+
+def call(configurable: Callable[[], Any]) -> Any:
+    """Calls a configurable whose arguments gin makes; what these refuse is a ConfigError.
+
+    That is a ValueError that famx itself raises while the arguments are made, or a parameter that
+    has no value. Every other error, and whatever the call itself raises, stays as it is.
+    """
+    name = configurable.__name__
+    try:
+        return configurable()
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        found = re.match(r"(?:(\w+)\.__init__|(\w+))\(\) missing \d+ required .*?: '(\w+)'", text)
+        if found and f"In call to configurable '{found[1] or found[2]}' " in text:
+            raise ConfigError(not_set(f"{found[1] or found[2]}.{found[3]}")) from error
+        inside = f"In call to configurable '{name}' " in text  # gin's note; none for arguments
+        if inside or isinstance(error, TypeError) or not _raised_by_famx(error):
+            raise
+        raise ConfigError(_call_error_sentence(error)) from error
+
+
+def _raised_by_famx(error: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("famx.")
 
 
 def _exit_on_bad_input(function):
@@ -133,7 +164,7 @@ def _exit_on_bad_input(function):
 def _call_error_sentence(error: Exception) -> str | None:
     """The sentence of an error raised in a configured call, without what gin appended to it."""
     text = str(error).split("\n  In call to configurable")[0].split("\n  No values supplied")[0]
-    if isinstance(error, ConfigError):
+    if isinstance(error, ValueError):
         return text
     missing = re.match(r"Required bindings for `(.+)` not provided in config: \['(\w+)'", text)
     return missing and not_set(f"{missing[1]}.{missing[2]}")

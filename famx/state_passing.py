@@ -46,7 +46,7 @@ class RandomState:
 
     def start(self, kept, state: DecoderState, rng) -> DecoderState:
         """`state` (nothing read), or for the whole batch one that begins with the kept memory."""
-        use = jax.random.bernoulli(rng, self.probability)
+        use = jax.random.bernoulli(rng, float(self.probability))
         use &= (kept["updates"] > 0) & (kept["steps"] >= self.start_step)
         memory = jax.lax.stop_gradient(kept["memory"])[:, None]
         return state.replace(

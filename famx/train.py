@@ -21,7 +21,7 @@ def main(argv):
     cache = os.path.join(os.path.expanduser("~"), ".cache", "famx", "xla")
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
     gin_utils.parse_gin_flags()
-    loop.train()
+    gin_utils.call(loop.train)
 
 
 if __name__ == "__main__":

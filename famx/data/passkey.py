@@ -52,6 +52,9 @@ class PasskeyTask:
       second_key: probability of a second, different key; the answer is then that last key.
       second_key_depth: place of the second statement as a fraction of the filler that remains after
         the first; None draws it per example.
+      second_key_recent: draw the second statement's distance from the question uniformly in its
+        logarithm, so that long rows have recent second keys as often as old ones; needs
+        `second_key_depth=None`.
       header: whether the long opening sentences are there.
       block_size: if given, every key statement is moved to the nearest place where it lies within
         one block of so many tokens, both as targets and as inputs (one position later). Question
@@ -71,6 +74,7 @@ class PasskeyTask:
     depth: float | None = 0.0
     second_key: float = 0.0
     second_key_depth: float | None = None
+    second_key_recent: bool = False
     header: bool = True
     block_size: int | None = None
     mention_weight: float = 0.5
@@ -95,6 +99,8 @@ class PasskeyTask:
         _check_fraction("depth", self.depth, optional=True)
         _check_fraction("second_key", self.second_key, optional=False)
         _check_fraction("second_key_depth", self.second_key_depth, optional=True)
+        if self.second_key_recent and self.second_key_depth is not None:
+            raise ValueError("PassKey's second_key_recent draws the place; leave second_key_depth None.")
         if self.mention_weight < 0 or self.answer_weight < 0:
             raise ValueError("PassKey's mention_weight and answer_weight must not be negative.")
         if self.seed < 0:
@@ -149,6 +155,9 @@ class PasskeyTask:
         kind = ("repeated", "random_words")[int(draw[1] < 0.5)]
         depth = draw[2] if depth is None else depth
         second_depth = draw[3] if self.second_key_depth is None else self.second_key_depth
+        if self.second_key_recent:
+            filler = max(length - self.overhead(two), 1)
+            second_depth = 1 - min(filler ** draw[3] / filler, 1.0)
         keys = self._keys(index)[: 2 if two else 1]
 
         starts = self._place(length, two, depth, second_depth)

@@ -34,8 +34,9 @@ def token_attention(q, keys, values, memory_keys, memory_values, first_block, co
     """
     backend = config.attention_backend
     if backend == "auto":
+        # Small blocks fit the cache anyway, and a sharded batch must not be read row by row.
         one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-        backend = "blockwise" if one_cpu else "xla"
+        backend = "blockwise" if one_cpu and config.block_size >= 128 else "xla"
     function = _blockwise if backend == "blockwise" else _dense
     return function(config, q, keys, values, memory_keys, memory_values, first_block)
 

@@ -114,17 +114,16 @@ class Decoder(nn.Module):
         def read_chunk(decoder, state, xs):
             tokens, index = xs
             span = size * c.block_size
-            context = ChunkContext(
-                state.position // c.block_size,
-                state.offset,
-                state.updates,
-                None if start is None else jnp.where(index == 0, start, 0),
-            )
+            context = ChunkContext(state.position // c.block_size, state.offset, state.updates)
             if whole:
                 return decoder._read_chunk(tokens, state, context)
             end = count if start is None else count + start
-            context = context.replace(stop=jnp.clip(end - index * span, 0, span))
-            return decoder._read_chunk(tokens, state, context)
+            stop = jnp.clip(end - index * span, 0, span)
+            if start is not None or chunks > 1:
+                # An example without tokens in a later chunk keeps its incomplete block.
+                held = state.position % c.block_size
+                context, stop = context.replace(start=held), jnp.maximum(stop, held)
+            return decoder._read_chunk(tokens, state, context.replace(stop=stop))
 
         if chunks == 1:
             state, hidden = read_chunk(self, state, (tokens[0], 0))
@@ -132,7 +131,7 @@ class Decoder(nn.Module):
             scan = nn.scan(
                 read_chunk, variable_broadcast="params", split_rngs={"params": False}
             )
-            state, hidden = scan(self, state, (tokens, jnp.arange(chunks)))
+            state, hidden = scan(self, state, (tokens, jnp.arange(chunks, dtype=jnp.int32)))
             hidden = hidden.swapaxes(0, 1)
         hidden = hidden.reshape(batch, slots, c.embed_dim)
         if not whole:
@@ -158,9 +157,8 @@ class Decoder(nn.Module):
         if context.stop is None:
             complete, read = tokens.shape[1], tokens.shape[1] * c.block_size
         else:
-            complete, read = context.complete(c.block_size), context.stop
-            # A later chunk of an example that has no tokens left starts with an empty block.
-            read = read - (0 if context.start is None else jnp.minimum(context.start, read))
+            complete = context.complete(c.block_size)
+            read = context.stop if context.start is None else context.stop - context.start
         state = DecoderState(
             memory, keys, values, state.position + read, state.updates + complete, state.offset
         )

@@ -140,19 +140,18 @@ class Layer(nn.Module):
             new = rms_normalize(new, c.norm_epsilon)
         if c.fam_update == "gated":
             gate = self.write_gate(probabilities).astype(memory.dtype)
-            mixed = memory + gate * (new - memory)
-            if c.normalize_memory:
-                mixed = rms_normalize(mixed, c.norm_epsilon)
-            new = jnp.where(first, new, jnp.where(gate > 0, mixed, memory))
+            new = jnp.where(first, new, memory + gate * (new - memory))
         return new
 
     def write_gate(self, probabilities):
         """`max(0, 2 m - 1)` of the attention mass `m` on the block, `[B, N, 1]`.
 
-        `probabilities [B, K, G, N, N + S]` are those of the memory's queries.
+        `probabilities [B, K, G, N, N + S]` are those of the memory's queries. The gradient passes
+        a closed gate as if it were open, or a memory that learned to hold could not learn to write.
         """
         mass = jnp.mean(jnp.sum(probabilities[..., self.config.fam_length :], -1), axis=(1, 2))
-        return nn.relu(2 * mass - 1)[..., None]
+        gate = (2 * mass - 1)[..., None]
+        return gate + jax.lax.stop_gradient(nn.relu(gate) - gate)
 
     def scan_memory(self, memory, keys, values, context: ChunkContext):
         """The only sequential part of a layer: `F` block after block.

@@ -6,6 +6,7 @@ by position and field, as flax's `to_state_dict` names them) and come back bit f
 structure, placement and dtypes that the caller describes.
 """
 
+import copy
 import json
 import os
 import pathlib
@@ -64,14 +65,14 @@ class Checkpointer:
     def save(self, step: int, tree: Any, data_state: Any = None, force: bool = False) -> bool:
         """Saves if `step` is due (or forced) and not saved yet; returns whether it does.
 
-        The arrays may be donated or changed as soon as this returns.
+        Arrays and data state may be donated or changed as soon as this returns.
         """
         step = int(step)
         if step in self._manager.all_steps():
             return False
         items = {_STATE: ocp.args.PyTreeSave(_nest(_flatten(tree)))}
         if data_state is not None:
-            items[_DATASET] = ocp.args.JsonSave(data_state)
+            items[_DATASET] = ocp.args.JsonSave(copy.deepcopy(data_state))  # written later
         return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
 
     def restore(self, step: int | None, abstract_tree: Any) -> tuple[Any, Any, int]:

@@ -37,7 +37,50 @@ class LaneFeed:
         return self.lanes.get_state()
 
     def set_state(self, state):
-        self.lanes.set_state(state)
+        try:
+            self.lanes.set_state(state)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+class SeqioFeed:
+    """Rows of a SeqIO task or mixture; needs seqio, which the task's own module has imported."""
+
+    def __init__(self, task, batch_size, length, seed, shard):
+        import seqio
+
+        from famx.data.seqio_tasks import FamFeatureConverter
+
+        dataset = seqio.get_dataset(
+            task.name,
+            {"targets": length},
+            dataset_split="train",
+            shuffle=True,
+            num_epochs=None,
+            seed=seed,
+            shard_info=seqio.ShardInfo(*shard),
+            feature_converter=FamFeatureConverter(pack=False),
+        )
+        self._dataset = dataset.batch(batch_size // shard[1], drop_remainder=True)
+        self.set_state({"batches": 0})
+
+    def next(self, step):
+        self._taken += 1
+        return next(self._batches), None
+
+    def observe(self, blocks, value):
+        return False
+
+    def prepare(self, step, params, lanes):
+        return lanes
+
+    def get_state(self):
+        return {"batches": self._taken}
+
+    def set_state(self, state):
+        """Goes on after so many batches of the same, seeded order."""
+        self._taken = int(state["batches"])
+        self._batches = self._dataset.skip(self._taken).as_numpy_iterator()
 
 
 class IndexedFeed:
@@ -113,6 +156,12 @@ class AgedFeed(IndexedFeed):
         super().__init__(*args, **kwargs)
         if groups < 1 or refresh_period < 1:
             raise ConfigError("The aged-state pool needs groups and refresh_period of at least 1.")
+        aged = sum(b > self.blocks for b in set(self.curriculum.blocks))
+        if groups < aged:
+            raise ConfigError(
+                f"The curriculum has {aged} lengths beyond the {self.blocks} blocks of a row, but the "
+                f"aged-state pool only {groups} groups: raise pool_groups to at least {aged}."
+            )
         self.model, self.refresh_period, self.place = model, refresh_period, place
         self.streamer = Streamer(model.module)
         self.lengths, self.firsts = [0] * groups, [0] * groups  # blocks and first index of each
@@ -200,9 +249,12 @@ def make_feed(
         )
     indexed = hasattr(task, "batch")
     if not indexed and not hasattr(task, "__getitem__"):
-        raise ConfigError(
-            f"The task {type(task).__name__} has neither rows by index nor documents to train on."
-        )
+        if mode not in ("none", "random") or curriculum is not None:
+            raise ConfigError(
+                f"SeqIO's task {task.name} has rows, not documents: set STATE_PASSING to 'none' or "
+                "'random', and no curriculum."
+            )
+        return SeqioFeed(task, batch_size, length, seed, shard)
     if indexed and mode != "continuous":
         common = (task, batch_size, size, length // size, curriculum, seed, shard)
         if mode != "aged":
@@ -217,6 +269,11 @@ def make_feed(
             "state passing other than 'continuous'."
         )
     if indexed:
+        if lane_documents.length < task.min_length:
+            raise ConfigError(
+                f"LaneDocuments.length is {lane_documents.length}, but the task needs documents of "
+                f"at least {task.min_length} tokens."
+            )
         task = IndexedDocuments(task, lane_documents.length, lane_documents.count)
     lanes = ContinuousLanes(task, batch_size, length, seed, *shard)
     return LaneFeed(lanes)

@@ -94,7 +94,6 @@ def train(
             raise ConfigError(f"{name} must be at least 1, not {value}.")
     if "targets" not in task_feature_lengths:
         raise ConfigError("TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}.")
-    check_same_model(directory, dataclasses.asdict(model.config))
     mesh = partitioning.make_mesh()
     rules = partitioning.rules()
     partitioning.check_batch_size(batch_size, mesh)
@@ -118,6 +117,7 @@ def train(
         random_seed, shard, place, pool_groups, pool_refresh_period, lane_documents,
     )  # fmt: skip
     gin_utils.check_all_used()
+    check_same_model(directory, dataclasses.asdict(model.config))  # last: it notes the model
 
     # ---------------------------------------------------------------- state
     first = shard[0] == 0
@@ -247,9 +247,11 @@ def _summary(pending) -> dict[str, float]:
 
 def _check_finite(skipped: int, step: int, checkpointer: Checkpointer):
     if skipped >= _MAX_SKIPPED:
+        last = checkpointer.latest_step()
+        good = f"The last checkpoint, of step {last}, is good."
         raise ConfigError(
             f"The gradient was not finite in the {skipped} steps before step {step}: lower the "
-            f"learning rate. The last checkpoint, of step {checkpointer.latest_step()}, is good."
+            f"learning rate. {'There is no checkpoint yet.' if last is None else good}"
         )
 
 

@@ -35,7 +35,10 @@ class Oracle:
                     memories[i] = new
             updates += len(block) == size
             logits.extend(self.logits(o) for o in x)
-        return np.array(logits), np.array(memories).reshape(c.num_layers, -1, c.embed_dim), updates
+        return np.array(logits), self.stack(memories), updates
+
+    def stack(self, memories):
+        return np.array(memories).reshape(self.c.num_layers, self.c.fam_length, self.c.embed_dim)
 
     # Algorithms 1 and 2.
 
@@ -62,7 +65,7 @@ class Oracle:
             attention, _ = self.attend(q, k_f + keys, v_f + values, mask)
             outputs.append(self.rest_of_layer(w, i_t, attention, i_t))
         if not n or len(inputs) < size:
-            return outputs, None
+            return outputs, memory
         own_k, own_v = k_f + keys[begin:], v_f + values[begin:]
         compressed = [self.attend(q, own_k, own_v, [True] * len(own_k)) for q in q_f]
         new = []

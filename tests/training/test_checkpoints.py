@@ -112,6 +112,16 @@ def test_numpy_values_may_be_changed_while_saving(tmp_path):
     assert (got["x"] == 1).all()
 
 
+def test_data_state_may_be_changed_while_saving(tmp_path):
+    data = {"pending": [1], "feed": {"lengths": [2, 3]}}
+    with Checkpointer(tmp_path) as saver:
+        saver.save(1, {"x": jnp.ones((1024, 1024))}, data)
+        data["pending"].append(5)
+        data["feed"]["lengths"][0] = 7
+        _, got, _ = saver.restore(1, {"x": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)})
+    assert got == {"pending": [1], "feed": {"lengths": [2, 3]}}
+
+
 def test_keeps_the_newest_and_follows_the_interval(tmp_path):
     tree = {"x": jnp.ones(2)}
     with Checkpointer(tmp_path, keep=2, save_interval=10) as saver:

@@ -1,0 +1,217 @@
+"""The sections of the benchmark: each measures its workloads in turns and returns a table."""
+
+import dataclasses
+from collections.abc import Callable
+
+from benchmarks.tables import Table
+from benchmarks.timing import Spread, interleave
+from benchmarks.workloads import Workload, forward, matrix_product, train_step
+from famx.modules import DecoderConfig
+from famx.training.flops import train_flops
+
+ORDERS = (1, 2, 4, None)  # blocks_per_chunk; None: all at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Everything that `--quick` makes small.
+
+    Attributes:
+      paper: S, M and N of the paper's defaults.
+      small: those of the sizes that the default order was first measured at.
+      model: sizes of the decoder.
+      layers: of training steps.
+      forward_layers: of forward passes.
+      paper_length, small_length: tokens of a training step.
+      small_batch: examples of a training step at the small sizes; 1 at the paper's.
+      orders: `blocks_per_chunk` to compare.
+      full_lengths: of full attention.
+      stream_lengths: of reading block by block.
+      matrix: rows of the machine's own matrix product.
+    """
+
+    paper: tuple[int, int, int] = (1024, 3, 64)
+    small: tuple[int, int, int] = (256, 1, 16)
+    model: tuple[tuple[str, int], ...] = (
+        ("vocab_size", 512), ("embed_dim", 256), ("num_heads", 4), ("head_dim", 64),
+        ("mlp_dim", 1024),
+    )  # fmt: skip
+    layers: int = 4
+    forward_layers: int = 2
+    paper_length: int = 8192
+    small_length: int = 4096
+    small_batch: int = 2
+    orders: tuple[int | None, ...] = ORDERS
+    full_lengths: tuple[int, ...] = (4096, 16384, 32768)
+    stream_lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
+    matrix: int = 2048
+
+    def config(self, memory: tuple[int, int, int], layers: int, **changes) -> DecoderConfig:
+        size, segments, fam = memory
+        fields = dict(block_size=size, memory_segments=segments, fam_length=fam, num_layers=layers)
+        return DecoderConfig(**{**dict(self.model), **fields, **changes})
+
+
+# Both sets of sizes are one here: what the sections share is compiled once.
+QUICK = Sizes(
+    paper=(16, 1, 4), small=(16, 1, 4), layers=1, forward_layers=1, paper_length=64,
+    small_length=64, small_batch=1, orders=(1, None), full_lengths=(64,), stream_lengths=(64, 128),
+    matrix=128,
+    model=(
+        ("vocab_size", 32), ("embed_dim", 16), ("num_heads", 2), ("head_dim", 8), ("mlp_dim", 32),
+    ),
+)  # fmt: skip
+
+
+def fam_vs_bswa(sizes: Sizes, repeats: int) -> Table:
+    """One training step of FAM over one of BSWA, at the paper's S, M and N."""
+    fam = sizes.config(sizes.paper, sizes.layers)
+    configs = {"FAM": fam, "BSWA": dataclasses.replace(fam, fam_length=0)}
+    length = sizes.paper_length
+    steps = {name: train_step(config, 1, length) for name, config in configs.items()}
+    work = {name: sum(train_flops(c, 1, length).values()) for name, c in configs.items()}
+    times = _measure(steps, repeats)
+    rows = [
+        {
+            "model": name,
+            "seconds": times.spread(name),
+            "time / BSWA": times.ratio(name, "BSWA"),
+            "operations / BSWA": work[name] / work["BSWA"],
+            "temp MiB": _mib(step),
+        }
+        for name, step in steps.items()
+    ]
+    title = "Training step, FAM over BSWA"
+    return Table("fam_vs_bswa", title, (_shape(fam, 1, length, repeats),), rows)
+
+
+def chunks(sizes: Sizes, repeats: int) -> Table:
+    """Training steps with 1, 2, 4 and all blocks per chunk, at the small and the paper's sizes."""
+    rows, notes = [], []
+    for memory, batch, length, rounds in (
+        (sizes.small, sizes.small_batch, sizes.small_length, repeats),
+        (sizes.paper, 1, sizes.paper_length, -(-repeats // 3)),
+    ):
+        config = sizes.config(memory, sizes.layers)
+        notes.append(_shape(config, batch, length, rounds))
+        steps = {
+            str(order or "all"): train_step(
+                dataclasses.replace(config, blocks_per_chunk=order), batch, length
+            )
+            for order in sizes.orders
+        }
+        times = _measure(steps, rounds)
+        for name, step in steps.items():
+            rows.append({
+                "S": config.block_size,
+                "blocks per chunk": name,
+                "seconds": times.spread(name),
+                "time / all": times.ratio(name, "all"),
+                "temp MiB": _mib(step),
+                "temp / all": step.temp_bytes / steps["all"].temp_bytes,
+            })  # fmt: skip
+    return Table("chunks", "Training step by blocks per chunk", tuple(notes), rows)
+
+
+def matmul_share(sizes: Sizes, repeats: int) -> Table:
+    """Operations of a training step over what the machine's matrix product does in that time."""
+    fam = sizes.config(sizes.small, sizes.layers)
+    configs = {"FAM": fam, "BSWA": dataclasses.replace(fam, fam_length=0)}
+    batch, length = sizes.small_batch, sizes.small_length
+    steps = {name: train_step(config, batch, length) for name, config in configs.items()}
+    product, product_flops = matrix_product(sizes.matrix)
+    times = _measure({**steps, "product": product}, repeats)
+    rate = Spread.of(product_flops / times.seconds["product"] / 1e9)
+    rows = []
+    for name, config in configs.items():
+        work = sum(train_flops(config, batch, length).values())
+        rows.append({
+            "model": name,
+            "seconds": times.spread(name),
+            "tokens/s": Spread.of(batch * length / times.seconds[name]),
+            "GFLOP": work / 1e9,
+            "GFLOP/s": Spread.of(work / times.seconds[name] / 1e9),
+            "machine GFLOP/s": rate,
+            "share %": times.ratio("product", name, 100 * work / product_flops),
+        })  # fmt: skip
+    notes = (
+        _shape(fam, batch, length, repeats),
+        f"machine: float32 product of two matrices of {sizes.matrix} x {sizes.matrix}",
+    )
+    return Table("matmul_share", "Share of the matrix-product rate", notes, rows)
+
+
+def full_vs_fam(sizes: Sizes, repeats: int) -> Table:
+    """Forward passes of full causal attention over those of FAM, as the length grows."""
+    rows = []
+    fam = sizes.config(sizes.paper, sizes.forward_layers)
+    for length in sizes.full_lengths:
+        full = sizes.config((length, 0, 0), sizes.forward_layers)
+        by_block = dataclasses.replace(fam, blocks_per_chunk=1)
+        reads = {
+            "full": forward(full, 1, length, logits=True, full=True),
+            "FAM": forward(fam, 1, length, logits=True),
+            "FAM by block": forward(by_block, 1, length, logits=True),
+        }
+        times = _measure(reads, repeats)
+        for name in list(reads)[1:]:
+            rows.append({
+                "tokens": length,
+                "order": "all blocks" if name == "FAM" else "one block",
+                "full, s": times.spread("full"),
+                "FAM, s": times.spread(name),
+                "time, full / FAM": times.ratio("full", name),
+                "full, temp MiB": _mib(reads["full"]),
+                "FAM, temp MiB": _mib(reads[name]),
+                "temp, full / FAM": reads["full"].temp_bytes / reads[name].temp_bytes,
+            })  # fmt: skip
+    notes = (_shape(fam, 1, None, repeats), "full: the same model, one block of all tokens")
+    return Table("full_vs_fam", "Forward pass, full attention over FAM", notes, rows)
+
+
+def over_length(sizes: Sizes, repeats: int) -> Table:
+    """Time per token and memory of reading block by block, as the length grows."""
+    config = sizes.config(sizes.paper, sizes.forward_layers, blocks_per_chunk=1)
+    lengths = {str(length): length for length in sizes.stream_lengths}
+    reads = {name: forward(config, 1, length, logits=False) for name, length in lengths.items()}
+    times = _measure(reads, repeats)
+    first = next(iter(lengths))
+    rows = [
+        {
+            "tokens": length,
+            "microseconds per token": times.spread(name, 1e6 / length),
+            f"per token / {first}": times.ratio(name, first, lengths[first] / length),
+            "temp MiB": _mib(reads[name]),
+            f"temp / {first}": reads[name].temp_bytes / reads[first].temp_bytes,
+        }
+        for name, length in lengths.items()
+    ]
+    title = "Forward pass of FAM, one block at a time"
+    return Table("length", title, (_shape(config, 1, None, repeats),), rows)
+
+
+SECTIONS: dict[str, Callable[[Sizes, int], Table]] = {
+    "fam_vs_bswa": fam_vs_bswa,
+    "chunks": chunks,
+    "matmul_share": matmul_share,
+    "full_vs_fam": full_vs_fam,
+    "length": over_length,
+}
+
+
+def _measure(workloads: dict[str, Workload], repeats: int):
+    return interleave({name: workload.run for name, workload in workloads.items()}, repeats)
+
+
+def _mib(workload: Workload) -> float:
+    return workload.temp_bytes / 2**20
+
+
+def _shape(c: DecoderConfig, batch: int, length: int | None, repeats: int) -> str:
+    tokens = "" if length is None else f", {length} tokens"
+    mlp = "gated feed-forward" if c.gated_mlp else "feed-forward"
+    return (
+        f"S {c.block_size}, M {c.memory_segments}, N {c.fam_length}; {c.num_layers} layers, width"
+        f" {c.embed_dim}, {c.num_heads} heads of {c.head_dim}, {mlp} {c.mlp_dim}, vocabulary"
+        f" {c.vocab_size}; batch {batch}{tokens}; {c.dtype}; {repeats} repeats"
+    )

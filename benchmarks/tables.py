@@ -1,0 +1,79 @@
+"""Tables as plain text, as markdown inside a page, and as JSON."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+from benchmarks.timing import Spread
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of measurements under one heading.
+
+    Attributes:
+      name: of the section that made it.
+      title: one line.
+      notes: sizes and how it was measured, one line each.
+      rows: column -> `Spread`, int, float or text; all rows have the same columns.
+    """
+
+    name: str
+    title: str
+    notes: tuple[str, ...]
+    rows: list[dict[str, Any]]
+
+    def text(self) -> str:
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+        return "\n".join([self.title, *self.notes, *lines])
+
+    def markdown(self) -> str:
+        head, *body = ["| " + " | ".join(row) + " |" for row in self._cells()]
+        rule = "|" + "---:|" * len(self.rows[0])
+        return "\n".join([f"**{self.title}**", "", head, rule, *body, "", "  \n".join(self.notes)])
+
+    def json(self) -> dict[str, Any]:
+        plain = lambda x: dataclasses.asdict(x) if isinstance(x, Spread) else x
+        rows = [{name: plain(value) for name, value in row.items()} for row in self.rows]
+        return {"title": self.title, "notes": self.notes, "rows": rows}
+
+    def _cells(self) -> list[list[str]]:
+        return [list(self.rows[0])] + [[_cell(v) for v in row.values()] for row in self.rows]
+
+
+def _cell(value) -> str:
+    if isinstance(value, Spread):
+        return f"{_number(value.median)} [{_number(value.lower)}, {_number(value.upper)}]"
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    digits = 6 if value < 0.01 else 3 if value < 10 else 1 if value < 1000 else 0
+    return f"{value:.{digits}f}"
+
+
+def missing_markers(path: pathlib.Path, names) -> list[str]:
+    """Which of the sections have no place in the page."""
+    page = path.read_text(encoding="utf-8")
+    return [name for name in names if not _place(name).search(page)]
+
+
+def fill_markdown(path: pathlib.Path, table: Table) -> None:
+    """Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+    page = path.read_text(encoding="utf-8")
+    filled = lambda match: f"{match[1]}\n{table.markdown()}\n{match[2]}"
+    path.write_text(_place(table.name).sub(filled, page), encoding="utf-8")
+
+
+def write_json(path: pathlib.Path, machine: dict[str, Any], tables: list[Table]) -> None:
+    sections = {table.name: table.json() for table in tables}
+    text = json.dumps({"machine": machine, "sections": sections}, indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _place(name: str) -> re.Pattern:
+    return re.compile(rf"(<!-- table: {re.escape(name)} -->)\n.*?(<!-- end -->)", re.DOTALL)

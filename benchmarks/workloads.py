@@ -1,0 +1,106 @@
+"""What is measured: training steps of the engine and forward passes, compiled ahead of time.
+
+Workloads are kept, so that sections that measure the same thing compile it once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.full_attention import full_attention
+from famx.models import DecoderModel, unbox
+from famx.modules import Decoder, DecoderConfig, layer
+from famx.training import optimizers, partitioning
+from famx.training.step import make_initializer, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A compiled function without arguments, and the bytes it needs beside inputs and outputs."""
+
+    run: Callable[[], Any]
+    temp_bytes: int
+
+
+@functools.cache
+def train_step(config: DecoderConfig, batch: int, length: int) -> Workload:
+    """The engine's own step on one device: loss, gradient, and an update by AdamW.
+
+    Every call goes on from the parameters that the last one left.
+    """
+    model = DecoderModel(Decoder(config))
+    optimizer = optimizers.adamw(1e-4)
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    rules = partitioning.rules()
+    rows = _tokens(config, batch, length + 1)
+    inputs = {"decoder_input_tokens": rows[:, :-1], "decoder_target_tokens": rows[:, 1:]}
+    initialize, shardings = make_initializer(model, optimizer, "none", batch, mesh, rules)
+    state = initialize(jax.random.key(0))
+    inputs = jax.device_put(inputs, partitioning.batch_sharding(mesh))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.pairs()):
+        step = make_train_step(model, optimizer, "none", 0, shardings)
+        compiled = step.lower(state, inputs).compile()
+
+    def run():
+        nonlocal state
+        state, metrics = compiled(state, inputs)
+        return state, metrics
+
+    return Workload(run, _temp_bytes(compiled))
+
+
+@functools.cache
+def forward(
+    config: DecoderConfig, batch: int, length: int, logits: bool, full: bool = False
+) -> Workload:
+    """Reads `length` tokens; returns the state after them and, if asked for, the last logits.
+
+    Without logits, what a block-outer order holds does not grow with the length. With `full`, token
+    attention is `benchmarks.full_attention`, for a `config` of one block and no memory.
+    """
+    decoder = Decoder(config)
+    tokens = jnp.asarray(_tokens(config, batch, length))
+    # The parameters do not depend on how blocks are cut, and a short block is traced soon.
+    params = _parameters(
+        dataclasses.replace(config, block_size=max(1, config.fam_length), blocks_per_chunk=None)
+    )
+
+    def read(params, tokens):
+        hidden, state = decoder.apply(params, tokens, method="read")
+        last = decoder.apply(params, hidden[:, -1], method="logits") if logits else None
+        return last, state
+
+    attention = full_attention if full else layer.token_attention
+    with mock.patch.object(layer, "token_attention", attention):
+        compiled = jax.jit(read).lower(params, tokens).compile()
+    return Workload(lambda: compiled(params, tokens), _temp_bytes(compiled))
+
+
+def matrix_product(size: int) -> tuple[Workload, int]:
+    """A float32 product of two square matrices, and its operations."""
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.float32)
+    compiled = jax.jit(jnp.matmul).lower(a, b).compile()
+    return Workload(lambda: compiled(a, b), _temp_bytes(compiled)), 2 * size**3
+
+
+@functools.cache
+def _parameters(config: DecoderConfig):
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return unbox(jax.jit(Decoder(config).init)(jax.random.key(0), tokens))
+
+
+def _tokens(config: DecoderConfig, batch: int, length: int) -> np.ndarray:
+    """Random tokens without padding, int32 `[batch, length]`."""
+    rng = np.random.default_rng(0)
+    return rng.integers(1, config.vocab_size, (batch, length), dtype=np.int32)
+
+
+def _temp_bytes(compiled) -> int:
+    return int(compiled.memory_analysis().temp_size_in_bytes)

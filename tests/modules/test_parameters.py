@@ -1,0 +1,135 @@
+"""Invariant 6: feedback memory adds N * D numbers and nothing else; and what a config refuses."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import config, random_params, random_tokens, read, shapes
+
+from famx.modules import Decoder
+from famx.training.partitioning import LOGICAL_AXES
+
+STYLES = {
+    "plain": dict(),
+    "all biases": dict(
+        norm="layer", qkv_bias=True, output_bias=True, mlp_bias=True, gated_mlp=False,
+        tied_embeddings=False,
+    ),
+    "all norms": dict(post_norms=True, qk_norm=True, num_heads=4, num_kv_heads=2, fam_length=3),
+    "parallel": dict(parallel_block=True, normalize_memory=True, fam_update="gated"),
+}  # fmt: skip
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_memory_adds_n_times_d_parameters(style):
+    fam = config(**STYLES[style])
+    bswa = dataclasses.replace(fam, fam_length=0)
+    with_memory, without = dict(shapes(fam)), dict(shapes(bswa))
+    assert count(with_memory) == count(without) + fam.fam_length * fam.embed_dim
+    assert with_memory.pop("fam").shape == (fam.fam_length, fam.embed_dim)
+    assert with_memory == without
+
+
+def test_a_prefix_adds_as_many_for_every_layer():
+    c = config(fam_start="prefix", num_layers=3)
+    without = count(shapes(dataclasses.replace(c, fam_length=0)))
+    assert count(shapes(c)) == without + 3 * c.fam_length * c.embed_dim
+
+
+def test_parameters_of_one_load_into_the_other():
+    c = config()
+    bswa = dataclasses.replace(c, fam_length=0)
+    params, tokens = random_params(c), random_tokens(2, 9)
+    without = {name: part for name, part in params.items() if name != "fam"}
+    logits, _ = read(bswa, without, tokens)
+    back, _ = read(c, {**without, "fam": params["fam"]}, tokens)
+    assert logits.shape == back.shape
+    assert np.abs(np.asarray(logits) - np.asarray(back)).max() > 1e-3
+
+
+@pytest.mark.parametrize("style", [*STYLES, "prefix"])
+def test_every_parameter_names_its_axes(style):
+    c = config(**STYLES.get(style, dict(fam_start="prefix")))
+    init = lambda: Decoder(c).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    boxed = jax.eval_shape(init)["params"]
+    leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    for leaf in leaves:
+        assert isinstance(leaf, nn.LogicallyPartitioned)
+        assert len(leaf.names) == leaf.value.ndim
+        assert set(leaf.names) <= set(LOGICAL_AXES)
+        sizes = dict(embed=c.embed_dim, layers=c.num_layers, heads=c.num_heads, kv=c.head_dim,
+                     kv_heads=c.num_kv_heads, mlp=c.mlp_dim, vocab=c.vocab_size, fam=c.fam_length)  # fmt: skip
+        assert leaf.value.shape == tuple(sizes[name] for name in leaf.names)
+
+
+def test_fresh_parameters_have_a_sensible_scale():
+    c = config(embed_dim=64, num_heads=4, vocab_size=50, fam_length=4)
+    init = jax.jit(lambda key: Decoder(c).init(key, jnp.zeros((1, 4), jnp.int32)))
+    params = nn.unbox(init(jax.random.key(1)))["params"]
+    rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
+    assert rms(params["embedding"]) == pytest.approx(1 / 8, rel=0.1)
+    assert rms(params["fam"]) == pytest.approx(1 / 8, rel=0.2)
+    for name in ("query", "key", "value", "output"):
+        assert rms(params["layers"][name]["kernel"]) == pytest.approx(1 / 8, rel=0.1)
+    assert rms(params["layers"]["mlp"]["down"]["kernel"]) == pytest.approx(12**-0.5, rel=0.15)
+    kernels = params["layers"]["query"]["kernel"]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.1  # layers begin differently
+
+
+def test_bfloat16_keeps_parameters_and_memory_in_float32():
+    c = config(dtype="bfloat16", attention_backend="blockwise")
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes(c))} == {np.dtype("float32")}
+    params, tokens = random_params(c), random_tokens(2, 17)
+    logits, state = read(c, params, tokens)
+    exact, _ = read(dataclasses.replace(c, dtype="float32"), params, tokens)
+    assert logits.dtype == state.keys.dtype == state.values.dtype == jnp.bfloat16
+    assert state.memory.dtype == jnp.float32
+    error = np.abs(np.asarray(logits, np.float32) - np.asarray(exact))
+    assert error.mean() < 0.03 * np.asarray(exact).std()
+
+
+BAD = [
+    (dict(vocab_size=0), "vocab_size must be at least 1, got 0"),
+    (dict(num_layers=0), "num_layers must be at least 1"),
+    (dict(embed_dim=0), "embed_dim must be at least 1"),
+    (dict(num_heads=0), "num_heads must be at least 1"),
+    (dict(block_size=0), "block_size must be at least 1"),
+    (dict(memory_segments=-1), "memory_segments must not be negative, got -1"),
+    (dict(fam_length=-2), "fam_length must not be negative"),
+    (dict(num_heads=3), "embed_dim 8 is not a multiple of num_heads 3; set head_dim"),
+    (dict(num_heads=4, num_kv_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
+    (dict(num_kv_heads=0), "num_kv_heads 0"),
+    (dict(head_dim=3), "head_dim 3 must be even"),
+    (dict(fam_length=5), "fam_length 5 exceeds block_size 4"),
+    (dict(fam_update_scale=0.0), "fam_update_scale must lie in"),
+    (dict(fam_update_scale=1.5), "fam_update_scale must lie in"),
+    (dict(blocks_per_chunk=0), "blocks_per_chunk must be at least 1, or None"),
+    (dict(fam_positions="first"), "fam_positions must be one of last, float, zero; got 'first'"),
+    (dict(fam_start="zeros"), "fam_start must be one of prompt, prefix"),
+    (dict(fam_update="add"), "fam_update must be one of residual, gated"),
+    (dict(norm="batch"), "norm must be one of rms, layer"),
+    (dict(activation="swish"), "activation must be one of silu"),
+    (dict(dtype="float16"), "dtype must be one of float32, bfloat16, float64; got 'float16'"),
+    (dict(param_dtype="int8"), "param_dtype must be one of"),
+    (dict(remat="some"), "remat must be one of none, full"),
+    (dict(attention_backend="flash"), "attention_backend must be one of auto, xla, blockwise"),
+]
+
+
+@pytest.mark.parametrize("changes,sentence", BAD, ids=[str(changes) for changes, _ in BAD])
+def test_a_bad_config_is_refused_with_a_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        config(**changes)
+    assert str(error.value).endswith(".")
+
+
+def test_defaults_are_filled_in():
+    c = config(mlp_dim=None)
+    assert (c.num_kv_heads, c.head_dim, c.mlp_dim, c.query_scale) == (2, 4, 32, 0.5)

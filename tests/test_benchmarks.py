@@ -1,0 +1,196 @@
+"""The benchmark command from end to end at tiny sizes, and its parts."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from famx.modules import DecoderConfig
+from famx.modules.attention import token_attention
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
+
+from benchmarks import tables, timing, train_step  # noqa: E402
+from benchmarks.full_attention import full_attention  # noqa: E402
+
+SECTIONS = ["fam_vs_bswa", "chunks", "matmul_share", "full_vs_fam", "length"]
+RATIOS = {
+    "fam_vs_bswa": ["time / BSWA", "operations / BSWA"],
+    "chunks": ["time / all", "temp / all"],
+    "matmul_share": ["share %"],
+    "full_vs_fam": ["time, full / FAM", "temp, full / FAM"],
+    "length": ["per token / 64", "temp / 64"],
+}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """What `--quick` printed, its JSON and its page."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    page, figures = folder / "page.md", folder / "figures.json"
+    shutil.copy(ROOT / "docs" / "benchmarks.md", page)
+    # Compiled code need not be fast here, and compiling it well takes most of the time.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.train_step", "--quick", "--repeats=2"]
+        + [f"--markdown={page}", f"--json={figures}"],
+        cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(figures.read_text()), page.read_text()
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        return [x for part in value.values() for x in numbers(part)]
+    return [] if isinstance(value, str) else [value]
+
+
+@pytest.mark.slow
+def test_every_section_gives_finite_positive_figures(quick):
+    _, figures, _ = quick
+    assert list(figures["sections"]) == SECTIONS
+    for name, section in figures["sections"].items():
+        assert section["rows"]
+        for row in section["rows"]:
+            assert all(math.isfinite(x) and x > 0 for x in numbers(row)), (name, row)
+            assert set(RATIOS[name]) <= set(row)
+            for value in row.values():
+                if isinstance(value, dict):
+                    assert value["lower"] <= value["median"] <= value["upper"]
+
+
+@pytest.mark.slow
+def test_rows_are_the_variants_that_are_compared(quick):
+    sections = quick[1]["sections"]
+    column = lambda name, key: [row[key] for row in sections[name]["rows"]]
+    assert column("fam_vs_bswa", "model") == ["FAM", "BSWA"]
+    assert column("fam_vs_bswa", "operations / BSWA")[0] > 1
+    assert column("chunks", "blocks per chunk") == ["1", "all", "1", "all"]
+    assert column("matmul_share", "model") == ["FAM", "BSWA"]
+    assert column("full_vs_fam", "order") == ["all blocks", "one block"]
+    assert column("length", "tokens") == [64, 128]
+
+
+@pytest.mark.slow
+def test_streaming_memory_does_not_grow(quick):
+    """Twice the tokens may take a few more bytes for the tokens themselves, no activations."""
+    rows = quick[1]["sections"]["length"]["rows"]
+    assert rows[-1]["temp / 64"] < 1.05
+
+
+@pytest.mark.slow
+def test_prints_and_fills_in_every_table(quick):
+    printed, figures, page = quick
+    assert figures["machine"]["cores"] >= 1 and figures["machine"]["jax"] in printed
+    for name, section in figures["sections"].items():
+        assert section["title"] in printed
+        filled = page.split(f"<!-- table: {name} -->")[1].split("<!-- end -->")[0]
+        assert section["title"] in filled and filled.count("\n| ") == 1 + len(section["rows"])
+        assert "a test, not a measurement" in filled
+
+
+# Parts.
+
+
+def test_the_page_of_this_repository_has_a_place_for_every_section():
+    assert tables.missing_markers(ROOT / "docs" / "benchmarks.md", SECTIONS) == []
+
+
+@pytest.mark.parametrize("kv_heads, length", [(4, 24), (2, 24), (1, 7)])
+def test_full_attention_equals_the_model_s_own(kv_heads, length, monkeypatch):
+    monkeypatch.setattr("benchmarks.full_attention.TILE", 8)
+    config = DecoderConfig(
+        vocab_size=8, num_layers=1, embed_dim=16, num_heads=4, num_kv_heads=kv_heads,
+        block_size=length, memory_segments=0, fam_length=0, attention_backend="xla",
+        attention_softcap=3.0,
+    )  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        4 * jax.random.normal(key, (2, 1, length, heads, 4))
+        for key, heads in zip(keys, (4, kv_heads, kv_heads), strict=True)
+    )
+    empty, first = jnp.zeros((2, 1, 0, kv_heads, 4)), jnp.zeros((2,), jnp.int32)
+    own = token_attention(q, k, v, empty, empty, first, config)
+    np.testing.assert_allclose(
+        jax.jit(full_attention, static_argnums=6)(q, k, v, empty, empty, first, config), own, atol=2e-6
+    )
+
+
+def test_full_attention_refuses_a_window():
+    config = DecoderConfig(vocab_size=8, num_layers=1, embed_dim=8, num_heads=2, block_size=4,
+                           memory_segments=1, fam_length=0)  # fmt: skip
+    x = jnp.zeros((1, 1, 4, 2, 4))
+    with pytest.raises(ValueError, match="one block without"):
+        full_attention(x, x, x, None, None, None, config)
+
+
+def test_interleave_takes_turns_after_a_warm_up():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = timing.interleave(functions, 3)
+    assert "".join(calls) == "abc" + "abc" + "cba" + "abc"
+    assert {name: len(x) for name, x in times.seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+@pytest.mark.parametrize("functions, repeats", [({}, 1), ({"a": lambda: None}, 0)])
+def test_interleave_refuses_nothing(functions, repeats):
+    with pytest.raises(ValueError, match="Nothing to measure"):
+        timing.interleave(functions, repeats)
+
+
+def test_ratios_are_taken_within_rounds():
+    times = timing.Timings({"a": np.array([2.0, 20, 6]), "b": np.array([1.0, 10, 2])})
+    assert times.ratio("a", "b") == timing.Spread(2.0, 2.0, 2.5)
+    assert times.ratio("a", "b", 10).median == 20
+    assert times.spread("a") == timing.Spread(6.0, 4.0, 13.0)
+
+
+def test_filling_in_replaces_the_old_table_alone(tmp_path):
+    page = tmp_path / "page.md"
+    rest = "y\n<!-- table: b -->\nold\n<!-- end -->\nz\n"
+    page.write_text("x\n<!-- table: a -->\n<!-- end -->\n" + rest)
+    table = lambda value: tables.Table(
+        "a", r"Title \1", ("note",), [{"n": 3, "t": timing.Spread(value, 1.0, 12.5)}]
+    )
+    tables.fill_markdown(page, table(1.5))
+    tables.fill_markdown(page, table(2.5))
+    expected = (
+        "x\n<!-- table: a -->\n**Title \\1**\n\n| n | t |\n|---:|---:|\n"
+        "| 3 | 2.500 [1.000, 12.5] |\n\nnote\n<!-- end -->\n"
+    )
+    assert page.read_text() == expected + rest
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--only=fam_vs_bsw"], "did you mean 'fam_vs_bswa'?"),
+        (["--repeats=0"], "--repeats must be at least 1, got 0."),
+        (["--json=/no/such/folder/x.json"], "does not exist"),
+        (["--markdown=/no/such/page.md"], "is no file"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_measures_nothing(arguments, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(train_step, "SECTIONS", dict.fromkeys(SECTIONS))  # calling one would fail
+    with pytest.raises(SystemExit) as error:
+        train_step.main(arguments)
+    assert error.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_page_without_a_place_is_refused(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: chunks -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit):
+        train_step.main(["--only=chunks,length", f"--markdown={page}"])
+    assert "no place for length" in capsys.readouterr().err

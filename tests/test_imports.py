@@ -1,0 +1,64 @@
+"""What may be missing: the model needs jax and flax alone, training on numpy data no TensorFlow."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from famx import gin_utils
+
+
+def run(code, *args):
+    result = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        cwd=gin_utils.gin_root(),
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+MODULES = """
+import sys
+for name in ("tensorflow", "seqio", "gin", "clu"):
+    sys.modules[name] = None
+import famx.modules
+from famx.modules import Decoder, DecoderConfig, DecoderState, RopeScaling
+ours = {name for name in sys.modules if name.startswith("famx")}
+assert not any(name.startswith(("famx.data", "famx.training", "famx.t5x")) for name in ours), ours
+assert DecoderConfig(vocab_size=8, num_layers=1, embed_dim=8, num_heads=2).head_dim == 4
+print("done")
+"""
+TRAIN = """
+import sys
+for name in ("tensorflow", "seqio", "t5x", "tensorflow_datasets", "clu"):
+    sys.modules[name] = None
+import optax
+from famx import models, modules
+from famx.training import loop
+config = modules.DecoderConfig(vocab_size=128, num_layers=1, embed_dim=8, num_heads=2, block_size=8,
+                               memory_segments=0, fam_length=2)
+scalars = loop.train(
+    sys.argv[1], models.DecoderModel(modules.Decoder(config)), "passkey_words", {"targets": 32}, 2, 2,
+    optax.sgd(0.1), {"digits": 1, "header": False}, state_passing_mode="continuous",
+)
+assert scalars["loss"] > 0
+print("done")
+"""
+
+
+def test_the_model_imports_only_jax_and_flax():
+    run(MODULES)
+
+
+def test_the_engine_leaves_tensorflow_alone():
+    run("import sys, famx.train, famx.evaluation, famx.data\n"
+        "assert not {'tensorflow', 'seqio'} & set(sys.modules)\nprint('done')")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_training_on_a_numpy_task_without_tensorflow(tmp_path):
+    run(TRAIN, str(tmp_path))
+    assert (tmp_path / "checkpoint_2" / "state").is_dir()

@@ -1,0 +1,308 @@
+"""The model definition: losses, predictions, scores, and the signatures that t5x relies on."""
+
+import functools
+
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from famx import state_passing
+from famx.metrics import Mean
+from famx.models import DecoderModel, loss_weights, unbox
+from famx.modules import Decoder, DecoderConfig
+
+VOCAB, BATCH, LENGTH = 13, 3, 11
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12, block_size=4,
+    memory_segments=1, fam_length=2,
+)  # fmt: skip
+SHAPES = {"decoder_input_tokens": (BATCH, LENGTH)}
+
+
+def make_model(**options):
+    return DecoderModel(Decoder(CONFIG), **options)
+
+
+@functools.lru_cache(maxsize=None)
+def variables():
+    init = jax.jit(lambda rng: unbox(make_model().get_initial_variables(rng, SHAPES)))
+    params = init(jax.random.key(3))["params"]
+    return jax.tree.map(lambda x: 2 * x, params)  # less uniform predictions
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, VOCAB, (BATCH, LENGTH + 1), dtype=np.int32)
+    return {
+        "decoder_input_tokens": tokens[:, :-1],
+        "decoder_target_tokens": tokens[:, 1:],
+        "decoder_loss_weights": rng.choice([0, 0.1, 1], (BATCH, LENGTH)).astype(np.float32),
+    }
+
+
+@functools.lru_cache(maxsize=None)
+def forward(config=CONFIG):
+    return jax.jit(lambda params, tokens: Decoder(config).apply({"params": params}, tokens)[0])
+
+
+def log_probabilities(batch):
+    """Of the targets `[B, L]`, in numpy, and the logits."""
+    logits = np.asarray(forward()(variables(), batch["decoder_input_tokens"]), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.take_along_axis(log_p, batch["decoder_target_tokens"][..., None], -1)[..., 0], logits
+
+
+# Loss.
+
+
+@functools.lru_cache(maxsize=None)
+def value_and_grad(**options):
+    model = make_model(**options)
+    return jax.jit(jax.value_and_grad(lambda p, b: model.loss(p, b)[:2], has_aux=True))
+
+
+def test_the_loss_is_the_weighted_mean_cross_entropy():
+    batch = make_batch()
+    log_p, logits = log_probabilities(batch)
+    weights = batch["decoder_loss_weights"]
+    (loss, metrics), _ = value_and_grad()(variables(), batch)
+    expected = -(log_p * weights).sum() / weights.sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"].compute(), expected, rtol=1e-5)
+    right = logits.argmax(-1) == batch["decoder_target_tokens"]
+    accuracy = (right * weights).sum() / weights.sum()
+    np.testing.assert_allclose(metrics["accuracy"].compute(), accuracy, rtol=1e-5)
+    assert metrics["memory_rms"].compute() > 0
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 11, 100])
+def test_a_chunked_loss_is_the_same_loss(chunk):
+    batch = {**make_batch(), "answer_start": np.array([3, 9, 10], np.int32)}
+    expected = value_and_grad(z_loss=0.01)(variables(), batch)
+    got = value_and_grad(z_loss=0.01, loss_chunk=chunk)(variables(), batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, expected)
+
+
+def test_z_loss_adds_the_squared_log_partition():
+    batch = make_batch()
+    logits, weights = log_probabilities(batch)[1], batch["decoder_loss_weights"]
+    extra = (np.log(np.exp(logits).sum(-1)) ** 2 * weights).sum() / weights.sum()
+    (plain, _), _ = value_and_grad()(variables(), batch)
+    (more, _), _ = value_and_grad(z_loss=0.01)(variables(), batch)
+    np.testing.assert_allclose(more - plain, 0.01 * extra, rtol=1e-3)
+
+
+def test_weights_default_to_targets_that_are_not_padding():
+    batch = make_batch()
+    del batch["decoder_loss_weights"]
+    batch["decoder_target_tokens"][1, 4:] = 0
+    weights = loss_weights(batch)
+    assert weights.dtype == jnp.float32
+    np.testing.assert_array_equal(weights, batch["decoder_target_tokens"] != 0)
+    (loss, _), _ = value_and_grad()(variables(), batch)
+    weighted = {**batch, "decoder_loss_weights": np.asarray(weights)}
+    np.testing.assert_allclose(value_and_grad()(variables(), weighted)[0][0], loss, rtol=1e-6)
+
+
+def test_a_normalizer_makes_losses_of_parts_add_up():
+    model, batch = make_model(), make_batch()
+    total = batch["decoder_loss_weights"].sum()
+    loss = jax.jit(lambda p, b: model.loss(p, b, normalizer=total)[0])
+    parts = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(BATCH)]
+    whole = value_and_grad()(variables(), batch)[0][0]
+    np.testing.assert_allclose(sum(loss(variables(), p) for p in parts), whole, rtol=1e-5)
+
+
+def test_a_batch_without_weight_has_loss_zero():
+    batch = {**make_batch(), "decoder_loss_weights": np.zeros((BATCH, LENGTH), np.float32)}
+    (loss, metrics), grad = value_and_grad()(variables(), batch)
+    assert loss == 0 and metrics["accuracy"].compute() == 0
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grad))
+
+
+def test_exact_match_counts_answers_that_are_right_as_a_whole():
+    batch = make_batch()
+    _, logits = log_probabilities(batch)
+    best = logits.argmax(-1).astype(np.int32)
+    targets = np.where(np.arange(LENGTH) < 6, (best + 1) % VOCAB, best)
+    targets[1, 8] = (targets[1, 8] + 1) % VOCAB  # one wrong digit
+    batch = {**batch, "decoder_target_tokens": targets, "answer_start": np.array([6, 6, 6], np.int32)}
+    (_, metrics), _ = value_and_grad()(variables(), batch)
+    np.testing.assert_allclose(metrics["exact_match"].compute(), 2 / 3, rtol=1e-6)
+    batch["answer_start"] = np.array([5, 6, 9], np.int32)  # one answer too early
+    (_, metrics), _ = value_and_grad()(variables(), batch)
+    np.testing.assert_allclose(metrics["exact_match"].compute(), 1 / 3, rtol=1e-6)
+
+
+def test_the_loss_goes_on_from_a_state():
+    model, batch = make_model(), make_batch()
+    run = jax.jit(lambda p, b, s: model.loss(p, b, state=s, normalizer=1.0))
+    parts = [{name: x[:, cut] for name, x in batch.items()} for cut in (slice(0, 8), slice(8, 11))]
+    state = jax.jit(lambda p: model.initial_state(p, BATCH))(variables())
+    total = 0.0
+    for part in parts:
+        loss, _, state = run(variables(), part, state)
+        total += loss
+    whole, _, end = run(variables(), batch, None)
+    np.testing.assert_allclose(total, whole, rtol=1e-5)
+    np.testing.assert_allclose(state.memory, end.memory, atol=1e-5)
+    np.testing.assert_array_equal(state.position, end.position)
+
+
+def test_loss_chunk_must_be_positive():
+    with pytest.raises(ValueError, match="loss_chunk must be at least 1"):
+        make_model(loss_chunk=0)
+
+
+# Random position offsets and random state passing.
+
+
+def test_offsets_are_drawn_only_where_nothing_was_read_and_asked_for():
+    batch, rng = make_batch(), jax.random.key(1)
+    with_offset = make_model(random_position_offset=True)
+    run = jax.jit(lambda p, b, r, s: with_offset.loss(p, b, r, s)[2])
+    first = run(variables(), batch, rng, None)
+    assert np.any(first.offset) and (np.asarray(first.offset) < 62_832).all()
+    second = run(variables(), batch, jax.random.key(2), first.replace(position=first.position - 3))
+    np.testing.assert_array_equal(second.offset, first.offset)  # mid-sequence: kept
+    assert not np.any(run(variables(), batch, None, None).offset)
+    plain = make_model()
+    assert not np.any(jax.jit(lambda p, b, r: plain.loss(p, b, r)[2])(variables(), batch, rng).offset)
+
+
+def test_random_state_passing_keeps_the_first_examples_memory():
+    model = make_model(random_state=state_passing.RandomState(probability=1.0))
+    batch = make_batch()
+    mutables = make_mutables(model)
+    run = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=True))
+    (loss, (_, after)), _ = run(variables(), batch, jax.random.key(0), mutables)
+    plain, _, end = jax.jit(model.loss)(variables(), batch)
+    np.testing.assert_allclose(loss, plain, rtol=1e-6)  # nothing kept yet: from the prompt
+    assert isinstance(after, flax.core.FrozenDict)
+    kept = after["state_passing"]
+    np.testing.assert_allclose(kept["memory"], end.memory[:, 0], rtol=1e-6)
+    assert kept["updates"] == LENGTH // CONFIG.block_size and kept["steps"] == 1
+    assert jax.tree.structure(after) == jax.tree.structure(mutables)
+    (other, (_, later)), _ = run(variables(), batch, jax.random.key(0), after)
+    assert abs(other - plain) > 1e-4  # every example starts from the kept memory
+    assert later["state_passing"]["updates"] == 2 * (LENGTH // CONFIG.block_size)
+    # Without randomness (t5x's evaluation) nothing is passed on.
+    (loss, (_, same)), _ = run(variables(), batch, None, after)
+    np.testing.assert_allclose(loss, plain, rtol=1e-6)
+    np.testing.assert_array_equal(same["state_passing"]["memory"], kept["memory"])
+
+
+def make_mutables(model):
+    shape = (CONFIG.num_layers, CONFIG.fam_length, CONFIG.embed_dim)
+    kept = model.random_state.initial(CONFIG)
+    assert kept["memory"].shape == shape
+    return flax.core.freeze({"state_passing": kept})
+
+
+# The contract of t5x.
+
+
+def test_initial_variables_come_from_a_bound_method_without_types():
+    make = make_model(random_state=state_passing.RandomState()).get_initial_variables
+    fresh = jax.eval_shape(lambda rng: make(rng, SHAPES), jax.random.key(0))
+    assert isinstance(fresh, flax.core.FrozenDict) and set(fresh) == {"params", "state_passing"}
+    boxed = jax.tree.leaves(fresh["params"], is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    assert all(isinstance(leaf, nn.LogicallyPartitioned) for leaf in boxed)
+    typed = jax.eval_shape(lambda rng: make(rng, SHAPES, {"decoder_input_tokens": jnp.int32}),
+                           jax.random.key(0))  # fmt: skip
+    assert jax.tree.structure(typed) == jax.tree.structure(fresh)
+    assert set(make_model().get_initial_variables(jax.random.key(0), SHAPES)) == {"params"}
+
+
+def test_loss_fn_takes_three_and_four_arguments():
+    model, batch = make_model(), make_batch()
+    loss = jax.jit(model.loss)(variables(), batch)[0]
+    three, metrics = jax.jit(model.loss_fn)(variables(), batch, jax.random.key(0))
+    np.testing.assert_allclose(three, loss, rtol=1e-6)
+    assert all(isinstance(metric, Mean) for metric in metrics.values())
+    empty = flax.core.freeze({})
+    four, (metrics, mutables) = jax.jit(model.loss_fn)(variables(), batch, None, empty)
+    np.testing.assert_allclose(four, loss, rtol=1e-6)
+    assert mutables == empty and "loss" in metrics
+    evaluated, metrics = jax.jit(model.eval_fn)(variables(), batch, empty)
+    np.testing.assert_allclose(evaluated, loss, rtol=1e-6)
+    assert "accuracy" in metrics
+    assert model.optimizer_def is None and model.input_vocabulary is model.output_vocabulary is None
+
+
+# Scores and predictions.
+
+
+def test_scores_are_sums_of_log_probabilities():
+    model, batch = make_model(), make_batch()
+    log_p, _ = log_probabilities(batch)
+    scores = jax.jit(model.score_batch)(variables(), batch)
+    assert scores.shape == (BATCH,) and scores.dtype == jnp.float32
+    expected = (log_p * batch["decoder_loss_weights"]).sum(1)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="Intermediates"):
+        model.score_batch(variables(), batch, return_intermediates=True)
+
+
+def greedy(prompt, steps):
+    """The oracle: the whole sequence read again for every new token."""
+    tokens, out, score = list(prompt), [], 0.0
+    for _ in range(steps):
+        padded = np.zeros((1, 2 * LENGTH), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits = np.asarray(forward()(variables(), padded)[0, len(tokens) - 1], np.float64)
+        out.append(int(logits.argmax()))
+        score += logits.max() - np.log(np.exp(logits).sum())
+        tokens.append(out[-1])
+    return out, score
+
+
+def test_predictions_are_greedy_for_prompts_of_different_lengths():
+    tokens = make_batch(seed=1)["decoder_input_tokens"]
+    tokens[:, 0] = 0
+    sizes = [LENGTH - 7, 1, LENGTH]
+    # The prompt is marked one place further than it is long: see `predict_batch_with_aux`.
+    causal = (np.arange(LENGTH) < np.array(sizes)[:, None]).astype(np.int32)
+    batch = {"decoder_input_tokens": tokens, "decoder_causal_attention": causal}
+    model = make_model()
+    out, aux = jax.jit(model.predict_batch_with_aux)(variables(), batch)
+    assert out.shape == (BATCH, LENGTH) and out.dtype == jnp.int32
+    for row, size in enumerate(sizes):
+        room = LENGTH - size + 1
+        expected, score = greedy(tokens[row, :size], room)
+        np.testing.assert_array_equal(out[row, :room], expected)
+        assert not np.any(out[row, room:])
+        np.testing.assert_allclose(aux["scores"][row], score, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(jax.jit(model.predict_batch)(variables(), batch), out)
+
+
+def test_a_batch_without_marks_is_a_prompt_up_to_its_padding():
+    tokens = make_batch(seed=2)["decoder_input_tokens"]
+    tokens[:, 0] = 0
+    tokens[1, 5:] = 0
+    model = make_model()
+    out = jax.jit(model.predict_batch)(variables(), {"decoder_input_tokens": tokens})
+    expected, _ = greedy(tokens[1, :5], LENGTH - 4)
+    np.testing.assert_array_equal(out[1, : LENGTH - 4], expected)
+    np.testing.assert_array_equal(out[0, :1], greedy(tokens[0], 1)[0])
+
+
+# Metrics.
+
+
+def test_means_merge_reduce_and_compute():
+    values, weights = np.arange(6.0), np.array([1, 0, 2, 1, 1, 0.5])
+    whole = Mean.of(values, weights)
+    np.testing.assert_allclose(whole.compute(), np.average(values, weights=weights))
+    merged = Mean.of(values[:2], weights[:2]).merge(Mean.of(values[2:], weights[2:]))
+    np.testing.assert_allclose(merged.compute(), whole.compute())
+    np.testing.assert_allclose(Mean.empty().merge(whole).compute(), whole.compute())
+    assert Mean.empty().compute() == 0
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *[Mean.of(v, w) for v, w in zip(values, weights)])
+    assert stacked.reduce().total.shape == ()
+    np.testing.assert_allclose(stacked.reduce().compute(), whole.compute())
+    np.testing.assert_allclose(Mean.of(values[:, None], weights[:, None]).compute(), whole.compute())
+    np.testing.assert_allclose(Mean.of(np.array([True, False])).compute(), 0.5)

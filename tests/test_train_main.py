@@ -1,0 +1,235 @@
+"""`python -m famx.train` as a user runs it: the main job cut short, interruption, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import gin
+import pytest
+from absl import flags
+from gin import config as gin_config
+
+from famx import gin_utils, train
+from famx.training.checkpoints import check_same_model
+from famx.training.run_log import read_metrics
+
+ROOT = gin_utils.gin_root()
+EXAMPLE = "gin_configs/examples/passkey_tiny.gin"
+STEPS = 150
+SMALL = (
+    f"TRAIN_STEPS={STEPS}",
+    "BATCH_SIZE=2",
+    "DecoderConfig.num_layers=1",
+    "DecoderConfig.embed_dim=16",
+    "DecoderConfig.num_heads=2",
+    "DecoderConfig.mlp_dim=32",
+    "warmup_stable_decay.warmup_steps=2",
+    "warmup_stable_decay.decay_steps=20",
+    "loop.train.log_period=10",
+    "loop.train.eval_period=100",
+    "PasskeyEvaluation.blocks=(4,)",
+    "PasskeyEvaluation.report_blocks=(4, 8)",
+    "PasskeyEvaluation.examples=4",
+)
+
+
+def arguments(model_dir, *bindings, file=EXAMPLE):
+    bindings = (f"MODEL_DIR='{model_dir}'", *SMALL, *bindings)
+    return [f"--gin_file={file}", *(f"--gin.{binding}" for binding in bindings)]
+
+
+def start(*args, **env):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen(
+        [sys.executable, "-m", "famx.train", *args], cwd=ROOT, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def history(model_dir):
+    times = ("time", "tokens_per_second")
+    lines = read_metrics(str(model_dir))
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+
+@pytest.mark.slow
+def test_the_main_job_whole_and_interrupted(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    process = start(*arguments(whole))
+    _, text = process.communicate()
+    assert process.returncode == 0, text
+    assert "Traceback" not in text and "famx: error" not in text
+    assert f"train step {STEPS}/{STEPS}" in text
+    table = text[text.index("Exact match over 4 fresh documents per cell, streamed:") :].splitlines()
+    assert table[1].split() == ["blocks", "tokens", "hold", "hold_repeated", "overwrite"]
+    assert [row.split()[:2] for row in table[2:4]] == [["4", "128"], ["8", "256"]]
+    result = json.loads((whole / "passkey.json").read_text())
+    assert result["block_size"] == 32 and set(result["exact_match"]) == set(table[1].split()[2:])
+    assert set(result["exact_match"]["hold"]) == {"4", "8"}
+    assert (whole / "passkey.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert "loop.train:\n" in (whole / "config.gin").read_text()
+    assert "total_steps = " in (whole / "config.gin").read_text()
+
+    process = start(*arguments(cut))
+    for line in process.stderr:
+        if line.startswith("train step 20/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    text = process.stderr.read()
+    assert process.wait() == 0, text
+    assert "the same command goes on from there" in text, "ended before the signal came"
+    stopped = int(text.split("Stopped at step ")[1].split(";")[0])
+    assert 20 <= stopped < STEPS and (cut / f"checkpoint_{stopped}" / "state").is_dir()
+    assert not (cut / "passkey.json").exists()
+
+    process = start(*arguments(cut))
+    _, text = process.communicate()
+    assert process.returncode == 0 and f"Going on from step {stopped} of {cut}." in text, text
+    assert history(cut) == history(whole)
+    assert json.loads((cut / "passkey.json").read_text()) == result
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def bad_input(monkeypatch, capsys, tmp_path):
+    """A function that runs famx.train within this process, and returns its sentence."""
+    monkeypatch.setattr("famx.gin_utils.write_operative_config", _never)  # a run begins with it
+
+    def call(*args):
+        _forget()
+        monkeypatch.setattr(sys, "argv", ["train", *args])
+        with pytest.raises(SystemExit) as caught:
+            gin_utils.run(train.main)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2, error
+        *before, last = error.strip().splitlines()
+        assert last.startswith("famx: error: ") and "Traceback" not in error, error
+        assert "In call to" not in error
+        return last.removeprefix("famx: error: ")
+
+    yield call
+    _forget()
+
+
+def _never(*args):
+    raise AssertionError("training began in spite of bad input")
+
+
+def _forget():
+    """gin and the flags as in a new process."""
+    gin.clear_config()
+    gin_config._IMPORTS.clear()
+    for name in ("gin_file", "gin_bindings", "gin_search_paths"):
+        if name in flags.FLAGS:
+            flags.FLAGS[name].unparse()
+
+
+@pytest.mark.parametrize(
+    "bindings, sentence",
+    [
+        (["TRAIN_STPES=5"], "Nothing uses TRAIN_STPES"),
+        (["loop.train.log_perod=5"], "train has no parameter log_perod. Did you mean log_period?"),
+        (["DecoderConfg.num_layers=1"], "DecoderConfg. Did you mean DecoderConfig?"),
+        (["DecoderConfig.num_heads=3"], "embed_dim 16 is not a multiple of num_heads 3; set head_dim"),
+        (["DecoderConfig.num_kv_heads=3"], "num_heads 2 is not a multiple of num_kv_heads 3."),
+        (["DecoderConfig.block_size=0"], "block_size must be at least 1, got 0."),
+        (["DecoderConfig.fam_length=33"], "fam_length 33 exceeds block_size 32"),
+        (["DecoderConfig.activation='slu'"], "activation must be one of silu"),
+        (["TASK_FEATURE_LENGTHS={'targets': 100}"], "must be a multiple of the block size 32"),
+        (["Curriculum.blocks=(1, 4)"], "The shortest length of the curriculum is 1 blocks"),
+        (["Curriculum.blocks=()"], "A curriculum needs lengths of at least 1 block"),
+        (["STATE_PASSING='none'"], "or set STATE_PASSING to 'aged'"),
+        (["MIXTURE_OR_TASK_NAME='passkey_wrods'"], "The nearest name is 'passkey_words'"),
+        (["TASK_OPTIONS={'digits': 0}"], "A pass key needs at least 1 digit"),
+        (["MIXTURE_OR_TASK_NAME='own_text'", "TASK_OPTIONS={'files': '/no/such/*.txt'}"],
+         "No file matches '/no/such/*.txt'"),
+        (["PasskeyTask.digits=0"], "A pass key needs at least 1 digit, but digits is 0."),
+        (["DecoderConfig.vocab_size=16"], "raise DecoderConfig.vocab_size"),
+        (["partitioning.make_mesh.fsdp=3"], "does not fit"),
+        (["BATCH_SIZE=0"], "BATCH_SIZE 0 cannot be divided"),
+        (["TRAIN_STEPS=0"], "TRAIN_STEPS must be at least 1, not 0."),
+        (["MODEL_DIR='runs/x'"], "MODEL_DIR must be an absolute path, not runs/x: write /"),
+        (["MODEL_DIR='/proc/famx/x'"], "MODEL_DIR /proc/famx/x is not writable"),
+    ],
+)  # fmt: skip
+def test_bad_settings(bad_input, tmp_path, bindings, sentence):
+    assert sentence in bad_input(*arguments(tmp_path / "run", *bindings))
+    # Nothing is left that would stand in the way of the next try.
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_unset_macro(bad_input):
+    sentence = bad_input(f"--gin_file={EXAMPLE}")
+    assert sentence == "MODEL_DIR is not set: add --gin.MODEL_DIR=\"'/some/dir'\"."
+
+
+def test_unknown_gin_file(bad_input, tmp_path):
+    sentence = bad_input(*arguments(tmp_path, file="gin_configs/examples/passkey_tiney.gin"))
+    assert sentence.endswith(f"Did you mean {EXAMPLE}?")
+
+
+def test_no_gin_file(bad_input):
+    assert "is not set: add --gin." in bad_input()
+
+
+def test_parameter_without_a_value(bad_input, tmp_path):
+    file = tmp_path / "model.gin"
+    text = (ROOT / EXAMPLE).read_text() + (ROOT / "gin_configs/models/tiny.gin").read_text()
+    text = text.replace('include "gin_configs/models/tiny.gin"', "").replace("vocab_size = 128", "")
+    file.write_text(text)
+    sentence = bad_input(*arguments(tmp_path / "run", file=file))
+    assert sentence == "DecoderConfig.vocab_size is not set: add --gin.DecoderConfig.vocab_size=VALUE."
+
+
+def test_stray_argument(bad_input, tmp_path):
+    assert "Unknown argument stray" in bad_input(*arguments(tmp_path), "stray")
+
+
+def test_model_dir_of_another_model(bad_input, tmp_path):
+    check_same_model(tmp_path, {"embed_dim": 64})
+    sentence = bad_input(*arguments(tmp_path))
+    assert "holds another model, differing in" in sentence
+    assert "embed_dim (64 there, 16 here)" in sentence
+
+
+def test_checkpoint_of_another_shape(bad_input, tmp_path):
+    import jax.numpy as jnp
+
+    from famx.training.checkpoints import Checkpointer
+
+    with Checkpointer(tmp_path) as saver:
+        saver.save(5, {"target": {"embedding": jnp.ones((128, 64))}})
+    sentence = bad_input(*arguments(tmp_path))
+    assert f"{tmp_path}/checkpoint_5 holds another model" in sentence
+
+
+def test_a_bug_keeps_its_traceback(bad_input, tmp_path, monkeypatch):
+    """Also a ValueError: only what famx refuses before the run begins is a sentence."""
+    from famx.training import loop
+
+    def broken(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(loop, "make_feed", broken)
+    _forget()
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path)])
+    with pytest.raises(ValueError, match="a bug"):
+        gin_utils.run(train.main)
+
+
+@pytest.mark.slow
+def test_batch_that_eight_devices_cannot_share(tmp_path):
+    process = start(
+        *arguments(tmp_path, "BATCH_SIZE=12"),
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    _, text = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in text
+    assert text.splitlines()[-1] == (
+        "famx: error: BATCH_SIZE 12 cannot be divided over 8 devices (data 8 x fsdp 1): use a"
+        " multiple of 8."
+    )

@@ -1,0 +1,168 @@
+"""Operation counts against a loop over pairs, a walk through the jaxpr, and XLA's own count."""
+
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from famx.models import DecoderModel, unbox
+from famx.modules import Decoder, DecoderConfig
+from famx.modules.layer import ChunkContext, Layer
+from famx.training.flops import train_flops
+
+SIZES = dict(vocab_size=11, num_layers=2, embed_dim=12, num_heads=2, head_dim=4, mlp_dim=20)
+
+
+def config_of(**changes):
+    memory = dict(block_size=4, memory_segments=1, fam_length=2)
+    return DecoderConfig(**{**SIZES, **memory, **changes})
+
+
+# Against loops.
+
+
+def slow_pairs(c, length, from_start):
+    """Every query looks at every key, one pair at a time."""
+    before = 0 if from_start else (c.memory_segments + 1) * c.block_size  # more than is seen
+    pairs = 0
+    for query in range(before, before + length):
+        for key in range(before + length):
+            seen = key <= query
+            seen &= key // c.block_size >= query // c.block_size - c.memory_segments
+            if c.window_mask:
+                seen &= key >= query - c.memory_segments * c.block_size
+            pairs += seen
+    return pairs
+
+
+configs = st.builds(
+    config_of,
+    block_size=st.integers(3, 6),
+    memory_segments=st.integers(0, 3),
+    fam_length=st.integers(0, 3),
+    num_layers=st.integers(1, 3),
+    num_kv_heads=st.sampled_from([1, 2]),
+    gated_mlp=st.booleans(),
+    window_mask=st.booleans(),
+    fam_start=st.sampled_from(["prompt", "prefix"]),
+)
+
+
+@settings(max_examples=60)
+@given(configs, st.integers(1, 3), st.integers(1, 25), st.booleans())
+def test_counts_equal_a_loop_over_tokens_and_pairs(c, batch, length, from_start):
+    d, heads, kv, dh = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+    product = lambda rows, inner, columns: 2 * rows * inner * columns
+    pair = heads * (product(1, dh, 1) + product(1, 1, dh))
+    query_output = product(1, d, heads * dh) + product(1, heads * dh, d)
+    keys_values = 2 * product(1, d, kv * dh)
+    feed = (2 if c.gated_mlp else 1) * product(1, d, c.mlp_dim) + product(1, c.mlp_dim, d)
+    expected = dict.fromkeys(("projections", "attention", "feed_forward", "memory", "head"), 0)
+    for _ in range(batch):
+        expected["head"] += length * product(1, d, c.vocab_size)
+        for _ in range(c.num_layers):
+            expected["projections"] += length * (query_output + keys_values)
+            expected["feed_forward"] += length * feed
+            expected["attention"] += slow_pairs(c, length, from_start) * pair
+            for token in range(length):
+                expected["memory"] += c.fam_length * pair
+                if token % c.block_size == 0:
+                    expected["memory"] += c.fam_length * keys_values
+                    if token > 0:  # a block before this one has updated the memory
+                        seen = c.fam_length + c.block_size
+                        expected["memory"] += c.fam_length * (query_output + seen * pair + feed)
+    if from_start and c.fam_start == "prompt":
+        for _ in range(c.num_layers - 1):
+            tokens = c.fam_length
+            expected["memory"] += tokens * (query_output + keys_values + tokens * pair + feed)
+    counted = train_flops(c, batch, length, from_start)
+    assert counted == {kind: 3 * count for kind, count in expected.items()}
+
+
+def test_causal_half_of_one_block():
+    c = config_of(block_size=4, memory_segments=0, fam_length=0)
+    assert train_flops(c, 1, 4)["attention"] == 3 * 2 * (4 * 2 * 4) * (1 + 2 + 3 + 4)
+
+
+def test_memory_is_all_that_fam_adds():
+    fam, bswa = train_flops(config_of(), 2, 12), train_flops(config_of(fam_length=0), 2, 12)
+    assert bswa["memory"] == 0 < fam["memory"]
+    assert {**fam, "memory": 0} == bswa
+
+
+@pytest.mark.parametrize("batch, length", [(0, 4), (1, 0)])
+def test_refuses_empty_batches(batch, length):
+    with pytest.raises(ValueError, match="at least 1"):
+        train_flops(config_of(), batch, length)
+
+
+# Against what is really computed.
+
+
+def jaxpr_flops(jaxpr):
+    """Operations of all matrix products, those inside a scan times its length."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+        repeats = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            total += repeats * jaxpr_flops(inner)
+    return total
+
+
+@pytest.mark.parametrize("fam_length", [0, 3])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(fam_length, kv_heads):
+    """The dense backend also multiplies masked pairs, the last update and the last prompt layer."""
+    c = config_of(
+        block_size=5, memory_segments=2, fam_length=fam_length, num_kv_heads=kv_heads, num_layers=3,
+        attention_backend="xla",
+    )  # fmt: skip
+    batch, blocks = 2, 4
+    length = blocks * c.block_size
+    model = DecoderModel(Decoder(c))
+    tokens = jnp.ones((batch, length), jnp.int32)
+    inputs = {"decoder_input_tokens": tokens, "decoder_target_tokens": tokens}
+    params = unbox(jax.eval_shape(model.module.init, jax.random.key(0), tokens)["params"])
+    gradient = jax.grad(lambda params: model.loss(params, inputs)[0])
+    done = jaxpr_flops(jax.make_jaxpr(gradient)(params).jaxpr)
+
+    pair = 4 * c.num_heads * c.head_dim
+    window = (c.memory_segments + 1) * c.block_size
+    masked = length * window - slow_pairs(c, length, True)
+    n, d, width = c.fam_length, c.embed_dim, c.num_heads * c.head_dim
+    feed, query_output = 6 * d * c.mlp_dim, 4 * d * width
+    keys_values = 4 * d * c.num_kv_heads * c.head_dim
+    update = n * (query_output + (n + c.block_size) * pair + feed)
+    prompt = n * (query_output + keys_values + n * pair + feed)
+    unneeded = batch * c.num_layers * (masked * pair + update) + prompt
+    assert done == sum(train_flops(c, batch, length).values()) + 3 * unneeded
+
+
+def test_agrees_with_xla_on_one_dense_layer():
+    """XLA counts scans once, so one layer alone; it also counts what is no matrix product."""
+    c = config_of(
+        block_size=32, memory_segments=0, fam_length=0, num_layers=1, embed_dim=128, num_heads=4,
+        head_dim=32, mlp_dim=512, attention_backend="xla",
+    )  # fmt: skip
+    x = jnp.zeros((2, 1, c.block_size, c.embed_dim))
+    keys = jnp.zeros((2, 1, c.block_size, c.num_kv_heads, c.head_dim))
+    zero = jnp.zeros((2,), jnp.int32)
+    context = ChunkContext(zero, zero, zero)
+    memory = jnp.zeros((2, 0, c.embed_dim))
+    run = lambda params: Layer(c).apply(params, x, memory, keys, keys, context, method="read_chunk")
+    init = lambda key: Layer(c).init(key, x, memory, keys, keys, context, method="read_chunk")
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    measured = jax.jit(run).lower(shapes).cost_analysis()["flops"]
+
+    counted = train_flops(c, 2, c.block_size)
+    dense = counted["attention"] * 2 * c.block_size // (c.block_size + 1)  # masked pairs as well
+    products = (counted["projections"] + counted["feed_forward"] + dense) / 3
+    assert products <= measured <= 1.1 * products

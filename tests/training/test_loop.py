@@ -1,0 +1,249 @@
+"""The loop: exact resumption under every mode, seeds, broken gradients, and what a run leaves."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from tiny import BLOCK, BLOCKS, assert_identical, make_model, passkey
+
+from famx.data import TextFiles, registry
+from famx.errors import ConfigError
+from famx.state_passing import RandomState
+from famx.training import loop
+from famx.training.curriculum import Curriculum
+from famx.training.run_log import read_metrics
+
+STEPS, BATCH = 9, 4
+TIMES = ("time", "tokens_per_second")
+
+
+@dataclasses.dataclass
+class Probe:
+    """An evaluation that notes its calls, and asks the run to stop after some of them."""
+
+    stop_after: tuple[int, ...] = ()
+    calls: list = dataclasses.field(default_factory=list)
+    reports: int = 0
+
+    def __call__(self, model, params, step):
+        self.calls.append((step, jax.tree.map(np.asarray, params)))
+        if step in self.stop_after:
+            self.stop_after = tuple(s for s in self.stop_after if s != step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"calls": float(len(self.calls))}
+
+    def report(self, model, params, model_dir):
+        self.reports += 1
+        assert pathlib.Path(model_dir).is_dir()
+        return f"the report of {int(params['embedding'].shape[0])} ids"
+
+
+def run(model_dir, mode="none", seed=0, probe=None, **changes):
+    """One call of `train`, as the same command would make it."""
+    settings = dict(
+        model_dir=str(model_dir),
+        model=make_model(),
+        mixture_or_task_name="passkey_words",
+        task_options={"digits": 1, "header": False, "filler": "random_words"},
+        task_feature_lengths={"targets": BLOCKS * BLOCK},
+        total_steps=STEPS,
+        batch_size=BATCH,
+        optimizer=optax.adam(1e-2),
+        random_seed=seed,
+        state_passing_mode=mode,
+        evaluation=probe,
+        eval_period=1 if probe else 0,
+        log_period=4,
+        checkpoint_period=5,
+    )
+    if mode == "random":
+        settings["random_state"] = RandomState(0.5, start_step=2)
+    if mode == "continuous":
+        settings["lane_documents"] = loop.LaneDocuments(length=9 * BLOCK, count=10)
+    if mode == "aged":
+        # Unlocks at once; two groups, so that the pool is made anew within the run.
+        settings["curriculum"] = Curriculum((4, 5, 7), unlock=0.0, newest=0.6)
+        settings |= dict(pool_groups=2, pool_refresh_period=3)
+    return loop.train(**{**settings, **changes})
+
+
+def history(model_dir, split="train"):
+    lines = read_metrics(str(model_dir), split)
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def saved(model_dir, step=STEPS):
+    return ocp.PyTreeCheckpointer().restore(pathlib.Path(model_dir) / f"checkpoint_{step}" / "state")
+
+
+def saved_data(model_dir, step=STEPS):
+    path = pathlib.Path(model_dir) / f"checkpoint_{step}" / "dataset" / "metadata"
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Directory of an uninterrupted run per mode, made once."""
+    made = {}
+
+    def get(mode):
+        if mode not in made:
+            made[mode] = tmp_path_factory.mktemp(mode)
+            run(made[mode], mode, probe=Probe())
+        return made[mode]
+
+    return get
+
+
+@pytest.mark.parametrize("mode", ["none", "random", "continuous", "aged"])
+def test_stopped_and_resumed_is_the_same_run(mode, whole, tmp_path):
+    """Stopped between log lines (3), right after a checkpoint (5), and with a pool in use (7)."""
+    probe = Probe(stop_after=(3, 5, 7))
+    for last in (3, 5, 7):
+        run(tmp_path, mode, probe=probe)
+        assert probe.calls[-1][0] == last
+        assert saved(tmp_path, last)["state"]["step"] == last
+        assert not probe.reports
+    run(tmp_path, mode, probe=probe)
+    assert [step for step, _ in probe.calls[:STEPS]] == list(range(1, STEPS + 1))
+    assert history(tmp_path) == history(whole(mode))
+    assert len(history(tmp_path)) == 3 and all(np.isfinite(x["loss"]) for x in history(tmp_path))
+    assert_identical(saved(tmp_path), saved(whole(mode)))
+    assert saved_data(tmp_path) == saved_data(whole(mode))
+
+
+def test_the_modes_save_what_they_carry(whole):
+    assert "lanes" not in saved(whole("none"))
+    kept = saved(whole("random"))["flax_mutables"]["state_passing"]
+    assert int(kept["steps"]) == STEPS and int(kept["updates"]) >= BLOCKS
+    lanes = saved(whole("continuous"))["lanes"]
+    assert lanes["memory"].shape[1] == BATCH
+    # Documents of 9 blocks are read 4, 4 and 1 (with padding: 4) blocks at a time.
+    assert set(lanes["position"].tolist()) == {12 * BLOCK}
+    pool = saved(whole("aged"))["lanes"]
+    assert pool["memory"].shape[1] == 2 * BATCH
+    assert set(pool["position"].tolist()) <= {BLOCK, 3 * BLOCK} and pool["position"].min() > 0
+    feed = saved_data(whole("aged"))["feed"]
+    assert feed["curriculum"]["stage"] == 2 and feed["made"] >= 3
+
+
+def test_the_losses_of_the_modes_differ(whole):
+    modes = ("none", "random", "continuous", "aged")
+    assert len({tuple(line["loss"] for line in history(whole(mode))) for mode in modes}) == 4
+
+
+def test_a_run_leaves_logs_config_and_checkpoints(whole, tmp_path):
+    folder = whole("none")
+    assert "famx.training.loop" in (folder / "config.gin").read_text()
+    assert json.loads((folder / "model.json").read_text())["block_size"] == BLOCK
+    assert list((folder / "tensorboard" / "train").glob("events.out.tfevents.*"))
+    assert (folder / f"checkpoint_{STEPS}" / "state").is_dir()
+    assert sorted(p.name for p in folder.glob("checkpoint_*")) == ["checkpoint_5", "checkpoint_9"]
+    lines = history(folder)
+    assert [line["step"] for line in lines] == [4, 8, 9]
+    assert {"loss", "accuracy", "exact_match", "memory_rms", "gradient_norm"} <= set(lines[0])
+    assert lines[0]["skipped"] == 0 and lines[0]["gradient_norm"] > 0
+    assert [line["step"] for line in history(folder, "eval")][:STEPS] == list(range(1, STEPS + 1))
+
+
+def test_same_seed_same_run_other_seed_other_run(whole, tmp_path, capsys):
+    probe = Probe()
+    scalars = run(tmp_path / "same", probe=probe, eval_period=4)
+    assert_identical(saved(tmp_path / "same"), saved(whole("none")))
+    run(tmp_path / "other", seed=1)
+    assert history(tmp_path / "other")[0]["loss"] != history(whole("none"))[0]["loss"]
+    # The first of the two: evaluated every 4 steps and at the end, with the report once, at last.
+    assert [step for step, _ in probe.calls] == [4, 8, 9] and probe.reports == 1
+    assert scalars["calls"] == 3 and np.isfinite(scalars["loss"])
+    assert_identical(probe.calls[-1][1], saved(tmp_path / "same")["target"])
+    assert "the report of 128 ids" in capsys.readouterr().err
+
+
+def test_a_finished_run_reports_again_and_trains_no_more(whole, tmp_path):
+    run(tmp_path, probe=Probe(), total_steps=STEPS)
+    before, probe = saved(tmp_path), Probe()
+    run(tmp_path, probe=probe)
+    assert [step for step, _ in probe.calls] == [STEPS] and probe.reports == 1
+    assert_identical(saved(tmp_path), before)
+    assert history(tmp_path) == history(whole("none"))
+
+
+# ---------------------------------------------------------------- gradients that are not finite
+
+
+class Poisoned:
+    """PassKey rows; those of step 2 (from 1) have an infinite weight."""
+
+    vocab, min_length = passkey().vocab, passkey().min_length
+
+    def batch(self, indices, length):
+        batch = passkey().batch(indices, length)
+        if BATCH in indices:
+            batch["decoder_loss_weights"][0, -1] = np.inf
+        return batch
+
+
+registry.register("poisoned", Poisoned)
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
+    run(tmp_path, mixture_or_task_name="poisoned", task_options=None, total_steps=3, log_period=1,
+        checkpoint_period=1)  # fmt: skip
+    one, two, three = (saved(tmp_path, step) for step in (1, 2, 3))
+    assert int(two["state"].pop("step")) == 2 and int(one["state"].pop("step")) == 1
+    assert_identical(one, two)
+    assert np.any(three["target"]["embedding"] != two["target"]["embedding"])
+    assert np.isfinite(three["target"]["embedding"]).all()
+    assert [line["skipped"] for line in history(tmp_path)] == [0, 1, 0]
+
+
+def test_twenty_such_steps_in_a_row_end_the_run(tmp_path):
+    model = make_model()
+    model.z_loss = np.inf
+    with pytest.raises(ConfigError, match="not finite in the 20 steps before step 20: lower the"):
+        run(tmp_path, model=model, total_steps=50, checkpoint_period=4)
+    assert int(saved(tmp_path, 16)["state"]["step"]) == 16
+
+
+# ---------------------------------------------------------------- text and settings
+
+
+def test_text_of_files_is_read_by_lanes(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text(f"Document {i}. " + "abcdefgh " * (5 + 3 * i))
+    registry.register("loop_texts", lambda: TextFiles(str(tmp_path / "*.txt")))
+    scalars = run(
+        tmp_path / "run", "continuous", mixture_or_task_name="loop_texts", task_options=None,
+        model=make_model(vocab_size=260), total_steps=2,
+    )  # fmt: skip
+    assert 0 < scalars["loss"] < 20
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(total_steps=0), "TRAIN_STEPS must be at least 1, not 0"),
+        (dict(log_period=0), "log_period must be at least 1"),
+        (dict(batch_size=0), "BATCH_SIZE 0"),
+        (dict(task_feature_lengths={"inputs": 8}), "must name a length for 'targets'"),
+        (dict(task_feature_lengths={"targets": 12}), "row length 12 .* multiple of the block size 8"),
+        (dict(mixture_or_task_name="passkey_wrods"), "The nearest name is 'passkey_words'"),
+        (dict(task_options={"digit": 1}), "passkey_words.*digit"),
+        (dict(task_options={"digits": 0}), "needs at least 1 digit"),
+        (dict(state_passing_mode="rsp"), "STATE_PASSING is 'rsp'; choose one of none, random"),
+        (dict(model="narrow"), "raise DecoderConfig.vocab_size"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, changes, sentence):
+    if "model" in changes:
+        changes = {"model": make_model(vocab_size=16)}
+    with pytest.raises(ConfigError, match=sentence):
+        run(tmp_path, **changes)
+    assert not list(tmp_path.iterdir())  # nothing that would stand in the way of the next try
