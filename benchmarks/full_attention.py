@@ -1,8 +1,8 @@
 """Full causal attention for comparison: the forward pass in tiles, without a table of all scores.
 
 A block of the whole sequence is no size that the model's own backends are made for: one holds all
-scores, the other compiles every tile apart. Here tiles above the diagonal are skipped, and memory is
-linear in the length, so that the comparison does full attention no wrong.
+scores, the other compiles every tile apart. Here tiles above the diagonal are skipped, and memory
+is linear in the length, so that the comparison does full attention no wrong.
 """
 
 import math
@@ -35,7 +35,7 @@ def full_attention(q, keys, values, memory_keys, memory_values, first_block, con
         return x.transpose(1, 0, 3, 4, 2, 5).reshape(*x.shape[1::-1], x.shape[3], -1, width)
 
     q, keys, values = tiles(q), tiles(keys), tiles(values)
-    slots = jnp.arange(q.shape[3]) % tile  # of each row; the heads of a group stand one after another
+    slots = jnp.arange(q.shape[3]) % tile  # of each row: heads of a group stand in turn
 
     def rows(index):
         def column(j, carry):
@@ -54,7 +54,8 @@ def full_attention(q, keys, values, memory_keys, memory_values, first_block, con
             return out * shrink[..., None] + part, total, higher
 
         shape = q.shape[1:4]
-        start = jnp.zeros((*shape, width), wide), jnp.zeros(shape, wide), jnp.full(shape, -1e30, wide)
+        zeros = jnp.zeros((*shape, width), wide), jnp.zeros(shape, wide)
+        start = (*zeros, jnp.full(shape, -1e30, wide))
         out, total, _ = jax.lax.fori_loop(0, index + 1, column, start)
         return (out / total[..., None]).astype(q.dtype)
 

@@ -143,7 +143,7 @@ def matmul_share(sizes: Sizes, repeats: int) -> Table:
 
 def full_vs_fam(sizes: Sizes, repeats: int) -> Table:
     """Forward passes of full causal attention over those of FAM, as the length grows."""
-    rows = []
+    rows, repeats = [], -(-repeats // 3)  # half a minute a round on a small machine
     fam = sizes.config(sizes.paper, sizes.forward_layers)
     for length in sizes.full_lengths:
         full = sizes.config((length, 0, 0), sizes.forward_layers)

@@ -12,6 +12,7 @@ import numpy as np
 
 from famx.data.lanes import ContinuousLanes
 from famx.data.passkey import PasskeyTask, exact_match
+from famx.errors import ConfigError
 from famx.models import DecoderModel
 from famx.state_passing import continue_lanes
 from famx.streaming import Streamer
@@ -91,14 +92,25 @@ class PasskeyEvaluation:
             lines.append(f"{b:8d}{b * size:10d}" + "".join(c.rjust(20) for c in cells))
         return "\n".join(lines + [f"Written: {folder / 'passkey.json'}, {folder / 'passkey.png'}"])
 
+    def check(self, model: DecoderModel) -> None:
+        """Raises ConfigError if the probes cannot be made for the model's block size."""
+        for options in PROBES.values():
+            try:
+                self._task(model.config.block_size, options)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+
+    def _task(self, block_size: int, options) -> PasskeyTask:
+        common = dict(split="eval", seed=self.seed, depth=0.0, block_size=block_size)
+        return dataclasses.replace(self.task, **common, **options)
+
     def _measure(self, model, params, lengths) -> dict[str, float]:
         streamer = self._streamers.of(model)
         size = model.config.block_size
         scores = {}
         for blocks in lengths:
             for probe, options in PROBES.items():
-                task = dataclasses.replace(self.task, split="eval", seed=self.seed, depth=0.0,
-                                           block_size=size, **options)  # fmt: skip
+                task = self._task(size, options)
                 if task.min_length > blocks * size:
                     continue
                 batch = task.batch(range(self.examples), blocks * size)

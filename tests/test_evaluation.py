@@ -7,18 +7,20 @@ import math
 import jax
 import numpy as np
 import pytest
-from tiny import BLOCK, make_model, make_params, make_tokens, passkey
+from tiny import make_model, make_params, make_tokens, passkey
 
 from famx.data import TextFiles
+from famx.errors import ConfigError
 from famx.evaluation import PROBES, PasskeyEvaluation, TextEvaluation
 
-MODEL = make_model()
+BLOCK = 16  # room for a statement
+MODEL = make_model(block_size=BLOCK)
 PARAMS = make_params(MODEL.module)
 apply = jax.jit(MODEL.module.apply)
 
 
 def make_evaluation(**changes):
-    settings = dict(task=passkey(block_size=None), blocks=(6, 9), report_blocks=(4, 6, 9), examples=8)
+    settings = dict(task=passkey(block_size=None), blocks=(3, 5), report_blocks=(2, 3, 5), examples=8)
     return PasskeyEvaluation(**{**settings, **changes})
 
 
@@ -41,7 +43,7 @@ def oracle_params():
 def test_passkey_numbers_equal_a_direct_evaluation(oracle_params):
     evaluation = make_evaluation(examples=24)
     scores = evaluation(MODEL, oracle_params, 0)
-    assert set(scores) == {f"{p}/{b}" for p in ("hold", "hold_repeated", "overwrite") for b in (6, 9)}
+    assert set(scores) == {f"{p}/{b}" for p in ("hold", "hold_repeated", "overwrite") for b in (3, 5)}
     for name, score in scores.items():
         probe, blocks = name.split("/")
         batch = probe_task(evaluation, probe).batch(range(24), int(blocks) * BLOCK)
@@ -88,26 +90,26 @@ def test_the_task_is_asked_in_its_eval_split(monkeypatch):
         return batch(task, indices, length)
 
     monkeypatch.setattr(PasskeyTask, "batch", spy)
-    make_evaluation(blocks=(6,), seed=5)(MODEL, PARAMS, 0)
+    make_evaluation(blocks=(3,), seed=5)(MODEL, PARAMS, 0)
     assert asked == [("eval", 5, BLOCK, 1, 8)] * 3
 
 
 def test_report(tmp_path):
-    evaluation = make_evaluation(train_blocks=6)
+    evaluation = make_evaluation(train_blocks=3)
     text = evaluation.report(MODEL, PARAMS, str(tmp_path))
-    scores = evaluation._measure(MODEL, PARAMS, (4, 6, 9))
-    assert "overwrite/4" not in scores  # two statements do not fit: no number is made up
+    scores = evaluation._measure(MODEL, PARAMS, (2, 3, 5))
+    assert "overwrite/2" not in scores  # two statements do not fit: no number is made up
     result = json.loads((tmp_path / "passkey.json").read_text())
-    assert result["exact_match"]["hold"] == {str(b): scores[f"hold/{b}"] for b in (4, 6, 9)}
-    assert set(result["exact_match"]["overwrite"]) == {"6", "9"}
+    assert result["exact_match"]["hold"] == {str(b): scores[f"hold/{b}"] for b in (2, 3, 5)}
+    assert set(result["exact_match"]["overwrite"]) == {"3", "5"}
     assert {k: result[k] for k in ("block_size", "train_blocks", "examples", "fam_length")} == {
-        "block_size": 8, "train_blocks": 6, "examples": 8, "fam_length": 2}  # fmt: skip
+        "block_size": 16, "train_blocks": 3, "examples": 8, "fam_length": 2}  # fmt: skip
     lines = text.splitlines()
     assert lines[0] == "Exact match over 8 fresh documents per cell, streamed:"
     assert lines[1].split() == ["blocks", "tokens", "hold", "hold_repeated", "overwrite"]
-    assert [line.split()[:2] for line in lines[2:5]] == [["4", "32"], ["6", "48"], ["9", "72"]]
+    assert [line.split()[:2] for line in lines[2:5]] == [["2", "32"], ["3", "48"], ["5", "80"]]
     assert lines[2].split()[-1] == "-"
-    assert lines[3].split()[2] == f"{scores['hold/6']:.3f}"
+    assert lines[3].split()[2] == f"{scores['hold/3']:.3f}"
     from matplotlib import image
 
     picture = image.imread(tmp_path / "passkey.png")
@@ -122,7 +124,7 @@ class Documents(list):
         return len(self[i])
 
 
-@pytest.mark.parametrize("batch_size, length", [(2, 16), (8, 27), (3, 4)])
+@pytest.mark.parametrize("batch_size, length", [(2, 16), (8, 39), (3, 4)])
 def test_bits_per_token_equal_a_direct_computation(batch_size, length):
     """Every document once and to its end, whatever the lanes: also with fewer documents than lanes."""
     documents = Documents(make_tokens(size, seed=size) for size in (50, 16, 7, 33, 64))
@@ -151,11 +153,17 @@ def test_max_tokens_and_files(tmp_path):
 
 
 def test_a_model_is_compiled_once():
-    evaluation = make_evaluation(blocks=(6,))
+    evaluation = make_evaluation(blocks=(3,))
     evaluation(MODEL, PARAMS, 0)
     streamer = evaluation._streamers.of(MODEL)
     before = streamer._advance._cache_size()
-    again = make_model()  # an equal model, as resuming makes it
+    again = make_model(block_size=BLOCK)  # an equal model, as resuming makes it
     evaluation(again, PARAMS, 1)
     assert evaluation._streamers.of(again) is streamer
     assert streamer._advance._cache_size() == before
+
+
+def test_blocks_too_small_for_the_probes_are_refused_before_the_run():
+    with pytest.raises(ConfigError, match="does not fit into a block of 8"):
+        make_evaluation().check(make_model(block_size=8))
+    make_evaluation().check(MODEL)

@@ -12,6 +12,7 @@ from absl import flags
 from gin import config as gin_config
 
 from famx import gin_utils, train
+from famx.errors import ConfigError
 from famx.training.checkpoints import check_same_model
 from famx.training.run_log import read_metrics
 
@@ -148,10 +149,11 @@ def _forget():
         (["MIXTURE_OR_TASK_NAME='own_text'", "TASK_OPTIONS={'files': '/no/such/*.txt'}"],
          "No file matches '/no/such/*.txt'"),
         (["PasskeyTask.digits=0"], "A pass key needs at least 1 digit, but digits is 0."),
+        (["PasskeyTask.digits=40"], "A key statement of 40 digits takes"),
         (["DecoderConfig.vocab_size=16"], "raise DecoderConfig.vocab_size"),
         (["partitioning.make_mesh.fsdp=3"], "does not fit"),
         (["BATCH_SIZE=0"], "BATCH_SIZE 0 cannot be divided"),
-        (["TRAIN_STEPS=0"], "TRAIN_STEPS must be at least 1, not 0."),
+        (["TRAIN_STEPS=0", "LEARNING_RATE=0.1"], "TRAIN_STEPS must be at least 1, not 0."),
         (["MODEL_DIR='runs/x'"], "MODEL_DIR must be an absolute path, not runs/x: write /"),
         (["MODEL_DIR='/proc/famx/x'"], "MODEL_DIR /proc/famx/x is not writable"),
     ],
@@ -177,10 +179,11 @@ def test_no_gin_file(bad_input):
 
 
 def test_parameter_without_a_value(bad_input, tmp_path):
-    file = tmp_path / "model.gin"
-    text = (ROOT / EXAMPLE).read_text() + (ROOT / "gin_configs/models/tiny.gin").read_text()
-    text = text.replace('include "gin_configs/models/tiny.gin"', "").replace("vocab_size = 128", "")
-    file.write_text(text)
+    model, file = tmp_path / "model.gin", tmp_path / "run.gin"
+    tiny = (ROOT / "gin_configs/models/tiny.gin").read_text()
+    model.write_text(tiny.replace("vocab_size = 128", ""))
+    example = (ROOT / EXAMPLE).read_text()
+    file.write_text(example.replace("gin_configs/models/tiny.gin", str(model)))
     sentence = bad_input(*arguments(tmp_path / "run", file=file))
     assert sentence == "DecoderConfig.vocab_size is not set: add --gin.DecoderConfig.vocab_size=VALUE."
 
@@ -207,18 +210,19 @@ def test_checkpoint_of_another_shape(bad_input, tmp_path):
     assert f"{tmp_path}/checkpoint_5 holds another model" in sentence
 
 
-def test_a_bug_keeps_its_traceback(bad_input, tmp_path, monkeypatch):
-    """Also a ValueError: only what famx refuses before the run begins is a sentence."""
-    from famx.training import loop
+@pytest.mark.parametrize("place", ["famx.training.loop.make_feed", "famx.modules.config.math.sqrt"])
+def test_a_bug_keeps_its_traceback(bad_input, tmp_path, monkeypatch, place):
+    """Also a ValueError: only what famx itself refuses before the run begins is a sentence."""
 
     def broken(*args, **kwargs):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(loop, "make_feed", broken)
+    monkeypatch.setattr(place, broken)
     _forget()
     monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path)])
-    with pytest.raises(ValueError, match="a bug"):
+    with pytest.raises(ValueError, match="a bug") as caught:
         gin_utils.run(train.main)
+    assert not isinstance(caught.value, ConfigError)
 
 
 @pytest.mark.slow

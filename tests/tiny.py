@@ -17,7 +17,7 @@ BLOCKS = 4  # the fewest that hold a row of `passkey`
 def make_model(random_position_offset=False, **changes) -> DecoderModel:
     """A decoder of one layer, width 16 and blocks of 8 tokens."""
     sizes = dict(
-        vocab_size=128,
+        vocab_size=260,  # enough for words and for bytes
         num_layers=1,
         embed_dim=16,
         num_heads=2,
@@ -46,7 +46,7 @@ def make_params(module: Decoder, seed=0):
 
 
 def passkey(**changes) -> PasskeyTask:
-    """PassKey of one digit without header: 29 tokens at least, so 4 blocks."""
+    """PassKey of one digit without header; the shortest row takes 4 blocks."""
     return PasskeyTask(**{"digits": 1, "header": False, "filler": "random_words", **changes})
 
 

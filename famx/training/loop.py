@@ -77,7 +77,8 @@ def train(
       pool_groups, pool_refresh_period: the aged-state pool, see `AgedFeed`.
       lane_documents: documents that continuous lanes cut from a task made by index.
       evaluation: called as `evaluation(model, params, step) -> scalars` every `eval_period` steps;
-        its `report(model, params, model_dir)`, if any, ends the run.
+        its `report(model, params, model_dir)`, if any, ends the run; its `check(model)`, if any,
+        raises ConfigError before the run begins.
       eval_period, log_period, checkpoint_period: in steps; `eval_period` 0: at the end alone.
       checkpoints_to_keep: the newest so many; None: all.
 
@@ -100,6 +101,8 @@ def train(
     partitioning.check_batch_size(batch_size, _hosts())
     task = _make_task(mixture_or_task_name, task_options or {})
     _check_vocabulary(task, model)
+    if hasattr(evaluation, "check"):
+        evaluation.check(model)
     model.random_state = None
     if state_passing_mode == "random":
         model.random_state = random_state or state_passing.RandomState()

@@ -2,8 +2,8 @@
 
 It keeps every key of every token ever read, builds for each query a dense mask over all of them,
 and goes block by block through all layers. Angles are plain float64 products of position and
-frequency. One sequence `[L]` at a time. Letters are the paper's; capital names of shapes are those of the
-package (`S` block size, `M` memory segments, `N` FAM length, `D` width, `H`, `K` heads, `G = H / K`).
+frequency. One sequence `[L]` at a time. Letters are the paper's; shapes are named as everywhere
+(`S` block size, `M` memory segments, `N` FAM length, `D` width, `H` and `K` heads).
 """
 
 import math
@@ -113,7 +113,7 @@ class Oracle:
         if on_block <= 0.5:
             return old
         gate = 2 * on_block - 1
-        return unit((1 - gate) * old + gate * new)
+        return (1 - gate) * old + gate * new  # of two normalized memories, not normalized again
 
     def first_memories(self, offset):
         """`F_0` of every layer: the prompt run up the layers alone, or a prefix per layer."""

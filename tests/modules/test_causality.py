@@ -50,8 +50,8 @@ def test_with_memory_every_token_reaches_all_that_follow(name):
     assert change[0, -1] > 1e-12
 
 
-@pytest.mark.parametrize("layers,segments,window", [(2, 1, False), (1, 2, False), (3, 0, False),
-                                                    (2, 1, True), (1, 2, True), (3, 0, True)])  # fmt: skip
+@pytest.mark.parametrize("layers,segments", [(2, 1), (1, 2), (3, 0)])
+@pytest.mark.parametrize("window", [False, True])
 def test_without_memory_the_reach_is_exact(layers, segments, window):
     c = config(
         num_layers=layers, memory_segments=segments, window_mask=window, fam_length=0, **BASE

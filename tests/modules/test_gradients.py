@@ -15,8 +15,9 @@ BLOCKS, SIZE = 4, 4
 # Tokens 0 .. 11: each block has ids of its own, so a row of the embedding belongs to one block.
 OWN_IDS = (np.arange(BLOCKS * SIZE, dtype=np.int32) // SIZE * 3 + np.arange(16) % 3)[None]
 BASE = dict(
-    dtype="float64", param_dtype="float64", memory_segments=0, tied_embeddings=False, block_size=SIZE
-)
+    dtype="float64", param_dtype="float64", memory_segments=0, tied_embeddings=False,
+    block_size=SIZE,
+)  # fmt: skip
 
 
 def loss_of(logits):
@@ -117,7 +118,7 @@ def test_it_equals_finite_differences_in_both_backends(name):
 def test_tiles_of_large_blocks_give_the_same():
     # At this size the blockwise backend cuts a block into two query tiles.
     c = config(
-        num_layers=1, embed_dim=16, num_heads=16, num_kv_heads=8, block_size=128, fam_length=4,
+        num_layers=1, embed_dim=32, num_heads=16, num_kv_heads=8, block_size=128, fam_length=4,
         memory_segments=1, attention_softcap=3.0, dtype="float64",
     )  # fmt: skip
     params, tokens = random_params(c), random_tokens(1, 256)

@@ -54,7 +54,9 @@ CASES = {
         norm="layer", parallel_block=True, gated_mlp=False, activation="gelu", qkv_bias=True,
         output_bias=True, mlp_bias=True, rope_scaling=RopeScaling(4.0), tied_embeddings=False,
     ),
-    "plain relu": dict(gated_mlp=False, activation="relu", mlp_bias=True, norm="layer", qk_norm=True),
+    "plain relu": dict(
+        gated_mlp=False, activation="relu", mlp_bias=True, norm="layer", qk_norm=True
+    ),
     "gated squared relu": dict(activation="squared_relu", norm_epsilon=0.1, output_bias=True),
 }  # fmt: skip
 COMPUTATIONS = list(itertools.product(("xla", "blockwise"), (None, 1, 2)))

@@ -113,8 +113,14 @@ def test_aligned_is_the_same_where_it_holds(blocks_per_chunk):
 COUNTS = np.array([0, 3, 4, 9])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("start", ["given", "implied", "aligned"])
+@pytest.mark.parametrize(
+    "name,start",
+    [
+        *((name, "given") for name in CONFIGS),
+        ("no segments, gated", "implied"),
+        ("window mask, scaled", "aligned"),
+    ],
+)
 def test_examples_at_different_places_read_on(name, start):
     c = config(dtype="float64", **CONFIGS[name])
     params, tokens = random_params(c), random_tokens(4, 18)

@@ -64,8 +64,10 @@ def test_every_parameter_names_its_axes(style):
         assert isinstance(leaf, nn.LogicallyPartitioned)
         assert len(leaf.names) == leaf.value.ndim
         assert set(leaf.names) <= set(LOGICAL_AXES)
-        sizes = dict(embed=c.embed_dim, layers=c.num_layers, heads=c.num_heads, kv=c.head_dim,
-                     kv_heads=c.num_kv_heads, mlp=c.mlp_dim, vocab=c.vocab_size, fam=c.fam_length)  # fmt: skip
+        sizes = dict(
+            embed=c.embed_dim, layers=c.num_layers, heads=c.num_heads, kv_heads=c.num_kv_heads,
+            kv=c.head_dim, mlp=c.mlp_dim, vocab=c.vocab_size, fam=c.fam_length,
+        )  # fmt: skip
         assert leaf.value.shape == tuple(sizes[name] for name in leaf.names)
 
 

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import json
 
+import flax.core
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -25,11 +27,18 @@ from famx.training import partitioning
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import AgedFeed, IndexedFeed, LaneFeed, make_feed
 from famx.training.loop import LaneDocuments
-from famx.training.step import make_initializer, make_train_step
+from famx.training.step import TrainState, make_initializer, make_train_step
 
 MODEL = make_model()
 PARAMS = make_params(MODEL.module)
-apply = jax.jit(lambda tokens: MODEL.module.apply({"params": PARAMS}, tokens))
+initial = jax.jit(MODEL.initial_state, static_argnums=1)
+
+
+@jax.jit
+def read(rows, count):
+    """Logits of the rows, and the states after so many of their tokens, at once."""
+    valid = jnp.broadcast_to(jnp.arange(rows.shape[1]) < count, rows.shape)
+    return MODEL.module.apply({"params": PARAMS}, rows, valid=valid)
 
 
 def feed_of(task, mode="none", curriculum=None, length=BLOCKS * BLOCK, **changes):
@@ -52,19 +61,20 @@ def test_lanes_equal_one_long_sequence_read_at_once():
     assert isinstance(feed, LaneFeed)
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     optimizer = optax.sgd(0.0)
-    initialize, shardings = make_initializer(
-        MODEL, optimizer, "continuous", 2, mesh, partitioning.rules()
-    )
+    rules = partitioning.rules()
+    _, shardings = make_initializer(MODEL, optimizer, "continuous", 2, mesh, rules)
     train_step = make_train_step(MODEL, optimizer, "continuous", 0, shardings)
-    state = initialize(jax.random.key(0))
-    state = jax.device_put(state.replace(params=PARAMS), shardings)
+    params = jax.tree.map(jnp.copy, PARAMS)  # the step gives them away
+    nothing = jax.tree.map(jnp.zeros_like, initial(PARAMS, 2))  # every lane is reset at first
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), flax.core.freeze({}), nothing)
+    state = jax.device_put(state, shardings)
 
     # Every document as one row, padded to the longest.
     rows = np.zeros((len(sizes), 64), np.int32)
     for row, document in zip(rows, documents):
         row[0], row[1 : len(document)] = 1, document[:-1]
-    log_p = np.asarray(jax.nn.log_softmax(apply(rows)[0]))
-    prefixes = {n * length: apply(rows[:, : n * length])[1] for n in (1, 2, 3)}
+    log_p = np.asarray(jax.nn.log_softmax(read(rows, 64)[0]))
+    prefixes = {n * length: read(rows, n * length)[1] for n in (1, 2, 3)}
 
     place = [None, None]  # which document each lane reads, and how far it has come
     seen = []
@@ -151,7 +161,7 @@ def test_the_pool():
     spy, size = Spy(), 2
     feed = feed_of(spy, "aged", Curriculum((4, 6, 7), unlock=0.0))
     assert isinstance(feed, AgedFeed) and feed.pool_size == 6
-    pool = jax.jit(MODEL.initial_state, static_argnums=1)(PARAMS, feed.pool_size)
+    pool = initial(PARAMS, feed.pool_size)
     fresh = jax.tree.map(np.asarray, pool)
     made_at, aged, drawn = [], 0, set()
     for step in range(30):
@@ -179,7 +189,7 @@ def test_the_pool():
             np.testing.assert_array_equal(batch["answer_start"] + cut, rows["answer_start"])
             answers = batch["decoder_target_tokens"][np.arange(size), batch["answer_start"]]
             np.testing.assert_array_equal(answers, batch["answer"][:, 0])
-            state = apply(rows["decoder_input_tokens"][:, :cut])[1]
+            state = read(rows["decoder_input_tokens"][:, : 3 * BLOCK], cut)[1]
             assert_close(pool.take(batch["lane"]), state, 1e-4)
         feed.observe(blocks, 1.0)
         if step == 0:
@@ -198,7 +208,7 @@ def test_the_pool():
 def test_the_pools_position_is_saved_apart_from_later_changes():
     feed, other = (feed_of(passkey(), "aged", Curriculum((4, 6), unlock=0.0)) for _ in "ab")
     feed.observe(4, 1.0)
-    pool = jax.jit(MODEL.initial_state, static_argnums=1)(PARAMS, feed.pool_size)
+    pool = initial(PARAMS, feed.pool_size)
     pool = feed.prepare(1, PARAMS, pool)
     state = json.loads(json.dumps(feed.get_state()))
     assert state == {"curriculum": {"stage": 1, "level": 0.0}, "lengths": [6, 0, 0],

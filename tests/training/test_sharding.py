@@ -88,7 +88,8 @@ def start(code, *args, devices):
         "PYTHONPATH": PATHS,
         "JAX_PLATFORMS": "cpu",
         "OMP_NUM_THREADS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+        " --xla_backend_optimization_level=0",  # compiles faster
     }
     return subprocess.Popen(
         [sys.executable, "-c", code.replace("STEPS", str(STEPS)), *map(str, args)],
@@ -144,13 +145,13 @@ def test_eight_devices_equal_one(folder, name):
 def test_weights_are_cut_as_the_rules_say(folder):
     shards = json.loads((folder / "shards.json").read_text())
     embedding = {name: shards[name]["embedding"][1] for name in shards}
-    assert embedding["fam_1"] == embedding["fam_8x1x1"] == [128, 16]
-    assert embedding["fam_2x4x1"] == [128, 4]
-    assert embedding["fam_2x2x2"] == embedding["bswa_2x2x2"] == [64, 8]
-    assert embedding["lanes_4x1x2"] == [64, 16]
+    assert embedding["fam_1"] == embedding["fam_8x1x1"] == [260, 16]
+    assert embedding["fam_2x4x1"] == [260, 4]
+    assert embedding["fam_2x2x2"] == embedding["bswa_2x2x2"] == [130, 8]
+    assert embedding["lanes_4x1x2"] == [130, 16]
     for name, (shape, shard) in shards["fam_2x2x2"].items():
-        parts = np.prod(shape) / np.prod(shard)
-        assert parts == (1 if "norm" in name else 2 if name == "fam" else 4), (name, shape, shard)
+        parts = np.prod(shape) / np.prod(shard)  # a vector of the width is cut by fsdp alone
+        assert parts == (2 if "norm" in name or name == "fam" else 4), (name, shape, shard)
 
 
 @pytest.mark.slow
