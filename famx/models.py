@@ -7,7 +7,8 @@ mapping with `decoder_input_tokens` and `decoder_target_tokens`, int32 `[B, L]`,
 int32 `[B]` (targets from there on count together as one exact match).
 """
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import flax.core
 import flax.linen as nn

@@ -6,6 +6,10 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Small models compile for long and compute for moments. Subprocesses inherit this.
+FAST_COMPILE = "--xla_backend_optimization_level=0"
+if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
 # Shared by the workers of one run and by later runs; subprocesses inherit it.
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"famx-jax-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))

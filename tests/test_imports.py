@@ -13,7 +13,11 @@ def run(code, *args):
     result = subprocess.run(
         [sys.executable, "-c", code, *args],
         cwd=gin_utils.gin_root(),
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
+        },
         capture_output=True,
         text=True,
     )
@@ -41,8 +45,8 @@ from famx.training import loop
 config = modules.DecoderConfig(vocab_size=128, num_layers=1, embed_dim=8, num_heads=2, block_size=8,
                                memory_segments=0, fam_length=2)
 scalars = loop.train(
-    sys.argv[1], models.DecoderModel(modules.Decoder(config)), "passkey_words", {"targets": 32}, 2, 2,
-    optax.sgd(0.1), {"digits": 1, "header": False}, state_passing_mode="continuous",
+    sys.argv[1], models.DecoderModel(modules.Decoder(config)), "passkey_words", {"targets": 32},
+    2, 2, optax.sgd(0.1), {"digits": 1, "header": False}, state_passing_mode="continuous",
 )
 assert scalars["loss"] > 0
 print("done")

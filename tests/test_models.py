@@ -29,7 +29,7 @@ def make_model(**options):
     return DecoderModel(Decoder(CONFIG), **options)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def variables():
     init = jit(lambda rng: unbox(make_model().get_initial_variables(rng, SHAPES)))
     params = init(jax.random.key(3))["params"]
@@ -46,7 +46,7 @@ def make_batch(seed=0):
     }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def forward(config=CONFIG):
     return jit(lambda params, tokens: Decoder(config).apply({"params": params}, tokens)[0])
 
@@ -58,7 +58,7 @@ def log_probabilities(batch):
     return np.take_along_axis(log_p, batch["decoder_target_tokens"][..., None], -1)[..., 0], logits
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def loss_call():
     return jit(make_model().loss)
 
@@ -66,7 +66,7 @@ def loss_call():
 # Loss.
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def value_and_grad(**options):
     model = make_model(**options)
     return jit(jax.value_and_grad(lambda p, b: model.loss(p, b)[:2], has_aux=True))

@@ -30,7 +30,7 @@ def make_model(random_position_offset=False, **changes) -> DecoderModel:
     return DecoderModel(module, random_position_offset=random_position_offset)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_params(module: Decoder, seed=0):
     """Random parameters without boxes, the same object for the same arguments; nothing compiles."""
     tokens = np.zeros((1, module.config.block_size), np.int32)

@@ -12,7 +12,8 @@ digits two streams still draw the same key now and then, as any two draws from 1
 
 import dataclasses
 import functools
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 

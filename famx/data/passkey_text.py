@@ -22,7 +22,7 @@ FILLER_WORDS = (
 ).split()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def passkey_words() -> WordVocabulary:
     """The word vocabulary of the task: digits, punctuation, the words of its texts, the filler."""
     text = " ".join((HEADER, *STATEMENT, QUESTION, REPEATED_FILLER, *FILLER_WORDS))
@@ -54,7 +54,7 @@ def python_docs(rng: np.random.Generator, count: int, evaluation: bool) -> np.nd
     return np.resize(np.roll(part, -int(rng.integers(len(part)))), count)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _python_documentation() -> np.ndarray:
     from pydoc_data.topics import topics
 

@@ -2,7 +2,8 @@
 
 import difflib
 import sys
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 _FACTORIES: dict[str, Callable[..., Any]] = {}
 

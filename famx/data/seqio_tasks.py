@@ -5,7 +5,7 @@ The only module of `famx.data` that needs SeqIO and TensorFlow. Importing it reg
 """
 
 import dataclasses
-from typing import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import seqio

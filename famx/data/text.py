@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 import sysconfig
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 

@@ -4,7 +4,7 @@ In both, pad is 0, bos is 1 and eos is 2, and no other token shares these ids.
 """
 
 import re
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 PAD_ID = 0
 BOS_ID = 1

@@ -43,9 +43,9 @@ class DecoderConfig:
     fam_length: int = 64  # N
     fam_positions: str = "last"  # "last" (paper) | "float" | "zero": RoPE positions of the memory
     fam_start: str = "prompt"  # "prompt" (paper) | "prefix": N embeddings per layer
-    fam_update: str = "residual"  # "residual" (paper) | "gated": ours, see `fam.update_memory`
+    fam_update: str = "residual"  # "residual" (paper) | "gated": ours, see `Layer.update_memory`
     fam_update_scale: float = 1.0  # of every update after the first; 1 is the paper
-    normalize_memory: bool = False  # RMS norm of F after each update; False is the paper
+    normalize_memory: bool = False  # RMS norm of each newly made F; False is the paper
     window_mask: bool = False  # Transformer-XL: each token sees exactly its last M * S
     stop_gradient_segments: bool = False  # the paper's ablation M1_SG
 
@@ -124,7 +124,10 @@ class DecoderConfig:
 
     @property
     def reach(self) -> int | None:
-        """Tokens that a BSWA model can look back, `layers * M * S`; None with FAM (no bound)."""
+        """Tokens that a BSWA model can look back, `layers * M * S`; None with FAM (no bound).
+
+        Exact with the window mask; without it whole blocks are counted, up to `S - 1` tokens more.
+        """
         if self.fam_length:
             return None
         return self.num_layers * self.memory_segments * self.block_size

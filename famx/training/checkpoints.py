@@ -3,7 +3,8 @@
 A checkpoint is written beside its final name and renamed when complete, so a kill at any moment
 leaves the previous one as it was. Trees are stored as nested dicts of arrays (optax's named tuples
 by position and field, as flax's `to_state_dict` names them) and come back bit for bit, in the
-structure, placement and dtypes that the caller describes.
+structure, placement and dtypes that the caller describes. Orbax refuses empty arrays (the memory of
+a BSWA model), so these are made anew.
 """
 
 import copy
@@ -137,9 +138,9 @@ class Checkpointer:
 
 
 def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Path -> leaf; containers without leaves and Nones are left out."""
+    """Path -> leaf; containers without leaves, Nones and empty arrays are left out."""
     flat = traverse_util.flatten_dict({"": serialization.to_state_dict(tree)})
-    return {path[1:]: leaf for path, leaf in flat.items() if leaf is not None}
+    return {path[1:]: leaf for path, leaf in flat.items() if leaf is not None and leaf.size}
 
 
 def _nest(flat: dict[tuple[str, ...], Any]) -> Any:
@@ -151,8 +152,17 @@ def _unflatten(tree: Any, leaves: dict[tuple[str, ...], Any]) -> Any:
     flat = traverse_util.flatten_dict(
         {"": serialization.to_state_dict(tree)}, keep_empty_nodes=True
     )
-    filled = {path: leaves.get(path[1:], leaf) for path, leaf in flat.items()}
+    filled = {path: leaves.get(path[1:], _fill(leaf)) for path, leaf in flat.items()}
     return serialization.from_state_dict(tree, traverse_util.unflatten_dict(filled)[""])
+
+
+def _fill(leaf: Any) -> Any:
+    """What stands for a leaf that is not stored: an empty array for an empty leaf, or itself."""
+    if getattr(leaf, "size", None) != 0:
+        return leaf
+    empty = np.zeros(leaf.shape, leaf.dtype)
+    sharding = getattr(leaf, "sharding", None)
+    return empty if sharding is None else jax.device_put(empty, sharding)
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:

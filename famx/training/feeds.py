@@ -159,8 +159,8 @@ class AgedFeed(IndexedFeed):
         aged = sum(b > self.blocks for b in set(self.curriculum.blocks))
         if groups < aged:
             raise ConfigError(
-                f"The curriculum has {aged} lengths beyond the {self.blocks} blocks of a row, but the "
-                f"aged-state pool only {groups} groups: raise pool_groups to at least {aged}."
+                f"The curriculum has {aged} lengths beyond the {self.blocks} blocks of a row, but "
+                f"the aged-state pool only {groups} groups: raise pool_groups to at least {aged}."
             )
         self.model, self.refresh_period, self.place = model, refresh_period, place
         self.streamer = Streamer(model.module)

@@ -114,7 +114,7 @@ def make_train_step(model: DecoderModel, optimizer, mode: str, seed: int, shardi
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient = jax.value_and_grad(objective, has_aux=True)
         (_, (metrics, mutables, lanes)), grads = gradient(state.params, state, batch, rng)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -122,7 +122,7 @@ def make_train_step(model: DecoderModel, optimizer, mode: str, seed: int, shardi
         old = (state.params, state.opt_state, state.flax_mutables, state.lanes)
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         metrics = {
-            **metrics,
+            **jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics),
             "gradient_norm": Mean.of(jnp.where(finite, norm, 0), finite),
             "skipped": Mean.of(1 - finite),
         }

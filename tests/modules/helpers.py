@@ -21,7 +21,7 @@ def config(**changes) -> DecoderConfig:
     return DecoderConfig(**{**sizes, **memory, **changes})
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def shapes(config: DecoderConfig):
     """The parameter tree as ShapeDtypeStructs, unboxed."""
     init = functools.partial(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
@@ -72,7 +72,7 @@ def jit(config: DecoderConfig, function):
     return run
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def reader(config: DecoderConfig, aligned: bool = False):
     """Jitted `f(params, tokens, state, valid)` of `Decoder.__call__`, one for each config."""
 
@@ -87,7 +87,7 @@ def read(config: DecoderConfig, params, tokens, state=None, valid=None, aligned=
     return reader(config, aligned)(params, tokens, state, valid)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _initial(config, batch):
     call = lambda params: Decoder(config).apply({"params": params}, batch, method="initial_state")
     return jit(config, call)

@@ -26,7 +26,7 @@ def loss_of(logits):
     return jnp.sum(jax.nn.log_softmax(logits.astype(jnp.float64)) * weights)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def gradient_of_last_block(c):
     def loss(params):
         logits, _ = Decoder(c).apply({"params": params}, OWN_IDS)

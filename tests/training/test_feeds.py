@@ -182,7 +182,8 @@ def test_the_pool():
             group = int(batch["lane"][0]) // size
             np.testing.assert_array_equal(batch["lane"], group * size + np.arange(size))
             assert feed.lengths[group] == blocks
-            rows = spy.task.batch(range(feed.firsts[group], feed.firsts[group] + size), blocks * BLOCK)
+            first = feed.firsts[group]
+            rows = spy.task.batch(range(first, first + size), blocks * BLOCK)
             cut = (blocks - BLOCKS) * BLOCK
             for name in ("decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"):
                 np.testing.assert_array_equal(batch[name], rows[name][:, cut:])
@@ -274,10 +275,10 @@ def test_curricula_that_make_no_sense(changes):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(mode="agde"), "STATE_PASSING is 'agde'; choose one of none, random, continuous, aged"),
+        (dict(mode="agde"), "STATE_PASSING is 'agde'; choose one of none, random, continuous"),
         (dict(length=4), "row length 4 .* multiple of the block size 8: use 8 or change"),
         (dict(length=36), "row length 36 .* use 32 or change"),
-        (dict(length=24), "shortest length .* is 3 blocks of 8 tokens, but the task needs .* 4 blocks"),
+        (dict(length=24), "shortest length .* is 3 blocks of 8 tokens, but .* needs .* 4 blocks"),
         (dict(curriculum=Curriculum((4, 6))), "goes to 6 blocks, but the rows hold 4: raise"),
         (dict(curriculum=Curriculum((2, 4))), "shortest length of the curriculum is 2 blocks"),
         (dict(mode="aged", pool_groups=0), "needs groups and refresh_period of at least 1"),

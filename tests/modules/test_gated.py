@@ -1,0 +1,51 @@
+"""The gated update: what the gate is, what it keeps, and that a closed gate can learn to open."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import config, random_params, random_tokens
+
+from famx.modules import Decoder
+from famx.modules.layer import Layer
+
+GATED = config(fam_update="gated", normalize_memory=True)
+
+
+def gate_of(mass):
+    """The gate where each memory query puts `mass` of its attention on the block."""
+    n, size = GATED.fam_length, GATED.block_size
+    row = jnp.concatenate([jnp.full(n, (1 - mass) / n), jnp.full(size, mass / size)])
+    probabilities = jnp.broadcast_to(row, (1, GATED.num_kv_heads, 1, n, n + size))
+    return Layer(GATED).apply({}, probabilities, method="write_gate")
+
+
+@pytest.mark.parametrize("mass, gate", [(0.0, 0.0), (0.3, 0.0), (0.5, 0.0), (0.75, 0.5), (1.0, 1.0)])
+def test_gate_is_open_as_far_as_most_attention_goes_to_the_block(mass, gate):
+    np.testing.assert_allclose(gate_of(mass), np.full((1, GATED.fam_length, 1), gate), atol=1e-6)
+
+
+@pytest.mark.parametrize("mass", [0.2, 0.8])
+def test_gradient_passes_a_closed_gate_as_an_open_one(mass):
+    slope = jax.grad(lambda m: gate_of(m).sum())(mass)
+    np.testing.assert_allclose(slope, 2 * GATED.fam_length, rtol=1e-5)
+
+
+def read(monkeypatch, gate, blocks):
+    """The memory after so many blocks, with every gate held at `gate`."""
+    make = lambda self, p: jnp.full((p.shape[0], GATED.fam_length, 1), gate)
+    monkeypatch.setattr(Layer, "write_gate", make)
+    tokens = random_tokens(2, 6 * GATED.block_size)[:, : blocks * GATED.block_size]
+    apply = jax.jit(lambda p, t: Decoder(GATED).apply({"params": p}, t))
+    return apply(random_params(GATED), tokens)[1]
+
+
+def test_a_closed_gate_keeps_the_memory_bit_for_bit(monkeypatch):
+    first, last = read(monkeypatch, 0.0, 1), read(monkeypatch, 0.0, 6)
+    assert np.asarray(first.memory[0]).tobytes() == np.asarray(last.memory[0]).tobytes()
+    assert last.updates.tolist() == [6, 6]
+
+
+def test_an_open_gate_writes(monkeypatch):
+    first, last = read(monkeypatch, 1.0, 1), read(monkeypatch, 1.0, 6)
+    assert np.abs(np.asarray(first.memory) - np.asarray(last.memory)).max() > 0.1

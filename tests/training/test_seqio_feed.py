@@ -1,0 +1,42 @@
+"""Training on a SeqIO task: the rows are SeqIO's, and a run that stopped goes on with the next."""
+
+import numpy as np
+import pytest
+
+seqio = pytest.importorskip("seqio", reason="seqio is not installed")
+
+from famx.data import registry, seqio_tasks  # noqa: E402
+from famx.data.passkey import PasskeyTask  # noqa: E402
+from famx.errors import ConfigError  # noqa: E402
+from famx.training.feeds import SeqioFeed, make_feed  # noqa: E402
+
+NAME, LENGTH = "passkey_for_the_feed", 96
+
+
+@pytest.fixture(scope="module")
+def task():
+    seqio_tasks.register_passkey(NAME, PasskeyTask(header=False))
+    return registry.get(NAME)
+
+
+def test_rows_are_those_of_the_task_and_resume_is_exact(task):
+    feed = SeqioFeed(task, 4, LENGTH, 0, (0, 1))
+    batches = [feed.next(step)[0] for step in range(3)]
+    ours = PasskeyTask(header=False).batch(range(4), LENGTH)
+    for name, rows in batches[0].items():
+        np.testing.assert_array_equal(rows, ours[name])
+    state = feed.get_state()
+    expected = feed.next(3)[0]
+    again = SeqioFeed(task, 4, LENGTH, 0, (0, 1))
+    again.set_state(state)
+    for name, rows in again.next(3)[0].items():
+        np.testing.assert_array_equal(rows, expected[name])
+
+
+def test_rows_cannot_be_lanes(task):
+    class Model:
+        class config:
+            block_size = 32
+
+    with pytest.raises(ConfigError, match="rows, not documents"):
+        make_feed(task, "continuous", Model, 4, LENGTH, None, 0, (0, 1), None, 8, 8, None)
