@@ -93,6 +93,38 @@ def test_the_main_job_whole_and_interrupted(tmp_path):
     assert json.loads((cut / "passkey.json").read_text()) == result
 
 
+@pytest.mark.slow
+def test_the_twin_without_memory(tmp_path):
+    file = "gin_configs/examples/passkey_tiny_bswa.gin"
+    few = ("TRAIN_STEPS=22", "MEMORY_SEGMENTS=2", "PasskeyEvaluation.report_blocks=(4,)")
+    process = start(*arguments(tmp_path, *few, file=file))
+    _, text = process.communicate()
+    assert process.returncode == 0, text
+    result = json.loads((tmp_path / "passkey.json").read_text())
+    assert result["fam_length"] == 0 and result["memory_segments"] == 2
+    assert (tmp_path / "checkpoint_22" / "state").is_dir()
+
+
+@pytest.mark.slow
+def test_own_text(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"{i} and the rest of the text. " * 40)
+    sizes = ("num_layers=1", "embed_dim=16", "num_heads=2", "mlp_dim=32", "block_size=32")
+    process = start(
+        "--gin_file=gin_configs/examples/own_text.gin",
+        f"--gin.MODEL_DIR='{tmp_path / 'run'}'",
+        f"--gin.TEXT_FILES='{tmp_path}/*.txt'",
+        "--gin.TRAIN_STEPS=55",
+        "--gin.TASK_FEATURE_LENGTHS={'targets': 64}",
+        "--gin.TextEvaluation.length=64",
+        *(f"--gin.DecoderConfig.{size}" for size in sizes),
+    )
+    _, text = process.communicate()
+    assert process.returncode == 0, text
+    last = read_metrics(str(tmp_path / "run"), "eval")[-1]
+    assert last["step"] == 55 and 0 < last["bits_per_token"] < 8.5 and 0 <= last["accuracy"] <= 1
+
+
 # ---------------------------------------------------------------- bad input
 
 

@@ -167,6 +167,15 @@ def train(
             data = {"feed": feed.get_state(), "pending": pending}
             checkpointer.save(step, state.to_checkpoint(), data, force=True)
 
+        def evaluate():
+            if evaluation is None:
+                return {}
+            found = evaluation(model, state.params, step)
+            log.write(step, found, split="eval")
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+            log.message(f"Step {step}: {shown}")
+            return found
+
         while step < total_steps and not stop():
             state = state.replace(lanes=feed.prepare(step, state.params, state.lanes))
             batch, blocks = feed.next(step)
@@ -192,8 +201,8 @@ def train(
             if step % checkpoint_period == 0:
                 save()
                 saved = step
-            if evaluation is not None and eval_period and step % eval_period == 0:
-                log.write(step, evaluation(model, state.params, step), split="eval")
+            if eval_period and step % eval_period == 0 and step < total_steps:
+                evaluate()
                 began = time.monotonic()
 
         # ------------------------------------------------------------ end
@@ -203,12 +212,9 @@ def train(
         if step < total_steps:
             log.message(f"Stopped at step {step}; the same command goes on from there.")
             return scalars
-        if evaluation is not None:
-            final = evaluation(model, state.params, step)
-            log.write(step, final, split="eval")
-            scalars |= final
-            if first and hasattr(evaluation, "report"):
-                log.message(evaluation.report(model, state.params, str(directory)))
+        scalars |= evaluate()
+        if first and hasattr(evaluation, "report"):
+            log.message(evaluation.report(model, state.params, str(directory)))
     return scalars
 
 
