@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import unbox
 
 from benchmarks.full_attention import full_attention
-from famx.models import DecoderModel, unbox
+from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig, layer
 from famx.training import optimizers, partitioning
 from famx.training.step import make_initializer, make_train_step

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.core
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -226,8 +225,3 @@ def loss_weights(batch: Batch):
     if weights is None:
         weights = batch["decoder_target_tokens"] != 0
     return weights.astype(jnp.float32)
-
-
-def unbox(variables):
-    """The variables without the boxes that carry their logical axes."""
-    return nn.unbox(variables)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import unbox
 
 from famx import state_passing
 from famx.metrics import Mean
-from famx.models import DecoderModel, loss_weights, unbox
+from famx.models import DecoderModel, loss_weights
 from famx.modules import Decoder, DecoderConfig
 
 VOCAB, BATCH, LENGTH = 13, 3, 11

@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import unbox
 
 from famx.data import PasskeyTask
-from famx.models import DecoderModel, unbox
+from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
 
 BLOCK = 8  # S

@@ -18,7 +18,17 @@ from famx.streaming import Streamer
 from famx.training.curriculum import Curriculum
 
 
-class LaneFeed:
+class Feed:
+    """What a feed does unless it says otherwise: no curriculum, no states of its own."""
+
+    def observe(self, blocks, value):
+        return False
+
+    def prepare(self, step, params, lanes):
+        return lanes
+
+
+class LaneFeed(Feed):
     """Documents read by continuous lanes. The engine carries the states, unless told not to."""
 
     def __init__(self, lanes: ContinuousLanes):
@@ -26,12 +36,6 @@ class LaneFeed:
 
     def next(self, step):
         return next(self.lanes), None
-
-    def observe(self, blocks, value):
-        return False
-
-    def prepare(self, step, params, lanes):
-        return lanes
 
     def get_state(self):
         return self.lanes.get_state()
@@ -43,7 +47,7 @@ class LaneFeed:
             raise ConfigError(str(error)) from error
 
 
-class SeqioFeed:
+class SeqioFeed(Feed):
     """Rows of a SeqIO task or mixture; needs seqio, which the task's own module has imported."""
 
     def __init__(self, task, batch_size, length, seed, shard):
@@ -68,12 +72,6 @@ class SeqioFeed:
         self._taken += 1
         return next(self._batches), None
 
-    def observe(self, blocks, value):
-        return False
-
-    def prepare(self, step, params, lanes):
-        return lanes
-
     def get_state(self):
         return {"batches": self._taken}
 
@@ -83,7 +81,7 @@ class SeqioFeed:
         self._batches = self._dataset.skip(self._taken).as_numpy_iterator()
 
 
-class IndexedFeed:
+class IndexedFeed(Feed):
     """Rows of a task that is a pure function of an index; step `s` has indices `s * B` and on.
 
     Args:
@@ -133,9 +131,6 @@ class IndexedFeed:
 
     def observe(self, blocks, value):
         return self.curriculum.observe(blocks, value)
-
-    def prepare(self, step, params, lanes):
-        return lanes
 
     def get_state(self) -> dict[str, Any]:
         return {"curriculum": self.curriculum.get_state()}

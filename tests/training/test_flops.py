@@ -6,10 +6,11 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import pytest
+from flax.linen import unbox
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from famx.models import DecoderModel, unbox
+from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
 from famx.modules.layer import ChunkContext, Layer
 from famx.training.flops import train_flops
