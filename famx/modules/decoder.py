@@ -105,8 +105,8 @@ class Decoder(nn.Module):
         slots = chunks * size * c.block_size
 
         # Put each example's tokens into the slots of its own blocks.
+        first = jnp.zeros((batch, 1), jnp.int32) if start is None else start[:, None]
         if not whole:
-            first = jnp.zeros((batch, 1), jnp.int32) if start is None else start[:, None]
             source = jnp.clip(jnp.arange(slots) - first, 0, length - 1)
             tokens = jnp.take_along_axis(tokens, source, axis=1)
         tokens = tokens.reshape(batch, chunks, size, c.block_size).swapaxes(0, 1)
@@ -135,9 +135,8 @@ class Decoder(nn.Module):
             hidden = hidden.swapaxes(0, 1)
         hidden = hidden.reshape(batch, slots, c.embed_dim)
         if not whole:
-            first = jnp.zeros((batch, 1), jnp.int32) if start is None else start[:, None]
-            index = jnp.arange(length) + first
-            hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
+            own = jnp.arange(length) + first
+            hidden = jnp.take_along_axis(hidden, own[..., None], axis=1)
         return hidden, state
 
     def _read_chunk(self, tokens, state: DecoderState, context: ChunkContext):

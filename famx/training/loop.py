@@ -98,7 +98,6 @@ def train(
     mesh = partitioning.make_mesh()
     rules = partitioning.rules()
     partitioning.check_batch_size(batch_size, mesh)
-    partitioning.check_batch_size(batch_size, _hosts())
     task = _make_task(mixture_or_task_name, task_options or {})
     _check_vocabulary(task, model)
     if hasattr(evaluation, "check"):
@@ -232,13 +231,6 @@ def _check_vocabulary(task, model):
             f"The task's vocabulary has {vocab.vocab_size} tokens, the model's only "
             f"{model.config.vocab_size}: raise DecoderConfig.vocab_size."
         )
-
-
-class _hosts:
-    """What `check_batch_size` needs of a mesh, to divide the batch among processes."""
-
-    def __init__(self):
-        self.shape = {"data": jax.process_count(), "fsdp": 1}
 
 
 def _mean(values: Mapping[str, Sequence[float]], name: str) -> float:

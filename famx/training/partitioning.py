@@ -162,12 +162,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises ConfigError unless the batch can be divided over the devices that share it."""
+    """Raises ConfigError unless devices and processes can share the batch evenly."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size < 1 or batch_size % parts:
         raise ConfigError(
             f"BATCH_SIZE {batch_size} cannot be divided over {parts} devices (data"
             f" {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): use a multiple of {parts}."
+        )
+    if batch_size % jax.process_count():
+        raise ConfigError(
+            f"BATCH_SIZE {batch_size} cannot be divided over {jax.process_count()} processes: use a"
+            f" multiple of {jax.process_count()}."
         )
 
 

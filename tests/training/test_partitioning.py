@@ -165,3 +165,11 @@ def test_unboxed_leaves_stay_whole():
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     shardings = partitioning.logical_to_sharding({"a": jnp.ones((2, 3))}, mesh, rules())
     assert shardings["a"].is_fully_replicated
+
+
+def test_batch_must_divide_over_processes(monkeypatch):
+    mesh = partitioning.make_mesh()
+    monkeypatch.setattr(partitioning.jax, "process_count", lambda: 3)
+    partitioning.check_batch_size(6, mesh)
+    with pytest.raises(ConfigError, match="cannot be divided over 3 processes"):
+        partitioning.check_batch_size(4, mesh)
