@@ -5,6 +5,7 @@ import math
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+ROPE_LAYERS = ("global", "local", "none")
 ATTENTION_BACKENDS = ("auto", "xla", "blockwise")
 # Fields that change no number beyond rounding: a model stays the same model with others.
 COMPUTATION_FIELDS = ("dtype", "param_dtype", "blocks_per_chunk", "remat", "attention_backend")
@@ -67,8 +68,10 @@ class DecoderConfig:
     logit_softcap: float | None = None
     tied_embeddings: bool = True
     scale_embeddings: bool = False  # by sqrt(embed_dim) (Gemma)
-    rope_base: float = 10_000.0
+    rope_base: float = 10_000.0  # of "global" layers, as is rope_scaling
     rope_scaling: RopeScaling | None = None
+    rope_layers: tuple[str, ...] | None = None  # per layer "global", "local" or "none"; None: global
+    local_rope_base: float = 10_000.0  # of "local" layers (Gemma 3), never scaled
 
     # Computation. None of these changes a number beyond rounding.
     dtype: str = "float32"  # of activations, keys and values
@@ -84,8 +87,9 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, fields: dict) -> "DecoderConfig":
         """The config that `to_dict` described."""
-        scaling = fields.get("rope_scaling")
-        return cls(**{**fields, "rope_scaling": scaling and RopeScaling(**scaling)})
+        scaling, layers = fields.get("rope_scaling"), fields.get("rope_layers")
+        scaling = scaling and RopeScaling(**scaling)
+        return cls(**{**fields, "rope_scaling": scaling, "rope_layers": layers and tuple(layers)})
 
     def __post_init__(self):
         fill = lambda name, value: object.__setattr__(self, name, value)
@@ -124,6 +128,15 @@ class DecoderConfig:
             self.blocks_per_chunk is None or self.blocks_per_chunk >= 1,
             f"blocks_per_chunk must be at least 1, or None for all; got {self.blocks_per_chunk}.",
         )
+        if self.rope_layers is not None:
+            fill("rope_layers", tuple(self.rope_layers))  # lists come from gin and JSON
+            _require(
+                len(self.rope_layers) == self.num_layers,
+                f"rope_layers names {len(self.rope_layers)} layers, and there are {self.num_layers}.",
+            )
+            for kind in self.rope_layers:
+                known = ", ".join(ROPE_LAYERS)
+                _require(kind in ROPE_LAYERS, f"rope_layers must name {known}; got {kind!r}.")
         _one_of(self, "fam_positions", ("last", "float", "zero"))
         _one_of(self, "fam_start", ("prompt", "prefix"))
         _one_of(self, "fam_update", ("residual", "gated"))

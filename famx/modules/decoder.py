@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from famx.modules import rope
 from famx.modules.attention import softcap
 from famx.modules.config import DecoderConfig
 from famx.modules.layer import MASS, ChunkContext, Layer, TokenWindow
@@ -78,8 +79,10 @@ class Decoder(nn.Module):
         elif c.fam_start == "prefix":
             memory = self.fam.astype(dtype)
         else:
-            climb = lambda layer, x, _: (layer.prompt(x).astype(dtype), x)
-            _, memory = self._scan_layers(climb, self.fam.astype(dtype), None)
+            zero = jnp.zeros((1,), jnp.int32)
+            climb = lambda layer, x, _, context: (layer.prompt(x, context).astype(dtype), x)
+            context = ChunkContext(zero, zero, zero)
+            _, memory = self._scan_layers(climb, self.fam.astype(dtype), None, context)
         return DecoderState.initial(c, batch_size, memory)
 
     def read(self, tokens, state=None, valid=None, aligned=False):
@@ -115,7 +118,7 @@ class Decoder(nn.Module):
         def read_chunk(decoder, state, xs):
             tokens, index = xs
             span = size * c.block_size
-            context = ChunkContext(state.position // c.block_size, state.offset, state.updates)
+            context = decoder._here(state)
             if whole:
                 return decoder._read_chunk(tokens, state, context)
             end = count if start is None else count + start
@@ -145,7 +148,7 @@ class Decoder(nn.Module):
         """Blocks `[B, C, S]` of tokens: the state after them and the output `[B, C, S, D]`."""
         c = self.config
 
-        def layer_step(layer, x, xs):
+        def layer_step(layer, x, xs, context):
             x, memory, keys, values = layer.read_chunk(x, *xs, context)
             x = nn.with_logical_constraint(x, ("batch", "blocks", "length", "embed"))
             return x, (memory, keys, values)
@@ -153,7 +156,7 @@ class Decoder(nn.Module):
         if c.remat != "none":
             layer_step = nn.remat(layer_step, prevent_cse=False, policy=_POLICIES[c.remat])
         x, (memory, keys, values) = self._scan_layers(
-            layer_step, self._embed(tokens), (state.memory, state.keys, state.values)
+            layer_step, self._embed(tokens), (state.memory, state.keys, state.values), context
         )
         if context.stop is None:
             complete, read = tokens.shape[1], tokens.shape[1] * c.block_size
@@ -170,12 +173,9 @@ class Decoder(nn.Module):
 
     def open_window(self, state: DecoderState) -> TokenWindow:
         """What each example's incomplete block reads; good until one of the blocks is full."""
-        block = state.position // self.config.block_size
-
-        def layer_step(layer, _, xs):
-            return None, layer.open_window(*xs, block, state.offset)
-
-        return self._scan_layers(layer_step, None, (state.memory, state.keys, state.values))[1]
+        step = lambda layer, _, xs, context: (None, layer.open_window(*xs, context))
+        xs = (state.memory, state.keys, state.values)
+        return self._scan_layers(step, None, xs, self._here(state))[1]
 
     def read_tokens(
         self, tokens, count, state: DecoderState, window: TokenWindow, unroll: bool = False
@@ -198,13 +198,13 @@ class Decoder(nn.Module):
         """
         c = self.config
         slot = state.position % c.block_size
-        context = ChunkContext(state.position // c.block_size, state.offset, state.updates, slot)
 
-        def layer_step(layer, x, window):
+        def layer_step(layer, x, window, context):
             x, k, v = layer.read_tokens(x, window, context)
             return x, (k, v)
 
-        hidden, (k, v) = self._scan_layers(layer_step, self._embed(tokens), window, unroll)
+        context = self._here(state).replace(start=slot)
+        hidden, (k, v) = self._scan_layers(layer_step, self._embed(tokens), window, context, unroll)
         index = jnp.arange(tokens.shape[1])
         slots = c.fam_length + slot[:, None] + index  # in the window, behind the memory
         write = jnp.where(index < count[:, None], slots, c.fam_length + c.block_size)
@@ -224,13 +224,11 @@ class Decoder(nn.Module):
 
     def complete_blocks(self, state: DecoderState, full):
         """The state after the examples `full`, bool `[B]`, have filled their blocks."""
-        block = state.position // self.config.block_size - 1
-
-        def layer_step(layer, _, xs):
-            return None, layer.complete_block(*xs, block, state.offset, state.updates)
-
+        here = self._here(state)
+        context = here.replace(first_block=here.first_block - 1)
+        step = lambda layer, _, xs, context: (None, layer.complete_block(*xs, context))
         xs = (state.memory, state.keys, state.values)
-        memory = self._scan_layers(layer_step, None, xs)[1]
+        memory = self._scan_layers(step, None, xs, context)[1]
         shift = lambda window: jnp.pad(
             window[:, :, 1:], [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0), (0, 0)]
         )
@@ -261,13 +259,23 @@ class Decoder(nn.Module):
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         return x * math.sqrt(c.embed_dim) if c.scale_embeddings else x
 
-    def _scan_layers(self, step, carry, xs, unroll=False):
+    def _here(self, state: DecoderState) -> ChunkContext:
+        return ChunkContext(state.position // self.config.block_size, state.offset, state.updates)
+
+    def _scan_layers(self, step, carry, xs, context: ChunkContext, unroll=False):
+        """Scans `step(layer, carry, x, context) -> (carry, y)`, with each layer's own `context`."""
+
+        def layer_step(layer, carry, xs):
+            rotation, xs = xs
+            return step(layer, carry, xs, context.replace(rotation=rotation))
+
         scan = nn.scan(
-            step,
+            layer_step,
             variable_axes={"params": 0, MASS: 0},
             split_rngs={"params": True},
             length=self.config.num_layers,
             unroll=self.config.num_layers if unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scan(self.layers, carry, xs)
+        rotations = jax.tree.map(jnp.asarray, rope.rotations(self.config))
+        return scan(self.layers, carry, (rotations, xs))

@@ -22,7 +22,7 @@ MASS = "attention_mass"
 
 @flax.struct.dataclass
 class ChunkContext:
-    """Where the `C` blocks of a chunk stand; the same for every layer.
+    """Where the `C` blocks of a chunk stand, and how the layer rotates; else the same for every layer.
 
     Attributes:
       first_block: index in its sequence of each example's first block of the chunk, int32 `[B]`.
@@ -30,6 +30,7 @@ class ChunkContext:
       updates: memory updates before the chunk, int32 `[B]`.
       start: tokens of the first block that the state already holds, int32 `[B]`; None: zero.
       stop: slots of the chunk that hold a token after it was read, int32 `[B]`; None: all.
+      rotation: of the layer; the decoder sets it.
     """
 
     first_block: jax.Array
@@ -37,6 +38,7 @@ class ChunkContext:
     updates: jax.Array
     start: jax.Array | None = None
     stop: jax.Array | None = None
+    rotation: rope.Rotation | None = None
 
     def complete(self, size: int):
         """Blocks of the chunk that are full after it was read, int32 `[B]`; None: all."""
@@ -105,39 +107,38 @@ class Layer(nn.Module):
             out = self.post_mlp_norm(out)
         return out + a
 
-    def angles(self, positions, fraction=None):
-        c = self.config
-        frequency = rope.frequencies(c.head_dim, c.rope_base, c.rope_scaling)
-        dtype = jnp.promote_types(c.dtype, jnp.float32)
-        return rope.angles(positions, frequency, fraction, dtype)
+    def angles(self, positions, context: ChunkContext, beyond=None):
+        dtype = jnp.promote_types(self.config.dtype, jnp.float32)
+        return rope.angles(positions, context.rotation.token, beyond, dtype)
 
-    def memory_angles(self, block, offset):
-        """Angles of the memory that compressed `block` (-1: the prompt), `[B, N, Dh / 2]`.
+    def memory_angles(self, block, context: ChunkContext):
+        """Angles of the memory that compressed `block` (int32 `[B]`; -1: the prompt), `[B, N, Dh / 2]`.
 
         Positions: the block's last `N`, or between this block and the next, or zero.
         """
         c = self.config
         n = np.arange(c.fam_length)
         if c.fam_positions == "zero":
-            return self.angles(jnp.zeros((block.shape[0], c.fam_length), jnp.int32))
-        end = ((block + 1) * c.block_size + offset)[:, None]
+            return self.angles(jnp.zeros((block.shape[0], c.fam_length), jnp.int32), context)
+        end = ((block + 1) * c.block_size + context.offset)[:, None]
         if c.fam_positions == "last":
-            return self.angles(end + (n - c.fam_length))
-        return self.angles(end + np.full_like(n, -1), (n + 1) / (c.fam_length + 1))
+            return self.angles(end + (n - c.fam_length), context)
+        return self.angles(end + np.full_like(n, -1), context, context.rotation.memory)
 
     # The memory.
 
-    def prompt(self, x):
+    def prompt(self, x, context: ChunkContext):
         """One layer of the prompt, which attends to itself alone: `[N, D] -> [N, D]`."""
-        q, k, v = self.qkv(x, self.memory_angles(jnp.full((1,), -1), jnp.zeros((1,), jnp.int32))[0])
+        q, k, v = self.qkv(x, self.memory_angles(context.first_block - 1, context)[0])
         return self.finish(x, attend(q, k, v, None, self.config)[0])
 
-    def memory_qkv(self, memory, block, offset):
-        """`qF` that compresses `block`, and `kF`, `vF` that the tokens of `block` read.
+    def memory_qkv(self, memory, context: ChunkContext):
+        """`qF` that compresses the first block, and `kF`, `vF` that its tokens read.
 
         As a query the memory stands at `block`, as a key still at the block that it was made from.
         """
-        angle, key_angle = (self.memory_angles(b, offset) for b in (block, block - 1))
+        block = context.first_block
+        angle, key_angle = (self.memory_angles(b, context) for b in (block, block - 1))
         return self.qkv(memory, angle, key_angle)
 
     def update_memory(self, memory, qkv, keys, values, updates):
@@ -189,7 +190,8 @@ class Layer(nn.Module):
         complete = context.complete(self.config.block_size)
 
         def step(layer, memory, index, keys, values):
-            qkv = layer.memory_qkv(memory, context.first_block + index, context.offset)
+            here = context.replace(first_block=context.first_block + index)
+            qkv = layer.memory_qkv(memory, here)
             new = layer.update_memory(memory, qkv, keys, values, context.updates + index)
             if complete is not None:
                 new = jnp.where((index < complete)[:, None, None], new, memory)
@@ -223,7 +225,7 @@ class Layer(nn.Module):
         c = self.config
         blocks, slots = x.shape[1], jnp.arange(x.shape[1] * c.block_size)
         positions = context.first_block[:, None] * c.block_size + slots + context.offset[:, None]
-        q, k, v = self.qkv(x, self.angles(positions.reshape(-1, blocks, c.block_size)))
+        q, k, v = self.qkv(x, self.angles(positions.reshape(-1, blocks, c.block_size), context))
         k, v = (self._merge(new, old, context) for new, old in ((k, keys), (v, values)))
         past = lambda old, new: jnp.concatenate([old[:, : c.memory_segments], new], axis=1)
         keys, values = past(keys, k), past(values, v)
@@ -263,14 +265,14 @@ class Layer(nn.Module):
 
     # Some tokens of an incomplete block.
 
-    def open_window(self, memory, keys, values, block, offset):
+    def open_window(self, memory, keys, values, context: ChunkContext):
         """What the tokens of a block read, heads in front, from a state's `memory`, `keys`, `values`.
 
         Returns:
           A `TokenWindow` of one layer, without the layers' axis.
         """
         c = self.config
-        memory_keys, memory_values = self.memory_qkv(memory, block, offset)[1:]
+        memory_keys, memory_values = self.memory_qkv(memory, context)[1:]
         past = lambda window: window[:, : c.memory_segments].reshape(
             window.shape[0], c.memory_segments * c.block_size, *window.shape[3:]
         )
@@ -293,7 +295,7 @@ class Layer(nn.Module):
         width, past = x.shape[1], c.memory_segments * c.block_size
         rows = context.start[:, None] + jnp.arange(width)
         positions = (context.first_block * c.block_size + context.offset)[:, None] + rows
-        q, k, v = self.qkv(x, self.angles(positions))
+        q, k, v = self.qkv(x, self.angles(positions, context))
         missing = jnp.maximum(c.memory_segments - context.first_block, 0)[:, None, None]
         mask = visible(c, rows[..., None], c.fam_length + jnp.arange(past), missing)[:, None, None]
         slots = jnp.arange(-c.fam_length, c.block_size)  # the memory's come before the block's
@@ -306,9 +308,9 @@ class Layer(nn.Module):
         )
         return self.finish(x, attend_parts(q, parts, c)[0]), k, v
 
-    def complete_block(self, memory, keys, values, block, context_offset, updates):
-        """`F` after the block that just became full `[B, N, D]`; `keys, values` are the window's."""
+    def complete_block(self, memory, keys, values, context: ChunkContext):
+        """`F` `[B, N, D]` after the first block, which just became full; keys, values are a state's."""
         if not self.config.fam_length:
             return memory
-        qkv = self.memory_qkv(memory, block, context_offset)
-        return self.update_memory(memory, qkv, keys[:, -1], values[:, -1], updates)
+        qkv = self.memory_qkv(memory, context)
+        return self.update_memory(memory, qkv, keys[:, -1], values[:, -1], context.updates)

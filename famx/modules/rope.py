@@ -6,12 +6,27 @@ distance alone, at position 10^9 as at position 0. (Float32 angles lose that bey
 The frequency is rounded to 2^-33 turns per token, 3e-6 radians over 4096 tokens.
 """
 
+import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from famx.modules.config import RopeScaling
+from famx.modules.config import DecoderConfig, RopeScaling
 
 _TURN = 2.0**32
+
+
+@flax.struct.dataclass
+class Rotation:
+    """How a layer rotates, in fixed-point turns; with an axis of layers in front, how all do.
+
+    Attributes:
+      token: from one position to the next, uint32 `[Dh / 2]`.
+      memory: behind the last token of a block, uint32 `[N, Dh / 2]`, for positions between blocks.
+    """
+
+    token: jax.Array | np.ndarray
+    memory: jax.Array | np.ndarray
 
 
 def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:
@@ -32,21 +47,36 @@ def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) 
     return np.where(wavelength < high, frequency, slow)
 
 
-def angles(positions, frequency: np.ndarray, fraction=None, dtype=jnp.float32):
+def fixed_point(radians: np.ndarray) -> np.ndarray:
+    """Angles, float64 `[...]` in [0, 2 pi), as turns, uint32 `[...]`."""
+    return np.round(radians / (2 * np.pi) * _TURN).astype(np.uint32)
+
+
+def rotations(config: DecoderConfig) -> Rotation:
+    """The `Rotation` of every layer, `[layers, ...]`."""
+    c = config
+    kinds = {
+        "global": frequencies(c.head_dim, c.rope_base, c.rope_scaling),
+        "local": frequencies(c.head_dim, c.local_rope_base),
+        "none": np.zeros(c.head_dim // 2),
+    }
+    layers = np.stack([kinds[kind] for kind in c.rope_layers or ["global"] * c.num_layers])
+    fraction = np.arange(1, c.fam_length + 1)[:, None] / (c.fam_length + 1)
+    return Rotation(fixed_point(layers), fixed_point(fraction * layers[:, None]))
+
+
+def angles(positions, token, beyond=None, dtype=jnp.float32):
     """Angles in radians, `[..., Dh / 2]`, within half a turn of zero.
 
     Args:
       positions: int32 `[...]`, negative ones too.
-      frequency: radians per token `[Dh / 2]`.
-      fraction: float `[...]` in [0, 1) to add to `positions`, or None.
+      token: turns from one position to the next, uint32 `[Dh / 2]`.
+      beyond: turns to add, uint32 `[..., Dh / 2]`, or None.
       dtype: of the result; at least float32.
     """
-    turns = frequency / (2 * np.pi)
-    fixed = np.round(turns * _TURN).astype(np.uint32)
-    phase = positions.astype(jnp.uint32)[..., None] * fixed
-    if fraction is not None:
-        part = np.round(np.asarray(fraction, np.float64)[..., None] * turns * _TURN)
-        phase = phase + part.astype(np.uint32)
+    phase = positions.astype(jnp.uint32)[..., None] * token
+    if beyond is not None:
+        phase = phase + beyond
     return phase.astype(jnp.int32).astype(dtype) * jnp.asarray(2 * np.pi / _TURN, dtype)
 
 

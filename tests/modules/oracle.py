@@ -18,6 +18,7 @@ class Oracle:
         self.c = config
         self.w = _float64(params)
         self.layers = [_select(self.w["layers"], i) for i in range(config.num_layers)]
+        self.enter(0)
 
     def read(self, tokens, offset=0):
         """`tokens [L]`: logits `[L, V]`, memories `[layers, N, D]` and the number of updates."""
@@ -30,6 +31,7 @@ class Oracle:
             block = tokens[t * size : (t + 1) * size]
             x = [self.embed(token) for token in block]
             for i, w in enumerate(self.layers):
+                self.enter(i)
                 x, new = self.block(w, x, t, *past[i], memories[i], offset)
                 if len(block) == size:
                     memories[i] = new
@@ -39,6 +41,17 @@ class Oracle:
 
     def stack(self, memories):
         return np.array(memories).reshape(self.c.num_layers, self.c.fam_length, self.c.embed_dim)
+
+    def enter(self, layer):
+        """From here on queries and keys rotate as those of `layer` do."""
+        c = self.c
+        kind = c.rope_layers[layer] if c.rope_layers else "global"
+        pairs = np.arange(c.head_dim // 2)
+        self.frequency = {
+            "global": frequencies(c),
+            "local": c.local_rope_base ** (-2 * pairs / c.head_dim),
+            "none": 0 * pairs,
+        }[kind]
 
     # Algorithms 1 and 2.
 
@@ -124,7 +137,8 @@ class Oracle:
             return [list(prefix) for prefix in self.w["fam"]]
         positions = [self.memory_position(-1, i, offset) for i in range(c.fam_length)]
         memories, x = [], list(self.w["fam"])
-        for w in self.layers:
+        for i, w in enumerate(self.layers):
+            self.enter(i)
             memories.append(x)
             k = [self.key(w, f, p) for f, p in zip(x, positions, strict=True)]
             v = [self.value(w, f) for f in x]
@@ -167,13 +181,13 @@ class Oracle:
         q = self.project(w["query"], self.norm(x, w["attention_norm"]))
         if self.c.qk_norm:
             q = self.rms(q) * w["query_norm"]["scale"]
-        return rotate(q, position, frequencies(self.c))
+        return rotate(q, position, self.frequency)
 
     def key(self, w, x, position):
         k = self.project(w["key"], self.norm(x, w["attention_norm"]))
         if self.c.qk_norm:
             k = self.rms(k) * w["key_norm"]["scale"]
-        return rotate(k, position, frequencies(self.c))
+        return rotate(k, position, self.frequency)
 
     def value(self, w, x):
         return self.project(w["value"], self.norm(x, w["attention_norm"]))

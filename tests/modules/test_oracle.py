@@ -54,6 +54,11 @@ CASES = {
         norm="layer", parallel_block=True, gated_mlp=False, activation="gelu", qkv_bias=True,
         output_bias=True, mlp_bias=True, rope_scaling=RopeScaling(4.0), tied_embeddings=False,
     ),
+    "like gemma 3": dict(
+        rope_layers=("local", "global"), rope_base=300.0, local_rope_base=20.0,
+        rope_scaling=RopeScaling(2.0), qk_norm=True, fam_positions="float", fam_length=3,
+    ),
+    "like smollm 3": dict(rope_layers=("global", "none"), num_kv_heads=1),
     "plain relu": dict(
         gated_mlp=False, activation="relu", mlp_bias=True, norm="layer", qk_norm=True
     ),

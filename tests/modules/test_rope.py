@@ -12,11 +12,12 @@ from famx.modules import RopeScaling, rope
 
 HEAD_DIM = 8
 FREQUENCY = rope.frequencies(HEAD_DIM, 10_000.0)
+TOKEN = rope.fixed_point(FREQUENCY)
 
 
 @jax.jit
 def scores(q, k, q_position, k_position):
-    turn = lambda x, p: rope.rotate(x, rope.angles(p, FREQUENCY))
+    turn = lambda x, p: rope.rotate(x, rope.angles(p, TOKEN))
     return turn(q, q_position)[:, 0] @ turn(k, k_position)[:, 0].T
 
 
@@ -37,7 +38,7 @@ def test_a_score_depends_on_the_distance_alone(position, distance):
 
 @pytest.mark.parametrize("position", [0, 1, -64, 4096, 100_000])
 def test_angles_are_those_of_float64(position):
-    angle = rope.angles(np.array([position], np.int32), FREQUENCY)[0]
+    angle = rope.angles(np.array([position], np.int32), TOKEN)[0]
     assert angle.dtype == np.float32
     exact = position * FREQUENCY
     allowed = 1e-6 + abs(position) * np.pi * 2.0**-32  # frequencies are rounded to 2^-33 turns
@@ -47,7 +48,8 @@ def test_angles_are_those_of_float64(position):
 
 def test_a_fraction_lies_between_two_positions():
     fraction = np.array([0.0, 0.25, 0.5, 0.75])
-    angle = rope.angles(np.full((3, 4), 7, np.int32), FREQUENCY, fraction)
+    beyond = rope.fixed_point(fraction[:, None] * FREQUENCY)
+    angle = rope.angles(np.full((3, 4), 7, np.int32), TOKEN, beyond)
     assert angle.shape == (3, 4, HEAD_DIM // 2)
     exact = np.exp(1j * (7 + fraction)[:, None] * FREQUENCY)
     np.testing.assert_allclose(np.exp(1j * np.asarray(angle[1])), exact, atol=1e-6)
@@ -55,7 +57,7 @@ def test_a_fraction_lies_between_two_positions():
 
 def test_rotation_keeps_norms_and_dtype():
     x = random_heads()
-    angle = rope.angles(np.arange(5, dtype=np.int32) * 1000, FREQUENCY)
+    angle = rope.angles(np.arange(5, dtype=np.int32) * 1000, TOKEN)
     for dtype in ("float32", "bfloat16"):
         turned = rope.rotate(jax.numpy.asarray(x, dtype), angle)
         assert turned.dtype == dtype and turned.shape == x.shape

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from famx.models import DecoderModel
-from famx.modules import Decoder, DecoderConfig
+from famx.modules import Decoder, DecoderConfig, rope
 from famx.modules.layer import ChunkContext, Layer
 from famx.training.flops import train_flops
 
@@ -156,7 +156,8 @@ def test_agrees_with_xla_on_one_dense_layer():
     x = jnp.zeros((2, 1, c.block_size, c.embed_dim))
     keys = jnp.zeros((2, 1, c.block_size, c.num_kv_heads, c.head_dim))
     zero = jnp.zeros((2,), jnp.int32)
-    context = ChunkContext(zero, zero, zero)
+    rotation = jax.tree.map(lambda turns: turns[0], rope.rotations(c))
+    context = ChunkContext(zero, zero, zero, rotation=rotation)
     memory = jnp.zeros((2, 0, c.embed_dim))
     run = lambda params: Layer(c).apply(params, x, memory, keys, keys, context, method="read_chunk")
     init = lambda key: Layer(c).init(key, x, memory, keys, keys, context, method="read_chunk")
