@@ -42,11 +42,11 @@ def train_step(config: DecoderConfig, batch: int, length: int) -> Workload:
     rules = partitioning.rules()
     rows = random_tokens(config, batch, length + 1)
     inputs = {"decoder_input_tokens": rows[:, :-1], "decoder_target_tokens": rows[:, 1:]}
-    initialize, shardings = make_initializer(model, optimizer, "none", batch, mesh, rules)
+    initialize, abstract = make_initializer(model, optimizer, "none", batch, mesh, rules)
     state = initialize(jax.random.key(0))
     inputs = jax.device_put(inputs, partitioning.batch_sharding(mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.pairs()):
-        step = make_train_step(model, optimizer, "none", 0, shardings)
+        step = make_train_step(model, optimizer, "none", 0, abstract)
         compiled = step.lower(state, inputs).compile()
 
     def run():

@@ -7,6 +7,9 @@ mapping with `decoder_input_tokens` and `decoder_target_tokens`, int32 `[B, L]`,
 int32 `[B]` (targets from there on count together as one exact match).
 """
 
+import dataclasses
+import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +19,9 @@ import jax.numpy as jnp
 
 from famx import state_passing
 from famx.decoding import Sampling, generate
+from famx.lora import Lora, combine, intercept, merged
 from famx.metrics import Mean
-from famx.modules import Decoder, DecoderState
+from famx.modules import Decoder, DecoderConfig, DecoderState
 
 Batch = Mapping[str, jax.Array]
 MEMORY_COLLECTION = "state_passing"
@@ -34,6 +38,9 @@ class DecoderModel:
       random_position_offset: RPO, in training alone.
       z_loss: coefficient of the squared log-partition.
       loss_chunk: tokens whose logits exist at once in training; None: all of them.
+      lora: low-rank adapters, leaves of the parameters beside the kernels; None: none.
+
+    Parameters, wherever they are asked for, may hold adapters and int8 kernels (`famx.lora`).
     """
 
     def __init__(
@@ -45,6 +52,7 @@ class DecoderModel:
         random_position_offset: bool = False,
         z_loss: float = 0.0,
         loss_chunk: int | None = None,
+        lora: Lora | None = None,
     ):
         if loss_chunk is not None and loss_chunk < 1:
             raise ValueError(f"loss_chunk must be at least 1, or None for no limit; got {loss_chunk}.")
@@ -56,12 +64,28 @@ class DecoderModel:
         self.random_position_offset = random_position_offset
         self.z_loss = z_loss
         self.loss_chunk = loss_chunk
+        self.lora = lora
+
+    def describe(self) -> dict[str, Any]:
+        """What the model is, as JSON can hold it; `from_description` makes it again."""
+        described = json.loads(json.dumps(self.config.to_dict()))
+        if self.lora is not None:
+            described["lora"] = json.loads(json.dumps(dataclasses.asdict(self.lora)))
+        return described
+
+    @classmethod
+    def from_description(cls, fields: Mapping[str, Any]) -> "DecoderModel":
+        """The model that `describe` described, without a vocabulary."""
+        fields = dict(fields)
+        lora = fields.pop("lora", None)
+        return cls(Decoder(DecoderConfig.from_dict(fields)), lora=lora and Lora(**lora))
 
     @property
     def FEATURE_CONVERTER_CLS(self):  # noqa: N802, t5x's name
         from famx.data.seqio_tasks import FamFeatureConverter  # needs seqio, so only on demand
 
-        return FamFeatureConverter
+        bos_id = getattr(self.output_vocabulary, "bos_id", 1)
+        return functools.partial(FamFeatureConverter, bos_id=bos_id, pad_id=self.pad_id)
 
     @property
     def pad_id(self) -> int:
@@ -71,29 +95,49 @@ class DecoderModel:
     # Variables.
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
-        """Fresh variables: `params` (boxed with their logical axes), and what state passing keeps."""
+        """Fresh variables: `params` (boxed with their logical axes), and what state passing keeps.
+
+        With `lora`, the adapters are among the parameters.
+        """
         del input_types
         shape = (input_shapes["decoder_input_tokens"][0], self.config.block_size)
         variables = dict(self.module.init(rng, jnp.zeros(shape, jnp.int32)))
+        if self.lora is not None:
+            adapters = self.lora.init(jax.random.fold_in(rng, 1), variables["params"])
+            variables["params"] = combine(variables["params"], adapters)
         if self.random_state is not None:
             variables[MEMORY_COLLECTION] = self.random_state.initial(self.config)
         return flax.core.freeze(variables)
 
     def initial_state(self, params, batch_size: int) -> DecoderState:
         """The decoder's state before the first token; a function of the parameters."""
-        return self.module.apply({"params": params}, batch_size, method="initial_state")
+        with intercept(self.lora):
+            return self.module.apply({"params": params}, batch_size, method="initial_state")
+
+    def merged(self, params):
+        """The decoder's own parameters, adapters merged into them: what `self.module` reads with."""
+        return merged(params, self.lora)
 
     # Training.
 
-    def loss(self, params, batch: Batch, rng=None, state: DecoderState | None = None, normalizer=None):
+    def loss(
+        self,
+        params,
+        batch: Batch,
+        rng=None,
+        state: DecoderState | None = None,
+        normalizer=None,
+        aligned: bool = True,
+    ):
         """The training objective from any state on.
 
         Args:
           params: parameters, unboxed.
           batch: see the module.
-          rng: for the random position offset; None: no offset.
-          state: where each example goes on, at a block boundary; None: from its start.
+          rng: for the random position offset and the adapters' dropout; None: neither.
+          state: where each example goes on; None: from its start.
           normalizer: what the weighted sum of losses is divided by; None: the sum of the weights.
+          aligned: a promise that every example of `state` stands at a block boundary.
 
         Returns:
           `(loss, metrics, state)` with float32 scalar loss and the `DecoderState` after the batch.
@@ -105,7 +149,11 @@ class DecoderModel:
             offset = state_passing.random_offset(rng, tokens.shape[0], self.config.rope_base)
             state = state.replace(offset=jnp.where(state.position == 0, offset, state.offset))
         variables = {"params": params}
-        hidden, state = self.module.apply(variables, tokens, state=state, aligned=True, method="read")
+        dropout = None if rng is None else jax.random.fold_in(rng, 1)
+        with intercept(self.lora, dropout):
+            hidden, state = self.module.apply(
+                variables, tokens, state=state, aligned=aligned, method="read"
+            )
         targets, weights = batch["decoder_target_tokens"], loss_weights(batch, self.pad_id)
         sums, correct = self._cross_entropy(variables, hidden, targets, weights)
         weight = jnp.sum(weights)
@@ -177,6 +225,7 @@ class DecoderModel:
         del flax_mutables
         if return_intermediates:
             raise ValueError("Intermediates are not kept while scoring; use capture_intermediates.")
+        params = self.merged(params)
         logits, _ = self.module.apply({"params": params}, batch["decoder_input_tokens"])
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
         targets = batch["decoder_target_tokens"]
@@ -192,11 +241,12 @@ class DecoderModel:
 
         The prompt is where `decoder_causal_attention` is 1, less its last place (in an input row,
         shifted by one, that place holds the prompt's last token and predicts the first target); a
-        batch without that feature is a prompt as a whole up to its padding.
+        batch without that feature is a prompt as a whole up to its padding. The vocabulary's eos, if
+        there is one, ends a continuation and belongs to it.
 
         Returns:
-          int32 `[B, L]`, the first new token first, 0 where the row has no more room; and
-          `{"scores": float32 [B]}`.
+          int32 `[B, L]`, the first new token first, padding after the end or where the row has no
+          more room; and `{"scores": float32 [B]}`.
         """
         del rng, flax_mutables
         tokens = batch["decoder_input_tokens"]
@@ -206,16 +256,20 @@ class DecoderModel:
         else:
             prompt = (tokens != self.pad_id) | (jnp.arange(length) == 0)
         size = jnp.sum(prompt, axis=1, dtype=jnp.int32)
+        params = self.merged(params)
         variables = {"params": params}
         valid = jnp.arange(length) < size[:, None]
         hidden, state = self.module.apply(variables, tokens, valid=valid, method="read")
         last = jnp.take_along_axis(hidden, (size - 1)[:, None, None], axis=1)
         logits = self.module.apply(variables, last, method="logits")[:, 0]
 
-        out = generate(
-            self.module, params, logits, state, Sampling(length), room=length - size + 1
-        )
-        return out.tokens, {"scores": out.log_likelihood}
+        eos_id = getattr(self.output_vocabulary, "eos_id", None)
+        stops = () if eos_id is None else (eos_id,)
+        sampling, room = Sampling(length, stop_tokens=stops), length - size + 1
+        out = generate(self.module, params, logits, state, sampling, room=room)
+        written = jnp.arange(length) < out.lengths[:, None]
+        tokens = jnp.where(written, out.tokens, self.pad_id)
+        return tokens, {"scores": out.log_likelihood}
 
 
 def loss_weights(batch: Batch, pad_id: int = 0):

@@ -22,7 +22,7 @@ def write_model_dir(
     """Writes model.json, vocabulary.json (unless None) and checkpoint_<step>; returns `directory`."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    check_same_model(directory, model.config.to_dict())
+    check_same_model(directory, model.describe())
     if vocabulary is not None:
         save_vocabulary(vocabulary, directory)
     optimizer = optax.sgd(0.1, momentum=0.9)

@@ -1,6 +1,7 @@
 """Names of tasks and texts: `get("passkey_words", digits=3)` makes one. Needs no TensorFlow."""
 
 import difflib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,14 @@ def register(name: str, factory: Callable[..., Any]) -> None:
 def names() -> list[str]:
     """Sorted names of all registered tasks (those of SeqIO not included)."""
     return sorted(_FACTORIES)
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether the factory of a task of ours takes `option`, and has not been given it already."""
+    factory = _FACTORIES.get(name)
+    if factory is None or option in getattr(factory, "keywords", ()):
+        return False
+    return option in inspect.signature(factory).parameters
 
 
 def get(name: str, **options: Any) -> Any:

@@ -92,8 +92,25 @@ def save_memory(
         updates=arrays["updates"].tolist(),
         num_bytes=state.num_bytes(),
     )
+    return _write(path, header, arrays)
+
+
+def with_memory(path: str | os.PathLike, out: str | os.PathLike, memory: jax.Array) -> Header:
+    """Writes a copy of the memory file `path` to `out` with another `F [layers, B, N, D]`.
+
+    The copy belongs to the same model; its logits stay those of the last token that was read.
+
+    Raises:
+      ConfigError: `path` is no whole memory file, or `out` cannot be written.
+    """
+    header, arrays = _read(path, load=True)
+    return _write(out, header, {**arrays, "memory": np.asarray(memory)})
+
+
+def _write(path, header: Header, arrays: Mapping[str, np.ndarray]) -> Header:
+    header = dataclasses.replace(header, sha256="")
     header = dataclasses.replace(header, sha256=_checksum(header, arrays))
-    data = safetensors.numpy.save(arrays, {_KEY: json.dumps(dataclasses.asdict(header))})
+    data = safetensors.numpy.save(dict(arrays), {_KEY: json.dumps(dataclasses.asdict(header))})
     path = pathlib.Path(path)
     try:
         replace_file(path, data)

@@ -7,6 +7,11 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ROPE_LAYERS = ("global", "local", "none")
 ATTENTION_BACKENDS = ("auto", "xla", "blockwise")
+# Fields that say how a model remembers: with others its weights still fit, the prompt's apart.
+MEMORY_FIELDS = (
+    *("block_size", "memory_segments", "fam_length", "fam_positions", "fam_start", "fam_update"),
+    *("fam_update_scale", "normalize_memory", "window_mask", "stop_gradient_segments"),
+)
 # Fields that change no number beyond rounding: a model stays the same model with others.
 COMPUTATION_FIELDS = ("dtype", "param_dtype", "blocks_per_chunk", "remat", "attention_backend")
 

@@ -8,6 +8,7 @@ a BSWA model), so these are made anew.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,10 +22,15 @@ from absl import logging
 from flax import serialization, traverse_util
 
 from famx.errors import ConfigError
-from famx.modules.config import COMPUTATION_FIELDS
+from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
 
 _STATE, _DATASET = "state", "dataset"
 _MODEL_FILE = "model.json"
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(DecoderConfig)
+    if field.default is not dataclasses.MISSING
+} | {"lora": None}
 
 
 class Checkpointer:
@@ -102,18 +108,9 @@ class Checkpointer:
         Raises:
             ConfigError: there is no such checkpoint, or its leaves differ in name, shape or dtype.
         """
-        self.wait()
-        steps = self.all_steps()
-        if step is None and not steps:
-            raise ConfigError(f"There is no checkpoint in {self.model_dir}.")
-        step = steps[-1] if step is None else int(step)
-        if step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            raise ConfigError(
-                f"There is no checkpoint of step {step} in {self.model_dir}; there are: {there}."
-            )
+        step = self.find(step)
         wanted = _flatten(abstract_tree)
-        stored = traverse_util.flatten_dict(self._manager.item_metadata(step)[_STATE].tree)
+        stored = self.leaves(step)
         if partial:
             top = {path[0] for path in wanted}
             stored = {path: leaf for path, leaf in stored.items() if path[0] in top}
@@ -132,6 +129,23 @@ class Checkpointer:
         leaves = traverse_util.flatten_dict(restored[_STATE])
         tree = _unflatten(abstract_tree, leaves)
         return tree, restored.get(_DATASET), step
+
+    def find(self, step: int | None) -> int:
+        """`step`, or the newest for None; ConfigError if it is not there."""
+        self.wait()
+        steps = self.all_steps()
+        if not steps:
+            raise ConfigError(f"There is no checkpoint in {self.model_dir}.")
+        if step is not None and step not in steps:
+            there = ", ".join(map(str, steps))
+            raise ConfigError(
+                f"There is no checkpoint of step {step} in {self.model_dir}; there are: {there}."
+            )
+        return steps[-1] if step is None else int(step)
+
+    def leaves(self, step: int) -> dict[tuple[str, ...], Any]:
+        """What checkpoint `step` holds: path -> metadata with `shape` and `dtype`; none is loaded."""
+        return traverse_util.flatten_dict(self._manager.item_metadata(step)[_STATE].tree)
 
     def latest_step(self) -> int | None:
         """The newest saved step, or None."""
@@ -263,11 +277,15 @@ def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """'num_layers (2 there, 4 here), ...': how two models differ; '' where they are the same model."""
+    """'num_layers (2 there, 4 here), ...': how two models differ; '' where they are the same model.
+
+    A field that an older version did not note has its default.
+    """
+    value = lambda fields, name: fields.get(name, _DEFAULTS.get(name, "unset"))
     return ", ".join(
-        f"{name} ({there.get(name, 'unset')!r} there, {here.get(name, 'unset')!r} here)"
+        f"{name} ({value(there, name)!r} there, {value(here, name)!r} here)"
         for name in sorted((there.keys() | here.keys()) - set(COMPUTATION_FIELDS))
-        if there.get(name) != here.get(name) or (name in there) != (name in here)
+        if value(there, name) != value(here, name)
     )
 
 

@@ -208,6 +208,7 @@ class AgedFeed(IndexedFeed):
         self.made += 1
         prefix = self.rows(self.firsts[group], blocks)["decoder_input_tokens"]
         prefix = prefix[:, : (blocks - self.blocks) * self.block_size]
+        params = self.model.merged(params)
         state = self.streamer.initial_state(params, self.batch_size)
         _, state = self.streamer.read(params, state, self.place(prefix), aligned=True)
         return self._put(lanes, state, group)

@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import dataclasses
+import json
+import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,13 +12,25 @@ from typing import Any
 import flax.linen as nn
 import gin
 import jax
+from jax.experimental import multihost_utils
 
 from famx import gin_utils, state_passing
 from famx.data import registry
 from famx.data.vocabularies import save_vocabulary
 from famx.errors import ConfigError
+from famx.files import replace_file
+from famx.inference import memory_file
+from famx.loading import (
+    TrainedModel,
+    check_model,
+    load_pretrained,
+    split_checkpoint,
+    weights_fingerprint,
+)
+from famx.lora import save_adapter
 from famx.metrics import Mean
 from famx.models import DecoderModel
+from famx.modules.config import MEMORY_FIELDS
 from famx.signals import stop_signal
 from famx.training import partitioning
 from famx.training.checkpoints import Checkpointer, check_model_dir, check_same_model
@@ -24,7 +38,9 @@ from famx.training.curriculum import Curriculum
 from famx.training.feeds import make_feed
 from famx.training.run_log import RunLog
 from famx.training.step import make_initializer, make_train_step
+from famx.training.trainable import Trainable
 
+_BASE_FILE = "base.json"  # what a run began from
 _MAX_SKIPPED = 20  # steps in a row whose gradient was not finite
 
 
@@ -59,6 +75,10 @@ def train(
     log_period: int = 10,
     checkpoint_period: int = 1000,
     checkpoints_to_keep: int | None = 3,
+    initial_checkpoint_path: str | None = None,
+    initial_memory_file: str | None = None,
+    trainable: str = "all",
+    frozen_dtype: str | None = None,
 ) -> dict[str, float]:
     """Trains a model, or goes on where the last run in `model_dir` stopped, bit for bit.
 
@@ -82,6 +102,13 @@ def train(
         raises ConfigError before the run begins.
       eval_period, log_period, checkpoint_period: in steps; `eval_period` 0: at the end alone.
       checkpoints_to_keep: the newest so many; None: all.
+      initial_checkpoint_path: where a run that begins takes its parameters from, a `MODEL_DIR` or one
+        `checkpoint_<step>` of it. The model may differ from the one there in its memory. The task's
+        vocabulary is then the one there.
+      initial_memory_file: what `famx.memory` wrote with that checkpoint: every example begins from it,
+        and its memory is what `trainable="fam_only"` trains.
+      trainable: which parameters learn, see `famx.training.trainable`.
+      frozen_dtype: of matrices that do not learn: "bfloat16" or "int8"; None: as they are.
 
     Returns:
       The last logged scalars.
@@ -99,8 +126,25 @@ def train(
     mesh = partitioning.make_mesh()
     rules = partitioning.rules()
     partitioning.check_batch_size(batch_size, mesh)
-    task = _make_task(mixture_or_task_name, task_options or {})
+    learns = Trainable(trainable, frozen_dtype)
+    if trainable != "lora":
+        model.lora = None
+    shapes = {"decoder_input_tokens": (1, model.config.block_size)}
+    variables = jax.eval_shape(lambda key: model.get_initial_variables(key, shapes), jax.random.key(0))
+    learns.check(variables["params"])
+    with_start = initial_memory_file is not None
+    _check_start(initial_memory_file, initial_checkpoint_path, learns, state_passing_mode, evaluation)
+    initial_vocabulary = None
+    if initial_checkpoint_path is not None:
+        initial = split_checkpoint(initial_checkpoint_path)[0]
+        initial_vocabulary = check_model(initial).input_vocabulary
+    task = _make_task(mixture_or_task_name, task_options or {}, initial_vocabulary)
     vocabulary = _vocabulary(task, model)
+    if initial_vocabulary is not None and vocabulary not in (None, initial_vocabulary):
+        raise ConfigError(
+            f"The vocabulary of the task {mixture_or_task_name} is not that of {initial}: give it with"
+            f" TASK_OPTIONS={{'vocabulary': {str(initial)!r}}}, or take a task for that vocabulary."
+        )
     if model.input_vocabulary is None:
         model.input_vocabulary = model.output_vocabulary = vocabulary
     if hasattr(evaluation, "check"):
@@ -122,7 +166,7 @@ def train(
         random_seed, shard, place, pool_groups, pool_refresh_period, lane_documents, packed,
     )  # fmt: skip
     gin_utils.check_all_used()
-    check_same_model(directory, model.config.to_dict())  # last: it notes the model
+    check_same_model(directory, model.describe())  # last: it notes the model
     if jax.process_index() == 0 and vocabulary is not None:
         save_vocabulary(vocabulary, directory)
 
@@ -130,18 +174,27 @@ def train(
     first = shard[0] == 0
     with contextlib.ExitStack() as stack:
         num_lanes = getattr(feed, "pool_size", batch_size)
-        initialize, shardings = make_initializer(
-            model, optimizer, state_passing_mode, num_lanes, mesh, rules
-        )
-        abstract = jax.eval_shape(initialize, jax.random.key(random_seed))
-        abstract = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+        initialize, abstract = make_initializer(
+            model, optimizer, state_passing_mode, num_lanes, mesh, rules, learns, with_start
         )
         check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
         checkpointer = stack.enter_context(Checkpointer(directory, keep=checkpoints_to_keep))
         pending: list[list] = []  # metrics of steps since the last log line
         if checkpointer.latest_step() is None:
-            state = initialize(jax.random.key(random_seed))
+            pretrained, start, notes = {}, None, []
+            if initial_checkpoint_path is not None:
+                pretrained, notes = load_pretrained(initial_checkpoint_path, model)
+                base = {
+                    "checkpoint": str(initial_checkpoint_path),
+                    "weights": weights_fingerprint(pretrained),
+                }
+                if first:
+                    replace_file(directory / _BASE_FILE, json.dumps(base, indent=2).encode() + b"\n")
+            if with_start:
+                trained = TrainedModel(model, pretrained, 0, initial)
+                start = memory_file.restore_memory(initial_memory_file, trained)[1]
+            state = initialize(jax.random.key(random_seed), pretrained, start)
+            del pretrained  # given away
         else:
             tree, data, _ = checkpointer.restore(None, abstract.to_checkpoint())
             state = type(abstract).from_checkpoint(tree)
@@ -154,15 +207,22 @@ def train(
         if first:
             gin_utils.write_operative_config(str(directory))
         if step == 0:
-            size = sum(x.size for x in jax.tree.leaves(state.params))
-            log.message(f"{size:,} parameters; {jax.device_count()} {jax.devices()[0].device_kind}")
+            count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+            learning = "" if trainable == "all" else f", {count(learns.part(state)):,} of them learn"
+            devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+            log.message(f"{count(state.params):,} parameters{learning}; {devices}")
+            for note in notes:
+                log.message(note)
         else:
             log.message(f"Going on from step {step} of {directory}.")
 
         # ------------------------------------------------------------ loop
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(nn.logical_axis_rules(rules.pairs()))
-        train_step = make_train_step(model, optimizer, state_passing_mode, random_seed, shardings)
+        train_step = make_train_step(
+            model, optimizer, state_passing_mode, random_seed, abstract, learns
+        )
+        merge = jax.jit(model.merged)
         stop = stack.enter_context(stop_signal())
         scalars: dict[str, float] = {}
         tokens, began, saved, skipped = 0, time.monotonic(), step, 0
@@ -170,11 +230,20 @@ def train(
         def save():
             data = {"feed": feed.get_state(), "pending": pending}
             checkpointer.save(step, state.to_checkpoint(), data, force=True)
+            if model.lora is not None:
+                small = multihost_utils.process_allgather(learns.part(state), tiled=True)
+                if first:
+                    memory = {name: getattr(model.config, name) for name in MEMORY_FIELDS}
+                    base = _read_base(directory)
+                    save_adapter(
+                        directory / "adapter", small, model.lora, base.get("weights"),
+                        base.get("checkpoint"), memory,
+                    )  # fmt: skip
 
         def evaluate():
             if evaluation is None:
                 return {}
-            found = evaluation(model, state.params, step)
+            found = evaluation(model, merge(state.params), step)
             log.write(step, found, split="eval")
             scores = {k: v for k, v in found.items() if not k.startswith("memory/")}  # health is logged
             shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
@@ -219,11 +288,40 @@ def train(
             return scalars
         scalars |= evaluate()
         if first and hasattr(evaluation, "report"):
-            log.message(evaluation.report(model, state.params, str(directory)))
+            log.message(evaluation.report(model, merge(state.params), str(directory)))
+        if with_start and first:
+            path = directory / f"memory_{step}.famem"
+            memory_file.with_memory(initial_memory_file, path, state.start.memory)
+            log.message(f"The memory that was trained is in {path}.")
     return scalars
 
 
-def _make_task(name: str, options: Mapping[str, Any]):
+def _check_start(memory, checkpoint, learns: Trainable, mode: str, evaluation: Any) -> None:
+    if memory is None:
+        return
+    if memory_file.read_header(memory).position[1:]:
+        raise ConfigError(f"INITIAL_MEMORY_FILE {memory} holds several memories: give a file of one.")
+    if checkpoint is None:
+        raise ConfigError("INITIAL_MEMORY_FILE needs INITIAL_CHECKPOINT_PATH, the model that made it.")
+    if learns.name != "fam_only":
+        raise ConfigError(
+            f"INITIAL_MEMORY_FILE needs TRAINABLE='fam_only', not {learns.name!r}: it is what learns."
+        )
+    if mode != "none":
+        raise ConfigError(
+            f"INITIAL_MEMORY_FILE needs STATE_PASSING='none', not {mode!r}: every example begins from it."
+        )
+    if evaluation is not None:
+        raise ConfigError(
+            "An evaluation begins from nothing, not from INITIAL_MEMORY_FILE: leave it out, and give the"
+            " memory that is trained to famx.infer as MEMORY_FILE."
+        )
+
+
+def _make_task(name: str, options: Mapping[str, Any], vocabulary: Any):
+    """The task; one that can take any vocabulary, and is given none, takes `vocabulary`."""
+    if vocabulary is not None and "vocabulary" not in options and registry.takes(name, "vocabulary"):
+        options = {**options, "vocabulary": vocabulary}
     try:
         return registry.get(name, **options)
     except (ValueError, TypeError) as error:
@@ -243,6 +341,11 @@ def _vocabulary(task, model):
             f"{model.config.vocab_size}: raise DecoderConfig.vocab_size."
         )
     return vocabulary
+
+
+def _read_base(directory: pathlib.Path) -> dict[str, str]:
+    path = directory / _BASE_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _mean(values: Mapping[str, Sequence[float]], name: str) -> float:

@@ -21,7 +21,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 LOGICAL_AXES = (
     *("batch", "length", "blocks", "block", "segments", "fam", "layers"),
-    *("embed", "mlp", "heads", "kv_heads", "kv", "vocab"),
+    *("embed", "mlp", "heads", "kv_heads", "kv", "vocab", "lora_rank"),
 )
 
 _MeshAxes = tuple[str, ...]

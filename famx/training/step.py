@@ -11,10 +11,12 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from famx import state_passing as passing
+from famx.lora import combine
 from famx.metrics import Mean
 from famx.models import MEMORY_COLLECTION, DecoderModel
 from famx.modules import DecoderState
 from famx.training.partitioning import BATCH_AXES, Rules, logical_to_sharding
+from famx.training.trainable import Trainable
 
 
 @flax.struct.dataclass
@@ -27,6 +29,7 @@ class TrainState:
       opt_state: optax state.
       flax_mutables: the memory kept by random state passing, empty otherwise.
       lanes: states of the continuous lanes, or the aged-state pool; None otherwise.
+      start: the saved state of one text from which every example begins; None: they begin anew.
     """
 
     step: jax.Array
@@ -34,6 +37,7 @@ class TrainState:
     opt_state: Any
     flax_mutables: Any
     lanes: DecoderState | None
+    start: DecoderState | None = None
 
     def to_checkpoint(self) -> dict[str, Any]:
         """The tree that is saved; its first entries are named as t5x names them."""
@@ -42,45 +46,76 @@ class TrainState:
             "state": {"step": self.step, "param_states": self.opt_state},
             "flax_mutables": flax.core.unfreeze(self.flax_mutables),
         }
-        return tree if self.lanes is None else {**tree, "lanes": self.lanes}
+        states = {"lanes": self.lanes, "start": self.start}
+        return tree | {name: state for name, state in states.items() if state is not None}
 
     @classmethod
     def from_checkpoint(cls, tree) -> "TrainState":
         state = tree["state"]
         mutables = flax.core.freeze(tree["flax_mutables"])
-        return cls(state["step"], tree["target"], state["param_states"], mutables, tree.get("lanes"))
+        states = tree.get("lanes"), tree.get("start")
+        return cls(state["step"], tree["target"], state["param_states"], mutables, *states)
 
 
-def make_initializer(model: DecoderModel, optimizer, mode: str, num_lanes: int, mesh, rules: Rules):
-    """`(initialize, shardings)`: a jitted function of a key that makes a `TrainState` in place."""
+def make_initializer(
+    model: DecoderModel,
+    optimizer,
+    mode: str,
+    num_lanes: int,
+    mesh,
+    rules: Rules,
+    trainable: Trainable = Trainable(),
+    with_start: bool = False,
+):
+    """How a training state is made.
 
-    def initialize(key, unbox=True):
-        shapes = {"decoder_input_tokens": (1, model.config.block_size)}
+    Returns:
+      `(initialize, abstract)`: a jitted function `(key, pretrained, start)` that makes a `TrainState`
+      in place, and that state as ShapeDtypeStructs with shardings. `pretrained`, a tree of some of the
+      parameters, takes their place and is given away; it may be empty. `start` is a `DecoderState` of
+      one text, or None.
+    """
+    shapes = {"decoder_input_tokens": (1, model.config.block_size)}
+
+    def initialize(key, pretrained={}, start=None, unbox=True):  # noqa: B006, nothing changes it
         variables = model.get_initial_variables(key, shapes)
         boxed = flax.core.unfreeze(variables["params"])
+        taken = combine(nn.unbox(boxed), pretrained)
+        boxed = trainable.freeze(nn.meta.replace_boxed(boxed, taken))
         params = nn.unbox(boxed)
         mutables = {k: v for k, v in variables.items() if k == MEMORY_COLLECTION}
         lanes = None
         if mode in ("continuous", "aged"):
             lanes = model.initial_state(params, num_lanes)
-        state = TrainState(
-            jnp.int32(0), params, optimizer.init(params), flax.core.freeze(mutables), lanes
-        )
+        state = TrainState(jnp.int32(0), params, None, flax.core.freeze(mutables), lanes, start)
+        state = state.replace(opt_state=optimizer.init(trainable.part(state)))
         return state if unbox else (state, boxed)
 
-    abstract, boxed = jax.eval_shape(lambda key: initialize(key, unbox=False), jax.random.key(0))
+    start, key = None, jax.random.key(0)
+    if with_start:
+        tree = jax.eval_shape(lambda key: nn.unbox(model.get_initial_variables(key, shapes)), key)
+        start = jax.eval_shape(lambda params: model.initial_state(params, 1), tree["params"])
+    abstract, boxed = jax.eval_shape(lambda key: initialize(key, {}, start, unbox=False), key)
     whole = NamedSharding(mesh, PartitionSpec())
     params = logical_to_sharding(boxed, mesh, rules)
-    like = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
-                        abstract.params, params)  # fmt: skip
+    start = jax.tree.map(lambda _: whole, abstract.start)
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        trainable.part(abstract),
+        trainable.part(abstract.replace(params=params, start=start)),
+    )
     same = lambda leaf, p: p.sharding if leaf.shape == p.shape else whole  # factored moments differ
     opt_state = optax.tree_utils.tree_map_params(
         optimizer, same, abstract.opt_state, like, transform_non_params=lambda _: whole
     )
     lanes = abstract.lanes and state_shardings(mesh)
     mutables = jax.tree.map(lambda _: whole, abstract.flax_mutables)
-    shardings = TrainState(whole, params, opt_state, mutables, lanes)
-    return jax.jit(initialize, out_shardings=shardings), shardings
+    shardings = TrainState(whole, params, opt_state, mutables, lanes, start)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract, shardings,
+    )  # fmt: skip
+    return jax.jit(initialize, out_shardings=shardings, donate_argnums=1), abstract
 
 
 def state_shardings(mesh) -> DecoderState:
@@ -90,18 +125,31 @@ def state_shardings(mesh) -> DecoderState:
     return DecoderState(wide, wide, wide, flat, flat, flat)
 
 
-def make_train_step(model: DecoderModel, optimizer, mode: str, seed: int, shardings: TrainState):
-    """The jitted `train_step(state, batch) -> (state, metrics)`; `state` is given away.
+def make_train_step(
+    model: DecoderModel,
+    optimizer,
+    mode: str,
+    seed: int,
+    abstract: TrainState,
+    trainable: Trainable = Trainable(),
+):
+    """The jitted `train_step(state, batch) -> (state, metrics)`; `state`, as `abstract`, is given away.
 
-    A step whose gradient is not finite changes nothing but the step number, and counts in the
-    metric `skipped`.
+    What does not learn comes back as it is, without a copy. A step whose gradient is not finite
+    changes nothing but the step number, and counts in the metric `skipped`.
     """
 
-    def objective(params, state: TrainState, batch, rng):
+    def objective(part, state: TrainState, batch, rng):
+        state = trainable.put(state, part)
+        params, examples = state.params, batch["decoder_input_tokens"].shape[0]
+        if state.start is not None:
+            start = state.start.take(jnp.zeros((examples,), jnp.int32))
+            loss, metrics, _ = model.loss(params, batch, rng, start, aligned=False)
+            return loss, (metrics, state.flax_mutables, None)
         if mode in ("none", "random"):
             loss, (metrics, mutables) = model.loss_fn(params, batch, rng, state.flax_mutables)
             return loss, (metrics, mutables, None)
-        initial = model.initial_state(params, batch["decoder_input_tokens"].shape[0])
+        initial = model.initial_state(params, examples)
         if mode == "continuous":
             start = passing.continue_lanes(state.lanes, initial, batch["reset"])
         else:
@@ -113,19 +161,23 @@ def make_train_step(model: DecoderModel, optimizer, mode: str, seed: int, shardi
     def train_step(state: TrainState, batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient = jax.value_and_grad(objective, has_aux=True)
-        (_, (metrics, mutables, lanes)), grads = gradient(state.params, state, batch, rng)
+        part = trainable.part(state)
+        (_, (metrics, mutables, lanes)), grads = gradient(part, state, batch, rng)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = (params, opt_state, mutables, lanes)
-        old = (state.params, state.opt_state, state.flax_mutables, state.lanes)
-        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        updates, opt_state = optimizer.update(grads, state.opt_state, part)
+        new = (optax.apply_updates(part, updates), opt_state, mutables, lanes)
+        old = (part, state.opt_state, state.flax_mutables, state.lanes)
+        part, opt_state, mutables, lanes = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         metrics = {
             **jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics),
             "gradient_norm": Mean.of(jnp.where(finite, norm, 0), finite),
             "skipped": Mean.of(1 - finite),
         }
-        return TrainState(state.step + 1, *new), metrics
+        state = trainable.put(state, part).replace(
+            step=state.step + 1, opt_state=opt_state, flax_mutables=mutables, lanes=lanes
+        )
+        return state, metrics
 
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

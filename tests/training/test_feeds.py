@@ -62,12 +62,12 @@ def test_lanes_equal_one_long_sequence_read_at_once():
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     optimizer = optax.sgd(0.0)
     rules = partitioning.rules()
-    _, shardings = make_initializer(MODEL, optimizer, "continuous", 2, mesh, rules)
-    train_step = make_train_step(MODEL, optimizer, "continuous", 0, shardings)
+    _, abstract = make_initializer(MODEL, optimizer, "continuous", 2, mesh, rules)
+    train_step = make_train_step(MODEL, optimizer, "continuous", 0, abstract)
     params = jax.tree.map(jnp.copy, PARAMS)  # the step gives them away
     nothing = jax.tree.map(jnp.zeros_like, initial(PARAMS, 2))  # every lane is reset at first
     state = TrainState(jnp.int32(0), params, optimizer.init(params), flax.core.freeze({}), nothing)
-    state = jax.device_put(state, shardings)
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
     # Every document as one row, padded to the longest.
     rows = np.zeros((len(sizes), 64), np.int32)

@@ -1,0 +1,235 @@
+"""Adapters as small files in PEFT's names and layout, the memory prompt beside them.
+
+A saved adapter is a directory with `adapter_config.json` and `adapter_model.safetensors`. A tensor of
+the latter is `base_model.model.model.layers.<i>.self_attn.q_proj.lora_A.weight [R, in]` (or `lora_B`,
+`[out, R]`), float32; the prompt is `famx.fam`, which PEFT reports as unexpected and leaves aside.
+"""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from famx.errors import ConfigError
+from famx.files import replace_file
+from famx.lora.adapters import GROUPS, Lora, inputs_end, select, value
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FAM, FINGERPRINT, MEMORY = "famx.fam", "famx.base_fingerprint", "famx_memory"
+_THEIRS = {
+    "layers/query": "self_attn.q_proj",
+    "layers/key": "self_attn.k_proj",
+    "layers/value": "self_attn.v_proj",
+    "layers/output": "self_attn.o_proj",
+    "layers/mlp/gate": "mlp.gate_proj",
+    "layers/mlp/up": "mlp.up_proj",
+    "layers/mlp/down": "mlp.down_proj",
+}
+_OURS = {theirs: ours for ours, theirs in _THEIRS.items()}
+_TENSOR = re.compile(r"base_model\.model\.(?:\w+\.)*?layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
+# What PEFT can do and we cannot, and the values that mean that it is not done.
+_PLAIN = {
+    **dict.fromkeys(("use_dora", "lora_bias", "fan_in_fan_out"), (None, False)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (None, {})),
+    **dict.fromkeys(("modules_to_save", "target_parameters", "trainable_token_indices"), (None, [], {})),
+    "bias": (None, "none"),
+    "peft_type": ("LORA",),
+}
+
+
+def save_adapter(
+    path,
+    tree,
+    lora: Lora,
+    fingerprint: str | None = None,
+    base: str | None = None,
+    memory: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the adapters of a tree, and its memory prompt if it has one, to a directory.
+
+    Args:
+      path: the directory; made if it is missing, an adapter in it is replaced.
+      tree: combined, or the adapters alone (with `fam` beside them); unboxed.
+      lora: what the adapters belong to.
+      fingerprint: of the base's weights, such as `famx.loading.weights_fingerprint`; `load_adapter`
+        can then refuse others.
+      base: name of the base model, for readers.
+      memory: fields of the DecoderConfig that the adapters were trained with (`MEMORY_FIELDS`).
+
+    Raises:
+      ConfigError: there are no adapters, or the directory cannot be written.
+    """
+    import safetensors.numpy
+
+    flat = flatten_dict(tree, sep="/")
+    paths = [ours for ours in _THEIRS if f"{ours}/lora_a" in flat]
+    if not paths:
+        raise ConfigError("The parameters have no LoRA adapters that could be saved.")
+    tensors = {}
+    for ours in paths:
+        a, b = (np.asarray(flat[f"{ours}/{name}"], np.float32) for name in ("lora_a", "lora_b"))
+        for layer in range(len(a)):
+            name = f"base_model.model.model.layers.{layer}.{_THEIRS[ours]}"
+            down, up = a[layer].reshape(-1, lora.rank), b[layer].reshape(lora.rank, -1)
+            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(down.T)
+            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(up.T)
+    if "fam" in flat:
+        tensors[FAM] = np.asarray(flat["fam"], np.float32, order="C")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.rank if lora.alpha is None else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": [_THEIRS[ours].split(".")[1] for ours in paths],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        MEMORY: None if memory is None else dict(memory),
+    }
+    metadata = {"format": "pt"} | ({FINGERPRINT: fingerprint} if fingerprint else {})
+    path = pathlib.Path(path).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        replace_file(path / WEIGHTS, safetensors.numpy.save(tensors, metadata))
+        replace_file(path / CONFIG, json.dumps(config, indent=2).encode())
+    except OSError as error:
+        raise ConfigError(f"The adapter cannot be written to {path}: {error}.") from None
+
+
+def adapter_memory(path) -> dict[str, Any]:
+    """The fields of the DecoderConfig that an adapter was trained with; empty if PEFT made it.
+
+    Raises:
+      ConfigError: there is no adapter, or it is damaged.
+    """
+    path = pathlib.Path(path).expanduser()
+    return dict(_read(path)[0].get(MEMORY) or {})
+
+
+def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str, Any], Lora]:
+    """Reads an adapter, ours or one of PEFT's, for a base model.
+
+    Args:
+      path: the directory.
+      params: of the base; their shapes alone are looked at.
+      fingerprint: of the base; compared with the one that was saved, if there was one.
+
+    Returns:
+      A tree for `combine`, numpy float32: the adapters, and `fam` if the file has a prompt. And the
+      `Lora` that they belong to, its targets as they were found.
+
+    Raises:
+      ConfigError: there is no adapter, it is damaged, does what we do not, or fits another base.
+    """
+    path = pathlib.Path(path).expanduser()
+    config, tensors, saved = _read(path)
+    if fingerprint and saved and fingerprint != saved:
+        raise ConfigError(
+            f"The adapter {path} was trained on another base model (fingerprint {saved[:12]}, and"
+            f" this one's is {fingerprint[:12]}): give the model that it was trained on."
+        )
+    for name, plain in _PLAIN.items():
+        if name in config and config[name] not in plain:
+            raise ConfigError(
+                f"The adapter {path} has {name} {config[name]!r} in {CONFIG}: only plain LoRA of one"
+                " rank, without biases and without modules trained beside it, can be loaded."
+            )
+    kernels, found, adapters = select(params, tuple(GROUPS)), {}, {}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if name == FAM:
+            continue
+        if match and _OURS.get(match[2]) in kernels:
+            found.setdefault(_OURS[match[2]], {})[match[3], int(match[1])] = tensor
+        else:
+            raise ConfigError(f"The adapter {path} has {name}, for which the base has no place.")
+    rank = config["r"]
+    for ours, parts in found.items():
+        shape, n = value(kernels[ours]).shape, inputs_end(ours)
+        width, out = math.prod(shape[1:n]), math.prod(shape[n:])
+        where = f"{path}: {_THEIRS[ours]}"
+        a = _stack(parts, "A", shape[0], (rank, width), where)
+        b = _stack(parts, "B", shape[0], (out, rank), where)
+        adapters[f"{ours}/lora_a"] = a.reshape(*shape[:n], rank)
+        adapters[f"{ours}/lora_b"] = b.reshape(shape[0], rank, *shape[n:])
+    if FAM in tensors:
+        adapters["fam"] = _prompt(tensors[FAM], params, path)
+    alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
+    alpha = None if alpha == rank else alpha
+    lora = Lora(rank, alpha, config.get("lora_dropout", 0.0), _targets(found, kernels))
+    return unflatten_dict(adapters, sep="/"), lora
+
+
+def _read(path: pathlib.Path):
+    """`(config, tensors, fingerprint)` of a directory."""
+    import safetensors
+
+    try:
+        config = json.loads((path / CONFIG).read_bytes())
+        rank, alpha = config["r"], config["lora_alpha"]
+        if not (type(rank) is int and rank >= 1 and isinstance(alpha, int | float)):
+            raise ValueError(f"r {rank!r} and lora_alpha {alpha!r} are no rank and scale")
+        with safetensors.safe_open(path / WEIGHTS, "np") as file:
+            tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+            fingerprint = (file.metadata() or {}).get(FINGERPRINT)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no adapter in {path}: it must hold {CONFIG} and {WEIGHTS}."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"The adapter {path} is damaged and cannot be read: {error!r}.") from None
+    return config, tensors, fingerprint
+
+
+def _stack(parts, letter: str, layers: int, shape, where: str):
+    """The transposed tensors of all layers, `[layers, *reversed(shape)]`; each must have `shape`."""
+    deepest = max(layer for _, layer in parts) + 1
+    if deepest > layers:
+        raise ConfigError(f"The adapter {where} is for {deepest} layers, but the base has {layers}.")
+    tensors = []
+    for layer in range(layers):
+        tensor = parts.get((letter, layer))
+        if tensor is None:
+            raise ConfigError(
+                f"The adapter {where} has no lora_{letter} for layer {layer}: the base has more"
+                " layers than the adapter, or the adapter is incomplete."
+            )
+        if tensor.shape != shape:
+            raise ConfigError(
+                f"The adapter {where} has a lora_{letter} of shape {list(tensor.shape)}, where the"
+                f" base needs {list(shape)}: it belongs to another model."
+            )
+        tensors.append(tensor.T)
+    return np.stack(tensors)
+
+
+def _prompt(tensor, params, path):
+    if "fam" not in params:
+        raise ConfigError(
+            f"The adapter {path} has a memory prompt, but the base has fam_length 0: set"
+            f" fam_length to {tensor.shape[-2]}."
+        )
+    wanted = value(params["fam"]).shape
+    if tensor.shape != wanted:
+        raise ConfigError(
+            f"The memory prompt of the adapter {path} has shape {list(tensor.shape)}, but that of"
+            f" the base {list(wanted)}: set fam_length to {tensor.shape[-2]}, or it belongs to"
+            " another model."
+        )
+    return tensor
+
+
+def _targets(found, kernels) -> tuple[str, ...]:
+    """The groups that were found as a whole, and the paths of the rest."""
+    whole = [
+        group for group, paths in GROUPS.items() if {p for p in paths if p in kernels} <= set(found)
+    ]
+    rest = [path for path in kernels if path in found and not any(path in GROUPS[g] for g in whole)]
+    return (*whole, *rest)

@@ -1,0 +1,109 @@
+"""Which parameters learn, by name. The others have neither gradient nor optimiser state.
+
+| `TRAINABLE` | what learns |
+|---|---|
+| `all` | everything |
+| `lora` | the adapters (`famx.lora`) and the memory's prompt |
+| `fam_only` | the memory alone: its prompt, or the state that every example begins from |
+| a regular expression | parameters whose whole path matches, such as `layers/mlp/.*` |
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from famx.errors import ConfigError
+from famx.lora import combine, quantize
+from famx.lora.adapters import ADAPTERS
+
+NAMES = ("all", "lora", "fam_only")
+FROZEN_DTYPES = ("float32", "bfloat16", "int8")
+_WIDE = ("kernel", "embedding", "head")  # what a narrower dtype is for; norms and biases are small
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """What learns, and how the rest is kept.
+
+    Attributes:
+      name: see the module.
+      frozen_dtype: of matrices that do not learn; "int8" holds for the projections, the others are
+        then bfloat16. None: as they are.
+    """
+
+    name: str = "all"
+    frozen_dtype: str | None = None
+
+    def __post_init__(self):
+        if self.frozen_dtype not in (None, *FROZEN_DTYPES):
+            raise ConfigError(
+                f"FROZEN_DTYPE must be None or one of {', '.join(FROZEN_DTYPES)}; got"
+                f" {self.frozen_dtype!r}."
+            )
+        try:
+            re.compile(self.name)
+        except (re.error, TypeError) as error:
+            raise ConfigError(
+                f"TRAINABLE {self.name!r} is neither one of {', '.join(NAMES)} nor a regular"
+                f" expression: {error}."
+            ) from error
+
+    def learns(self, path: str) -> bool:
+        """Whether the parameter at `path`, such as "layers/query/kernel", learns."""
+        if self.name == "all":
+            return True
+        if self.name in ("lora", "fam_only"):
+            adapter = path.endswith(ADAPTERS) and self.name == "lora"
+            return adapter or path == "fam"
+        return re.fullmatch(self.name, path) is not None
+
+    def check(self, params) -> None:
+        """Raises ConfigError unless something in `params` learns."""
+        paths = [path for path in flatten_dict(params, sep="/")]
+        if self.name == "lora" and not any(path.endswith(ADAPTERS) for path in paths):
+            raise ConfigError("TRAINABLE is 'lora', but the model has no adapters: set LORA=@Lora().")
+        if not any(self.learns(path) for path in paths):
+            why = "the model has no memory" if self.name in NAMES else "it matches no whole path"
+            raise ConfigError(
+                f"TRAINABLE {self.name!r} leaves nothing to learn: {why}; the parameters are"
+                f" {', '.join(paths)}."
+            )
+
+    def freeze(self, params) -> dict[str, Any]:
+        """`params`, boxed or not, with what does not learn in its dtype."""
+        if self.frozen_dtype is None:
+            return params
+        flat = flatten_dict(params, sep="/")
+        frozen = {path for path in flat if not self.learns(path)}
+        narrow = "bfloat16" if self.frozen_dtype == "int8" else self.frozen_dtype
+        int8 = [p.removesuffix("/kernel") for p in sorted(frozen) if p.endswith("/kernel")]
+        for path in frozen:
+            if path.rpartition("/")[2] in _WIDE and nn.unbox(flat[path]).dtype != jnp.int8:
+                to_int8 = self.frozen_dtype == "int8" and path.endswith("/kernel")
+                flat[path] = flat[path] if to_int8 else jax.tree.map(
+                    lambda leaf: leaf.astype(narrow), flat[path]
+                )
+        params = unflatten_dict(flat, sep="/")
+        return quantize(params, map(re.escape, int8)) if self.frozen_dtype == "int8" and int8 else params
+
+    # Of a training state: the part that learns, and the state with another part.
+
+    def part(self, state) -> dict[str, Any]:
+        """What learns of a `TrainState`: parameters, or the memory of its `start`."""
+        if state.start is not None:
+            return {"memory": state.start.memory}
+        if self.name == "all":
+            return state.params
+        flat = flatten_dict(state.params, sep="/")
+        return unflatten_dict({p: leaf for p, leaf in flat.items() if self.learns(p)}, sep="/")
+
+    def put(self, state, part):
+        """`state` with `part` in the place of what learns."""
+        if state.start is not None:
+            return state.replace(start=state.start.replace(memory=part["memory"]))
+        return state.replace(params=part if self.name == "all" else combine(state.params, part))

@@ -1,0 +1,220 @@
+"""Adapters in files: nothing is lost, PEFT's layout, and files that are damaged or of another base."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from modules.helpers import config, random_params
+from trees import LORA, adapters_of
+
+from famx.errors import ConfigError
+from famx.lora import Lora, combine, load_adapter, save_adapter, split
+
+GQA = dict(num_heads=4, num_kv_heads=2, head_dim=4)
+
+
+def saved(path, lora=LORA, fingerprint=None, **changes):
+    """Writes random adapters: `(base parameters, combined tree with a trained prompt)`."""
+    params = random_params(config(**GQA, **changes))
+    tree = combine(params, adapters_of(params, lora))
+    if "fam" in tree:
+        tree = combine(tree, {"fam": tree["fam"] + 1})
+    save_adapter(path, tree, lora, fingerprint, "tiny")
+    return params, tree
+
+
+def edit(path, **changes):
+    """Changes entries of adapter_config.json."""
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def weights(path):
+    return safetensors.numpy.load_file(path / "adapter_model.safetensors")
+
+
+def replace_weights(path, tensors):
+    safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LORA,
+        Lora(rank=2, dropout=0.1),
+        Lora(rank=4, targets=("attention",)),
+        Lora(rank=1, alpha=7.0, targets=("feed_forward", "layers/query")),
+    ],
+)
+def test_what_is_saved_is_loaded(tmp_path, lora):
+    params, tree = saved(tmp_path / "adapter", lora)
+    adapters, found = load_adapter(tmp_path / "adapter", params)
+    assert found == lora
+    loaded = combine(params, adapters)
+    assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+
+
+def test_bfloat16_bases_boxes_and_shapes_serve_as_base(tmp_path):
+    _, tree = saved(tmp_path)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), split(tree)[0])
+    adapters, _ = load_adapter(str(tmp_path), shapes)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(adapters))
+    np.testing.assert_array_equal(adapters["fam"], tree["fam"])
+
+
+def test_names_and_layout_are_those_of_peft(tmp_path):
+    _, tree = saved(tmp_path)
+    tensors, layers = weights(tmp_path), tree["layers"]
+    name = "base_model.model.model.layers.1."
+    assert len(tensors) == 2 * 7 * 2 + 1
+    np.testing.assert_array_equal(tensors["famx.fam"], tree["fam"])
+    for place, a, b in (
+        ("self_attn.q_proj", (8, 3), (3, 16)),
+        ("self_attn.v_proj", (8, 3), (3, 8)),
+        ("self_attn.o_proj", (16, 3), (3, 8)),
+        ("mlp.down_proj", (12, 3), (3, 8)),
+    ):
+        ours = {"q_proj": "query", "v_proj": "value", "o_proj": "output"}.get(place.split(".")[1])
+        part = layers[ours] if ours else layers["mlp"]["down"]
+        low, high = (tensors[f"{name}{place}.lora_{x}.weight"] for x in "AB")
+        np.testing.assert_array_equal(low, part["lora_a"][1].reshape(a).T)
+        np.testing.assert_array_equal(high, part["lora_b"][1].reshape(b).T)
+    saved_config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved_config["r"] == 3 and saved_config["lora_alpha"] == 4.5
+    assert saved_config["target_modules"] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+    assert saved_config["base_model_name_or_path"] == "tiny"
+
+
+def test_a_base_without_memory_has_no_prompt_in_the_file(tmp_path):
+    params, tree = saved(tmp_path, fam_length=0)
+    assert "famx.fam" not in weights(tmp_path)
+    assert "fam" not in load_adapter(tmp_path, params)[0]
+    with_memory = random_params(config(**GQA))
+    assert "fam" not in load_adapter(tmp_path, with_memory)[0]
+
+
+def test_scale_of_rslora_is_kept(tmp_path):
+    params, _ = saved(tmp_path, Lora(rank=4, alpha=6.0))
+    edit(tmp_path, use_rslora=True)
+    assert load_adapter(tmp_path, params)[1].scale == pytest.approx(6 / 2)
+
+
+def test_an_adapter_is_replaced_and_a_failed_write_keeps_the_old(tmp_path, monkeypatch):
+    saved(tmp_path, Lora(rank=2))
+    params, tree = saved(tmp_path, Lora(rank=3))
+    assert load_adapter(tmp_path, params)[1].rank == 3
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("famx.lora.files.replace_file", fail)
+    with pytest.raises(ConfigError, match="cannot be written.*No space left"):
+        save_adapter(tmp_path, tree, LORA)
+    assert load_adapter(tmp_path, params)[1].rank == 3
+
+
+def test_parameters_without_adapters_are_not_saved(tmp_path):
+    with pytest.raises(ConfigError, match="no LoRA adapters"):
+        save_adapter(tmp_path, random_params(config()), LORA)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_base_is_refused_by_its_fingerprint(tmp_path):
+    params, _ = saved(tmp_path, fingerprint="a" * 64)
+    load_adapter(tmp_path, params)
+    load_adapter(tmp_path, params, "a" * 64)
+    with pytest.raises(ConfigError, match="trained on another base model"):
+        load_adapter(tmp_path, params, "b" * 64)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(num_layers=1), "is for 2 layers, but the base has 1"),
+        (dict(num_layers=3), "for layer 2: the base has more layers"),
+        (dict(embed_dim=16), r"lora_. of shape .*, where the base needs .*16.*: it belongs to another"),
+        (dict(num_kv_heads=4), r"k_proj has a lora_B of shape \[8, 3\].*needs \[16, 3\]"),
+        (dict(gated_mlp=False), "gate_proj.*for which the base has no place"),
+        (dict(fam_length=0), "has a memory prompt, but the base has fam_length 0: set fam_length to 2"),
+        (dict(fam_length=4), "set fam_length to 2, or it belongs to another model"),
+    ],
+)
+def test_another_base_is_refused_by_its_shapes(tmp_path, changes, sentence):
+    saved(tmp_path)
+    with pytest.raises(ConfigError, match=sentence):
+        load_adapter(tmp_path, random_params(config(**{**GQA, **changes})))
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("keep", [0, 7, 0.5, -1])
+def test_a_damaged_file_is_refused(tmp_path, file, keep):
+    params, _ = saved(tmp_path)
+    data = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(data[: keep if isinstance(keep, int) else len(data) // 2])
+    with pytest.raises(ConfigError, match="is damaged and cannot be read"):
+        load_adapter(tmp_path, params)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_missing_file_is_named(tmp_path, file):
+    params, _ = saved(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(ConfigError, match="There is no adapter in .* it must hold"):
+        load_adapter(tmp_path, params)
+
+
+@pytest.mark.parametrize("changes", [dict(r="8"), dict(r=0), dict(r=True), dict(lora_alpha=None)])
+def test_nonsense_in_the_config_is_refused(tmp_path, changes):
+    params, _ = saved(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(ConfigError, match="damaged.*no rank and scale"):
+        load_adapter(tmp_path, params)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(use_dora=True), dict(bias="all"), dict(peft_type="LOHA"), dict(rank_pattern={"q_proj": 2})],
+)
+def test_what_only_peft_can_do_is_refused(tmp_path, changes):
+    params, _ = saved(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=f"has {next(iter(changes))}.*only plain LoRA of one rank"):
+        load_adapter(tmp_path, params)
+
+
+def test_a_missing_and_a_superfluous_tensor_are_named(tmp_path):
+    params, _ = saved(tmp_path)
+    tensors = weights(tmp_path)
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    replace_weights(tmp_path, {key: x for key, x in tensors.items() if key != name})
+    with pytest.raises(ConfigError, match="mlp.up_proj has no lora_B for layer 0"):
+        load_adapter(tmp_path, params)
+    replace_weights(tmp_path, {**tensors, "base_model.model.lm_head.lora_A.weight": tensors[name]})
+    with pytest.raises(ConfigError, match="has base_model.model.lm_head.lora_A.weight, for which"):
+        load_adapter(tmp_path, params)
+
+
+def test_a_file_is_as_small_as_its_adapters(tmp_path):
+    _, tree = saved(tmp_path, num_layers=4)
+    numbers = sum(x.size for x in jax.tree.leaves(split(tree)[1])) + tree["fam"].size
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert 4 * numbers < size < 4 * numbers + 200 * 60
+
+
+def test_the_prompt_may_be_one_for_every_layer(tmp_path):
+    params, tree = saved(tmp_path, fam_start="prefix")
+    loaded = load_adapter(tmp_path, params)[0]["fam"]
+    assert loaded.shape == (2, 2, 8)
+    np.testing.assert_array_equal(loaded, tree["fam"])
+
+
+def test_loras_are_equal_where_their_numbers_are():
+    assert dataclasses.replace(LORA, alpha=4.5) == LORA
+    assert Lora(targets=["attention"]) == Lora(targets="attention")

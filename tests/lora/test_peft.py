@@ -1,0 +1,72 @@
+"""A saved adapter means the same to PEFT: transformers with it gives the logits of our merged model."""
+
+import jax
+import numpy as np
+import pytest
+from modules.helpers import difference
+from trees import adapters_of, logits
+
+from famx.conversion.families import decoder_config, tensors
+from famx.lora import Lora, combine, load_adapter, merged, save_adapter
+
+torch = pytest.importorskip("torch", reason="torch, an independent implementation, is missing")
+peft = pytest.importorskip("peft", reason="peft, an independent implementation, is missing")
+transformers = pytest.importorskip("transformers", reason="transformers is missing")
+
+LORA = Lora(rank=4, alpha=6.0)
+TOKENS = np.random.default_rng(0).integers(0, 40, (2, 12), dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """A random Llama of transformers."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def ours(llama):
+    """`(config, params)` of the same decoder; one block holds all tokens, without memory."""
+    hf = llama.config.to_dict()
+    c = decoder_config(hf, block_size=16, memory_segments=0, fam_length=0)
+    state = {name: x.detach().numpy() for name, x in llama.state_dict().items()}
+    params, stacks = {}, {}
+    for tensor in tensors(hf, c):
+        value = tensor.to_ours(state[tensor.name])
+        if tensor.layer is None:
+            params = combine(params, {"/".join(tensor.path): value})
+        else:
+            stacks.setdefault("/".join(tensor.path), {})[tensor.layer] = value
+    stacked = {path: np.stack([x[i] for i in range(len(x))]) for path, x in stacks.items()}
+    return c, combine(params, stacked)
+
+
+def theirs(model):
+    with torch.no_grad():
+        return model(torch.from_numpy(TOKENS).long()).logits.numpy()
+
+
+@pytest.mark.slow
+def test_peft_loads_what_we_save_and_we_load_what_peft_saves(llama, tmp_path):
+    c, params = ours(llama)
+    assert difference(logits(c, params, TOKENS, None), theirs(llama)) < 1e-4
+    tree = combine(params, adapters_of(params, LORA))
+    tree["fam"] = np.ones((2, 16), np.float32)
+    save_adapter(tmp_path / "ours", tree, LORA)
+    del tree["fam"]
+    wanted = logits(c, merged(tree, LORA), TOKENS, None)
+
+    model = peft.PeftModel.from_pretrained(llama, tmp_path / "ours").eval()
+    assert difference(wanted, theirs(model)) < 1e-4
+    assert difference(wanted, logits(c, params, TOKENS, None)) > 0.1
+
+    model.save_pretrained(tmp_path / "theirs")
+    adapters, lora = load_adapter(tmp_path / "theirs", params)
+    assert lora == LORA
+    back = combine(params, adapters)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
