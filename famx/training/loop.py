@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -190,6 +191,8 @@ def train(
                 }
                 if first:
                     replace_file(directory / _BASE_FILE, json.dumps(base, indent=2).encode() + b"\n")
+                    if (initial / "source").is_dir():  # of an imported model, for the export
+                        shutil.copytree(initial / "source", directory / "source", dirs_exist_ok=True)
             if with_start:
                 trained = TrainedModel(model, pretrained, 0, initial)
                 start = memory_file.restore_memory(initial_memory_file, trained)[1]

@@ -1,6 +1,7 @@
 """Runs that begin from a checkpoint: what learns, what stays bit for bit, and what is refused."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,14 @@ def flat(tree):
 
 def logits(trained):
     return trained.model.module.apply({"params": trained.params}, TOKENS)[0]
+
+
+def test_what_the_export_needs_travels_with_the_run(base, tmp_path):
+    source = pathlib.Path(base, "source")
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    finetune(tmp_path, base, steps=1)
+    assert (tmp_path / "source" / "config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("trainable", ["lora", "fam_only", "layers/mlp/.*|head", "all"])

@@ -1,0 +1,1 @@
+"""Pretrained decoders of other frameworks become ours, and ours become theirs."""

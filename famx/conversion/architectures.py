@@ -1,0 +1,192 @@
+"""The supported architectures: a table, and the look into a config.json with its defaults.
+
+Names are those of Hugging Face's `transformers`. Fields that a `config.json` leaves out have the
+value that the architecture's own configuration class gives them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from famx.errors import ConfigError
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "squared_relu",
+}
+SIZES = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "embed_dim": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp_dim": "intermediate_size",
+}
+_ATTENTION_BIAS = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
+_SOFTCAPS = {
+    "attention_softcap": "attn_logit_softcapping",
+    "logit_softcap": "final_logit_softcapping",
+}
+_DEFAULTS = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10_000.0,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+      model_type: its name in a config.json.
+      defaults: of the fields of its config.json, where the file leaves them out.
+      named: fields of DecoderConfig that its config.json names, beside the sizes.
+      fixed: fields of DecoderConfig that are the same for all its models.
+    """
+
+    model_type: str
+    defaults: Mapping[str, Any]
+    named: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def gemma(self) -> bool:
+        """Its norms multiply by 1 + weight, and its activation has a name of its own."""
+        return self.model_type.startswith("gemma")
+
+    @property
+    def scaled_queries(self) -> bool:
+        return "query_pre_attn_scalar" in self.defaults
+
+
+_GEMMA = {
+    "vocab_size": 256_000, "head_dim": 256, "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
+}  # fmt: skip
+_GEMMA2 = _GEMMA | {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}  # fmt: skip
+FAMILIES = {
+    "LlamaForCausalLM": Family(
+        "llama",
+        {"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048},
+        {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+    ),
+    "MistralForCausalLM": Family(
+        "mistral",
+        {
+            "vocab_size": 32_000, "intermediate_size": 14_336, "num_key_value_heads": 8,
+            "sliding_window": 4096, "max_position_embeddings": 131_072,
+        },
+    ),
+    "Qwen2ForCausalLM": Family(
+        "qwen2",
+        {
+            "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32,
+            "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32_768,
+        },
+        fixed={"qkv_bias": True},
+    ),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        {
+            "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32,
+            "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28,
+            "max_position_embeddings": 32_768,
+        },
+        _ATTENTION_BIAS,
+        {"qk_norm": True},
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        {
+            "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 11_008,
+            "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,
+            "tie_word_embeddings": True, "rope_theta": 2_000_000.0, "no_rope_layer_interval": 4,
+            "max_position_embeddings": 32_768,
+        },
+        {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+    ),
+    "GemmaForCausalLM": Family(
+        "gemma",
+        _GEMMA | {
+            "hidden_size": 3072, "intermediate_size": 24_576, "num_hidden_layers": 28,
+            "num_attention_heads": 16, "num_key_value_heads": 16,
+        },
+        _ATTENTION_BIAS,
+        {"scale_embeddings": True},
+    ),
+    "Gemma2ForCausalLM": Family(
+        "gemma2",
+        _GEMMA2 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        _ATTENTION_BIAS | _SOFTCAPS,
+        {"scale_embeddings": True, "post_norms": True},
+    ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        _GEMMA2 | {
+            "vocab_size": 262_208, "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6, "max_position_embeddings": 131_072,
+        },
+        _ATTENTION_BIAS | {"logit_softcap": "final_logit_softcapping"},
+        {"scale_embeddings": True, "post_norms": True, "qk_norm": True},
+    ),
+}  # fmt: skip
+MULTIMODAL = "Gemma3ForConditionalGeneration"
+SUPPORTED = (*FAMILIES, MULTIMODAL)
+
+
+def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the text model alone: of a multimodal one its text part, else a copy.
+
+    Raises:
+      ConfigError: the architecture is not supported.
+    """
+    if architecture(hf) != MULTIMODAL:
+        return dict(hf)
+    outer = {key: hf[key] for key in hf if key in _OUTER_KEYS}
+    text = {**(hf.get("text_config") or {}), **outer}
+    return {**text, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+
+
+_OUTER_KEYS = (
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
+    "quantization_config", "transformers_version",
+)  # fmt: skip
+
+
+def architecture(hf: Mapping[str, Any]) -> str:
+    """The name of a supported architecture, from `architectures` or else from `model_type`."""
+    known = "supported are " + ", ".join(SUPPORTED)
+    types = {family.model_type: name for name, family in FAMILIES.items()} | {"gemma3": MULTIMODAL}
+    names = hf.get("architectures") or [types.get(hf.get("model_type"), hf.get("model_type"))]
+    if not isinstance(names, list) or not names[0]:
+        raise ConfigError(f"This config.json names no architecture; {known}.")
+    if names[0] not in SUPPORTED:
+        raise ConfigError(f"The architecture {names[0]} is not supported; {known}.")
+    return names[0]
+
+
+def open_config(hf: Mapping[str, Any]) -> tuple[Family, Callable[[str], Any]]:
+    """The family and `get(key)`: a value of its config.json or the family's default."""
+    hf = text_config(hf)
+    family = FAMILIES[architecture(hf)]
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(
+            f"The weights are quantized ({method}), which is not supported here: take the model in"
+            " bfloat16, float16 or float32, or a GGUF file."
+        )
+    if hf.get("use_bidirectional_attention"):
+        raise ConfigError("The model attends in both directions; a decoder reads forwards only.")
+    defaults = _DEFAULTS | family.defaults
+    return family, lambda key: hf[key] if key in hf else defaults.get(key)

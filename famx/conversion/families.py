@@ -1,0 +1,195 @@
+"""The decoder that a config.json describes, and how far it can agree with the original.
+
+Local attention of the original is not modelled: block sliding window attention stands in its place.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from famx.conversion.architectures import (
+    ACTIVATIONS,
+    MULTIMODAL,
+    SIZES,
+    SUPPORTED,
+    Family,
+    architecture,
+    open_config,
+    text_config,
+)
+from famx.conversion.layout import Tensor, ignored, standard_name, tensors
+from famx.errors import ConfigError
+from famx.modules.config import MEMORY_FIELDS, DecoderConfig, RopeScaling
+
+__all__ = [
+    "MEMORY_FIELDS", "SUPPORTED", "Tensor", "decoder_config", "ignored", "notes", "standard_name",
+    "tensors", "text_config",
+]  # fmt: skip
+
+
+def decoder_config(hf: Mapping[str, Any], **memory) -> DecoderConfig:
+    """The decoder that a config.json describes.
+
+    Args:
+      hf: the dict of config.json, as any version of transformers writes it.
+      **memory: fields of DecoderConfig that config.json does not have, or that shall be others.
+
+    Raises:
+      ConfigError: the architecture, its scaling of positions or another thing that the file asks for
+        is not implemented, or sizes do not fit.
+    """
+    family, get = open_config(hf)
+    fields = {ours: _size(theirs, get(theirs)) for ours, theirs in SIZES.items()}
+    fields |= {ours: get(theirs) for ours, theirs in family.named.items() if get(theirs) is not None}
+    fields |= family.fixed
+    fields["norm_epsilon"] = get("rms_norm_eps")
+    fields["tied_embeddings"] = bool(get("tie_word_embeddings"))
+    fields["activation"] = _activation(family, get)
+    if family.scaled_queries:
+        fields["query_scale"] = 1.0 / math.sqrt(get("query_pre_attn_scalar"))
+    fields |= _rope(family, get)
+    known = {field.name for field in dataclasses.fields(DecoderConfig)}
+    if unknown := sorted(memory.keys() - known):
+        raise ConfigError(f"A decoder has no {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+    try:
+        return DecoderConfig(**{**fields, **memory})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def notes(hf: Mapping[str, Any], config: DecoderConfig) -> list[str]:
+    """What someone who imports the model should know, a sentence each: where it cannot agree."""
+    family, get = open_config(hf)
+    lines = []
+    past = config.memory_segments * config.block_size
+    sees = past + (1 if config.window_mask else config.block_size)
+    windowed = _windows(family, get)
+    if windowed and sees > get("sliding_window"):
+        window = get("sliding_window")
+        lines.append(
+            f"{windowed} of {config.num_layers} layers were trained to see {window} tokens and will"
+            f" see up to {sees}, since sliding windows are not modelled: the two models agree on the"
+            f" first {window} tokens. Smaller blocks or fewer memory segments come closer."
+        )
+    length = get("max_position_embeddings")
+    if length and sees > length:
+        lines.append(
+            f"Tokens will see up to {sees} tokens back, and the model was made for {length}: choose"
+            " smaller blocks or fewer memory segments."
+        )
+    if family.gemma and config.param_dtype == "bfloat16":
+        lines.append(
+            "The scales of norms are kept in bfloat16 as 1 + weight, which rounds them by up to 0.4"
+            " per cent; float32 parameters keep them as they are."
+        )
+    if architecture(hf) == MULTIMODAL:
+        lines.append("The text part alone is taken; the tensors of the vision tower are left out.")
+    return lines
+
+
+def _size(name: str, value: Any) -> int | None:
+    """A size of config.json; heads and head width may be missing and follow from others."""
+    if value is None and name in ("num_key_value_heads", "head_dim"):
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"config.json gives {name} as {value!r}; it must be a positive whole number.")
+    return value
+
+
+def _activation(family: Family, get) -> str:
+    if family.model_type == "gemma":  # its files say gelu, and the model was trained with tanh
+        return "gelu_tanh"
+    name = get("hidden_activation" if family.gemma else "hidden_act") or get("hidden_act")
+    if name not in ACTIVATIONS:
+        raise ConfigError(
+            f"The activation {name!r} is not implemented; there are {', '.join(ACTIVATIONS)}."
+        )
+    return ACTIVATIONS[name]
+
+
+# --------------------------------------------------------------------------- rotary positions
+
+
+def _rope(family: Family, get) -> dict[str, Any]:
+    """`rope_base`, `rope_scaling` and what each layer rotates by."""
+    per_kind = get("rope_parameters") or {}
+    kinds = {"full_attention", "sliding_attention"} & per_kind.keys()
+    if kinds and family.model_type != "gemma3_text":
+        raise ConfigError("rope_parameters by layer type are supported for Gemma 3 alone.")
+    # transformers 4 says rope_theta and rope_scaling, 5 puts both into rope_parameters.
+    spread = dict(get("rope_scaling") or {}) or (per_kind if not kinds else {})
+    parameters = {"rope_theta": get("rope_theta")} | spread | (per_kind.get("full_attention") or {})
+    fields = {
+        "rope_base": float(parameters["rope_theta"]),
+        "rope_scaling": _rope_scaling(parameters, get),
+    }
+    layers = None
+    if family.model_type == "gemma3_text":
+        local = {"rope_theta": get("rope_local_base_freq")} | (per_kind.get("sliding_attention") or {})
+        if _rope_scaling(local, get):
+            raise ConfigError("Scaled rotary positions in sliding window layers are not implemented.")
+        fields["local_rope_base"] = float(local["rope_theta"])
+        layers = ["local" if kind == "sliding_attention" else "global" for kind in _layer_types(get)]
+    elif family.model_type == "smollm3":
+        interval, count = get("no_rope_layer_interval"), get("num_hidden_layers")
+        rotated = get("no_rope_layers") or [(i + 1) % interval for i in range(count)]
+        layers = ["global" if rotates else "none" for rotates in rotated[:count]]
+    if layers and set(layers) != {"global"}:
+        fields["rope_layers"] = tuple(layers)
+    return fields
+
+
+def _rope_scaling(parameters: Mapping[str, Any], get) -> RopeScaling | None:
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    partial = parameters.get("partial_rotary_factor") or get("partial_rotary_factor")
+    if partial not in (None, 1):
+        raise ConfigError(
+            f"The model rotates a part of each head alone (partial_rotary_factor {partial}), which is"
+            " not implemented."
+        )
+    try:
+        if kind == "default":
+            return None
+        if kind == "linear":
+            return RopeScaling(float(parameters["factor"]))
+        if kind == "llama3":
+            return RopeScaling(
+                float(parameters["factor"]),
+                float(parameters["low_freq_factor"]),
+                float(parameters["high_freq_factor"]),
+                get("original_max_position_embeddings")
+                or parameters.get("original_max_position_embeddings")
+                or get("max_position_embeddings"),
+            )
+    except KeyError as error:
+        raise ConfigError(f"The {kind} scaling of rotary positions lacks {error}.") from error
+    raise ConfigError(
+        f"The scaling of rotary positions {kind!r} is not implemented; there are default, linear and"
+        " llama3."
+    )
+
+
+def _layer_types(get) -> list[str]:
+    """Of each layer of Gemma 2 or 3 `sliding_attention` or `full_attention`."""
+    pattern = get("_sliding_window_pattern") or get("sliding_window_pattern") or 2
+    kinds = ("full_attention", "sliding_attention")
+    return get("layer_types") or [kinds[(i + 1) % pattern != 0] for i in range(get("num_hidden_layers"))]
+
+
+def _windows(family: Family, get) -> int:
+    """How many layers of the original attend to a sliding window."""
+    layers = get("num_hidden_layers")
+    if get("sliding_window") is None:
+        return 0
+    if family.model_type == "mistral":
+        return layers
+    if family.model_type in ("gemma2", "gemma3_text"):
+        return _layer_types(get).count("sliding_attention")
+    if not get("use_sliding_window"):
+        return 0
+    if types := get("layer_types"):
+        return types.count("sliding_attention")
+    if family.model_type == "smollm3":
+        return (_rope(family, get).get("rope_layers") or ()).count("none")
+    return max(layers - get("max_window_layers"), 0)

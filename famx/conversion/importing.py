@@ -1,0 +1,282 @@
+"""A pretrained model becomes a MODEL_DIR: weights, vocabulary, configuration, and a model gin file."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from famx.conversion import families
+from famx.conversion.gin_file import model_gin
+from famx.conversion.sidecar import Sidecar, read_sidecar
+from famx.conversion.sources import READABLE, SIDE_FILES, Source
+from famx.conversion.vocabulary import fitting_vocabulary
+from famx.conversion.writer import LeafPath, LeafShape, Pieces, leaf_shapes, write_checkpoint
+from famx.data.tokenizer_files import FileVocabulary
+from famx.data.vocabularies import save_vocabulary
+from famx.errors import ConfigError
+from famx.files import replace_file
+from famx.modules import DecoderConfig
+from famx.training.checkpoints import check_model_dir, check_same_model
+
+PROMPT_STARTS = ("normal", "tokens")
+_MARK = ".importing"  # in a directory whose import is under way, or was stopped
+_SHOWN = 6  # names in a sentence
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An import whose source was found to fit; nothing is written yet.
+
+    Attributes:
+      source: what is imported.
+      config: of the decoder that it becomes.
+      tensors: what is read, and where it belongs.
+      leaves: the arrays of the checkpoint.
+      vocabulary: of the model, or None.
+      prompt: of the memory, float32 or narrower, as an export kept it; None: to be drawn.
+      notes: what the user should know, a sentence each.
+    """
+
+    source: Source
+    config: DecoderConfig
+    tensors: Sequence[families.Tensor]
+    leaves: Mapping[LeafPath, LeafShape]
+    vocabulary: FileVocabulary | None
+    prompt: np.ndarray | None
+    notes: Sequence[str]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(leaf.num_bytes for leaf in self.leaves.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(leaf.shape) for leaf in self.leaves.values())
+
+
+def plan_import(
+    source: Source,
+    fields: Mapping[str, object] | None = None,
+    mesh: Mapping[str, int] | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    pad_id: int | None = None,
+) -> Plan:
+    """Compares a source with the model that it claims to be; reads no tensor.
+
+    An export of ours brings the fields of its memory, where none are given, and its prompt.
+
+    Args:
+      source: the pretrained model.
+      fields: of DecoderConfig, those of the memory and of the computation.
+      mesh: sizes of the mesh axes for which the arrays are cut.
+      tokenizer: in place of the source's own.
+      pad_id: in place of the tokenizer's own; the first id beyond the model's gets a row of zeros.
+
+    Raises:
+      ConfigError: the architecture is not supported, tensors are missing, superfluous or of another
+        shape or type, or the vocabulary does not fit.
+    """
+    sidecar = _sidecar(source)
+    config = families.decoder_config(source.config, **{**sidecar.fields, **(fields or {})})
+    tensors = families.tensors(source.config, config)
+    check_tensors(source, tensors)
+    vocabulary, notes = None, families.notes(source.config, config)
+    file = tokenizer or source.tokenizer
+    if file is not None:
+        vocabulary = fitting_vocabulary(file, config.vocab_size, pad_id)
+        if vocabulary.vocab_size > config.vocab_size:
+            config = dataclasses.replace(config, vocab_size=vocabulary.vocab_size)
+    elif pad_id is not None:
+        raise ConfigError(f"{source.name} has no tokenizer that a pad_id could be for: add --tokenizer.")
+    else:
+        notes.append("There is no tokenizer: to read and write text, import again with --tokenizer=FILE.")
+    leaves, prompt = leaf_shapes(config, mesh), sidecar.prompt
+    if prompt is not None and (("fam",) not in leaves or leaves[("fam",)].shape != prompt.shape):
+        notes.append("The memory's prompt of the export is left out: it is for another memory.")
+        prompt = None
+    return Plan(source, config, tensors, leaves, vocabulary, prompt, notes)
+
+
+def write_model(
+    plan: Plan,
+    directory: str | os.PathLike,
+    prompt_start: str | None = None,
+    seed: int = 0,
+    on_bytes: Callable[[int], None] | None = None,
+) -> pathlib.Path:
+    """Writes what was planned, the checkpoint last, so that half a model is never taken for one.
+
+    Args:
+      plan: what to write.
+      directory: missing, empty, or left by an import that was stopped; that one's files are removed.
+      prompt_start: see `draw_prompt`; None: the prompt of the plan, else "normal".
+      seed: of its draw.
+      on_bytes: told how many bytes of arrays were written.
+
+    Returns:
+      The directory, absolute.
+
+    Raises:
+      ConfigError: the directory holds something else, or has no room.
+      OSError: it cannot be written.
+    """
+    directory = check_destination(directory)
+    clear(directory)
+    check_model_dir(directory, plan.num_bytes)
+    pieces = _pieces(plan, prompt_start, seed)
+    (directory / _MARK).touch()
+    check_same_model(directory, plan.config.to_dict())
+    replace_file(directory / "model.gin", model_gin(plan.config, plan.source.name).encode())
+    if plan.vocabulary is not None:
+        save_vocabulary(plan.vocabulary, directory)
+    _keep_side_files(plan.source, directory / "source")
+    write_checkpoint(directory, plan.leaves, pieces, on_bytes)
+    (directory / _MARK).unlink()
+    return directory
+
+
+# --------------------------------------------------------------------------- tensors
+
+
+def check_tensors(source: Source, tensors: Sequence[families.Tensor]) -> None:
+    """Raises ConfigError, naming the tensors, unless the source has exactly these."""
+    there = _by_standard_name(source)
+    wanted = {tensor.name: tensor for tensor in tensors}
+    both = [(tensor, source.tensors[there[name]]) for name, tensor in wanted.items() if name in there]
+    problems = {
+        "lacks": [name for name in wanted if name not in there],
+        "has, beyond the model,": [
+            name for name in there if name not in wanted and not families.ignored(source.config, name)
+        ],
+        "has in another shape": [
+            f"{tensor.name} ({_shape(info.shape)}, not {_shape(tensor.shape)})"
+            for tensor, info in both
+            if info.shape != tensor.shape
+        ],
+        "has in a type that is not read": [
+            f"{tensor.name} ({info.dtype})" for tensor, info in both if info.dtype not in READABLE
+        ],
+    }
+    found = [f"{what} {len(names)}: {_some(names)}" for what, names in problems.items() if names]
+    if found:
+        raise ConfigError(
+            f"The tensors of {source.name} are not those that its config.json asks for; it"
+            f" {'; it '.join(found)}."
+        )
+
+
+def _by_standard_name(source: Source) -> dict[str, str]:
+    return {families.standard_name(name): name for name in source.tensors}
+
+
+def _sidecar(source: Source) -> Sidecar:
+    """What an export of ours left in the source's directory."""
+    directory = getattr(source, "directory", None)
+    return (directory and read_sidecar(directory)) or Sidecar({}, None)
+
+
+def _pieces(plan: Plan, prompt_start: str | None, seed: int) -> dict[LeafPath, Pieces]:
+    there = _by_standard_name(plan.source)
+    read = lambda name: plan.source.read(there[name])
+    rows = plan.config.vocab_size
+
+    def make(tensor: families.Tensor) -> np.ndarray:
+        array = tensor.to_ours(read(tensor.name))
+        if tensor.path == ("embedding",) and array.shape[0] < rows:
+            return np.pad(array, [(0, rows - array.shape[0]), (0, 0)])
+        if tensor.path == ("head",) and array.shape[1] < rows:
+            return np.pad(array, [(0, 0), (0, rows - array.shape[1])])
+        return array
+
+    pieces: dict[LeafPath, list] = {}
+    for tensor in sorted(plan.tensors, key=lambda tensor: tensor.layer or 0):
+        pieces.setdefault(tensor.path, []).append((tensor.layer, functools.partial(make, tensor)))
+    if plan.config.fam_length:
+        prompt = plan.prompt
+        if prompt is None or prompt_start is not None:
+            embedding = lambda: read("model.embed_tokens.weight")
+            prompt = draw_prompt(plan.config, prompt_start or "normal", seed, embedding)
+        pieces[("fam",)] = [(None, lambda: prompt)]
+    return pieces
+
+
+def draw_prompt(
+    config: DecoderConfig, start: str, seed: int, embedding: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """The memory prompt before training, float32 `[N, D]`, or `[layers, N, D]` of prefixes.
+
+    Args:
+      config: of the decoder.
+      start: "normal": of standard deviation `D ** -0.5`, as in a new model; "tokens": embeddings of
+        tokens that are drawn, as the first layer reads them; each token once where there are enough.
+      seed: of the draw.
+      embedding: gives the table of embeddings `[V, D]`; called for "tokens" alone.
+    """
+    shape = (config.fam_length, config.embed_dim)
+    if config.fam_start == "prefix":
+        shape = (config.num_layers, *shape)
+    rng = np.random.default_rng(seed)
+    if start == "normal":
+        return rng.normal(0, config.embed_dim**-0.5, shape).astype(np.float32)
+    if start == "tokens":
+        count = math.prod(shape[:-1])
+        table = embedding()
+        rows = rng.choice(len(table), count, replace=count > len(table))
+        scale = math.sqrt(config.embed_dim) if config.scale_embeddings else 1
+        return table[rows].astype(np.float32).reshape(shape) * np.float32(scale)
+    raise ConfigError(f"The prompt starts as one of {', '.join(PROMPT_STARTS)}, not {start!r}.")
+
+
+# --------------------------------------------------------------------------- the directory
+
+
+def check_destination(directory: str | os.PathLike) -> pathlib.Path:
+    """The directory, absolute; ConfigError unless missing, empty or of an import that was stopped."""
+    directory = pathlib.Path(directory).expanduser().absolute()
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file: choose another --to.")
+    names = sorted(os.listdir(directory)) if directory.exists() else []
+    if names and _MARK not in names:
+        raise ConfigError(
+            f"{directory} is not empty, it holds {_some(names)}: choose another --to, or remove it."
+        )
+    return directory
+
+
+def clear(directory: pathlib.Path) -> None:
+    """Removes what an import that was stopped has left; any other file stays."""
+    if not (directory / _MARK).exists():
+        return
+    shutil.rmtree(directory / "source", ignore_errors=True)
+    for path in directory.glob("checkpoint_0*"):
+        shutil.rmtree(path)
+    for name in ("model.json", "model.gin", "vocabulary.json", "tokenizer.json", "tokenizer.model"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _keep_side_files(source: Source, folder: pathlib.Path) -> None:
+    """`config.json` and what lies beside it, as they came."""
+    folder.mkdir(exist_ok=True)
+    origin = getattr(source, "directory", None)
+    for name in SIDE_FILES:
+        if origin is not None and (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
+    if not (folder / "config.json").exists():
+        replace_file(folder / "config.json", f"{json.dumps(source.config, indent=2)}\n".encode())
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _some(names: Sequence[str]) -> str:
+    """'a, b and 3 more'."""
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,283 @@
+"""Pretrained models as they come: a Hugging Face directory, or a GGUF file.
+
+A source says what it holds before anything is read, and gives one tensor at a time under the names
+and in the layouts of Hugging Face.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import ml_dtypes  # noqa: F401, gives numpy bfloat16 by name
+import numpy as np
+
+from famx.errors import ConfigError
+
+SIDE_FILES = (  # what an export gives back as it came
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt"),
+)
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+READABLE = tuple(_DTYPES.values())
+_BLOCK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor is: its shape, and `float32`, `bfloat16` ... or the format's own name of a type."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Source(Protocol):
+    """A pretrained model that is read tensor by tensor.
+
+    Attributes:
+      name: of the directory or file.
+      config: as `config.json` says it.
+      tensors: all that there are, by Hugging Face's names.
+      tokenizer: a file for `open_vocabulary`, or None.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    tokenizer: pathlib.Path | None
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as it is stored, in float32, float16, bfloat16 or float64."""
+
+
+def open_source(path: str | os.PathLike, on_bytes: Callable[[int, int], None] | None = None) -> Source:
+    """The source at `path`; nothing but headers, and what there is a checksum for, is read.
+
+    Args:
+      path: a directory with `config.json` and safetensors, or a GGUF file.
+      on_bytes: told how many bytes of how many had their checksum computed.
+
+    Raises:
+      ConfigError: it is neither, or something in it is missing, cut short or damaged.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    if path.is_dir():
+        return HuggingFaceSource(path, on_bytes)
+    if not path.exists():
+        raise ConfigError(f"There is no model {path}: give a directory or a GGUF file that is here.")
+    with _readable(path), path.open("rb") as file:
+        start = file.read(4)
+    if start == b"GGUF":
+        from famx.conversion.gguf_source import GgufSource
+
+        return GgufSource(path)
+    if (path.parent / "config.json").is_file():
+        raise ConfigError(f"{path} is a file of a model: give its directory {path.parent}.")
+    raise ConfigError(f"{path} is neither a Hugging Face directory nor a GGUF file.")
+
+
+class HuggingFaceSource:
+    """`config.json` and safetensors, one file or several with an index; see `Source`.
+
+    Every file is there and as long as its header says, and has the SHA-256 that is known for it: from
+    a `.sha256` file beside it, or from what Hugging Face's downloads leave.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        on_bytes: Callable[[int, int], None] | None = None,
+    ):
+        self.directory = pathlib.Path(path).expanduser().absolute()
+        self.name = self.directory.name
+        self.config = self._read_config()
+        self.tensors: dict[str, TensorInfo] = {}
+        self._places: dict[str, tuple[pathlib.Path, int]] = {}
+        names, claimed = self._weight_files()
+        for name in names:
+            file = self.directory / name
+            for tensor, (info, start) in read_header(file).items():
+                if claimed.get(tensor, name) == name:
+                    self.tensors[tensor], self._places[tensor] = info, (file, start)
+        for tensor, name in claimed.items():
+            if tensor not in self.tensors:
+                raise ConfigError(
+                    f"{self.directory / name} does not hold {tensor}, though {_INDEX} says so: the"
+                    " files are not of one download; download them again."
+                )
+        self._check_sums([self.directory / name for name in names], on_bytes)
+        self.tokenizer = self._tokenizer()
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as it is stored, read-only: pages of the file, which take no memory of their own.
+
+        Raises:
+          ConfigError: the file cannot be read any more.
+        """
+        (file, start), info = self._places[name], self.tensors[name]
+        with _readable(file):
+            return np.asarray(np.memmap(file, np.dtype(info.dtype), "r", start, info.shape))
+
+    def _read_config(self) -> dict[str, Any]:
+        file = self.directory / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"{self.directory} holds no model of Hugging Face: {self._what_instead()}")
+        return _read_object(file)
+
+    def _what_instead(self) -> str:
+        """What a directory without `config.json` is."""
+        names = sorted(os.listdir(self.directory))
+        if "model.json" in names:
+            return "it is a MODEL_DIR of famx, which needs no import."
+        if "adapter_config.json" in names:
+            return "it is an adapter; give the model that it was trained on."
+        if gguf := [name for name in names if name.endswith(".gguf")]:
+            return f"give the file {self.directory / gguf[0]} itself."
+        return "there is no config.json in it."
+
+    def _weight_files(self) -> tuple[list[str], dict[str, str]]:
+        """`(names of the files, the file of each tensor as an index says it)`."""
+        names = sorted(path.name for path in self.directory.glob("*.safetensors"))
+        names = [name for name in names if not name.startswith("adapter_")]
+        if _SINGLE in names:
+            return [_SINGLE], {}
+        index = self.directory / _INDEX
+        if index.is_file():
+            try:
+                claimed = {str(k): str(v) for k, v in _read_object(index)["weight_map"].items()}
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(f"{index} has no weight_map; download it again.") from error
+            missing = sorted(set(claimed.values()) - set(names))
+            if missing:
+                raise ConfigError(
+                    f"{self.directory} lacks {_some(missing)}, which {_INDEX} lists: download"
+                    f" {'it' if len(missing) == 1 else 'them'} again."
+                )
+            return sorted(set(claimed.values())), claimed
+        if len(names) == 1 and not re.search(r"-of-\d+\.", names[0]):
+            return names, {}
+        if names:
+            raise ConfigError(f"{self.directory} has {_some(names)} but no {_INDEX}: download it too.")
+        if list(self.directory.glob("*.bin")) or list(self.directory.glob("*.pt*")):
+            raise ConfigError(
+                f"{self.directory} holds its weights as pickled PyTorch files alone, which are not read:"
+                " convert them to safetensors, with save_pretrained of transformers."
+            )
+        raise ConfigError(f"{self.directory} has a config.json but no weights: there is no {_SINGLE}.")
+
+    def _check_sums(self, files: list[pathlib.Path], on_bytes) -> None:
+        known = {file: digest for file in files if (digest := known_sha256(file))}
+        total = sum(file.stat().st_size for file in known)
+        done = 0
+        for file, wanted in known.items():
+            digest = hashlib.sha256()
+            with _readable(file), file.open("rb") as stream:
+                while block := stream.read(_BLOCK):
+                    digest.update(block)
+                    done += len(block)
+                    if on_bytes:
+                        on_bytes(done, total)
+            if digest.hexdigest() != wanted:
+                raise ConfigError(
+                    f"{file} is damaged: its SHA-256 is {digest.hexdigest()[:12]}... and should be"
+                    f" {wanted[:12]}...; download it again."
+                )
+
+    def _tokenizer(self) -> pathlib.Path | None:
+        """The SentencePiece model, unless a `tokenizer.json` beside it is byte-level BPE."""
+        model, spec = self.directory / "tokenizer.model", self.directory / "tokenizer.json"
+        if model.is_file() and not (spec.is_file() and _is_byte_level(spec)):
+            return model
+        return spec if spec.is_file() else None
+
+
+def read_header(file: pathlib.Path) -> dict[str, tuple[TensorInfo, int]]:
+    """The tensors of a safetensors file, and at which byte each begins.
+
+    Raises:
+      ConfigError: it is no such file, or not as long as its header says.
+    """
+    with _readable(file), file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if (start + stream.read(40)).startswith(b"version https://git-lfs"):
+            raise ConfigError(f"{file} is a pointer of Git LFS, not the file itself: run git lfs pull.")
+        stream.seek(8)
+        text = stream.read(length) if 8 + length <= size else b""
+    if len(start) < 8 or not text:
+        raise ConfigError(
+            f"{file} is not whole: it has {size:,} bytes, and its header alone would have"
+            f" {8 + length:,}; download it again."
+        )
+    tensors, expected = {}, 8 + length
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            info = TensorInfo(tuple(entry["shape"]), _DTYPES.get(entry["dtype"], entry["dtype"]))
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            size_of = np.dtype(info.dtype).itemsize if info.dtype in READABLE else None
+            if size_of and end - start != math.prod(info.shape) * size_of:
+                raise ValueError(f"{name} has another length")
+            tensors[name], expected = (info, start), max(expected, end)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} is no safetensors file, or damaged: download it again.") from error
+    if size != expected:
+        raise ConfigError(
+            f"{file} is not whole: it has {size:,} bytes and should have {expected:,}; download it again."
+        )
+    return tensors
+
+
+def known_sha256(file: pathlib.Path) -> str | None:
+    """The SHA-256 that `file` should have, where something beside it tells."""
+    beside = file.with_name(f"{file.name}.sha256")
+    note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+    words = [pathlib.Path(os.path.realpath(file)).name]  # in Hugging Face's cache, a link to its sum
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        words = beside.read_text().split()[:1] or words
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        words += note.read_text().split()[1:2]  # commit, etag, time
+    found = (re.fullmatch(r"[0-9a-f]{64}", word.strip('"').lower()) for word in words)
+    return next((match[0] for match in found if match), None)
+
+
+def _is_byte_level(spec: pathlib.Path) -> bool:
+    content = _read_object(spec)
+    parts = [content.get(name) for name in ("pre_tokenizer", "decoder")]
+    return '"ByteLevel"' in json.dumps(parts)
+
+
+def _read_object(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        with _readable(file):
+            content = json.loads(file.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file} is damaged: it is not readable as JSON; download it again.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is damaged: it must hold a JSON object; download it again.")
+    return content
+
+
+@contextlib.contextmanager
+def _readable(file: pathlib.Path) -> Iterator[None]:
+    """Turns what the system or the library says of a file into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from error
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    """'a, b and 3 more'."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

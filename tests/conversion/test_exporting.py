@@ -1,0 +1,431 @@
+"""Models go out to transformers and come back; what stops in between leaves nothing."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from flax.traverse_util import flatten_dict, unflatten_dict
+from reference_models import CONFIGS, TOKENS, draw, is_gemma, torch_logits, torch_model
+
+from famx.conversion import exporting, families
+from famx.conversion.exporting import export
+from famx.conversion.importing import plan_import, write_model
+from famx.conversion.sidecar import Sidecar, read_sidecar
+from famx.conversion.sources import open_source
+from famx.data.vocabularies import ByteVocabulary, open_vocabulary
+from famx.errors import ConfigError
+from famx.export import parse_size
+from famx.loading import TrainedModel, load_model
+from famx.lora import Lora
+from famx.models import DecoderModel
+from famx.modules import Decoder
+from famx.modules.config import MEMORY_FIELDS
+from famx.training.checkpoints import Checkpointer, check_same_model
+
+ALL = sorted(CONFIGS)
+MEMORY = {"block_size": 8, "memory_segments": 3, "fam_length": 2, "fam_positions": "float"}
+
+
+def tree(hf, config, read):
+    """Our parameters from their tensors, `read(name)`."""
+    leaves = {}
+    for tensor in families.tensors(hf, config):
+        leaves.setdefault(tensor.path, []).append(tensor.to_ours(read(tensor.name)))
+    stack = lambda path, arrays: np.stack(arrays) if path[0] == "layers" else arrays[0]
+    return unflatten_dict({path: stack(path, arrays) for path, arrays in leaves.items()})
+
+
+def imported(name, tmp_path, dtype=np.float32, vocabulary=None, **memory):
+    """A model of the drawn weights, as an import leaves it, with its `source/`."""
+    hf = CONFIGS[name]
+    config = families.decoder_config(hf, **{**MEMORY, **memory})
+    shapes = {tensor.name: tensor.shape for tensor in families.tensors(hf, config)}
+    read = lambda name: draw(name, shapes[name], is_gemma(hf)).astype(dtype)
+    params = tree(hf, config, read)
+    params["fam"] = np.random.default_rng(0).standard_normal((2, config.embed_dim)).astype(np.float32)
+    source = tmp_path / "model" / "source"
+    source.mkdir(parents=True)
+    (source / "config.json").write_text(json.dumps(hf))
+    model = DecoderModel(Decoder(config), vocabulary, vocabulary)
+    return TrainedModel(model, params, 7, source.parent / "checkpoint_7")
+
+
+def read_export(directory):
+    """Name to array of every weight file, in the order of their names."""
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        arrays = safetensors.numpy.load_file(file)
+        assert not arrays.keys() & found.keys()
+        found |= arrays
+    return found
+
+
+def read_json(file):
+    return json.loads(file.read_text())
+
+
+def save(model, params, directory):
+    """A MODEL_DIR with a checkpoint of step 5."""
+    directory.mkdir()
+    check_same_model(directory, model.describe())
+    with Checkpointer(directory) as checkpointer:
+        checkpointer.save(5, {"target": params})
+
+
+# ------------------------------------------------------------------ there and back
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_import_after_export_is_the_identity_on_every_leaf(name, tmp_path):
+    trained = imported(name, tmp_path)
+    done = export(trained, tmp_path / "out")
+    hf, sidecar = read_json(tmp_path / "out/config.json"), read_sidecar(tmp_path / "out")
+    config = families.decoder_config(hf, **sidecar.fields)
+    assert config == trained.model.config
+    again = tree(hf, config, read_export(tmp_path / "out").__getitem__) | {"fam": sidecar.prompt}
+    tiny.assert_identical(again, trained.params)
+    assert done.architecture == CONFIGS[name]["architectures"][0] and done.files == ["model.safetensors"]
+    assert hf.items() >= CONFIGS[name].items()  # the original's, as it came
+
+
+def convert(source, directory, **fields):
+    """An import as famx.convert does it, and what comes of it."""
+    write_model(plan_import(open_source(source), fields), directory)
+    return load_model(directory)
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "gemma3", "smollm3"])
+def test_a_directory_imported_exported_and_imported_is_the_same_model(name, tmp_path):
+    hf, original = CONFIGS[name], tmp_path / "original"
+    original.mkdir()
+    (original / "config.json").write_text(json.dumps(hf))
+    wanted = families.tensors(hf, families.decoder_config(hf))
+    arrays = {tensor.name: draw(tensor.name, tensor.shape, is_gemma(hf)) for tensor in wanted}
+    safetensors.numpy.save_file(arrays, original / "model.safetensors")
+    first = convert(original, tmp_path / "first", **MEMORY)
+    export(first, tmp_path / "out", max_shard_size=5000)
+    second = convert(tmp_path / "out", tmp_path / "second")
+    assert second.model.config == first.model.config
+    tiny.assert_identical(second.params, first.params)
+    found = read_export(tmp_path / "out")
+    assert found.keys() == arrays.keys()
+    for key, array in arrays.items():
+        np.testing.assert_allclose(found[key], array, 0, 3e-7 if is_gemma(hf) else 0)
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "gemma2"])
+def test_what_came_in_bfloat16_goes_out_in_bfloat16_as_it_was(name, tmp_path):
+    trained = imported(name, tmp_path, ml_dtypes.bfloat16)
+    export(trained, tmp_path / "out", "bfloat16")
+    found = read_export(tmp_path / "out")
+    for tensor in families.tensors(CONFIGS[name], trained.model.config):
+        original = draw(tensor.name, tensor.shape, is_gemma(CONFIGS[name])).astype(ml_dtypes.bfloat16)
+        assert found[tensor.name].dtype == original.dtype
+        assert found[tensor.name].tobytes() == original.tobytes()
+    assert read_json(tmp_path / "out/config.json")["torch_dtype"] == "bfloat16"
+    assert read_sidecar(tmp_path / "out").prompt.dtype == np.float32  # is trained, and small
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_transformers_loads_it_and_says_the_same(name, tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    export(imported(name, tmp_path), tmp_path / "out", max_shard_size=5000)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert type(model).__name__ == CONFIGS[name]["architectures"][0]
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, theirs = torch_logits(model.eval(), TOKENS), torch_logits(torch_model(CONFIGS[name]), TOKENS)
+    np.testing.assert_allclose(ours, theirs, 0, 1e-4 if is_gemma(CONFIGS[name]) else 0)
+
+
+def test_adapters_go_out_merged(tmp_path):
+    plain = tiny.make_model()
+    model = DecoderModel(plain.module, lora=Lora(rank=2, alpha=6.0, targets=("layers/query",)))
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 16, 2), (1, 2, 2, 8)))
+    params = unflatten_dict(flatten_dict(tiny.make_params(plain.module)))
+    kernel = np.asarray(params["layers"]["query"]["kernel"])
+    params["layers"]["query"] = {"kernel": kernel, "lora_a": a, "lora_b": b}
+    save(model, params, tmp_path / "model")
+    export(load_model(tmp_path / "model"), tmp_path / "out")
+    found = read_export(tmp_path / "out")
+    merged = kernel[0].reshape(16, 16) + 3.0 * a[0] @ b[0].reshape(2, 16)
+    np.testing.assert_allclose(found["model.layers.0.self_attn.q_proj.weight"], merged.T, 1e-5, 1e-5)
+    wanted = families.tensors(read_json(tmp_path / "out/config.json"), model.config)
+    assert found.keys() == {tensor.name for tensor in wanted}
+
+
+# ------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("size", [1, 5000, 20_000])
+def test_shards_keep_their_size_and_the_index_finds_every_tensor(tmp_path, size):
+    trained = imported("llama", tmp_path)
+    told = []
+    done = export(trained, tmp_path / "out", max_shard_size=size, on_bytes=told.append)
+    index = read_json(tmp_path / "out/model.safetensors.index.json")
+    whole = export(trained, tmp_path / "whole")
+    assert not (tmp_path / "whole/model.safetensors.index.json").exists()
+    tiny.assert_identical(read_export(tmp_path / "out"), read_export(tmp_path / "whole"))
+    modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(modes) == 1  # who may read config.json may read the weights
+    assert sum(told) == done.num_bytes == whole.num_bytes == index["metadata"]["total_size"]
+    for file in done.files:
+        arrays = safetensors.numpy.load_file(tmp_path / "out" / file)
+        assert {name for name, its in index["weight_map"].items() if its == file} == arrays.keys()
+        assert len(arrays) == 1 or sum(array.nbytes for array in arrays.values()) <= size
+    assert done.files == [f"model-{i:05d}-of-{len(done.files):05d}.safetensors"
+                          for i in range(1, len(done.files) + 1)]  # fmt: skip
+
+
+def test_the_prompt_lies_apart_and_the_sidecar_says_what_it_is(tmp_path):
+    trained = imported("llama", tmp_path)
+    export(trained, tmp_path / "out")
+    note = read_json(tmp_path / "out/famx.json")
+    assert note["step"] == 7 and "famx.convert --from" in note["about"]
+    assert note["memory"].keys() == set(MEMORY_FIELDS)
+    arrays = safetensors.numpy.load_file(tmp_path / "out" / note["prompt"]["file"])
+    np.testing.assert_array_equal(arrays[note["prompt"]["tensor"]], trained.params["fam"])
+    assert pathlib.Path(note["prompt"]["file"]).parent.name  # loaders glob beside config.json
+
+
+def test_a_model_without_memory_has_no_prompt(tmp_path):
+    export(imported("llama", tmp_path, fam_length=0), tmp_path / "out")
+    sidecar = read_sidecar(tmp_path / "out")
+    assert sidecar == Sidecar(sidecar.fields, None) and sidecar.fields["fam_length"] == 0
+    assert read_sidecar(tmp_path) is None
+
+
+def test_how_transformers_reads_otherwise_is_noted(tmp_path):
+    def notes(name, **memory):
+        folder = tmp_path / f"{name}{len(memory)}"
+        trained = imported(name, folder, fam_length=0, memory_segments=2, **memory)
+        return export(trained, folder / "out").notes
+
+    assert notes("mistral_window", window_mask=True) == []
+    assert "not the last blocks alone" in notes("mistral_window")[0]
+    assert "not the last blocks alone" in notes("llama", window_mask=True)[0]
+
+
+def test_a_damaged_sidecar_is_told(tmp_path):
+    export(imported("llama", tmp_path), tmp_path / "out")
+    note, prompt = tmp_path / "out/famx.json", tmp_path / "out/famx/prompt.safetensors"
+    content = prompt.read_bytes()
+    prompt.write_bytes(content[:-1] + b"x")
+    with pytest.raises(ConfigError, match="prompt.safetensors is not the file that was exported"):
+        read_sidecar(tmp_path / "out")
+    prompt.unlink()
+    with pytest.raises(ConfigError, match="prompt.safetensors, which belongs to .*cannot be read"):
+        read_sidecar(tmp_path / "out")
+    note.write_text(note.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(ConfigError, match="has format 2; this famx reads format 1"):
+        read_sidecar(tmp_path / "out")
+    for text in ("{", "[]", "{}"):
+        note.write_text(text)
+        with pytest.raises(ConfigError, match="famx.json is damaged"):
+            read_sidecar(tmp_path / "out")
+
+
+def test_files_of_the_source_come_back_as_they_came(tmp_path):
+    trained = imported("llama", tmp_path, vocabulary=ByteVocabulary())
+    source = tmp_path / "model/source"
+    files = {"generation_config.json": b"{ }", "tokenizer.json": b"{1}", "merges.txt": b"a b"}
+    for name, content in files.items():
+        (source / name).write_bytes(content)
+    done = export(trained, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+    assert len(done.notes) == 1 and "without the memory" in done.notes[0]
+    assert not (tmp_path / "out/tokenizer_config.json").exists()
+
+
+def test_a_source_may_be_named(tmp_path):
+    trained = imported("mistral", tmp_path)
+    (tmp_path / "model/source").rename(tmp_path / "elsewhere")
+    export(trained, tmp_path / "made")
+    export(trained, tmp_path / "kept", source=tmp_path / "elsewhere")
+    assert read_json(tmp_path / "made/config.json")["architectures"] == ["LlamaForCausalLM"]
+    assert read_json(tmp_path / "kept/config.json").items() >= CONFIGS["mistral"].items()
+
+
+def byte_pair_file(folder):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=270, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["the cat sat on the mat, the hat"], trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "chat_template": "{{ 1 }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder / "tokenizer.json"
+
+
+def scratch(vocabulary, **changes):
+    """A model that was never imported."""
+    model = tiny.make_model(**changes)
+    model.input_vocabulary = model.output_vocabulary = vocabulary
+    return model
+
+
+def test_a_model_from_scratch_goes_out_with_the_tokenizer_of_its_vocabulary(tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    vocabulary = open_vocabulary(byte_pair_file(tmp_path / "tokenizer"))
+    model = scratch(vocabulary, vocab_size=vocabulary.vocab_size, memory_segments=3)
+    params = tiny.make_params(model.module)
+    trained = TrainedModel(model, params, 3, tmp_path / "model/checkpoint_3")
+    assert len(export(trained, tmp_path / "out").notes) == 1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.encode("the cat in the hat") == vocabulary.encode("the cat in the hat")
+    assert tokenizer.convert_tokens_to_ids("</s>") == vocabulary.eos_id == tokenizer.eos_token_id
+    assert tokenizer.chat_template == "{{ 1 }}"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.eos_token_id == vocabulary.eos_id
+    assert loaded.generation_config.pad_token_id == vocabulary.pad_id
+    without = tiny.make_model(vocab_size=vocabulary.vocab_size, memory_segments=3, fam_length=0)
+    tree = {name: leaf for name, leaf in params.items() if name != "fam"}
+    tokens = np.random.default_rng(0).integers(0, vocabulary.vocab_size, (1, 20))
+    ours = without.module.apply({"params": tree}, tokens)[0]
+    np.testing.assert_allclose(torch_logits(loaded, tokens), ours, 0, 1e-4)
+
+
+def test_a_sentencepiece_model_goes_out_as_a_tokenizer_of_llama(tmp_path):
+    library = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    content = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat, the hat"] * 9), model_writer=content,
+        vocab_size=275, model_type="bpe", byte_fallback=True, pad_id=3, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(content.getvalue())
+    vocabulary = open_vocabulary(tmp_path / "tokenizer.model")
+    model = scratch(vocabulary, vocab_size=vocabulary.vocab_size)
+    trained = TrainedModel(model, tiny.make_params(model.module), 3, tmp_path / "model/checkpoint_3")
+    export(trained, tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("the cat in the hat", "a d\u00f6g!"):
+        assert tokenizer.encode(text, add_special_tokens=False) == vocabulary.encode(text)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (vocabulary.eos_id, vocabulary.pad_id)
+
+
+def test_a_vocabulary_that_transformers_does_not_know_is_noted(tmp_path):
+    model = scratch(ByteVocabulary())
+    trained = TrainedModel(model, tiny.make_params(model.module), 3, tmp_path / "model/checkpoint_3")
+    notes = export(trained, tmp_path / "out").notes
+    assert len(notes) == 2 and "no tokenizer for a vocabulary of bytes" in notes[0]
+
+
+# ------------------------------------------------------------------ what goes wrong
+
+
+def test_an_interrupted_export_leaves_nothing_and_may_be_repeated(tmp_path, monkeypatch):
+    trained, save = imported("llama", tmp_path), safetensors.numpy.save_file
+    calls = []
+
+    def stop(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export(trained, tmp_path / "out", max_shard_size=5000)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    killed = tmp_path / ".out.exporting"
+    killed.mkdir()
+    (killed / "model.safetensors").write_text("half")
+    export(trained, tmp_path / "out", max_shard_size=5000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_nothing_stands_at_the_destination_until_all_of_it_does(tmp_path, monkeypatch):
+    seen, sync = [], exporting._sync
+
+    def look(path):
+        seen.append((tmp_path / "out").exists())
+        sync(path)
+
+    monkeypatch.setattr(exporting, "_sync", look)
+    export(imported("llama", tmp_path), tmp_path / "out")
+    assert len(seen) == 5 and not any(seen)
+
+
+def test_a_destination_that_is_taken_is_refused(tmp_path):
+    trained = imported("llama", tmp_path)
+    (tmp_path / "empty").mkdir()
+    export(trained, tmp_path / "empty")
+    with pytest.raises(ConfigError, match="empty is not empty: choose another --to"):
+        export(trained, tmp_path / "empty")
+    with pytest.raises(ConfigError, match="config.json is a file: choose another --to"):
+        export(trained, tmp_path / "empty/config.json")
+    with pytest.raises(ConfigError, match="config.json/x cannot be written: "):
+        export(trained, tmp_path / "empty/config.json/x")
+
+
+def test_a_disk_that_is_full_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    usage = exporting.shutil.disk_usage(tmp_path)._replace(free=1234)
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError, match="has 1,234 bytes free and the export needs 10,0"):
+        export(imported("llama", tmp_path), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_dtypes_that_cannot_be_are_refused(tmp_path):
+    trained = imported("llama", tmp_path)
+    with pytest.raises(ConfigError, match="as float32, bfloat16, float16, float64, not as 'int4'"):
+        export(trained, tmp_path / "out", "int4")
+    trained.params["final_norm"]["scale"][3] = 1e6
+    with pytest.raises(ConfigError, match="model.norm.weight has values that float16 cannot hold"):
+        export(trained, tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_of_shards():
+    assert [parse_size(text) for text in ("5GB", "1.5 mb", "100", "7B")] == [5 * 10**9, 1_500_000, 100, 7]
+    for text in ("", "GB", "5 apples", "0", "-1MB"):
+        with pytest.raises(ConfigError, match="is no size: write for example 5GB"):
+            parse_size(text)
+
+
+# ------------------------------------------------------------------ the main
+
+
+def run_main(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "famx.export", *map(str, args)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_main_exports_a_checkpoint_and_ends_bad_input_with_a_sentence(tmp_path):
+    model = tiny.make_model()
+    params = tiny.make_params(model.module)
+    save(model, params, tmp_path / "model")
+    done = run_main("--checkpoint", tmp_path / "model", "--to", tmp_path / "out", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "out: LlamaForCausalLM, step 5, " in done.stdout and "bytes in model.safetensors" in done.stdout
+    )
+    head = read_export(tmp_path / "out")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(head, np.asarray(params["embedding"]).astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(read_sidecar(tmp_path / "out").prompt, params["fam"])
+    again = run_main("--checkpoint", tmp_path / "model", "--to", tmp_path / "out")
+    assert again.returncode == 2 and "out is not empty: choose another --to" in again.stderr
+    assert "Traceback" not in again.stderr
