@@ -4,7 +4,7 @@
     echo "What is the pass key? The pass key is" | python -m famx.chat --checkpoint /tmp/famx/model
 
 Each line is a message; /help tells the commands. Answers go to standard output, all that went wrong
-to standard error.
+to standard error. An instruct model reads messages in its own chat template, if it brought one.
 """
 
 import contextlib
@@ -18,9 +18,11 @@ from absl import flags
 from famx import gin_utils
 from famx.decoding import Sampling
 from famx.errors import ConfigError
+from famx.inference.chat_template import ChatTemplate
 from famx.inference.conversation import Conversation, check_template, load_with_vocabulary
 from famx.inference.memory_file import read_header
 from famx.inference.reading import ReadProgress
+from famx.loading import TrainedModel
 
 HELP = """\
 /read FILE   read a text file
@@ -38,6 +40,7 @@ Anything else is a message. One that begins with / is written with //. Ctrl-C en
 
 def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "MODEL_DIR, or MODEL_DIR/checkpoint_<step>.")
+    flags.DEFINE_string("adapter", None, "A saved adapter for the checkpoint.")
     flags.DEFINE_string("memory", None, "A memory file to begin from.")
     flags.DEFINE_bool("fresh", False, "Answer each message from the same state; keep nothing.")
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
@@ -45,27 +48,50 @@ def define_flags() -> None:
     flags.DEFINE_float("top_p", 1.0, "Draw only from the likeliest tokens of this probability.")
     flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.")
     flags.DEFINE_integer("seed", 0, "Of what is drawn.", lower_bound=0)
-    flags.DEFINE_string("template", "{message}", r"What is read for a message; \n is a line end.")
+    flags.DEFINE_string("template", None, r"What is read for a message, {message} by default or the "
+                        r"model's own chat template; \n is a line end.")  # fmt: skip
+    flags.DEFINE_string("system", None, "A system message for the model's own chat template.")
     flags.DEFINE_multi_string("stop", [], r"Text before which an answer ends; \n is a line end.")
 
 
 def main():
     values = flags.FLAGS
-    template = unescape(values.template)
-    check_template(template)
+    template = None
+    if values.template is not None:
+        template = unescape(values.template)
+        check_template(template)
+        if values.system is not None:
+            raise ConfigError("--system is for the model's own chat template: put it into --template.")
     try:
         sampling = Sampling(values.max_new_tokens, values.temperature, values.top_k, values.top_p)
     except ValueError as error:
         raise ConfigError(f"The answers cannot be written so: {error}") from error
     if values.memory:
         read_header(values.memory)
+    trained = load_with_vocabulary(values.checkpoint, values.adapter)
+    if template is None:
+        template = own_template(trained, values.system)
     conversation = Conversation(
-        load_with_vocabulary(values.checkpoint), sampling, template,
+        trained, sampling, template,
         [unescape(text) for text in values.stop], values.seed, values.fresh,
     )  # fmt: skip
     if values.memory:
         conversation.load(values.memory)
     converse(conversation)
+
+
+def own_template(trained: TrainedModel, system: str | None = None) -> str | ChatTemplate:
+    """How messages are read where nobody says how: in the model's chat template, or as they are.
+
+    Raises:
+      ConfigError: there is no template for the system message, or it cannot be used.
+    """
+    vocabulary = trained.model.input_vocabulary
+    if vocabulary.chat_template:
+        return ChatTemplate(vocabulary, system)
+    if system is not None:
+        raise ConfigError("This model has no chat template for --system: put it into --template.")
+    return "{message}"
 
 
 def unescape(text: str) -> str:

@@ -22,6 +22,7 @@ from famx.inference.reading import ReadProgress
 
 def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "MODEL_DIR, or MODEL_DIR/checkpoint_<step>.")
+    flags.DEFINE_string("adapter", None, "A saved adapter for the checkpoint.")
     flags.DEFINE_multi_string("read", [], "A text file; repeat it to read several, one after another.")
     flags.DEFINE_string("out", None, "The memory file to write.")
     flags.DEFINE_string("memory", None, "A memory file to go on from.")
@@ -34,7 +35,9 @@ def main():
     if values.show:
         print(describe(values.show))
         return
-    make_memory(values.checkpoint, values.read, values.out, values.memory, values.overwrite)
+    make_memory(
+        values.checkpoint, values.read, values.out, values.memory, values.overwrite, values.adapter
+    )
 
 
 def make_memory(
@@ -43,6 +46,7 @@ def make_memory(
     out: str | None,
     memory: str | None = None,
     overwrite: bool = False,
+    adapter: str | None = None,
 ) -> None:
     """Reads `texts` one after another, nothing between them, and writes and prints what came of it.
 
@@ -52,6 +56,7 @@ def make_memory(
       out: the memory file; it may be `memory`, which then is replaced at the end.
       memory: a memory file to go on from; None: from nothing.
       overwrite: replace `out` whatever it is, as long as it is not one of the texts.
+      adapter: of the model, see `famx.loading.load_model`.
 
     Raises:
       ConfigError: anything that is not as it should be, before the model is loaded where possible.
@@ -76,7 +81,7 @@ def make_memory(
     if memory:
         read_header(memory)
 
-    conversation = Conversation(load_with_vocabulary(checkpoint))
+    conversation = Conversation(load_with_vocabulary(checkpoint, adapter))
     if memory:
         conversation.load(memory)
     began, read = time.monotonic(), 0

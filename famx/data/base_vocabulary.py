@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterable, Mapping
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Self
 
 from famx.errors import ConfigError
@@ -23,6 +23,8 @@ class Vocabulary:
       vocab_size: ids run from 0 to `vocab_size - 1`.
       pad_id: id after the end of a text; never the id of anything else.
       bos_id, eos_id, unk_id: ids of begin, end and unknown; None where there is none.
+      special_tokens: ids by the text that stands for each in a chat template; no plain text encodes
+        to them.
       chat_template: the Jinja template that came with the vocabulary, or None.
       file_name: name of the tokenizer file that is saved beside the description, or None.
       content: the bytes of this file, or None.
@@ -34,6 +36,7 @@ class Vocabulary:
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None
+    special_tokens: Mapping[str, int] = MappingProxyType({})
     chat_template: str | None = None
     file_name: str | None = None
     content: bytes | None = None

@@ -12,6 +12,27 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours -> GGUF's
 
 
+def open_gguf(path: str | os.PathLike) -> Any:
+    """A `gguf.GGUFReader`, which maps the file into memory.
+
+    Raises:
+      ConfigError: the package `gguf` is missing.
+      ValueError: there is no such file, or it is damaged.
+    """
+    gguf = optional_package("gguf", "GGUF files")
+    try:
+        return gguf.GGUFReader(path)
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise ValueError(
+                f"'{path}' holds tensors of an unknown type ({error}); take a file with tensors of "
+                "type Q8_0, or a newer package gguf."
+            ) from error
+        raise ValueError(f"'{path}' is not a whole GGUF file ({error}); fetch it again.") from error
+
+
 def read_gguf(path: str | os.PathLike) -> tuple[str, bytes, dict[str, Any]]:
     """The tokenizer of a GGUF file; the weights are not read.
 
@@ -27,11 +48,7 @@ def read_gguf(path: str | os.PathLike) -> tuple[str, bytes, dict[str, Any]]:
       ConfigError: the package `gguf` is missing.
       ValueError: the file is damaged, lacks a tokenizer, or has one of another kind.
     """
-    gguf = optional_package("gguf", "GGUF files")
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"'{path}' is not a whole GGUF file ({error}); fetch it again.") from error
+    reader = open_gguf(path)
 
     def get(name: str, default: Any = None) -> Any:
         field = reader.get_field(f"tokenizer.{name}")

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -198,14 +199,26 @@ class SentencePieceVocabulary(FileVocabulary):
         self._size = self._processor.get_piece_size()
         control, unused = self._processor.is_control, self._processor.is_unused
         self._unspelled = {i for i in range(self._size) if control(i) or unused(i)}
+        piece = self._processor.id_to_piece
+        self.special_tokens = {piece(i): i for i in range(self._size) if control(i)}
 
     def _named_ids(self, config: Mapping[str, Any]) -> dict[str, int | None]:
         ids = {name: getattr(self._processor, name)() for name in _IDS}
         return {name: None if i < 0 else i for name, i in ids.items()}
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos; what no piece spells becomes `unk_id` or bytes."""
-        return self._processor.encode(text)
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`, without bos or eos; what no piece spells becomes `unk_id` or bytes.
+
+        Args:
+          text: any text.
+          special: as for `BytePairVocabulary`; the control pieces are the special tokens.
+        """
+        if not special or not self.special_tokens:
+            return self._processor.encode(text)
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        encode = lambda i, part: [self.special_tokens[part]] if i % 2 else self._processor.encode(part)
+        return [token for i, part in enumerate(parts) for token in encode(i, part)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; pad, bos, eos and other control pieces are left out.
@@ -235,6 +248,7 @@ class BytePairVocabulary(FileVocabulary):
         self._size = max(vocab.values(), default=-1) + 1
         added = self._text.get_added_tokens_decoder()
         special = {i for i, token in added.items() if token.special}
+        self.special_tokens = {added[i].content: i for i in special}
         self._unspelled = special | (set(range(self._size)) - set(vocab.values()))
         for i in special:
             if special & set(self.encode(added[i].content)):

@@ -10,6 +10,7 @@ fields and these:
                        token ended it}
     score              score: log-likelihood of the targets given the inputs; num_tokens, of the targets
 
+A prompt may be made the message of a user by the chat template of an instruct model (CHAT_TEMPLATE).
 With several samples, each of these is a list, and with a list of targets so are `score` and
 `num_tokens`. The tokens read are those of the prompt, with begin of text in front unless the ids
 bring it or a memory goes before them.
@@ -34,6 +35,7 @@ from famx.data.vocabularies import fingerprint
 from famx.decoding import Sampling, Streamer
 from famx.errors import ConfigError
 from famx.inference.answers import Answers
+from famx.inference.chat_template import ChatTemplate
 from famx.inference.jsonl import ResumableLines
 from famx.inference.prompts import NEW_FIELDS, Lines, batches
 from famx.loading import check_model, load_model, model_fingerprint, split_checkpoint
@@ -52,8 +54,10 @@ def infer(
     mode: str = "predict",
     batch_size: int = 8,
     model: DecoderModel | None = None,
+    adapter: str | None = None,
     memory_file: str | None = None,
     prompt_template: str = "{inputs}",
+    chat_template: bool = False,
     sampling: Sampling = Sampling(),
     stop_at_eos: bool = True,
     num_samples: int = 1,
@@ -70,8 +74,11 @@ def infer(
       mode: one of `NEW_FIELDS`.
       batch_size: lines at once.
       model: what the checkpoint must hold; None: what its directory says.
+      adapter: of the model, see `famx.loading.load_model`.
       memory_file: a memory from which every prompt begins; None: they begin from nothing.
       prompt_template: a prompt's text, with fields of the line in braces.
+      chat_template: whether each prompt is read as a user's message in the vocabulary's chat template,
+        which then also ends continuations.
       sampling: how continuations are chosen and where they end.
       stop_at_eos: whether end of text ends them too.
       num_samples: continuations of each prompt.
@@ -108,12 +115,14 @@ def infer(
     size = definition.config.vocab_size
     if not all(0 <= token < size for token in sampling.stop_tokens):
         raise ConfigError(f"STOP_TOKENS {sampling.stop_tokens} must be ids from 0 to {size - 1}.")
-    if stop_at_eos and vocabulary.eos_id is not None:
-        stops = {*sampling.stop_tokens, vocabulary.eos_id}
+    chat = ChatTemplate(vocabulary) if chat_template else None
+    ends = {vocabulary.eos_id, chat and chat.end_of_turn} - {None}
+    if stop_at_eos and ends:
+        stops = {*sampling.stop_tokens, *ends}
         sampling = dataclasses.replace(sampling, stop_tokens=tuple(sorted(stops)))
     gin_utils.check_all_used()
     begin = memory_file is None or _tokens_read(memory_file) == 0
-    lines = Lines(input_file, mode, prompt_template, vocabulary, size, begin)
+    lines = Lines(input_file, mode, prompt_template, vocabulary, size, begin, chat)
     total = lines.check()
     settings = {
         "mode": mode,
@@ -122,13 +131,15 @@ def infer(
         "vocabulary": fingerprint(vocabulary)[:16],
         "memory_file": memory_file and _digest(memory_file),
     }
+    if chat is not None:
+        settings["chat_template"] = hashlib.sha256(vocabulary.chat_template.encode()).hexdigest()[:16]
     if mode != "score":
         settings |= {**dataclasses.asdict(sampling), "num_samples": num_samples}
         settings["random_seed"] = random_seed if sampling.temperature else None
     output.finished(settings)
 
     # ---------------------------------------------------------------- model
-    trained = load_model(checkpoint_path, model)
+    trained = load_model(checkpoint_path, model, adapter)
     memory = None
     if memory_file is not None:
         from famx.inference.memory_file import load_memory

@@ -11,6 +11,7 @@ import numpy as np
 
 from famx.decoding import Sampling, Streamer
 from famx.errors import ConfigError
+from famx.inference.chat_template import ChatTemplate
 from famx.inference.memory_file import read_header, restore_memory, save_memory
 from famx.inference.reading import encode_file
 from famx.loading import TrainedModel, check_model, load_model, split_checkpoint
@@ -19,7 +20,7 @@ _FILE_BLOCKS = 64  # blocks that are read between two reports
 _ANSWER_PIECE = 32  # tokens that are written before they are shown
 
 
-def load_with_vocabulary(checkpoint: str | None) -> TrainedModel:
+def load_with_vocabulary(checkpoint: str | None, adapter: str | None = None) -> TrainedModel:
     """`load_model` for mains that read text.
 
     Raises:
@@ -41,7 +42,7 @@ def load_with_vocabulary(checkpoint: str | None) -> TrainedModel:
             f"The vocabulary in {directory} has {vocabulary.vocab_size} tokens, the model only"
             f" {model.config.vocab_size}: put the vocabulary there that it was trained with."
         )
-    return load_model(checkpoint)
+    return load_model(checkpoint, adapter=adapter)
 
 
 def check_template(template: str) -> None:
@@ -62,13 +63,15 @@ class Conversation:
     """One reader: what it has read, and how it answers.
 
     A message is put into the template, encoded and read; then the answer is written, and the state
-    has read both. The first tokens ever read begin with the vocabulary's begin of text. Whatever
-    fails or is interrupted leaves the conversation as it was.
+    has read both. The first tokens ever read begin with the vocabulary's begin of text, unless a chat
+    template says how a conversation begins. Whatever fails or is interrupted leaves the conversation
+    as it was.
 
     Args:
       trained: the model, with its vocabulary.
       sampling: how to write; end of text ends an answer besides its stop tokens.
-      template: what is read for a message, a format with the field `message`.
+      template: what is read for a message, a format with the field `message` or the model's own; the
+        latter also ends answers.
       stop: texts that end an answer, which is cut before them.
       seed: of the draws. What is drawn depends on it and on the place in the text alone, so the same
         question to the same state gets the same answer.
@@ -83,21 +86,22 @@ class Conversation:
         self,
         trained: TrainedModel,
         sampling: Sampling = Sampling(),
-        template: str = "{message}",
+        template: str | ChatTemplate = "{message}",
         stop: Sequence[str] = (),
         seed: int = 0,
         fresh: bool = False,
     ):
-        check_template(template)
+        if isinstance(template, str):
+            check_template(template)
         self._trained, self._vocabulary = trained, trained.model.input_vocabulary
         self._streamer = Streamer(trained.model.module)
         self._template, self._stop, self._seed = template, tuple(filter(None, stop)), seed
-        eos = self._vocabulary.eos_id
+        ends = {self._vocabulary.eos_id, getattr(template, "end_of_turn", None)} - {None}
         self._limit = sampling.max_new_tokens
         self._sampling = dataclasses.replace(
             sampling,
             max_new_tokens=min(_ANSWER_PIECE, self._limit),
-            stop_tokens=sampling.stop_tokens + (() if eos is None else (eos,)),
+            stop_tokens=sampling.stop_tokens + tuple(sorted(ends)),
         )
         self.fresh = fresh
         self.reset()
@@ -159,8 +163,9 @@ class Conversation:
             raise ConfigError("There is no exchange to take back.")
         self._go_to(*self._before)
 
-    def _go_to(self, logits, state, before=None) -> None:
-        self._logits, self._state, self._before = logits, state, before
+    def _go_to(self, logits, state, ended=None, before=None) -> None:
+        """`ended`: whether the last answer came to its end; None: there is no answer to go on from."""
+        self._logits, self._state, self._ended, self._before = logits, state, ended, before
 
     # Reading.
 
@@ -198,7 +203,7 @@ class Conversation:
             raise ConfigError(f"{path} holds no text.")
         if waiting.size:
             logits, state = self._advance(state, waiting)
-        self._go_to(logits, state)
+        self._go_to(logits, state, self._ended)
         self.sources = [*self.sources, pathlib.Path(path).name]
         return position + waiting.size - first
 
@@ -239,11 +244,10 @@ class Conversation:
         Raises:
           ConfigError: nothing was read yet and the message has no token either.
         """
-        text = self._template.format(message=message)
-        prompt = self._start() + self._vocabulary.encode(text)
+        prompt = self._prompt(message)
         if not prompt and self._logits is None:
             raise ConfigError("The message has no token, and nothing was read that could be continued.")
-        before = self._logits, self._state
+        before = self._logits, self._state, self._ended
         written: list[int] = []
         answer, text, shown, cut, logits, state = [], "", 0, None, None, None
         try:
@@ -262,7 +266,7 @@ class Conversation:
                 answer = written[: self._limit]
                 text = self._decode(answer)
                 cut = min((text.find(stop) for stop in self._stop if stop in text), default=None)
-                if cut is not None or written[-1] in self._sampling.stop_tokens:
+                if cut is not None or self._is_end(written):
                     break
                 settled = _settled(text, self._stop)
                 show(text[shown:settled])
@@ -277,11 +281,25 @@ class Conversation:
         if not self.fresh and (answer or state is not None):
             if state is None or answer != written:
                 logits, state = self._read(prompt + answer)
-            self._go_to(logits, state, before)
+            self._go_to(logits, state, self._is_end(answer), before)
         return text[:cut]
 
+    def _prompt(self, message: str) -> list[int]:
+        """What is read for a message."""
+        if isinstance(self._template, str):
+            return self._start() + self._vocabulary.encode(self._template.format(message=message))
+        if self._ended is None:
+            return self._template.first(message, begin=self._logits is None)
+        return self._template.next(message, self._ended)
+
+    def _is_end(self, ids: list[int]) -> bool:
+        """Whether the last of `ids` ended an answer."""
+        return bool(ids) and ids[-1] in self._sampling.stop_tokens
+
     def _decode(self, ids: list[int]) -> str:
-        """Text of `ids`; those that the model has beyond the vocabulary are left out."""
+        """Text of an answer; what ended it and ids that the model has beyond the vocabulary are left
+        out."""
+        ids = ids[:-1] if self._is_end(ids) else ids
         return self._vocabulary.decode([i for i in ids if i < self._vocabulary.vocab_size])
 
 

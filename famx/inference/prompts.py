@@ -9,6 +9,7 @@ import numpy as np
 
 from famx.data.vocabularies import Vocabulary
 from famx.errors import ConfigError
+from famx.inference.chat_template import ChatTemplate
 from famx.inference.jsonl import place, read_objects
 
 NEW_FIELDS = {
@@ -45,17 +46,27 @@ class Lines:
       vocabulary: turns text into ids.
       vocab_size: ids of the model.
       begin: whether begin of text is put in front of prompts.
+      chat: makes each prompt the first message of a conversation, its begin of text included; None:
+        prompts are read as they are.
 
     Raises:
       ConfigError: the template is none.
     """
 
     def __init__(
-        self, path: str, mode: str, template: str, vocabulary: Vocabulary, vocab_size: int, begin: bool
+        self,
+        path: str,
+        mode: str,
+        template: str,
+        vocabulary: Vocabulary,
+        vocab_size: int,
+        begin: bool,
+        chat: ChatTemplate | None = None,
     ):
         self.path, self.mode, self.template = path, mode, template
         self.vocabulary, self.vocab_size = vocabulary, vocab_size
         self._bos = [vocabulary.bos_id] if begin and vocabulary.bos_id is not None else []
+        self._begin, self._chat = begin, chat
         self._names = _template_fields(template)
 
     def check(self) -> int:
@@ -138,8 +149,7 @@ class Lines:
                 bos = self._bos if ids[:1] != self._bos else []
                 prompt = np.array(bos + ids, np.int32)
             else:
-                text = self.template.format_map(fields)
-                prompt = np.array(self._bos + self._encode("prompt", text), np.int32)
+                prompt = np.array(self._prompt(self.template.format_map(fields)), np.int32)
             targets = fields["targets"] if self.mode == "score" else []
             targets = [targets] if isinstance(targets, str) else targets
             targets = [np.array(self._encode("target", text), np.int32) for text in targets]
@@ -147,8 +157,15 @@ class Lines:
             raise ConfigError(f"{place(self.path, line)} {error}") from error
         return Example(line, fields, prompt, targets)
 
+    def _prompt(self, text: str) -> list[int]:
+        if self._chat is None:
+            return self._bos + self._encode("prompt", text)
+        return self._check_made("prompt", self._chat.first(text, self._begin))
+
     def _encode(self, what: str, text: str) -> list[int]:
-        ids = self.vocabulary.encode(text)
+        return self._check_made(what, self.vocabulary.encode(text))
+
+    def _check_made(self, what: str, ids: list[int]) -> list[int]:
         if not ids:
             raise ValueError(f"has an empty {what}: its text makes no token.")
         if max(ids) >= self.vocab_size:

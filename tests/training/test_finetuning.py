@@ -1,6 +1,7 @@
 """Runs that begin from a checkpoint: what learns, what stays bit for bit, and what is refused."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -15,6 +16,8 @@ from trained import write_model_dir
 
 from famx.decoding import Streamer
 from famx.errors import ConfigError
+from famx.inference import infer
+from famx.inference.conversation import load_with_vocabulary
 from famx.inference.memory_file import load_memory, save_memory
 from famx.loading import load_model
 from famx.lora import Lora, combine
@@ -212,6 +215,22 @@ def test_an_adapter_brings_the_memory_that_it_was_trained_with(base, tmp_path):
     adapted = load_model(base, adapter=str(tmp_path / "adapter"))
     assert adapted.model.config == model.config
     assert_close(logits(adapted), logits(load_model(str(tmp_path))), 1e-6)
+
+
+def test_what_reads_a_model_takes_an_adapter(base, tmp_path):
+    finetune(tmp_path / "run", base)
+    adapter = str(tmp_path / "run" / "adapter")
+    (tmp_path / "in.jsonl").write_text('{"inputs": "The grass is", "targets": " green."}\n')
+    scores = []
+    for number, (checkpoint, more) in enumerate([
+        (base, {}), (base, {"adapter": adapter}), (str(tmp_path / "run"), {})
+    ]):  # fmt: skip
+        out = tmp_path / f"{number}.jsonl"
+        infer(checkpoint, str(tmp_path / "in.jsonl"), str(out), mode="score", **more)
+        scores.append(json.loads(out.read_text())["score"])
+    np.testing.assert_allclose(scores[1], scores[2], rtol=1e-6)
+    assert abs(scores[0] - scores[1]) > 1e-3
+    assert_close(logits(load_with_vocabulary(base, adapter)), logits(load_model(base, None, adapter)))
 
 
 # A saved memory as what learns.

@@ -1,0 +1,280 @@
+"""GGUF files, the format of llama.cpp, as Hugging Face's names, layouts and `config.json`."""
+
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from famx.conversion.sources import TensorInfo
+from famx.data.base_vocabulary import optional_package
+from famx.data.gguf_tokenizers import open_gguf
+from famx.errors import ConfigError
+
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Types of tensors that can be read.
+TYPES = (
+    *_STORED, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
+# `general.architecture` -> architecture and model type of a config.json.
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "gemma": ("GemmaForCausalLM", "gemma"),
+    "gemma2": ("Gemma2ForCausalLM", "gemma2"),
+    "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
+    "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
+}
+# Llama's rotation pairs neighbours in these, halves of the head in the others and in Hugging Face's.
+_INTERLEAVED = ("llama", "smollm3")
+_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_POST_NORMS = ("gemma2", "gemma3")  # whose `ffn_norm` has another name at Hugging Face
+_ROPE_FACTORS = "rope_freqs.weight"
+_ROPE_LENGTH = 8192  # on which every Llama 3 was trained before its positions were scaled
+_PIECE = 1 << 18  # values that are dequantised at once
+
+
+class GgufSource:
+    """A GGUF file as if it were a directory of Hugging Face.
+
+    Queries and keys of llama.cpp's Llamas come back in Hugging Face's order, and the norms of Gemma
+    lose the 1 that was added to them. What the file does not say, but follows from its architecture,
+    is as llama.cpp has it.
+
+    Args:
+      path: a file of one of `ARCHITECTURES`, all in one part.
+
+    Attributes:
+      config: as `config.json` holds it.
+      tensors: shape and dtype by Hugging Face's name; a tensor that has none there keeps its own.
+      tokenizer: the file itself.
+      name: of the file, without its ending.
+
+    Raises:
+      ConfigError: the package `gguf` is missing, or the file is none, damaged, a part of several, or
+        holds another architecture or types that cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._gguf = optional_package("gguf", "GGUF files")
+        self._path = pathlib.Path(path)
+        self.name, self.tokenizer = self._path.stem, self._path
+        try:
+            self._reader = open_gguf(path)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        architecture = self._value("general.architecture")
+        if architecture not in ARCHITECTURES:
+            raise ConfigError(
+                f"'{path}' holds a model of architecture {architecture!r}; of GGUF files, those of "
+                f"{', '.join(ARCHITECTURES)} can be read."
+            )
+        self._architecture = architecture
+        if (parts := self._value("split.count", 1)) > 1:
+            raise ConfigError(
+                f"'{path}' is one of {parts} parts of a model; join them first with llama.cpp's "
+                "llama-gguf-split --merge."
+            )
+        if self._reader.byte_order != "I":
+            raise ConfigError(f"'{path}' has the byte order of another machine; fetch another file.")
+        self._tensors = {self._translate(tensor.name): tensor for tensor in self._reader.tensors}
+        self._factors = self._tensors.pop(_ROPE_FACTORS, None)
+        for tensor in self._tensors.values():
+            kind = tensor.tensor_type.name
+            if kind not in TYPES or (kind not in _STORED and len(tensor.shape) < 2):
+                raise ConfigError(
+                    f"The tensor {tensor.name} of '{path}' is of type {kind}; the types "
+                    f"{', '.join(TYPES)} can be read."
+                )
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(tuple(map(int, tensor.shape[::-1])), self._dtype(name, tensor))
+            for name, tensor in self._tensors.items()
+        }
+        self.config = self._config()
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in Hugging Face's layout; float32 where it is quantised, else as it is stored."""
+        tensor, info = self._tensors[name], self.tensors[name]
+        out = np.empty(info.shape, getattr(ml_dtypes, info.dtype, info.dtype))
+        order = self._order(name, len(out))
+        kind = tensor.tensor_type
+        step = max(1, _PIECE // math.prod(info.shape[1:]))
+        for start in range(0, len(out), step):
+            data = tensor.data[order[start : start + step]]
+            if kind.name in _STORED:
+                data = data.view(getattr(ml_dtypes, _STORED[kind.name], _STORED[kind.name]))
+            else:
+                data = self._gguf.dequantize(data, kind)
+            out[start : start + step] = data
+        if self._added_one(name):
+            out -= 1
+        return out
+
+    def _added_one(self, name: str) -> bool:
+        """Whether llama.cpp added 1 to the tensor: it is a norm of Gemma."""
+        return self._architecture.startswith("gemma") and name.endswith("norm.weight")
+
+    def _dtype(self, name: str, tensor) -> str:
+        """Of what `read` gives."""
+        stored = _STORED.get(tensor.tensor_type.name, "float32")
+        return "float32" if self._added_one(name) else stored
+
+    def _order(self, name: str, rows: int) -> np.ndarray:
+        """For each row of Hugging Face's tensor, its place in the file's."""
+        order = np.arange(rows)
+        if self._architecture in _INTERLEAVED and re.search(r"\.[qk]_proj\.", name):
+            heads = self.config[f"num_{'attention' if '.q_proj.' in name else 'key_value'}_heads"]
+            order = order.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        return order
+
+    def _translate(self, name: str) -> str:
+        """Hugging Face's name of a tensor, or its own where it has none there."""
+        found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        layer, part, kind = found.groups() if found else (None, None, None)
+        names = _TOP_NAMES if layer is None else _LAYER_NAMES
+        if part not in names:
+            return name
+        part = names[part]
+        if name.endswith("ffn_norm.weight") and self._architecture in _POST_NORMS:
+            part = "pre_feedforward_layernorm"
+        return f"{part}.{kind}" if layer is None else f"model.layers.{layer}.{part}.{kind}"
+
+    # ---------------------------------------------------------------- config.json
+
+    def _value(self, key: str, default: Any = None) -> Any:
+        field = self._reader.get_field(key)
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"'{self._path}' is damaged at {key}; fetch it again.") from error
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        """A value of the architecture's own."""
+        return self._value(f"{self._architecture}.{key}", default)
+
+    def _size(self, key: str) -> int:
+        value = self._get(key)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if not isinstance(value, int):
+            why = "lacks" if value is None else "has a number for each layer, not one, of"
+            raise ConfigError(f"'{self._path}' {why} {self._architecture}.{key}; take another file.")
+        return value
+
+    def _config(self) -> dict[str, Any]:
+        name, kind = ARCHITECTURES[self._architecture]
+        if self._get("expert_count", 0):
+            raise ConfigError(f"'{self._path}' is a mixture of experts, which is not supported.")
+        embedding = self.tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise ConfigError(f"'{self._path}' has no token_embd.weight, so it holds no model.")
+        hidden, heads = self._size("embedding_length"), self._size("attention.head_count")
+        head_dim = self._get("attention.key_length", hidden // heads)
+        if self._get("attention.value_length", head_dim) != head_dim:
+            raise ConfigError(f"In '{self._path}' keys and values differ in width: not supported.")
+        norms = self._get("attention.layer_norm_rms_epsilon")
+        config = {
+            "architectures": [name],
+            "model_type": kind,
+            "vocab_size": embedding.shape[0],
+            "hidden_size": hidden,
+            "intermediate_size": self._size("feed_forward_length"),
+            "num_hidden_layers": self._size("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._size("attention.head_count_kv"),
+            "head_dim": head_dim,
+            "max_position_embeddings": self._size("context_length"),
+            "rms_norm_eps": 1e-6 if norms is None else float(str(np.float32(norms))),  # 1e-05 again
+            "hidden_act": "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu",
+            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+            "rope_theta": self._get("rope.freq_base", 1e6 if kind == "gemma3_text" else 1e4),
+        }
+        for role, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
+            if (i := self._value(f"tokenizer.ggml.{key}_token_id")) is not None:
+                config[f"{role}_token_id"] = i
+        if (rotated := self._get("rope.dimension_count", head_dim)) != head_dim:
+            config["partial_rotary_factor"] = rotated / head_dim
+        scaling = self._rope_scaling(head_dim, config["rope_theta"])
+        if scaling is not None:
+            config["rope_scaling"] = scaling
+        first = "model.layers.0."
+        if kind in ("llama", "qwen3", "smollm3"):
+            config["attention_bias"] = f"{first}self_attn.q_proj.bias" in self.tensors
+        if kind in ("llama", "smollm3"):
+            config["mlp_bias"] = f"{first}mlp.up_proj.bias" in self.tensors
+        if kind == "smollm3":
+            config["no_rope_layer_interval"] = 4
+        if window := self._get("attention.sliding_window"):
+            config["sliding_window"] = window
+            if kind == "llama":
+                config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        if kind in ("gemma2", "gemma3_text"):
+            config |= self._gemma(config)
+        return config
+
+    def _gemma(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What Gemma 2 and 3 have besides."""
+        layers, second = config["num_hidden_layers"], config["model_type"] == "gemma2"
+        # The models of 27 billion parameters alone scale queries by another width than the head's.
+        large = layers == (46 if second else 62)
+        scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
+        every = self._get("attention.sliding_window_pattern", 2 if second else 6)
+        slides = every if isinstance(every, list) else [(i + 1) % every != 0 for i in range(layers)]
+        kinds = ("full_attention", "sliding_attention")
+        windowed = "sliding_window" in config
+        found = {
+            "query_pre_attn_scalar": scalar,
+            "layer_types": [kinds[bool(windowed and slide)] for slide in slides],
+            "attn_logit_softcapping": self._get("attn_logit_softcapping", 50.0 if second else None),
+            "final_logit_softcapping": self._get("final_logit_softcapping", 30.0 if second else None),
+        }
+        if not second:
+            found["rope_local_base_freq"] = self._get("rope.freq_base_swa", 1e4)
+        return found
+
+    def _rope_scaling(self, head_dim: int, base: float) -> dict[str, Any] | None:
+        kind = self._get("rope.scaling.type", "none")
+        if kind != "none":
+            return {"rope_type": kind, "factor": self._get("rope.scaling.factor", 1.0)}
+        if self._factors is None:
+            return None
+        # Llama 3's scaling lies in the file as what each frequency is divided by.
+        given = np.asarray(self._factors.data, np.float64)
+        if np.all(given == 1):
+            return None
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(given[-1]),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": _ROPE_LENGTH,
+        }
+        turns = _ROPE_LENGTH * base ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
+        share = np.clip((turns - 1) / 3, 0, 1)  # of the unscaled frequency
+        expected = 1 / ((1 - share) / scaling["factor"] + share)
+        if given.shape != expected.shape or not np.allclose(given, expected, rtol=1e-3):
+            raise ConfigError(
+                f"'{self._path}' scales its rotary positions ({_ROPE_FACTORS}) in another way than "
+                "Llama 3, which is not supported."
+            )
+        return scaling
