@@ -170,10 +170,18 @@ class DecoderModel:
             metrics["memory_rms"] = Mean.of(jax.lax.stop_gradient(norm))
         return loss, metrics, state
 
-    def loss_fn(self, params, batch: Batch, dropout_rng, flax_mutables=None):
-        """t5x's training loss: with random state passing where there are `flax_mutables`."""
+    def loss_fn(
+        self, params, batch: Batch, dropout_rng, flax_mutables=None, normalizer=None, microbatch=None
+    ):
+        """t5x's training loss: with random state passing where there are `flax_mutables`.
+
+        Our engine also gives what the sum of losses is divided by, and which part of its batch this
+        is (int32 scalar): parts draw on their own, but for whether they begin from the kept memory.
+        """
+        own = lambda rng: rng if microbatch is None else jax.random.fold_in(rng, microbatch)
         if self.random_state is None or not flax_mutables:
-            loss, metrics, _ = self.loss(params, batch, dropout_rng)
+            rng = None if dropout_rng is None else own(dropout_rng)
+            loss, metrics, _ = self.loss(params, batch, rng, normalizer=normalizer)
             return (loss, metrics) if flax_mutables is None else (loss, (metrics, flax_mutables))
         state = self.initial_state(params, batch["decoder_input_tokens"].shape[0])
         if dropout_rng is None:
@@ -182,7 +190,7 @@ class DecoderModel:
         coin, rng = jax.random.split(dropout_rng)
         kept = flax_mutables[MEMORY_COLLECTION]
         state = self.random_state.start(kept, state, coin)
-        loss, metrics, state = self.loss(params, batch, rng, state)
+        loss, metrics, state = self.loss(params, batch, own(rng), state, normalizer)
         kept = self.random_state.keep(kept, state)
         return loss, (metrics, flax_mutables.copy({MEMORY_COLLECTION: flax.core.freeze(kept)}))
 

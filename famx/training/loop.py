@@ -80,6 +80,7 @@ def train(
     initial_memory_file: str | None = None,
     trainable: str = "all",
     frozen_dtype: str | None = None,
+    num_microbatches: int = 1,
 ) -> dict[str, float]:
     """Trains a model, or goes on where the last run in `model_dir` stopped, bit for bit.
 
@@ -110,6 +111,8 @@ def train(
         and its memory is what `trainable="fam_only"` trains.
       trainable: which parameters learn, see `famx.training.trainable`.
       frozen_dtype: of matrices that do not learn: "bfloat16" or "int8"; None: as they are.
+      num_microbatches: parts of the batch that are read one after another, to need less memory; the
+        step is the same.
 
     Returns:
       The last logged scalars.
@@ -126,7 +129,7 @@ def train(
         raise ConfigError("TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}.")
     mesh = partitioning.make_mesh()
     rules = partitioning.rules()
-    partitioning.check_batch_size(batch_size, mesh)
+    partitioning.check_batch_size(batch_size, mesh, num_microbatches)
     learns = Trainable(trainable, frozen_dtype)
     if trainable != "lora":
         model.lora = None
@@ -223,7 +226,7 @@ def train(
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(nn.logical_axis_rules(rules.pairs()))
         train_step = make_train_step(
-            model, optimizer, state_passing_mode, random_seed, abstract, learns
+            model, optimizer, state_passing_mode, random_seed, abstract, learns, num_microbatches
         )
         merge = jax.jit(model.merged)
         stop = stack.enter_context(stop_signal())

@@ -161,13 +161,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises ConfigError unless devices and processes can share the batch evenly."""
+def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> None:
+    """Raises ConfigError unless devices and processes can share each part of the batch evenly."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size < 1 or batch_size % parts:
         raise ConfigError(
             f"BATCH_SIZE {batch_size} cannot be divided over {parts} devices (data"
             f" {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): use a multiple of {parts}."
+        )
+    if num_microbatches < 1 or batch_size % (parts * num_microbatches):
+        raise ConfigError(
+            f"BATCH_SIZE {batch_size} cannot be cut into {num_microbatches} microbatches over {parts}"
+            f" device(s): use a multiple of {parts * max(num_microbatches, 1)}."
         )
     if batch_size % jax.process_count():
         raise ConfigError(

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from famx import state_passing as passing
 from famx.lora import combine
 from famx.metrics import Mean
-from famx.models import MEMORY_COLLECTION, DecoderModel
+from famx.models import MEMORY_COLLECTION, DecoderModel, loss_weights
 from famx.modules import DecoderState
 from famx.training.partitioning import BATCH_AXES, Rules, logical_to_sharding
 from famx.training.trainable import Trainable
@@ -132,37 +132,79 @@ def make_train_step(
     seed: int,
     abstract: TrainState,
     trainable: Trainable = Trainable(),
+    num_microbatches: int = 1,
 ):
     """The jitted `train_step(state, batch) -> (state, metrics)`; `state`, as `abstract`, is given away.
+
+    With several microbatches, the gradient of the batch is summed over so many parts of it, read one
+    after another; losses are divided by the weights of the whole batch, so the step is the same.
 
     What does not learn comes back as it is, without a copy. A step whose gradient is not finite
     changes nothing but the step number, and counts in the metric `skipped`.
     """
 
-    def objective(part, state: TrainState, batch, rng):
+    def objective(part, state: TrainState, batch, rng, normalizer=None, microbatch=None):
         state = trainable.put(state, part)
+        own = rng if microbatch is None else jax.random.fold_in(rng, microbatch)
         params, examples = state.params, batch["decoder_input_tokens"].shape[0]
         if state.start is not None:
             start = state.start.take(jnp.zeros((examples,), jnp.int32))
-            loss, metrics, _ = model.loss(params, batch, rng, start, aligned=False)
+            loss, metrics, _ = model.loss(params, batch, own, start, normalizer, aligned=False)
             return loss, (metrics, state.flax_mutables, None)
         if mode in ("none", "random"):
-            loss, (metrics, mutables) = model.loss_fn(params, batch, rng, state.flax_mutables)
+            loss, (metrics, mutables) = model.loss_fn(
+                params, batch, rng, state.flax_mutables, normalizer, microbatch
+            )
             return loss, (metrics, mutables, None)
         initial = model.initial_state(params, examples)
         if mode == "continuous":
             start = passing.continue_lanes(state.lanes, initial, batch["reset"])
         else:
             start = passing.continue_aged(state.lanes, initial, batch["lane"])
-        loss, metrics, end = model.loss(params, batch, rng, start)
+        loss, metrics, end = model.loss(params, batch, own, start, normalizer)
         lanes = jax.lax.stop_gradient(end) if mode == "continuous" else state.lanes
         return loss, (metrics, state.flax_mutables, lanes)
 
+    gradient = jax.grad(objective, has_aux=True)
+
+    def accumulated(part, state: TrainState, batch, rng):
+        """`gradient` of the whole batch, by parts; part `i` has the rows `i`, `i + n`, ..."""
+        n = num_microbatches
+        normalizer = jnp.sum(loss_weights(batch, model.pad_id))
+        cut = lambda x, axis=0: jnp.moveaxis(
+            x.reshape(*x.shape[:axis], -1, n, *x.shape[axis + 1 :]), axis + 1, 0
+        )
+        join = lambda x, axis: jnp.moveaxis(x, 0, axis + 1).reshape(
+            *x.shape[1 : axis + 1], -1, *x.shape[axis + 2 :]
+        )
+
+        def one(xs):
+            index, batch, lanes = xs
+            here = state.replace(lanes=lanes) if mode == "continuous" else state
+            grads, (metrics, mutables, lanes) = gradient(part, here, batch, rng, normalizer, index)
+            return (grads, metrics), (mutables, lanes if mode == "continuous" else None)
+
+        def step(total, xs):
+            new, kept = one(xs)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, new), kept
+
+        lanes = state.lanes.map_examples(cut) if mode == "continuous" else None
+        xs = (jnp.arange(n, dtype=jnp.int32), jax.tree.map(cut, batch), lanes)
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], xs))[0]
+        wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+        (grads, metrics), (mutables, lanes) = jax.lax.scan(step, jax.tree.map(wide, shapes), xs)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, part)
+        if mode == "continuous":
+            lanes = state.lanes.map_examples(lambda _, parts, axis: join(parts, axis), lanes)
+        else:
+            lanes = state.lanes
+        return grads, (metrics, jax.tree.map(lambda x: x[0], mutables), lanes)
+
     def train_step(state: TrainState, batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient = jax.value_and_grad(objective, has_aux=True)
         part = trainable.part(state)
-        (_, (metrics, mutables, lanes)), grads = gradient(part, state, batch, rng)
+        compute = gradient if num_microbatches == 1 else accumulated
+        grads, (metrics, mutables, lanes) = compute(part, state, batch, rng)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, part)
