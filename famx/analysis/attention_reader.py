@@ -1,0 +1,321 @@
+"""Reads a text block by block and keeps the attention of chosen blocks; the model knows nothing of it.
+
+While a layer reads a block, an interceptor of its methods keeps the queries and keys, which are small.
+The probabilities are then computed from them by the model's own `attend` and `visible`, one layer at a
+time, so that memory is that of one layer's maps besides what is kept.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from famx.analysis.attention_maps import AttentionMaps, AttentionSummary
+from famx.analysis.pictures import NO_TOKEN
+from famx.decoding.streaming import check_ids, check_position
+from famx.modules import Decoder, DecoderState
+from famx.modules.attention import attend, visible
+from famx.modules.config import DecoderConfig
+from famx.modules.layer import MASS, Layer
+
+
+@flax.struct.dataclass
+class LayerInputs:
+    """What the attention of one block is computed from; here of all layers, the axis in front.
+
+    Attributes:
+      queries: of the block's tokens `[layers, S, H, Dh]`.
+      keys: of the past blocks and the own one `[layers, M + 1, S, K, Dh]`.
+      memory_queries, memory_keys: `qF [layers, N, H, Dh]` and `kF [layers, N, K, Dh]`.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    memory_queries: jax.Array
+    memory_keys: jax.Array
+
+
+def token_probabilities(config: DecoderConfig, inputs: LayerInputs, block):
+    """Of the block's tokens, `[H, S, N + M * S + S]`; `inputs` of one layer."""
+    c = config
+    keys = inputs.keys.reshape(-1, *inputs.keys.shape[2:])
+    keys = jnp.concatenate([inputs.memory_keys, keys])
+    missing = jnp.maximum(c.memory_segments - block, 0)
+    mask = visible(c, jnp.arange(c.block_size)[:, None], jnp.arange(len(keys)), missing)
+    probabilities = attend(inputs.queries, keys, keys, mask, c)[1]
+    return probabilities.reshape(c.num_heads, *mask.shape)
+
+
+def memory_probabilities(config: DecoderConfig, inputs: LayerInputs):
+    """Of the memory's queries while it compresses the block, `[H, N, N + S]`; `inputs` of one layer."""
+    c = config
+    if not c.fam_length:
+        return jnp.zeros((c.num_heads, 0, c.block_size), jnp.promote_types(c.dtype, jnp.float32))
+    keys = jnp.concatenate([inputs.memory_keys, inputs.keys[-1]])
+    probabilities = attend(inputs.memory_queries, keys, keys, None, c)[1]
+    return probabilities.reshape(c.num_heads, c.fam_length, len(keys))
+
+
+class AttentionReader:
+    """Attention maps of texts of any length, with one program for every block.
+
+    Args:
+      module: the decoder; its computation settings (chunks, remat) do not matter.
+      top: how many source tokens of each memory token the summary names.
+    """
+
+    def __init__(self, module: Decoder, top: int = 4):
+        self.config = c = dataclasses.replace(module.config, blocks_per_chunk=None, remat="none")
+        if top < 1:
+            raise ValueError(f"top must be at least 1, got {top}.")
+        top = min(top, c.block_size)
+        decoder = Decoder(c)
+
+        @functools.partial(jax.jit, static_argnames="aligned")
+        def step(params, state, tokens, count, aligned):
+            valid = jnp.arange(tokens.shape[1])[None] < count
+            with nn.intercept_methods(_Capture()):
+                (_, after), kept = decoder.apply(
+                    {"params": params}, tokens, state, valid, aligned, method="read", mutable=[MASS]
+                )
+            kept = kept[MASS]["layers"]
+            first = lambda name: kept[name][0][:, 0]  # the only example, or the first block
+            memory = [first(name)[:, 0] for name in _OF_MEMORY] if c.fam_length else [
+                jnp.zeros((c.num_layers, 0, heads, c.head_dim), c.dtype)
+                for heads in (c.num_heads, c.num_kv_heads)
+            ]  # fmt: skip
+            inputs = LayerInputs(first("queries"), first("keys"), *memory)
+            start = state.position[0] % c.block_size
+            block = state.position[0] // c.block_size
+            figures = lambda layer: _figures(c, layer, block, start, start + count, top)
+            return after, inputs, jax.lax.map(figures, inputs)
+
+        @jax.jit
+        def maps(inputs, layer, heads, block):
+            inputs = jax.tree.map(lambda x: x[layer], inputs)
+            return token_probabilities(c, inputs, block)[heads], memory_probabilities(c, inputs)[heads]
+
+        self._step, self._maps = step, maps
+        self._initial = jax.jit(
+            lambda params: decoder.apply({"params": params}, 1, method="initial_state")
+        )
+
+    def num_bytes(self, blocks: int, layers: int | None = None, heads: int | None = None) -> int:
+        """Bytes of the maps of so many blocks, layers and heads (None: all)."""
+        c = self.config
+        cells = c.block_size * (c.fam_length + (c.memory_segments + 1) * c.block_size)
+        cells += c.fam_length * (c.fam_length + c.block_size)
+        wide = jnp.promote_types(c.dtype, jnp.float32).itemsize
+        count = (c.num_layers if layers is None else layers) * (c.num_heads if heads is None else heads)
+        return blocks * count * cells * wide
+
+    def read(
+        self,
+        params,
+        pieces: Iterable[Sequence[int]],
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        blocks: Sequence[int] | None = None,
+        state: DecoderState | None = None,
+        label: Callable[[int], str] = str,
+    ) -> AttentionMaps:
+        """Reads one text.
+
+        Args:
+          params: the decoder's parameters.
+          pieces: the text's token ids, bos included, in pieces of any size: `[ids]`, or what an
+            iterator yields. One block is held at a time.
+          layers, heads: whose maps are kept; None: all.
+          blocks: whose maps are kept, by their index in the sequence, or -1 for the last, -2 for the
+            one before; None: all, which grows with the text.
+          state: where to go on reading, of one example; None: from the start.
+          label: text of a token id, for axes.
+
+        Returns:
+          The maps and the summary of all blocks. On the device nothing grows with the text; the
+          summary grows by a few figures per block.
+
+        Raises:
+          ValueError: there is no token, one is not in the vocabulary, or something that is to be kept
+            does not exist.
+        """
+        c = self.config
+        layers = _choice("layer", layers, c.num_layers)
+        heads = _choice("head", heads, c.num_heads)
+        if state is not None and state.batch_size != 1:
+            raise ValueError(f"Maps are of one text, but the state holds {state.batch_size}.")
+        wanted = None if blocks is None else set(blocks)
+        recent = collections.deque(maxlen=max((-b for b in wanted or () if b < 0), default=0))
+        kept, counts, figures = {}, [], collections.defaultdict(list)
+
+        def keep(index, slots, ids, inputs):
+            found = [self._maps(inputs, layer, np.array(heads), index) for layer in layers]
+            kept[index] = slots, ids, *(np.stack(list(map(np.asarray, part))) for part in zip(*found))
+
+        for record, found in self._steps(params, pieces, state):
+            index, (start, end), *_ = record
+            counts.append(end - start)
+            for name, x in found.items():
+                figures[name].append(x)
+            if wanted is None or index in wanted:
+                keep(*record)
+            recent.append(record)
+        if not counts:
+            raise ValueError("There is nothing to read: give at least one token.")
+        behind, first = index + 1, index + 1 - len(counts)
+        for record in recent:
+            if record[0] - behind in wanted and record[0] not in kept:
+                keep(*record)
+        for b in sorted(wanted or ()):
+            if not first <= (b + behind if b < 0 else b) < behind:
+                raise ValueError(f"There is no block {b}: the text has the blocks {first} to {index}.")
+
+        summary = self._summary(first, counts, figures)
+        chosen = tuple(sorted(kept))
+        size, past = c.block_size, c.memory_segments * c.block_size
+        shapes = (
+            (2,), (past + size,), (len(layers), len(heads), size, c.fam_length + past + size),
+            (len(layers), len(heads), c.fam_length, c.fam_length + size),
+        )  # fmt: skip
+        slots, ids, tokens, memory = (
+            np.array([kept[b][i] for b in chosen]).reshape(len(chosen), *shape)
+            for i, shape in enumerate(shapes)
+        )
+        read = (np.arange(size) >= slots[:, :1]) & (np.arange(size) < slots[:, 1:])
+        tokens = np.where(read[:, None, None, :, None], tokens, 0)
+        memory = np.where((slots[:, 1] == size)[:, None, None, None, None], memory, 0)
+        seen = np.union1d(ids, summary.source_ids).astype(int).tolist()
+        texts = {token: label(token) for token in seen if token != NO_TOKEN}
+        return AttentionMaps(
+            size, c.memory_segments, c.fam_length, c.window_mask, chosen, layers, heads,
+            slots.astype(np.int32), ids.astype(np.int32), tokens, memory, texts, summary,
+        )  # fmt: skip
+
+    def _steps(self, params, pieces, state):
+        """Reads block by block; yields `(index, (first slot, end), window's ids, inputs)`, figures."""
+        c = self.config
+        state = self._initial(params) if state is None else state
+        index, start = divmod(int(state.position[0]), c.block_size)
+        window = np.full((c.memory_segments + 1, c.block_size), NO_TOKEN, np.int32)
+        for ids in _blocks(pieces, c.block_size, c.block_size - start):
+            end = start + len(ids)
+            check_ids(ids, c.vocab_size)
+            check_position(np.array([index * c.block_size + end], np.int64))
+            window[-1, start:end] = ids
+            tokens = np.zeros((1, max(c.block_size, 2)), np.int32)  # one token is read another way
+            tokens[0, : len(ids)] = ids
+            state, inputs, figures = self._step(params, state, tokens, len(ids), aligned=start == 0)
+            figures = jax.tree.map(np.array, figures)  # copies: a view would keep the device's
+            if c.fam_length and end == c.block_size:
+                figures["source_ids"] = window[-1][figures["source_slots"]]
+            else:
+                figures = {name: figures[name] for name in _OF_EVERY_BLOCK}
+            yield (index, (start, end), window.reshape(-1).copy(), inputs), figures
+            window = np.roll(window, -1, axis=0)
+            window[-1] = NO_TOKEN
+            index, start = index + 1, 0
+
+    def _summary(self, first, counts, figures):
+        """The figures of all blocks, of length 0 where no block gave one."""
+        c = self.config
+        shapes = {"written": (c.fam_length,), "place": (c.fam_length,)}
+        shapes |= dict.fromkeys(("source_slots", "source_ids", "source_weights"), (c.fam_length, 0))
+        gathered = {}
+        for field in dataclasses.fields(AttentionSummary)[2:]:
+            whole = field.name in ("source_slots", "source_ids")
+            shape = (0, c.num_layers, *shapes.get(field.name, (c.num_heads,)))
+            empty = np.zeros(shape, np.int32 if whole else np.float32)
+            gathered[field.name] = np.stack(figures[field.name]) if figures[field.name] else empty
+        return AttentionSummary(first, np.array(counts, np.int32), **gathered)
+
+
+_OF_MEMORY = ("memory_queries", "memory_keys")
+_OF_EVERY_BLOCK = ("on_memory", "on_past", "on_block", "entropy", "read")
+
+
+class _Capture:
+    """An interceptor that keeps, in the collection MASS, what the attention of each `Layer` reads."""
+
+    def __init__(self):
+        self._projected = None  # queries and keys of the layer's tokens, its first projection
+
+    def __call__(self, function, args, kwargs, context):
+        layer, method = context.module, context.method_name
+        if not isinstance(layer, Layer):
+            return function(*args, **kwargs)
+        if method == "read_chunk":
+            self._projected = None
+        out = function(*args, **kwargs)
+        if method == "qkv" and self._projected is None:
+            self._projected = out
+        elif method == "update_memory":
+            for name, x in zip(_OF_MEMORY, args[1]):
+                layer.sow(MASS, name, x)
+        elif method == "read_chunk":
+            _, _, window, _, here = args
+            queries, own, _ = self._projected
+            own = own[:, 0]
+            if here.start is not None:  # the state holds the first tokens of the block
+                held = jnp.arange(own.shape[1]) < here.start[:, None]
+                own = jnp.where(held[..., None, None], window[:, -1], own)
+            layer.sow(MASS, "queries", queries[:, 0])
+            layer.sow(MASS, "keys", jnp.concatenate([window[:, :-1], own[:, None]], axis=1))
+        return out
+
+
+def _figures(config: DecoderConfig, inputs: LayerInputs, block, start, end, top):
+    """A block's part of `AttentionSummary` without `source_ids`; `inputs` of one layer."""
+    n, slots = config.fam_length, jnp.arange(config.block_size)
+    past = n + config.memory_segments * config.block_size
+    p = token_probabilities(config, inputs, block)
+    weight = ((slots >= start) & (slots < end)) / (end - start)
+    mean = lambda x: jnp.einsum("hsx,s->hx", x, weight.astype(x.dtype))
+    entropy = lambda x: jnp.sum(jax.scipy.special.entr(x), axis=-1)
+    masses = mean(p)
+    out = {
+        "on_memory": masses[:, :n].sum(-1),
+        "on_past": masses[:, n:past].sum(-1),
+        "on_block": masses[:, past:].sum(-1),
+        "entropy": mean(entropy(p)[..., None])[:, 0],
+        "read": masses[:, :n].mean(0),
+    }
+    if not n:
+        return out
+    m = memory_probabilities(config, inputs)
+    sources = m[..., n:].mean(0)
+    written = sources.sum(-1)
+    weights, found = jax.lax.top_k(sources, top)
+    return out | {
+        "memory_on_memory": m[..., :n].sum(-1).mean(-1),
+        "memory_entropy": entropy(m).mean(-1),
+        "written": written,
+        "place": sources @ slots.astype(m.dtype) / jnp.maximum(written, jnp.finfo(m.dtype).tiny),
+        "source_slots": found.astype(jnp.int32),
+        "source_weights": weights,
+    }
+
+
+def _blocks(pieces: Iterable[Sequence[int]], size: int, first: int) -> Iterator[np.ndarray]:
+    """The ids of `pieces` as int32 arrays of `first` tokens and then of `size`, the last one shorter."""
+    ids = itertools.chain.from_iterable(map(int, piece) for piece in pieces)
+    while block := list(itertools.islice(ids, first)):
+        yield np.array(block, np.int64)
+        first = size
+
+
+def _choice(name: str, chosen: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The indices `chosen`, each once; None: all `count`."""
+    chosen = range(count) if chosen is None else chosen
+    if not len(chosen):
+        raise ValueError(f"No {name} is named: name one, or leave them out for all.")
+    for i in chosen:
+        if not 0 <= i < count:
+            raise ValueError(f"There is no {name} {i}: the model has {name}s 0 to {count - 1}.")
+    return tuple(dict.fromkeys(int(i) for i in chosen))

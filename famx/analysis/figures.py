@@ -1,0 +1,269 @@
+"""Static figures of attention maps; matplotlib alone, colours that the colour-blind can tell apart.
+
+Each function returns a `matplotlib.figure.Figure`, which `savefig` writes and a notebook shows. The
+memory is orange, past blocks are blue, a block's own tokens green. Shades grow with the square root
+of the probability, so that small ones are seen; grey is what a query does not see. Of very large maps
+neighbouring cells are drawn as one, by the largest of them.
+"""
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import offset_copy
+
+from famx.analysis.attention_maps import AttentionMaps, AttentionSummary
+from famx.analysis.pictures import Picture
+
+MEMORY, PAST, OWN, UNSEEN = "#E69F00", "#56B4E9", "#009E73", "#E4E4E4"
+_LABELLED = 120  # tokens along an axis that are still named
+_DRAWN = 1000  # rows or columns that are drawn one by one
+_STRIP = 6  # points: the coloured margin
+_SCALE = matplotlib.colormaps["cividis"].with_extremes(bad=UNSEEN)
+
+
+def map_figure(picture: Picture) -> Figure:
+    """One map: queries downwards, keys to the right, tokens named where there is room."""
+    rows, columns = picture.values.shape
+    named = max(rows, columns) <= _LABELLED
+    inch = 0.16 if named else min(0.16, 9 / max(rows, columns))
+    width = max(inch * columns, 2.5)
+    figure = _figure(2.6 + width, 1.6 + max(inch * rows, 2.0))
+    axes = figure.subplots()
+    image = _draw(axes, picture, named, width, np.nanmax(picture.values))
+    axes.set_xlabel("keys (grey: not seen by the query)")
+    axes.set_ylabel("queries")
+    figure.colorbar(image, ax=axes, label="attention", shrink=0.8, pad=0.02)
+    head = "mean over heads" if picture.head is None else f"head {picture.head}"
+    figure.suptitle(f"Attention, layer {picture.layer}, {head}")
+    return figure
+
+
+def heads_figure(maps: AttentionMaps, layer: int, block: int) -> Figure:
+    """The maps of one layer and block, every kept head beside the others on one colour scale."""
+    across = min(4, len(maps.heads))
+    down = -(-len(maps.heads) // across)
+    figure = _figure(1.2 + 3.2 * across, 1.0 + 3.0 * down)
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat[len(maps.heads) :]:
+        axes.set_axis_off()
+    pictures = [maps.as_picture(layer, head, block) for head in maps.heads]
+    top = max(np.nanmax(picture.values) for picture in pictures)
+    for axes, head, picture in zip(grid.flat, maps.heads, pictures):
+        image = _draw(axes, picture, False, 2.7, top)
+        axes.set_title(f"head {head}", fontsize=10, pad=20)
+    figure.colorbar(image, ax=grid, label="attention", shrink=0.8)
+    figure.suptitle(f"Attention, layer {layer}, block {block}")
+    return figure
+
+
+def mass_figure(summary: AttentionSummary) -> Figure:
+    """Where attention goes in each layer: that of the tokens, and that of the memory's queries."""
+    figure = _figure(2.0 + 0.9 * max(4, summary.on_memory.shape[1]), 3.8)
+    panels = {
+        "block tokens": ("on_memory", "on_past", "on_block"),
+        "memory while it compresses": ("memory_on_memory", "memory_on_block"),
+    }
+    colors = {"on_memory": MEMORY, "on_past": PAST, "on_block": OWN}
+    labels = {"on_memory": "memory", "on_past": "past blocks", "on_block": "own block"}
+    means = {name: summary.mean(name) for name in (*colors, "memory_on_memory")}
+    if means["memory_on_memory"] is not None:
+        means["memory_on_block"] = 1 - means["memory_on_memory"]
+    for axes, (title, names) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
+        axes.set_title(title)
+        axes.set_xlabel("layer")
+        if means[names[0]] is None:
+            _nothing(axes, "the memory was never updated")
+            continue
+        layers, bottom = np.arange(len(means[names[0]])), 0
+        for name in names:
+            part, kind = means[name].mean(axis=1), name.removeprefix("memory_")
+            label = labels[kind] if part.any() else None
+            axes.bar(layers, part, bottom=bottom, color=colors[kind], label=label, width=0.7)
+            bottom = bottom + part
+        heads = means[names[0]].shape[1]
+        x = layers[:, None] + (np.linspace(-0.22, 0.22, heads) if heads > 1 else 0)
+        dots = dict(color="black", s=10, zorder=3, label="memory, each head", clip_on=False)
+        axes.scatter(x.ravel(), means[names[0]].ravel(), **dots)
+        axes.set_xticks(layers)
+        axes.set_ylim(0, 1)
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("share of attention")
+            legend = axes.get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def entropy_figure(summary: AttentionSummary) -> Figure:
+    """How widely attention is spread, block after block: the mean over heads and their range."""
+    figure = _figure(9, 3.6)
+    panels = {"block tokens": "entropy", "memory while it compresses": "memory_entropy"}
+    for axes, (title, name) in zip(figure.subplots(1, 2), panels.items()):
+        values = getattr(summary, name)
+        axes.set_title(title)
+        axes.set_xlabel("block")
+        axes.set_ylabel("entropy (nats)")
+        if not len(values):
+            _nothing(axes, "the memory was never updated")
+            continue
+        blocks = summary.first_block + np.arange(len(values))
+        for layer, color in enumerate(_line_colors(values.shape[1])):
+            heads = values[:, layer]
+            style = dict(color=color, marker="o" if len(blocks) < 40 else "", markersize=3)
+            axes.plot(blocks, heads.mean(axis=-1), label=f"layer {layer}", **style)
+            axes.fill_between(blocks, heads.min(-1), heads.max(-1), color=color, alpha=0.15, lw=0)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if values.shape[1] <= 12:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def travel_figure(summary: AttentionSummary, layer: int) -> Figure:
+    """How the attention from and to each memory token of a layer travels over the blocks.
+
+    From top to bottom: how much the block's tokens read of it, how much of its own attention goes to
+    the block, and to which slot on average.
+    """
+    count = summary.read.shape[2]
+    figure = _figure(9, 2.0 + 3 * max(1.1, 0.11 * count))
+    panels = {"read": "attention of\nblock tokens", "written": "share of its attention\non the block"}
+    shades = {"read": "cividis", "written": "cividis", "place": "viridis"}
+    panels["place"] = f"mean slot of the block\n(0 to {int(summary.counts.max()) - 1})"
+    for axes, (name, title) in zip(figure.subplots(3, 1, sharex=True), panels.items()):
+        values = getattr(summary, name)
+        axes.set_ylabel("memory token")
+        if not values.size:
+            _nothing(axes, "there is no memory" if not count else "the memory was never updated")
+            continue
+        first = summary.first_block - 0.5
+        image = axes.imshow(
+            values[:, layer].T, aspect="auto", cmap=shades[name], interpolation="nearest",
+            vmin=0, vmax=1 if name == "written" else None,
+            extent=(first, first + len(values), count - 0.5, -0.5),
+        )  # fmt: skip
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=axes, pad=0.01).set_label(title, fontsize=8)
+    axes.set_xlabel("block")
+    figure.suptitle(f"Memory tokens of layer {layer} over blocks")
+    return figure
+
+
+def sources_figure(maps: AttentionMaps, layer: int, block: int) -> Figure:
+    """What each memory token compressed of a block: the tokens that it attends to most."""
+    found = maps.sources(layer, block)
+    weights = np.array([[weight for *_, weight in sources] for sources in found])
+    figure = _figure(2.2 + 1.5 * weights.shape[1], 1.5 + 0.26 * len(found))
+    axes = figure.subplots()
+    image = axes.imshow(
+        weights, aspect="auto", cmap="cividis", norm=PowerNorm(0.5, 0, max(weights.max(), 1e-6))
+    )
+    for row, sources in enumerate(found):
+        for column, (slot, text, weight) in enumerate(sources):
+            dark = image.norm(weight) < 0.55
+            shown = f"{_plain(_short(text))}  [{slot}]  {weight:.2f}"
+            color = "white" if dark else "black"
+            axes.text(column, row, shown, ha="center", va="center", fontsize=7, color=color)
+    axes.set_yticks(range(len(found)), [f"F{n}" for n in range(len(found))], fontsize=7)
+    axes.set_xticks(range(weights.shape[1]), [f"{n + 1}." for n in range(weights.shape[1])])
+    axes.set_xlabel("source token  [slot in the block]  attention, mean over heads")
+    axes.set_ylabel("memory token")
+    figure.colorbar(image, ax=axes, label="attention", pad=0.02)
+    figure.suptitle(f"What the memory of layer {layer} compressed of block {block}")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw(axes, picture: Picture, named: bool, width: float, top: float):
+    """One map with a coloured margin.
+
+    Args:
+      axes: where it is drawn.
+      picture: the map.
+      named: with a label for every token.
+      width: of the axes in inches, about.
+      top: the largest value of the colour scale.
+    """
+    rows, columns = picture.values.shape
+    image = axes.imshow(
+        _pooled(picture.values), cmap=_SCALE, norm=PowerNorm(0.5, 0, top), interpolation="nearest",
+        extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
+        aspect="equal" if named or 0.4 < rows / columns < 2.5 else "auto",
+    )  # fmt: skip
+    drawn = set(picture.rows.block.tolist())
+    for axis, is_row in ((picture.rows, True), (picture.columns, False)):
+        base = axes.get_yaxis_transform() if is_row else axes.get_xaxis_transform()
+        shift = {"x": -_STRIP / 2} if is_row else {"y": _STRIP / 2}
+        margin = offset_copy(base, axes.figure, units="points", **shift)
+        for first, end, block, memory in axis.segments():
+            color = MEMORY if memory else OWN if block in drawn else PAST
+            along, across = (first - 0.5, end - 0.5), (0, 0) if is_row else (1, 1)
+            strip = Line2D(
+                *((across, along) if is_row else (along, across)), color=color, linewidth=_STRIP,
+                transform=margin, clip_on=False, solid_capstyle="butt",
+            )  # fmt: skip
+            axes.add_line(strip)
+            if first:  # the memory is bordered on both sides
+                line = axes.axhline if is_row else axes.axvline
+                bordered = memory or axis.memory[first - 1]
+                line(first - 0.5, color=MEMORY if bordered else "white", lw=0.9)
+            room = width * (end - first) / columns
+            short, name = ("", "FAM") if memory else (str(block), f"block {block}")
+            if not is_row and room > 0.09:
+                axes.annotate(
+                    name if room > 0.075 * len(name) else short, ((first + end - 1) / 2, 1),
+                    xytext=(0, _STRIP + 2), xycoords=base, textcoords="offset points",
+                    ha="center", va="bottom", fontsize=7,
+                )  # fmt: skip
+    for axis, set_ticks, which in (
+        (picture.columns, axes.set_xticks, "x"), (picture.rows, axes.set_yticks, "y"),
+    ):  # fmt: skip
+        if named:
+            labels = [_plain(_short(text)) for text in axis.labels]
+            set_ticks(range(len(labels)), labels, fontsize=6, rotation=90 if which == "x" else 0)
+        else:
+            at = [first for first, *_, memory in axis.segments() if not memory]
+            set_ticks(at, [f"{axis.block[i]}:{axis.slot[i]}" for i in at], fontsize=6)
+        axes.tick_params(axis=which, length=0, pad=_STRIP + 2 if which == "y" else 2)
+    return image
+
+
+def _pooled(values):
+    """`values` where there is room for them, else the largest of each few neighbours."""
+    rows, columns = (-(-size // _DRAWN) for size in values.shape)
+    if rows == columns == 1:
+        return values
+    spare = [(0, -size % n) for size, n in zip(values.shape, (rows, columns))]
+    values = np.pad(values, spare, constant_values=np.nan)
+    values = values.reshape(values.shape[0] // rows, rows, values.shape[1] // columns, columns)
+    return np.fmax.reduce(values, axis=(1, 3))
+
+
+def _nothing(axes, sentence: str):
+    axes.text(0.5, 0.5, sentence, ha="center", va="center", transform=axes.transAxes, fontsize=9)
+
+
+def _line_colors(count: int):
+    """Okabe and Ito's colours for a few lines, a scale for many."""
+    few = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    if count <= len(few):
+        return few[:count]
+    return matplotlib.colormaps["viridis"](np.linspace(0, 0.95, count))
+
+
+def _short(text: str, limit: int = 12) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _plain(text: str) -> str:
+    """The text without a meaning to matplotlib's formulas."""
+    return text.strip(" ").replace("$", r"\$") or "␣"

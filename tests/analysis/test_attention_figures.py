@@ -1,0 +1,228 @@
+"""Figures and the page show the numbers of the maps, whatever the texts hold."""
+
+import base64
+import functools
+import html.parser
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib import image as images
+from matplotlib.colors import to_hex
+from modules.helpers import config, random_params, random_tokens
+
+from famx.analysis import AttentionReader, figures, interactive
+from famx.errors import ConfigError
+from famx.modules import Decoder
+
+S, N, M = 8, 3, 2
+TEXTS = ["a", "$x^2", "<b>", "</script>", "@DATA@", "a\\b", "&amp;", "c", "␣", '"', "梦", "$5", "x" * 40]
+pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing from")
+
+
+@functools.cache
+def make_maps(**changes):
+    sizes = dict(block_size=S, fam_length=N, memory_segments=M, num_heads=4, head_dim=4)
+    c = config(**{**sizes, **changes})
+    tokens = random_tokens(1, 4 * S + 3)[0]
+    return AttentionReader(Decoder(c)).read(random_params(c), [tokens], label=lambda i: TEXTS[i])
+
+
+def drawn(figure):
+    """The figure after it was drawn, and the shapes of its picture."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=60)
+    file.seek(0)
+    pixels = images.imread(file)
+    assert pixels[..., :3].std() > 0.01
+    return figure
+
+
+def shown(axes):
+    return np.ma.filled(axes.get_images()[0].get_array().astype(float), np.nan)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_a_map_shows_probabilities_tokens_and_margins():
+    maps = make_maps()
+    picture = maps.as_picture(1, 0, 3)
+    axes = drawn(figures.map_figure(picture)).axes[0]
+    np.testing.assert_array_equal(shown(axes), picture.values)
+    labels = [label.get_text().replace(r"\$", "$") for label in axes.get_yticklabels()]
+    wanted = [text if len(text) <= 12 else text[:11] + "…" for text in picture.rows.labels]
+    assert labels == wanted and len(axes.get_xticklabels()) == N + (M + 1) * S
+    strips = [line for line in axes.get_lines() if line.get_linewidth() == figures._STRIP]
+    colors = [to_hex(line.get_color()).upper() for line in strips]
+    memory, past, own = figures.MEMORY, figures.PAST, figures.OWN
+    assert colors == [memory, own, past, past, memory, own]
+    assert [text.get_text() for text in axes.texts] == ["block 1", "block 2", "FAM", "block 3"]
+
+
+def test_many_tokens_are_not_named_one_by_one(monkeypatch):
+    monkeypatch.setattr(figures, "_LABELLED", 20)
+    axes = drawn(figures.map_figure(make_maps().as_picture(0))).axes[0]
+    places = [f"{block}:0" for block in range(5)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == places
+    assert [label.get_text() for label in axes.get_yticklabels()] == places
+    names = [x for b in range(4) for x in ("FAM", f"block {b}")] + ["FAM", "4"]  # a narrow one
+    assert [text.get_text() for text in axes.texts] == names
+
+
+def test_a_very_large_map_shows_the_largest_of_neighbouring_cells(monkeypatch):
+    monkeypatch.setattr(figures, "_DRAWN", 15)
+    picture = make_maps().as_picture(0, 0, 3)  # 11 rows, 27 columns
+    axes = drawn(figures.map_figure(picture)).axes[0]
+    found = shown(axes)
+    assert found.shape == (11, 14) and axes.get_images()[0].get_extent() == [-0.5, 26.5, 10.5, -0.5]
+    for i in range(11):
+        for j in range(14):
+            part = picture.values[i, 2 * j : 2 * j + 2]
+            part = part[~np.isnan(part)]
+            assert found[i, j] == part.max() if part.size else np.isnan(found[i, j])
+
+
+def test_heads_stand_side_by_side_on_one_scale():
+    maps = make_maps()
+    figure = drawn(figures.heads_figure(maps, 1, 2))
+    assert [axes.get_title() for axes in figure.axes[:4]] == [f"head {head}" for head in range(4)]
+    for head, axes in enumerate(figure.axes[:4]):
+        np.testing.assert_array_equal(shown(axes), maps.as_picture(1, head, 2).values)
+    tops = {axes.get_images()[0].norm.vmax for axes in figure.axes[:4]}
+    assert tops == {max(maps.tokens[2, 1].max(), maps.memory[2, 1].max())}
+
+
+def test_masses_are_stacked_to_one():
+    summary = make_maps().summary
+    left, right = drawn(figures.mass_figure(summary)).axes
+    heights = lambda axes: np.array([bar.get_height() for bar in axes.patches]).reshape(-1, 2)
+    parts = [summary.mean(name).mean(axis=1) for name in ("on_memory", "on_past", "on_block")]
+    np.testing.assert_allclose(heights(left), parts)
+    np.testing.assert_allclose(heights(right)[0], summary.mean("memory_on_memory").mean(axis=1))
+    np.testing.assert_allclose(heights(right).sum(axis=0), 1)
+    dots = left.collections[0].get_offsets()
+    np.testing.assert_allclose(dots[:, 1], summary.mean("on_memory").ravel())
+
+
+def test_entropy_and_travel_are_those_of_the_summary():
+    summary = make_maps().summary
+    for axes, name in zip(drawn(figures.entropy_figure(summary)).axes, ("entropy", "memory_entropy")):
+        lines = [line.get_ydata() for line in axes.get_lines()]
+        np.testing.assert_allclose(np.transpose(lines), getattr(summary, name).mean(axis=-1))
+    found = drawn(figures.travel_figure(summary, 1)).axes
+    for axes, name in zip(found[:3], ("read", "written", "place")):
+        np.testing.assert_allclose(shown(axes), getattr(summary, name)[:, 1].T)
+    assert len(shown(found[0]).T) == 5 and len(shown(found[1]).T) == 4  # the last block is incomplete
+
+
+def test_sources_are_written_out():
+    maps = make_maps()
+    axes = drawn(figures.sources_figure(maps, 1, 2)).axes[0]
+    texts = iter(text.get_text().replace(r"\$", "$") for text in axes.texts)
+    for sources in maps.sources(1, 2):
+        for slot, text, weight in sources:
+            text = text if len(text) <= 12 else text[:11] + "…"
+            assert next(texts) == f"{text}  [{slot}]  {weight:.2f}"
+
+
+def test_what_does_not_exist_is_said_in_the_figure():
+    without = make_maps(fam_length=0)
+    sentences = lambda figure: {text.get_text() for axes in drawn(figure).axes for text in axes.texts}
+    assert sentences(figures.mass_figure(without.summary)) == {"the memory was never updated"}
+    assert sentences(figures.entropy_figure(without.summary)) == {"the memory was never updated"}
+    assert sentences(figures.travel_figure(without.summary, 0)) == {"there is no memory"}
+    drawn(figures.map_figure(without.as_picture(0, 0, 4)))
+    incomplete = make_maps(block_size=64)
+    assert sentences(figures.travel_figure(incomplete.summary, 0)) == {"the memory was never updated"}
+
+
+# ---------------------------------------------------------------- the page
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the text of the script with the id `data`."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.data, self._inside = [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._inside = ("id", "data") in attributes
+
+    def handle_data(self, data):
+        self.data += data if self._inside else ""
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+
+def make_page(maps, **arguments):
+    pytest.importorskip("plotly")
+    return interactive.attention_page(maps, **arguments)
+
+
+def test_the_page_holds_every_map_and_needs_no_network():
+    maps = make_maps()
+    page = Page(make_page(maps, title="<i>& maps</i>"))
+    assert not [tag for tag, attributes in page.tags if {"src", "href"} & set(attributes)]
+    assert [tag for tag, _ in page.tags].count("script") == 3
+    data = json.loads(page.data)
+    assert data["choices"] == {"block": [0, 1, 2, 3, 4], "layer": [0, 1], "head": [0, 1, 2, 3, "mean"]}
+    for block in range(5):
+        for layer, head in [(0, 0), (1, 1), (1, None)]:
+            picture = maps.as_picture(layer, head, block)
+            name = f"{block}/{layer}/{'mean' if head is None else head}"
+            cells = np.frombuffer(base64.b64decode(data["values"][name]), "<u2")
+            cells = cells.reshape(picture.values.shape)
+            np.testing.assert_array_equal(cells == 65535, np.isnan(picture.values))
+            np.testing.assert_allclose(
+                np.where(cells == 65535, np.nan, cells / 65534), picture.values, atol=1e-5
+            )
+        columns = data["axes"][str(block)]["columns"]
+        assert columns["text"] == list(picture.columns.labels)
+        assert columns["kind"] == ["past"] * S * min(block, M) + ["memory"] * N + ["own"] * (
+            len(columns["kind"]) - S * min(block, M) - N
+        )
+
+
+def test_a_page_that_cannot_be_made_says_why(monkeypatch):
+    pytest.importorskip("plotly")
+    maps = make_maps()
+    monkeypatch.setattr(interactive, "_MAX_CELLS", 1000)
+    with pytest.raises(ConfigError, match="14,850 probabilities, and 1,000 are the most: keep fewer"):
+        interactive.attention_page(maps)
+    with pytest.raises(ConfigError, match="There is nothing to show: no block was kept."):
+        interactive.attention_page(interactive.AttentionMaps(**{**vars(maps), "blocks": ()}))
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ConfigError, match=r"needs the package 'plotly': run pip install 'famx\[note"):
+        interactive.attention_page(maps)
+
+
+@pytest.mark.slow
+def test_a_browser_draws_what_the_address_names(tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium here")
+    maps, path = make_maps(), tmp_path / "page.html"
+    path.write_text(make_page(maps))
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1100"]  # fmt: skip
+    address = f"{path.as_uri()}#block=2&layer=1&head=0"
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=55)
+    text = run([*command, "--dump-dom", address]).stdout
+    assert "heatmaplayer" in text and "<image" in text
+    body = text[text.index('<div id="text">') : text.index('<script id="data"')]
+    assert body.count("<span") == N + (M + 1) * S and "&lt;/script&gt;" in body
+    assert ">block 0<" in text and ">FAM<" in text and "Point at the map" in text
+    run([*command, f"--screenshot={tmp_path / 'page.png'}", address])
+    pixels = images.imread(tmp_path / "page.png")[..., :3]
+    for color in (figures.MEMORY, figures.PAST, figures.OWN):
+        wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        assert (np.abs(pixels - wanted).max(axis=-1) < 0.02).sum() > 200
