@@ -13,6 +13,7 @@ from gin import config as gin_config
 
 from famx import gin_utils, train
 from famx.errors import ConfigError
+from famx.training import speed
 from famx.training.checkpoints import check_same_model
 from famx.training.run_log import read_metrics
 
@@ -50,7 +51,7 @@ def start(*args, **env):
 
 
 def history(model_dir):
-    times = ("time", "tokens_per_second")
+    times = ("time", *speed.NAMES)
     lines = read_metrics(str(model_dir))
     return [{k: v for k, v in line.items() if k not in times} for line in lines]
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +37,7 @@ from famx.training.checkpoints import Checkpointer, check_model_dir, check_same_
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import make_feed
 from famx.training.run_log import RunLog
+from famx.training.speed import Profile, SpeedMeter
 from famx.training.step import make_initializer, make_train_step
 from famx.training.trainable import Trainable
 
@@ -81,6 +81,7 @@ def train(
     trainable: str = "all",
     frozen_dtype: str | None = None,
     num_microbatches: int = 1,
+    profile_steps: str | None = None,
 ) -> dict[str, float]:
     """Trains a model, or goes on where the last run in `model_dir` stopped, bit for bit.
 
@@ -113,6 +114,7 @@ def train(
       frozen_dtype: of matrices that do not learn: "bfloat16" or "int8"; None: as they are.
       num_microbatches: parts of the batch that are read one after another, to need less memory; the
         step is the same.
+      profile_steps: "10:13" traces these steps to `MODEL_DIR/profile`, see `Profile`.
 
     Returns:
       The last logged scalars.
@@ -127,6 +129,7 @@ def train(
             raise ConfigError(f"{name} must be at least 1, not {value}.")
     if "targets" not in task_feature_lengths:
         raise ConfigError("TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}.")
+    profile = Profile(profile_steps, directory)
     mesh = partitioning.make_mesh()
     rules = partitioning.rules()
     partitioning.check_batch_size(batch_size, mesh, num_microbatches)
@@ -231,7 +234,10 @@ def train(
         merge = jax.jit(model.merged)
         stop = stack.enter_context(stop_signal())
         scalars: dict[str, float] = {}
-        tokens, began, saved, skipped = 0, time.monotonic(), step, 0
+        saved, skipped = step, 0
+        from_start = state_passing_mode in ("none", "random") and not with_start
+        speed = SpeedMeter(model.config, from_start, trainable == "all")
+        stack.callback(profile.close)
 
         def save():
             data = {"feed": feed.get_state(), "pending": pending}
@@ -258,11 +264,16 @@ def train(
 
         while step < total_steps and not stop():
             state = state.replace(lanes=feed.prepare(step, state.params, state.lanes))
-            batch, blocks = feed.next(step)
-            batch.pop("answer", None)
-            tokens += batch["decoder_target_tokens"].size * shard[1]
-            state, metrics = train_step(state, place(batch))
+            with speed.waiting():
+                batch, blocks = feed.next(step)
+                batch.pop("answer", None)
+                batch = place(batch)
+            profile.before(step + 1)
+            state, metrics = train_step(state, batch)
             step += 1
+            speed.count(*batch["decoder_target_tokens"].shape)
+            if profile.after(step, metrics):
+                log.message(f"The trace of steps {profile_steps} is in {profile.directory}.")
             values = {k: [float(m.total), float(m.count)] for k, m in jax.device_get(metrics).items()}
             pending.append([blocks, values])
             skipped = skipped + 1 if values["skipped"][0] else 0
@@ -271,11 +282,10 @@ def train(
                 log.message(f"Step {step}: {curriculum.blocks[curriculum.stage]} blocks unlocked.")
             if step % log_period == 0 or step == total_steps:
                 scalars = _summary(pending)
-                elapsed = time.monotonic() - began
-                scalars |= {"tokens_per_second": tokens / elapsed}
+                scalars |= speed.report()
                 if curriculum is not None:
                     scalars["blocks"] = curriculum.blocks[curriculum.stage]
-                pending, tokens, began = [], 0, time.monotonic()
+                pending = []
                 log.write(step, scalars)
                 log.progress(step, scalars)
             if step % checkpoint_period == 0:
@@ -283,7 +293,7 @@ def train(
                 saved = step
             if eval_period and step % eval_period == 0 and step < total_steps:
                 evaluate()
-                began = time.monotonic()
+                speed.restart()
 
         # ------------------------------------------------------------ end
         if step != saved or checkpointer.latest_step() is None:

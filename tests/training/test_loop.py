@@ -16,12 +16,12 @@ from tiny import BLOCK, BLOCKS, assert_identical, make_model, passkey
 from famx.data import TextFiles, registry
 from famx.errors import ConfigError
 from famx.state_passing import RandomState
-from famx.training import loop
+from famx.training import loop, speed
 from famx.training.curriculum import Curriculum
 from famx.training.run_log import read_metrics
 
 STEPS, BATCH = 9, 4
-TIMES = ("time", "tokens_per_second")
+TIMES = ("time", *speed.NAMES)
 
 
 @dataclasses.dataclass

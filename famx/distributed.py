@@ -1,0 +1,101 @@
+"""Several processes that train one model: how they find each other, and how they say that they stopped.
+
+    python -m famx.train --multiprocess ...                              on TPU, GKE or Slurm
+    python -m famx.train --coordinator_address=host:1234 --num_processes=2 --process_id=0 ...
+
+The first form takes everything from its surroundings; the second works everywhere, with one command
+per process. `launch/` writes these commands.
+"""
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from absl import flags
+
+from famx.errors import ConfigError
+
+_MULTIPROCESS = flags.DEFINE_bool(
+    "multiprocess", False, "One of several processes that TPU, GKE or Slurm started."
+)
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 is reached.")
+_COUNT = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+
+def initialize() -> None:
+    """Joins the other processes if the flags say that there are any; before jax makes its devices.
+
+    Raises ConfigError if the flags do not fit together, or if `--multiprocess` finds no cluster.
+    """
+    given = (_ADDRESS.value, _COUNT.value, _INDEX.value)
+    if all(value is None for value in given):
+        if _MULTIPROCESS.value:
+            _detect()
+        return
+    if _MULTIPROCESS.value:
+        raise ConfigError(
+            "--multiprocess finds the other processes by itself: leave out --coordinator_address,"
+            " --num_processes and --process_id, or leave out --multiprocess."
+        )
+    if None in given:
+        raise ConfigError("Give all of --coordinator_address, --num_processes and --process_id, or none.")
+    address, count, index = given
+    if not re.fullmatch(r"[^\s:]+:\d+|\[[0-9a-fA-F:]+\]:\d+", address):
+        raise ConfigError(f"--coordinator_address must be HOST:PORT, not {address}.")
+    if not 0 <= index < count:
+        raise ConfigError(f"--process_id {index} must lie between 0 and {count - 1}, the last process.")
+    _join(address, count, index, cluster_detection_method="deactivate")
+
+
+def _join(*args, **kwargs) -> None:
+    jax.distributed.initialize(*args, **kwargs)
+    # jax now takes SIGTERM for itself; before training a process shall end by it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _detect() -> None:
+    try:
+        _join()
+    except ValueError as error:
+        if "must be defined" not in str(error) and "should be defined" not in str(error):
+            raise
+        raise ConfigError(
+            "--multiprocess found no TPU slice, GKE job or Slurm step around it: start the command by"
+            " one of these, or give --coordinator_address, --num_processes and --process_id."
+        ) from error
+
+
+@contextlib.contextmanager
+def noting_signals() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells, alike in all processes, whether any got SIGTERM or SIGINT within.
+
+    The handlers of the signals stay as they are.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    old = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # gets the number of each signal
+
+    def noted() -> bool:
+        try:
+            numbers = os.read(reading, 4096)
+        except BlockingIOError:
+            numbers = b""
+        mine = bool({signal.SIGTERM, signal.SIGINT} & set(numbers))
+        if jax.process_count() == 1:
+            return mine
+        from jax.experimental import multihost_utils
+
+        return bool(np.max(multihost_utils.process_allgather(np.int32(mine))))
+
+    try:
+        yield noted
+    finally:
+        signal.set_wakeup_fd(old)
+        os.close(reading)
+        os.close(writing)

@@ -1,0 +1,137 @@
+"""What a run reports of its speed, and traces of some of its steps."""
+
+import contextlib
+import pathlib
+import re
+import time
+from collections.abc import Iterator
+
+import jax
+
+from famx.errors import ConfigError
+from famx.modules import DecoderConfig
+from famx.training.flops import train_flops
+
+# Names that a run's scalars have for what depends on the machine.
+NAMES = ("tokens_per_second", "step_seconds", "data_wait", "mfu", "memory_gb")
+
+# Dense bfloat16 operations per second of one device, as its maker states them, by what its kind
+# contains; the first that fits.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of a device of this kind; None where it is not known, as for CPUs."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+class SpeedMeter:
+    """Tokens, steps and waiting between two reports.
+
+    Args:
+      config: of the model.
+      from_start: whether examples begin with the prompt, see `train_flops`.
+      every_weight: whether all parameters learn; otherwise utilisation is not reported, since the
+        operations counted are those of a whole backward pass.
+    """
+
+    def __init__(self, config: DecoderConfig, from_start: bool, every_weight: bool):
+        self._config, self._from_start = config, from_start
+        self._peak = peak_flops(jax.devices()[0].device_kind) if every_weight else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins anew from now on, as after an evaluation."""
+        self._began = time.monotonic()
+        self._tokens, self._steps, self._flops, self._waited = 0, 0, 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the next batch is made."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    def count(self, batch: int, length: int) -> None:
+        """A step over `batch` examples of `length` tokens on all devices together is done."""
+        self._tokens += batch * length
+        self._steps += 1
+        if self._peak is not None:
+            self._flops += sum(train_flops(self._config, batch, length, self._from_start).values())
+
+    def report(self) -> dict[str, float]:
+        """Since the last report: the names of `NAMES` that apply here.
+
+        `data_wait` is the share of the time in which the devices had no batch; `mfu` is the share of
+        the devices' peak that went into the operations of `train_flops`; `memory_gb` the most that
+        this process's first device ever held.
+        """
+        elapsed = time.monotonic() - self._began
+        found = {
+            "tokens_per_second": self._tokens / elapsed,
+            "step_seconds": elapsed / max(self._steps, 1),
+            "data_wait": self._waited / elapsed,
+        }
+        if self._peak is not None:
+            found["mfu"] = self._flops / elapsed / (self._peak * jax.device_count())
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            found["memory_gb"] = memory["peak_bytes_in_use"] / 1e9
+        self.restart()
+        return found
+
+
+class Profile:
+    """A trace of the steps `first:last` (both included, counted from 1) for xprof.
+
+    It is written to `MODEL_DIR/profile` and read with `tensorboard --logdir` or `xprof`.
+
+    Raises:
+      ConfigError: the steps are not written as "10:13".
+    """
+
+    def __init__(self, steps: str | None, model_dir: pathlib.Path):
+        self.directory = model_dir / "profile"
+        self.first = self.last = None
+        self._running = False
+        if steps is None:
+            return
+        found = re.fullmatch(r"(\d+):(\d+)", str(steps))
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise ConfigError(f"The steps to profile are written as 10:13, first:last; not {steps!r}.")
+        self.first, self.last = int(found[1]), int(found[2])
+
+    def before(self, step: int) -> None:
+        """Before step `step`, counted from 1."""
+        if step == self.first:
+            jax.profiler.start_trace(str(self.directory))
+            self._running = True
+
+    def after(self, step: int, result) -> bool:
+        """After it; whether the trace has been written. `result` is what the step gave."""
+        if not self._running or step < self.last:
+            return False
+        jax.block_until_ready(result)
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Ends a trace that is being made, as at the end of a run."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()

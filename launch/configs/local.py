@@ -1,0 +1,7 @@
+"""Two processes with one CPU device each."""
+
+from launch import settings
+
+
+def get_config():
+    return settings.local()

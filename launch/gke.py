@@ -1,0 +1,131 @@
+"""Trains on Google Kubernetes Engine through xpk.
+
+    python -m launch.gke --config=launch/configs/gke_v5e_256.py --config.project=my-project \\
+        --config.zone=us-west4-a --config.cluster=my-cluster --config.bucket=my-bucket \\
+        --config.base_image=python:3.12 --config.name=fam \\
+        --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR="'/mnt/famx/fam'" --dry_run
+
+Submits a workload, waits for its end and takes it away. Kubernetes begins it anew after a preemption.
+With --create_cluster the cluster is made first, and the bucket attached to it.
+"""
+
+import shlex
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from famx.errors import ConfigError
+from launch.commands import Commands, sigterm_as_ctrl_c
+from launch.job import DELETE, STOPPED, Job, add_wheel, check_model_dir, run
+
+_CREATE = flags.DEFINE_bool("create_cluster", False, "First create the cluster and attach the bucket.")
+_WAIT = flags.DEFINE_bool("wait", True, "Wait for the end of the workload.")
+
+_MOUNT_OPTIONS = "implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0"
+_GRACE_SECONDS = 300  # that a pod has to save before it is killed
+
+
+def _xpk(config: ConfigDict, *words: str) -> list[str]:
+    where = [f"--cluster={config.cluster}", f"--project={config.project}", f"--zone={config.zone}"]
+    return ["xpk", *words, *where]
+
+
+def _capacity(config: ConfigDict) -> str:
+    if config.provisioning == "reserved":
+        return f"--reservation={config.reservation}"
+    return f"--{config.provisioning.replace('_', '-')}"
+
+
+def create_cluster(config: ConfigDict) -> list[list[str]]:
+    """The commands that make the cluster and attach the bucket to it."""
+    slices = [f"--tpu-type={config.accelerator}", f"--num-slices={config.num_slices}", _capacity(config)]
+    cluster = _xpk(config, "cluster", "create", *slices, "--enable-gcsfuse-csi-driver")
+    bucket = _xpk(
+        config, "storage", "attach", _storage(config), "--type=gcsfuse", f"--bucket={config.bucket}",
+        f"--size={config.bucket_gigabytes}", f"--mount-point={config.mount}", "--readonly=false",
+        "--auto-mount=false", f"--mount-options={_MOUNT_OPTIONS}",
+    )  # fmt: skip
+    return [cluster, bucket]
+
+
+def _storage(config: ConfigDict) -> str:
+    """What Kubernetes calls the bucket; its names take no dots and underscores."""
+    return config.bucket.replace("_", "-").replace(".", "-")
+
+
+def create_workload(config: ConfigDict, job: Job) -> list[str]:
+    """The command that submits the training."""
+    slices = [f"--tpu-type={config.accelerator}", f"--num-slices={config.num_slices}"]
+    if config.image:
+        # xpk runs the command in a subshell and signals that: exec puts python in its place.
+        image, command = [f"--docker-image={config.image}"], _train(job)
+    else:
+        image = [f"--base-docker-image={config.base_image}", f"--script-dir={job.stage}"]
+        command = ["bash", "run.sh"]
+    return _xpk(
+        config, "workload", "create", f"--workload={job.name}", *slices, *image,
+        f"--command=exec {shlex.join(command)}", f"--env-file={job.stage / 'environment.txt'}",
+        f"--storage={_storage(config)}", f"--priority={config.priority}",
+        f"--max-restarts={config.restarts}", f"--restart-on-exit-codes={STOPPED}",
+        f"--termination-grace-period-seconds={_GRACE_SECONDS}",
+    )  # fmt: skip
+
+
+def _train(job: Job) -> list[str]:
+    return job.train("python", "--multiprocess", f"--exit_code_if_stopped={STOPPED}")
+
+
+def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
+    """Puts together what goes into the image, and the variables, those of secrets without values."""
+    for name, value in (job.shown | job.secret).items():
+        if any(c in value for c in '"\\'):  # xpk puts it between the quotes of a YAML file
+            raise ConfigError(f"xpk cannot pass on the value of {name}: it has a quote or a backslash.")
+    if "$(" in shlex.join(_train(job)):
+        raise ConfigError("Kubernetes would replace $( ) in a gin setting: write it in a gin file.")
+    commands.make_directory(job.stage)
+    if config.base_image:
+        wheel = add_wheel(config, job, commands)
+        install = f'pip install --quiet "famx[tpu] @ file://$PWD/"{shlex.quote(wheel)}'
+        text = f"#!/bin/bash\nset -euo pipefail\n{install}\nexec {shlex.join(_train(job))}\n"
+        commands.write(job.stage / "run.sh", text)
+        job.write_gin_files(commands)
+    # A name alone: xpk takes the value from the environment that it runs in.
+    lines = [f"{name}={value}\n" for name, value in job.shown.items()]
+    lines += [f"{name}\n" for name in job.secret]
+    commands.write(job.stage / "environment.txt", "".join(lines))
+
+
+def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
+    check_model_dir(config, job)
+    commands.require("xpk")
+    write_stage(config, job, commands)
+    commands.environment.update(job.secret)
+    sigterm_as_ctrl_c()
+    # A cost and fit estimate of the compiled step belongs here, before anything is created.
+    for command in create_cluster(config) if _CREATE.value else []:
+        if commands.run(*command):
+            raise ConfigError(f"xpk could not prepare the cluster {config.cluster}: see the lines above.")
+    if commands.run(*create_workload(config, job)):
+        raise ConfigError(f"xpk could not submit {job.name}: see the lines above.")
+    follow = ["kubectl", "logs", "--follow", f"--selector=xpk.google.com/workload={job.name},"
+              "batch.kubernetes.io/job-completion-index=0"]  # fmt: skip
+    commands.say(f"To see what its first worker prints: {shlex.join(follow)}")
+    delete = _xpk(config, "workload", "delete", f"--workload={job.name}", "--force")
+    if not _WAIT.value:
+        commands.say(f"To delete it: {shlex.join(delete)}")
+        return 0
+    try:
+        code = commands.run(*_xpk(config, "workload", "list", f"--wait-for-job-completion={job.name}"))
+    except KeyboardInterrupt:
+        if DELETE.value == "always":
+            commands.run(*delete)
+        else:
+            commands.say(f"The workload runs on. To delete it: {shlex.join(delete)}")
+        return 130
+    if DELETE.value != "never":
+        commands.run(*delete)
+    return code
+
+
+if __name__ == "__main__":
+    run("gke", launch)

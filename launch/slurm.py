@@ -1,0 +1,98 @@
+"""Trains on a GPU cluster of Slurm: one process per node, each with all the GPUs of its node.
+
+    python -m launch.slurm --config=launch/configs/slurm_8gpu.py --config.nodes=4 --config.name=fam \\
+        --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR="'/shared/runs/fam'" --dry_run
+
+Writes the batch script and submits it. The processes find each other by what Slurm tells them. Before
+the time limit, and when the job is preempted, the run saves; then the job is queued again.
+`stage_dir` and MODEL_DIR must lie on a disk that all nodes see.
+"""
+
+import shlex
+
+from ml_collections import ConfigDict
+
+from famx.errors import ConfigError
+from launch.commands import Commands
+from launch.job import STOPPED, Job, run
+
+_OPTIONS = ("time", "partition", "account", "qos", "constraint")
+
+
+def batch_script(config: ConfigDict, job: Job) -> str:
+    """The script that sbatch is given."""
+    options = {
+        "job-name": job.name,
+        "nodes": config.nodes,
+        "ntasks-per-node": 1,
+        **{name: config[name] for name in _OPTIONS if config[name]},
+        "output": _log(job, "%j"),
+        "open-mode": "append",  # a restart goes on in the same log
+        "signal": f"TERM@{config.warning_seconds}",  # to the processes, not to this script
+    }
+    if config.gpus_per_node:
+        options["gpus-per-node"] = config.gpus_per_node
+    if config.cpus_per_task:
+        options["cpus-per-task"] = config.cpus_per_task
+    if config.memory:
+        options["mem"] = config.memory
+    command = job.train(config.python, "--multiprocess", f"--exit_code_if_stopped={STOPPED}")
+    step = ["srun", "--wait=60"]
+    if config.cpus_per_task:
+        step += [f"--cpus-per-task={config.cpus_per_task}"]  # which srun does not take from sbatch
+    # jax would give each process of Slurm one GPU.
+    devices = ",".join(map(str, range(config.gpus_per_node)))
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH --{name}={value}" for name, value in options.items()),
+            "#SBATCH --requeue",
+            "set -u",
+            "cancelled=",
+            "trap 'cancelled=1' TERM  # scancel, or a preemption: Slurm itself then queues it again",
+            f"cd {shlex.quote(str(job.stage))} || exit 1",
+            *([f". {shlex.quote(config.prologue)}"] if config.prologue else []),
+            ". ./environment.sh",
+            *([f"export JAX_LOCAL_DEVICE_IDS={devices}"] if devices else []),
+            "code=0",
+            f"{shlex.join([*step, *command])} || code=$?",
+            f'if [ "$code" -eq {STOPPED} ] && [ -z "$cancelled" ] &&',
+            f'   [ "${{SLURM_RESTART_COUNT:-0}}" -lt {config.restarts} ]; then',
+            '  exec scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            'exit "$code"',
+            "",
+        ]
+    )
+
+
+def _log(job: Job, number: str) -> str:
+    return str(job.stage.parent / f"{job.stage.name}-{number}.log")
+
+
+def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
+    if any(c.isspace() or c == "%" for c in str(job.stage)):
+        raise ConfigError(f"--config.stage_dir must be without spaces and %, not {job.stage.parent}.")
+    if config.prologue and any(c in config.prologue for c in "\n\r\0"):
+        raise ConfigError("--config.prologue must be the path of a file.")
+    commands.require("sbatch")
+    queue = ("squeue", "--me", "--noheader", f"--name={job.name}", "--format=%i")
+    if there := commands.capture(*queue, assume="")[1]:
+        raise ConfigError(
+            f"Job {there.split()[0]} is named {job.name} already: scancel it, or choose --config.name."
+        )
+    commands.make_directory(job.stage)
+    job.write_environment(commands)
+    job.write_gin_files(commands)
+    script = job.stage / "job.sh"
+    commands.write(script, batch_script(config, job))
+    code, out, error = commands.capture("sbatch", "--parsable", str(script), assume="JOB")
+    if code:
+        raise ConfigError(f"sbatch refused the job: {error or out or f'code {code}'}")
+    number = out.split(";")[0]
+    commands.say(f"Job {number}. Its log: {_log(job, number)}. To end it: scancel {number}")
+    return 0
+
+
+if __name__ == "__main__":
+    run("slurm", launch)

@@ -1,0 +1,80 @@
+#!/bin/bash
+# What launch.tpu asks of each worker of a slice: setup, start, status, follow LINE, stop.
+# settings.sh, beside it, says which bucket, Python, wheel and command.
+set -euo pipefail
+umask 077
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. ./settings.sh
+
+setup() {
+  if ! mountpoint --quiet "$MOUNT"; then
+    if ! command -v gcsfuse > /dev/null; then
+      local keys=/usr/share/keyrings/cloud.google.asc
+      curl --fail --silent --show-error https://packages.cloud.google.com/apt/doc/apt-key.gpg |
+        sudo tee "$keys" > /dev/null
+      echo "deb [signed-by=$keys] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
+        sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
+      sudo apt-get update --quiet
+      sudo apt-get install --yes --quiet --option=DPkg::Lock::Timeout=300 gcsfuse
+    fi
+    sudo mkdir -p "$MOUNT"
+    sudo chown "$(id -u):$(id -g)" "$MOUNT"
+    # Without the metadata cache every worker sees at once what another has written.
+    gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 "$BUCKET" "$MOUNT"
+  fi
+  local uv="$HOME/.local/bin/uv"
+  if [ ! -x "$uv" ]; then
+    curl --fail --silent --show-error --location https://astral.sh/uv/install.sh | sh
+  fi
+  "$uv" venv --quiet --allow-existing --python "$PYTHON" venv
+  "$uv" pip install --quiet --python venv/bin/python "famx[tpu] @ file://$PWD/$WHEEL"
+}
+
+running() {
+  [ -f pid ] && [ ! -f exit_code ] && kill -0 "$(cat pid)" 2> /dev/null
+}
+
+start() {
+  if running; then
+    return
+  fi
+  rm -f exit_code
+  setsid nohup bash ./worker.sh train > log 2>&1 < /dev/null &
+  echo "$!" > pid
+}
+
+train() {
+  . ./environment.sh
+  local code=0
+  "${COMMAND[@]}" || code=$?
+  echo "$code" > exit_code.new
+  mv exit_code.new exit_code
+}
+
+status() {
+  if [ -f exit_code ]; then
+    echo "exited $(cat exit_code)"
+  elif running; then
+    echo running
+  elif [ -f pid ]; then
+    echo lost
+  else
+    echo absent
+  fi
+}
+
+follow() {
+  tail --lines="+$1" --sleep-interval=0.5 --pid="$(cat pid)" --follow log
+}
+
+stop() {
+  if running; then
+    pkill -TERM --parent "$(cat pid)" || true
+    for _ in $(seq 300); do
+      running || break
+      sleep 1
+    done
+  fi
+}
+
+"$@"

@@ -1,0 +1,125 @@
+"""`launch.slurm` against an sbatch that is stood in for; its script runs under bash."""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+import stubs
+
+from famx.errors import ConfigError
+from launch import settings, slurm
+from launch.commands import Commands
+from launch.job import Job
+
+EVIL = "--gin_bindings=X = '$(touch evil) `touch evil`; touch evil #\"\\'"
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    for name, value in stubs.install(tmp_path, "sbatch", "squeue", "srun", "scontrol").items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def launch(folder, dry_run=False, **changes):
+    fields = dict(name="fam", nodes=2, stage_dir=str(folder / "stage"), restarts=3)
+    config = settings.check(settings.slurm(**{**fields, **changes}), "slurm")
+    shown, secret = settings.environment(config)
+    stage = pathlib.Path(config.stage_dir) / "famx-fam"
+    job = Job("fam", ("gin_configs/runs/pretrain.gin",), (EVIL,), "/shared/x", shown, secret, stage)
+    return slurm.launch(config, job, Commands(dry_run, job.secret.values()))
+
+
+def run_script(folder, **environment):
+    """What Slurm does on the first node; the exit code."""
+    script = folder / "stage" / "famx-fam" / "job.sh"
+    env = {**os.environ, "SLURM_JOB_ID": "4711", **environment}
+    return subprocess.run(["bash", script], env=env, cwd=folder).returncode
+
+
+def test_the_options_of_a_job(cluster, capsys):
+    assert launch(
+        cluster, partition="gpu", account="me", qos="high", constraint="h100&ib", memory="500G",
+        cpus_per_task=32, time="2-00:00:00",
+    ) == 0  # fmt: skip
+    options = stubs.read(cluster)["options"]
+    log = str(cluster / "stage" / "famx-fam-%j.log")
+    assert options == {
+        "job-name": "fam", "nodes": "2", "ntasks-per-node": "1", "gpus-per-node": "8", "mem": "500G",
+        "cpus-per-task": "32", "time": "2-00:00:00", "partition": "gpu", "account": "me", "qos": "high",
+        "constraint": "h100&ib", "output": log, "open-mode": "append", "signal": "TERM@120",
+        "requeue": "",
+    }  # fmt: skip
+    assert f"Job 4711. Its log: {log.replace('%j', '4711')}." in capsys.readouterr().out
+
+
+def test_one_process_per_node_has_all_the_gpus_and_the_environment(cluster, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_it's")
+    prologue = cluster / "my prologue.sh"
+    prologue.write_text("export MODULES=loaded\n")
+    assert launch(
+        cluster, gpus_per_node=4, cpus_per_task=16, environment={"PLAIN": "a b"},
+        environment_from=("HF_TOKEN",), prologue=str(prologue),
+    ) == 0  # fmt: skip
+    monkeypatch.delenv("HF_TOKEN")
+    assert run_script(cluster) == 0
+    seen = stubs.read(cluster)["srun"]
+    words = ["python", "-m", "famx.train", "--multiprocess", "--exit_code_if_stopped=42", EVIL]
+    assert seen["flags"] == ["--wait=60", "--cpus-per-task=16"]
+    assert seen["argv"] == words and not list(cluster.rglob("evil"))
+    assert seen["env"] == {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3", "HF_TOKEN": "hf_it's", "PLAIN": "a b"}
+    stage = cluster / "stage" / "famx-fam"
+    assert seen["cwd"] == str(stage) and (stage / "gin_configs/runs/pretrain.gin").is_file()
+    assert (stage / "environment.sh").stat().st_mode & 0o777 == 0o600
+    assert "hf_it" not in (stage / "job.sh").read_text()
+
+
+@pytest.mark.parametrize("code,before,queued", [(42, 0, 1), (42, 2, 1), (42, 3, 0), (1, 0, 0), (0, 0, 0)])
+def test_a_run_that_was_stopped_is_queued_again_so_often(cluster, code, before, queued):
+    assert launch(cluster) == 0
+    stubs.write(cluster, {"srun_code": code})
+    assert run_script(cluster, SLURM_RESTART_COUNT=str(before)) == (0 if queued else code)
+    assert stubs.read(cluster).get("requeued", 0) == queued
+
+
+def test_a_job_that_is_cancelled_is_not_queued_again(cluster):
+    assert launch(cluster) == 0
+    (cluster / "bin" / "srun").write_text("#!/bin/bash\nkill -TERM $PPID; sleep 0.2; exit 42\n")
+    assert run_script(cluster) == 42
+    assert "requeued" not in stubs.read(cluster)
+
+
+def test_a_dry_run_prints_the_script_and_runs_nothing(cluster, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_123456")
+    assert launch(cluster, dry_run=True, environment_from=("HF_TOKEN",)) == 0
+    out = capsys.readouterr().out
+    assert stubs.calls(cluster) == [] and not (cluster / "stage").exists()
+    assert "export HF_TOKEN='***'" in out and "123456" not in out
+    assert launch(cluster, environment_from=("HF_TOKEN",)) == 0
+    script = cluster / "stage" / "famx-fam" / "job.sh"
+    assert "".join(f"  | {line}\n" for line in script.read_text().splitlines()) in out
+    assert f"$ sbatch --parsable {script}\n" in out
+
+
+def test_a_job_of_the_same_name_is_not_submitted_twice(cluster):
+    stubs.write(cluster, {"queued": "4700"})
+    with pytest.raises(ConfigError, match="Job 4700 is named fam already: scancel it, or choose"):
+        launch(cluster)
+
+
+def test_what_sbatch_refuses_is_one_sentence(cluster):
+    stubs.write(cluster, {"sbatch_error": "invalid partition"})
+    with pytest.raises(ConfigError, match="sbatch refused the job: ERROR: invalid partition"):
+        launch(cluster)
+
+
+def test_a_missing_sbatch_is_one_sentence(cluster, monkeypatch):
+    monkeypatch.setenv("PATH", str(cluster))
+    with pytest.raises(ConfigError, match="sbatch is not installed: run this on a login node"):
+        launch(cluster)
+
+
+def test_a_stage_that_slurm_would_misread_is_refused(cluster):
+    with pytest.raises(ConfigError, match="must be without spaces and %"):
+        launch(cluster, stage_dir=str(cluster / "my stage"))

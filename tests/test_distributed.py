@@ -1,0 +1,188 @@
+"""Flags of several processes, and knowing that a run was asked to stop."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl.testing import flagsaver
+
+from famx import distributed, gin_utils
+from famx.errors import ConfigError
+
+NOBODY = dict(multiprocess=False, coordinator_address=None, num_processes=None, process_id=None)
+
+
+def initialize(**given):
+    with flagsaver.flagsaver(**{**NOBODY, **given}):
+        distributed.initialize()
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The arguments of each call of jax.distributed.initialize, which does nothing."""
+    calls = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs))
+    )
+    return calls
+
+
+def test_one_process_joins_nobody(joined):
+    initialize()
+    assert joined == []
+
+
+def test_a_process_that_is_told_all_detects_nothing(joined):
+    initialize(coordinator_address="node7:1234", num_processes=4, process_id=3)
+    assert joined == [(("node7:1234", 4, 3), {"cluster_detection_method": "deactivate"})]
+    initialize(coordinator_address="[::1]:1234", num_processes=1, process_id=0)
+    assert joined[1][0] == ("[::1]:1234", 1, 0)
+
+
+def test_a_process_of_a_cluster_detects_all(joined):
+    initialize(multiprocess=True)
+    assert joined == [((), {})]
+
+
+@pytest.mark.parametrize(
+    "given,sentence",
+    [
+        (dict(num_processes=2), "Give all of --coordinator_address, --num_processes and --process_id"),
+        (dict(coordinator_address="x:1", num_processes=2), "Give all of"),
+        (dict(coordinator_address="x", num_processes=2, process_id=0), "must be HOST:PORT, not x."),
+        (
+            dict(coordinator_address="x:1", num_processes=2, process_id=2),
+            "between 0 and 1, the last process",
+        ),
+        (dict(coordinator_address="x:1", num_processes=2, process_id=-1), "--process_id -1 must lie"),
+        (dict(multiprocess=True, process_id=0), "--multiprocess finds the other processes by itself"),
+    ],
+)
+def test_flags_that_do_not_fit(joined, given, sentence):
+    with pytest.raises(ConfigError) as caught:
+        initialize(**given)
+    assert sentence in str(caught.value) and joined == []
+
+
+@pytest.mark.parametrize(
+    "text,kind", [("coordinator_address should be defined.", ConfigError), ("x", ValueError)]
+)
+def test_no_cluster_around(monkeypatch, text, kind):
+    def fail():
+        raise ValueError(text)
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ValueError) as caught:
+        initialize(multiprocess=True)
+    assert type(caught.value) is kind
+    assert ("found no TPU slice, GKE job or Slurm step" in str(caught.value)) == (kind is ConfigError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_still_handled(number):
+    handled = []
+    old = signal.signal(number, lambda *_: handled.append(number))
+    before = signal.set_wakeup_fd(-1)
+    try:
+        with distributed.noting_signals() as noted:
+            assert not noted()
+            os.kill(os.getpid(), number)
+            assert noted() and handled == [number]
+            assert not noted(), "each signal is told once"
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(number, old)
+        signal.set_wakeup_fd(before)
+
+
+def test_other_signals_are_not_noted():
+    old = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with distributed.noting_signals() as noted:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert not noted()
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+
+
+TWO = """
+import signal, sys
+from absl import app
+from famx import distributed
+def main(_):
+    distributed.initialize()
+    if sys.argv[1] == "training":
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    with distributed.noting_signals() as noted:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print(noted(), noted())
+app.run(main)
+"""
+
+
+def start_two(*args):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = [f"--coordinator_address=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, *args, *place, f"--process_id={i}"], cwd=gin_utils.gin_root(),
+            env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        ) for i in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    return processes
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_is_known_to_all():
+    processes = start_two("training")
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        text, _ = process.communicate()
+        assert text.endswith("True False\n") and process.returncode == 0, text
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_train_yet_ends_by_a_signal():
+    processes = start_two("starting")
+    processes[1].send_signal(signal.SIGTERM)
+    assert processes[1].wait(timeout=20) == -signal.SIGTERM
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+STOPPED = """
+import os, signal, sys
+from absl import flags
+from famx import gin_utils, train
+train.loop.train = None
+gin_utils.parse_gin_flags = lambda: None
+def run(_):
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    if sys.argv[-1] == "--exit_code_if_stopped=42":
+        os.kill(os.getpid(), signal.SIGTERM)
+gin_utils.call = run
+gin_utils.run(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 42])
+def test_a_stopped_run_ends_with_the_exit_code_that_was_asked_for(code):
+    args = [f"--exit_code_if_stopped={code}"] if code else ["--exit_code_if_stopped=43"]
+    result = subprocess.run(
+        [sys.executable, "-c", STOPPED, *args], cwd=gin_utils.gin_root(), capture_output=True, text=True
+    )
+    assert result.returncode == code, result.stderr

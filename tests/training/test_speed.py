@@ -1,0 +1,85 @@
+"""What a run reports of its speed, and its traces; no test asserts on seconds."""
+
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+from test_loop import history, run
+from tiny import make_model
+
+from famx.errors import ConfigError
+from famx.training import speed
+from famx.training.flops import train_flops
+from famx.training.run_log import read_metrics
+from famx.training.speed import SpeedMeter, peak_flops
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("kind, peak", [
+    ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12), ("TPU v4", 275e12),
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L40S", 362e12), ("cpu", None),
+])  # fmt: skip
+def test_the_peak_of_a_device(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+def test_the_report_counts_tokens_steps_waiting_and_operations(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(speed.time, "monotonic", lambda: now[0])
+    device = types.SimpleNamespace(
+        device_kind="TPU v4", memory_stats=lambda: {"peak_bytes_in_use": 3_000_000_000}
+    )
+    for name in ("devices", "local_devices"):
+        monkeypatch.setattr(jax, name, lambda: [device])
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    config = make_model().config
+    meter = SpeedMeter(config, from_start=True, every_weight=True)
+    for _ in range(2):
+        with meter.waiting():
+            now[0] += 1.0
+        now[0] += 3.0
+        meter.count(4, 32)
+    flops = 2 * sum(train_flops(config, 4, 32).values())
+    assert meter.report() == {
+        "tokens_per_second": 32.0, "step_seconds": 4.0, "data_wait": 0.25,
+        "mfu": flops / 8 / (2 * 275e12), "memory_gb": 3.0,
+    }  # fmt: skip
+    now[0] += 5.0
+    meter.count(1, 5)
+    assert meter.report()["tokens_per_second"] == 1.0  # since the last report
+    meter = SpeedMeter(config, True, every_weight=False)
+    now[0] += 1.0
+    assert "mfu" not in meter.report()
+
+
+def test_a_run_reports_its_speed_and_traces_the_steps_that_are_asked_for(tmp_path, capsys):
+    run(tmp_path, total_steps=4, log_period=2, profile_steps="2:3")
+    lines = read_metrics(str(tmp_path), "train")
+    for line in lines:
+        assert {"tokens_per_second", "step_seconds", "data_wait"} <= line.keys() and "mfu" not in line
+        assert 0 <= line["data_wait"] <= 1
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert "The trace of steps 2:3 is in" in capsys.readouterr().err
+    assert all(not set(speed.NAMES) & line.keys() for line in history(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_flag_of_the_main_asks_for_a_trace(tmp_path):
+    command = [
+        sys.executable, "-m", "famx.train", "--gin_file=gin_configs/examples/own_text.gin",
+        f"--gin.MODEL_DIR='{tmp_path}'", "--profile_steps=12",
+    ]  # fmt: skip
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "are written as 10:13, first:last; not '12'" in found.stderr
+
+
+@pytest.mark.parametrize("steps", ["10", "3:2", "0:1", "a:b", 7])
+def test_steps_to_profile_are_written_as_a_range(steps, tmp_path):
+    with pytest.raises(ConfigError, match="The steps to profile are written as 10:13"):
+        run(tmp_path, profile_steps=steps)
