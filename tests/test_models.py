@@ -1,6 +1,7 @@
 """The model definition: losses, predictions, scores, and the signatures that t5x relies on."""
 
 import functools
+import types
 
 import flax.core
 import flax.linen as nn
@@ -297,6 +298,28 @@ def test_a_batch_without_marks_is_a_prompt_up_to_its_padding():
     expected, _ = greedy(tokens[1, :5], LENGTH - 4)
     np.testing.assert_array_equal(out[1, : LENGTH - 4], expected)
     np.testing.assert_array_equal(out[0, :1], greedy(tokens[0], 1)[0])
+
+
+def test_the_vocabularys_eos_ends_a_prediction_and_its_padding_follows():
+    tokens = make_batch(seed=2)["decoder_input_tokens"][:1, :]
+    tokens[0, 3:] = 0
+    expected, _ = greedy(tokens[0, :3], LENGTH - 2)
+    eos = expected[2]
+    end = expected.index(eos) + 1
+    batch = {"decoder_input_tokens": tokens}
+    batch["decoder_causal_attention"] = (np.arange(LENGTH) < 3).astype(np.int32)[None]
+    model = make_model(vocabulary=types.SimpleNamespace(bos_id=9, eos_id=eos, pad_id=VOCAB + 1))
+    out = jit(model.predict_batch)(variables(), batch)
+    assert out[0].tolist() == expected[:end] + [VOCAB + 1] * (LENGTH - end)
+
+
+def test_the_converter_begins_and_pads_as_the_vocabulary_does():
+    pytest.importorskip("seqio")
+    vocabulary = types.SimpleNamespace(bos_id=9, eos_id=8, pad_id=7)
+    converter = make_model(vocabulary=vocabulary).FEATURE_CONVERTER_CLS(pack=True)
+    assert (converter.bos_id, converter.pad_id, converter.pack) == (9, 7, True)
+    converter = make_model().FEATURE_CONVERTER_CLS(pack=False, use_custom_packing_ops=False)
+    assert (converter.bos_id, converter.pad_id, converter.pack) == (1, 0, False)
 
 
 # Metrics.

@@ -33,6 +33,13 @@ def takes(name: str, option: str) -> bool:
     return option in inspect.signature(factory).parameters
 
 
+def needs_options(name: str) -> bool:
+    """Whether a task of ours cannot be made by its name alone."""
+    parameters = inspect.signature(_FACTORIES[name]).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(p.default is p.empty and p.kind in named for p in parameters)
+
+
 def get(name: str, **options: Any) -> Any:
     """The task of that name; if the name is not ours, SeqIO's task or mixture of that name.
 

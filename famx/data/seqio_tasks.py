@@ -5,6 +5,7 @@ The only module of `famx.data` that needs SeqIO and TensorFlow. Importing it reg
 where SeqIO is imported already. Files are looked for when examples are asked for.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -180,16 +181,18 @@ class FamFeatureConverter(seqio.FeatureConverter):
     """Decoder-only features with float loss weights.
 
     Takes `targets` int32 [n] and, where the task has them, `loss_weights` float32 [n] (else 1 on
-    every token that is not padding). Makes, each [length]: decoder_input_tokens int32 (the targets
-    one step later, bos in front), decoder_target_tokens int32 and decoder_loss_weights float32. Only
-    the length of `targets` must be given.
+    every token that is not padding) and `inputs` int32 [m], which come in front of the targets and
+    weigh nothing. Makes, each [length]: decoder_input_tokens int32 (the targets one step later, bos
+    in front), decoder_target_tokens int32 and decoder_loss_weights float32; of inputs and targets
+    also decoder_causal_attention int32, 1 where bos and the inputs are read. The length is that of
+    `targets` and, where it is given, of `inputs` together.
 
-    Unpacked, every example is a row, n up to that length. Packed, rows are filled with one example
-    after another, each with bos in front of its inputs, and nothing masks one from the next; an
-    example that does not end with the row goes on in the next row. Only the last row of a dataset
-    that ends is padded. No token or weight is changed, and the iterator can be saved. SeqIO itself
-    cuts examples to the length before they come here, unless `seqio.get_dataset` is given
-    `trim_output_features=False`.
+    Unpacked, every example is a row; of inputs that leave no room for their targets the start is cut
+    off. Packed, rows are filled with one example after another, each with bos in front of its inputs,
+    and nothing masks one from the next; an example that does not end with the row goes on in the next
+    row. Only the last row of a dataset that ends is padded, and decoder_causal_attention is left out.
+    No token or weight is changed, and the iterator can be saved. SeqIO itself cuts examples to the
+    lengths before they come here, unless `seqio.get_dataset` is given `trim_output_features=False`.
     """
 
     TASK_FEATURES = {"targets": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)}
@@ -222,42 +225,65 @@ class FamFeatureConverter(seqio.FeatureConverter):
         )
 
     def __call__(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]):
-        return super().__call__(ds, self._target_lengths(task_feature_lengths))
+        converter, lengths = self, self._target_lengths(task_feature_lengths)
+        if "inputs" in ds.element_spec:
+            join = functools.partial(self._join, length=lengths["targets"])
+            ds = ds.map(join, num_parallel_calls=tf.data.AUTOTUNE)
+            if not self.pack:
+                converter = copy.copy(self)
+                mark = {"decoder_causal_attention": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)}
+                converter.MODEL_FEATURES = {**self.MODEL_FEATURES, **mark}
+        return super(FamFeatureConverter, converter).__call__(ds, lengths)
 
     def _target_lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
         lengths = dict(task_feature_lengths)
         # SeqIO's evaluator names the longest that it found: not more than the targets.
         if lengths.pop("loss_weights", 0) > lengths.get("targets", 0):
             raise ValueError("'loss_weights' must not be given more length than 'targets'.")
+        if "inputs" in lengths:
+            lengths["targets"] = lengths.get("targets", 0) + lengths.pop("inputs")
         return lengths
 
+    def _join(self, features: Mapping[str, tf.Tensor], length: int) -> dict[str, tf.Tensor]:
+        """Inputs and targets as targets, which weigh nothing where they are inputs."""
+        inputs, targets = features["inputs"], features["targets"]
+        weights = self._weights(features)
+        if not self.pack:
+            room = length - tf.maximum(tf.shape(targets)[0], 1)  # to predict one where there are none
+            inputs = inputs[tf.shape(inputs)[0] - tf.clip_by_value(room, 0, tf.shape(inputs)[0]) :]
+        weightless = tf.zeros_like(inputs, tf.float32)
+        return {
+            "targets": tf.concat([inputs, targets], axis=0),
+            "loss_weights": tf.concat([weightless, weights], axis=0),
+            "num_inputs": tf.shape(inputs)[0],
+        }
+
+    def _weights(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        if "loss_weights" in features:
+            return features["loss_weights"]
+        return tf.cast(features["targets"] != self.pad_id, tf.float32)
+
     def _validate_dataset(self, ds, expected_features, expected_lengths, strict, error_label):
-        """SeqIO's checks; examples to pack may be longer than a row, which is checked if `strict`."""
-        lengths = {} if self.pack and not strict else expected_lengths
+        """SeqIO's checks; examples may be longer than a row, which is checked if `strict`."""
+        lengths = expected_lengths if strict else {}
         return super()._validate_dataset(ds, expected_features, lengths, strict, error_label)
 
     def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]):
         length = task_feature_lengths["targets"]
-        if "inputs" in ds.element_spec:
-            raise ValueError(
-                "FamFeatureConverter reads 'targets' alone and would leave 'inputs' out: register the "
-                "task with decoder_only=True."
-            )
         if self.pack:
             return self._pack_rows(ds, length)
 
         def convert(features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            targets = features["targets"]
-            weights = features.get("loss_weights")
-            if weights is None:
-                weights = tf.cast(targets != self.pad_id, tf.float32)
-            targets = _trim_and_pad(targets, length, self.pad_id)
-            weights = _trim_and_pad(weights, length, 0.0)
-            return {
+            targets = _trim_and_pad(features["targets"], length, self.pad_id)
+            row = {
                 "decoder_input_tokens": tf.concat([[self.bos_id], targets[:-1]], axis=0),
                 "decoder_target_tokens": targets,
-                "decoder_loss_weights": weights,
+                "decoder_loss_weights": _trim_and_pad(self._weights(features), length, 0.0),
             }
+            if "num_inputs" in features:
+                prompt = tf.range(length) <= features["num_inputs"]
+                row["decoder_causal_attention"] = tf.cast(prompt, tf.int32)
+            return row
 
         return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -310,7 +336,7 @@ class FamFeatureConverter(seqio.FeatureConverter):
         return ds.scan(nothing, cut).unbatch()
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
-        """Every feature is as long as `targets`."""
+        """Every feature is as long as `targets`, and `inputs` where their length is given."""
         length = self._target_lengths(task_feature_lengths)["targets"]
         return {name: length for name in self.MODEL_FEATURES}
 
@@ -377,9 +403,8 @@ def register_text_task(
 
     Features `inputs` and `targets`, int32 tokens of the two texts, eos after the targets; for tasks of
     kind "documents", `targets` alone. `references`, the texts that count as right, go to the metrics,
-    which are the task's own. `FamFeatureConverter` does not read `inputs`: for it, register with
-    `decoder_only`, which gives the documents that `TextTask.documents` gives: `targets` int32 and
-    `loss_weights` float32.
+    which are the task's own. With `decoder_only` they are the documents that `TextTask.documents` gives:
+    `targets` int32 and `loss_weights` float32.
 
     Args:
       task: the task, with `data_dir`, `vocabulary`, `max_tokens` and `cut` as they are wanted.
@@ -526,24 +551,28 @@ def _make_room(name: str) -> None:
         seqio.TaskRegistry.remove(name)
 
 
+def register_named(name: str, as_name: str | None = None, **options) -> seqio.Task:
+    """Register `famx.data.get(name, **options)` with SeqIO under `as_name`; None: the same name."""
+    task, as_name = registry.get(name, **options), as_name or name
+    if isinstance(task, TextTask):
+        return register_text_task(task, as_name, lazy=True)
+    if hasattr(task, "batch"):
+        return register_passkey(as_name, task)
+    texts = {x: registry.get(name, **{**options, "split": x}) for x in ("train", "validation")}
+    return register_documents(as_name, texts, task.vocab)
+
+
 def _register_all() -> None:
     """Registers the tasks of `famx.data.names()`, with their default settings, under their names."""
     mixtures = {"xlsum": {}, "flan": {f"flan_{name}": rate for name, rate in flan.WEIGHTS.items()}}
     for name in registry.names():
-        if name in mixtures or name in _NEED_FILES:
+        if name in mixtures or name in _NEED_FILES or registry.needs_options(name):
             continue
         task = registry.get(name)
         if isinstance(task, gpt3.Suite):
             mixtures[name] = {one.name: 1.0 for one in task.tasks}
             continue
-        if isinstance(task, TextTask):
-            register_text_task(task, name, lazy=True)
-        elif hasattr(task, "batch"):
-            register_passkey(name, task)
-        else:
-            splits = ("train", "validation")
-            texts = {split: registry.get(name, split=split) for split in splits}
-            register_documents(name, texts, task.vocab)
+        register_named(name)
         _OURS.add(name)
     languages = [name for name in registry.names() if name.startswith("xlsum_")]
     mixtures["xlsum"] = {name: seqio.mixing_rate_num_examples for name in languages}

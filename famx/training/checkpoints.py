@@ -123,7 +123,7 @@ class Checkpointer:
                 partial_restore=partial,
             )
         }
-        if (self.model_dir / f"checkpoint_{step}" / _DATASET).is_dir():
+        if (self.model_dir / f"checkpoint_{step}" / _DATASET / "metadata").exists():
             items[_DATASET] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         leaves = traverse_util.flatten_dict(restored[_STATE])

@@ -205,7 +205,12 @@ def train(
             state = initialize(jax.random.key(random_seed), pretrained, start)
             del pretrained  # given away
         else:
-            tree, data, _ = checkpointer.restore(None, abstract.to_checkpoint())
+            tree, data, last = checkpointer.restore(None, abstract.to_checkpoint())
+            if data is None:
+                raise ConfigError(
+                    f"{directory}/checkpoint_{last} does not tell the position in the data: t5x saves it"
+                    " with SaveCheckpointConfig.save_dataset=True."
+                )
             state = type(abstract).from_checkpoint(tree)
             feed.set_state(data["feed"])
             pending = data["pending"]

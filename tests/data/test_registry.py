@@ -1,5 +1,6 @@
 """Registry of tasks, and the promise that famx.data needs no TensorFlow."""
 
+import functools
 import subprocess
 import sys
 import types
@@ -52,6 +53,18 @@ def test_seqio_names_are_found_once_seqio_is_imported(monkeypatch):
         famx.data.get("their_task", digits=3)
     with pytest.raises(ValueError, match="The nearest name is 'their_task'"):
         famx.data.get("their_tusk")
+
+
+def test_what_a_factory_takes_and_needs(monkeypatch):
+    factories = {
+        "plain": lambda vocabulary=None: None,
+        "bound": functools.partial(lambda vocabulary: None, vocabulary="bytes"),
+        "needy": lambda steps, *, vocabulary=None: None,
+    }
+    monkeypatch.setattr(registry, "_FACTORIES", factories)
+    assert [name for name in factories if registry.takes(name, "vocabulary")] == ["plain", "needy"]
+    assert not registry.takes("unknown", "vocabulary")
+    assert [name for name in factories if registry.needs_options(name)] == ["needy"]
 
 
 def test_data_imports_no_tensorflow_and_no_jax():

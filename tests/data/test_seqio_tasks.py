@@ -168,6 +168,63 @@ def test_a_packed_iterator_can_be_saved_in_the_middle(tmp_path, taken):
             np.testing.assert_array_equal(actual[name], batch[name])
 
 
+def pairs(inputs, targets, weights=None, **converter):
+    """Inputs and targets as a dataset of rows."""
+
+    def examples():
+        for i in range(len(inputs)):
+            example = {"inputs": inputs[i], "targets": targets[i], "text": "dropped"}
+            yield example if weights is None else {**example, "loss_weights": weights[i]}
+
+    tokens = tf.TensorSpec([None], tf.int32)
+    signature = {"inputs": tokens, "targets": tokens, "text": tf.TensorSpec([], tf.string)}
+    if weights is not None:
+        signature["loss_weights"] = tf.TensorSpec([None], tf.float32)
+    data = tf.data.Dataset.from_generator(examples, output_signature=signature)
+    lengths = converter.pop("lengths")
+    return FamFeatureConverter(**converter)(data, lengths).as_numpy_iterator()
+
+
+def draw_pairs(sizes):
+    rng = np.random.default_rng(len(sizes))
+    return [[rng.integers(1, 100, size, np.int32) for size in column] for column in zip(*sizes)]
+
+
+@pytest.mark.parametrize("lengths", [{"targets": 9}, {"inputs": 6, "targets": 3}])
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_inputs_come_before_the_targets_and_weigh_nothing(lengths, with_weights):
+    sizes = [(3, 2), (0, 4), (6, 3), (20, 3), (20, 0), (4, 12), (0, 0), (8, 1)]
+    inputs, targets = draw_pairs(sizes)
+    weights = [np.full(len(x), 0.25, np.float32) for x in targets] if with_weights else None
+    rows = list(pairs(inputs, targets, weights, lengths=lengths, bos_id=7))
+    for row, head, tail in zip(rows, inputs, targets, strict=True):
+        room = max(9 - max(len(tail), 1), 0)  # the targets are kept, and a place for a first one
+        head = list(head)[-room:] if room else []
+        text = (head + list(tail) + [0] * 9)[:9]
+        assert row["decoder_target_tokens"].tolist() == text
+        assert row["decoder_input_tokens"].tolist() == [7, *text[:-1]]
+        weight = 0.25 if with_weights else 1
+        expected = ([0] * len(head) + [weight] * len(tail) + [0] * 9)[:9]
+        assert row["decoder_loss_weights"].tolist() == expected
+        assert row["decoder_causal_attention"].tolist() == [int(i <= len(head)) for i in range(9)]
+        assert {x.dtype.name for x in row.values()} == {"int32", "float32"} and len(row) == 4
+
+
+def test_packed_inputs_and_targets_are_one_example_after_another():
+    sizes = [(3, 2), (0, 4), (20, 3), (0, 0), (5, 0)]
+    inputs, targets = draw_pairs(sizes)
+    joined = [np.concatenate(pair) for pair in zip(inputs, targets, strict=True)]
+    weights = [np.repeat(np.float32([0, 1]), pair) for pair in sizes]
+    rows = pairs(inputs, targets, lengths={"inputs": 4, "targets": 4}, pack=True)
+    assert_same_rows(rows, naive_rows(joined, weights, 8))
+
+
+def test_rows_cut_what_is_longer_where_seqio_does_not():
+    data = tf.data.Dataset.from_tensors({"targets": tf.range(1, 9)})
+    (row,) = FamFeatureConverter()(data, {"targets": 5}).as_numpy_iterator()
+    assert row["decoder_target_tokens"].tolist() == [1, 2, 3, 4, 5]
+
+
 def test_packing_needs_a_weight_for_every_token():
     ids, weights = np.ones(3, np.int32), np.ones(2, np.float32)
     with pytest.raises(tf.errors.InvalidArgumentError, match="as many loss_weights as targets"):

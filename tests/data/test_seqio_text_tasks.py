@@ -80,6 +80,21 @@ def test_for_a_decoder_it_gives_the_documents_with_their_weights(task, name):
         np.testing.assert_array_equal(row["decoder_loss_weights"], np.pad(weights, (0, 2)))
 
 
+def test_without_decoder_only_the_converter_makes_the_same_rows_but_for_marks(task, name):
+    register_text_task(task, name)
+    rows = seqio.get_dataset(
+        name, {"targets": 32}, dataset_split="validation", shuffle=False,
+        feature_converter=FamFeatureConverter(pack=False),
+    )  # fmt: skip
+    for row, (tokens, weights) in zip(
+        rows.as_numpy_iterator(), task.documents("validation"), strict=True
+    ):
+        pad = (0, 32 - len(tokens))
+        np.testing.assert_array_equal(row["decoder_target_tokens"], np.pad(tokens, pad))
+        np.testing.assert_array_equal(row["decoder_loss_weights"], np.pad(weights, pad))
+        assert row["decoder_causal_attention"].sum() == 1 + (weights == 0).sum()
+
+
 def test_whole_documents_have_targets_alone(tmp_path, name):
     (tmp_path / "pg19" / "test").mkdir(parents=True)
     (tmp_path / "pg19" / "test" / "1.txt").write_text("A book")

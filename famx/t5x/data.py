@@ -1,0 +1,182 @@
+"""Our tasks for t5x: under a name of SeqIO's, and as the iterator that t5x trains on."""
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import seqio
+from clu.data.dataset_iterator import ArraySpec, DatasetIterator
+from t5x import utils
+
+from famx.data import registry
+from famx.data.seqio_tasks import register_named
+from famx.errors import ConfigError
+from famx.loading import check_model, split_checkpoint
+from famx.models import DecoderModel
+from famx.training.checkpoints import Checkpointer
+from famx.training.feeds import Feed, SeqioFeed, make_feed
+
+
+def seqio_task(
+    name: str, options: Mapping[str, Any] | None = None, checkpoint: str | None = None
+) -> str:
+    """The name of a task in SeqIO's registry: with options it is one of its own, registered here.
+
+    Args:
+      name: of a task or mixture.
+      options: of a task of `famx.data`.
+      checkpoint: a `MODEL_DIR` or a checkpoint in it, whose vocabulary a task takes that can take any
+        and is given none.
+
+    Raises:
+      ConfigError: there is no such task, or it does not take these options.
+    """
+    try:
+        options, as_name = task_options(name, options, checkpoint), name
+        if options:
+            described = {key: getattr(value, "fingerprint", value) for key, value in options.items()}
+            digest = hashlib.sha256(repr(sorted(described.items())).encode()).hexdigest()
+            as_name = f"{name}_{digest[:8]}"
+        if as_name not in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+            register_named(name, as_name, **options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"MIXTURE_OR_TASK_NAME {name!r}: {error}") from error
+    return as_name
+
+
+def task_options(name: str, options: Mapping[str, Any] | None, checkpoint: str | None) -> dict[str, Any]:
+    """`options`, with the vocabulary of a checkpoint where the task can take it; see `seqio_task`."""
+    options = dict(options or {})
+    if checkpoint is not None and "vocabulary" not in options and registry.takes(name, "vocabulary"):
+        vocabulary = check_model(split_checkpoint(checkpoint)[0]).input_vocabulary
+        if vocabulary not in (None, registry.get(name, **options).vocab):
+            options["vocabulary"] = vocabulary
+    return options
+
+
+def latest_checkpoint(path: str) -> str:
+    """The directory of one checkpoint: `path` itself, or the newest of the `MODEL_DIR` that it is.
+
+    Raises:
+      ConfigError: there is no checkpoint.
+    """
+    directory, step = split_checkpoint(path)
+    with Checkpointer(directory, read_only=True) as checkpointer:
+        return str(directory / f"checkpoint_{checkpointer.find(step)}")
+
+
+class FeedIterator(DatasetIterator):
+    """A feed of our engine, with its position saved as our engine saves it.
+
+    So either engine goes on where the other stopped, batch for batch.
+    """
+
+    def __init__(self, feed: Feed):
+        self._feed, self._step = feed, 0
+        self._beginning = _copy(feed.get_state())
+        self._states = {0: self._beginning}  # by step: t5x looks one batch ahead before it saves
+        batch = self._batch()
+        self._spec = {name: ArraySpec(dtype=x.dtype, shape=x.shape) for name, x in batch.items()}
+        self.reset()
+
+    def _batch(self):
+        batch, _ = self._feed.next(self._step)
+        return {name: x for name, x in batch.items() if name != "answer"}
+
+    def __next__(self):
+        batch = self._batch()
+        self._states = {self._step: self._states[self._step]}
+        self._step += 1
+        self._states[self._step] = _copy(self._feed.get_state())
+        return batch
+
+    def _go_to(self, step: int, state: Any) -> None:
+        self._feed.set_state(_copy(state))
+        self._step, self._states = step, {step: state}
+
+    def reset(self):
+        self._go_to(0, self._beginning)
+
+    @property
+    def element_spec(self):
+        return self._spec
+
+    def save(self, filename):
+        """Writes the position after as many steps as the checkpoint's directory is named for."""
+        path = pathlib.Path(filename)
+        state = self._states.get(_step_of(path), self._states[self._step])
+        text = json.dumps({"feed": state, "pending": []})
+        path.write_text(text)
+        if jax.process_index() == 0:
+            _engine_file(path).write_text(text)
+
+    def restore(self, filename):
+        path = pathlib.Path(filename)
+        found = path if path.exists() else _engine_file(path)
+        self._go_to(_step_of(path), json.loads(found.read_text())["feed"])
+
+
+def get_dataset(
+    cfg: utils.DatasetConfig,
+    shard_id: int,
+    num_shards: int,
+    feature_converter_cls: Any,
+    num_epochs: int | None = None,
+    continue_from_last_checkpoint: bool = False,
+    model: DecoderModel | None = None,
+    options: Mapping[str, Any] | None = None,
+    checkpoint: str | None = None,
+) -> FeedIterator:
+    """What t5x trains on: the very batches of our engine, or those of any task of SeqIO's.
+
+    The arguments up to `continue_from_last_checkpoint` are t5x's.
+
+    Args:
+      model: whose block size rows are made for.
+      options, checkpoint: see `seqio_task`.
+
+    Raises:
+      ConfigError: the task, its options and the lengths do not go together.
+    """
+    del continue_from_last_checkpoint
+    name = cfg.mixture_or_task_name
+    if name not in registry.names() or cfg.use_cached:
+        dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls, num_epochs)
+        return FeedIterator(_PipelineFeed(dataset))
+    try:
+        task = registry.get(name, **task_options(name, options, checkpoint))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"MIXTURE_OR_TASK_NAME {name!r}: {error}") from error
+    return FeedIterator(make_feed(
+        task=task, mode="none", model=model, batch_size=cfg.batch_size,
+        length=cfg.task_feature_lengths["targets"], curriculum=None, seed=cfg.seed,
+        shard=(shard_id, num_shards), place=None, pool_groups=0, pool_refresh=0,
+        lane_documents=None, packed=cfg.pack,
+    ))  # fmt: skip
+
+
+class _PipelineFeed(SeqioFeed):
+    """The batches of a dataset; its position is how many of them were taken."""
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+        self.set_state({"batches": 0})
+
+
+def _copy(state: Any) -> Any:
+    return json.loads(json.dumps(state))
+
+
+def _step_of(path: pathlib.Path) -> int:
+    """20 of .../checkpoint_20/dataset/train_ds-000-of-001, also while it is being written."""
+    return int(re.findall(r"checkpoint_(\d+)", str(path.parent))[-1])
+
+
+def _engine_file(path: pathlib.Path) -> pathlib.Path:
+    """Where our engine keeps the position, in the same checkpoint."""
+    parent = path.parent  # of several processes, each has a folder
+    return (parent.parent if parent.name.startswith("process_") else parent) / "metadata"

@@ -1,0 +1,40 @@
+"""t5x's rules for arrays, with our logical axes among them."""
+
+from collections.abc import Sequence
+
+from t5x import partitioning
+
+from famx.errors import ConfigError
+from famx.training.partitioning import LOGICAL_AXES
+
+_MODEL_AXES = ("heads", "kv_heads", "mlp", "vocab")
+
+
+def logical_axis_rules(
+    activation_partitioning_dims: int = 1,
+    parameter_partitioning_dims: int = 1,
+    may_replicate: Sequence[str] = (),
+) -> list[tuple[str, str | None]]:
+    """t5x's standard rules, before them those of our axes.
+
+    Args:
+      activation_partitioning_dims: 2 cuts the width of activations over `model` too.
+      parameter_partitioning_dims: 2 cuts the width of parameters over `data` too.
+      may_replicate: axes to keep whole, such as "kv_heads" with fewer heads than `model` has parts.
+
+    Raises:
+      ConfigError: `may_replicate` names what is no logical axis.
+    """
+    for name in may_replicate:
+        if name not in LOGICAL_AXES:
+            raise ConfigError(
+                f"There is no logical axis named {name!r}: choose from {', '.join(LOGICAL_AXES)}."
+            )
+    standard = partitioning.standard_logical_axis_rules(
+        activation_partitioning_dims, parameter_partitioning_dims
+    )
+    standard = [rule for rule in standard if rule[0] not in may_replicate]
+    known = {name for name, _ in standard}
+    ours = {name: "model" if name in _MODEL_AXES else None for name in LOGICAL_AXES if name not in known}
+    ours.update(dict.fromkeys(may_replicate))
+    return [*ours.items(), *standard]
