@@ -10,12 +10,14 @@ import numpy as np
 import optax
 import pytest
 from modules.helpers import random_params
+from pretrained import write_tokenizer
 from tiny import make_model, make_params, make_tokens, passkey
 
 from famx.analysis import MemoryMonitor
-from famx.data import ByteVocabulary, TextFiles
+from famx.data import ByteVocabulary, PasskeyTask, TextFiles
 from famx.data.passkey_text import passkey_words
 from famx.data.probes import CopyProbe
+from famx.data.text import as_vocabulary
 from famx.errors import ConfigError
 from famx.evaluation import PROBES, PasskeyEvaluation, TaskEvaluation, TextEvaluation
 from famx.evaluation.common import streamer_of
@@ -130,6 +132,35 @@ def test_report(tmp_path):
 
     picture = image.imread(tmp_path / "passkey.png")
     assert picture.ndim == 3 and picture.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["byte_pair_numbers", "sentencepiece"])
+def test_passkey_of_a_tokenizer_equals_a_direct_evaluation(tmp_path, name):
+    """Answers of different numbers of tokens, right where all of their own are."""
+    vocabulary = as_vocabulary(write_tokenizer(tmp_path, name))
+    task = PasskeyTask(vocabulary, digits=1, header=False)
+    size, examples = 64, 24
+    model = make_model(vocab_size=vocabulary.vocab_size, block_size=size)
+    jitted = jax.jit(model.module.apply)
+    params = dict(make_params(model.module))
+    liked = {int(i) for row in task.batch(range(40), 4 * size)["answer"] for i in row}
+    scale = np.full((vocabulary.vocab_size, 1), 0.05, np.float32)
+    scale[sorted(liked - {vocabulary.pad_id})] = 2.0
+    params["embedding"] = params["embedding"] * scale
+    evaluation = PasskeyEvaluation(task, blocks=(3,), examples=examples, health=False)
+    scores = evaluation(model, params, 0)
+    assert set(scores) == {f"{probe}/3" for probe in PROBES}
+    for probe, options in PROBES.items():
+        common = dict(split="eval", seed=1, depth=0.0, block_size=size)
+        batch = dataclasses.replace(task, **common, **options).batch(range(examples), 3 * size)
+        best = np.argmax(jitted({"params": params}, batch["decoder_input_tokens"])[0], axis=-1)
+        right, expected = [], batch["answer"].copy()
+        for i, start in enumerate(batch["answer_start"]):
+            found = best[i, start:]
+            expected[i, : len(found)] = found
+            right.append(found.tolist() == batch["decoder_target_tokens"][i, start:].tolist())
+        np.testing.assert_array_equal(_answers(model, params, batch), expected)
+        assert scores[f"{probe}/3"] == pytest.approx(np.mean(right))
 
 
 # ---------------------------------------------------------------- text
@@ -317,7 +348,7 @@ def test_answers_without_memory_equal_an_obvious_loop(sizes):
         batch = task.batch(range(32), blocks * BLOCK)
         log_p = direct(model, params, batch, zero_memory=True)[2]
         best = log_p[:, -1:].argmax(-1)
-        np.testing.assert_array_equal(_answers(model, params, task, batch, zero_memory=True), best)
+        np.testing.assert_array_equal(_answers(model, params, batch, zero_memory=True), best)
         assert len(set(best.ravel())) > 5
 
 

@@ -5,6 +5,10 @@ can be made again, and the key of an index is the same at every length. Layout, 
 
     header, filler, key statement, filler[, second key statement, filler], question, answer
 
+With words and bytes the answer is the key's digits, a token each. With any other vocabulary it is the
+tokens that it spells a space and the key with, since a prompt that ends in "is" ends in no space: as
+many as there are, up to a token more than digits. `famx.data.passkey_text` says how texts are joined.
+
 Training and evaluation must never share examples. So every random stream is seeded by
 `(seed, split, index, stream)`: give evaluation `split="eval"`, and another seed as well. (With five
 digits two streams still draw the same key now and then, as any two draws from 100 000 do.)
@@ -17,22 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from famx.data.base_vocabulary import Vocabulary
 from famx.data.metrics import digit_accuracy, exact_match
-from famx.data.passkey_text import (
-    HEADER,
-    QUESTION,
-    REPEATED_FILLER,
-    STATEMENT,
-    passkey_words,
-    python_docs,
-    random_words,
-)
+from famx.data.passkey_text import PasskeyTexts, passkey_words
 from famx.data.placement import BlockPlaces
-from famx.data.vocabularies import ByteVocabulary, WordVocabulary
+from famx.data.text import as_vocabulary
+from famx.data.vocabularies import WordVocabulary
 
 __all__ = ["PasskeyTask", "digit_accuracy", "exact_match"]
 
-VOCABULARIES = ("words", "bytes")
 FILLERS = ("repeated", "random_words", "python_stdlib", "mixed")
 SPLITS = ("train", "eval")
 _KEY_STREAM, _LAYOUT_STREAM, _FILLER_STREAM = range(3)
@@ -44,10 +41,11 @@ class PasskeyTask:
     """PassKey rows in the paper's format. See the module's docstring for the layout.
 
     Attributes:
-      vocabulary: "words" (fewer than 128 ids, every digit and word one token) or "bytes".
+      vocabulary: "words" (fewer than 128 ids, every digit and word one token), "bytes", or any that
+        `famx.data.text.as_vocabulary` takes and that has a bos_id.
       digits: number of digits of a key; the first may be 0.
       filler: "repeated" (the paper's sentence again and again), "random_words", "python_stdlib"
-        (Python's documentation, from a random place; bytes only; the only filler with digits), or
+        (Python's documentation, from a random place; not in words; the only filler with digits), or
         "mixed": one of the first two, drawn per example.
       depth: fraction of the filler before the first key statement; None draws it per example.
       second_key: probability of a second, different key; the answer is then that last key.
@@ -56,12 +54,13 @@ class PasskeyTask:
       second_key_recent: draw the second statement's distance from the question uniformly in its
         logarithm, so that long rows have recent second keys as often as old ones; needs
         `second_key_depth=None`.
-      header: whether the long opening sentences are there.
+      header: whether the long opening sentences are there. Without them, a row of neither words nor
+        bytes begins with a space.
       block_size: if given, every key statement is moved to the nearest place where it lies within
         one block of so many tokens, both as targets and as inputs (one position later). Question
         and answer are the last tokens: they lie within one block if the length is a multiple of it.
-      mention_weight: loss weight of the digits of the second mention of a key in its statement.
-      answer_weight: loss weight of the digits of the answer. All other tokens weigh 0.
+      mention_weight: loss weight of the second mention of a key in its statement.
+      answer_weight: loss weight of the answer. All other tokens weigh 0.
       seed: seed of all examples, at least 0.
       split: "train" or "eval"; examples of the two are drawn from disjoint random streams.
 
@@ -69,7 +68,7 @@ class PasskeyTask:
       ValueError: on construction, with a sentence, if a value makes no sense.
     """
 
-    vocabulary: str = "words"
+    vocabulary: str | Vocabulary = "words"
     digits: int = 5
     filler: str = "repeated"
     depth: float | None = 0.0
@@ -84,16 +83,21 @@ class PasskeyTask:
     split: str = "train"
 
     def __post_init__(self):
-        for name, known in (("vocabulary", VOCABULARIES), ("filler", FILLERS), ("split", SPLITS)):
+        for name, known in (("filler", FILLERS), ("split", SPLITS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"PassKey's {name} is '{getattr(self, name)}'; "
                     f"choose one of {', '.join(known)}."
                 )
-        if self.filler == "python_stdlib" and self.vocabulary != "bytes":
+        if self.filler == "python_stdlib" and isinstance(self.vocab, WordVocabulary):
             raise ValueError(
                 "PassKey's filler 'python_stdlib' is real text, which the word vocabulary cannot "
-                "spell; set vocabulary to 'bytes'."
+                "spell; set vocabulary to 'bytes', or to a tokenizer's."
+            )
+        if self.vocab.bos_id is None:
+            raise ValueError(
+                "PassKey's vocabulary has no bos_id, with which the inputs of every row begin; open it "
+                "with one, such as its eos_id."
             )
         if self.digits < 1:
             raise ValueError(f"A pass key needs at least 1 digit, but digits is {self.digits}.")
@@ -106,7 +110,7 @@ class PasskeyTask:
             raise ValueError("PassKey's mention_weight and answer_weight must not be negative.")
         if self.seed < 0:
             raise ValueError(f"PassKey's seed must be at least 0, but it is {self.seed}.")
-        room = len(self._statement[0]) + 1
+        room = self._texts.statement_width + 1
         if self.block_size is not None and self.block_size < room:
             raise ValueError(
                 f"A key statement of {self.digits} digits takes {room} positions and does not fit "
@@ -114,14 +118,19 @@ class PasskeyTask:
             )
 
     @functools.cached_property
-    def vocab(self) -> WordVocabulary | ByteVocabulary:
+    def vocab(self) -> Vocabulary:
         """The vocabulary object of the rows."""
-        return passkey_words() if self.vocabulary == "words" else ByteVocabulary()
+        return as_vocabulary(self.vocabulary, words=passkey_words)
+
+    @property
+    def answer_width(self) -> int:
+        """Number of tokens that hold every answer."""
+        return self._texts.key_width
 
     def overhead(self, second_key: bool) -> int:
-        """Number of tokens of a row that are not filler, with or without a second key."""
-        statements = (2 if second_key else 1) * len(self._statement[0])
-        return len(self._header) + statements + len(self._question) + self.digits
+        """Number of tokens of a row that are not filler, with or without a second key, at most."""
+        statements = (2 if second_key else 1) * self._texts.statement_width
+        return len(self._header) + statements + self._asked_width
 
     @property
     def min_length(self) -> int:
@@ -140,8 +149,9 @@ class PasskeyTask:
           depth: place of the first statement, in place of the task's own `depth`.
 
         Returns:
-          tokens int32 [length] (targets), weights float32 [length], answer int32 [digits] (ids),
-          answer_start int, key_positions list of int (starts of the statements), filler_tokens int.
+          tokens int32 [length] (targets), weights float32 [length], answer int32 [n] (ids),
+          answer_start int, key_positions list of int (starts of the statements), filler_tokens int,
+          references list of str (the key that is asked for).
 
         Raises:
           ValueError: the row is too short for the task, or an argument is out of range.
@@ -159,31 +169,37 @@ class PasskeyTask:
         if self.second_key_recent:
             filler = max(length - self.overhead(two), 1)
             second_depth = 1 - min(filler ** draw[3] / filler, 1.0)
-        keys = self._keys(index)[: 2 if two else 1]
+        texts, keys = self._texts, self._keys(index)[: 2 if two else 1]
+        encoded = [texts.key(key) for key in keys]
+        statements = [texts.statement(key) for key in encoded]
 
         starts = self._place(length, two, depth, second_depth)
         tokens, weights = np.empty(length, np.int32), np.zeros(length, np.float32)
-        filler_tokens = length - self.overhead(two)
-        filler = self._filler(index, kind if self.filler == "mixed" else self.filler, filler_tokens)
-        self._write_filler(tokens, filler, starts)
-        tokens[: len(self._header)] = self._header
-        text, *mentions = self._statement
-        for start, key in zip(starts, keys):
-            tokens[start : start + len(text)] = text
-            for mention in mentions:
-                tokens[start + mention : start + mention + self.digits] = key
-            weights[start + mention : start + mention + self.digits] = self.mention_weight
-        answer_start = length - self.digits
-        tokens[answer_start - len(self._question) : answer_start] = self._question
-        tokens[answer_start:] = keys[-1]
+        answer_start = length - len(encoded[-1])
+        ending = np.concatenate([texts.question, encoded[-1]])
+        parts = [(0, self._header)]
+        for start, (ids, mention) in zip(starts, statements):
+            parts.append((start, ids))
+            weights[start + mention.start : start + mention.stop] = self.mention_weight
+        parts.append((length - len(ending), ending))
         weights[answer_start:] = self.answer_weight
+        filler_tokens = length - sum(len(ids) for _, ids in parts)
+        kind = kind if self.filler == "mixed" else self.filler
+        rng = self._rng(index, _FILLER_STREAM)
+        filler = texts.filler(rng, kind, filler_tokens, evaluation=self.split == "eval")
+        end = used = 0
+        for start, ids in parts:
+            used = texts.fill(tokens[end:start], filler, used)
+            end = start + len(ids)
+            tokens[start:end] = ids
         return dict(
             tokens=tokens,
             weights=weights,
-            answer=keys[-1],
+            answer=encoded[-1],
             answer_start=answer_start,
             key_positions=starts,
             filler_tokens=filler_tokens,
+            references=[keys[-1]],
         )
 
     def batch(self, indices: Sequence[int], length: int, **example_kwargs) -> dict[str, np.ndarray]:
@@ -192,7 +208,7 @@ class PasskeyTask:
         Returns:
           decoder_input_tokens int32 [B, L] (the targets one step later, bos in front),
           decoder_target_tokens int32 [B, L], decoder_loss_weights float32 [B, L],
-          answer int32 [B, digits] and answer_start int32 [B].
+          answer int32 [B, answer_width] (padded at its end) and answer_start int32 [B].
         """
         if not len(indices):
             raise ValueError("A PassKey batch needs at least one index.")
@@ -201,81 +217,53 @@ class PasskeyTask:
         inputs = np.empty_like(targets)
         inputs[:, 0] = self.vocab.bos_id
         inputs[:, 1:] = targets[:, :-1]
+        answer = np.full((len(rows), self.answer_width), self.vocab.pad_id, np.int32)
+        for padded, row in zip(answer, rows):
+            padded[: len(row["answer"])] = row["answer"]
         return dict(
             decoder_input_tokens=inputs,
             decoder_target_tokens=targets,
             decoder_loss_weights=np.stack([row["weights"] for row in rows]),
-            answer=np.stack([row["answer"] for row in rows]),
+            answer=answer,
             answer_start=np.array([row["answer_start"] for row in rows], np.int32),
         )
 
-    # Parts of a row. Bytes need a space after every part; words do not.
-
-    def _encode(self, text: str) -> np.ndarray:
-        return np.array(self.vocab.encode(text), np.int32)
+    # Parts of a row.
 
     @functools.cached_property
+    def _texts(self) -> PasskeyTexts:
+        return PasskeyTexts(self.vocab, self.digits)
+
+    @property
     def _header(self) -> np.ndarray:
-        return self._encode(HEADER + " ") if self.header else np.zeros(0, np.int32)
+        return self._texts.header if self.header else np.zeros(0, np.int32)
 
-    @functools.cached_property
-    def _question(self) -> np.ndarray:
-        return self._encode(QUESTION + " ")
-
-    @functools.cached_property
-    def _statement(self) -> tuple[np.ndarray, int, int]:
-        """A key statement with zeros for the key, and where its two mentions begin."""
-        key = "0" * self.digits
-        opening = f"{STATEMENT[0]} "
-        middle = f"{STATEMENT[1]} "
-        text = f"{opening}{key}{middle}{key} {STATEMENT[2]} "
-        first = len(self._encode(opening))
-        return self._encode(text), first, first + self.digits + len(self._encode(middle))
+    @property
+    def _asked_width(self) -> int:
+        """Most tokens of question and answer."""
+        return len(self._texts.question) + self._texts.key_width
 
     def _rng(self, index: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(self.split), index, stream])
 
-    def _keys(self, index: int) -> list[np.ndarray]:
-        """Two different keys, each int32 [digits] of ids."""
+    def _keys(self, index: int) -> list[str]:
+        """Two different keys."""
         rng = self._rng(index, _KEY_STREAM)
         digits = [rng.integers(0, 10, self.digits), rng.integers(0, 10, self.digits)]
         while np.array_equal(*digits):
             digits[1] = rng.integers(0, 10, self.digits)
-        return [self._digit_ids[d] for d in digits]
-
-    @functools.cached_property
-    def _digit_ids(self) -> np.ndarray:
-        return self._encode("0123456789")
-
-    def _filler(self, index: int, kind: str, count: int) -> np.ndarray:
-        """int32 [count] filler tokens."""
-        rng = self._rng(index, _FILLER_STREAM)
-        if kind == "repeated":
-            return np.resize(self._encode(REPEATED_FILLER + " "), count)
-        if kind == "python_stdlib":
-            return python_docs(rng, count, evaluation=self.split == "eval")
-        return random_words(rng, count, self.vocab)
-
-    def _write_filler(self, tokens: np.ndarray, filler: np.ndarray, starts: list[int]) -> None:
-        """Spread `filler` over the gaps before the statements and before the question."""
-        begin, used = len(self._header), 0
-        for end in [*starts, len(tokens) - len(self._question) - self.digits]:
-            gap = end - begin
-            tokens[begin:end] = filler[used : used + gap]
-            if gap and self.vocabulary == "bytes":
-                tokens[end - 1] = self.vocab.encode(" ")[0]  # what follows begins a new word
-            begin, used = end + len(self._statement[0]), used + gap
+        return ["".join(map(str, key.tolist())) for key in digits]
 
     @functools.cached_property
     def _blocks(self) -> BlockPlaces:
         # A statement's inputs stand one position after its targets: both must fit.
-        return BlockPlaces(size=len(self._statement[0]) + 1, block_size=self.block_size)
+        return BlockPlaces(size=self._texts.statement_width + 1, block_size=self.block_size)
 
     def _min_length(self, two: bool) -> int:
-        size = len(self._statement[0])
+        size = self._texts.statement_width
         end = self._blocks.later(len(self._header)) + size
         end = self._blocks.later(end) + size if two else end
-        return end + len(self._question) + self.digits
+        return end + self._asked_width
 
     def _place(self, length: int, two: bool, depth: float, second_depth: float) -> list[int]:
         """Starts of the one or two statements in a row of `length` tokens."""
@@ -285,10 +273,10 @@ class PasskeyTask:
                 f"{self._min_length(two)} tokens, but the length is {length}; "
                 "make the rows longer, or set header to False."
             )
-        size = len(self._statement[0])
+        size = self._texts.statement_width
         filler = length - self.overhead(two)
         low = self._blocks.later(len(self._header))
-        last = self._blocks.earlier(length - len(self._question) - self.digits - size)
+        last = self._blocks.earlier(length - self._asked_width - size)
         high = self._blocks.earlier(last - size) if two else last
         first = self._blocks.nearest(len(self._header) + round(depth * filler), low, high)
         if not two:

@@ -1,9 +1,13 @@
-"""The texts of the PassKey task: its sentences, its word vocabulary and its fillers."""
+"""The texts of the PassKey task: its sentences, its word vocabulary and its fillers, as tokens."""
 
 import functools
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from famx.data.base_vocabulary import Vocabulary
 from famx.data.vocabularies import ByteVocabulary, WordVocabulary
 
 HEADER = (
@@ -30,6 +34,182 @@ def passkey_words() -> WordVocabulary:
     return WordVocabulary([*"0123456789.,?", *dict.fromkeys(w for w in words if w)])
 
 
+class Filler(NamedTuple):
+    """Filler tokens int32 [n], and where its words begin, bool [n]; None: at every token."""
+
+    tokens: np.ndarray
+    starts: np.ndarray | None = None
+
+
+class PasskeyTexts:
+    """The parts of a PassKey row as tokens of one vocabulary.
+
+    The parts are encoded one by one, and a row is their concatenation.
+
+    Words and bytes: a digit is a token, and a part ends in the space that parts it from the next.
+
+    Any other vocabulary: a part begins with that space, as the tokens of such vocabularies do, and is
+    encoded as it stands behind a full stop, a key's end likewise behind a digit. Filler is encoded word
+    by word and cut between words; where a gap's last word does not fit, a short word fills up. So the
+    row's tokens are those of its whole text, wherever no token reaches over a space that follows other
+    letters, nor from a digit to punctuation: byte-level BPE with the usual splitting into words, and
+    SentencePiece that splits at spaces and digits. With another one the text is right, but encoded as
+    a whole it may become other tokens.
+
+    Args:
+      vocabulary: the vocabulary.
+      digits: of a key.
+
+    Attributes:
+      header, statement_width, key_width, question: int32 [n] header, most tokens of a key statement and
+        of an answer, int32 [n] question.
+
+    Raises:
+      ValueError: the vocabulary cannot spell the texts.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, digits: int):
+        self.vocab = vocabulary
+        self._digit_is_token = isinstance(vocabulary, ByteVocabulary | WordVocabulary)
+        opening, middle, closing = STATEMENT
+        if self._digit_is_token:
+            self.key_width = digits
+            self.header = self._encode(f"{HEADER} ")
+            self._sentence = [self._encode(x) for x in (f"{opening} ", f"{middle} ", f" {closing} ")]
+            self.question = self._encode(f"{QUESTION} ")
+        else:
+            self.key_width = digits + 1  # a token spells at least one letter
+            self.header = self._encode(HEADER)
+            self._sentence = [
+                self._encode(f" {opening}", "."),
+                self._encode(middle, "0"),
+                self._encode(f" {closing}", "."),
+            ]
+            self.question = self._encode(f" {QUESTION}", ".")
+        self.key("0123456789")
+        self.statement_width = sum(map(len, self._sentence)) + 2 * self.key_width
+
+    def key(self, digits: str) -> np.ndarray:
+        """int32 [n] ids of a key, which follows the question or stands in a statement."""
+        return self._encode(digits) if self._digit_is_token else self._encode(f" {digits}", ".")
+
+    def statement(self, key: np.ndarray) -> tuple[np.ndarray, slice]:
+        """int32 [n] statement of a key's ids, and the place of its second mention."""
+        opening, middle, closing = self._sentence
+        mention = len(opening) + len(key) + len(middle)
+        ids = np.concatenate([opening, key, middle, key, closing])
+        return ids, slice(mention, mention + len(key))
+
+    # ------ Filler
+
+    def filler(self, rng: np.random.Generator, kind: str, count: int, evaluation: bool) -> Filler:
+        """Filler for gaps of `count` tokens in all.
+
+        Args:
+          rng: draws the words, or the place where real text begins.
+          kind: "repeated", "random_words" or "python_stdlib" (real text: the documentation of Python).
+          count: number of tokens.
+          evaluation: whether to read real text's last fifth, in place of the rest.
+        """
+        if self._digit_is_token:
+            if kind == "repeated":
+                return Filler(np.resize(self._encode(REPEATED_FILLER + " "), count))
+            if kind == "python_stdlib":
+                return Filler(python_docs(rng, count, evaluation))
+            return Filler(random_words(rng, count, self.vocab))
+        if kind == "random_words":
+            words = _encoded_words(self.vocab, tuple(FILLER_WORDS))
+            return words.take(rng.integers(0, len(FILLER_WORDS), count + 1, np.uint8), count + 1)
+        if kind == "python_stdlib":
+            words = _documentation_words(self.vocab, evaluation)
+            first = int(rng.integers(words.number))
+        else:
+            words, first = _encoded_words(self.vocab, tuple(REPEATED_FILLER.split())), 0
+        return words.read_on(first, count + 1)
+
+    def fill(self, gap: np.ndarray, filler: Filler, used: int) -> int:
+        """Writes filler from token `used` on into int32 `gap`; returns where the next gap's begins."""
+        size = len(gap)
+        gap[:] = filler.tokens[used : used + size]
+        if filler.starts is None:
+            if size and isinstance(self.vocab, ByteVocabulary):
+                gap[-1] = self._encode(" ")[0]  # what follows begins a new word
+            return used + size
+        if self._short_word is None:
+            return used + size
+        whole = size
+        while not filler.starts[used + whole]:
+            whole -= 1
+        gap[whole:] = self._short_word
+        return used + whole
+
+    @functools.cached_property
+    def _short_word(self) -> int | None:
+        """A word of the filler that is one token; None: there is none, and words are cut."""
+        words = [*REPEATED_FILLER.split(), *FILLER_WORDS]
+        found = [encode_after(self.vocab, f" {word}", ".") for word in words if word.isalpha()]
+        return next((ids[0] for ids in found if len(ids) == 1 and ids[0] != self.vocab.unk_id), None)
+
+    def _encode(self, text: str, before: str = "") -> np.ndarray:
+        ids = encode_after(self.vocab, text, before)
+        if self.vocab.unk_id is not None and self.vocab.unk_id in ids:
+            raise ValueError(
+                f"The vocabulary cannot spell PassKey's text '{text.strip()[:60]}'; give one that "
+                "can, or 'words' or 'bytes'."
+            )
+        return np.array(ids, np.int32)
+
+
+def encode_after(vocabulary: Vocabulary, text: str, before: str) -> list[int]:
+    """Ids of `text` as it stands behind `before`; alone where the two cannot be told apart."""
+    if before:
+        first = vocabulary.encode(before)
+        ids = vocabulary.encode(before + text)
+        if ids[: len(first)] == first:
+            return ids[len(first) :]
+    return vocabulary.encode(text)
+
+
+class _Words:
+    """Words as tokens, to be written one after another in any order."""
+
+    def __init__(self, encoded: Sequence[list[int]]):
+        self._tokens = np.concatenate([np.array(ids, np.int32) for ids in encoded])
+        self._sizes = np.array([len(ids) for ids in encoded])
+        self._offsets = np.cumsum(self._sizes) - self._sizes
+        self._starts = np.zeros(len(self._tokens), bool)
+        self._starts[self._offsets] = True
+        self.number = len(encoded)
+
+    def take(self, words: np.ndarray, count: int) -> Filler:
+        """The first `count` tokens of these words."""
+        sizes = self._sizes[words]
+        ends = np.cumsum(sizes)
+        words = words[: np.searchsorted(ends, count) + 1]
+        sizes, ends = sizes[: len(words)], ends[: len(words)]
+        places = np.arange(ends[-1]) + np.repeat(self._offsets[words] - ends + sizes, sizes)
+        return self._filler(places[:count])
+
+    def read_on(self, first: int, count: int) -> Filler:
+        """`count` tokens from word `first` on, round and round."""
+        return self._filler((self._offsets[first] + np.arange(count)) % len(self._tokens))
+
+    def _filler(self, places: np.ndarray) -> Filler:
+        return Filler(self._tokens[places], self._starts[places])
+
+
+@functools.lru_cache(maxsize=8)
+def _encoded_words(vocabulary: Vocabulary, words: tuple[str, ...]) -> _Words:
+    known = {word: encode_after(vocabulary, f" {word}", ".") for word in dict.fromkeys(words)}
+    return _Words([known[word] for word in words])
+
+
+@functools.lru_cache(maxsize=8)
+def _documentation_words(vocabulary: Vocabulary, evaluation: bool) -> _Words:
+    text = " ".join(python_docs_sentences(evaluation))
+    return _encoded_words.__wrapped__(vocabulary, tuple(text.split(" ")))
+
+
 def random_words(
     rng: np.random.Generator, count: int, vocabulary: WordVocabulary | ByteVocabulary
 ) -> np.ndarray:
@@ -48,17 +228,31 @@ def python_docs(rng: np.random.Generator, count: int, evaluation: bool) -> np.nd
 
     Evaluation reads the last fifth of it, training the rest.
     """
-    documentation = _python_documentation()
-    cut = len(documentation) * 4 // 5
-    part = documentation[cut:] if evaluation else documentation[:cut]
-    return np.resize(np.roll(part, -int(rng.integers(len(part)))), count)
+    part = _documentation(evaluation)
+    start = int(rng.integers(len(part)))
+    rounds = part[start:] + part * (-(-count // len(part)))
+    return _byte_ids(rounds[:count])
 
 
 @functools.cache
-def _python_documentation() -> np.ndarray:
+def python_docs_sentences(evaluation: bool) -> tuple[str, ...]:
+    """Sentences, headings and lines of code of Python's documentation, in order, in ASCII.
+
+    Evaluation reads the last fifth of it, training the rest.
+    """
+    text = _documentation(evaluation).decode("ascii", errors="ignore")
+    paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
+    sentences = [s for paragraph in paragraphs for s in re.split(r"(?<=[.!?:]) ", paragraph)]
+    return tuple(s for s in sentences if re.search("[a-z]{2}", s))
+
+
+@functools.cache
+def _documentation(evaluation: bool) -> bytes:
     from pydoc_data.topics import topics
 
-    return _byte_ids("\n".join(topics[name] for name in sorted(topics)).encode("utf-8"))
+    data = "\n".join(topics[name] for name in sorted(topics)).encode("utf-8")
+    cut = len(data) * 4 // 5
+    return data[cut:] if evaluation else data[:cut]
 
 
 def _byte_ids(data: bytes) -> np.ndarray:

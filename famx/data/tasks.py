@@ -28,6 +28,7 @@ DATA_DIR is the task's `data_dir`, else the environment variable FAMX_DATA_DIR. 
 import dataclasses
 import difflib
 import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -81,7 +82,7 @@ class TextTask:
       open_tfds: `open_tfds(records, split)` turns TensorFlow Datasets' records into official ones.
       counts: number of rows of the official files per split, where known.
       data_dir: the data directory; None: FAMX_DATA_DIR.
-      vocabulary: "bytes" or a vocabulary object.
+      vocabulary: see `famx.data.text.as_vocabulary`.
       split: the split whose documents the task itself is.
       max_tokens, cut: settings of `documents`.
       allow_partial: whether records may be left out because their files are missing.
@@ -216,7 +217,7 @@ class TextTask:
 
         Args:
           split: name of the split.
-          vocabulary: "bytes" or a vocabulary object.
+          vocabulary: see `famx.data.text.as_vocabulary`.
           max_tokens: longest document. Of inputs and targets, the inputs are cut, never the targets:
             a document whose targets alone are longer stays longer. Of kind "documents", the end is
             cut off, together with eos.
@@ -299,5 +300,11 @@ class TextTask:
 
 def register_task(task: TextTask) -> TextTask:
     """Let `famx.data.get(task.name, data_dir=..., vocabulary=...)` return the task so changed."""
-    registry.register(task.name, functools.partial(dataclasses.replace, task))
+    factory = functools.partial(dataclasses.replace, task)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    settings = [(field.name, getattr(task, field.name)) for field in dataclasses.fields(task)]
+    factory.__signature__ = inspect.Signature(  # else only `**changes`
+        [inspect.Parameter(name, keyword, default=value) for name, value in settings]
+    )
+    registry.register(task.name, factory)
     return task

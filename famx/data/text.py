@@ -1,16 +1,20 @@
 """Own text as documents. `ContinuousLanes`, which reads them, can be imported from here too."""
 
+import functools
 import glob
 import hashlib
 import os
+import pathlib
+import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from famx.data.base_vocabulary import Vocabulary
 from famx.data.lanes import ContinuousLanes
-from famx.data.vocabularies import ByteVocabulary
+from famx.data.vocabularies import ByteVocabulary, load_vocabulary, open_vocabulary
+from famx.errors import ConfigError
 
 __all__ = [
     "ContinuousLanes",
@@ -21,6 +25,8 @@ __all__ = [
     "validation_names",
 ]
 
+_CHOICES = "'bytes', the directory of a model, or a tokenizer file"  # of vocabularies
+_VOCABULARY_FILES = ("vocabulary.json", "tokenizer.json", "tokenizer.model")
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 
@@ -41,19 +47,58 @@ def stdlib_text_files() -> list[str]:
     return sorted(found)
 
 
-def as_vocabulary(vocabulary: str | Vocabulary) -> Vocabulary:
-    """The vocabulary object of "bytes", or the one that is given.
+def as_vocabulary(
+    vocabulary: str | os.PathLike | Vocabulary, words: Callable[[], Vocabulary] | None = None
+) -> Vocabulary:
+    """The vocabulary object that a task's option `vocabulary` means.
+
+    Args:
+      vocabulary: "bytes"; "words", for tasks that have words of their own; the directory of a trained
+        or imported model, of one of its checkpoints, or of another saved vocabulary; a tokenizer file
+        (tokenizer.json, SentencePiece, GGUF) or a directory that holds one; or a vocabulary object.
+      words: makes the vocabulary "words"; None: the task has none.
 
     Raises:
-      ValueError: it is another string.
+      ConfigError: there is no such file, or a saved vocabulary is damaged.
+      ValueError: it is no vocabulary, or the tokenizer file cannot be read.
     """
-    if not isinstance(vocabulary, str):
+    if not isinstance(vocabulary, str | os.PathLike):
+        if not hasattr(vocabulary, "encode"):
+            raise ConfigError(f"{vocabulary!r} is no vocabulary; {_CHOICES}.")
         return vocabulary
-    if vocabulary != "bytes":
-        raise ValueError(
-            f"'{vocabulary}' is no vocabulary for text; use 'bytes' or a vocabulary object."
+    if vocabulary == "bytes":
+        return ByteVocabulary()
+    if vocabulary == "words" and words is not None:
+        return words()
+    path = pathlib.Path(vocabulary).expanduser()
+    if not path.exists():
+        choices = f"'words', {_CHOICES}" if words else _CHOICES
+        raise ConfigError(
+            f"'{vocabulary}' is no vocabulary, and there is no such path; choose {choices}."
         )
-    return ByteVocabulary()
+    file = _vocabulary_file(path)
+    facts = file.stat()
+    return _read_vocabulary(file, facts.st_mtime_ns, facts.st_size)
+
+
+def _vocabulary_file(path: pathlib.Path) -> pathlib.Path:
+    if path.is_file():
+        return path
+    is_checkpoint = re.fullmatch(r"checkpoint_\d+", path.absolute().name)
+    folder = path.absolute().parent if is_checkpoint else path
+    found = [folder / name for name in _VOCABULARY_FILES if (folder / name).is_file()]
+    if not found:
+        raise ConfigError(
+            f"The directory '{path}' holds no vocabulary, none of {', '.join(_VOCABULARY_FILES)}; name "
+            "that of a model whose vocabulary was saved, or a tokenizer file."
+        )
+    return found[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _read_vocabulary(file: pathlib.Path, changed: int, size: int) -> Vocabulary:
+    del changed, size  # part of the key alone
+    return load_vocabulary(file.parent) if file.name == _VOCABULARY_FILES[0] else open_vocabulary(file)
 
 
 def token_ids(text: str | bytes, vocabulary: Vocabulary) -> np.ndarray:
@@ -101,7 +146,7 @@ class TextFiles:
         Args:
           files: path or glob pattern, or several (`**` matches folders of any depth); None means
             `stdlib_text_files()`.
-          vocabulary: "bytes", or a vocabulary object; any but bytes reads the files as UTF-8.
+          vocabulary: see `as_vocabulary`; any but bytes reads the files as UTF-8.
           split: "train" or "validation".
           validation_fraction: about what share of the documents is kept for validation.
           seed: changes which documents these are.

@@ -35,7 +35,8 @@ class PasskeyEvaluation:
     which must replace the first.
 
     Attributes:
-      task: its header, vocabulary and digits are kept; its split becomes "eval".
+      task: its header, vocabulary and digits are kept; its split becomes "eval". An answer is right if
+        all its tokens are.
       blocks: lengths of the documents, in blocks, during training.
       report_blocks: lengths at the end.
       train_blocks: longest document seen in training, to be marked; None: not marked.
@@ -110,10 +111,10 @@ class PasskeyEvaluation:
                 if task.min_length > blocks * size:
                     continue
                 batch = task.batch(range(self.examples), blocks * size)
-                answers = _answers(model, params, task, batch)
+                answers = _answers(model, params, batch)
                 scores[f"{probe}/{blocks}"] = float(exact_match(answers, batch["answer"]).mean())
                 if health:
-                    answers = _answers(model, params, task, batch, zero_memory=True)
+                    answers = _answers(model, params, batch, zero_memory=True)
                     match = exact_match(answers, batch["answer"])
                     zeroed[f"memory/zeroed/{probe}/{blocks}"] = float(match.mean())
                     if probe == "hold" and (longest is None or blocks * size > longest.shape[1]):
@@ -123,11 +124,11 @@ class PasskeyEvaluation:
         return scores | zeroed
 
 
-def _answers(model, params, task: PasskeyTask, batch, zero_memory: bool = False) -> np.ndarray:
-    """The likeliest digits in the place of each answer, int32 `[B, digits]`."""
-    c, tokens = model.config, batch["decoder_input_tokens"]
-    # The question and the answer lie in the last tokens; score those blocks alone.
-    tail = math.ceil((len(task._question) + task.digits) / c.block_size) * c.block_size
+def _answers(model, params, batch, zero_memory: bool = False) -> np.ndarray:
+    """The likeliest tokens in the answers' places, int32 `[B, answer_width]`, padded as answers are."""
+    c, tokens, starts = model.config, batch["decoder_input_tokens"], batch["answer_start"]
+    # The answers are the last tokens; score those blocks alone.
+    tail = math.ceil((tokens.shape[1] - starts.min()) / c.block_size) * c.block_size
     # Without memory nothing before the reach of the window can matter, and it is not read.
     reach = c.num_layers * c.memory_segments * c.block_size
     skipped = max(tokens.shape[1] - tail - reach, 0) if zero_memory else 0
@@ -137,7 +138,9 @@ def _answers(model, params, task: PasskeyTask, batch, zero_memory: bool = False)
     if tokens.shape[1] - skipped > tail:
         _, state = streamer.read(params, state, tokens[:, skipped:-tail])
     best, _ = streamer.predict(params, state, tokens[:, -tail:])
-    return best[:, -task.digits :]
+    places = (starts - tokens.shape[1])[:, None] + np.arange(batch["answer"].shape[1])
+    found = np.take_along_axis(best, np.minimum(places, -1) + tail, axis=1)
+    return np.where(places < 0, found, batch["answer"])
 
 
 def _plot(table, block_size: int, train_blocks: int | None, path: pathlib.Path):

@@ -270,7 +270,7 @@ def test_min_length_is_the_smallest(block_size, second_key):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (dict(vocabulary="letters"), "choose one of words, bytes"),
+        (dict(vocabulary="letters"), "'letters' is no vocabulary, .* choose 'words', 'bytes', the"),
         (dict(filler="poem"), "choose one of repeated"),
         (dict(split="test"), "choose one of train, eval"),
         (dict(filler="python_stdlib"), "set vocabulary to 'bytes'"),

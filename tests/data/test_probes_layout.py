@@ -254,7 +254,7 @@ def test_probes_are_values():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (dict(vocabulary="letters"), "use 'bytes' or a vocabulary object"),
+        (dict(vocabulary="letters"), "is no vocabulary, and there is no such path; choose"),
         (dict(split="test"), "choose one of train, eval"),
         (dict(seed=-1), "at least 0"),
         (dict(answer_weight=-0.5), "must not be negative"),

@@ -1,8 +1,12 @@
 """Copy and associative recall: exact blocks of writing and reading, answers that a replay finds."""
 
+import functools
+import re
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pretrained import TOKENIZERS, write_tokenizer
 
 from famx.data import WordVocabulary
 from famx.data.passkey_text import FILLER_WORDS, passkey_words
@@ -142,7 +146,7 @@ def test_the_vocabulary_is_small_and_knows_every_word():
         (CopyProbe, dict(distance=0), "distance must be at least 1"),
         (CopyProbe, dict(filler="poem"), "choose one of random_words, repeated"),
         (CopyProbe, dict(block_size=10), "use a block_size of at least 11"),
-        (CopyProbe, dict(vocabulary="bytes"), "counts words as tokens"),
+        (CopyProbe, dict(vocabulary="bytes", num_symbols=12), "does not fit into a block of 32"),
         (CopyProbe, dict(vocabulary=passkey_words()), "cannot spell"),
         (RecallProbe, dict(num_pairs=0), "num_pairs must be at least 1"),
         (RecallProbe, dict(num_pairs=99, block_size=999), "there are 24 keys"),
@@ -159,3 +163,30 @@ def test_bad_options_get_a_sentence(make, options, sentence):
 def test_a_row_whose_last_block_is_too_short_gets_a_sentence():
     with pytest.raises(ValueError, match="last block of a row of 70 tokens holds 6.*multiple of"):
         CopyProbe(block_size=32).example(0, 70)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("make", [CopyProbe, functools.partial(RecallProbe, overwrite=0.5)])
+def test_a_tokenizer_spells_the_same_words(tmp_path, name, make):
+    """However many tokens a word is, writing and question are whole and each within its block."""
+    probe = make(vocabulary=write_tokenizer(tmp_path, name), block_size=100)
+    words = make(block_size=100)
+    for index in range(10):
+        row, expected = (p.example(index, 500) for p in (probe, words))
+        assert row["references"] == expected["references"]
+        text = probe.vocab.decode(row["tokens"])
+        said, right = (re.findall(r"remember .*? \.", t) for t in (text, words_text(words, expected)))
+        assert said == right and len(said) == len(row["positions"])
+        assert text.endswith(f"{expected['inputs'][expected['inputs'].rindex('recall'):]} "
+                             f"{row['references'][0]}")  # fmt: skip
+        assert probe.vocab.decode(row["answer"]).strip() == row["references"][0]
+        for start, writing in zip(row["positions"], said):
+            behind = probe.vocab.decode(row["tokens"][start : start // 100 * 100 + 99]).lstrip()
+            assert behind.startswith(writing)
+        assert probe.vocab.decode(row["tokens"][400:]).endswith(text[text.rindex(" recall") :])
+        assert len(row["answer"]) <= probe.answer_width
+
+
+def words_text(probe, row):
+    """The row's words with a space between any two, as the probe writes them."""
+    return " ".join(words_of(probe, row))

@@ -4,8 +4,19 @@ import os
 
 import numpy as np
 import pytest
+from pretrained import TOKENIZERS, write_byte_pair, write_tokenizer
 
-from famx.data import TextFiles, WordVocabulary, stdlib_text_files
+import famx.data
+from famx.data import (
+    ByteVocabulary,
+    TextFiles,
+    WordVocabulary,
+    registry,
+    save_vocabulary,
+    stdlib_text_files,
+)
+from famx.data.text import as_vocabulary
+from famx.errors import ConfigError
 
 
 @pytest.fixture
@@ -107,3 +118,78 @@ def test_the_standard_library_is_there():
     assert not any("site-packages" in path for path in paths)
     files = TextFiles()
     assert sum(files.num_tokens(i) for i in range(len(files))) > 3_000_000
+
+
+# ------ The one rule for vocabularies
+
+
+WORDS = WordVocabulary(["a", "b"])
+
+
+def test_names_of_vocabularies():
+    assert as_vocabulary("bytes") == ByteVocabulary()
+    assert as_vocabulary("words", words=lambda: WORDS) is WORDS
+    assert as_vocabulary(WORDS) is WORDS
+    for value in ("words", "letters"):
+        with pytest.raises(ConfigError, match=f"'{value}' is no vocabulary, and there is no such path"):
+            as_vocabulary(value)
+    with pytest.raises(ConfigError, match="None is no vocabulary; 'bytes', the directory of a model"):
+        as_vocabulary(None)
+
+
+def test_a_saved_vocabulary_is_found_in_a_model_dir_and_in_its_checkpoints(tmp_path):
+    save_vocabulary(WORDS, tmp_path)
+    (tmp_path / "checkpoint_10").mkdir()
+    for path in (tmp_path, str(tmp_path), f"{tmp_path}/", tmp_path / "checkpoint_10"):
+        assert as_vocabulary(path) == WORDS
+    assert as_vocabulary(tmp_path) is as_vocabulary(str(tmp_path))  # read once
+    other = WordVocabulary(["a", "b", "c"])
+    save_vocabulary(other, tmp_path)
+    assert as_vocabulary(tmp_path) == other
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match="empty' holds no vocabulary, none of vocabulary.json, "):
+        as_vocabulary(empty)
+    (tmp_path / "vocabulary.json").write_text("{")
+    with pytest.raises(ConfigError, match="is damaged; copy it again"):
+        as_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_file_is_a_vocabulary_and_so_is_its_folder(tmp_path, name):
+    folder = write_tokenizer(tmp_path, name)
+    kind = "tokenizer.model" if name == "sentencepiece" else "tokenizer.json"
+    file = as_vocabulary(tmp_path / kind)
+    assert file == as_vocabulary(folder) and file.bos_id is not None
+    text = "The grass is green.\nIs it? 12345"
+    assert file.decode(file.encode(text)) == text
+    (tmp_path / kind).write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="is no tokenizer file"):
+        as_vocabulary(folder)
+
+
+def test_every_task_says_that_it_takes_a_vocabulary():
+    """An engine that has one looks at the signature. Names with a vocabulary in them have theirs."""
+    without = {name for name in famx.data.names() if not registry.takes(name, "vocabulary")}
+    assert without == {"passkey_words", "passkey_bytes", "passkey_python_docs"}
+
+
+def test_every_task_takes_the_directory_of_a_model(tmp_path):
+    write_byte_pair(tmp_path / "tokenizer")
+    vocabulary = as_vocabulary(tmp_path / "tokenizer")
+    save_vocabulary(vocabulary, tmp_path / "model")
+    (tmp_path / "a.txt").write_text("The grass is green.")
+    (tmp_path / "a.jsonl").write_text('{"text": "The sky is blue."}\n' * 30)
+    more = {"own_text": "a.txt", "own_jsonl": "a.jsonl"}
+    for name in famx.data.names():
+        options = {"files": str(tmp_path / more[name])} if name in more else {}
+        if name in ("copy_at_distance", "associative_recall"):
+            options["block_size"] = 128
+        task = famx.data.get(name, vocabulary=str(tmp_path / "model"), **options)
+        for part in getattr(task, "tasks", (task,)):
+            assert part.vocab == vocabulary, name
+        with pytest.raises(ConfigError, match="'/none' is no vocabulary, and there is no such path"):
+            famx.data.get(name, vocabulary="/none", **options)
+        if hasattr(task, "batch") and name != "flan_packed":
+            rows = task.batch([3, 4], -(-task.min_length // 128) * 128)["decoder_target_tokens"]
+            assert rows.max() < vocabulary.vocab_size

@@ -186,7 +186,7 @@ class FlanRows:
 
     Attributes:
       data_dir: as of text tasks.
-      vocabulary: "bytes", or a vocabulary object that has a bos_id.
+      vocabulary: see `famx.data.text.as_vocabulary`; it must have a bos_id.
       weights: weight of each submixture, of any sum; those that are not named have none. None: `WEIGHTS`.
       allow_partial: whether submixtures may be missing; the others keep their weights.
       repeat_tokens: length of the segment; 0 leaves it and its prompt out.
@@ -345,9 +345,9 @@ class FlanRows:
         return int(rng.integers(held)) * HELD_OUT + HELD_OUT - 1
 
 
-def flan(**options: Any) -> Mixture:
+def flan(vocabulary: str | Vocabulary = "bytes", **options: Any) -> Mixture:
     """All submixtures at their weights; options are those of each text task."""
-    tasks = tuple(registry.get(f"flan_{name}", **options) for name in WEIGHTS)
+    tasks = tuple(registry.get(f"flan_{name}", vocabulary=vocabulary, **options) for name in WEIGHTS)
     return Mixture("flan", tasks, {f"flan_{name}": weight for name, weight in WEIGHTS.items()})
 
 

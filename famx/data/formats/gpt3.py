@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from famx.data import registry
+from famx.data.base_vocabulary import Vocabulary
 from famx.data.examples import Example, Examples, Records, example_of_record
 from famx.data.formats import gpt3_prompts as prompts
 from famx.data.metrics import Texts, accuracy, squad, text_exact_match, trivia_qa
@@ -270,13 +271,19 @@ def _of_first_line(metric: Metric) -> Metric:
 _MEMBERS: dict[str, list[str]] = {"gpt3_rank": [], "gpt3_gen": []}
 
 
-def suite(name: str, members: Sequence[str] | None = None, **options: Any) -> Suite:
+def suite(
+    name: str,
+    members: Sequence[str] | None = None,
+    vocabulary: str | Vocabulary = "bytes",
+    **options: Any,
+) -> Suite:
     """`gpt3_rank` or `gpt3_gen`.
 
     Args:
       name: its name.
       members: names of some of its tasks, without `gpt3_`; None: all.
-      **options: settings of every task, such as `data_dir`, `vocabulary` and `scoring`.
+      vocabulary: see `famx.data.text.as_vocabulary`.
+      **options: other settings of every task, such as `data_dir` and `scoring`.
 
     Raises:
       ConfigError: there is no such task in the suite, or a setting is out of range.
@@ -288,6 +295,7 @@ def suite(name: str, members: Sequence[str] | None = None, **options: Any) -> Su
                 f"'{name}' has no task '{member}'; the nearest name is '{near}', all are "
                 f"{', '.join(_MEMBERS[name])}."
             )
+    options["vocabulary"] = vocabulary
     chosen = members or _MEMBERS[name]
     return Suite(name, tuple(registry.get(f"gpt3_{member}", **options) for member in chosen))
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from famx.data import registry
+from famx.data.base_vocabulary import Vocabulary
 from famx.data.examples import Example
 from famx.data.formats.texts import Part
 from famx.data.metrics import accuracy, rouge, token_f1
@@ -36,6 +37,7 @@ def own_jsonl(
     validation_fraction: float = 0.05,
     seed: int = 0,
     name: str = "own_jsonl",
+    vocabulary: str | Vocabulary = "bytes",
     **options: Any,
 ) -> TextTask:
     """The task of JSON-lines files. Its kind follows from the columns of the first record.
@@ -48,7 +50,8 @@ def own_jsonl(
         so that it stays the same when records are appended.
       seed: changes which records these are.
       name: name for messages.
-      **options: settings of the task, such as `vocabulary`, `max_tokens` and `metrics`.
+      vocabulary: see `famx.data.text.as_vocabulary`.
+      **options: other settings of the task, such as `max_tokens` and `metrics`.
 
     Raises:
       ConfigError: an option is out of range.
@@ -96,6 +99,7 @@ def own_jsonl(
         preprocess=preprocess,
         splits=("train", "validation"),
         folders=("/",),
+        vocabulary=vocabulary,
         **task,
     )
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from famx.data import registry
+from famx.data.base_vocabulary import Vocabulary
 from famx.data.examples import Example
 from famx.data.metrics import rouge
 from famx.data.mixtures import Mixture
@@ -108,6 +109,7 @@ def xlsum(
     size: int | None = None,
     seed: int = 0,
     split: str = "train",
+    vocabulary: str | Vocabulary = "bytes",
     **options: Any,
 ) -> Mixture:
     """The mixture of languages.
@@ -115,7 +117,8 @@ def xlsum(
     Args:
       languages: names in `LANGUAGES`; None: all.
       rates, size, seed, split: as `Mixture`; rates may name languages without `xlsum_`.
-      **options: settings of every task, such as `data_dir`, `vocabulary` and `max_tokens`.
+      vocabulary: see `famx.data.text.as_vocabulary`.
+      **options: other settings of every task, such as `data_dir` and `max_tokens`.
 
     Raises:
       ConfigError: a language is unknown, or as `Mixture` and `TextTask`.
@@ -130,7 +133,7 @@ def xlsum(
             )
     if isinstance(rates, Mapping):
         rates = {f"xlsum_{name.removeprefix('xlsum_')}": rate for name, rate in rates.items()}
-    tasks = tuple(registry.get(f"xlsum_{name}", **options) for name in names)
+    tasks = tuple(registry.get(f"xlsum_{name}", vocabulary=vocabulary, **options) for name in names)
     return Mixture("xlsum", tasks, rates, size, seed, split)
 
 

@@ -7,7 +7,7 @@ alone; nothing is stored. It also holds the prompt as text (`inputs`) and what a
 
 | name | what is hidden | metric |
 |---|---|---|
-| `passkey_words`, `passkey_bytes`, `passkey_python_docs` | a key | exact match |
+| `passkey`, `passkey_words`, `passkey_bytes`, `passkey_python_docs` | a key | exact match |
 | `ruler_niah_*` | keys with values | all references contained |
 | `ruler_vt` | chains of assignments | all references contained |
 | `ruler_cwe`, `ruler_fwe` | the frequency of words | all references contained |
@@ -56,6 +56,7 @@ _NEEDLES: dict[str, dict[str, Any]] = {
     "multiquery": dict(haystack="python_docs", num_queries=4),
 }
 PROBES: dict[str, Callable[..., Any]] = {
+    "passkey": PasskeyTask,  # the paper's, in a vocabulary that is asked for
     "passkey_words": functools.partial(PasskeyTask, vocabulary="words"),
     "passkey_bytes": functools.partial(PasskeyTask, vocabulary="bytes"),
     "passkey_python_docs": functools.partial(

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from famx.data.passkey_text import REPEATED_FILLER
+from famx.data.passkey_text import REPEATED_FILLER, python_docs_sentences
 from famx.data.text import token_ids
 from famx.data.vocabularies import Vocabulary
 
@@ -45,19 +44,6 @@ def real_text_units(vocabulary: Vocabulary, separator: str, evaluation: bool) ->
     The text is that of the running Python, so it changes from one version of Python to another.
     """
     return encode_units(vocabulary, python_docs_sentences(evaluation), separator)
-
-
-@functools.cache
-def python_docs_sentences(evaluation: bool) -> tuple[str, ...]:
-    """Sentences, headings and lines of code of Python's documentation, in order, in ASCII."""
-    from pydoc_data.topics import topics
-
-    data = "\n".join(topics[name] for name in sorted(topics)).encode("utf-8")
-    cut = len(data) * 4 // 5  # as in famx.data.passkey_text.python_docs
-    text = (data[cut:] if evaluation else data[:cut]).decode("ascii", errors="ignore")
-    paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
-    sentences = [s for paragraph in paragraphs for s in re.split(r"(?<=[.!?:]) ", paragraph)]
-    return tuple(s for s in sentences if re.search("[a-z]{2}", s))
 
 
 def cyclic_end(

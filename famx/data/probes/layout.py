@@ -36,7 +36,7 @@ class Probe:
     """Rows `example(index, length)` and batches of them; what is hidden is up to the subclass.
 
     Attributes:
-      vocabulary: "bytes", or a vocabulary object that has a bos_id.
+      vocabulary: see `famx.data.text.as_vocabulary`; it must have a bos_id.
       answer_weight: loss weight of the tokens of the answer. All other tokens weigh 0.
       seed: seed of all examples, at least 0.
       split: "train" or "eval"; examples of the two are drawn from disjoint random streams.
@@ -148,12 +148,15 @@ class Probe:
     def _encode(self, text: str) -> np.ndarray:
         """int32 [n] ids of `text`, every one of them known."""
         ids = token_ids(text, self.vocab)
+        self._check_known(ids, text)
+        return ids
+
+    def _check_known(self, ids: Sequence[int], text: str) -> None:
         if self.vocab.unk_id is not None and self.vocab.unk_id in ids:
             raise ValueError(
                 f"The vocabulary cannot spell '{text.strip()[:60]}', which {type(self).__name__} needs; "
                 "leave it at its default, or give one that knows these words."
             )
-        return ids
 
     def _bound(self, text: str) -> int:
         """How many tokens a text no longer than `text` has at most."""

@@ -1,11 +1,14 @@
-"""Copying and associative recall at an exact distance in blocks, over a small vocabulary of words."""
+"""Copying and associative recall at an exact distance in blocks, of letters and names."""
 
 import dataclasses
 import functools
 import string
+from collections.abc import Sequence
 from typing import Any
 
-from famx.data.passkey_text import FILLER_WORDS
+import numpy as np
+
+from famx.data.passkey_text import FILLER_WORDS, encode_after
 from famx.data.probes.layout import (
     CONTENT,
     FILLER,
@@ -15,6 +18,7 @@ from famx.data.probes.layout import (
     check_counts,
     check_fraction,
 )
+from famx.data.text import as_vocabulary
 from famx.data.vocabularies import Vocabulary, WordVocabulary
 
 SYMBOLS = tuple(string.ascii_lowercase)
@@ -39,25 +43,21 @@ class DistanceProbe(Probe):
     and answer, which end the row. What is written does not depend on length or distance.
 
     Attributes:
-      vocabulary: `recall_words()`, or another vocabulary of words that knows its words.
+      vocabulary: "words" (`recall_words()`), or any that `famx.data.text.as_vocabulary` takes, has a
+        bos_id and can spell these words. Each word is encoded with the space in front of it.
       block_size: tokens of a block.
       distance: blocks from the block of the writing to that of the answer, at least 1; None: the
         writing is in the row's first block, so that longer rows ask over a longer distance.
       filler: "random_words", or "repeated": one word again and again.
     """
 
-    vocabulary: Vocabulary = dataclasses.field(default_factory=recall_words)
+    vocabulary: str | Vocabulary = dataclasses.field(default_factory=recall_words)
     block_size: int = 32
     distance: int | None = None
     filler: str = "random_words"
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.vocab, WordVocabulary):
-            raise ValueError(
-                f"{type(self).__name__} counts words as tokens; leave its vocabulary as it is, or give "
-                "another WordVocabulary."
-            )
         self._encode(" ".join(recall_words().words))
         check_choice("filler", self.filler, FILLERS)
         if self.distance is not None:
@@ -69,6 +69,28 @@ class DistanceProbe(Probe):
                 f"{self._asked_size}, and does not fit into a block of {self.block_size}; use a "
                 f"block_size of at least {needed}."
             )
+
+    @functools.cached_property
+    def vocab(self) -> Vocabulary:
+        return as_vocabulary(self.vocabulary, words=recall_words)
+
+    def _encode(self, text: str) -> np.ndarray:
+        if isinstance(self.vocab, WordVocabulary):
+            return super()._encode(text)
+        ids = [i for word in text.split() for i in encode_after(self.vocab, f" {word}", ".")]
+        self._check_known(ids, text)
+        return np.array(ids, np.int32)
+
+    def _width(self, words: Sequence[str]) -> int:
+        """Most tokens of one of the words."""
+        return max(len(self._encode(word)) for word in words)
+
+    @functools.cached_property
+    def _filler_ids(self) -> np.ndarray:
+        """Tokens to draw filler from: its words, those of one token where there are such."""
+        words = FILLER_WORDS if self.filler == "random_words" else FILLER_WORDS[:1]
+        encoded = [self._encode(word) for word in words]
+        return np.concatenate([ids for ids in encoded if len(ids) == 1] or encoded)
 
     @property
     def _written_size(self) -> int:
@@ -100,8 +122,7 @@ class DistanceProbe(Probe):
                 f"question and answer take {self._asked_size}; use a multiple of the block size, {size}."
             )
         written, question, answer, more = self._content(index)
-        words = FILLER_WORDS if self.filler == "random_words" else FILLER_WORDS[:1]
-        filler = self._encode(" ".join(words))
+        filler = self._filler_ids
         tokens = filler[self._rng(index, FILLER).integers(0, len(filler), length)]
         draw = self._rng(index, PLACES).random(3)
         first = 0 if self.distance is None else last - self.distance
@@ -111,10 +132,10 @@ class DistanceProbe(Probe):
             ids = self._encode(text)
             starts.append(block * size + int(place * (size - len(ids))))
             tokens[starts[-1] : starts[-1] + len(ids)] = ids
-        asked, answer = self._encode(question), self._encode(answer)
-        start = length - len(answer)
-        tokens[start - len(asked) : start], tokens[start:] = asked, answer
-        return dict(tokens=tokens, answer_start=start, positions=starts, **more)
+        asked, ending = self._encode(question), self._encode(answer)
+        start = length - len(ending)
+        tokens[start - len(asked) : start], tokens[start:] = asked, ending
+        return dict(tokens=tokens, answer_start=start, positions=starts, references=[answer], **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,17 +152,17 @@ class CopyProbe(DistanceProbe):
         check_counts(num_symbols=self.num_symbols)
         super().__post_init__()
 
-    @property
+    @functools.cached_property
     def answer_width(self) -> int:
-        return self.num_symbols
+        return self.num_symbols * self._width(SYMBOLS)
 
-    @property
+    @functools.cached_property
     def _written_size(self):
-        return self.num_symbols + 2
+        return len(self._encode("remember .")) + self.answer_width
 
-    @property
+    @functools.cached_property
     def _asked_size(self):
-        return self.num_symbols + 1
+        return len(self._encode("recall")) + self.answer_width
 
     def _content(self, index):
         drawn = self._rng(index, CONTENT).integers(len(SYMBOLS), size=self.num_symbols)
@@ -177,17 +198,22 @@ class RecallProbe(DistanceProbe):
             )
         super().__post_init__()
 
-    @property
+    @functools.cached_property
     def answer_width(self) -> int:
-        return 1
+        return self._width(SYMBOLS)
 
-    @property
+    @functools.cached_property
+    def _pair_size(self) -> int:
+        return self._width(KEYS) + len(self._encode("is")) + self.answer_width
+
+    @functools.cached_property
     def _written_size(self):
-        return 1 + 4 * self.num_pairs
+        commas = (self.num_pairs - 1) * len(self._encode(","))
+        return len(self._encode("remember .")) + self.num_pairs * self._pair_size + commas
 
-    @property
+    @functools.cached_property
     def _asked_size(self):
-        return 4
+        return len(self._encode("recall")) + self._pair_size
 
     @property
     def _min_distance(self):
