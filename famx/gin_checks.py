@@ -39,19 +39,28 @@ def check_all_used(ignore: Sequence[str] = ()) -> None:
     """Raises ConfigError if a bound parameter has not been read by any call made so far.
 
     Call it once everything configurable was built. It catches what parsing cannot: a parameter of a
-    function that this run never calls, or that its caller overrides. `ignore` lists names of
-    configurables that are called only later.
+    function that this run never calls, or that its caller overrides. A macro that another binding
+    reads may be bound to such a parameter too: run files give LEARNING_RATE to every optimiser.
+    `ignore` lists names of configurables that are called only later.
     """
     called = gin_config._OPERATIVE_CONFIG
-    for (scope, selector), params in gin_config._CONFIG.items():
-        if selector == _MACRO or short(selector) in ignore:
-            continue
-        for param in params:
-            used = any(
-                selector == other and param in read and scope in _outer(inside)
-                for (inside, other), read in called.items()
-            )
-            if not used:
+
+    def used(scope, selector, param):
+        return any(
+            selector == other and param in read and scope in _outer(inside)
+            for (inside, other), read in called.items()
+        )
+
+    bindings = [
+        (scope, selector, param, value)
+        for (scope, selector), params in gin_config._CONFIG.items()
+        for param, value in params.items()
+        if selector != _MACRO
+    ]
+    macros = {_macro_name(value) for *where, value in bindings if used(*where)} - {None}
+    for scope, selector, param, value in bindings:
+        if short(selector) not in ignore and _macro_name(value) not in macros:
+            if not used(scope, selector, param):
                 name = f"{scope}/{short(selector)}" if scope else short(selector)
                 raise ConfigError(
                     f"The binding {name}.{param} has no effect in this run: {short(selector)} is"
@@ -91,6 +100,13 @@ def _references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
     elif isinstance(value, (list, tuple, set)):
         for item in value:
             yield from _references(item)
+
+
+def _macro_name(value: Any) -> str | None:
+    """Of a value that is nothing but a macro."""
+    if isinstance(value, gin_config.ConfigurableReference) and value.configurable.selector == _MACRO:
+        return "/".join(value.scopes)
+    return None
 
 
 def _macros() -> tuple[dict[str, Any], dict[str, None]]:

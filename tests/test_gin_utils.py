@@ -151,6 +151,20 @@ def test_check_all_used():
     gin_utils.check_all_used()
 
 
+def test_a_macro_may_be_bound_for_what_another_run_would_call():
+    """As LEARNING_RATE is to every optimiser; what is bound by itself alone must have an effect."""
+    gin_utils.parse_gin([], ["RATE = 3", "build_tool.alpha = %RATE", "build_strict.size = %RATE"])
+    with pytest.raises(ConfigError, match="has no effect"):
+        gin_utils.check_all_used()
+    build_tool()
+    gin_utils.check_all_used()
+    gin.clear_config()
+    gin_utils.parse_gin([], ["RATE = 3", "build_tool.alpha = %RATE", "build_strict.size = 3"])
+    build_tool()
+    with pytest.raises(ConfigError, match="build_strict.size has no effect"):
+        gin_utils.check_all_used()
+
+
 def test_check_all_used_sees_a_caller_that_overrides():
     gin_utils.parse_gin([], ["build_tool.alpha = 3"])
     build_tool(alpha=1)
