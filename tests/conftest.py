@@ -1,5 +1,6 @@
 """Settings of the whole test suite: CPU, one compilation cache, reproducible hypothesis runs."""
 
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -14,6 +15,10 @@ if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"famx-jax-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+# torch's triton aborts the process where TensorFlow was imported before it.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 import hypothesis  # noqa: E402
 
