@@ -194,9 +194,12 @@ class Poisoned:
         return batch
 
 
-registry.register("poisoned", Poisoned)
+@pytest.fixture
+def poisoned(monkeypatch):
+    monkeypatch.setitem(registry._FACTORIES, "poisoned", Poisoned)
 
 
+@pytest.mark.usefixtures("poisoned")
 def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
     run(tmp_path, mixture_or_task_name="poisoned", task_options={"steps": (1,)}, total_steps=3,
         log_period=1, checkpoint_period=1)  # fmt: skip
@@ -208,6 +211,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
     assert [line["skipped"] for line in history(tmp_path)] == [0, 1, 0]
 
 
+@pytest.mark.usefixtures("poisoned")
 def test_twenty_such_steps_in_a_row_end_the_run(tmp_path):
     broken = dict(mixture_or_task_name="poisoned", total_steps=50, checkpoint_period=3)
     sentence = "not finite in the 20 steps before step 23: lower the learning rate. The last"
