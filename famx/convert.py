@@ -10,6 +10,7 @@ finetuning. What is needed besides weights lies in the directory too: the vocabu
 
 import ast
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -64,8 +65,8 @@ def main():
             values.prompt, values.seed,
         )  # fmt: skip
     except KeyboardInterrupt:
-        print("Stopped; the same command begins anew.", file=sys.stderr)
-        sys.exit(130)
+        print("Stopped; the same command begins anew.", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: orbax's threads would complain of their loop's end
 
 
 def convert(

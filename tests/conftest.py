@@ -1,5 +1,6 @@
 """Settings of the whole test suite: CPU, one compilation cache, reproducible hypothesis runs."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -20,6 +21,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 sys.modules.setdefault("triton", None)
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
 
 hypothesis.settings.register_profile("famx", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("famx")
+
+
+def pytest_runtest_teardown():
+    """Drops compiled programs before a process has so many that Linux refuses it more memory maps.
+
+    A test leaves hundreds; at vm.max_map_count, 65 530 by default, the next one crashes the process.
+    """
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
