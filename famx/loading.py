@@ -8,7 +8,6 @@ import re
 import warnings
 from typing import Any
 
-import flax.core
 import flax.linen as nn
 import jax
 import numpy as np
@@ -80,7 +79,7 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
         Decoder(dataclasses.replace(config, **memory)), trained.model.input_vocabulary
     )
     base = {name: leaf for name, leaf in trained.params.items() if name != "fam"}
-    abstract = jax.eval_shape(lambda: _initial_params(model))
+    abstract = nn.unbox(model.abstract_params())
     adapters, lora = load_adapter(adapter, abstract, weights_fingerprint(trained.params))
     if "fam" in abstract and "fam" not in adapters:
         base["fam"] = trained.params.get("fam")
@@ -88,12 +87,6 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
             raise ConfigError(f"The adapter {adapter} has no memory prompt, and the base none that fits.")
     params = jax.jit(lambda tree: merged(tree, lora))(combine(base, adapters))
     return dataclasses.replace(trained, model=model, params=params)
-
-
-def _initial_params(model: DecoderModel):
-    """Parameters of a model without boxes, to be looked at under `jax.eval_shape`."""
-    shapes = {"decoder_input_tokens": (1, model.config.block_size)}
-    return nn.unbox(flax.core.unfreeze(model.get_initial_variables(jax.random.key(0), shapes)["params"]))
 
 
 def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
@@ -133,9 +126,7 @@ def restore_params(checkpointer: Checkpointer, model: DecoderModel, step: int | 
     dtypes are the checkpoint's.
     """
     step = checkpointer.find(step)
-    shapes = {"decoder_input_tokens": (1, model.config.block_size)}
-    variables = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
-    boxed = flax.core.unfreeze(variables["params"])
+    boxed = model.abstract_params()
     mesh, rules = partitioning.make_mesh(), partitioning.rules()
     shardings = flatten_dict(partitioning.logical_to_sharding(boxed, mesh, rules))
     stored = {path[1:]: x for path, x in checkpointer.leaves(step).items() if path[0] == "target"}

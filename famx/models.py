@@ -109,6 +109,12 @@ class DecoderModel:
             variables[MEMORY_COLLECTION] = self.random_state.initial(self.config)
         return flax.core.freeze(variables)
 
+    def abstract_params(self) -> dict[str, Any]:
+        """The parameters as boxed ShapeDtypeStructs; nothing is computed."""
+        shapes = {"decoder_input_tokens": (1, self.config.block_size)}
+        init = lambda key: DecoderModel.get_initial_variables(self, key, shapes)["params"]
+        return flax.core.unfreeze(jax.eval_shape(init, jax.random.key(0)))
+
     def initial_state(self, params, batch_size: int) -> DecoderState:
         """The decoder's state before the first token; a function of the parameters."""
         with intercept(self.lora):

@@ -82,9 +82,7 @@ class T5xModel(DecoderModel):
         if optimizer is not None:
             if trainable != "lora":
                 self.lora = None
-            shapes = {"decoder_input_tokens": (1, self.config.block_size)}
-            variables = jax.eval_shape(lambda: self.get_initial_variables(jax.random.key(0), shapes))
-            self.trainable.check(flax.core.unfreeze(variables["params"]))
+            self.trainable.check(self.abstract_params())
             if not isinstance(optimizer, OptimizerDef):
                 self.optimizer_def = OptaxOptimizer(optimizer, self.trainable)
         if mixture_or_task_name is not None:

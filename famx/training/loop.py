@@ -136,9 +136,7 @@ def train(
     learns = Trainable(trainable, frozen_dtype)
     if trainable != "lora":
         model.lora = None
-    shapes = {"decoder_input_tokens": (1, model.config.block_size)}
-    variables = jax.eval_shape(lambda key: model.get_initial_variables(key, shapes), jax.random.key(0))
-    learns.check(variables["params"])
+    learns.check(model.abstract_params())
     with_start = initial_memory_file is not None
     _check_start(initial_memory_file, initial_checkpoint_path, learns, state_passing_mode, evaluation)
     initial_vocabulary = None

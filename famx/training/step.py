@@ -93,8 +93,8 @@ def make_initializer(
 
     start, key = None, jax.random.key(0)
     if with_start:
-        tree = jax.eval_shape(lambda key: nn.unbox(model.get_initial_variables(key, shapes)), key)
-        start = jax.eval_shape(lambda params: model.initial_state(params, 1), tree["params"])
+        params = nn.unbox(model.abstract_params())
+        start = jax.eval_shape(lambda params: model.initial_state(params, 1), params)
     abstract, boxed = jax.eval_shape(lambda key: initialize(key, {}, start, unbox=False), key)
     whole = NamedSharding(mesh, PartitionSpec())
     params = logical_to_sharding(boxed, mesh, rules)
