@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from famx.modules import rope
+from famx.modules import deferred, rope
 from famx.modules.attention import attend, attend_parts, memory_mass, token_attention, visible
 from famx.modules.config import DecoderConfig
 from famx.modules.layers import FeedForward, Norm, Projection, rms_normalize
@@ -23,6 +23,10 @@ MASS = "attention_mass"
 @flax.struct.dataclass
 class ChunkContext:
     """Where the `C` blocks of a chunk stand, and how the layer rotates; else the same for every layer.
+
+    Under context parallelism `P` shards of a chunk are read side by side as if they were examples, the
+    first shard of all examples first: `B` below is then `P` times the batch, and `C` the blocks of a
+    shard (`shards`). Only what goes from shard to shard needs to know: the memory, and keys and values.
 
     Attributes:
       first_block: index in its sequence of each example's first block of the chunk, int32 `[B]`.
@@ -43,6 +47,21 @@ class ChunkContext:
     def complete(self, size: int):
         """Blocks of the chunk that are full after it was read, int32 `[B]`; None: all."""
         return None if self.stop is None else self.stop // size
+
+    def shards(self, count: int, blocks: int, size: int) -> "ChunkContext":
+        """Where `count` shards of `blocks` blocks of `size` tokens stand, one after another."""
+        if count == 1:
+            return self
+        shard = jnp.repeat(jnp.arange(count), self.first_block.shape[0])
+        tile = lambda x: jnp.tile(x, count)
+        start, stop = self.start, self.stop
+        return self.replace(
+            first_block=tile(self.first_block) + shard * blocks,
+            offset=tile(self.offset),
+            updates=tile(self.updates) + shard * blocks,
+            start=start if start is None else jnp.where(shard == 0, tile(start), 0),
+            stop=stop if stop is None else jnp.clip(tile(stop) - shard * blocks * size, 0, blocks * size),
+        )
 
 
 @flax.struct.dataclass
@@ -182,26 +201,45 @@ class Layer(nn.Module):
 
         Args:
           memory: `F` before the chunk `[B, N, D]`.
-          keys, values: of the chunk's blocks `[B, C, S, K, Dh]`.
+          keys, values: of the chunk's blocks `[P * B, C, S, K, Dh]`.
 
         Returns:
-          `F` after the chunk; `kF`, `vF` before each block `[B, C, N, K, Dh]`.
+          `F` after the chunk; `kF`, `vF` before each block `[P * B, C, N, K, Dh]`.
         """
+        index = jnp.arange(keys.shape[1])
+        xs = (index, keys.swapaxes(0, 1), values.swapaxes(0, 1))
+        if self.is_initializing():  # makes variables, which no scan can
+            read = []
+            for i in index:
+                memory, own = self.memory_step(memory, (i, keys[:, i], values[:, i]), context)
+                read.append(own)
+            return memory, jax.tree.map(lambda *x: jnp.stack(x, axis=1), *read)
+        # The shards take turns: all work at once, and those whose turn it is not yet work in vain.
+        shards = keys.shape[0] // memory.shape[0]
+        before = jnp.tile(memory, (shards, 1, 1))
+        for _ in range(shards - 1):
+            after, _ = deferred.scan(self, "memory_step", before, xs, context)
+            before = _next_shard(after, memory)
+        if self.is_mutable_collection(MASS):
+            scan = nn.scan(
+                Layer.memory_step, variable_broadcast="params", variable_axes={MASS: 0},
+                split_rngs={"params": False}, in_axes=(0, nn.broadcast),
+            )  # fmt: skip
+            after, read = scan(self, before, xs, context)
+        else:
+            after, read = deferred.scan(self, "memory_step", before, xs, context)
+        return after[-memory.shape[0] :], jax.tree.map(lambda x: x.swapaxes(0, 1), read)
+
+    def memory_step(self, memory, block, context: ChunkContext):
+        """`F` after one block `(index in the chunk, its keys, its values)`, and `(kF, vF)` before it."""
+        index, keys, values = block
+        here = context.replace(first_block=context.first_block + index)
+        qkv = self.memory_qkv(memory, here)
+        new = self.update_memory(memory, qkv, keys, values, context.updates + index)
         complete = context.complete(self.config.block_size)
-
-        def step(layer, memory, index, keys, values):
-            here = context.replace(first_block=context.first_block + index)
-            qkv = layer.memory_qkv(memory, here)
-            new = layer.update_memory(memory, qkv, keys, values, context.updates + index)
-            if complete is not None:
-                new = jnp.where((index < complete)[:, None, None], new, memory)
-            return new, qkv[1:]
-
-        scan = nn.scan(
-            step, variable_broadcast="params", variable_axes={MASS: 0}, split_rngs={"params": False},
-            in_axes=(0, 1, 1), out_axes=1,
-        )  # fmt: skip
-        return scan(self, memory, jnp.arange(keys.shape[1]), keys, values)
+        if complete is not None:
+            new = jnp.where((index < complete)[:, None, None], new, memory)
+        return new, qkv[1:]
 
     def _keep(self, name, make):
         """Keeps `make()` in the collection MASS, if whoever applies the model asked for it."""
@@ -214,38 +252,39 @@ class Layer(nn.Module):
         """Algorithm 2 for `C` blocks at once.
 
         Args:
-          x: `I`, `[B, C, S, D]`.
+          x: `I`, `[P * B, C, S, D]`, see `ChunkContext`.
           memory: `[B, N, D]`.
           keys, values: the window before the chunk `[B, M + 1, S, K, Dh]`, as in `DecoderState`.
           context: where the blocks stand.
 
         Returns:
-          `O` `[B, C, S, D]`, then `memory`, `keys` and `values` after the chunk.
+          `O` `[P * B, C, S, D]`, then `memory`, `keys` and `values` after the chunk.
         """
         c = self.config
         blocks, slots = x.shape[1], jnp.arange(x.shape[1] * c.block_size)
         positions = context.first_block[:, None] * c.block_size + slots + context.offset[:, None]
         q, k, v = self.qkv(x, self.angles(positions.reshape(-1, blocks, c.block_size), context))
         k, v = (self._merge(new, old, context) for new, old in ((k, keys), (v, values)))
-        past = lambda old, new: jnp.concatenate([old[:, : c.memory_segments], new], axis=1)
-        keys, values = past(keys, k), past(values, v)
         if c.fam_length:
             memory, read = self.scan_memory(memory, k, v, context)
         else:
             empty = jnp.zeros(k.shape[:2] + (0,) + k.shape[3:], k.dtype)
             read = (empty, empty)
-        first = context.first_block
+        batch, first = memory.shape[0], context.first_block
+        past = lambda new, old: jnp.concatenate([self._before(new, old), new], axis=1)
+        keys, values = past(k, keys), past(v, values)
         self._keep("tokens_on_memory", lambda: memory_mass(q, keys, read[0], first, c))
         attention = token_attention(q, keys, values, *read, first, c)
         out = self.finish(x, attention)
-        return out, memory, self._window(keys, context), self._window(values, context)
+        return out, memory, *(self._window(x, batch, context) for x in (keys, values))
 
     def _merge(self, new, window, context):
         """Keys or values of the chunk, the tokens that the state already held put in their slots."""
         if context.start is not None:
-            held = jnp.arange(self.config.block_size) < context.start[:, None]
-            first = jnp.where(held[..., None, None], window[:, -1], new[:, 0])
-            new = new.at[:, 0].set(first)
+            batch = window.shape[0]
+            held = jnp.arange(self.config.block_size) < context.start[:batch, None]
+            first = jnp.where(held[..., None, None], window[:, -1], new[:batch, 0])
+            new = new.at[:batch, 0].set(first)
         if context.stop is not None:
             shape = new.shape
             new = new.reshape(shape[0], -1, *shape[3:])
@@ -253,15 +292,35 @@ class Layer(nn.Module):
             new = jnp.where(written[..., None, None], new, 0).reshape(shape)
         return new
 
-    def _window(self, blocks, context):
-        """The window after the chunk: of `[B, M + C, ...]` the last `M` full blocks and the next."""
-        count = self.config.memory_segments + 1
+    def _before(self, new, window):
+        """The `M` blocks before each shard `[P * B, M, ...]`: the state's, or those of shards before it.
+
+        Shards give their neighbours what these read and no more: `M` blocks each.
+        """
+        shards, blocks, past = new.shape[0] // window.shape[0], new.shape[1], self.config.memory_segments
+        parts = []
+        for distance in reversed(range(1, -(-past // blocks) + 1)):
+            count = min(blocks, past - (distance - 1) * blocks)  # blocks from so many shards before
+            ends = [past - (distance - 1 - i) * blocks for i in range(min(distance, shards))]
+            own = [window[:, end - count : end] for end in ends]
+            parts.append(_next_shard(new[:, blocks - count :], jnp.concatenate(own), distance))
+        return jnp.concatenate(parts, axis=1) if parts else new[:, :0]
+
+    def _window(self, blocks, batch, context):
+        """The window after the chunk: of `[P * B, M + C, ...]` the last `M` full blocks and the next."""
+        count, own = self.config.memory_segments + 1, blocks.shape[1] - self.config.memory_segments
         blocks = jnp.pad(blocks, [(0, 0), (0, 1)] + [(0, 0)] * (blocks.ndim - 2))
         complete = context.complete(self.config.block_size)
         if complete is None:
-            return blocks[:, -count:]
+            return blocks[-batch:, -count:]
         index = complete[:, None] + jnp.arange(count)
-        return jnp.take_along_axis(blocks, index[:, :, None, None, None], axis=1)
+        windows = jnp.take_along_axis(blocks, index[:, :, None, None, None], axis=1)
+        shards = blocks.shape[0] // batch
+        if shards == 1:
+            return windows
+        last = jnp.minimum(jnp.sum(complete.reshape(shards, batch), axis=0) // own, shards - 1)
+        here = (jnp.arange(shards)[:, None] == last)[..., None, None, None, None]
+        return jnp.sum(jnp.where(here, windows.reshape(shards, batch, *windows.shape[1:]), 0), axis=0)
 
     # Some tokens of an incomplete block.
 
@@ -314,3 +373,18 @@ class Layer(nn.Module):
             return memory
         qkv = self.memory_qkv(memory, context)
         return self.update_memory(memory, qkv, keys[:, -1], values[:, -1], context.updates)
+
+
+def _next_shard(x, first, distance: int = 1):
+    """What the shard `distance` before each one has of `x [P * B, ...]`; `first` for the first ones.
+
+    Written as a rotation, which is an exchange between neighbours where shards are cut over devices.
+    """
+    count = first.shape[0]
+    if count == x.shape[0]:
+        return first
+    batch = count // distance
+    rolled = jnp.roll(x, distance * batch, axis=0)
+    first = jnp.pad(first, [(0, x.shape[0] - count)] + [(0, 0)] * (x.ndim - 1))
+    begins = jnp.arange(x.shape[0]) < count
+    return jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), first, rolled)

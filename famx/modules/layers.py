@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from famx.modules.config import DecoderConfig
+from famx.modules.weights import gathered
 
 _EMBEDDING = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
 _ACTIVATION = {
@@ -76,7 +77,8 @@ class Projection(nn.Module):
         kernel = self.param(
             "kernel", partitioned(init, *self.in_axes, *self.out_axes), shape, c.param_dtype
         )
-        x = jnp.tensordot(x.astype(c.dtype), kernel.astype(c.dtype), axes=n)
+        kernel = gathered(kernel.astype(c.dtype), (*self.in_axes, *self.out_axes), x.size)
+        x = jnp.tensordot(x.astype(c.dtype), kernel, axes=n)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, *self.out_axes)
             x = x + self.param("bias", zeros, self.features, c.param_dtype).astype(c.dtype)

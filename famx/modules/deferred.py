@@ -1,0 +1,144 @@
+"""A scan over blocks whose weights get their gradient once, after the loop.
+
+Differentiated as it stands, a scan adds a gradient of the size of every weight in each of its steps,
+for the few tokens of the memory: more memory traffic than the step itself, and where weights are cut
+over devices, an exchange between them. Here the steps keep what each projection read and the
+gradient of what it gave, and one product over all steps makes the weight's gradient.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from flax import traverse_util
+
+from famx.modules.layers import Projection
+from famx.modules.weights import gathered
+
+
+def scan(layer: nn.Module, method: str, carry, xs, *args):
+    """`lax.scan` of `layer.method(carry, x, *args) -> (carry, y)`; equal to it, gradients included.
+
+    Args:
+      layer: a bound module, all of whose parameters exist.
+      method: of the layer; it calls each `Projection` at most once, and makes no variables.
+      carry: what goes from step to step.
+      xs: arrays with the steps in front.
+      *args: the same in every step.
+
+    Returns:
+      The last carry, and the stacked `y`.
+    """
+    module, variables = layer.unbind()
+    rest = traverse_util.flatten_dict(variables["params"])
+    steps = jax.tree.leaves(xs)[0].shape[0]
+    found: dict[tuple, tuple] = {}  # of each projection: the module, and what it reads and gives
+
+    def step(kernels, rest, carry, x, args, slots):
+        inputs: dict[tuple, Any] = {}
+        params = traverse_util.unflatten_dict({**kernels, **rest})
+        with nn.intercept_methods(_tap(inputs, found, slots)):
+            carry, y = module.apply({"params": params}, carry, x, *args, method=method)
+        return carry, y, inputs
+
+    first = jax.tree.map(lambda x: x[0], xs)
+    jax.eval_shape(step, {}, rest, carry, first, args, None)
+    kernels, slots = {}, {}
+    for path, (projection, x, y) in found.items():
+        names = (*projection.in_axes, *projection.out_axes)
+        kernel = rest.pop((*path, "kernel")).astype(projection.config.dtype)
+        kernels[path] = gathered(kernel, names, steps * x.size)  # once, not in every step
+        slots[path] = jnp.zeros(y.shape, y.dtype)
+    named = lambda kernels: {(*path, "kernel"): kernel for path, kernel in kernels.items()}
+    traced, shapes = jax.make_jaxpr(lambda k, *rest: step(named(k), *rest), return_shape=True)(
+        kernels, rest, carry, first, args, slots
+    )
+    body = _Body(traced.jaxpr, jax.tree.structure(shapes))
+    slots = jax.tree.map(lambda slot: jnp.zeros((steps, *slot.shape), slot.dtype), slots)
+    return _scan(body, kernels, (rest, carry, xs, slots), (args, traced.consts))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Body:
+    """A step that was traced: what surrounded it, such as interceptors, is part of it."""
+
+    jaxpr: jex.Jaxpr
+    outputs: Any
+
+    def __call__(self, consts, *args):
+        flat = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, consts))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(self.outputs, flat)
+
+
+def _loop(body: _Body, kernels, differentiated, rest):
+    """The plain scan: `(carry, ys)`, and what the projections read in each step."""
+    (params, carry, xs, slots), (args, consts) = differentiated, rest
+
+    def step(carry, xs):
+        carry, y, inputs = body(consts, kernels, params, carry, xs[0], args, xs[1])
+        return carry, (y, inputs)
+
+    carry, (ys, inputs) = jax.lax.scan(step, carry, (xs, slots))
+    return (carry, ys), inputs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(body, kernels, differentiated, rest):
+    return _loop(body, kernels, differentiated, rest)[0]
+
+
+def _forward(body, kernels, differentiated, rest):
+    loop = lambda differentiated: _loop(body, kernels, differentiated, rest)
+    result, pullback, inputs = jax.vjp(loop, differentiated, has_aux=True)
+    return result, (pullback, inputs, kernels)
+
+
+def _backward(body, residuals, grads):
+    pullback, inputs, kernels = residuals
+    ((*others, outputs),) = pullback(grads)
+
+    def of_kernel(kernel, x, dy):
+        wide = jnp.promote_types(dy.dtype, jnp.float32)
+        shared = dy.ndim + x.ndim - kernel.ndim  # twice the axes of steps, examples and tokens
+        axes = tuple(range(shared // 2))
+        return jnp.tensordot(x, dy, (axes, axes), preferred_element_type=wide).astype(kernel.dtype)
+
+    of_kernels = jax.tree.map(of_kernel, kernels, inputs, outputs)
+    return of_kernels, (*others, outputs), None
+
+
+_scan.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _through(y, slot):
+    """`y`; its gradient is also that of `slot`, which is not read."""
+    return y
+
+
+_through.defvjp(lambda y, slot: (y, None), lambda _, grad: (grad, grad))
+
+
+def _tap(inputs, found, slots):
+    """An interceptor that notes what each projection reads, and puts its output through its slot.
+
+    Without `slots` it only finds the projections.
+    """
+
+    def project(call, args, kwargs, context):
+        module = context.module
+        if not isinstance(module, Projection) or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        y, path = call(*args, **kwargs), module.path
+        if slots is None:
+            found[path] = (module, args[0], y)
+            return y
+        assert path not in inputs, f"{path} is called twice"
+        inputs[path] = args[0].astype(module.config.dtype)
+        return _through(y, slots[path])
+
+    return project
