@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from famx import state_passing
+from famx.cross_entropy import cross_entropy
 from famx.decoding import Sampling, generate
 from famx.lora import Lora, combine, intercept, merged
 from famx.metrics import Mean
@@ -37,8 +38,9 @@ class DecoderModel:
       random_state: how random state passing is done in `loss_fn`; None: not at all.
       random_position_offset: RPO, in training alone.
       z_loss: coefficient of the squared log-partition.
-      loss_chunk: tokens whose logits exist at once in training; None: all of them.
+      loss_chunk: tokens of the batch whose logits exist at once in training; None: all of them.
       lora: low-rank adapters, leaves of the parameters beside the kernels; None: none.
+      context_shards: shards of the length that `loss` reads side by side, see `Decoder.read`.
 
     Parameters, wherever they are asked for, may hold adapters and int8 kernels (`famx.lora`).
     """
@@ -53,6 +55,7 @@ class DecoderModel:
         z_loss: float = 0.0,
         loss_chunk: int | None = None,
         lora: Lora | None = None,
+        context_shards: int = 1,
     ):
         if loss_chunk is not None and loss_chunk < 1:
             raise ValueError(f"loss_chunk must be at least 1, or None for no limit; got {loss_chunk}.")
@@ -65,6 +68,7 @@ class DecoderModel:
         self.z_loss = z_loss
         self.loss_chunk = loss_chunk
         self.lora = lora
+        self.context_shards = context_shards
 
     def describe(self) -> dict[str, Any]:
         """What the model is, as JSON can hold it; `from_description` makes it again."""
@@ -158,10 +162,13 @@ class DecoderModel:
         dropout = None if rng is None else jax.random.fold_in(rng, 1)
         with intercept(self.lora, dropout):
             hidden, state = self.module.apply(
-                variables, tokens, state=state, aligned=aligned, method="read"
-            )
+                variables, tokens, state=state, aligned=aligned, method="read",
+                context_shards=self.context_shards,
+            )  # fmt: skip
         targets, weights = batch["decoder_target_tokens"], loss_weights(batch, self.pad_id)
-        sums, correct = self._cross_entropy(variables, hidden, targets, weights)
+        sums, correct = cross_entropy(
+            self.module, params, hidden, targets, weights, self.z_loss, self.loss_chunk
+        )
         weight = jnp.sum(weights)
         loss = sums / jnp.maximum(weight if normalizer is None else normalizer, 1e-9)
         metrics = {
@@ -204,33 +211,6 @@ class DecoderModel:
         """`(loss, metrics)` from the start of each example, without any training technique."""
         del flax_mutables
         return self.loss(params, batch)[:2]
-
-    def _cross_entropy(self, variables, hidden, targets, weights):
-        """Weighted sum of the losses, and which arg-max is right, bool `[B, L]`.
-
-        With `loss_chunk`, the logits of only so many tokens exist at once, forward and backward.
-        """
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-
-        def chunk(hidden, targets, weights):
-            logits = self.module.apply(variables, hidden, method="logits").astype(wide)
-            log_z = jax.nn.logsumexp(logits, axis=-1)
-            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            loss = log_z - picked + self.z_loss * jnp.square(log_z)
-            return jnp.sum(loss * weights), jnp.argmax(logits, axis=-1) == targets
-
-        size = self.loss_chunk
-        if size is None or size >= targets.size:
-            return chunk(hidden, targets, weights)
-        shape, pad = targets.shape, -targets.size % size
-        split = lambda x: jnp.pad(
-            x.reshape(-1, *x.shape[2:]), [(0, pad)] + [(0, 0)] * (x.ndim - 2)
-        ).reshape(-1, size, *x.shape[2:])
-        step = jax.checkpoint(lambda total, xs: (lambda s, c: (total + s, c))(*chunk(*xs)))
-        total, correct = jax.lax.scan(
-            step, jnp.zeros((), wide), (split(hidden), split(targets), split(weights))
-        )
-        return total, correct.reshape(-1)[: targets.size].reshape(shape)
 
     # Inference.
 

@@ -85,8 +85,16 @@ class Decoder(nn.Module):
             _, memory = self._scan_layers(climb, self.fam.astype(dtype), None, context)
         return DecoderState.initial(c, batch_size, memory)
 
-    def read(self, tokens, state=None, valid=None, aligned=False):
-        """As `__call__`, but returns the last layer's output `[B, L, D]` in place of logits."""
+    def read(self, tokens, state=None, valid=None, aligned=False, context_shards: int = 1):
+        """As `__call__`, but returns the last layer's output `[B, L, D]` in place of logits.
+
+        With `context_shards`, each chunk is cut into so many shards of whole blocks, which are read side
+        by side: over the devices of the mesh axis `context`, if there are several. The memory alone is
+        updated shard after shard. No number changes beyond rounding.
+
+        Raises:
+          ValueError: `context_shards` does not divide the blocks of a chunk.
+        """
         c = self.config
         batch, length = tokens.shape
         if state is None:
@@ -105,6 +113,11 @@ class Decoder(nn.Module):
         size = min(c.blocks_per_chunk or blocks, blocks)
         chunks = 1 if self.is_initializing() else -(-blocks // size)
         size = blocks if self.is_initializing() else size
+        if size % context_shards:
+            raise ValueError(
+                f"{size} blocks that are read at once cannot be cut into {context_shards} shards of whole"
+                " blocks: change the length, blocks_per_chunk or the mesh axis context."
+            )
         whole = whole and chunks * size == blocks
         slots = chunks * size * c.block_size
 
@@ -120,14 +133,14 @@ class Decoder(nn.Module):
             span = size * c.block_size
             context = decoder._here(state)
             if whole:
-                return decoder._read_chunk(tokens, state, context)
+                return decoder._read_chunk(tokens, state, context, context_shards)
             end = count if start is None else count + start
             stop = jnp.clip(end - index * span, 0, span)
             if start is not None or chunks > 1:
                 # An example without tokens in a later chunk keeps its incomplete block.
                 held = state.position % c.block_size
                 context, stop = context.replace(start=held), jnp.maximum(stop, held)
-            return decoder._read_chunk(tokens, state, context.replace(stop=stop))
+            return decoder._read_chunk(tokens, state, context.replace(stop=stop), context_shards)
 
         if chunks == 1:
             state, hidden = read_chunk(self, state, (tokens[0], 0))
@@ -144,20 +157,29 @@ class Decoder(nn.Module):
             hidden = jnp.take_along_axis(hidden, own[..., None], axis=1)
         return hidden, state
 
-    def _read_chunk(self, tokens, state: DecoderState, context: ChunkContext):
+    def _read_chunk(self, tokens, state: DecoderState, context: ChunkContext, shards: int):
         """Blocks `[B, C, S]` of tokens: the state after them and the output `[B, C, S, D]`."""
         c = self.config
+        batch, blocks, _ = tokens.shape
+        examples = "batch" if shards == 1 else "context_batch"  # the shards count as examples
 
         def layer_step(layer, x, xs, context):
             x, memory, keys, values = layer.read_chunk(x, *xs, context)
-            x = nn.with_logical_constraint(x, ("batch", "blocks", "length", "embed"))
+            x = nn.with_logical_constraint(x, (examples, "blocks", "block", "embed"))
             return x, (memory, keys, values)
 
         if c.remat != "none":
             layer_step = nn.remat(layer_step, prevent_cse=False, policy=_POLICIES[c.remat])
+        folded = tokens.reshape(batch, shards, -1, c.block_size).swapaxes(0, 1)
+        x = self._embed(folded.reshape(batch * shards, -1, c.block_size))
+        x = nn.with_logical_constraint(x, (examples, "blocks", "block", "embed"))
+        here = context.shards(shards, blocks // shards, c.block_size)
         x, (memory, keys, values) = self._scan_layers(
-            layer_step, self._embed(tokens), (state.memory, state.keys, state.values), context
+            layer_step, x, (state.memory, state.keys, state.values), here
         )
+        x = x.reshape(shards, batch, -1, c.embed_dim).swapaxes(0, 1).reshape(batch, -1, c.embed_dim)
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = x.reshape(batch, blocks, c.block_size, c.embed_dim)
         if context.stop is None:
             complete, read = tokens.shape[1], tokens.shape[1] * c.block_size
         else:

@@ -20,10 +20,11 @@ from famx.errors import ConfigError
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 LOGICAL_AXES = (
-    *("batch", "length", "blocks", "block", "segments", "fam", "layers"),
+    *("batch", "context_batch", "length", "blocks", "block", "segments", "fam", "layers"),
     *("embed", "mlp", "heads", "kv_heads", "kv", "vocab", "lora_rank"),
 )
 
+_BATCHES = ("batch", "context_batch")
 _MeshAxes = tuple[str, ...]
 
 
@@ -51,10 +52,11 @@ class Rules:
         a ConfigError, as is an unknown logical axis.
         """
         cut = [self._mesh_axes(name) for name in names]
-        if "batch" in names:
-            taken = set(self._mesh_axes("batch"))
+        batch = next((name for name in names if name in _BATCHES), None)
+        if batch is not None:
+            taken = set(self._mesh_axes(batch))
             cut = [
-                axes if name == "batch" else tuple(a for a in axes if a not in taken)
+                axes if name == batch else tuple(a for a in axes if a not in taken)
                 for name, axes in zip(names, cut, strict=True)
             ]
         owner: dict[str, str] = {}
@@ -70,7 +72,7 @@ class Rules:
 
     def pairs(self) -> list[tuple[str, _MeshAxes | str | None]]:
         """The rules for `nn.logical_axis_rules`, batch first, so that it wins in activations."""
-        ordered = sorted(LOGICAL_AXES, key=lambda name: name != "batch")
+        ordered = sorted(LOGICAL_AXES, key=lambda name: name not in _BATCHES)
         return [(name, _entry(self._mesh_axes(name))) for name in ordered]
 
     def _mesh_axes(self, name: str | None) -> _MeshAxes:
@@ -80,7 +82,8 @@ class Rules:
         return tuple(self.axes.get(name, ()))
 
 
-_DATA = {"batch": BATCH_AXES, "length": ("context",)}
+# Shards of the length that are read side by side stand among the examples, see ChunkContext.
+_DATA = {"batch": BATCH_AXES, "context_batch": ("context", *BATCH_AXES), "length": ("context",)}
 _FSDP = {**_DATA, "embed": ("fsdp",)}
 _TENSOR = dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("tensor",))
 PRESETS = {"data": _DATA, "fsdp": _FSDP, "fsdp_tensor": {**_FSDP, **_TENSOR}}
