@@ -3,10 +3,11 @@
 import dataclasses
 import math
 
+from famx.modules.backends import ATTENTION_BACKENDS, refusal
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ROPE_LAYERS = ("global", "local", "none")
-ATTENTION_BACKENDS = ("auto", "xla", "blockwise")
 # Fields that say how a model remembers: with others its weights still fit, the prompt's apart.
 MEMORY_FIELDS = (
     *("block_size", "memory_segments", "fam_length", "fam_positions", "fam_start", "fam_update"),
@@ -151,6 +152,8 @@ class DecoderConfig:
         _one_of(self, "param_dtype", ("float32", "bfloat16", "float64"))
         _one_of(self, "remat", REMAT_POLICIES)
         _one_of(self, "attention_backend", ATTENTION_BACKENDS)
+        sentence = refusal(self, self.attention_backend)
+        _require(sentence is None, sentence)
 
     @property
     def reach(self) -> int | None:
@@ -163,7 +166,7 @@ class DecoderConfig:
         return self.num_layers * self.memory_segments * self.block_size
 
 
-def _require(condition: bool, sentence: str):
+def _require(condition: bool, sentence: str | None):
     if not condition:
         raise ValueError(sentence)
 

@@ -1,0 +1,19 @@
+"""Attention of block tokens to the memory, the past blocks and their own block.
+
+`token_attention` is the one function; `dense` is the oracle of the other ways to compute it.
+"""
+
+from famx.modules.attention.common import attend, attend_parts, softcap, visible
+from famx.modules.attention.dense import memory_mass
+from famx.modules.attention.dispatch import token_attention
+from famx.modules.attention.over_mesh import BATCH_AXIS
+
+__all__ = [
+    "BATCH_AXIS",
+    "attend",
+    "attend_parts",
+    "memory_mass",
+    "softcap",
+    "token_attention",
+    "visible",
+]

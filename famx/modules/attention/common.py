@@ -1,0 +1,80 @@
+"""What all ways to compute attention share: who sees whom, scores and softmax.
+
+Column layout of all scores: `[N memory | M * S past, oldest first | S own block]`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from famx.modules.config import DecoderConfig
+
+MASKED = -1e30
+
+
+def visible(config: DecoderConfig, rows, columns, missing):
+    """Whether the token in slot `rows` of a block sees column `columns` of its window.
+
+    Args:
+      config: gives `N`, `M`, `S` and the window mask.
+      rows: slots in the block, int, broadcastable against `columns`.
+      columns: int, in the module's column layout.
+      missing: how many of the `M` past blocks lie before the start of the sequence.
+
+    Returns:
+      bool, the broadcast shape.
+    """
+    n, past = config.fam_length, config.memory_segments * config.block_size
+    token = columns - n - past  # slot relative to the query's own block
+    seen = (token <= rows) & (token + past >= missing * config.block_size)
+    if config.window_mask:
+        seen &= token >= rows - past
+    return (columns < n) | seen
+
+
+def missing_blocks(first_block, block, config):
+    """Past blocks that lie before the start: `max(0, M - index of the block)`."""
+    return jnp.maximum(config.memory_segments - (first_block + block), 0)
+
+
+def softcap(scores, cap):
+    """`cap * tanh(scores / cap)`, or `scores` where `cap` is None."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def attend(q, keys, values, mask, config: DecoderConfig):
+    """Softmax attention over one set of keys, with the probabilities.
+
+    Args:
+      q: `[..., Q, H, Dh]`.
+      keys, values: `[..., X, K, Dh]`.
+      mask: bool, broadcastable to `[..., 1, 1, Q, X]`, or None.
+      config: gives scale and softcap.
+
+    Returns:
+      Output `[..., Q, H, Dh]` and probabilities `[..., K, G, Q, X]` (at least float32).
+    """
+    heads_first = lambda x: jnp.swapaxes(x, -3, -2)
+    return attend_parts(q, ((heads_first(keys), heads_first(values), mask),), config)
+
+
+def attend_parts(q, parts, config: DecoderConfig):
+    """`attend` over several sets `(keys, values, mask)` at once, none of which is copied.
+
+    Keys and values have their heads in front, `[..., K, X, Dh]`, as matrix products want them. The
+    columns of the probabilities are those of all parts, in order.
+    """
+    groups = config.num_kv_heads
+    q = q.reshape(q.shape[:-2] + (groups, -1, q.shape[-1]))
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = []
+    for keys, _, mask in parts:
+        score = jnp.einsum("...skgd,...kxd->...kgsx", q, keys, preferred_element_type=wide)
+        score = softcap(score * config.query_scale, config.attention_softcap)
+        scores.append(score if mask is None else jnp.where(mask, score, MASKED))
+    probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    out, start = 0, 0
+    for _, values, _ in parts:
+        part = probabilities[..., start : start + values.shape[-2]].astype(values.dtype)
+        out += jnp.einsum("...kgsx,...kxd->...skgd", part, values)
+        start += values.shape[-2]
+    return out.reshape(out.shape[:-3] + (-1, out.shape[-1])), probabilities

@@ -1,0 +1,38 @@
+"""The plain formula with one dense mask: the oracle of all other ways."""
+
+import jax
+import jax.numpy as jnp
+
+from famx.modules.attention.common import attend, missing_blocks, visible
+from famx.modules.config import DecoderConfig
+
+
+def attention(config: DecoderConfig, *args):
+    """Arguments and result of `token_attention`, the config in front."""
+    return _attention(config, *args)[0]
+
+
+def memory_mass(q, keys, memory_keys, first_block, config: DecoderConfig):
+    """Share of the tokens' attention that goes to the memory; arguments as `token_attention`.
+
+    Returns:
+      Mean over the tokens of each block, `[B, C, K, G]` (at least float32).
+    """
+    *_, probabilities = _attention(config, q, keys, keys, memory_keys, memory_keys, first_block)
+    return jnp.mean(jnp.sum(probabilities[..., : config.fam_length], -1), -1)
+
+
+def _attention(config, q, keys, values, memory_keys, memory_values, first_block):
+    """Output and probabilities `[B, C, K, G, S, X]`."""
+    blocks, size = q.shape[1], config.block_size
+
+    def window(x, memory):
+        past = [x[:, m : m + blocks] for m in range(config.memory_segments)]
+        if config.stop_gradient_segments:
+            past = [jax.lax.stop_gradient(p) for p in past]
+        return jnp.concatenate([memory, *past, x[:, config.memory_segments :]], axis=2)
+
+    keys, values = window(keys, memory_keys), window(values, memory_values)
+    missing = missing_blocks(first_block[:, None], jnp.arange(blocks), config)[..., None, None]
+    mask = visible(config, jnp.arange(size)[:, None], jnp.arange(keys.shape[2]), missing)
+    return attend(q, keys, values, mask[:, :, None, None], config)

@@ -1,0 +1,68 @@
+"""Kernels on a mesh: the compiler cannot cut them, so each device calls them on its own part."""
+
+import math
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec as P
+
+BATCH_AXIS = "batch"
+
+
+def over_mesh(function, args, batch_axis: str = BATCH_AXIS):
+    """`function(*args)`, cut by batch and heads over the mesh of `jax.set_mesh`, if there is one.
+
+    Args:
+      function: from and to arrays as `token_attention`'s; takes numbers of heads from their shapes.
+      args: `q, keys, values, memory_keys, memory_values, first_block`.
+      batch_axis: logical axis of the batch. It and "heads" are cut as the rules of
+        `nn.logical_axis_rules` say where their size allows, and stay whole where not; key heads go
+        with the query heads that read them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
+    if math.prod(mesh.shape[axis] for axis in free) == 1:
+        return function(*args)
+    q, keys = args[:2]
+    batch = _axes(mesh, free, batch_axis, q.shape[0])
+    heads = _axes(mesh, free - set(batch), "heads", q.shape[3])
+    size = lambda axes: math.prod(mesh.shape[axis] for axis in axes)
+    whole_keys = keys.shape[3] % size(heads) != 0
+
+    def local(q, *rest):
+        if whole_keys:
+            *keys, first_block = rest
+            mine = _heads_read(args[0].shape[3], args[1].shape[3], heads, q.shape[3])
+            rest = *(jax.numpy.take(x, mine, axis=3) for x in keys), first_block
+        return function(q, *rest)
+
+    queries = P(batch or None, None, None, heads or None, None)
+    read = P(batch or None, None, None, None if whole_keys else heads or None, None)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(queries, read, read, read, read, P(batch or None)),
+        out_specs=queries,
+        axis_names=free,
+        check_vma=False,  # kernels do not say over which axes their results vary
+    )(*args)
+
+
+def _axes(mesh, free, name, size) -> tuple[str, ...]:
+    """The axes in `free` that the rules cut the logical axis over, if they divide its size."""
+    (entry,) = nn.logical_to_mesh_axes((name,))
+    axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    axes = tuple(axis for axis in axes if axis in free)
+    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+def _heads_read(heads, kv_heads, axes, here):
+    """Which of all key heads the `here` query heads of this device read, as many times as needed.
+
+    One where they share it; else one for each query head.
+    """
+    group = heads // kv_heads
+    first = jax.lax.axis_index(axes) * here
+    if group % here == 0:
+        return first // group + jax.numpy.arange(1)
+    return (first + jax.numpy.arange(here)) // group

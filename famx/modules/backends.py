@@ -1,0 +1,63 @@
+"""Which way of computing attention fits which model on which platform; plain Python."""
+
+ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "splash", "cudnn")
+LANES = 128  # of a TPU's vector registers; splash attention cuts rows and columns in these
+_PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
+
+
+def refusal(config, backend: str) -> str | None:
+    """One sentence that says why `backend` cannot compute this model's attention, or None.
+
+    Args:
+      config: a `DecoderConfig`, or one in the making.
+      backend: other than "auto".
+    """
+    name = f"attention_backend {backend!r}"
+    if backend == "splash":
+        if config.block_size % LANES:
+            return f"{name} needs a block_size that is a multiple of {LANES}, got {config.block_size}."
+        if config.dtype == "float64":
+            return f"{name} adds up in float32: set dtype to bfloat16 or float32, not float64."
+    if backend == "cudnn":
+        if config.dtype != "bfloat16":
+            return f"{name} computes in bfloat16 alone: set dtype to bfloat16, not {config.dtype}."
+        if config.attention_softcap is not None:
+            return f"{name} knows no attention_softcap, and this model has {config.attention_softcap}."
+        if config.head_dim % 8 or config.head_dim > 256:
+            return f"{name} needs a head_dim that 8 divides, at most 256, got {config.head_dim}."
+        for field in ("block_size", "fam_length"):
+            if getattr(config, field) % 2:
+                return f"{name} needs an even {field}, got {getattr(config, field)}."
+    return None
+
+
+def resolve_backend(config, platform: str, devices: int = 1) -> str:
+    """The attention backend of a program for `devices` devices of `platform`; never "auto".
+
+    Args:
+      config: a `DecoderConfig`.
+      platform: what the program is compiled for ("tpu", "gpu", "cuda", "cpu"), which is not always
+        where it is compiled.
+      devices: how many, of all processes.
+
+    Raises:
+      ValueError: the config names a backend that the platform does not have.
+    """
+    backend = config.attention_backend
+    if backend != "auto":
+        platforms = _PLATFORMS.get(backend, (platform,))
+        if platform not in platforms:
+            raise ValueError(
+                f"attention_backend {backend!r} runs on {platforms[0].upper()} alone, not on"
+                f" {platform.upper()}: choose auto or xla."
+            )
+        return backend
+    if platform == "tpu" and refusal(config, "splash") is None:
+        return "splash"
+    # Heads wider than 128 need a Hopper GPU or a later one, which the name of the platform hides.
+    if platform in _PLATFORMS["cudnn"] and refusal(config, "cudnn") is None and config.head_dim <= 128:
+        return "cudnn"
+    # Small blocks fit the cache anyway, and a sharded batch must not be read row by row.
+    if platform == "cpu" and devices == 1 and config.block_size >= 128:
+        return "blockwise"
+    return "xla"

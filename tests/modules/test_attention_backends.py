@@ -1,0 +1,255 @@
+"""Every way to compute attention gives what the plain formula gives, gradients included."""
+
+import dataclasses
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, config, jit, random_params, random_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.cudnn import fused_attention_stablehlo
+
+from famx.modules import Decoder
+from famx.modules.attention import cudnn, dense, splash, token_attention, visible
+from famx.modules.backends import resolve_backend
+
+SIZE = 128  # the least block of the splash kernel
+
+
+def arrays(c, blocks, batch, seed=0):
+    """`q, keys, values, memory_keys, memory_values`, and a cotangent."""
+    count = c.memory_segments + blocks
+    past, memory = (count, c.block_size, c.num_kv_heads), (blocks, c.fam_length, c.num_kv_heads)
+    queries = blocks, c.block_size, c.num_heads
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: rng.standard_normal((batch, *shape, c.head_dim)).astype(np.float32)
+    return [draw(shape) for shape in (queries, past, past, memory, memory, queries)]
+
+
+def assert_equals_the_formula(c, function, first_block, blocks, seed=0):
+    """Values and all gradients of `function(c, ...)`, which are handed back."""
+    *args, cotangent = arrays(c, blocks, len(first_block), seed)
+    first_block = np.array(first_block, np.int32)
+
+    def run(function):
+        def both(*args):
+            out, back = jax.vjp(lambda *x: function(c, *x, first_block), *args)
+            return out, *back(cotangent)
+
+        return dict(zip("out q k v mk mv".split(), jit(c, both)(*args), strict=True))
+
+    expected, found = run(dense.attention), run(function)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], atol=3e-5, err_msg=name)
+    return found
+
+
+MASKS = {
+    "paper": (dict(memory_segments=3), [0, 7], 2),
+    "grouped heads, starts within reach": (
+        dict(memory_segments=2, num_heads=4, num_kv_heads=2, fam_length=64), [1, 2], 2,
+    ),
+    "one key head, capped": (
+        dict(memory_segments=1, num_heads=3, num_kv_heads=1, attention_softcap=2.0, head_dim=6), [0], 3,
+    ),
+    "window mask": (dict(memory_segments=1, window_mask=True, fam_length=24), [3], 2),
+    "no memory": (dict(memory_segments=2, fam_length=0, query_scale=0.3), [0, 1], 2),
+    "no past": (dict(memory_segments=0), [5], 2),
+    "neither": (dict(memory_segments=0, fam_length=0), [0], 2),
+    "stopped segments": (
+        dict(memory_segments=2, stop_gradient_segments=True, num_kv_heads=1, fam_length=24), [1], 2,
+    ),
+}  # fmt: skip
+
+
+def masked(case, block_size):
+    changes, first_block, blocks = MASKS[case]
+    changes = {"num_heads": 2, "head_dim": 8, "fam_length": 8, "block_size": block_size, **changes}
+    return config(**changes), first_block, blocks
+
+
+@pytest.fixture
+def interpret(monkeypatch):
+    monkeypatch.setattr(splash, "INTERPRET", True)
+
+
+def assert_stopped(c, gradients):
+    """Past blocks before the chunk have no gradient, all else has."""
+    for name in ("k", "v"):
+        assert not gradients[name][:, : c.memory_segments].any()
+    assert all(np.abs(x).max() > 1e-3 for x in gradients.values())
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_splash_equals_the_formula(case, interpret):
+    c, *rest = masked(case, SIZE)
+    found = assert_equals_the_formula(c, splash.attention, *rest)
+    if c.stop_gradient_segments:
+        assert_stopped(c, found)
+
+
+def test_splash_in_several_tiles_for_a_block(interpret, monkeypatch):
+    monkeypatch.setattr(splash, "TILE", SIZE)
+    c = config(
+        block_size=3 * SIZE, fam_length=24, memory_segments=1, num_heads=1, head_dim=8,
+        window_mask=True, stop_gradient_segments=True,
+    )  # fmt: skip
+    assert splash._tile(c.block_size) == SIZE
+    assert_stopped(c, assert_equals_the_formula(c, splash.attention, [2], 1))
+
+
+def test_tiles_divide_blocks():
+    assert [splash._tile(size) for size in (128, 384, 640, 1024, 2560)] == [128, 384, 128, 512, 512]
+
+
+@given(
+    blocks=st.integers(1, 3), size=st.integers(1, 9), segments=st.integers(0, 3),
+    fam_length=st.integers(0, 5), padding=st.integers(0, 4), window=st.booleans(),
+)  # fmt: skip
+def test_the_sparse_mask_is_what_is_visible(blocks, size, segments, fam_length, padding, window):
+    fam_length = min(fam_length, size)
+    c = config(
+        block_size=size, memory_segments=segments, fam_length=fam_length, window_mask=window
+    )
+    past, tokens = segments * size, (segments + blocks) * size
+    padding = padding if fam_length else 0
+    columns = tokens + blocks * fam_length + padding
+    expected = np.zeros((blocks, size, columns), bool)
+    for t in range(blocks):
+        seen = visible(c, np.arange(size)[:, None], np.arange(fam_length + past + size), 0)
+        memory = tokens + t * fam_length
+        expected[t, :, memory : memory + fam_length] = seen[:, :fam_length]
+        expected[t, :, t * size : t * size + past + size] = seen[:, fam_length:]
+    expected = expected.reshape(-1, columns)
+    mask = splash.ChunkMask(blocks, size, segments, fam_length, columns, window)
+    assert mask.shape == expected.shape
+    np.testing.assert_array_equal(mask[:, :], expected)
+    np.testing.assert_array_equal(mask[1:, 2:-1], expected[1:, 2:-1])
+    if segments:
+        for t in range(blocks):
+            expected[t * size : (t + 1) * size, : t * size + past] = False
+        np.testing.assert_array_equal(dataclasses.replace(mask, own_only=True)[:, :], expected)
+
+
+@pytest.mark.parametrize("size, fam_length", [(4, 2), (6, 3)])
+def test_the_sparse_mask_is_the_same_within_the_kernel(size, fam_length):
+    mask = splash.ChunkMask(3, size, 1, fam_length, 4 * size + 3 * fam_length + 2, window=False)
+    within = mask.mask_function(jnp.asarray(mask.q_sequence)[:, None], jnp.arange(mask.columns))
+    np.testing.assert_array_equal(within, mask[:, :])
+
+
+def cudnn_by_xla(c, *args):
+    return cudnn.attention(c, *args, implementation="xla")
+
+
+CUDNN_MASKS = [case for case in MASKS if "capped" not in case]
+
+
+@pytest.mark.parametrize("case", CUDNN_MASKS)
+def test_cudnn_equals_the_formula_but_for_its_kernel(case):
+    c, *rest = masked(case, 64)
+    found = assert_equals_the_formula(c, cudnn_by_xla, *rest)
+    if c.stop_gradient_segments:
+        assert_stopped(c, found)
+
+
+@settings(max_examples=8)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 3),
+    st.booleans(),
+)  # fmt: skip
+def test_cudnn_masks_blocks_before_the_start(first_block, blocks, segments, window):
+    c = config(block_size=4, memory_segments=segments, window_mask=window, head_dim=8)
+    assert_equals_the_formula(c, cudnn_by_xla, first_block, blocks)
+
+
+def test_cudnn_lowers_for_a_gpu_with_one_mask_for_all_blocks():
+    """As far as one comes without a GPU: the program that XLA would compile for one."""
+    c = config(
+        block_size=16, memory_segments=2, fam_length=4, num_heads=4, num_kv_heads=2, head_dim=8,
+        dtype="bfloat16", attention_backend="cudnn",
+    )  # fmt: skip
+    *args, cotangent = (x.astype(jnp.bfloat16) for x in arrays(c, 3, 2))
+
+    def both(*args):
+        out, back = jax.vjp(lambda *x: token_attention(*x, np.zeros(2, np.int32), c), *args)
+        return out, back(cotangent)
+
+    with mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000):
+        program = jax.jit(both).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in program.splitlines() if "__cudnn$fmha" in line]
+    assert ["Backward" in call for call in calls] == [False, True]
+    for call in calls:
+        assert "tensor<1x1x16x52xbf16>" in call and "tensor<6x52x2x8xbf16>" in call, call
+
+
+def test_a_model_learns_the_same_through_splash(interpret):
+    """Through scans over layers, chunks and blocks, rematerialised."""
+    c = config(
+        block_size=SIZE, memory_segments=1, fam_length=8, num_kv_heads=1, blocks_per_chunk=1,
+        remat="full",
+    )  # fmt: skip
+    params, tokens = random_params(c), random_tokens(1, 2 * SIZE)
+
+    def run(backend):
+        model = Decoder(dataclasses.replace(c, attention_backend=backend))
+
+        def loss(params):
+            logits, _ = model.apply({"params": params}, tokens)
+            return jnp.sum(jnp.sin(logits)), logits
+
+        return jit(c, jax.grad(loss, has_aux=True))(params)
+
+    (grad, logits), (expected_grad, expected) = run("splash"), run("xla")
+    assert_close(logits, expected, 1e-4)
+    assert_close(grad, expected_grad, 1e-3)
+
+
+def backend_of(platform, devices=1, **changes):
+    return resolve_backend(config(**{"block_size": SIZE, "head_dim": 8, **changes}), platform, devices)
+
+
+def test_auto_goes_by_platform_and_shape():
+    assert backend_of("tpu") == "splash" == backend_of("tpu", 4, dtype="bfloat16")
+    assert backend_of("tpu", block_size=100) == "xla" == backend_of("tpu", dtype="float64")
+    for platform in ("gpu", "cuda"):
+        assert backend_of(platform, dtype="bfloat16") == "cudnn"
+        assert backend_of(platform) == "xla"
+    assert backend_of("gpu", dtype="bfloat16", attention_softcap=3.0) == "xla"
+    assert backend_of("gpu", dtype="bfloat16", head_dim=256) == "xla"
+    assert backend_of("gpu", dtype="bfloat16", fam_length=3) == "xla"
+    assert backend_of("cpu") == "blockwise"
+    assert backend_of("cpu", 2) == "xla" == backend_of("cpu", block_size=64)
+    assert backend_of("rocm", dtype="bfloat16") == "xla"
+
+
+def test_a_chosen_backend_stays_or_is_refused():
+    assert backend_of("tpu", attention_backend="xla") == "xla"
+    assert backend_of("tpu", attention_backend="blockwise") == "blockwise"
+    assert backend_of("tpu", attention_backend="splash") == "splash"
+    assert backend_of("cuda", attention_backend="cudnn", dtype="bfloat16", head_dim=256) == "cudnn"
+    with pytest.raises(ValueError, match="'splash' runs on TPU alone, not on CPU: choose auto or xla."):
+        backend_of("cpu", attention_backend="splash")
+    with pytest.raises(ValueError, match="'cudnn' runs on GPU alone, not on TPU"):
+        backend_of("tpu", attention_backend="cudnn", dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(attention_backend="splash", block_size=96), "multiple of 128, got 96"),
+        (dict(attention_backend="splash", dtype="float64"), "bfloat16 or float32, not float64"),
+        (dict(attention_backend="cudnn", dtype="float32"), "set dtype to bfloat16, not float32"),
+        (dict(attention_backend="cudnn", attention_softcap=2.0), "knows no attention_softcap"),
+        (dict(attention_backend="cudnn", head_dim=12), "a head_dim that 8 divides, at most 256, got 12"),
+        (dict(attention_backend="cudnn", head_dim=264), "at most 256, got 264"),
+        (dict(attention_backend="cudnn", block_size=127), "an even block_size, got 127"),
+        (dict(attention_backend="cudnn", fam_length=3), "an even fam_length, got 3"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        config(**{"block_size": SIZE, "head_dim": 8, "dtype": "bfloat16", **changes})
