@@ -6,7 +6,7 @@ import math
 from famx.modules.backends import ATTENTION_BACKENDS, refusal
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
-REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "offload")
 ROPE_LAYERS = ("global", "local", "none")
 # Fields that say how a model remembers: with others its weights still fit, the prompt's apart.
 MEMORY_FIELDS = (
@@ -83,7 +83,7 @@ class DecoderConfig:
     dtype: str = "float32"  # of activations, keys and values
     param_dtype: str = "float32"
     blocks_per_chunk: int | None = None  # None: all blocks at once (layer-parallel)
-    remat: str = "none"
+    remat: str = "none"  # what the backward pass recomputes; "offload": all, layer inputs on the host
     attention_backend: str = "auto"
 
     def to_dict(self) -> dict:

@@ -5,6 +5,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from famx.modules import rope
 from famx.modules.attention import softcap
@@ -13,11 +14,16 @@ from famx.modules.layer import MASS, ChunkContext, Layer, TokenWindow
 from famx.modules.layers import Norm, embedding_init
 from famx.modules.state import DecoderState
 
+_LAYER_INPUT = "layer_input"
 _POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 
 class Decoder(nn.Module):
@@ -164,6 +170,7 @@ class Decoder(nn.Module):
         examples = "batch" if shards == 1 else "context_batch"  # the shards count as examples
 
         def layer_step(layer, x, xs, context):
+            x = checkpoint_name(x, _LAYER_INPUT)
             x, memory, keys, values = layer.read_chunk(x, *xs, context)
             x = nn.with_logical_constraint(x, (examples, "blocks", "block", "embed"))
             return x, (memory, keys, values)

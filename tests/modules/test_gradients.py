@@ -134,7 +134,7 @@ def test_tiles_of_large_blocks_give_the_same():
     assert_close(grad, other_grad, 1e-5 * max(np.abs(g).max() for g in jax.tree.leaves(grad)))
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "dots_no_batch"])
+@pytest.mark.parametrize("remat", ["full", "dots", "dots_no_batch", "offload"])
 def test_remat_changes_no_number(remat):
     c = config(**{**BASE, "memory_segments": 1}, blocks_per_chunk=2)
     plain = gradient_of_last_block(c)
