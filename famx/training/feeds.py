@@ -211,7 +211,8 @@ class AgedFeed(IndexedFeed):
         params = self.model.merged(params)
         state = self.streamer.initial_state(params, self.batch_size)
         _, state = self.streamer.read(params, state, self.place(prefix), aligned=True)
-        return self._put(lanes, state, group)
+        where = jax.tree.map(lambda x: x.sharding, lanes)  # and there they stay
+        return jax.device_put(self._put(lanes, state, group), where)
 
     def _group(self, group):
         blocks = self.lengths[group]

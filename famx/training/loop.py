@@ -133,10 +133,13 @@ def train(
     mesh = partitioning.make_mesh()
     rules = partitioning.rules()
     partitioning.check_batch_size(batch_size, mesh, num_microbatches)
+    partitioning.check_blocks(task_feature_lengths["targets"], model.config.block_size, mesh)
     learns = Trainable(trainable, frozen_dtype)
     if trainable != "lora":
         model.lora = None
-    learns.check(model.abstract_params())
+    abstract_params = model.abstract_params()
+    learns.check(abstract_params)
+    partitioning.logical_to_sharding(abstract_params, mesh, rules)
     with_start = initial_memory_file is not None
     _check_start(initial_memory_file, initial_checkpoint_path, learns, state_passing_mode, evaluation)
     initial_vocabulary = None

@@ -5,6 +5,7 @@ over which mesh axis. `data` cuts the batch; `fsdp` cuts the batch and the weigh
 heads, feed-forward and vocabulary; `context` cuts the length.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import gin
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from famx.errors import ConfigError
@@ -106,12 +108,18 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     context: int = 1,
+    dcn_data: int | None = None,
+    dcn_fsdp: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh over all `devices` (default: every device of every process).
 
-    One size may be -1: whatever the others leave. Raises ConfigError if the product of the sizes is
-    not the number of devices.
+    One size may be -1: whatever the others leave. Devices of several slices, which a slower network
+    (DCN) joins, are laid out so that `data` and `fsdp` alone cross it: `dcn_data` x `dcn_fsdp` is the
+    number of slices, and what is left of each size lies within a slice. Of those two, what is None
+    follows from the other; if both are, `data` takes as many slices as it can.
+
+    Raises ConfigError if the sizes do not multiply to the number of devices, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, context), strict=True))
@@ -128,9 +136,42 @@ def make_mesh(
         )
     for name in free:
         sizes[name] = len(devices) // fixed
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
-    )
+    across = _across_slices(sizes, devices, dcn_data, dcn_fsdp)
+    within = [size // across[name] for name, size in sizes.items()]
+    if math.prod(across.values()) == 1:
+        placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(
+            within, list(across.values()), devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _across_slices(sizes, devices, dcn_data: int | None, dcn_fsdp: int | None) -> dict[str, int]:
+    """Over how many slices each axis goes."""
+    counts = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    slices = len(counts)
+    if len(set(counts.values())) > 1:
+        raise ConfigError(
+            f"The {slices} slices have {_join(sorted(counts.values()))} devices: a mesh needs as many"
+            " of each."
+        )
+    if dcn_data is None:
+        dcn_data = math.gcd(sizes["data"], max(slices // (dcn_fsdp or 1), 1))
+    if dcn_fsdp is None:
+        dcn_fsdp = max(slices // max(dcn_data, 1), 1)
+    if min(dcn_data, dcn_fsdp) < 1 or dcn_data * dcn_fsdp != slices:
+        raise ConfigError(
+            f"dcn_data {dcn_data} x dcn_fsdp {dcn_fsdp} must multiply to the {slices} slice(s) that the"
+            " devices are of."
+        )
+    for name, across in (("data", dcn_data), ("fsdp", dcn_fsdp)):
+        if sizes[name] % across:
+            raise ConfigError(
+                f"A mesh of {_show(sizes)} over {slices} slices has no place for dcn_{name} {across}:"
+                f" {name} must be a multiple of it; tensor and context stay within a slice."
+            )
+    return {"data": dcn_data, "fsdp": dcn_fsdp, "tensor": 1, "context": 1}
 
 
 def logical_to_sharding(tree: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -182,6 +223,49 @@ def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> 
             f"BATCH_SIZE {batch_size} cannot be divided over {jax.process_count()} processes: use a"
             f" multiple of {jax.process_count()}."
         )
+
+
+def check_blocks(length: int, block_size: int, mesh: Mesh) -> None:
+    """Raises ConfigError unless rows of `length` tokens can be cut over `context` by whole blocks."""
+    parts = mesh.shape["context"]
+    if parts > 1 and length % (parts * block_size):
+        raise ConfigError(
+            f"TASK_FEATURE_LENGTHS targets {length} cannot be cut over {parts} devices (mesh axis"
+            f" context) by whole blocks of {block_size}: use a multiple of {parts * block_size}."
+        )
+
+
+def state_sharding(state: Any, mesh: Mesh, rules: Rules) -> Any:
+    """A NamedSharding for each field of a `DecoderState` of arrays or ShapeDtypeStructs.
+
+    Keys and values are cut by heads as their weights are, and whole where there are too few heads. The
+    state of one text, from which every example begins, is no batch.
+    """
+    batch = "batch" if state.batch_size > 1 else None
+    names = {"memory": ("layers", batch, "fam", "embed")}
+    names["keys"] = names["values"] = ("layers", batch, "segments", "block", "kv_heads", "kv")
+    boxed = {
+        field.name: nn.LogicallyPartitioned(getattr(state, field.name), names.get(field.name, (batch,)))
+        for field in dataclasses.fields(state)
+    }
+    rules = dataclasses.replace(rules, may_replicate=(*rules.may_replicate, "kv_heads"))
+    return logical_to_sharding(type(state)(**boxed), mesh, rules)
+
+
+def moment_sharding(leaf, parameter) -> NamedSharding:
+    """Of an optimiser's array that belongs to `parameter`, which has a sharding.
+
+    An array of the same shape lies as it does; one that lacks an axis, a factored moment, as its other
+    axes do; any other is whole.
+    """
+    where, shape = parameter.sharding, parameter.shape
+    if leaf.shape == shape:
+        return where
+    spec = (*where.spec, *[None] * (len(shape) - len(where.spec)))
+    for axis in range(len(shape)):
+        if leaf.shape == shape[:axis] + shape[axis + 1 :]:
+            return NamedSharding(where.mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+    return NamedSharding(where.mesh, PartitionSpec())
 
 
 def _divisible(path, logical, shape, mesh: Mesh, rules: Rules) -> PartitionSpec:

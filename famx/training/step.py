@@ -15,7 +15,12 @@ from famx.lora import combine
 from famx.metrics import Mean
 from famx.models import MEMORY_COLLECTION, DecoderModel, loss_weights
 from famx.modules import DecoderState
-from famx.training.partitioning import BATCH_AXES, Rules, logical_to_sharding
+from famx.training.partitioning import (
+    Rules,
+    logical_to_sharding,
+    moment_sharding,
+    state_sharding,
+)
 from famx.training.trainable import Trainable
 
 
@@ -98,31 +103,25 @@ def make_initializer(
     abstract, boxed = jax.eval_shape(lambda key: initialize(key, {}, start, unbox=False), key)
     whole = NamedSharding(mesh, PartitionSpec())
     params = logical_to_sharding(boxed, mesh, rules)
-    start = jax.tree.map(lambda _: whole, abstract.start)
+    start, lanes = (
+        state and state_sharding(state, mesh, rules) for state in (abstract.start, abstract.lanes)
+    )
     like = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         trainable.part(abstract),
         trainable.part(abstract.replace(params=params, start=start)),
     )
-    same = lambda leaf, p: p.sharding if leaf.shape == p.shape else whole  # factored moments differ
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer, same, abstract.opt_state, like, transform_non_params=lambda _: whole
+        optimizer, moment_sharding, abstract.opt_state, like, transform_non_params=lambda _: whole
     )
-    lanes = abstract.lanes and state_shardings(mesh)
-    mutables = jax.tree.map(lambda _: whole, abstract.flax_mutables)
+    box = lambda x: nn.LogicallyPartitioned(x, ("layers", "fam", "embed")) if x.ndim else x
+    mutables = logical_to_sharding(jax.tree.map(box, abstract.flax_mutables), mesh, rules)
     shardings = TrainState(whole, params, opt_state, mutables, lanes, start)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract, shardings,
     )  # fmt: skip
     return jax.jit(initialize, out_shardings=shardings, donate_argnums=1), abstract
-
-
-def state_shardings(mesh) -> DecoderState:
-    """A `DecoderState` of shardings: the batch axis is cut as the batch is."""
-    wide = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-    flat = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    return DecoderState(wide, wide, wide, flat, flat, flat)
 
 
 def make_train_step(

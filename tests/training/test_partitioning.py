@@ -2,12 +2,14 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,6 +77,82 @@ def test_mesh_on_one_device():
     for sizes in ({"fsdp": 0}, {"fsdp": -1}, {"tensor": -2}):
         with pytest.raises(ConfigError, match="at least 1, and at most one of them -1"):
             partitioning.make_mesh(**sizes, devices=one)
+
+
+class Chip:
+    """A device of a slice, as far as a mesh looks at it."""
+
+    platform = device_kind = "cpu"
+    process_index = 0
+
+    def __init__(self, id, slice_index):
+        self.id, self.slice_index = id, slice_index
+
+
+def chips(*counts):
+    slices = [index for index, count in enumerate(counts) for _ in range(count)]
+    return [Chip(id, index) for id, index in enumerate(slices)]
+
+
+def slices_of(mesh):
+    """The slice of each device by its place in data, fsdp, tensor."""
+    return np.vectorize(lambda chip: chip.slice_index)(mesh.devices)[..., 0]
+
+
+def test_slices_are_crossed_by_data_first():
+    mesh = partitioning.make_mesh(fsdp=2, tensor=2, devices=chips(4, 4))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    where = slices_of(mesh)
+    assert (where[0] == 0).all() and (where[1] == 1).all()
+    where = slices_of(partitioning.make_mesh(data=4, fsdp=2, devices=chips(4, 4)))
+    assert [sorted(set(row.flat)) for row in where] == [[0], [0], [1], [1]]
+
+
+def test_slices_are_crossed_by_fsdp_where_it_is_asked_for_or_nothing_else_can():
+    where = slices_of(partitioning.make_mesh(data=2, fsdp=4, dcn_fsdp=2, devices=chips(4, 4)))
+    assert where[:, :, 0].tolist() == [[0, 0, 1, 1]] * 2
+    where = slices_of(partitioning.make_mesh(data=1, fsdp=8, devices=chips(4, 4)))
+    assert where.ravel().tolist() == [0] * 4 + [1] * 4
+    where = slices_of(partitioning.make_mesh(data=2, fsdp=4, tensor=2, devices=chips(4, 4, 4, 4)))
+    assert where[:, :, 0].tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    assert (where[:, :, 0] == where[:, :, 1]).all()
+
+
+@pytest.mark.parametrize("sizes, counts, sentence", [
+    (dict(data=1, tensor=8), (4, 4), "data 1 x fsdp 1 x tensor 8 x context 1 over 2 slices has no place"
+     " for dcn_fsdp 2"),
+    (dict(data=1, fsdp=8, dcn_data=2), (4, 4), "no place for dcn_data 2"),
+    (dict(dcn_data=3), (4, 4), "dcn_data 3 x dcn_fsdp 1 must multiply to the 2 slice"),
+    (dict(dcn_data=0), (4, 4), "dcn_data 0 x dcn_fsdp 2 must multiply to the 2 slice"),
+    (dict(dcn_data=2), (8,), "must multiply to the 1 slice"),
+    (dict(), (4, 2), "The 2 slices have 2, 4 devices"),
+])  # fmt: skip
+def test_meshes_that_do_not_fit_the_slices_are_refused(sizes, counts, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        partitioning.make_mesh(**sizes, devices=chips(*counts))
+
+
+def test_meshes_of_a_tpu_that_is_not_there(monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    one = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    mesh = partitioning.make_mesh(tensor=8, devices=one)  # along no axis of the chip's own torus
+    assert mesh.shape["tensor"] == 8 and set(mesh.devices.flat) == set(one)
+    two = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    assert slices_of(partitioning.make_mesh(fsdp=4, devices=two))[:, :, 0].tolist() == [[0] * 4, [1] * 4]
+
+
+def test_rows_are_cut_over_context_by_whole_blocks():
+    devices = chips(4)
+    mesh = partitioning.make_mesh(context=4, devices=devices)
+    partitioning.check_blocks(64, 16, mesh)
+    for length in (32, 72, 80):
+        with pytest.raises(ConfigError, match="4 devices .* whole blocks of 16: use a multiple of 64"):
+            partitioning.check_blocks(length, 16, mesh)
+    partitioning.check_blocks(72, 16, partitioning.make_mesh(devices=devices))
 
 
 EIGHT = """
