@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from famx.modules import rope
 from famx.modules.attention import softcap
 from famx.modules.config import DecoderConfig
-from famx.modules.layer import MASS, ChunkContext, Layer, TokenWindow
+from famx.modules.layer import MASS, ChunkContext, Layer, TokenWindow, batch_axis
 from famx.modules.layers import Norm, embedding_init
 from famx.modules.state import DecoderState
 
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         """Blocks `[B, C, S]` of tokens: the state after them and the output `[B, C, S, D]`."""
         c = self.config
         batch, blocks, _ = tokens.shape
-        examples = "batch" if shards == 1 else "context_batch"  # the shards count as examples
+        examples = batch_axis(shards)
 
         def layer_step(layer, x, xs, context):
             x = checkpoint_name(x, _LAYER_INPUT)

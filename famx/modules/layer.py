@@ -20,6 +20,11 @@ from famx.modules.layers import FeedForward, Norm, Projection, rms_normalize
 MASS = "attention_mass"
 
 
+def batch_axis(shards: int) -> str:
+    """Logical axis of a batch whose examples are cut into so many shards that count as examples."""
+    return "batch" if shards == 1 else "context_batch"
+
+
 @flax.struct.dataclass
 class ChunkContext:
     """Where the `C` blocks of a chunk stand, and how the layer rotates; else the same for every layer.
@@ -274,7 +279,8 @@ class Layer(nn.Module):
         past = lambda new, old: jnp.concatenate([self._before(new, old), new], axis=1)
         keys, values = past(k, keys), past(v, values)
         self._keep("tokens_on_memory", lambda: memory_mass(q, keys, read[0], first, c))
-        attention = token_attention(q, keys, values, *read, first, c)
+        examples = batch_axis(x.shape[0] // batch)
+        attention = token_attention(q, keys, values, *read, first, c, examples)
         out = self.finish(x, attention)
         return out, memory, *(self._window(x, batch, context) for x in (keys, values))
 

@@ -37,8 +37,8 @@ from famx.training.checkpoints import Checkpointer, check_model_dir, check_same_
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import make_feed
 from famx.training.run_log import RunLog
+from famx.training.setup import prepare
 from famx.training.speed import Profile, SpeedMeter
-from famx.training.step import make_initializer, make_train_step
 from famx.training.trainable import Trainable
 
 _BASE_FILE = "base.json"  # what a run began from
@@ -127,20 +127,12 @@ def train(
     for name, value in (("TRAIN_STEPS", total_steps), ("log_period", log_period)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}.")
-    if "targets" not in task_feature_lengths:
-        raise ConfigError("TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}.")
     profile = Profile(profile_steps, directory)
-    mesh = partitioning.make_mesh()
-    rules = partitioning.rules()
-    partitioning.check_batch_size(batch_size, mesh, num_microbatches)
-    partitioning.check_blocks(task_feature_lengths["targets"], model.config.block_size, mesh)
-    learns = Trainable(trainable, frozen_dtype)
-    if trainable != "lora":
-        model.lora = None
-    abstract_params = model.abstract_params()
-    learns.check(abstract_params)
-    partitioning.logical_to_sharding(abstract_params, mesh, rules)
-    with_start = initial_memory_file is not None
+    setup = prepare(
+        model, optimizer, task_feature_lengths, batch_size, random_seed, state_passing_mode,
+        random_state, pool_groups, initial_memory_file, trainable, frozen_dtype, num_microbatches,
+    )  # fmt: skip
+    mesh, learns = setup.mesh, setup.learns
     _check_start(initial_memory_file, initial_checkpoint_path, learns, state_passing_mode, evaluation)
     initial_vocabulary = None
     if initial_checkpoint_path is not None:
@@ -157,9 +149,6 @@ def train(
         model.input_vocabulary = model.output_vocabulary = vocabulary
     if hasattr(evaluation, "check"):
         evaluation.check(model)
-    model.random_state = None
-    if state_passing_mode == "random":
-        model.random_state = random_state or state_passing.RandomState()
 
     # ---------------------------------------------------------------- data
     sharding = partitioning.batch_sharding(mesh)
@@ -181,10 +170,7 @@ def train(
     # ---------------------------------------------------------------- state
     first = shard[0] == 0
     with contextlib.ExitStack() as stack:
-        num_lanes = getattr(feed, "pool_size", batch_size)
-        initialize, abstract = make_initializer(
-            model, optimizer, state_passing_mode, num_lanes, mesh, rules, learns, with_start
-        )
+        initialize, abstract = setup.initializer()
         check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
         checkpointer = stack.enter_context(Checkpointer(directory, keep=checkpoints_to_keep))
         pending: list[list] = []  # metrics of steps since the last log line
@@ -200,7 +186,7 @@ def train(
                     replace_file(directory / _BASE_FILE, json.dumps(base, indent=2).encode() + b"\n")
                     if (initial / "source").is_dir():  # of an imported model, for the export
                         shutil.copytree(initial / "source", directory / "source", dirs_exist_ok=True)
-            if with_start:
+            if setup.with_start:
                 trained = TrainedModel(model, pretrained, 0, initial)
                 start = memory_file.restore_memory(initial_memory_file, trained)[1]
             state = initialize(jax.random.key(random_seed), pretrained, start)
@@ -233,15 +219,13 @@ def train(
 
         # ------------------------------------------------------------ loop
         stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(nn.logical_axis_rules(rules.pairs()))
-        train_step = make_train_step(
-            model, optimizer, state_passing_mode, random_seed, abstract, learns, num_microbatches
-        )
+        stack.enter_context(nn.logical_axis_rules(setup.rules.pairs()))
+        train_step = setup.train_step(abstract)
         merge = jax.jit(model.merged)
         stop = stack.enter_context(stop_signal())
         scalars: dict[str, float] = {}
         saved, skipped = step, 0
-        from_start = state_passing_mode in ("none", "random") and not with_start
+        from_start = state_passing_mode in ("none", "random") and not setup.with_start
         speed = SpeedMeter(model.config, from_start, trainable == "all")
         stack.callback(profile.close)
 
@@ -311,7 +295,7 @@ def train(
         scalars |= evaluate()
         if first and hasattr(evaluation, "report"):
             log.message(evaluation.report(model, merge(state.params), str(directory)))
-        if with_start and first:
+        if setup.with_start and first:
             path = directory / f"memory_{step}.famem"
             memory_file.with_memory(initial_memory_file, path, state.start.memory)
             log.message(f"The memory that was trained is in {path}.")

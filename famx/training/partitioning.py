@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from famx.errors import ConfigError
+from famx.modules import DecoderConfig
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
@@ -225,13 +226,20 @@ def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> 
         )
 
 
-def check_blocks(length: int, block_size: int, mesh: Mesh) -> None:
+def check_blocks(length: int, config: DecoderConfig, mesh: Mesh) -> None:
     """Raises ConfigError unless rows of `length` tokens can be cut over `context` by whole blocks."""
-    parts = mesh.shape["context"]
-    if parts > 1 and length % (parts * block_size):
+    parts, size = mesh.shape["context"], config.block_size
+    if length % (parts * size) and parts > 1:
         raise ConfigError(
             f"TASK_FEATURE_LENGTHS targets {length} cannot be cut over {parts} devices (mesh axis"
-            f" context) by whole blocks of {block_size}: use a multiple of {parts * block_size}."
+            f" context) by whole blocks of {size}: use a multiple of {parts * size}."
+        )
+    chunk = config.blocks_per_chunk
+    if chunk is not None and (chunk % parts or length // size % chunk) and parts > 1:
+        raise ConfigError(
+            f"The chunks of {chunk} blocks that rows of {length} tokens are read in cannot be cut over"
+            f" {parts} devices (mesh axis context): let DecoderConfig.blocks_per_chunk be a multiple of"
+            f" {parts} that divides {length // size}, or None."
         )
 
 

@@ -10,34 +10,11 @@ import jax
 
 from famx.errors import ConfigError
 from famx.modules import DecoderConfig
+from famx.scale.chips import peak_flops
 from famx.training.flops import train_flops
 
 # Names that a run's scalars have for what depends on the machine.
 NAMES = ("tokens_per_second", "step_seconds", "data_wait", "mfu", "memory_gb")
-
-# Dense bfloat16 operations per second of one device, as its maker states them, by what its kind
-# contains; the first that fits.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "V100": 125e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Of a device of this kind; None where it is not known, as for CPUs."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
 class SpeedMeter:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
+from tiny import make_model
 
 import famx
 from famx.errors import ConfigError
@@ -148,11 +149,22 @@ def test_meshes_of_a_tpu_that_is_not_there(monkeypatch):
 def test_rows_are_cut_over_context_by_whole_blocks():
     devices = chips(4)
     mesh = partitioning.make_mesh(context=4, devices=devices)
-    partitioning.check_blocks(64, 16, mesh)
+    config = make_model(block_size=16).config
+    partitioning.check_blocks(64, config, mesh)
     for length in (32, 72, 80):
         with pytest.raises(ConfigError, match="4 devices .* whole blocks of 16: use a multiple of 64"):
-            partitioning.check_blocks(length, 16, mesh)
-    partitioning.check_blocks(72, 16, partitioning.make_mesh(devices=devices))
+            partitioning.check_blocks(length, config, mesh)
+    partitioning.check_blocks(72, config, partitioning.make_mesh(devices=devices))
+
+
+@pytest.mark.parametrize("chunk,fits", [(4, True), (8, True), (2, False), (12, False)])
+def test_chunks_are_cut_over_context_by_whole_blocks(chunk, fits):
+    mesh = partitioning.make_mesh(context=4, devices=chips(4))
+    config = make_model(block_size=16, blocks_per_chunk=chunk).config
+    if fits:
+        return partitioning.check_blocks(128, config, mesh)
+    with pytest.raises(ConfigError, match=f"chunks of {chunk} blocks .* a multiple of 4 that divides 8"):
+        partitioning.check_blocks(128, config, mesh)
 
 
 EIGHT = """

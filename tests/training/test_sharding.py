@@ -20,9 +20,10 @@ from famx.training.run_log import read_metrics
 HERE = pathlib.Path(__file__).parent
 PATHS = os.pathsep.join([str(pathlib.Path(famx.__file__).parent.parent), str(HERE.parent)])
 STEPS = 5
-MESHES = (  # data x fsdp x tensor
+MESHES = (  # data x fsdp x tensor x context
     *("fam_8x1x1", "fam_1x8x1", "fam_2x1x4", "fam_2x2x2", "bswa_2x2x2", "lora_2x2x2", "frozen_1x4x2"),
     *("random_2x2x2", "continuous_4x1x2"),
+    *("fam_1x2x2x2", "fam_1x4x1x2", "bswa_2x1x1x4", "lora_1x2x1x4", "continuous_1x2x2x2"),
 )
 
 COMMON = """
@@ -52,9 +53,9 @@ def model_of(kind):
     fam_length = 0 if kind in ("bswa", "frozen") else 2
     return make_model(fam_length=fam_length, num_heads=8, num_kv_heads=4, memory_segments=2)
 
-def set_mesh(data=1, fsdp=1, tensor=1):
+def set_mesh(data=1, fsdp=1, tensor=1, context=1):
     gin.clear_config()
-    for name, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor)):
+    for name, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor), ("context", context)):
         gin.bind_parameter(f"partitioning.make_mesh.{name}", size)
 
 def run(folder, kind, **changes):

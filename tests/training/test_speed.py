@@ -11,10 +11,11 @@ from test_loop import history, run
 from tiny import make_model
 
 from famx.errors import ConfigError
+from famx.scale.chips import peak_flops
 from famx.training import speed
 from famx.training.flops import train_flops
 from famx.training.run_log import read_metrics
-from famx.training.speed import SpeedMeter, peak_flops
+from famx.training.speed import SpeedMeter
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 

@@ -1,0 +1,274 @@
+"""Optimised HLO as text: computations, instructions, shapes, and how often a loop runs."""
+
+import dataclasses
+import functools
+import math
+import re
+
+_BYTES = {"pred": 1, "token": 0, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128": 16}
+_ARRAY = re.compile(r"(\w+)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
+_HEAD = re.compile(r"(?:ENTRY )?%?([^\s(]+) \(.*\{$")
+_NAME = re.compile(r"%?([\w.\-]+)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a shape.
+
+    Attributes:
+      dtype, dims: as HLO writes them.
+      layout: dimensions, minor to major; None: as they stand.
+      tile: of the most minor dimensions; their sizes are filled up to it.
+      space: 0 for the main memory (HBM); others, such as a TPU's 1, lie on the chip.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: tuple[int, ...] | None = None
+    tile: tuple[int, ...] = ()
+    space: int = 0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """That it takes in memory, filled up to whole tiles."""
+        dims = list(self.dims)
+        for index, tile in zip(self.layout or (), reversed(self.tile)):
+            dims[index] = -(-dims[index] // tile) * tile
+        return math.ceil(math.prod(dims) * _width(self.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """`name = shape opcode(operands), attributes`; `arrays` are the shape's, flattened."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+
+    def attribute(self, pattern: str) -> str | None:
+        """The first group of `pattern` in the attributes."""
+        found = re.search(pattern, self.attributes)
+        return found and found[1]
+
+    def called(self, kind: str) -> str | None:
+        """The computation that stands as `kind`: calls, body, condition or to_apply."""
+        return self.attribute(rf"\b{kind}=%?([\w.\-]+)")
+
+
+@dataclasses.dataclass
+class Computation:
+    """Instructions by name, in the order in which they run; `root` is what it returns."""
+
+    name: str
+    instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+    root: Instruction | None = None
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        found = {name: [] for name in self.instructions}
+        for instruction in self.instructions.values():
+            for name in dict.fromkeys(instruction.operands):
+                found.setdefault(name, []).append(instruction)
+        return found
+
+    @functools.cached_property
+    def parameters(self) -> list[Instruction]:
+        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(found, key=lambda i: int(i.operands[0]))
+
+
+@dataclasses.dataclass
+class Module:
+    computations: dict[str, Computation]
+    entry: str
+
+    def trip_count(self, loop: Instruction, computation: Computation) -> int | None:
+        """How often the body of a `while` of this computation runs; None where it cannot be known."""
+        known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+        if known:
+            return int(known)
+        condition = self.computations[loop.called("condition")]
+        body = self.computations[loop.called("body")]
+        start = computation.instructions.get(loop.operands[0])
+        compare = self._comparison(condition)
+        if start is None or compare is None:
+            return None
+        direction, index, limit = compare
+        first = self._start(computation, start, index)
+        if isinstance(limit, tuple):
+            limit = self._start(computation, start, limit[0])
+        step = self._step(body, index)
+        if None in (first, limit, step) or step <= 0 or direction not in ("LT", "LE"):
+            return None
+        return max(-(-(limit - first + (direction == "LE")) // step), 0)
+
+    def _comparison(self, condition: Computation):
+        """`(direction, index of the counter, limit)`; a limit in the loop's state is `(index,)`."""
+        root = condition.root
+        inside = root.called("calls") or root.called("to_apply")
+        outer = root
+        if inside:  # a comparison wrapped up in a fusion of its own
+            root = self.computations[inside].root
+        if root.opcode != "compare":
+            return None
+
+        def resolve(name):
+            if inside:
+                parameter = self.computations[inside].instructions[name]
+                if parameter.opcode != "parameter":
+                    return _constant(self.computations[inside], name)
+                name = outer.operands[int(parameter.operands[0])]
+            value = _constant(condition, name)
+            return value if value is not None else _element(condition, name)
+
+        left, right = (resolve(name) for name in root.operands)
+        direction = root.attribute(r"direction=(\w+)")
+        if isinstance(right, tuple) and not isinstance(left, tuple):
+            left, right = right, left
+            direction = {"GT": "LT", "GE": "LE"}.get(direction)
+        return (direction, left[0], right) if isinstance(left, tuple) else None
+
+    def _start(self, computation, start: Instruction, index: int) -> int | None:
+        if start.opcode != "tuple":
+            return None
+        return _constant(computation, start.operands[index])
+
+    def _step(self, body: Computation, index: int) -> int | None:
+        if body.root.opcode != "tuple":
+            return None
+        scope, name = body, body.root.operands[index]
+        instruction = _through(scope, name)
+        inside = instruction.called("calls") if instruction.opcode == "fusion" else None
+        if inside:
+            fused = self.computations[inside]
+            root, operands = fused.root, instruction.operands
+            if root.opcode != "add":
+                return None
+            parts = []
+            for operand in root.operands:
+                found = fused.instructions[operand]
+                if found.opcode == "parameter":
+                    operand = operands[int(found.operands[0])]
+                    parts.append((_constant(scope, operand), _element(scope, operand)))
+                else:
+                    parts.append((_constant(fused, operand), None))
+        elif instruction.opcode == "add":
+            parts = [(_constant(scope, o), _element(scope, o)) for o in instruction.operands]
+        else:
+            return None
+        values = [value for value, _ in parts if value is not None]
+        return values[0] if (index,) in [element for _, element in parts] and values else None
+
+
+def parse(text: str) -> Module:
+    """The module of `compiled.as_text()`."""
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        if current is None:
+            if line.endswith("{") and ") -> " in line and (found := _HEAD.match(line)):
+                current = computations[found[1]] = Computation(found[1])
+                entry = found[1] if line.startswith("ENTRY") else entry
+        elif line.startswith("}"):
+            current = None
+        elif " = " in line:
+            instruction = _instruction(line)
+            current.instructions[instruction.name] = instruction
+            if current.root is None or line.lstrip().startswith("ROOT"):
+                current.root = instruction
+    return Module(computations, entry)
+
+
+def _instruction(line: str) -> Instruction:
+    line = re.sub(r"/\*.*?\*/", "", line.strip().removeprefix("ROOT "))
+    name, _, rest = line.partition(" = ")
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    close = _closing(rest, len(opcode))
+    inside = rest[len(opcode) + 1 : close]
+    if opcode in ("constant", "parameter"):
+        operands = (inside,)
+    else:
+        operands = tuple(
+            found[1] for part in _split(inside) if (found := _NAME.search(part.strip()))
+        )
+    return Instruction(name.lstrip("%"), opcode, arrays(shape), operands, rest[close + 1 :])
+
+
+def arrays(shape: str) -> tuple[Array, ...]:
+    """The arrays of a shape, those of tuples flattened."""
+    return tuple(_array(*found.groups()) for found in _ARRAY.finditer(shape))
+
+
+@functools.cache
+def _array(dtype: str, dims: str, layout: str | None) -> Array:
+    sizes = tuple(int(re.sub(r"\D", "", n)) for n in dims.split(",") if n.strip())
+    order, _, rest = (layout or "").partition(":")
+    minor = tuple(map(int, order.split(","))) if order else None
+    tile = re.search(r"T\(([\d,]+)\)", rest)
+    space = re.search(r"S\((\d+)\)", rest)
+    tile = tuple(map(int, tile[1].split(","))) if tile else ()
+    return Array(dtype, sizes, minor, tile, int(space[1]) if space else 0)
+
+
+def _width(dtype: str) -> float:
+    if dtype in _BYTES:
+        return _BYTES[dtype]
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) / 8 if bits else 0
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.start()
+    raise ValueError(f"Brackets do not match in the HLO line {text[:80]!r}.")
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside of all brackets."""
+    parts, depth, start = [], 0, 0
+    for found in re.finditer(r"[(){}\[\],]", text):
+        if found[0] in "({[":
+            depth += 1
+        elif found[0] in ")}]":
+            depth -= 1
+        elif depth == 0:
+            parts.append(text[start : found.start()])
+            start = found.end()
+    return [*parts, text[start:]] if text[start:].strip() else parts
+
+
+_SAME = ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start", "opt-barrier")
+
+
+def _through(computation: Computation, name: str) -> Instruction:
+    """The instruction whose value this one only hands on."""
+    instruction = computation.instructions[name]
+    while instruction.opcode in _SAME:
+        instruction = computation.instructions[instruction.operands[0]]
+    return instruction
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    instruction = _through(computation, name)
+    if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.operands[0]):
+        return int(instruction.operands[0])
+    return None
+
+
+def _element(computation: Computation, name: str) -> tuple[int] | None:
+    """The index of what is an element of the computation's parameter."""
+    instruction = _through(computation, name)
+    if instruction.opcode != "get-tuple-element":
+        return None
+    source = computation.instructions[instruction.operands[0]]
+    return (int(instruction.attribute(r"index=(\d+)")),) if source.opcode == "parameter" else None
