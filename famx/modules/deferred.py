@@ -102,10 +102,8 @@ def _backward(body, residuals, grads):
     ((*others, outputs),) = pullback(grads)
 
     def of_kernel(kernel, x, dy):
-        wide = jnp.promote_types(dy.dtype, jnp.float32)
-        shared = dy.ndim + x.ndim - kernel.ndim  # twice the axes of steps, examples and tokens
-        axes = tuple(range(shared // 2))
-        return jnp.tensordot(x, dy, (axes, axes), preferred_element_type=wide).astype(kernel.dtype)
+        shared = (x.ndim + dy.ndim - kernel.ndim) // 2  # axes of steps, examples and tokens
+        return jnp.tensordot(x, dy, (range(shared), range(shared))).astype(kernel.dtype)
 
     of_kernels = jax.tree.map(of_kernel, kernels, inputs, outputs)
     return of_kernels, (*others, outputs), None
