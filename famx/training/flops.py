@@ -6,17 +6,57 @@ recomputed. A multiplication and its addition are two operations. Norms, softmax
 optimiser, which multiply no matrices, are left out, as is usual for model FLOPs utilisation.
 """
 
+import dataclasses
+from collections.abc import Collection
+
 import numpy as np
 
 from famx.modules.config import DecoderConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """What learns, which decides how much of a backward pass there is.
+
+    Attributes:
+      paths: of the parameters that learn, such as "layers/query/kernel"; None: all.
+      rank: of the low-rank adapters, those of `paths` that are called so.
+    """
+
+    paths: Collection[str] | None = None
+    rank: int = 0
+
+    def has(self, path: str) -> bool:
+        return self.paths is None or path in self.paths
+
+    @property
+    def through_layers(self) -> bool:
+        """Whether the gradient goes back through the layers; then it does through all of them."""
+        return self.paths is None or any(
+            path.startswith(("layers/", "embedding", "fam")) for path in self.paths
+        )
+
+    def row(self, path: str, inputs: int, outputs: int) -> int:
+        """Operations of one row's product with the kernel of the projection at `path`."""
+        back = 1 + self.through_layers  # the product itself, and the gradient of its input
+        count = 2 * inputs * outputs * (back + self.has(f"{path}/kernel"))
+        if self.rank and self.has(f"{path}/lora_a"):
+            count += 2 * self.rank * (inputs + outputs) * (back + 1)
+        return count
+
+
 def train_flops(
-    config: DecoderConfig, batch: int, length: int, from_start: bool = True
+    config: DecoderConfig,
+    batch: int,
+    length: int,
+    from_start: bool = True,
+    learning: Learning = Learning(),
 ) -> dict[str, int]:
     """Matrix-product operations of one training step, forward and backward, by kind.
 
-    The backward pass counts twice the forward pass, also where a stopped gradient would spare it.
+    Where all learns, the backward pass counts twice the forward pass, also where a stopped gradient
+    would spare it. The gradient of a weight that does not learn is not counted; that of its input is,
+    in every layer, since the scan over layers goes down to the first layer's input.
 
     Args:
       config: sizes of the model.
@@ -24,30 +64,37 @@ def train_flops(
       length: tokens of each example.
       from_start: whether the examples begin with the prompt. If not, they go on from a state at a
         block boundary that has read at least `memory_segments` blocks.
+      learning: what learns.
 
     Returns:
       Operations of the whole batch: `projections` (queries, keys, values, output), `attention` (of
       tokens to tokens), `feed_forward`, `memory` (all that feedback attention memory adds, 0
-      without it) and `head`. Their sum is the step's.
+      without it) and `head`. Their sum is the step's. Adapters count with what they are added to.
 
     Raises:
       ValueError: if `batch` or `length` is below 1.
     """
     if batch < 1 or length < 1:
         raise ValueError(f"batch and length must be at least 1, got {batch} and {length}.")
-    c = config
-    width = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    project = 2 * c.embed_dim * width  # of one token in one layer
-    feed = 2 * c.embed_dim * c.mlp_dim * (3 if c.gated_mlp else 2)
-    pair = 4 * c.num_heads * c.head_dim  # a score, and its share of the values
-    forward = {
+    c, d, heads = config, config.embed_dim, config.num_heads * config.head_dim
+    row = lambda name, inputs, outputs: learning.row(f"layers/{name}", inputs, outputs)
+    # Of one token in one layer; then of a score and its share of the values.
+    keys_values = sum(row(name, d, c.num_kv_heads * c.head_dim) for name in ("key", "value"))
+    project = keys_values + row("query", d, heads) + row("output", heads, d)
+    up = ("mlp/gate", "mlp/up") if c.gated_mlp else ("mlp/up",)
+    feed = sum(row(name, d, c.mlp_dim) for name in up) + row("mlp/down", c.mlp_dim, d)
+    pair = 4 * heads * (3 if learning.through_layers else 1)
+    table = learning.has("embedding" if c.tied_embeddings else "head")
+    into_head = learning.through_layers or any(
+        learning.has(f"final_norm/{name}") for name in ("scale", "bias")
+    )
+    return {
         "projections": batch * c.num_layers * length * project,
         "attention": batch * c.num_layers * _visible_pairs(c, length, from_start) * pair,
         "feed_forward": batch * c.num_layers * length * feed,
-        "memory": _memory(c, batch, length, from_start, project, feed, pair),
-        "head": batch * length * 2 * c.embed_dim * c.vocab_size,
+        "memory": _memory(c, batch, length, from_start, keys_values, project, feed, pair),
+        "head": batch * length * 2 * d * c.vocab_size * (1 + into_head + table),
     }
-    return {kind: 3 * count for kind, count in forward.items()}
 
 
 def _visible_pairs(config: DecoderConfig, length: int, from_start: bool) -> int:
@@ -61,13 +108,12 @@ def _visible_pairs(config: DecoderConfig, length: int, from_start: bool) -> int:
     return int(np.sum(before + slot + 1))
 
 
-def _memory(c: DecoderConfig, batch, length, from_start, project, feed, pair) -> int:
-    """Forward operations that the memory adds: reading it, updating it, and the prompt."""
+def _memory(c: DecoderConfig, batch, length, from_start, keys_values, project, feed, pair) -> int:
+    """Operations that the memory adds: reading it, updating it, and the prompt."""
     if not c.fam_length:
         return 0
     n, blocks = c.fam_length, -(-length // c.block_size)
     # Before every block the memory gives keys and values; every token sees them all.
-    keys_values = 2 * c.embed_dim * 2 * c.num_kv_heads * c.head_dim
     read = blocks * n * keys_values + length * n * pair
     # Every block but the last updates it; its own keys and values are there already.
     seen = n + c.block_size

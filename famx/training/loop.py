@@ -226,7 +226,7 @@ def train(
         scalars: dict[str, float] = {}
         saved, skipped = step, 0
         from_start = state_passing_mode in ("none", "random") and not setup.with_start
-        speed = SpeedMeter(model.config, from_start, trainable == "all")
+        speed = SpeedMeter(model.config, from_start, setup.learning)
         stack.callback(profile.close)
 
         def save():

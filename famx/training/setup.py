@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from famx import state_passing
 from famx.errors import ConfigError
 from famx.models import DecoderModel
 from famx.training import partitioning
+from famx.training.flops import Learning
 from famx.training.step import make_initializer, make_train_step
 from famx.training.trainable import Trainable
 
@@ -37,6 +39,13 @@ class Setup:
     learns: Trainable
     num_lanes: int
     with_start: bool
+
+    @property
+    def learning(self) -> Learning:
+        """What learns, for the count of operations."""
+        paths = flatten_dict(self.model.abstract_params(), sep="/")
+        rank = 0 if self.model.lora is None else self.model.lora.rank
+        return Learning({path for path in paths if self.learns.learns(path)}, rank)
 
     def initializer(self):
         """As `step.make_initializer`."""

@@ -3,6 +3,8 @@
 import contextlib
 import pathlib
 import re
+import resource
+import sys
 import time
 from collections.abc import Iterator
 
@@ -11,7 +13,7 @@ import jax
 from famx.errors import ConfigError
 from famx.modules import DecoderConfig
 from famx.scale.chips import peak_flops
-from famx.training.flops import train_flops
+from famx.training.flops import Learning, train_flops
 
 # Names that a run's scalars have for what depends on the machine.
 NAMES = ("tokens_per_second", "step_seconds", "data_wait", "mfu", "memory_gb")
@@ -23,13 +25,12 @@ class SpeedMeter:
     Args:
       config: of the model.
       from_start: whether examples begin with the prompt, see `train_flops`.
-      every_weight: whether all parameters learn; otherwise utilisation is not reported, since the
-        operations counted are those of a whole backward pass.
+      learning: what learns, on which the operations of the backward pass depend.
     """
 
-    def __init__(self, config: DecoderConfig, from_start: bool, every_weight: bool):
-        self._config, self._from_start = config, from_start
-        self._peak = peak_flops(jax.devices()[0].device_kind) if every_weight else None
+    def __init__(self, config: DecoderConfig, from_start: bool, learning: Learning = Learning()):
+        self._config, self._from_start, self._learning = config, from_start, learning
+        self._peak = peak_flops(jax.devices()[0].device_kind)
         self.restart()
 
     def restart(self) -> None:
@@ -49,14 +50,15 @@ class SpeedMeter:
         self._tokens += batch * length
         self._steps += 1
         if self._peak is not None:
-            self._flops += sum(train_flops(self._config, batch, length, self._from_start).values())
+            done = train_flops(self._config, batch, length, self._from_start, self._learning)
+            self._flops += sum(done.values())
 
     def report(self) -> dict[str, float]:
         """Since the last report: the names of `NAMES` that apply here.
 
         `data_wait` is the share of the time in which the devices had no batch; `mfu` is the share of
         the devices' peak that went into the operations of `train_flops`; `memory_gb` the most that
-        this process's first device ever held.
+        this process's first device ever held, or on CPUs the process itself.
         """
         elapsed = time.monotonic() - self._began
         found = {
@@ -69,6 +71,9 @@ class SpeedMeter:
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             found["memory_gb"] = memory["peak_bytes_in_use"] / 1e9
+        elif jax.default_backend() == "cpu":
+            unit = 1 if sys.platform == "darwin" else 1024
+            found["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
         self.restart()
         return found
 

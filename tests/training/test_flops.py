@@ -7,13 +7,15 @@ import jax.extend
 import jax.numpy as jnp
 import pytest
 from flax.linen import unbox
+from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from famx.lora import Lora
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig, rope
 from famx.modules.layer import ChunkContext, Layer
-from famx.training.flops import train_flops
+from famx.training.flops import Learning, train_flops
 
 SIZES = dict(vocab_size=11, num_layers=2, embed_dim=12, num_heads=2, head_dim=4, mlp_dim=20)
 
@@ -145,6 +147,60 @@ def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(fam
     prompt = n * (query_output + keys_values + n * pair + feed)
     unneeded = batch * c.num_layers * (masked * pair + update) + prompt
     assert done == sum(train_flops(c, batch, length).values()) + 3 * unneeded
+
+
+def partial_gradient_flops(model, learns, tokens):
+    """Operations of the loss's gradient with respect to the parameters whose path `learns` holds."""
+    flat = flatten_dict(unbox(model.abstract_params()), sep="/")
+    part = {path: leaf for path, leaf in flat.items() if learns(path)}
+    inputs = {"decoder_input_tokens": tokens, "decoder_target_tokens": tokens}
+    loss = lambda part, params: model.loss(unflatten_dict({**params, **part}, sep="/"), inputs)[0]
+    return part.keys(), jaxpr_flops(jax.make_jaxpr(jax.grad(loss))(part, flat).jaxpr)
+
+
+@pytest.mark.parametrize("fam_length", [0, 3])
+@pytest.mark.parametrize("targets, learns", [
+    (("attention", "feed_forward"), lambda path: "lora" in path or path == "fam"),
+    (("layers/query", "layers/mlp/down"), lambda path: "lora" in path or path == "fam"),
+    ((), lambda path: path.startswith("layers/mlp") or path == "embedding"),
+    ((), lambda path: path == "layers/attention_norm/scale"),
+    ((), lambda path: path == "final_norm/scale"),
+    ((), lambda path: path == "head"),
+])  # fmt: skip
+def test_a_part_that_learns_has_the_products_of_its_own_gradient(fam_length, targets, learns):
+    tied = not any(map(learns, ("head", "final_norm/scale")))
+    c = config_of(
+        block_size=5, memory_segments=2, fam_length=fam_length, num_kv_heads=1, num_layers=3,
+        attention_backend="xla", tied_embeddings=tied,
+    )  # fmt: skip
+    model = DecoderModel(Decoder(c), lora=Lora(rank=2, targets=targets) if targets else None)
+    batch, length = 2, 4 * c.block_size
+    paths, done = partial_gradient_flops(model, learns, jnp.ones((batch, length), jnp.int32))
+    learning = Learning(paths, 2 if targets else 0)
+
+    # The dense backend's surplus: masked pairs, the last update, the last layer of the prompt.
+    flows = learning.through_layers
+    d, width, kv = c.embed_dim, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    sizes = {
+        "query": (d, width), "key": (d, kv), "value": (d, kv), "output": (width, d),
+        "mlp/gate": (d, c.mlp_dim), "mlp/up": (d, c.mlp_dim), "mlp/down": (c.mlp_dim, d),
+    }  # fmt: skip
+
+    def row(*names):
+        total = 0
+        for name in names:
+            i, o = sizes[name]
+            kernel, adapter = (f"layers/{name}/{leaf}" in paths for leaf in ("kernel", "lora_a"))
+            total += 2 * i * o * (1 + flows + kernel) + adapter * 2 * 2 * (i + o) * 3
+        return total
+
+    pair = 4 * width * (3 if flows else 1)
+    masked = length * (c.memory_segments + 1) * c.block_size - slow_pairs(c, length, True)
+    feed, n = ("mlp/gate", "mlp/up", "mlp/down"), fam_length
+    update = n * (row("query", "output", *feed) + (n + c.block_size) * pair)
+    prompt = n * (row("query", "key", "value", "output", *feed) + n * pair)
+    surplus = batch * c.num_layers * (masked * pair + update) + prompt
+    assert done == sum(train_flops(c, batch, length, learning=learning).values()) + surplus
 
 
 def test_agrees_with_xla_on_one_dense_layer():

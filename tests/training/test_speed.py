@@ -6,14 +6,17 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 from test_loop import history, run
-from tiny import make_model
+from test_run_log import scalars
+from tiny import BLOCK, BLOCKS, make_model
 
 from famx.errors import ConfigError
+from famx.lora import Lora
 from famx.scale.chips import peak_flops
 from famx.training import speed
-from famx.training.flops import train_flops
+from famx.training.flops import Learning, train_flops
 from famx.training.run_log import read_metrics
 from famx.training.speed import SpeedMeter
 
@@ -39,7 +42,7 @@ def test_the_report_counts_tokens_steps_waiting_and_operations(monkeypatch):
         monkeypatch.setattr(jax, name, lambda: [device])
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     config = make_model().config
-    meter = SpeedMeter(config, from_start=True, every_weight=True)
+    meter = SpeedMeter(config, from_start=True)
     for _ in range(2):
         with meter.waiting():
             now[0] += 1.0
@@ -53,20 +56,50 @@ def test_the_report_counts_tokens_steps_waiting_and_operations(monkeypatch):
     now[0] += 5.0
     meter.count(1, 5)
     assert meter.report()["tokens_per_second"] == 1.0  # since the last report
-    meter = SpeedMeter(config, True, every_weight=False)
+    learning = Learning({"layers/query/kernel"})
+    meter = SpeedMeter(config, True, learning)
     now[0] += 1.0
-    assert "mfu" not in meter.report()
+    meter.count(4, 32)
+    part = sum(train_flops(config, 4, 32, True, learning).values())
+    assert meter.report()["mfu"] == part / (2 * 275e12) < flops / 2 / (2 * 275e12)
 
 
-def test_a_run_reports_its_speed_and_traces_the_steps_that_are_asked_for(tmp_path, capsys):
+def test_a_run_reports_its_speed_and_traces_the_steps_that_are_asked_for(tmp_path, capsys, monkeypatch):
+    """All five figures, in the lines of progress, in TensorBoard and in metrics.jsonl."""
+    monkeypatch.setattr(speed, "peak_flops", lambda kind: 1e12)
     run(tmp_path, total_steps=4, log_period=2, profile_steps="2:3")
     lines = read_metrics(str(tmp_path), "train")
+    assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
-        assert {"tokens_per_second", "step_seconds", "data_wait"} <= line.keys() and "mfu" not in line
-        assert 0 <= line["data_wait"] <= 1
+        assert set(speed.NAMES) <= line.keys()
+        assert 0 <= line["data_wait"] <= 1 and 0 < line["mfu"] < 1 and 0.01 < line["memory_gb"] < 100
+    tokens = 4 * BLOCKS * BLOCK
+    for line in lines:
+        np.testing.assert_allclose(line["tokens_per_second"], tokens / line["step_seconds"])
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    assert "The trace of steps 2:3 is in" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "The trace of steps 2:3 is in" in printed
+    progress = [line for line in printed.splitlines() if line.startswith("train step ")]
+    assert len(progress) == 2
+    events = scalars(tmp_path)
+    for name in speed.NAMES:
+        for line, text in zip(lines, progress, strict=True):
+            assert f"  {name} {line[name]:.4g}  " in text
+        seen = [(step, value) for step, tag, value in events if tag == f"train/{name}"]
+        np.testing.assert_allclose(seen, [(line["step"], line[name]) for line in lines], rtol=1e-6)
     assert all(not set(speed.NAMES) & line.keys() for line in history(tmp_path))
+
+
+def test_a_run_that_trains_adapters_counts_the_operations_of_its_backward_pass(tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(speed, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setattr(speed, "train_flops", lambda *args: counted.append(args) or {"all": 1})
+    model = make_model()
+    model.lora = Lora(rank=2, targets=("layers/query",))
+    run(tmp_path, total_steps=1, model=model, trainable="lora")
+    learning = counted[0][-1]
+    assert sorted(learning.paths) == ["fam", "layers/query/lora_a", "layers/query/lora_b"]
+    assert learning.rank == 2 and counted[0][1:4] == (4, BLOCKS * BLOCK, True)
 
 
 @pytest.mark.slow
