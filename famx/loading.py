@@ -105,7 +105,9 @@ def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
 
 def check_model(directory: pathlib.Path, model: DecoderModel | None = None) -> DecoderModel:
     """The model of a `MODEL_DIR` with its vocabulary, after a comparison with `model` if given."""
-    noted = DecoderModel.from_description(read_model_config(directory))
+    # The backend that computed attention there may not exist here.
+    here = {"attention_backend": "auto"}
+    noted = DecoderModel.from_description({**read_model_config(directory), **here})
     model = noted if model is None else model
     model.lora = noted.lora
     differing = differing_fields(noted.describe(), model.describe())

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from famx.lora.adapters import SCALE, Lora
-from famx.modules.layers import Projection
+from famx.modules.layers import Projection, product
 
 
 def intercept(lora: Lora | float | None = None, rng=None):
@@ -35,8 +35,8 @@ def intercept(lora: Lora | float | None = None, rng=None):
             a, b = (module.get_variable("params", name) for name in ("lora_a", "lora_b"))
             if rate:
                 x = _dropout(x, rate, _own_key(rng, module, x, a))
-            low = scale * jnp.tensordot(x.astype(dtype), a.astype(dtype), axes=n)
-            y = y + jnp.tensordot(low, b.astype(dtype), axes=1)
+            low = scale * product(x.astype(dtype), a.astype(dtype), n)
+            y = y + product(low, b.astype(dtype), 1)
         return y
 
     return nn.intercept_methods(project)
@@ -47,9 +47,7 @@ def _int8_projection(module: Projection, x):
     dtype, n = module.config.dtype, len(module.in_axes)
     leaf = lambda name: module.get_variable("params", name)
     wide = jnp.promote_types(dtype, jnp.float32)
-    y = jnp.tensordot(
-        x.astype(dtype), leaf("kernel").astype(dtype), axes=n, preferred_element_type=wide
-    )
+    y = product(x.astype(dtype), leaf("kernel").astype(dtype), n, preferred_element_type=wide)
     y = (y * leaf(SCALE)).astype(dtype)
     return y + leaf("bias").astype(dtype) if module.use_bias else y
 

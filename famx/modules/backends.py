@@ -1,5 +1,7 @@
 """Which way of computing attention fits which model on which platform; plain Python."""
 
+from famx.errors import ConfigError
+
 ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "splash", "cudnn")
 LANES = 128  # of a TPU's vector registers; splash attention cuts rows and columns in these
 _PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
@@ -41,13 +43,13 @@ def resolve_backend(config, platform: str, devices: int = 1) -> str:
       devices: how many, of all processes.
 
     Raises:
-      ValueError: the config names a backend that the platform does not have.
+      ConfigError: the config names a backend that the platform does not have.
     """
     backend = config.attention_backend
     if backend != "auto":
         platforms = _PLATFORMS.get(backend, (platform,))
         if platform not in platforms:
-            raise ValueError(
+            raise ConfigError(
                 f"attention_backend {backend!r} runs on {platforms[0].upper()} alone, not on"
                 f" {platform.upper()}: choose auto or xla."
             )

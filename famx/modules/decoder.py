@@ -11,7 +11,7 @@ from famx.modules import rope
 from famx.modules.attention import softcap
 from famx.modules.config import DecoderConfig
 from famx.modules.layer import MASS, ChunkContext, Layer, TokenWindow, batch_axis
-from famx.modules.layers import Norm, embedding_init
+from famx.modules.layers import Norm, embedding_init, product
 from famx.modules.state import DecoderState
 
 _LAYER_INPUT = "layer_input"
@@ -71,9 +71,9 @@ class Decoder(nn.Module):
         c = self.config
         x = self.final_norm(hidden)
         if c.tied_embeddings:
-            logits = jnp.einsum("...d,vd->...v", x, self.embedding.astype(c.dtype))
+            logits = product(x, self.embedding.astype(c.dtype).T, 1)
         else:
-            logits = jnp.einsum("...d,dv->...v", x, self.head.astype(c.dtype))
+            logits = product(x, self.head.astype(c.dtype), 1)
         return softcap(logits, c.logit_softcap)
 
     def initial_state(self, batch_size: int) -> DecoderState:

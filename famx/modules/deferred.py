@@ -8,6 +8,7 @@ gradient of what it gave, and one product over all steps makes the weight's grad
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -103,7 +104,8 @@ def _backward(body, residuals, grads):
 
     def of_kernel(kernel, x, dy):
         shared = (x.ndim + dy.ndim - kernel.ndim) // 2  # axes of steps, examples and tokens
-        return jnp.tensordot(x, dy, (range(shared), range(shared))).astype(kernel.dtype)
+        rows = lambda y: y.reshape(math.prod(y.shape[:shared]), -1)
+        return jnp.matmul(rows(x).T, rows(dy)).reshape(kernel.shape).astype(kernel.dtype)
 
     of_kernels = jax.tree.map(of_kernel, kernels, inputs, outputs)
     return of_kernels, (*others, outputs), None

@@ -1,5 +1,7 @@
 """Norms, projections and the feed-forward: the parts of a Transformer layer that know no memory."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,17 @@ class Norm(nn.Module):
         return x.astype(c.dtype)
 
 
+def product(x, kernel, axes: int, **kwargs):
+    """`tensordot` of the last `axes` axes of `x` with the first of `kernel`, as one of two matrices.
+
+    A product with several axes of tokens makes the CPU's compiler lay out its gradient badly.
+    """
+    inner, outer = kernel.shape[:axes], kernel.shape[axes:]
+    rows = x.reshape(-1, math.prod(inner))
+    y = jnp.matmul(rows, kernel.reshape(rows.shape[1], -1), **kwargs)
+    return y.reshape(x.shape[: x.ndim - axes] + outer)
+
+
 class Projection(nn.Module):
     """A linear map `[..., *in_axes] -> [..., *out_axes]` whose axes have logical names."""
 
@@ -78,7 +91,7 @@ class Projection(nn.Module):
             "kernel", partitioned(init, *self.in_axes, *self.out_axes), shape, c.param_dtype
         )
         kernel = gathered(kernel.astype(c.dtype), (*self.in_axes, *self.out_axes), x.size)
-        x = jnp.tensordot(x.astype(c.dtype), kernel, axes=n)
+        x = product(x.astype(c.dtype), kernel, n)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, *self.out_axes)
             x = x + self.param("bias", zeros, self.features, c.param_dtype).astype(c.dtype)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from famx import state_passing
 from famx.errors import ConfigError
 from famx.models import DecoderModel
+from famx.modules.backends import resolve_backend
 from famx.training import partitioning
 from famx.training.flops import Learning
 from famx.training.step import make_initializer, make_train_step
@@ -107,6 +108,7 @@ def prepare(
     rules = partitioning.rules()
     partitioning.check_batch_size(batch_size, mesh, num_microbatches)
     partitioning.check_blocks(task_feature_lengths["targets"], model.config, mesh)
+    resolve_backend(model.config, mesh.devices.flat[0].platform, mesh.size)  # refuses what cannot run
     learns = Trainable(trainable, frozen_dtype)
     if trainable != "lora":
         model.lora = None

@@ -111,9 +111,7 @@ def test_tiles_divide_blocks():
 )  # fmt: skip
 def test_the_sparse_mask_is_what_is_visible(blocks, size, segments, fam_length, padding, window):
     fam_length = min(fam_length, size)
-    c = config(
-        block_size=size, memory_segments=segments, fam_length=fam_length, window_mask=window
-    )
+    c = config(block_size=size, memory_segments=segments, fam_length=fam_length, window_mask=window)
     past, tokens = segments * size, (segments + blocks) * size
     padding = padding if fam_length else 0
     columns = tokens + blocks * fam_length + padding

@@ -15,8 +15,10 @@ from tiny import BLOCK, BLOCKS, assert_identical, make_model, passkey
 
 from famx.data import TextFiles, registry
 from famx.errors import ConfigError
+from famx.loading import check_model
 from famx.state_passing import RandomState
 from famx.training import loop, speed
+from famx.training.checkpoints import check_same_model
 from famx.training.curriculum import Curriculum
 from famx.training.run_log import read_metrics
 
@@ -245,12 +247,23 @@ def test_text_of_files_is_read_by_lanes(tmp_path):
         (dict(task_options={"digit": 1}), "passkey_words.*digit"),
         (dict(task_options={"digits": 0}), "needs at least 1 digit"),
         (dict(state_passing_mode="rsp"), "STATE_PASSING is 'rsp'; choose one of none, random"),
-        (dict(model="narrow"), "raise DecoderConfig.vocab_size"),
+        (dict(model=dict(vocab_size=16)), "raise DecoderConfig.vocab_size"),
+        (
+            dict(model=dict(block_size=128, attention_backend="splash")),
+            "attention_backend 'splash' runs on TPU alone, not on CPU: choose auto or xla.",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, changes, sentence):
     if "model" in changes:
-        changes = {"model": make_model(vocab_size=16)}
+        changes = {"model": make_model(**changes["model"])}
     with pytest.raises(ConfigError, match=sentence):
         run(tmp_path, **changes)
     assert not list(tmp_path.iterdir())  # nothing that would stand in the way of the next try
+
+
+def test_the_backend_of_attention_stays_where_the_model_was_trained(tmp_path):
+    model = make_model(block_size=128, attention_backend="splash")
+    check_same_model(tmp_path, model.describe())
+    found = check_model(tmp_path).config
+    assert (found.block_size, found.attention_backend) == (128, "auto")

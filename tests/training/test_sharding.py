@@ -106,6 +106,7 @@ def moved(name, kind, mesh):
     return tree
 
 gin.clear_config()
+set_mesh()
 meshes = [make_mesh(2, 2, 2), make_mesh(8, 1, 1), make_mesh(devices=jax.devices()[:1])]
 for name, kind in (("random_2x2x2", "random"), ("continuous_4x1x2", "continuous")):
     own, *others = (moved(name, kind, mesh) for mesh in meshes)
