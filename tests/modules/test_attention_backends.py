@@ -55,7 +55,9 @@ MASKS = {
     "one key head, capped": (
         dict(memory_segments=1, num_heads=3, num_kv_heads=1, attention_softcap=2.0, head_dim=6), [0], 3,
     ),
-    "window mask": (dict(memory_segments=1, window_mask=True, fam_length=24), [3], 2),
+    "window mask, two memories in a tile": (
+        dict(memory_segments=1, window_mask=True, fam_length=24, block_size=256), [3], 2,
+    ),
     "no memory": (dict(memory_segments=2, fam_length=0, query_scale=0.3), [0, 1], 2),
     "no past": (dict(memory_segments=0), [5], 2),
     "neither": (dict(memory_segments=0, fam_length=0), [0], 2),
@@ -107,22 +109,23 @@ def test_tiles_divide_blocks():
 
 @given(
     blocks=st.integers(1, 3), size=st.integers(1, 9), segments=st.integers(0, 3),
-    fam_length=st.integers(0, 5), padding=st.integers(0, 4), window=st.booleans(),
+    fam_length=st.integers(0, 5), slot=st.sampled_from([8, 16]), padding=st.integers(0, 4),
+    window=st.booleans(),
 )  # fmt: skip
-def test_the_sparse_mask_is_what_is_visible(blocks, size, segments, fam_length, padding, window):
+def test_the_sparse_mask_is_what_is_visible(blocks, size, segments, fam_length, slot, padding, window):
     fam_length = min(fam_length, size)
+    slot, padding = (slot, padding) if fam_length else (0, 0)
     c = config(block_size=size, memory_segments=segments, fam_length=fam_length, window_mask=window)
     past, tokens = segments * size, (segments + blocks) * size
-    padding = padding if fam_length else 0
-    columns = tokens + blocks * fam_length + padding
+    columns = tokens + blocks * slot + padding
     expected = np.zeros((blocks, size, columns), bool)
     for t in range(blocks):
         seen = visible(c, np.arange(size)[:, None], np.arange(fam_length + past + size), 0)
-        memory = tokens + t * fam_length
+        memory = tokens + t * slot
         expected[t, :, memory : memory + fam_length] = seen[:, :fam_length]
         expected[t, :, t * size : t * size + past + size] = seen[:, fam_length:]
     expected = expected.reshape(-1, columns)
-    mask = splash.ChunkMask(blocks, size, segments, fam_length, columns, window)
+    mask = splash.ChunkMask(blocks, size, segments, fam_length, slot, columns, window)
     assert mask.shape == expected.shape
     np.testing.assert_array_equal(mask[:, :], expected)
     np.testing.assert_array_equal(mask[1:, 2:-1], expected[1:, 2:-1])
@@ -134,7 +137,7 @@ def test_the_sparse_mask_is_what_is_visible(blocks, size, segments, fam_length, 
 
 @pytest.mark.parametrize("size, fam_length", [(4, 2), (6, 3)])
 def test_the_sparse_mask_is_the_same_within_the_kernel(size, fam_length):
-    mask = splash.ChunkMask(3, size, 1, fam_length, 4 * size + 3 * fam_length + 2, window=False)
+    mask = splash.ChunkMask(3, size, 1, fam_length, 4, 4 * size + 3 * 4 + 2, window=False)
     within = mask.mask_function(jnp.asarray(mask.q_sequence)[:, None], jnp.arange(mask.columns))
     np.testing.assert_array_equal(within, mask[:, :])
 

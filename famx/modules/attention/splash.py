@@ -1,10 +1,9 @@
 """JAX's Pallas kernel for TPUs, splash attention, over all blocks of a chunk in one call.
 
 The `C` blocks of queries are one sequence of rows. The columns are
-`[M * S past | C * S own | C * N memory, padded]`, each key there once: a sparse mask lets block `t`
-see the tokens of blocks `t - M .. t` and slot `t` of the memory, and tiles that nobody sees are
-skipped. Past blocks before the start of a sequence, which differ by example, are masked by segment
-ids.
+`[M * S past | C * S own | C memories of N, each padded]`, each key there once: a sparse mask lets block
+`t` see the tokens of blocks `t - M .. t` and memory `t`, and tiles that nobody sees are skipped. Past
+blocks before the start of a sequence, which differ by example, are masked by segment ids.
 """
 
 import dataclasses
@@ -21,6 +20,7 @@ from famx.modules.backends import LANES
 
 INTERPRET = False  # True runs the kernel as plain JAX on any platform; for tests
 TILE = 512  # rows and columns of the kernel's steps, where the block size allows
+_NEVER = 2**30  # more than any row
 
 
 def attention(config, q, keys, values, memory_keys, memory_values, first_block):
@@ -35,10 +35,10 @@ def attention(config, q, keys, values, memory_keys, memory_values, first_block):
 
     def sequence(x, memory):
         """`[B, K, X, Dh]`."""
-        x, memory = (y.reshape(batch, -1, *y.shape[3:]) for y in (x, memory))
-        pad = columns - x.shape[1] - memory.shape[1]
-        x = jnp.concatenate([x, jnp.pad(memory, [(0, 0), (0, pad), (0, 0), (0, 0)])], axis=1)
-        return x.swapaxes(1, 2)
+        pad = lambda y, axis, size: jnp.pad(y, [(0, size * (i == axis)) for i in range(y.ndim)])
+        parts = [x, pad(memory, 2, _slot(config) - config.fam_length)] if config.fam_length else [x]
+        x = jnp.concatenate([y.reshape(batch, -1, *y.shape[3:]) for y in parts], axis=1)
+        return pad(x, 1, columns - x.shape[1]).swapaxes(1, 2)
 
     rows = (q * jnp.asarray(config.query_scale, jnp.float32)).astype(q.dtype)
     rows = rows.reshape(batch, -1, heads, width).swapaxes(1, 2)
@@ -56,10 +56,19 @@ def _tile(block_size):
     return max(t for t in range(LANES, TILE + 1, LANES) if block_size % t == 0)
 
 
+def _slot(config):
+    """Columns that a memory of `N` takes, a power of two.
+
+    Not the fewest: the kernel of the keys' gradient takes as many steps for every tile of columns as
+    for the one that most rows see, and that would be a tile of many small memories.
+    """
+    return max(LANES, 1 << (config.fam_length - 1).bit_length()) if config.fam_length else 0
+
+
 def _padded(config, blocks):
     """Number of columns, a multiple of the tile."""
     tile = _tile(config.block_size)
-    columns = (config.memory_segments + blocks) * config.block_size + blocks * config.fam_length
+    columns = (config.memory_segments + blocks) * config.block_size + blocks * _slot(config)
     return -(-columns // tile) * tile
 
 
@@ -77,7 +86,7 @@ def _kernel(config, blocks, heads):
 
     def make(own_only):
         mask = ChunkMask(
-            blocks, config.block_size, config.memory_segments, config.fam_length,
+            blocks, config.block_size, config.memory_segments, config.fam_length, _slot(config),
             _padded(config, blocks), config.window_mask, own_only,
         )  # fmt: skip
         return splash_attention_kernel.make_splash_mha(
@@ -98,13 +107,14 @@ class ChunkMask(splash_attention_mask.Mask):
     """Who sees whom, computed tile by tile and, within the kernel, anew from row and column.
 
     Row `r` of block `t` sees column `x` if `lowest(r) <= top(x)` and `bottom(x) <= r + M * S`. For
-    tokens both ends are the column itself; slot `u` of the memory has those that only block `u` meets.
+    tokens both ends are the column itself; memory `u` has those that only block `u` meets.
     """
 
     blocks: int  # C
     block_size: int  # S
     segments: int  # M
     fam_length: int  # N
+    slot: int  # columns of a memory, its padding included; a power of two
     columns: int
     window: bool
     own_only: bool = False  # without past blocks
@@ -131,11 +141,12 @@ class ChunkMask(splash_attention_mask.Mask):
             lowest = rows if self.window else _divide(rows, size) * size
         top, bottom = columns, columns
         first = past + self.blocks * size
-        if self.columns > first:
-            memory = columns >= first
-            slot = _divide(columns - first, max(self.fam_length, 1)) * size
-            bottom = where(memory, slot + past, columns)
-            top = where(memory, slot + (past if self.own_only else 0) + size - 1, columns)
+        if self.fam_length:
+            inside = columns - first
+            memory = _divide(inside, self.slot) * size
+            seen = (inside & (self.slot - 1)) < self.fam_length
+            bottom = where(inside < 0, columns, where(seen, memory + past, _NEVER))
+            top = where(inside < 0, columns, memory + (past if self.own_only else 0) + size - 1)
         return (lowest <= top) & (bottom <= rows + past)
 
 
