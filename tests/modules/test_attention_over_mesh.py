@@ -68,20 +68,19 @@ xla(dict(tensor=2), whole_keys, cut=(1, 2, 1))  # key heads follow the query hea
 folded = [*part.rules().pairs(), ("folded", ("context", "data", "fsdp"))]
 xla(dict(data=2, fsdp=2, context=2), folded, batch=8, axis="folded", cut=(1, 4, 2))
 
-# `auto` on a TPU, pretended: the kernel under a mesh, the formula where nothing says how to cut it.
+# `auto` on several TPUs, pretended, without a mesh: nothing says how to cut the kernel.
 c = DecoderConfig(vocab_size=8, num_layers=1, embed_dim=8, num_heads=2, head_dim=8, block_size=128,
                   memory_segments=0, fam_length=0)
 jax.default_backend = lambda: "tpu"
 called = []
 dispatch._KERNELS["splash"] = lambda c, q, *rest: called.append(q.shape[0]) or q
 q, empty = np.ones((8, 1, 128, 2, 8), np.float32), np.ones((8, 1, 0, 2, 8), np.float32)
-attend = jax.jit(lambda: token_attention(q, q, q, empty, empty, FIRST, c))
-attend.trace()
+attend = lambda: token_attention(q, q, q, empty, empty, FIRST, c)
+jax.jit(attend).trace()
 assert called == [], called
-jax.clear_caches()
-with jax.set_mesh(part.make_mesh()), nn.logical_axis_rules(part.rules().pairs()):
-    attend.trace()
-assert called == [1], called
+jax.device_count = lambda: 1
+jax.jit(lambda: attend()).trace()
+assert called == [8], called
 print("done")
 """
 
@@ -116,7 +115,7 @@ def program(backend):
 
 window = re.compile(r"\\b(776|768)\\b")
 assert window.search(program("xla").as_text())  # what must not be there would be found
-compiled = program("splash").compile().as_text()
+compiled = program("auto").compile().as_text()
 assert "tpu_custom_call" in compiled
 shapes = re.findall(r"\\w+\\[[\\d,]+\\]", compiled)
 assert len(shapes) > 100 and not [shape for shape in shapes if window.search(shape)]
@@ -146,4 +145,5 @@ def test_eight_devices_equal_one():
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu"
 )
 def test_a_train_step_compiles_for_a_tpu_without_an_array_of_scores():
-    run(TPU, TPU_SKIP_MDS_QUERY="1", XLA_FLAGS="")
+    # Several processes may hold the compiler at once; there is no TPU to share.
+    run(TPU, TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", XLA_FLAGS="")

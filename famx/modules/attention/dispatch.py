@@ -24,8 +24,8 @@ def token_attention(
       memory_keys, memory_values: of the memory before each block `[B, C, N, K, Dh]`.
       first_block: index in its sequence of each example's first query block, int32 `[B]`; blocks
         before the start of the sequence are masked.
-      config: sizes, mask and backend; `auto` is resolved for the default platform of this process,
-        so whoever compiles for another one resolves it first (`resolve_backend`).
+      config: sizes, mask and backend; `auto` is what fits the devices of the mesh (`jax.set_mesh`),
+        for which this process may but compile, or without one those of this process.
       batch_axis: logical name of the axis `B`, by which the kernels are cut over a mesh.
 
     Returns:
@@ -34,11 +34,17 @@ def token_attention(
     args = q, keys, values, memory_keys, memory_values, first_block
     backend = config.attention_backend
     if backend == "auto":
-        backend = resolve_backend(config, jax.default_backend(), jax.device_count())
-        # Without a mesh nothing says how several devices would share a kernel.
-        if jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty and backend in _KERNELS:
-            backend = "xla"
+        backend = _fitting(config)
     if backend in _KERNELS:
         return over_mesh(functools.partial(_KERNELS[backend], config), args, batch_axis)
     function = blockwise.attention if backend == "blockwise" else dense.attention
     return function(config, *args)
+
+
+def _fitting(config):
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return resolve_backend(config, mesh.abstract_device.platform, mesh.size)
+    backend = resolve_backend(config, jax.default_backend(), jax.device_count())
+    # Without a mesh nothing says how several devices would share a kernel.
+    return "xla" if backend in _KERNELS and jax.device_count() > 1 else backend
