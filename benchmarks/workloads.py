@@ -31,30 +31,46 @@ class Workload:
 
 
 @functools.cache
-def train_step(config: DecoderConfig, batch: int, length: int) -> Workload:
+def train_step(
+    config: DecoderConfig, batch: int, length: int, loss_chunk: int | None = None
+) -> Workload:
     """The engine's own step on one device: loss, gradient, and an update by AdamW.
 
-    Every call goes on from the parameters that the last one left.
+    Every call goes on from the parameters that the last one left, which all steps of models with the
+    same parameters share, so that several fit into the device.
     """
-    model = DecoderModel(Decoder(config))
-    optimizer = optimizers.adamw(1e-4)
-    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    rules = partitioning.rules()
+    model, optimizer, mesh, rules = _training(config, loss_chunk)
     rows = random_tokens(config, batch, length + 1)
     inputs = {"decoder_input_tokens": rows[:, :-1], "decoder_target_tokens": rows[:, 1:]}
-    initialize, abstract = make_initializer(model, optimizer, "none", batch, mesh, rules)
-    state = initialize(jax.random.key(0))
+    _, abstract = make_initializer(model, optimizer, "none", batch, mesh, rules)
+    kept = _training_state(
+        dataclasses.replace(config, blocks_per_chunk=None, remat="none", attention_backend="auto")
+    )
     inputs = jax.device_put(inputs, partitioning.batch_sharding(mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.pairs()):
         step = make_train_step(model, optimizer, "none", 0, abstract)
-        compiled = step.lower(state, inputs).compile()
+        compiled = step.lower(kept[0], inputs).compile()
 
     def run():
-        nonlocal state
-        state, metrics = compiled(state, inputs)
-        return state, metrics
+        kept[0], metrics = compiled(kept[0], inputs)
+        return kept[0], metrics
 
     return Workload(run, _temp_bytes(compiled))
+
+
+def _training(config: DecoderConfig, loss_chunk: int | None = None):
+    """Model, optimiser, and a mesh of one device with its rules."""
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    model = DecoderModel(Decoder(config), loss_chunk=loss_chunk)
+    return model, optimizers.adamw(1e-4), mesh, partitioning.rules()
+
+
+@functools.cache
+def _training_state(config: DecoderConfig) -> list:
+    """The one training state of this config, in a list whose owner replaces it at every step."""
+    model, optimizer, mesh, rules = _training(config)
+    initialize, _ = make_initializer(model, optimizer, "none", 1, mesh, rules)
+    return [initialize(jax.random.key(0))]
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from famx.modules.attention import token_attention
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
-from benchmarks import inference, tables, timing, train_step, workloads  # noqa: E402
+from benchmarks import device, inference, tables, timing, train_step, workloads  # noqa: E402
 from benchmarks.full_attention import full_attention  # noqa: E402
 
 SECTIONS = ["fam_vs_bswa", "chunks", "matmul_share", "full_vs_fam", "length"]
@@ -227,3 +227,35 @@ def test_full_attention_reads_all_that_was_read():
     changed[0, 0] = (changed[0, 0] + 1) % 16
     other, _ = decoder.apply({"params": params}, changed)
     assert int(state.position[0]) == 40 and np.abs(logits[0, -1] - other[0, -1]).max() > 1e-6
+
+
+# A device at real sizes.
+
+
+@pytest.mark.slow
+def test_a_device_is_measured_with_each_backend_that_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "peak_flops", lambda kind: 1e12)
+    figures, page = tmp_path / "figures.json", tmp_path / "gpu.md"
+    shutil.copy(ROOT / "docs" / "gpu.md", page)
+    device.main(["--quick", "--repeats=2", f"--json={figures}", f"--markdown={page}"])
+    sections = json.loads(figures.read_text())["sections"]
+    assert list(sections) == ["device_135m", "device_1b"]
+    kind = jax.devices()[0].device_kind
+    for section in sections.values():
+        assert section["title"] in page.read_text()
+        assert f"one device, {kind}; its peak: 1 TFLOP/s" in section["notes"][1]
+        models = [(row["model"], row["backend"]) for row in section["rows"]]
+        assert models == [(m, b) for b in ("xla", "blockwise") for m in ("FAM", "BSWA")]
+        for row in section["rows"]:
+            assert all(math.isfinite(x) and x > 0 for x in numbers(row)), row
+            assert row["MFU %"]["median"] == pytest.approx(100 * row["TFLOP/s"]["median"])
+        fam, bswa = section["rows"][:2]
+        assert fam["TFLOP"] > bswa["TFLOP"] and bswa["time / BSWA"]["median"] == 1
+
+
+def test_backends_of_other_devices():
+    config = device.Sizes().config(device.Sizes().large)
+    assert device.backends(config, "gpu") == ["xla", "blockwise", "cudnn"]
+    assert device.backends(config, "tpu") == ["xla", "blockwise", "splash"]
+    small = device.Sizes().config(device.Sizes().small)
+    assert (small.num_kv_heads, small.head_dim, config.head_dim) == (3, 64, 128)

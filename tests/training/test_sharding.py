@@ -101,7 +101,8 @@ def moved(name, kind, mesh):
     abstract = make_initializer(model, optimizer, mode, 8, mesh, rules)[1]
     with Checkpointer(pathlib.Path(folder) / name) as checkpointer:
         tree = checkpointer.restore(None, abstract.to_checkpoint())[0]
-    for have, want in zip(jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
+    wanted = jax.tree.leaves(abstract.to_checkpoint())
+    for have, want in zip(jax.tree.leaves(tree), wanted, strict=True):
         assert have.sharding.is_equivalent_to(want.sharding, have.ndim), (have.sharding, want)
     return tree
 

@@ -1,0 +1,134 @@
+"""Measures training steps at real sizes on one GPU or TPU: `python -m benchmarks.device`.
+
+FAM and BSWA by attention backend, in turns in one process. See docs/gpu.md.
+"""
+
+import dataclasses
+
+import jax
+
+from benchmarks import command
+from benchmarks.tables import Table
+from benchmarks.timing import Spread, interleave
+from benchmarks.workloads import train_step
+from famx.modules import DecoderConfig
+from famx.modules.backends import ATTENTION_BACKENDS, refusal, resolve_backend
+from famx.scale.chips import peak_flops
+from famx.training.flops import train_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Everything that `--quick` makes small.
+
+    Attributes:
+      small: those of SmolLM2-135M.
+      large: the paper's 1B.
+      memory: S, M and N.
+      length: tokens of an example.
+      small_batch, large_batch: examples.
+      remat: what the backward pass recomputes; it does not count as work.
+      loss_chunk: tokens of a device whose logits exist at once.
+    """
+
+    small: tuple[tuple[str, int], ...] = (
+        ("vocab_size", 49_152), ("num_layers", 30), ("embed_dim", 576), ("num_heads", 9),
+        ("num_kv_heads", 3), ("mlp_dim", 1536),
+    )  # fmt: skip
+    large: tuple[tuple[str, int], ...] = (
+        ("vocab_size", 256_000), ("num_layers", 18), ("embed_dim", 1536), ("num_heads", 12),
+        ("mlp_dim", 12_288),
+    )  # fmt: skip
+    memory: tuple[int, int, int] = (1024, 3, 64)
+    length: int = 8704
+    small_batch: int = 4
+    large_batch: int = 1
+    remat: str = "full"
+    loss_chunk: int = 1024
+
+    def config(self, model: tuple[tuple[str, int], ...], **changes) -> DecoderConfig:
+        size, segments, fam = self.memory
+        fields = dict(block_size=size, memory_segments=segments, fam_length=fam, remat=self.remat)
+        return DecoderConfig(**{**dict(model), **fields, "dtype": "bfloat16", **changes})
+
+
+_TINY = (("vocab_size", 32), ("num_layers", 1), ("embed_dim", 16), ("num_heads", 2), ("mlp_dim", 32))
+QUICK = Sizes(_TINY, _TINY, (16, 1, 4), length=40, small_batch=1, loss_chunk=16)
+
+
+def backends(config: DecoderConfig, platform: str) -> list[str]:
+    """The attention backends that this model has on `platform`."""
+
+    def runs(backend):
+        if backend == "auto" or refusal(config, backend):
+            return False
+        try:
+            resolve_backend(dataclasses.replace(config, attention_backend=backend), platform)
+        except ValueError:
+            return False
+        return True
+
+    return [backend for backend in ATTENTION_BACKENDS if runs(backend)]
+
+
+def section(name: str, title: str, sizes: Sizes, model, batch: int, repeats: int) -> Table:
+    """Training steps of FAM and BSWA with each backend, and the share of the device's peak."""
+    device = jax.devices()[0]
+    peak, platform = peak_flops(device.device_kind), jax.default_backend()
+    steps, configs = {}, {}
+    for backend in backends(sizes.config(model), platform):
+        for kind, changes in (("FAM", {}), ("BSWA", {"fam_length": 0})):
+            config = sizes.config(model, attention_backend=backend, **changes)
+            configs[f"{kind} {backend}"] = config
+            steps[f"{kind} {backend}"] = train_step(config, batch, sizes.length, sizes.loss_chunk)
+    times = interleave({key: step.run for key, step in steps.items()}, repeats)
+    rows = []
+    for key, config in configs.items():
+        kind, backend = key.split()
+        work = sum(train_flops(config, batch, sizes.length).values())
+        rate = work / times.seconds[key]
+        rows.append({
+            "model": kind,
+            "backend": backend,
+            "seconds": times.spread(key),
+            "tokens/s": Spread.of(batch * sizes.length / times.seconds[key]),
+            "time / BSWA": times.ratio(key, f"BSWA {backend}"),
+            "TFLOP": work / 1e12,
+            "TFLOP/s": Spread.of(rate / 1e12),
+            "MFU %": "peak not known" if peak is None else Spread.of(100 * rate / peak),
+            "temp MiB": steps[key].temp_bytes / 2**20,
+        })  # fmt: skip
+    c = next(iter(configs.values()))
+    told = "not known" if peak is None else f"{peak / 1e12:g} TFLOP/s in bfloat16, dense"
+    notes = (
+        f"S {c.block_size}, M {c.memory_segments}, N {c.fam_length}; {c.num_layers} layers, width"
+        f" {c.embed_dim}, {c.num_heads} heads of {c.head_dim}, gated feed-forward {c.mlp_dim}, vocabulary"
+        f" {c.vocab_size}; batch {batch}, {sizes.length} tokens; bfloat16, remat {c.remat}, logits of"
+        f" {sizes.loss_chunk} tokens at once; AdamW; {repeats} repeats",
+        f"one device, {device.device_kind}; its peak: {told}",
+    )
+    return Table(name, title, notes, rows)
+
+
+def small(sizes: Sizes, repeats: int) -> Table:
+    """At the sizes of SmolLM2-135M."""
+    title = "Training step of 135M on one device"
+    return section("device_135m", title, sizes, sizes.small, sizes.small_batch, repeats)
+
+
+def large(sizes: Sizes, repeats: int) -> Table:
+    """At those of the paper's 1B."""
+    title = "Training step of 1B on one device"
+    return section("device_1b", title, sizes, sizes.large, sizes.large_batch, repeats)
+
+
+SECTIONS = {"device_135m": small, "device_1b": large}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, prints, and writes what was asked for."""
+    command.run("benchmarks.device", __doc__.splitlines()[0], SECTIONS, Sizes(), QUICK, 10, argv)
+
+
+if __name__ == "__main__":
+    main()
