@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import flax.linen as nn
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from tiny import make_model
 
 import famx
+from famx import gin_utils
 from famx.errors import ConfigError
 from famx.training import partitioning
 from famx.training.partitioning import Rules, rules
@@ -144,6 +146,21 @@ def test_meshes_of_a_tpu_that_is_not_there(monkeypatch):
     assert mesh.shape["tensor"] == 8 and set(mesh.devices.flat) == set(one)
     two = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
     assert slices_of(partitioning.make_mesh(fsdp=4, devices=two))[:, :, 0].tolist() == [[0] * 4, [1] * 4]
+
+
+@pytest.mark.parametrize("name, bindings, sizes, query", [
+    ("data", [], (8, 1, 1, 1), P(None, None, None)),
+    ("fsdp", [], (1, 8, 1, 1), P("fsdp", None, None)),
+    ("fsdp", ["DATA_PARALLEL = 2"], (2, 4, 1, 1), P("fsdp", None, None)),
+    ("fsdp_tensor", ["TENSOR_PARALLEL = 4"], (1, 2, 4, 1), P("fsdp", "tensor", None)),
+])  # fmt: skip
+def test_gin_files_of_meshes(name, bindings, sizes, query):
+    try:
+        gin_utils.parse_gin([f"gin_configs/meshes/{name}.gin"], bindings)
+        assert partitioning.make_mesh(devices=chips(4, 4)).devices.shape == sizes
+        assert partitioning.rules().spec(("embed", "heads", "kv")) == query
+    finally:
+        gin.clear_config()
 
 
 def test_rows_are_cut_over_context_by_whole_blocks():

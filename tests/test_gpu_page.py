@@ -1,0 +1,35 @@
+"""docs/gpu.md: its flags exist, its gin names too. What a GPU does with them is not tested here."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from famx.modules.config import ATTENTION_BACKENDS, REMAT_POLICIES
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "gpu.md").read_text()
+
+
+def test_the_flags_are_known_to_the_version_that_is_tested():
+    """An unknown flag ends the process; those of GPUs are known to every build of XLA."""
+    flags = re.findall(r"`(--xla_\S+?)`", PAGE)
+    assert len(flags) >= 6
+
+    def starts(*flags):
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+        command = [sys.executable, "-c", "import jax; jax.devices()"]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    found = starts(*flags)
+    assert found.returncode == 0, found.stderr
+    assert "Unknown flag" in starts(*flags, "--xla_gpu_no_such_flag=1").stderr
+
+
+def test_the_choices_are_all_there_are():
+    remat = PAGE.split("`DecoderConfig.remat`")[1].split("(")[0]
+    assert set(re.findall(r'`"(\w+)"`', remat)) == set(REMAT_POLICIES)
+    assert {"cudnn", "xla", "auto"} <= set(ATTENTION_BACKENDS)
+    for path in re.findall(r"gin_configs/meshes/\{([\w,]+)\}", PAGE)[0].split(","):
+        assert (ROOT / "gin_configs" / "meshes" / f"{path}.gin").is_file()
