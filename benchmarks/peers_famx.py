@@ -1,0 +1,42 @@
+"""famx among its peers: the engine's own training step."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import workloads
+from benchmarks.peer_shape import Shape
+from benchmarks.turns import Peer
+from famx.modules import Decoder, DecoderConfig
+
+
+def build(shape: dict, segments: int, memory: bool, kv_heads: int | None = None) -> Peer:
+    """FAM, or BSWA without `memory`."""
+    shape = Shape(**shape)
+    config = DecoderConfig(
+        vocab_size=shape.vocabulary, num_layers=shape.layers, embed_dim=shape.width,
+        num_heads=shape.heads, num_kv_heads=kv_heads, mlp_dim=shape.feed_forward,
+        block_size=shape.block, memory_segments=segments,
+        fam_length=shape.fam_length if memory else 0, tied_embeddings=False,
+    )  # fmt: skip
+    params = workloads.parameters(config)
+    facts = {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "reach": float(jax.jit(_reach, static_argnums=(1, 2))(params, config, shape)),
+        "version": f"jax {jax.__version__}",
+    }
+    workload = workloads.train_step(config, shape.batch, shape.length)
+    return Peer(lambda: float(workload.run()[1]["loss"].compute()), facts)
+
+
+def _reach(params, config, shape):
+    inputs, targets = shape.tokens()
+
+    def last_block_loss(params):
+        logits, _ = Decoder(config).apply({"params": params}, jnp.asarray(inputs, jnp.int32))
+        last = slice(-shape.block, None)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, last], targets[:, last])
+        return jnp.mean(losses)
+
+    gradient = jax.grad(last_block_loss)(params)
+    return jnp.linalg.norm(gradient["embedding"][shape.landmark])

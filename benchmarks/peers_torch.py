@@ -1,0 +1,130 @@
+"""Peers of PyTorch, each with its own recurrence over blocks and its gradient through all of them.
+
+Sizes that a package offers are set to the shape's, among them the feed-forward's: all four are gated,
+and where a package takes a multiple of 2/3 of the width it is given the one that makes the same width.
+Where a package offers a fused attention it is used. Everything else is the package's default, but for
+the residual streams of the Recurrent Memory Transformer: one, as in a plain Transformer, not four.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.peer_shape import Shape
+from benchmarks.turns import Peer
+
+
+def block_recurrent(shape: dict) -> Peer:
+    """lucidrains' Block-Recurrent Transformer: `N` state vectors in one layer, the middle one."""
+    from block_recurrent_transformer_pytorch import BlockRecurrentTransformer
+
+    shape = _start(shape)
+    model = BlockRecurrentTransformer(
+        num_tokens=shape.vocabulary, dim=shape.width, depth=shape.layers, heads=shape.heads,
+        dim_head=shape.head_dim, ff_mult=_multiple(shape), max_seq_len=shape.length,
+        block_width=shape.block, num_state_vectors=shape.fam_length, use_flash_attn=True,
+    )  # fmt: skip
+    return _peer(model, lambda tokens: model(tokens)[0], shape)
+
+
+def recurrent_memory(shape: dict) -> Peer:
+    """lucidrains' Recurrent Memory Transformer: `N` memory tokens, read and written with each block."""
+    from recurrent_memory_transformer_pytorch import (
+        RecurrentMemoryTransformer,
+        RecurrentMemoryTransformerWrapper,
+    )
+
+    shape = _start(shape)
+    model = RecurrentMemoryTransformerWrapper(
+        RecurrentMemoryTransformer(
+            dim=shape.width, num_tokens=shape.vocabulary, depth=shape.layers, heads=shape.heads,
+            dim_head=shape.head_dim, ff_mult=_multiple(shape), seq_len=shape.block,
+            num_memory_tokens=shape.fam_length, use_flash_attn=True, num_residual_streams=1,
+        )
+    )  # fmt: skip
+    return _peer(model, lambda tokens: model(tokens)[0], shape)
+
+
+def infini(shape: dict) -> Peer:
+    """lucidrains' Infini-attention: a matrix of fast weights per head in every layer."""
+    from infini_transformer_pytorch import InfiniTransformer
+
+    shape = _start(shape)
+    model = InfiniTransformer(
+        num_tokens=shape.vocabulary, dim=shape.width, depth=shape.layers, heads=shape.heads,
+        dim_head=shape.head_dim, ff_mult=_multiple(shape),
+    )  # fmt: skip
+
+    def logits(tokens):
+        memories, blocks = None, []
+        for block in tokens.split(shape.block, dim=-1):
+            block_logits, _, memories = model(
+                block, past_memories=memories, return_new_memories=True
+            )
+            blocks.append(block_logits)
+        return torch.cat(blocks, dim=1)
+
+    return _peer(model, logits, shape)
+
+
+def sliding_window(shape: dict, segments: int) -> Peer:
+    """transformers' Mistral, which is Llama with a sliding window, of a block and its past ones."""
+    import transformers
+
+    shape = _start(shape)
+    config = transformers.MistralConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.width, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.heads, head_dim=shape.head_dim,
+        intermediate_size=shape.feed_forward, max_position_embeddings=shape.length,
+        sliding_window=(segments + 1) * shape.block, use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config)
+    facts = {"version": f"transformers {transformers.__version__}"}
+    return _peer(model, lambda tokens: model(tokens).logits, shape, facts)
+
+
+def _start(shape: dict) -> Shape:
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return Shape(**shape)
+
+
+def _multiple(shape: Shape) -> float:
+    """`m` with `int(width * m * 2 / 3) == feed_forward`."""
+    return shape.feed_forward * 3 / 2 / shape.width
+
+
+def _peer(
+    model: torch.nn.Module,
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    shape: Shape,
+    facts: dict | None = None,
+) -> Peer:
+    inputs, targets = map(torch.tensor, shape.tokens())
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
+
+    def loss(of=slice(None)):
+        return F.cross_entropy(logits(inputs)[:, of].flatten(0, 1), targets[:, of].flatten())
+
+    def step():
+        value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item()
+
+    embeddings = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    (table,) = (e for e in embeddings if e.shape == (shape.vocabulary, shape.width))
+    (gradient,) = torch.autograd.grad(loss(slice(-shape.block, None)), table)
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "reach": gradient[shape.landmark].norm().item(),
+        "version": f"torch {torch.__version__}",
+        **(facts or {}),
+    }
+    return Peer(step, facts)
