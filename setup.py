@@ -72,6 +72,15 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
         "notebooks": ["jupyter", "jupytext", "plotly>=6"],
         "convert": TOKENIZERS,
+        # Whom `python -m benchmarks.peers` trains beside famx.
+        "peers": [
+            "torch>=2.6",
+            "transformers>=5.0",
+            "block-recurrent-transformer-pytorch",
+            "recurrent-memory-transformer-pytorch",
+            "infini-transformer-pytorch",
+            "tensorboard",  # meliad's, through clu
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

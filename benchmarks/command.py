@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import pathlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks import tables
@@ -19,6 +20,7 @@ def run(
     quick: Any,
     repeats: int,
     argv: list[str] | None = None,
+    options: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> None:
     """Runs the sections asked for, printing and writing each as soon as it is measured.
 
@@ -29,6 +31,7 @@ def run(
       full, quick: sizes, without and with `--quick`.
       repeats: rounds, if none are asked for.
       argv: arguments; None: those of the process.
+      options: more arguments, each a field of the sizes; name -> keywords of `add_argument`.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--only", help=f"sections, separated by commas: {','.join(sections)}")
@@ -38,7 +41,11 @@ def run(
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a test, no measurement")
     parser.add_argument("--markdown", type=pathlib.Path, help="page to fill tables into")
     parser.add_argument("--json", type=pathlib.Path, help="file to write all figures to")
+    for name, keywords in options.items():
+        parser.add_argument(f"--{name}", **keywords)
     args = parser.parse_args(argv)
+    sizes = quick if args.quick else full
+    sizes = dataclasses.replace(sizes, **{name: getattr(args, name) for name in options})
     names = list(sections) if args.only is None else args.only.split(",")
     repeats = (3 if args.quick else repeats) if args.repeats is None else args.repeats
     _check(parser, sections, names, repeats, args.markdown, args.json)
@@ -46,7 +53,7 @@ def run(
     done = []
     for name in names:
         before = machine()
-        table = sections[name](quick if args.quick else full, repeats)
+        table = sections[name](sizes, repeats)
         warning = ("tiny sizes: a test, not a measurement",) if args.quick else ()
         notes = (*table.notes, _line(before), *warning)
         table = dataclasses.replace(table, notes=notes)

@@ -27,7 +27,8 @@ class Shape:
     def landmark(self) -> int:
         """A token that stands at the beginning of each example and nowhere else.
 
-        What reaches its embedding from the last block's loss came through all blocks between.
+        The gradient of its embedding from the last block's logits, its own left out since tables
+        may be tied, came through all blocks between.
         """
         return self.vocabulary - 1
 

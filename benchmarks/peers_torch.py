@@ -60,9 +60,7 @@ def infini(shape: dict) -> Peer:
     def logits(tokens):
         memories, blocks = None, []
         for block in tokens.split(shape.block, dim=-1):
-            block_logits, _, memories = model(
-                block, past_memories=memories, return_new_memories=True
-            )
+            block_logits, _, memories = model(block, past_memories=memories, return_new_memories=True)
             blocks.append(block_logits)
         return torch.cat(blocks, dim=1)
 
@@ -107,11 +105,8 @@ def _peer(
         model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
 
-    def loss(of=slice(None)):
-        return F.cross_entropy(logits(inputs)[:, of].flatten(0, 1), targets[:, of].flatten())
-
     def step():
-        value = loss()
+        value = F.cross_entropy(logits(inputs).flatten(0, 1), targets.flatten())
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -120,7 +115,8 @@ def _peer(
 
     embeddings = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     (table,) = (e for e in embeddings if e.shape == (shape.vocabulary, shape.width))
-    (gradient,) = torch.autograd.grad(loss(slice(-shape.block, None)), table)
+    last = logits(inputs)[:, -shape.block :, : shape.landmark].logsumexp(-1).mean()
+    (gradient,) = torch.autograd.grad(last, table)
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "reach": gradient[shape.landmark].norm().item(),

@@ -35,7 +35,7 @@ class Peer:
 
 
 class LeftOut(Exception):
-    """An implementation that cannot be measured; says why in one sentence."""
+    """An implementation cannot be measured; says why in one sentence."""
 
 
 class Worker:
@@ -80,7 +80,7 @@ class Worker:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _ask(self, question) -> dict[str, Any]:
+    def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
@@ -104,6 +104,8 @@ def serve(questions, answer: Callable[[dict[str, Any]], None]) -> None:
     try:
         peer = getattr(importlib.import_module(module), function)(**first["arguments"])
         losses = [peer.step() for _ in range(_WARM_UP)]
+    except LeftOut as reason:
+        return answer({"left_out": str(reason)})
     except ModuleNotFoundError as error:
         return answer({"left_out": f"the package {error.name} is not installed."})
     except Exception as error:  # whatever a foreign package fails with, the others go on

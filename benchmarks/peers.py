@@ -1,0 +1,152 @@
+"""Measures training beside other recurrent-memory Transformers: `python -m benchmarks.peers`.
+
+Each implementation has a process of its own, and they take turns. See docs/benchmarks.md.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import pathlib
+
+from benchmarks import command
+from benchmarks.peer_shape import Shape
+from benchmarks.tables import Table
+from benchmarks.timing import Spread, interleave
+from benchmarks.turns import LeftOut, Worker
+
+_FAMX = "benchmarks.peers_famx:build"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Everything that `--quick` makes small, and where meliad is.
+
+    Attributes:
+      small, large: sizes of the models.
+      steps: training steps of a turn.
+      meliad: the top of a clone of google-research/meliad.
+    """
+
+    small: Shape = Shape(
+        vocabulary=512, layers=4, width=256, heads=4, feed_forward=1024, block=256, fam_length=16,
+        batch=2, length=4096,
+    )  # fmt: skip
+    large: Shape = Shape(
+        vocabulary=512, layers=8, width=512, heads=8, feed_forward=2048, block=512, fam_length=32,
+        batch=1, length=4096,
+    )  # fmt: skip
+    steps: int = 1
+    meliad: pathlib.Path | None = None
+
+
+_TINY = Shape(
+    vocabulary=32, layers=2, width=16, heads=2, feed_forward=32, block=16, fam_length=4, batch=1,
+    length=128,
+)  # fmt: skip
+QUICK = Sizes(small=_TINY, large=_TINY, steps=2)
+
+
+def one_segment(sizes: Sizes, repeats: int, shape: Shape, name: str) -> Table:
+    """Those that attend to their own block and the one before."""
+    builds = {
+        "famx FAM": (_FAMX, {"segments": 1, "memory": True}),
+        "famx BSWA": (_FAMX, {"segments": 1, "memory": False}),
+        "famx FAM, 1 key/value head": (_FAMX, {"segments": 1, "memory": True, "kv_heads": 1}),
+        "block-recurrent-transformer-pytorch": ("benchmarks.peers_torch:block_recurrent", {}),
+        "transformers Mistral, sdpa": ("benchmarks.peers_torch:sliding_window", {"segments": 1}),
+        "meliad Block-Recurrent": (
+            "benchmarks.peers_meliad:block_recurrent",
+            {"path": sizes.meliad and str(sizes.meliad)},
+        ),
+    }
+    notes = (
+        "block-recurrent-transformer-pytorch: one key/value head, N state vectors in the middle"
+        " layer alone; Mistral: a window of 2 S tokens, no recurrence; meliad: N state vectors in"
+        " the middle layer, plain feed-forward of as many parameters",
+    )
+    return _measure(name, 1, shape, builds, sizes.steps, repeats, notes)
+
+
+def no_segment(sizes: Sizes, repeats: int, shape: Shape, name: str) -> Table:
+    """Those whose attention stays within the block, the memory apart."""
+    builds = {
+        "famx FAM": (_FAMX, {"segments": 0, "memory": True}),
+        "famx BSWA": (_FAMX, {"segments": 0, "memory": False}),
+        "recurrent-memory-transformer-pytorch": ("benchmarks.peers_torch:recurrent_memory", {}),
+        "infini-transformer-pytorch": ("benchmarks.peers_torch:infini", {}),
+    }
+    notes = (
+        "recurrent-memory-transformer-pytorch: N memory tokens before and N after each block;"
+        " infini-transformer-pytorch: a matrix of fast weights per head and layer",
+    )
+    return _measure(name, 0, shape, builds, sizes.steps, repeats, notes)
+
+
+def _measure(name, segments, shape: Shape, builds, steps, repeats, notes) -> Table:
+    left_out = []
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for label, (build, arguments) in builds.items():
+            arguments = {"shape": dataclasses.asdict(shape), **arguments}
+            try:
+                workers[label] = stack.enter_context(Worker(label, build, arguments))
+            except LeftOut as reason:
+                if build == _FAMX:
+                    raise
+                left_out.append(f"left out: {reason}")
+        runs = {label: functools.partial(w.run, steps) for label, w in workers.items()}
+        times = interleave(runs, repeats)
+        losses = {label: worker.run(1) for label, worker in workers.items()}
+    tokens, reference = steps * shape.batch * shape.length, next(iter(builds))
+    rows = [
+        {
+            "model": label,
+            "parameters": worker.facts["parameters"],
+            "seconds a step": times.spread(label, 1 / steps),
+            "tokens/s": Spread.of(tokens / times.seconds[label]),
+            "tokens/s, FAM / this": times.ratio(label, reference),
+            "loss": f"{worker.facts['first_loss']:.3f} to {losses[label]:.3f}",
+            "gradient": f"{worker.facts['reach']:.0e}" if worker.facts["reach"] else "0",
+        }
+        for label, worker in workers.items()
+    ]
+    versions = sorted({worker.facts["version"] for worker in workers.values()})
+    sizes = (
+        f"S {shape.block}, M {segments}, N {shape.fam_length}; {shape.layers} layers, width"
+        f" {shape.width}, {shape.heads} heads of {shape.head_dim}, gated feed-forward"
+        f" {shape.feed_forward}, vocabulary {shape.vocabulary}; batch {shape.batch}, {shape.length}"
+        f" tokens; float32, AdamW; {repeats} rounds of {steps} steps; {', '.join(versions)}"
+    )
+    title = f"Training beside others, M {segments}, width {shape.width}"
+    return Table(name, title, (sizes, *notes, *left_out), rows)
+
+
+SECTIONS = {
+    "peers_m1": lambda s, repeats: one_segment(s, repeats, s.small, "peers_m1"),
+    "peers_m0": lambda s, repeats: no_segment(s, repeats, s.small, "peers_m0"),
+    "peers_large_m1": lambda s, repeats: one_segment(s, repeats, s.large, "peers_large_m1"),
+    "peers_large_m0": lambda s, repeats: no_segment(s, repeats, s.large, "peers_large_m0"),
+}
+
+
+def _clone(path: str) -> pathlib.Path:
+    if not (pathlib.Path(path) / "transformer" / "memory" / "decoder_stack.py").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{path} is no clone of google-research/meliad: it has no"
+            " transformer/memory/decoder_stack.py."
+        )
+    return pathlib.Path(path).resolve()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, prints, and writes what was asked for."""
+    meliad = {"type": _clone, "metavar": "PATH", "help": "clone of google-research/meliad"}
+    command.run(
+        "benchmarks.peers", __doc__.splitlines()[0], SECTIONS, Sizes(), QUICK, 7, argv,
+        options={"meliad": meliad},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
