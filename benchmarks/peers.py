@@ -1,4 +1,4 @@
-"""Measures training beside other recurrent-memory Transformers: `python -m benchmarks.peers`.
+"""Measures training on the CPU beside other Transformers with a memory: `python -m benchmarks.peers`.
 
 Each implementation has a process of its own, and they take turns. See docs/benchmarks.md.
 """
@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+
+import jax
 
 from benchmarks import command
 from benchmarks.peer_shape import Shape
@@ -149,4 +151,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # as in the processes
     main()

@@ -3,7 +3,7 @@
 Two frameworks in one process compete for threads. So each gets a process, which prepares itself once
 and then takes a number of steps whenever it is asked to; whoever asks waits for the answer, hence
 only one computes at a time. Both ends of the pipe are here: lines of JSON, asked on standard input.
-Imports no framework: which one a process loads is the implementation's choice.
+All compute on the CPU. No framework is imported here: an implementation imports its own.
 """
 
 import dataclasses
@@ -56,6 +56,7 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.turns"],
             cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},  # an accelerator has room for one process
         )  # fmt: skip
         try:
             self.facts = self._ask({"build": build, "arguments": dict(arguments)})
