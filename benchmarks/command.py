@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks import tables
 from benchmarks.timing import machine
+from famx import tables
 
 
 def run(

@@ -17,8 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks import command, tables
+from benchmarks import command
 from benchmarks.timing import Spread, peak_memory
+from famx import tables
 
 REFERENCE = "seqio.trim_and_pack_dataset"
 

@@ -8,12 +8,12 @@ import dataclasses
 import jax
 
 from benchmarks import command
-from benchmarks.tables import Table
 from benchmarks.timing import Spread, interleave
 from benchmarks.workloads import train_step
 from famx.modules import DecoderConfig
 from famx.modules.backends import ATTENTION_BACKENDS, refusal, resolve_backend
 from famx.scale.chips import peak_flops
+from famx.tables import Table
 from famx.training.flops import train_flops
 
 

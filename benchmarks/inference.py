@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import command
-from benchmarks.tables import Table
 from benchmarks.timing import Spread, interleave, peak_memory
 from benchmarks.workloads import parameters, random_tokens
 from famx.decoding import Sampling, Streamer, generate
 from famx.modules import Decoder, DecoderConfig
+from famx.tables import Table
 
 TINY = (("vocab_size", 128), ("num_layers", 2), ("embed_dim", 64), ("num_heads", 4), ("mlp_dim", 128))
 _FEW = 32  # tokens that full attention writes
@@ -87,7 +87,8 @@ def reading(sizes: Sizes, repeats: int) -> Table:
             f"peak / {first}": peaks[length] / peaks[sizes.lengths[0]],
             "state KiB": state.num_bytes() / 2**10,
         })  # fmt: skip
-    step = streamer.step_memory(params, 1)
+    reading, _ = streamer.lower_read(params, streamer.initial_state(params, 1))
+    step = reading.compile().memory_analysis()
     notes = (
         f"batch 1, read {sizes.lengths[0]} tokens at a time; peak: the most that the process held"
         f" while it read; every time is of {sizes.lengths[-1]} tokens, in texts of the length",

@@ -13,9 +13,9 @@ import jax
 
 from benchmarks import command
 from benchmarks.peer_shape import Shape
-from benchmarks.tables import Table
 from benchmarks.timing import Spread, interleave
 from benchmarks.turns import LeftOut, Worker
+from famx.tables import Table
 
 _FAMX = "benchmarks.peers_famx:build"
 

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 
-from benchmarks.tables import Table
 from benchmarks.timing import Spread, interleave
 from benchmarks.workloads import Workload, forward, matrix_product, train_step
 from famx.modules import DecoderConfig
+from famx.tables import Table
 from famx.training.flops import train_flops
 
 ORDERS = (1, 2, 4, None)  # blocks_per_chunk; None: all at once

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from famx.tables import number
+
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
@@ -27,6 +29,9 @@ class Spread:
     def of(cls, values) -> "Spread":
         lower, median, upper = np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75))
         return cls(float(median), float(lower), float(upper))
+
+    def __str__(self) -> str:
+        return f"{number(self.median)} [{number(self.lower)}, {number(self.upper)}]"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,12 @@ def check_macros() -> None:
             raise ConfigError(not_set(name) + near)
 
 
+def unset_macros(names: Sequence[str]) -> list[str]:
+    """Those of the macros that some binding uses and that have no value."""
+    values, used = _macros()
+    return [name for name in names if name in used and _is_required(values.get(name, gin.REQUIRED))]
+
+
 def check_required() -> None:
     """Raises ConfigError for a parameter still bound to %gin.REQUIRED."""
     for (scope, selector), params in gin_config._CONFIG.items():

@@ -25,7 +25,7 @@ from gin.resource_reader import system_path_reader
 
 from famx.errors import ConfigError
 from famx.gin_checks import check_all_used as check_all_used  # part of this module's interface
-from famx.gin_checks import check_macros, check_required, nearest, not_set, short
+from famx.gin_checks import check_macros, check_required, nearest, not_set, short, unset_macros
 
 _FLAG = "--gin."
 
@@ -54,12 +54,14 @@ def parse_gin(
     gin_files: Sequence[str],
     gin_bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
+    unneeded: Sequence[str] = (),
 ) -> None:
     """Parses files, then bindings (later ones win), checks them all and locks the configuration.
 
     Files and their includes are looked for in the current directory, in `search_paths` and beside
     famx's own gin_configs/. Raises ConfigError, naming the nearest known name, for anything
-    unknown, unused or unset. Modules whose functions the files bind must be imported before.
+    unknown, unused or unset. Modules whose functions the files bind must be imported before. Macros
+    that are `unneeded` may be unset: they are None.
     """
     prefixes = [*search_paths, str(gin_root())]
     for prefix in prefixes:
@@ -72,6 +74,8 @@ def parse_gin(
         for binding in gin_bindings:
             with _PlainErrors(prefixes, binding):
                 gin.parse_config(binding)
+    for name in unset_macros(unneeded):
+        gin.parse_config(f"{name} = None")
     check_macros()
     check_required()
     gin.finalize()

@@ -20,8 +20,9 @@ from famx.modules.attention import token_attention
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
-from benchmarks import device, inference, tables, timing, train_step, workloads  # noqa: E402
+from benchmarks import device, inference, timing, train_step, workloads  # noqa: E402
 from benchmarks.full_attention import full_attention  # noqa: E402
+from famx import tables  # noqa: E402
 
 SECTIONS = ["fam_vs_bswa", "chunks", "matmul_share", "full_vs_fam", "length"]
 RATIOS = {

@@ -89,7 +89,7 @@ def generate(
     batch, limit = state.batch_size, sampling.max_new_tokens
     room = jnp.full((batch,), limit) if room is None else jnp.clip(room, 0, limit)
     size = module.config.block_size
-    unroll = jax.default_backend() == "cpu"  # faster there, at the price of the weights twice
+    unroll = _platform() == "cpu"  # faster there, at the price of the weights twice
     stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
     examples = jnp.arange(batch)
 
@@ -136,6 +136,12 @@ def generate(
     )
     start = (out, room > 0)
     return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), write_to_end_of_block, start)[0]
+
+
+def _platform() -> str:
+    """That the program is made for: the mesh's, if there is one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def choose(logits, sampling: Sampling, keys=None):

@@ -181,17 +181,31 @@ class Streamer:
         seeds = (seeds % 2**32).astype(np.uint32)
         return self._write(params, logits, state, seeds, numbers, sampling=sampling)
 
-    def step_memory(self, params, batch_size: int):
-        """XLA's `memory_analysis()` of the step that reads most of a long text."""
-        state = self.initial_state(params, batch_size)
-        config = self.module.config
-        last = jnp.zeros((batch_size, config.embed_dim), config.dtype)
-        tokens = np.zeros((batch_size, self._blocks * config.block_size), np.int32)
-        reads = np.ones(batch_size, bool)
-        step = self._read_blocks.lower(
-            params, state, last, tokens, tokens, reads, kind="state", all_read=True
+    def lower_read(self, params, state: DecoderState, rows=None):
+        """The step that reads most of a long text, to be compiled, and the tokens that it reads.
+
+        Args:
+          params, state: arrays, or ShapeDtypeStructs in their place.
+          rows: sharding of what has the batch in front; None: the compiler's choice.
+        """
+        batch_size, config = state.batch_size, self.module.config
+        length = self._blocks * config.block_size
+        make = lambda dtype, *shape: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
+        tokens = make(jnp.int32, length)
+        lowered = self._read_blocks.lower(
+            params, state, make(config.dtype, config.embed_dim), tokens, tokens, make(jnp.bool_),
+            kind="state", all_read=True,
+        )  # fmt: skip
+        return lowered, length
+
+    def lower_write(self, params, state: DecoderState, sampling: Sampling, rows=None):
+        """What `generate` runs, to be compiled; arguments as for `lower_read`."""
+        make = lambda dtype, *shape: jax.ShapeDtypeStruct(
+            (state.batch_size, *shape), dtype, sharding=rows
         )
-        return step.compile().memory_analysis()
+        numbers = make(jnp.uint32)
+        logits = make(self.module.config.dtype, self.module.config.vocab_size)
+        return self._write.lower(params, logits, state, numbers, numbers, sampling=sampling)
 
     # Cutting.
 

@@ -4,20 +4,19 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
-
-from benchmarks.timing import Spread
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of measurements under one heading.
+    """Rows of figures under one heading.
 
     Attributes:
       name: of the section that made it.
       title: one line.
       notes: sizes and how it was measured, one line each.
-      rows: column -> `Spread`, int, float or text; all rows have the same columns.
+      rows: column -> number, text, or a dataclass with a text of its own; all rows alike.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Table:
         return "\n".join([f"**{self.title}**", "", head, rule, *body, "", "  \n".join(self.notes)])
 
     def json(self) -> dict[str, Any]:
-        plain = lambda x: dataclasses.asdict(x) if isinstance(x, Spread) else x
+        plain = lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x
         rows = [{name: plain(value) for name, value in row.items()} for row in self.rows]
         return {"title": self.title, "notes": self.notes, "rows": rows}
 
@@ -46,12 +45,11 @@ class Table:
 
 
 def _cell(value) -> str:
-    if isinstance(value, Spread):
-        return f"{_number(value.median)} [{_number(value.lower)}, {_number(value.upper)}]"
-    return _number(value) if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else str(value)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """With as many digits as such a figure deserves."""
     digits = 6 if value < 0.01 else 3 if value < 10 else 1 if value < 1000 else 0
     return f"{value:.{digits}f}"
 
@@ -69,9 +67,9 @@ def fill_markdown(path: pathlib.Path, table: Table) -> None:
     path.write_text(_place(table.name).sub(filled, page), encoding="utf-8")
 
 
-def write_json(path: pathlib.Path, machine: dict[str, Any], tables: list[Table]) -> None:
+def write_json(path: pathlib.Path, machine: Mapping[str, Any], tables: list[Table]) -> None:
     sections = {table.name: table.json() for table in tables}
-    text = json.dumps({"machine": machine, "sections": sections}, indent=2, allow_nan=False)
+    text = json.dumps({"machine": dict(machine), "sections": sections}, indent=2, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 

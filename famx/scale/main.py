@@ -1,0 +1,105 @@
+"""From gin files to reports: the work of `python -m famx.compile`."""
+
+import copy
+import inspect
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import gin
+from absl import flags
+
+from famx import gin_utils, tables
+from famx.errors import ConfigError
+from famx.scale import fit, programs, topologies
+from famx.scale.report import Report, compile_report
+from famx.training import loop
+from famx.training.setup import Setup, prepare
+
+# What a run needs and a compiler does not.
+UNNEEDED = (
+    *("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS"),
+    *("TEXT_FILES", "DATA_DIR"),
+)
+
+
+def run(
+    topology: str,
+    num_slices: int = 1,
+    wanted: Sequence[str] = ("train",),
+    inference_batch_size: int | None = None,
+    find: str | None = None,
+    json_file: str | None = None,
+    markdown_file: str | None = None,
+    table_name: str | None = None,
+    hlo_dir: str | None = None,
+) -> bool:
+    """Compiles the programs that the gin flags describe and prints what they need; whether all fit.
+
+    Raises:
+      ConfigError: with one sentence, before anything is compiled, if the settings do not fit.
+    """
+    for name in wanted:
+        if name not in programs.PROGRAMS:
+            known = ", ".join(programs.PROGRAMS)
+            raise ConfigError(f"There is no program {name!r}: choose from {known}.")
+    if (markdown_file is None) != (table_name is None):
+        raise ConfigError("--markdown names a page and --name the table in it: give both.")
+    if markdown_file and tables.missing_markers(pathlib.Path(markdown_file), [table_name]):
+        raise ConfigError(f"{markdown_file} has no place for a table named {table_name}.")
+    values = flags.FLAGS
+    gin_utils.parse_gin(values.gin_file, values.gin_bindings, values.gin_search_paths, UNNEEDED)
+    devices, chip = topologies.devices(topology, num_slices)
+    where = topology if num_slices == 1 else f"{num_slices} x {topology}"
+
+    def compiled(name: str, **changes) -> Report:
+        setup = setup_from_gin(devices, **changes)
+        made = _lower(setup, name, inference_batch_size)
+        return compile_report(made, setup.mesh, where, chip, hlo_dir and pathlib.Path(hlo_dir))
+
+    if find is not None:
+        setup = setup_from_gin(devices)
+        parts = setup.num_microbatches * setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+        attempt = lambda size: compiled("train", batch_size=size)
+        reports = [fit.largest_batch(attempt, setup.batch_size, parts, print)]
+    else:
+        reports = []
+        for name in wanted:
+            reports.append(compiled(name))
+            print("\n\n".join(table.text() for table in reports[-1].tables()) + "\n", flush=True)
+    for report in reports:
+        print(report.line())
+        if not report.fits:
+            print(fit.advice(report))
+    if json_file is not None:
+        text = json.dumps([report.plain() for report in reports], indent=2)
+        pathlib.Path(json_file).write_text(text + "\n", encoding="utf-8")
+    if markdown_file is not None:
+        table = tables.Table(table_name, f"Compiled for {where}", (), [r.row() for r in reports])
+        tables.fill_markdown(pathlib.Path(markdown_file), table)
+    return all(report.fits for report in reports)
+
+
+def setup_from_gin(devices, **changes: Any) -> Setup:
+    """`prepare` with what gin binds `loop.train` to, and with `changes`."""
+    names = [name for name in inspect.signature(prepare).parameters if name != "devices"]
+    bound = gin.get_bindings(loop.train, resolve_references=False)
+    found = {name: bound[name] for name in names if name in bound} | changes
+    for name, parameter in inspect.signature(prepare).parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in found:
+            raise ConfigError(f"loop.train.{name} is not set: the gin files are not those of a training.")
+
+    def make():
+        # gin makes what a reference stands for when the reference is copied.
+        return prepare(**copy.deepcopy(found), devices=devices)
+
+    return gin_utils.call(make)
+
+
+def _lower(setup: Setup, name: str, inference_batch_size: int | None) -> programs.Program:
+    if name == "train":
+        return programs.train(setup)
+    size = inference_batch_size or setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+    reading, writing = programs.read_and_write(setup, size)
+    return reading if name == "prefill" else writing

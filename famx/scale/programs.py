@@ -1,0 +1,115 @@
+"""The programs of a run, lowered for devices that need not exist: nothing is computed or stored."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from famx.decoding import Sampling, Streamer
+from famx.training import partitioning
+from famx.training.flops import train_flops
+from famx.training.setup import Setup
+from famx.training.step import state_shardings
+
+PROGRAMS = ("train", "prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A lowered program and what is known of it without looking inside.
+
+    Attributes:
+      lowered: to be compiled.
+      arguments: what it is given, by kind, as ShapeDtypeStructs with shardings.
+      parameters: how many the model has.
+      batch: rows of the global batch.
+      length: tokens of a row that it reads, or writes.
+      model_flops: operations that the result depends on, of all devices; None: not counted.
+    """
+
+    name: str
+    lowered: Any
+    arguments: Mapping[str, Any]
+    parameters: int
+    batch: int
+    length: int
+    model_flops: int | None
+
+    def argument_bytes(self) -> dict[str, int]:
+        """Bytes on one device, by kind."""
+        return {kind: sum(map(_bytes, jax.tree.leaves(x))) for kind, x in self.arguments.items()}
+
+
+@contextlib.contextmanager
+def on_mesh(setup: Setup) -> Iterator[None]:
+    """Within, JAX traces for the devices of the setup."""
+    with jax.set_mesh(setup.mesh), nn.logical_axis_rules(setup.rules.pairs()):
+        yield
+
+
+def train(setup: Setup) -> Program:
+    """The step that `famx.train` runs."""
+    _, abstract = setup.initializer()
+    batch = setup.abstract_batch()
+    with on_mesh(setup):
+        lowered = setup.train_step(abstract).lower(abstract, batch)
+    states = [abstract.flax_mutables, abstract.lanes, abstract.start]
+    arguments = {
+        "parameters": abstract.params,
+        "optimiser": abstract.opt_state,
+        "states": states,
+        "batch": batch,
+    }
+    from_start = setup.mode in ("none", "random") and not setup.with_start
+    flops = None
+    if setup.learns.name == "all":  # otherwise parts of the backward pass are spared
+        flops = sum(
+            train_flops(setup.model.config, setup.batch_size, setup.length, from_start).values()
+        )
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    return Program("train", lowered, arguments, count, setup.batch_size, setup.length, flops)
+
+
+def read_and_write(setup: Setup, batch_size: int) -> tuple[Program, Program]:
+    """Prefill, the step that reads most of a long prompt, and decode, a block written token by token."""
+    model, mesh = setup.model, setup.mesh
+    partitioning.check_batch_size(batch_size, mesh)
+    config = model.config
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    boxed = jax.eval_shape(
+        lambda key: model.module.init(key, jnp.zeros((1, config.block_size), jnp.int32))["params"],
+        jax.random.key(0),
+    )
+    shardings = partitioning.logical_to_sharding(boxed, mesh, setup.rules)
+    params = jax.tree.map(place, nn.unbox(boxed), shardings)
+    apply = lambda params: model.module.apply({"params": params}, batch_size, method="initial_state")
+    state = jax.tree.map(place, jax.eval_shape(apply, params), state_shardings(mesh))
+    rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    streamer = Streamer(model.module)
+    sampling = Sampling(max_new_tokens=config.block_size)
+    with on_mesh(setup):
+        reading, length = streamer.lower_read(params, state, rows)
+        writing = streamer.lower_write(params, state, sampling, rows)
+    arguments = {"parameters": params, "states": state}
+    # Further tokens in the midst of a text, whose last block updates the memory too; no logits. A
+    # training step is three such passes.
+    whole, first = (train_flops(config, batch_size, n * length, from_start=False) for n in (2, 1))
+    flops = sum(whole[kind] - first[kind] for kind in whole if kind != "head") // 3
+    return (
+        Program("prefill", reading, arguments, count, batch_size, length, flops),
+        Program("decode", writing, arguments, count, batch_size, config.block_size, None),
+    )
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    size = 1
+    for n in shape:
+        size *= n
+    return size * leaf.dtype.itemsize

@@ -1,0 +1,285 @@
+"""What a program needs on each device, and how fast it could be there, as tables and as plain values."""
+
+import collections
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from famx.scale import bounds, costs, hlo
+from famx.scale.chips import Chip
+from famx.scale.programs import Program
+from famx.tables import Table
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_LOOPS = 12  # shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Of one program on one topology; bytes, operations and seconds are those of one device.
+
+    Attributes:
+      memory: bytes by kind; `temporaries` are activations, gradients and whatever else lives during a
+        run, as the compiler places it. With a program that does not fit, what it says it would need.
+      available: bytes that a program may use, as the compiler says, or that the chip has.
+      fits: whether it was compiled.
+      parameters: of the model.
+      model_flops: that the result depends on, on all devices; None: not counted.
+      flops, bytes: executed operations, main memory traffic; None where nothing was compiled.
+      bound: None where the chip's rates are not known.
+      collectives: kind, mesh axes, size of the group, count and bytes.
+      loops: where the time goes by the schedule.
+      notes: what is missing from the figures.
+    """
+
+    program: str
+    topology: str
+    mesh: dict[str, int]
+    batch: int
+    length: int
+    memory: dict[str, int]
+    available: float
+    fits: bool
+    parameters: int
+    chip: Chip
+    model_flops: int | None = None
+    flops: float | None = None
+    bytes: float | None = None
+    bound: bounds.Bound | None = None
+    collectives: tuple[dict[str, Any], ...] = ()
+    loops: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def devices(self) -> int:
+        return int(np.prod(list(self.mesh.values())))
+
+    @property
+    def needed(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def utilisation(self) -> dict[str, float]:
+        """The highest model FLOPs utilisation by each bound; empty where one is not known."""
+        if self.bound is None or self.model_flops is None:
+            return {}
+        ideal = self.model_flops / self.devices / self.chip.flops
+        return {name: ideal / getattr(self.bound, name) for name in ("roofline", "scheduled")}
+
+    def tokens_per_second(self) -> float | None:
+        """On all devices, by the roofline."""
+        return self.bound and self.batch * self.length / self.bound.roofline
+
+    def line(self) -> str:
+        """The summary in one line."""
+        gib = lambda count: f"{count / 2**30:.2f}"
+        where = f"{self.program} on {self.topology}: "
+        room = f"{gib(self.needed)} of {gib(self.available)} GiB" if self.available else (
+            f"{gib(self.needed)} GiB"
+        )
+        if not self.fits:
+            over = self.needed - self.available
+            return f"{where}does not fit, {room} on each device, {gib(over)} GiB too many"
+        text = f"{where}fits, {room}" if self.available else f"{where}{room}"
+        if self.bound is None:
+            return text
+        b = self.bound
+        text += (
+            f"; at least {b.roofline:.3f} s ({b.limit}; compute {b.compute:.3f}, memory {b.memory:.3f},"
+            f" interconnect {b.interconnect:.3f}, network {b.network:.3f}),"
+            f" {b.scheduled:.3f} s as scheduled"
+        )
+        if self.utilisation:
+            u = self.utilisation
+            text += f"; MFU at most {u['roofline']:.1%}, {u['scheduled']:.1%} as scheduled"
+        if self.program == "train":
+            text += f"; at most {self.tokens_per_second():,.0f} tokens/s"
+        return text
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        values = dataclasses.asdict(self)
+        values["needed"] = self.needed
+        if self.bound is not None:
+            values["bound"]["roofline"] = self.bound.roofline
+        values["utilisation"] = self.utilisation
+        values["tokens_per_second"] = self.tokens_per_second()
+        return values
+
+    def tables(self) -> list[Table]:
+        """All that is known, for a terminal."""
+        shape = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
+        title = f"{self.program}, {self.topology}, {self.devices} devices, mesh {shape}"
+        size = f"{self.parameters:,} parameters; batch {self.batch} x {self.length} tokens"
+        notes = (size, *self.notes)
+        kinds = [{"bytes of a device": kind, "GiB": n / 2**30} for kind, n in self.memory.items()]
+        kinds += [{"bytes of a device": "together", "GiB": self.needed / 2**30}]
+        kinds += [{"bytes of a device": "available", "GiB": self.available / 2**30}]
+        found = [Table("memory", title, notes, kinds)]
+        if self.flops is not None:
+            found.append(Table("work", "work of a device", (), self._work()))
+        if self.collectives:
+            rows = [{**row, "GB": row["bytes"] / 1e9} for row in self.collectives]
+            rows = [{k: v for k, v in row.items() if k != "bytes"} for row in rows]
+            found.append(Table("collectives", "collectives of a run, bytes of a device", (), rows))
+        if self.loops:
+            found.append(Table("loops", "loops, seconds of a run as scheduled", (), list(self.loops)))
+        return found
+
+    def row(self) -> dict[str, Any]:
+        """The figures that a page compares."""
+        b, u = self.bound, self.utilisation
+        shown = lambda x, make: make(x) if x is not None else "-"
+        return {
+            "program": f"{self.program}, batch {self.batch} x {self.length}",
+            "parameters": f"{self.parameters / 1e9:.2f} B",
+            **{kind: f"{n / 2**30:.2f}" for kind, n in self.memory.items() if n > 2**20},
+            "GiB of": f"{self.needed / 2**30:.1f} / {self.available / 2**30:.1f}",
+            "executed / model": shown(self.flops and self.model_flops, lambda _: (
+                f"{self.flops * self.devices / self.model_flops:.2f}")),
+            "compute s": shown(b, lambda b: f"{b.compute:.3f}"),
+            "memory s": shown(b, lambda b: f"{b.memory:.3f}"),
+            "interconnect s": shown(b, lambda b: f"{b.interconnect:.3f}"),
+            "scheduled s": shown(b, lambda b: f"{b.scheduled:.3f}"),
+            "MFU at most": shown(u.get("roofline"), lambda x: f"{x:.1%}"),
+            "as scheduled": shown(u.get("scheduled"), lambda x: f"{x:.1%}"),
+        }
+
+    def _work(self) -> list[dict[str, Any]]:
+        rows = []
+        if self.model_flops is not None:
+            model = self.model_flops / self.devices
+            rows.append({"": "model TFLOP", "amount": model / 1e12, "seconds": "-"})
+            rows.append({"": "executed / model", "amount": self.flops / model, "seconds": "-"})
+        amounts = {"executed TFLOP": self.flops / 1e12, "main memory GB": self.bytes / 1e9}
+        b = self.bound
+        seconds = [b.compute, b.memory] if b else ["-", "-"]
+        for (name, amount), s in zip(amounts.items(), seconds):
+            rows.append({"": name, "amount": amount, "seconds": s})
+        if b:
+            sent = sum(row["bytes"] for row in self.collectives) / 1e9
+            rows.append({"": "interconnect GB", "amount": sent, "seconds": b.interconnect})
+            rows.append({"": "network", "amount": "-", "seconds": b.network})
+            rows.append({"": "as scheduled", "amount": "-", "seconds": b.scheduled})
+        return rows
+
+
+def compile_report(
+    program: Program, mesh, topology: str, chip: Chip, hlo_dir: pathlib.Path | None = None
+) -> Report:
+    """Compiles a program and reads off what it needs and does; one that does not fit says so.
+
+    Its text is kept as `<hlo_dir>/<program>.hlo`, if that is given.
+    """
+    names = dict(
+        program=program.name, topology=topology, mesh=dict(mesh.shape), batch=program.batch,
+        length=program.length, parameters=program.parameters, model_flops=program.model_flops, chip=chip,
+    )  # fmt: skip
+    memory = program.argument_bytes()
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _shortage(str(error), sum(memory.values()))
+        if found is None:
+            raise
+        temporaries, available = found
+        return Report(
+            **names, memory={**memory, "temporaries": temporaries}, available=available, fits=False
+        )
+    analysis = compiled.memory_analysis()
+    memory["temporaries"] = analysis.temp_size_in_bytes
+    memory["results beside the arguments"] = max(
+        analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0
+    )
+    memory["program"] = analysis.generated_code_size_in_bytes
+    text = compiled.as_text()
+    if hlo_dir is not None:
+        hlo_dir.mkdir(parents=True, exist_ok=True)
+        (hlo_dir / f"{program.name}.hlo").write_text(text)
+    region = costs.count(hlo.parse(text))
+    devices = list(mesh.devices.flat)
+    network = bounds.Network(devices, chip)
+    return Report(
+        **names, memory=memory, available=chip.memory, fits=True,
+        flops=region.total("flops"), bytes=region.total("bytes"),
+        bound=bounds.bound(region, chip, network) if chip.flops else None,
+        collectives=_collectives(region, mesh),
+        loops=_loops(region, chip, network) if chip.flops else (),
+        notes=_notes(region),
+    )  # fmt: skip
+
+
+def _shortage(message: str, arguments: int) -> tuple[int, int] | None:
+    """Bytes of temporaries and bytes available, of the error of a program that does not fit."""
+    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+        return None
+    size = r"([\d.]+)([KMGT]?)i?B?\b"
+    number = lambda found, i: int(float(found[i]) * _UNITS[found[i + 1]])
+    if found := re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message):
+        return number(found, 1), number(found, 3)
+    if found := re.search(rf"Used {size} of {size}", message):  # arguments included
+        return max(number(found, 1) - arguments, 0), number(found, 3)
+    return None
+
+
+def _collectives(region, mesh) -> tuple[dict[str, Any], ...]:
+    found = collections.defaultdict(lambda: [0, 0.0])
+    for collective, count in region.all_collectives().items():
+        key = collective.kind, mesh_axes(collective.groups, mesh), collective.size
+        if collective.kind == "collective-permute":
+            key = *key[:2], len(collective.groups)
+        found[key][0] += count
+        found[key][1] += count * collective.sent
+    rows = [
+        {"kind": kind, "axes": axes, "group": size, "count": count, "bytes": sent}
+        for (kind, axes, size), (count, sent) in found.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: -row["bytes"]))
+
+
+def mesh_axes(groups, mesh) -> str:
+    """The axes of the mesh along which the members of a group differ, such as "fsdp"."""
+    shape = tuple(mesh.shape.values())
+    differ = set()
+    for group in groups:
+        places = np.array([np.unravel_index(member, shape) for member in group])
+        differ |= set(np.flatnonzero((places != places[0]).any(axis=0)).tolist())
+    return ", ".join(name for i, name in enumerate(mesh.shape) if i in differ) or "-"
+
+
+def _loops(region, chip, network) -> tuple[dict[str, Any], ...]:
+    rows = []
+    for runs, path, inner in region.walk():
+        interconnect, away = network.seconds(inner.collectives)
+        rows.append({
+            "loop": _short(path[-1]),
+            "runs": runs,
+            "compute": runs * inner.flops / chip.flops,
+            "memory": runs * inner.bytes / chip.bandwidth,
+            "interconnect": runs * interconnect,
+            "network": runs * away,
+            "scheduled": runs * bounds.once(inner, chip, network),
+        })  # fmt: skip
+    rows.sort(key=lambda row: -row["scheduled"])
+    return tuple(rows[:_LOOPS])
+
+
+def _short(name: str) -> str:
+    """A loop's name without what all of them have in common."""
+    parts = [p for p in name.split("/") if p not in ("while", "body", "closed_call", "checkpoint")]
+    return "/".join(parts[1:] if parts[0].startswith("jit(") else parts)[-72:]
+
+
+def _notes(region) -> tuple[str, ...]:
+    notes = []
+    unknown = [_short(path[-1]) for _, path, inner in region.walk() if inner.trips is None]
+    if unknown:
+        notes.append(f"loops without a known number of runs, counted once: {', '.join(unknown)}")
+    kernels = sorted({kernel for _, _, inner in region.walk() for kernel in inner.kernels})
+    if kernels:
+        notes.append(f"kernels that do not tell their operations, counted as none: {', '.join(kernels)}")
+    return tuple(notes)
