@@ -1,6 +1,7 @@
 """From gin files to reports: the work of `python -m famx.compile`."""
 
 import copy
+import dataclasses
 import inspect
 import json
 import pathlib
@@ -12,6 +13,8 @@ from absl import flags
 
 from famx import gin_utils, tables
 from famx.errors import ConfigError
+from famx.modules import Decoder
+from famx.modules.backends import resolve_backend
 from famx.scale import fit, programs, topologies
 from famx.scale.report import Report, compile_report
 from famx.training import loop
@@ -92,7 +95,13 @@ def setup_from_gin(devices, **changes: Any) -> Setup:
 
     def make():
         # gin makes what a reference stands for when the reference is copied.
-        return prepare(**copy.deepcopy(found), devices=devices)
+        setup = prepare(**copy.deepcopy(found), devices=devices)
+        # "auto" would be the way of this machine, not of the devices compiled for.
+        config = setup.model.config
+        backend = resolve_backend(config, devices[0].platform, len(devices))
+        setup.model.config = dataclasses.replace(config, attention_backend=backend)
+        setup.model.module = Decoder(setup.model.config)
+        return setup
 
     return gin_utils.call(make)
 

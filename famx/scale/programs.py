@@ -14,7 +14,6 @@ from famx.decoding import Sampling, Streamer
 from famx.training import partitioning
 from famx.training.flops import train_flops
 from famx.training.setup import Setup
-from famx.training.step import state_shardings
 
 PROGRAMS = ("train", "prefill", "decode")
 
@@ -88,7 +87,8 @@ def read_and_write(setup: Setup, batch_size: int) -> tuple[Program, Program]:
     shardings = partitioning.logical_to_sharding(boxed, mesh, setup.rules)
     params = jax.tree.map(place, nn.unbox(boxed), shardings)
     apply = lambda params: model.module.apply({"params": params}, batch_size, method="initial_state")
-    state = jax.tree.map(place, jax.eval_shape(apply, params), state_shardings(mesh))
+    state = jax.eval_shape(apply, params)
+    state = jax.tree.map(place, state, partitioning.state_sharding(state, mesh, setup.rules))
     rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     streamer = Streamer(model.module)
