@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 import famx
 from famx import gin_utils
 from famx.errors import ConfigError
+from famx.gin_checks import nearest
 from launch import settings
 from launch.commands import Commands
 
@@ -134,7 +135,7 @@ def check_config_flags(argv: Sequence[str]) -> None:
                 " --config.environment_from=\"('NAME',)\"."
             )
         if field not in config or inner:
-            raise ConfigError(f"--config has no field {name}.{settings.nearest(name, config)}")
+            raise ConfigError(f"--config has no field {name}.{nearest(name, list(config))}")
 
 
 def make_job(config: ConfigDict, check_gin: bool = True) -> Job:

@@ -4,14 +4,14 @@ A file of launch/configs/ returns `tpu()`, `gke()`, `slurm()` or `local()` with 
 `--config.FIELD=VALUE` changes one on the command line.
 """
 
-import difflib
 import os
 import re
-from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
 from famx.errors import ConfigError
+from famx.gin_checks import nearest
+from launch import accelerators
 
 _COMMON = dict(
     name="famx",  # of the job and of what it creates
@@ -138,15 +138,6 @@ _AT_LEAST = {
     "poll_seconds": 0, "restarts": 0, "gpus_per_node": 0, "cpus_per_task": 0, "warning_seconds": 1,
     "grace_seconds": 0,
 }  # fmt: skip
-_SIZES = {
-    "v2": (8, 32, 128, 256, 512),
-    "v3": (8, 32, 64, 128, 256, 512, 1024, 2048),
-    "v4": range(8, 8193, 8),
-    "v5litepod": (1, 4, 8, 16, 32, 64, 128, 256),
-    "v5p": range(8, 12289, 8),
-    "v6e": (1, 4, 8, 16, 32, 64, 128, 256),
-}
-_RUNTIMES = {"v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 
 
 def check(config: ConfigDict, kind: str) -> ConfigDict:
@@ -176,9 +167,9 @@ def check(config: ConfigDict, kind: str) -> ConfigDict:
             raise ConfigError(f"--config.{name} must be at least {least}, not {config[name]}.")
     config = ConfigDict(config)
     if "accelerator" in config:
-        family = _family(config.accelerator)
+        slice_ = accelerators.parse(config.accelerator)
         if not config.get("runtime_version", "unused"):
-            config.runtime_version = _RUNTIMES.get(family, "tpu-ubuntu2204-base")
+            config.runtime_version = slice_.runtime
     if kind in ("tpu", "gke") and not re.fullmatch(r"3\.[0-9]+", config.python):
         raise ConfigError(f"--config.python must be a version such as 3.12, not {config.python!r}.")
     if kind == "gke" and bool(config.image) == bool(config.base_image):
@@ -186,28 +177,6 @@ def check(config: ConfigDict, kind: str) -> ConfigDict:
     if kind == "gke" and (config.provisioning == "reserved") != bool(config.reservation):
         raise ConfigError("--config.provisioning='reserved' and --config.reservation go together.")
     return config
-
-
-def _family(accelerator: str) -> str:
-    family, _, size = accelerator.partition("-")
-    sizes = _SIZES.get(family)
-    if sizes is None:
-        near = nearest(family, _SIZES) or f" It begins with one of {_listed(_SIZES)}."
-        raise ConfigError(f"There is no accelerator {accelerator!r}.{near}")
-    if not re.fullmatch(r"[0-9]{1,5}", size) or int(size) not in sizes:
-        known = f"multiples of 8 to {max(sizes)}" if isinstance(sizes, range) else _listed(sizes)
-        raise ConfigError(f"There is no accelerator {accelerator!r}: sizes of {family} are {known}.")
-    return family
-
-
-def _listed(values: Iterable) -> str:
-    return ", ".join(map(str, values))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean X?', or ''."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)

@@ -54,7 +54,7 @@ def check(kind, **changes):
         ),
         ("tpu", {"accelerator": "v5lite-256"}, "Did you mean v5litepod?"),
         ("tpu", {"accelerator": "h100-8"}, "It begins with one of v2, v3, v4, v5litepod, v5p, v6e."),
-        ("tpu", {"accelerator": "v4-9"}, "sizes of v4 are multiples of 8 to 8192."),
+        ("tpu", {"accelerator": "v4-9"}, "sizes of v4 are 8, 16, 32, 64 and multiples of 128 to 8192."),
         ("tpu", {"accelerator": "v5p"}, "There is no accelerator 'v5p'"),
         ("tpu", {"provisioning": "cheap"}, "on_demand, spot or reserved"),
         ("tpu", {"num_slices": 0}, "--config.num_slices must be at least 1, not 0."),
