@@ -11,20 +11,17 @@ import json
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
 from famx import gin_utils
-from famx.analysis import AttentionMaps, AttentionReader
-from famx.data.vocabularies import Vocabulary
+from famx.analysis.attention_maps import AttentionMaps, read_maps
 from famx.errors import ConfigError
 from famx.files import replace_file
 from famx.inference.conversation import load_with_vocabulary
 from famx.inference.reading import ReadProgress, encode_file
-from famx.loading import TrainedModel
 
-_MAX_BYTES = 4 << 30  # of the maps that are kept
 _MAX_FIGURES = 400  # of which each layer and block has three
 
 
@@ -117,69 +114,6 @@ def make_maps(
         f"{out}: {count} figures, {summary.counts.sum():,} tokens in {len(summary.counts):,} blocks read,"
         f" maps of blocks {', '.join(map(str, maps.blocks))}"
     )
-
-
-def read_maps(
-    trained: TrainedModel,
-    text: str | Iterable[Sequence[int]],
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    blocks: Sequence[int] | None = None,
-) -> AttentionMaps:
-    """The maps of a text, read from its start after the vocabulary's begin of text.
-
-    Args:
-      trained: the model, with its vocabulary.
-      text: a text, or its token ids in pieces of any size.
-      layers, heads, blocks: see `AttentionReader.read`.
-
-    Raises:
-      ConfigError: there is nothing to read, or something that is to be kept does not exist or is
-        too large.
-    """
-    vocabulary, reader = trained.model.input_vocabulary, AttentionReader(trained.model.module)
-    size = reader.num_bytes(
-        len(blocks or "?"), *(None if chosen is None else len(chosen) for chosen in (layers, heads))
-    )
-    if size > _MAX_BYTES:
-        raise ConfigError(
-            f"The maps would take {size / 2**30:.1f} GiB, and {_MAX_BYTES >> 30} are the most: name fewer"
-            " layers, heads or blocks."
-        )
-    pieces = [vocabulary.encode(text)] if isinstance(text, str) else text
-
-    def begun():
-        first = True
-        for piece in pieces:
-            if first and len(piece) and vocabulary.bos_id is not None:
-                yield [vocabulary.bos_id]
-            first = first and not len(piece)
-            yield piece
-
-    try:
-        return reader.read(
-            trained.params, begun(), layers, heads, blocks,
-            label=lambda token: token_text(vocabulary, token),
-        )  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def token_text(vocabulary: Vocabulary, token: int) -> str:
-    """The text of one token for people: never empty, white space made visible, `<id>` for no text.
-
-    >>> from famx.data import ByteVocabulary
-    >>> [token_text(ByteVocabulary(), token) for token in (1, 13, 35, 68, 200)]
-    ['<bos>', '↵', '␣', 'A', '<200>']
-    """
-    for name in ("pad", "bos", "eos", "unk"):
-        if token == getattr(vocabulary, f"{name}_id"):
-            return f"<{name}>"
-    text = vocabulary.decode([token]) if token < vocabulary.vocab_size else ""
-    text = text.replace("\n", "↵").replace("\t", "⇥")
-    if not text or not text.isprintable() or "\N{REPLACEMENT CHARACTER}" in text:
-        return f"<{token}>"
-    return text if text.strip() else "␣" * len(text)
 
 
 def write_maps(maps: AttentionMaps, folder: pathlib.Path) -> int:

@@ -13,10 +13,9 @@ from trained import write_model_dir
 
 from famx import attention_maps as module
 from famx import gin_utils
-from famx.analysis import AttentionMaps, interactive
-from famx.attention_maps import make_maps, read_maps, token_text
+from famx.analysis import AttentionMaps, attention_maps, interactive
+from famx.attention_maps import make_maps, read_maps
 from famx.data import ByteVocabulary
-from famx.data.passkey_text import passkey_words
 from famx.errors import ConfigError
 from famx.loading import load_model
 
@@ -74,24 +73,6 @@ def test_the_summary_is_json(made):
         assert [tuple(source) for source in found] == sources
 
 
-def test_maps_of_text_are_those_of_its_tokens_in_pieces(directory):
-    trained = load_model(directory)
-    ids = ByteVocabulary().encode(TEXT)
-    whole, pieces = read_maps(trained, TEXT), read_maps(trained, [[], ids[:3], ids[3:]])
-    np.testing.assert_array_equal(whole.tokens, pieces.tokens)
-    assert whole.summary.counts.sum() == len(ids) + 1
-
-
-def test_tokens_are_told_so_that_people_can_read_them():
-    words = passkey_words()
-    told = lambda text: [token_text(words, token) for token in words.encode(text)]
-    assert told("The pass key is 7.") == ["The", "pass", "key", "is", "7", "."]
-    assert told("unheard") == ["<unk>"] and token_text(words, 10_000) == "<10000>"
-    bytes_ = ByteVocabulary()
-    told = [token_text(bytes_, token) for token in [0, 1, 2, *bytes_.encode("a \n\t\x00ä")]]
-    assert told == ["<pad>", "<bos>", "<eos>", "a", "␣", "↵", "⇥", "<3>", "<198>", "<167>"]
-
-
 # ---------------------------------------------------------------- bad input
 
 
@@ -130,7 +111,7 @@ def test_what_does_not_fit_the_model_or_the_text_is_told(directory, tmp_path, pa
         with pytest.raises(ConfigError) as caught:
             make_maps(directory, *arguments)
         assert str(caught.value).startswith(sentence)
-    monkeypatch.setattr(module, "_MAX_BYTES", 1 << 12)
+    monkeypatch.setattr(attention_maps, "_MAX_BYTES", 1 << 12)
     with pytest.raises(ConfigError, match="The maps would take 0.0 GiB, and 0 are the most: name fewer"):
         make_maps(directory, path, out)
 
@@ -143,9 +124,7 @@ def test_a_page_that_cannot_be_made_does_not_take_the_rest_along(
     make_maps(directory, path, str(tmp_path / "out"), [0], [0], [0])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("There is no attention.html: The page would hold ")
-    assert lines[1] == (
-        f"{tmp_path / 'out'}: 6 figures, 21 tokens in 3 blocks read, maps of blocks 0"
-    )
+    assert lines[1] == (f"{tmp_path / 'out'}: 6 figures, 21 tokens in 3 blocks read, maps of blocks 0")
     assert not (tmp_path / "out" / "attention.html").exists()
     assert (tmp_path / "out" / "map_layer0_block0.png").exists()
 

@@ -16,10 +16,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from famx.analysis.attention_maps import AttentionMaps, AttentionSummary
+from famx.analysis.maps import AttentionMaps, AttentionSummary
 from famx.analysis.pictures import NO_TOKEN
 from famx.decoding.streaming import check_ids, check_position
+from famx.lora.adapters import ADAPTERS
 from famx.modules import Decoder, DecoderState
 from famx.modules.attention import attend, visible
 from famx.modules.config import DecoderConfig
@@ -129,7 +131,7 @@ class AttentionReader:
         """Reads one text.
 
         Args:
-          params: the decoder's parameters.
+          params: the decoder's parameters, adapters merged into them.
           pieces: the text's token ids, bos included, in pieces of any size: `[ids]`, or what an
             iterator yields. One block is held at a time.
           layers, heads: whose maps are kept; None: all.
@@ -143,10 +145,14 @@ class AttentionReader:
           summary grows by a few figures per block.
 
         Raises:
-          ValueError: there is no token, one is not in the vocabulary, or something that is to be kept
-            does not exist.
+          ValueError: there is no token, one is not in the vocabulary, something that is to be kept
+            does not exist, or there are adapters among the parameters.
         """
         c = self.config
+        if any(path[-1] in ADAPTERS for path in flatten_dict(params)):
+            raise ValueError(
+                "There are adapters beside the weights: merge them first (famx.lora.merged)."
+            )
         layers = _choice("layer", layers, c.num_layers)
         heads = _choice("head", heads, c.num_heads)
         if state is not None and state.batch_size != 1:

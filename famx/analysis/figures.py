@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import offset_copy
 
-from famx.analysis.attention_maps import AttentionMaps, AttentionSummary
+from famx.analysis.maps import AttentionMaps, AttentionSummary
 from famx.analysis.pictures import Picture
 
 MEMORY, PAST, OWN, UNSEEN = "#E69F00", "#56B4E9", "#009E73", "#E4E4E4"

@@ -12,8 +12,8 @@ import re
 
 import numpy as np
 
-from famx.analysis.attention_maps import AttentionMaps
 from famx.analysis.figures import MEMORY, OWN, PAST, UNSEEN
+from famx.analysis.maps import AttentionMaps
 from famx.analysis.pictures import Axis
 from famx.errors import ConfigError
 
