@@ -8,6 +8,7 @@ The text may have any length; `--blocks` names the blocks whose maps are kept, -
 """
 
 import json
+import math
 import os
 import pathlib
 import warnings
@@ -23,6 +24,7 @@ from famx.inference.conversation import load_with_vocabulary
 from famx.inference.reading import ReadProgress, encode_file
 
 _MAX_FIGURES = 400  # of which each layer and block has three
+_MAX_TOGETHER = 50_000_000  # cells of a figure of several blocks
 
 
 def define_flags() -> None:
@@ -146,7 +148,11 @@ def write_maps(maps: AttentionMaps, folder: pathlib.Path) -> int:
         "masses": lambda: figures.mass_figure(maps.summary),
         "entropy": lambda: figures.entropy_figure(maps.summary),
     }
+    sizes = (len(maps.blocks) * n for n in (maps.fam_length + maps.block_size, maps.tokens.shape[-1]))
+    together = len(maps.blocks) > 1 and math.prod(sizes) <= _MAX_TOGETHER
     for layer in maps.layers:
+        if together:
+            made[f"map_layer{layer}"] = lambda l=layer: figures.map_figure(maps.as_picture(l))
         if maps.fam_length:
             made[f"travel_layer{layer}"] = lambda l=layer: figures.travel_figure(maps.summary, l)
         for block in maps.blocks:

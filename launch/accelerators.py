@@ -19,7 +19,7 @@ class _Family:
       sizes: that an accelerator's name can end in: cores where a chip has two, otherwise chips.
       cores: of a chip that the name counts.
       dimensions: of a slice.
-      compiler: what TPU's compiler calls the family; '': it is not offered any more.
+      compiler: what famx.compile calls the family; '': it does not compile for it.
       runtime: version of the software on the workers.
     """
 
@@ -58,7 +58,7 @@ class Slice:
 
     @property
     def topology(self) -> str:
-        """The name by which TPU's compiler knows the slice, such as v5p:4x4x4; '': it does not."""
+        """The name by which famx.compile knows the slice, such as v5p:4x4x4; '': it does not."""
         name = FAMILIES[self.family].compiler
         return f"{name}:{'x'.join(map(str, self.grid))}" if name else ""
 

@@ -46,7 +46,7 @@ def made(directory, tmp_path_factory):
 
 
 def test_everything_is_written(made, directory):
-    figures = ["entropy", "masses", "travel_layer1", "sources_layer1_block0"]
+    figures = ["entropy", "masses", "travel_layer1", "sources_layer1_block0", "map_layer1"]
     figures += [f"{what}_layer1_block{b}" for what in ("map", "heads") for b in (0, 2)]
     pages = ["attention.html"] if importlib.util.find_spec("plotly") else []
     files = [*(f"{name}.png" for name in figures), *pages, "maps.npz", "summary.json"]

@@ -33,8 +33,9 @@ def map_figure(picture: Picture) -> Figure:
     figure = _figure(2.6 + width, 1.6 + max(inch * rows, 2.0))
     axes = figure.subplots()
     image = _draw(axes, picture, named, width, np.nanmax(picture.values))
-    axes.set_xlabel("keys (grey: not seen by the query)")
-    axes.set_ylabel("queries")
+    keys, queries = _axis_titles(picture)
+    axes.set_xlabel(keys)
+    axes.set_ylabel(queries)
     figure.colorbar(image, ax=axes, label="attention", shrink=0.8, pad=0.02)
     head = "mean over heads" if picture.head is None else f"head {picture.head}"
     figure.suptitle(f"Attention, layer {picture.layer}, {head}")
@@ -45,16 +46,20 @@ def heads_figure(maps: AttentionMaps, layer: int, block: int) -> Figure:
     """The maps of one layer and block, every kept head beside the others on one colour scale."""
     across = min(4, len(maps.heads))
     down = -(-len(maps.heads) // across)
-    figure = _figure(1.2 + 3.2 * across, 1.0 + 3.0 * down)
+    pictures = [maps.as_picture(layer, head, block) for head in maps.heads]
+    rows, columns = pictures[0].values.shape
+    high = 2.7 * rows / columns if _squares(rows, columns) else 2.4
+    figure = _figure(1.2 + 3.2 * across, 1.2 + (0.6 + high) * down)
     grid = figure.subplots(down, across, squeeze=False)
     for axes in grid.flat[len(maps.heads) :]:
         axes.set_axis_off()
-    pictures = [maps.as_picture(layer, head, block) for head in maps.heads]
     top = max(np.nanmax(picture.values) for picture in pictures)
     for axes, head, picture in zip(grid.flat, maps.heads, pictures):
         image = _draw(axes, picture, False, 2.7, top)
         axes.set_title(f"head {head}", fontsize=10, pad=20)
     figure.colorbar(image, ax=grid, label="attention", shrink=0.8)
+    figure.supxlabel(_axis_titles(pictures[0])[0], fontsize=10)
+    figure.supylabel("queries", fontsize=10)
     figure.suptitle(f"Attention, layer {layer}, block {block}")
     return figure
 
@@ -133,18 +138,22 @@ def travel_figure(summary: AttentionSummary, layer: int) -> Figure:
     panels = {"read": "attention of\nblock tokens", "written": "share of its attention\non the block"}
     shades = {"read": "cividis", "written": "cividis", "place": "viridis"}
     panels["place"] = f"mean slot of the block\n(0 to {int(summary.counts.max()) - 1})"
+    first = summary.first_block - 0.5
     for axes, (name, title) in zip(figure.subplots(3, 1, sharex=True), panels.items()):
         values = getattr(summary, name)
         axes.set_ylabel("memory token")
+        axes.set_facecolor(UNSEEN)
         if not values.size:
             _nothing(axes, "there is no memory" if not count else "the memory was never updated")
             continue
-        first = summary.first_block - 0.5
+        values = values[:, layer].T
+        top = 1 if name == "written" else max(values.max(), 1e-6)
         image = axes.imshow(
-            values[:, layer].T, aspect="auto", cmap=shades[name], interpolation="nearest",
-            vmin=0, vmax=1 if name == "written" else None,
-            extent=(first, first + len(values), count - 0.5, -0.5),
+            values, aspect="auto", cmap=shades[name], interpolation="nearest",
+            norm=PowerNorm(0.5 if name == "read" else 1, 0, top),
+            extent=(first, first + values.shape[1], count - 0.5, -0.5),
         )  # fmt: skip
+        axes.set_xlim(first, first + len(summary.counts))  # an incomplete last block is only read
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes, pad=0.01).set_label(title, fontsize=8)
@@ -183,6 +192,21 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _squares(rows: int, columns: int) -> bool:
+    """Whether a map of this shape is drawn with square cells."""
+    return 0.4 < rows / columns < 2.5
+
+
+def _axis_titles(picture: Picture) -> tuple[str, str]:
+    """Of keys and queries: the memory stands for two moments."""
+    if not picture.columns.memory.any():
+        return "keys (grey: not seen by the query)", "queries"
+    return (
+        "keys (FAM: as the block finds it; grey: not seen by the query)",
+        "queries (FAM: while it compresses the block)",
+    )
+
+
 def _draw(axes, picture: Picture, named: bool, width: float, top: float):
     """One map with a coloured margin.
 
@@ -197,7 +221,7 @@ def _draw(axes, picture: Picture, named: bool, width: float, top: float):
     image = axes.imshow(
         _pooled(picture.values), cmap=_SCALE, norm=PowerNorm(0.5, 0, top), interpolation="nearest",
         extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
-        aspect="equal" if named or 0.4 < rows / columns < 2.5 else "auto",
+        aspect="equal" if named or _squares(rows, columns) else "auto",
     )  # fmt: skip
     drawn = set(picture.rows.block.tolist())
     for axis, is_row in ((picture.rows, True), (picture.columns, False)):
@@ -231,8 +255,11 @@ def _draw(axes, picture: Picture, named: bool, width: float, top: float):
             labels = [_plain(_short(text)) for text in axis.labels]
             set_ticks(range(len(labels)), labels, fontsize=6, rotation=90 if which == "x" else 0)
         else:
-            at = [first for first, *_, memory in axis.segments() if not memory]
-            set_ticks(at, [f"{axis.block[i]}:{axis.slot[i]}" for i in at], fontsize=6)
+            # Blocks of keys are named above; one block of queries is named in the title.
+            several = which == "y" and len(drawn) > 1
+            middles = [((a + b - 1) / 2, n) for a, b, n, memory in axis.segments() if not memory]
+            found = middles if several else []
+            set_ticks([at for at, _ in found], [f"block {n}" for _, n in found], fontsize=7)
         axes.tick_params(axis=which, length=0, pad=_STRIP + 2 if which == "y" else 2)
     return image
 

@@ -44,22 +44,25 @@ def attention_page(maps: AttentionMaps, title: str = "Attention maps") -> str:
             f"The page would hold {cells:,} probabilities, and {_MAX_CELLS:,} are the most: keep fewer"
             " blocks, layers or heads."
         )
-    axes, values = {}, {}
+    axes, values, kinds = {}, {}, set()
     for block in maps.blocks:
         for layer in maps.layers:
             for head in heads:
                 picture = maps.as_picture(layer, None if head == "mean" else head, block)
                 values[f"{block}/{layer}/{head}"] = _packed(picture.values)
         axes[block] = {"rows": _axis(picture.rows, block), "columns": _axis(picture.columns, block)}
+        kinds.update(axes[block]["columns"]["kind"])
     data = {
         "choices": {"block": maps.blocks, "layer": maps.layers, "head": heads},
         "axes": axes,
         "values": values,
         "colors": {"memory": MEMORY, "past": PAST, "own": OWN, "unseen": UNSEEN},
+        "kinds": [kind for kind in ("memory", "past", "own") if kind in kinds],
     }
     # "<" could end the script that holds the data.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    parts = {"TITLE": html.escape(title), "DATA": text, "PLOTLY": get_plotlyjs()}
+    about = _ABOUT + (_ABOUT_MEMORY if maps.fam_length else "")
+    parts = {"TITLE": html.escape(title), "ABOUT": about, "DATA": text, "PLOTLY": get_plotlyjs()}
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], _PAGE)
 
 
@@ -79,6 +82,11 @@ def _axis(axis: Axis, block: int) -> dict:
     }
 
 
+_ABOUT = "Each row is a query, each column a key; grey is what the query does not see."
+_ABOUT_MEMORY = (
+    " F0, F1, … are the memory (FAM): as keys as the block finds it, as queries while it compresses the"
+    " block."
+)
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -87,6 +95,7 @@ _PAGE = """<!DOCTYPE html>
 <style>
 body { font: 14px/1.5 system-ui, sans-serif; margin: 1em auto; max-width: 1100px; padding: 0 1em; }
 h1 { font-size: 1.3em; margin: 0 0 .4em; }
+p { margin: 0 0 .6em; color: #444; }
 label { margin-right: 1.2em; }
 .key { display: inline-block; width: 1em; height: 1em; margin: 0 .3em 0 1em; vertical-align: -.15em; }
 #row { min-height: 1.5em; margin: .5em 0; }
@@ -97,6 +106,7 @@ label { margin-right: 1.2em; }
 </head>
 <body>
 <h1>@TITLE@</h1>
+<p>@ABOUT@</p>
 <div id="choices"></div>
 <div id="map"></div>
 <div id="row"></div>
@@ -123,6 +133,7 @@ function decode(text, columns) {
 }
 
 const escaped = text => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+const short = text => text.length > 12 ? text.slice(0, 11) + "…" : text;
 const name = (axis, i) => axis.kind[i] === "memory" ? axis.text[i]
   : `${axis.block[i]}:${axis.slot[i]} ${axis.text[i]}`;
 
@@ -151,7 +162,7 @@ function margins(axes) {
 function ticks(axis, room) {
   const step = Math.ceil(axis.text.length / room), at = [];
   for (let i = 0; i < axis.text.length; i += step) at.push(i);
-  return {tickvals: at, ticktext: at.map(i => escaped(axis.text[i].slice(0, 14))), tickfont: {size: 9}};
+  return {tickvals: at, ticktext: at.map(i => escaped(short(axis.text[i]))), tickfont: {size: 9}};
 }
 
 function draw() {
@@ -172,14 +183,15 @@ function draw() {
   const cell = Math.min(18, 1000 / Math.max(rows.text.length, columns.text.length));
   const height = Math.max(210, cell * rows.text.length);
   const layout = {height: height + 150,
-    margin: {l: 125, t: 60, r: 20, b: 90}, plot_bgcolor: data.colors.unseen,
-    xaxis: {title: {text: "keys (grey: not seen by the query)"}, showgrid: false, zeroline: false,
-      tickangle: -90, ...ticks(columns, 60)},
-    yaxis: {title: {text: "queries"}, autorange: "reversed", showgrid: false, zeroline: false,
-      ticklabelstandoff: 14, ...ticks(rows, height / 12)},
+    margin: {l: 60, t: 60, r: 20, b: 60}, plot_bgcolor: data.colors.unseen,
+    xaxis: {showgrid: false, zeroline: false,
+      automargin: true, tickangle: -90, ...ticks(columns, 60)},
+    yaxis: {autorange: "reversed", showgrid: false, zeroline: false,
+      automargin: true, ticklabelstandoff: 14, ...ticks(rows, height / 12)},
     ...margins(axes)};
   shown = {axes, z};
-  Plotly.react(map, [trace], layout, {responsive: true, displaylogo: false});
+  Plotly.react(map, [trace], layout, {
+    responsive: true, displaylogo: false, showSendToCloud: false});  // the page shares nothing
   if (kept !== null && kept >= z.length) kept = null;
   write();
   if (kept === null) document.getElementById("row").textContent = help;
@@ -224,11 +236,11 @@ for (const [what, values] of Object.entries(data.choices)) {
   label.append(`${what} `, select);
   document.getElementById("choices").append(label);
 }
-for (const [kind, text] of Object.entries(places)) {
+for (const kind of data.kinds) {
   const key = document.createElement("span");
   key.className = "key";
   key.style.background = data.colors[kind];
-  document.getElementById("choices").append(key, text);
+  document.getElementById("choices").append(key, places[kind]);
 }
 draw();
 map.on("plotly_hover", event => { if (kept === null) shade(...event.points[0].pointIndex); });

@@ -5,6 +5,7 @@ import functools
 import html.parser
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -67,9 +68,10 @@ def test_a_map_shows_probabilities_tokens_and_margins():
 def test_many_tokens_are_not_named_one_by_one(monkeypatch):
     monkeypatch.setattr(figures, "_LABELLED", 20)
     axes = drawn(figures.map_figure(make_maps().as_picture(0))).axes[0]
-    places = [f"{block}:0" for block in range(5)]
-    assert [label.get_text() for label in axes.get_xticklabels()] == places
-    assert [label.get_text() for label in axes.get_yticklabels()] == places
+    blocks = [f"block {block}" for block in range(5)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == blocks
+    assert axes.get_xticklabels() == []  # named above
+    assert axes.get_xlabel().startswith("keys (FAM: as the block finds it;")
     names = [x for b in range(4) for x in ("FAM", f"block {b}")] + ["FAM", "4"]  # a narrow one
     assert [text.get_text() for text in axes.texts] == names
 
@@ -118,6 +120,7 @@ def test_entropy_and_travel_are_those_of_the_summary():
     for axes, name in zip(found[:3], ("read", "written", "place")):
         np.testing.assert_allclose(shown(axes), getattr(summary, name)[:, 1].T)
     assert len(shown(found[0]).T) == 5 and len(shown(found[1]).T) == 4  # the last block is incomplete
+    assert {axes.get_xlim() for axes in found[:3]} == {(-0.5, 4.5)}
 
 
 def test_sources_are_written_out():
@@ -136,7 +139,8 @@ def test_what_does_not_exist_is_said_in_the_figure():
     assert sentences(figures.mass_figure(without.summary)) == {"the memory was never updated"}
     assert sentences(figures.entropy_figure(without.summary)) == {"the memory was never updated"}
     assert sentences(figures.travel_figure(without.summary, 0)) == {"there is no memory"}
-    drawn(figures.map_figure(without.as_picture(0, 0, 4)))
+    axes = drawn(figures.map_figure(without.as_picture(0, 0, 4))).axes[0]
+    assert axes.get_xlabel() == "keys (grey: not seen by the query)"
     incomplete = make_maps(block_size=64)
     assert sentences(figures.travel_figure(incomplete.summary, 0)) == {"the memory was never updated"}
 
@@ -205,14 +209,24 @@ def test_a_page_that_cannot_be_made_says_why(monkeypatch):
         interactive.attention_page(maps)
 
 
+POINT = """<script>
+const box = map.querySelector(".nsewdrag"), at = box.getBoundingClientRect();
+const {xaxis, yaxis} = map._fullLayout;
+box.dispatchEvent(new MouseEvent("mousemove", {
+  bubbles: true, clientX: at.left + xaxis.c2p(20), clientY: at.top + yaxis.c2p(5)}));
+</script>"""  # the pointer on column 20 of row 5
+
+
 @pytest.mark.slow
 def test_a_browser_draws_what_the_address_names(tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("there is no Chromium here")
     maps, path = make_maps(), tmp_path / "page.html"
-    path.write_text(make_page(maps))
+    path.write_text(make_page(maps).replace("</body>", f"{POINT}</body>"))
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+               "--disable-quic", "--no-first-run", "--disable-background-networking",
+               "--disable-component-update", "--disable-sync",
                f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1100"]  # fmt: skip
     address = f"{path.as_uri()}#block=2&layer=1&head=0"
     run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=55)
@@ -220,7 +234,15 @@ def test_a_browser_draws_what_the_address_names(tmp_path):
     assert "heatmaplayer" in text and "<image" in text
     body = text[text.index('<div id="text">') : text.index('<script id="data"')]
     assert body.count("<span") == N + (M + 1) * S and "&lt;/script&gt;" in body
-    assert ">block 0<" in text and ">FAM<" in text and "Point at the map" in text
+    assert ">block 0<" in text and ">FAM<" in text and "are the memory (FAM)" in text
+    buttons = set(re.findall('data-title="(.*?)"', text))
+    assert "Zoom" in buttons and not any("Share" in name for name in buttons), "a page uploads nothing"
+    picture = maps.as_picture(1, 0, 2)
+    name = lambda axis, i: f"{axis.block[i]}:{axis.slot[i]} {axis.labels[i]}"
+    query, key = html.escape(name(picture.rows, 5)), html.escape(name(picture.columns, 20))
+    value = picture.values[5, 20]
+    told = f"Query {query}, key {key}: {value:.3g}"
+    assert told in text and f"query {query}" in text[text.index('class="hoverlayer"') :]
     run([*command, f"--screenshot={tmp_path / 'page.png'}", address])
     pixels = images.imread(tmp_path / "page.png")[..., :3]
     for color in (figures.MEMORY, figures.PAST, figures.OWN):

@@ -1,5 +1,7 @@
 """`read_maps`: the maps of a text, by a model as a checkpoint holds it."""
 
+import re
+
 import numpy as np
 import pytest
 from lora.trees import adapters_of
@@ -11,6 +13,7 @@ from famx.analysis.attention_maps import token_text
 from famx.data import ByteVocabulary
 from famx.data.passkey_text import passkey_words
 from famx.errors import ConfigError
+from famx.gin_utils import gin_root
 from famx.loading import load_model
 from famx.lora import Lora, combine, merged
 from famx.models import DecoderModel
@@ -60,6 +63,19 @@ def test_a_model_without_a_vocabulary_is_told(tmp_path):
     bare = load_model(write_model_dir(tmp_path, MODEL, make_params(MODEL.module), None))
     with pytest.raises(ConfigError, match="The model has no vocabulary to read a text with"):
         read_maps(bare, TEXT)
+
+
+def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
+    pytest.importorskip("plotly")
+    text = (gin_root() / "docs" / "attention_maps.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    model = make_model(num_layers=2, num_heads=4)
+    folder = write_model_dir(tmp_path / "model", model, make_params(model.module), ByteVocabulary())
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("/tmp/famx/passkey_tiny", folder), {})
+    assert {"heads.png", "page.html", "maps.npz"} <= {path.name for path in tmp_path.iterdir()}
+    for name in re.findall(r"\]\((.*?\.png)\)", text):
+        assert (gin_root() / "docs" / name).is_file()
 
 
 def test_tokens_are_told_so_that_people_can_read_them():
