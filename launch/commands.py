@@ -51,15 +51,18 @@ class Commands:
             if not self.dry_run and shutil.which(tool) is None:
                 raise ConfigError(f"{tool} is not installed: {_INSTALL[tool]}.")
 
-    def run(self, *command: str) -> int:
-        """Runs to the end, its output passed on line by line; returns the exit code."""
-        return self.stream(*command)[0]
+    def run(self, *command: str, harmless: bool = False) -> int:
+        """Runs to the end, its output passed on line by line; returns the exit code.
 
-    def stream(self, *command: str) -> tuple[int, int]:
+        A dry run does it only if it is `harmless`.
+        """
+        return self.stream(*command, harmless=harmless)[0]
+
+    def stream(self, *command: str, harmless: bool = False) -> tuple[int, int]:
         """As `run`; returns the exit code and the number of lines of its standard output."""
         self._asked = ()
         self.say(f"$ {shlex.join(command)}")
-        if self.dry_run:
+        if self.dry_run and not harmless:
             return 0, 0
         lines = 0
         with _ending(self._start(command)) as process:

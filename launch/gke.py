@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from famx.errors import ConfigError
+from launch import estimate
 from launch.commands import Commands, sigterm_as_ctrl_c
 from launch.job import DELETE, STOPPED, Job, add_wheel, check_model_dir, run
 
@@ -98,10 +99,10 @@ def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
 def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
     check_model_dir(config, job)
     commands.require("xpk")
+    sigterm_as_ctrl_c()
+    estimate.show(config, job, commands)
     write_stage(config, job, commands)
     commands.environment.update(job.secret)
-    sigterm_as_ctrl_c()
-    # A cost and fit estimate of the compiled step belongs here, before anything is created.
     for command in create_cluster(config) if _CREATE.value else []:
         if commands.run(*command):
             raise ConfigError(f"xpk could not prepare the cluster {config.cluster}: see the lines above.")

@@ -8,6 +8,7 @@ import runpy
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import gin
 from absl import flags
@@ -43,6 +44,7 @@ class Job:
       model_dir: MODEL_DIR, if gin's settings were checked.
       shown, secret: environment variables.
       stage: the local directory in which files are put together.
+      train_steps: TRAIN_STEPS, if gin's settings were checked and it is a number.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Job:
     shown: Mapping[str, str]
     secret: Mapping[str, str]
     stage: pathlib.Path
+    train_steps: int | None = None
 
     def train(self, python: str, *flags: str) -> list[str]:
         """The command that trains."""
@@ -152,17 +155,23 @@ def make_job(config: ConfigDict, check_gin: bool = True) -> Job:
     if check_gin:
         gin_utils.parse_gin(files, bindings)
     model_dir = _model_dir() if check_gin else ""
+    steps = _macro("TRAIN_STEPS") if check_gin else None
     shown, secret = settings.environment(config)
     stage = pathlib.Path(config.stage_dir).expanduser().absolute() / f"famx-{config.name}"
     words = [f"--gin_file={name}" for name in files] + [f"--gin_bindings={text}" for text in bindings]
-    return Job(config.name, tuple(files), tuple(words), model_dir, shown, secret, stage)
+    steps = steps if isinstance(steps, int) else None
+    return Job(config.name, tuple(files), tuple(words), model_dir, shown, secret, stage, steps)
+
+
+def _macro(name: str) -> Any:
+    try:
+        return gin.query_parameter(f"%{name}")
+    except ValueError:
+        return None
 
 
 def _model_dir() -> str:
-    try:
-        value = gin.query_parameter("%MODEL_DIR")
-    except ValueError:
-        value = None
+    value = _macro("MODEL_DIR")
     if not isinstance(value, str) or not os.path.isabs(value):
         raise ConfigError(f"MODEL_DIR must be an absolute path, not {value}: --gin.MODEL_DIR=\"'/dir'\".")
     return os.path.normpath(value)

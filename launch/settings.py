@@ -31,6 +31,7 @@ _CLOUD = dict(
     provisioning="on_demand",  # on_demand, spot or reserved
     bucket="",  # of Cloud Storage, mounted where MODEL_DIR lies
     mount="/mnt/famx",
+    price_per_chip_hour=0.0,  # what you pay, for the estimate; 0: it ends at chip-hours
 )
 _TPU = dict(
     runtime_version="",  # "": the one for this accelerator
@@ -136,7 +137,7 @@ _REQUIRED = {
 _AT_LEAST = {
     "num_slices": 1, "nodes": 1, "processes": 1, "devices_per_process": 1, "bucket_gigabytes": 1,
     "poll_seconds": 0, "restarts": 0, "gpus_per_node": 0, "cpus_per_task": 0, "warning_seconds": 1,
-    "grace_seconds": 0,
+    "grace_seconds": 0, "price_per_chip_hour": 0,
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import time
 from ml_collections import ConfigDict
 
 from famx.errors import ConfigError
+from launch import estimate
 from launch.commands import Commands, sigterm_as_ctrl_c
 from launch.job import DELETE, STOPPED, Job, add_wheel, check_model_dir, run
 
@@ -36,6 +37,7 @@ class Slices:
 
     def __init__(self, config: ConfigDict, job: Job, commands: Commands):
         self.config, self.job, self.commands = config, job, commands
+        self.requested = False  # in this launch, or found
 
     # ---------------------------------------------------------------- the queued resource
 
@@ -83,7 +85,11 @@ class Slices:
             self.delete()
             state = ""
         if not state:
+            if not self.requested:
+                estimate.show(self.config, self.job, self.commands)
+            self.requested = True
             self.create()
+        self.requested = True
         shown = None
         while (state := self.state(assume="ACTIVE")) != "ACTIVE":
             if state in (*_ENDED, *_ENDING, ""):
@@ -178,6 +184,9 @@ class Slices:
 
     def interrupted(self) -> None:
         """After Ctrl-C: stops and deletes if --delete=always, or says how to."""
+        if not self.requested:
+            self.commands.say("Nothing was requested.")
+            return
         if DELETE.value == "always":
             if self.state(assume="ACTIVE") == "ACTIVE":
                 self.commands.run(*self.ssh("stop", everywhere=True))
@@ -207,7 +216,6 @@ def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
     slices = Slices(config, job, commands)
     sigterm_as_ctrl_c()
     write_stage(config, job, commands)
-    # A cost and fit estimate of the compiled step belongs here, before anything is requested.
     try:
         code = slices.train()
     except KeyboardInterrupt:

@@ -93,7 +93,7 @@ def main(folder: str, name: str, argv: list[str]) -> None:
         file.write(json.dumps([name, *argv]) + "\n")
     state = read(folder)
     code = {"gcloud": gcloud, "xpk": xpk, "sbatch": sbatch, "squeue": squeue, "srun": srun,
-            "scontrol": scontrol}[name](folder, state, argv)  # fmt: skip
+            "scontrol": scontrol, "compile": compile_step}[name](folder, state, argv)  # fmt: skip
     sys.exit(code)
 
 
@@ -269,6 +269,24 @@ else:
     assert requirement.startswith("famx[tpu] @ file:///"), requirement
     assert os.path.isfile(requirement.partition("file://")[2]), requirement
 """
+
+
+# ---------------------------------------------------------------- famx.compile
+
+COMPILE = {"gin_file": True, "gin_bindings": True, "topology": True, "num_slices": True, "json": True}
+
+
+def compile_step(folder, state, argv):
+    """What `python -m famx.compile` does; state.json has its report, if there is one, and its code."""
+    if argv[:2] != ["-m", "famx.compile"]:
+        refuse(f"not famx.compile: {argv[:2]}")
+    words, given = parse(argv[2:], COMPILE)
+    if words or not {"topology", "num_slices", "json"} <= given.keys():
+        refuse(f"bad arguments: {argv}")
+    print("train on a slice: what famx.compile says")
+    if state.get("report"):
+        pathlib.Path(given["json"]).write_text(json.dumps([state["report"]]))
+    return state.get("compile_code", 0)
 
 
 # ---------------------------------------------------------------- GKE
