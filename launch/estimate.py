@@ -48,7 +48,7 @@ def show(config: ConfigDict, job: Job, commands: Commands) -> None:
             raise ConfigError(f"There is no estimate: {report}")
         commands.say(f"Going on without an estimate: {report}")
         return
-    need, have = (f"{report[name] / 2**30:.1f} GiB" for name in ("needed", "available"))
+    need, have = (f"{report[name] / 2**30:.2f} GiB" for name in ("needed", "available"))
     if not report["fits"]:
         raise ConfigError(
             f"The training does not fit on {config.accelerator}: it needs {need} of the {have} of each"
@@ -95,8 +95,8 @@ def _tell_time(
         return
     hours = seconds * job.train_steps / 3600
     commands.say(
-        f"Estimate: at least {seconds:.3g} s a step, {hours:,.1f} hours for {job.train_steps:,} steps and"
-        f" {hours * chips:,.0f} chip-hours on {chips:,} chips, evaluations and restarts not counted."
+        f"Estimate: at least {seconds:.3g} s a step, {_amount(hours)} hours for {job.train_steps:,} steps"
+        f" and {_amount(hours * chips)} chip-hours on {chips:,} chips, without evaluations and restarts."
     )
     if not config.price_per_chip_hour:
         commands.say("With --config.price_per_chip_hour=PRICE its cost is shown too.")
@@ -105,3 +105,7 @@ def _tell_time(
         print(f"Estimate: costs at least {cost:,.2f} at your price of a chip-hour.", flush=True)
     else:
         commands.say("Its cost is shown on a terminal alone, and this is none.")
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

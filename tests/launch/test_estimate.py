@@ -63,16 +63,18 @@ def test_fit_time_and_chip_hours_are_shown_before_slices_are_requested(cloud, mo
     assert {"--topology=v5p:4x4x8", "--num_slices=2"} <= set(call)
     out = capsys.readouterr().out
     assert "\ntrain on a slice: what famx.compile says\n" in out
-    assert "\nEstimate: fits on v5p-256, 10.0 GiB of 16.0 GiB on each chip.\n" in out
+    assert "\nEstimate: fits on v5p-256, 10.00 GiB of 16.00 GiB on each chip.\n" in out
     # 0.36 s, which is the larger bound, 10 000 times, on two slices of 128 chips.
-    assert "at least 0.36 s a step, 1.0 hours for 10,000 steps and 256 chip-hours on 256 chips" in out
+    assert "at least 0.36 s a step, 1 hours for 10,000 steps and 256 chip-hours on 256 chips" in out
     assert "With --config.price_per_chip_hour=PRICE its cost is shown too.\n" in out
     assert not list((cloud / "stage").glob("estimate*"))
 
 
 def test_a_training_that_does_not_fit_requests_nothing(cloud, monkeypatch):
     prepare(cloud, monkeypatch, report={**REPORT, "fits": False, "bound": None}, compile_code=1)
-    with pytest.raises(ConfigError, match="does not fit on v5litepod-16: it needs 10.0 GiB of the 16.0"):
+    with pytest.raises(
+        ConfigError, match="does not fit on v5litepod-16: it needs 10.00 GiB of the 16.00"
+    ):
         launch(cloud)
     assert order(cloud) == ["compile"] and "tpus" not in stubs.read(cloud)
     assert launch(cloud, "no") == 0
