@@ -15,7 +15,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -156,6 +156,29 @@ def call(configurable: Callable[[], Any]) -> Any:
         if inside or isinstance(error, TypeError) or not _raised_by_famx(error):
             raise
         raise ConfigError(_call_error_sentence(error)) from error
+
+
+def call_with(
+    configurable: Callable[[], Any], gin_files: Sequence[str], settings: Mapping[str, Any] | None = None
+) -> Any:
+    """`call` under a configuration of its own, so that one process, such as a notebook, runs several.
+
+    What was configured before is forgotten, and this configuration is when the call ends.
+
+    Args:
+      configurable: such as `famx.training.loop.train`.
+      gin_files: see `parse_gin`.
+      settings: bindings by name, as in `{"TRAIN_STEPS": 100, "MODEL_DIR": "/tmp/famx/model"}`: numbers,
+        texts, paths, and lists, tuples and dicts of them.
+    """
+    plain = lambda value: str(value) if isinstance(value, os.PathLike) else value
+    bindings = [f"{name} = {plain(value)!r}" for name, value in (settings or {}).items()]
+    gin.clear_config()
+    try:
+        parse_gin(gin_files, bindings)
+        return call(configurable)
+    finally:
+        gin.clear_config()
 
 
 def _raised_by_famx(error: Exception) -> bool:

@@ -181,6 +181,23 @@ def test_operative_config_is_written(tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.gin"]
 
 
+def test_call_with_has_a_configuration_of_its_own(tmp_path):
+    (tmp_path / "a.gin").write_text("build_tool.alpha = 1\nbuild_tool.model_dir = %MODEL_DIR\n")
+    gin_utils.parse_gin([], ["build_tool.beta = 31"])
+    settings = {"MODEL_DIR": tmp_path / "x", "build_tool.alpha": {"a": (1, 2.5, None), "b": "it's"}}
+    for _ in range(2):
+        found = gin_utils.call_with(build_tool, [str(tmp_path / "a.gin")], settings)
+        assert found == ({"a": (1, 2.5, None), "b": "it's"}, 2, str(tmp_path / "x"))
+    assert build_tool() == (1, 2, None)  # nothing is left of it, nor of what was before
+
+
+@pytest.mark.parametrize("settings", [{"build_tool.alhpa": 1}, {"SIZE": 1}, {"build_tool.beta": set()}])
+def test_call_with_refuses_in_a_sentence_and_leaves_nothing(settings):
+    with pytest.raises(ConfigError):
+        gin_utils.call_with(build_tool, [], settings)
+    assert build_tool() == (1, 2, None)
+
+
 PROGRAM = """
 import gin
 from famx import gin_utils

@@ -114,7 +114,7 @@ def entropy_figure(summary: AttentionSummary) -> Figure:
             _nothing(axes, "the memory was never updated")
             continue
         blocks = summary.first_block + np.arange(len(values))
-        for layer, color in enumerate(_line_colors(values.shape[1])):
+        for layer, color in enumerate(line_colors(values.shape[1])):
             heads = values[:, layer]
             style = dict(color=color, marker="o" if len(blocks) < 40 else "", markersize=3)
             axes.plot(blocks, heads.mean(axis=-1), label=f"layer {layer}", **style)
@@ -279,7 +279,7 @@ def _nothing(axes, sentence: str):
     axes.text(0.5, 0.5, sentence, ha="center", va="center", transform=axes.transAxes, fontsize=9)
 
 
-def _line_colors(count: int):
+def line_colors(count: int):
     """Okabe and Ito's colours for a few lines, a scale for many."""
     few = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
     if count <= len(few):

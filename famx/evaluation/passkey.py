@@ -63,6 +63,8 @@ class PasskeyEvaluation:
 
     def report(self, model: DecoderModel, params, model_dir: str) -> str:
         """Measures all lengths, writes passkey.json and passkey.png, and returns the table."""
+        from famx.evaluation.figures import lengths_figure  # slow to import, needed at the end alone
+
         scores = self._measure(model, params, self.report_blocks)
         size = model.config.block_size
         table = {
@@ -80,13 +82,13 @@ class PasskeyEvaluation:
             "memory": {k.removeprefix("memory/"): v for k, v in scores.items() if is_of_memory(k)},
         }
         (folder / "passkey.json").write_text(json.dumps(result, indent=2) + "\n")
-        _plot(table, size, self.train_blocks, folder / "passkey.png")
+        lengths_figure({"": table}, size, self.train_blocks).savefig(folder / "passkey.png", dpi=150)
         lines = ["Exact match over %d fresh documents per cell, streamed:" % self.examples]
         lines.append("blocks".rjust(8) + "tokens".rjust(10) + "".join(p.rjust(20) for p in table))
         for b in self.report_blocks:
             cells = [f"{row[b]:.3f}" if b in row else "-" for row in table.values()]
             lines.append(f"{b:8d}{b * size:10d}" + "".join(c.rjust(20) for c in cells))
-        return "\n".join(lines + [f"Written: {folder / 'passkey.json'}, {folder / 'passkey.png'}"])
+        return "\n".join([*lines, "Written to MODEL_DIR: passkey.json, passkey.png"])
 
     def check(self, model: DecoderModel) -> None:
         """Raises ConfigError if the probes do not fit the model's block size or vocabulary."""
@@ -141,24 +143,3 @@ def _answers(model, params, batch, zero_memory: bool = False) -> np.ndarray:
     places = (starts - tokens.shape[1])[:, None] + np.arange(batch["answer"].shape[1])
     found = np.take_along_axis(best, np.minimum(places, -1) + tail, axis=1)
     return np.where(places < 0, found, batch["answer"])
-
-
-def _plot(table, block_size: int, train_blocks: int | None, path: pathlib.Path):
-    import matplotlib  # slow to import, needed at the end alone
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for (probe, row), marker in zip(table.items(), "os^"):
-        axes.plot(list(row), list(row.values()), marker=marker, label=probe)
-    if train_blocks:
-        axes.axvline(train_blocks, color="gray", linestyle="--", label="longest in training")
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel(f"blocks of {block_size} tokens read before the answer")
-    axes.set_ylabel("exact match")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

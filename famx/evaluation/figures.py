@@ -1,0 +1,91 @@
+"""Figures of runs: how they learnt, and PassKey over the length. Matplotlib alone.
+
+Each function returns a `matplotlib.figure.Figure`, which `savefig` writes and a notebook shows.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from famx.analysis.figures import line_colors
+from famx.errors import ConfigError
+from famx.training.run_log import read_metrics
+
+Scores = Mapping[str, Mapping[int, float]]  # by name of a line and by blocks read
+_LABELS = {"exact_match": "exact match"}
+
+
+def passkey_results(model_dir: str | os.PathLike) -> dict[str, Any]:
+    """passkey.json of a run, as `PasskeyEvaluation.report` wrote it; lengths are numbers.
+
+    Raises:
+      ConfigError: the run has none.
+    """
+    path = pathlib.Path(model_dir) / "passkey.json"
+    if not path.is_file():
+        raise ConfigError(f"There is no {path}: a run with PasskeyEvaluation writes it at its end.")
+    found = json.loads(path.read_text())
+    lengths = lambda row: {int(blocks): value for blocks, value in row.items()}
+    return found | {"exact_match": {probe: lengths(row) for probe, row in found["exact_match"].items()}}
+
+
+def passkey_figure(model_dirs: Mapping[str, str | os.PathLike]) -> Figure:
+    """Exact match over length of several runs, a panel for each probe; runs by name.
+
+    The mark of the longest document in training is that of the first run.
+    """
+    runs = {name: passkey_results(folder) for name, folder in model_dirs.items()}
+    first = next(iter(runs.values()))
+    panels = {
+        probe: {name: run["exact_match"][probe] for name, run in runs.items()}
+        for probe in first["exact_match"]
+    }
+    return lengths_figure(panels, first["block_size"], first["train_blocks"])
+
+
+def lengths_figure(panels: Mapping[str, Scores], block_size: int, train_blocks: int | None) -> Figure:
+    """Exact match over blocks read, a panel for each title with a line for each name."""
+    figure = Figure(figsize=(max(7, 1 + 4.2 * len(panels)), 4), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, lines) in zip(grid, panels.items()):
+        for (name, row), marker, color in zip(lines.items(), "os^vDP*X" * 9, line_colors(len(lines))):
+            style = dict(marker=marker, color=color, alpha=0.8, clip_on=False)
+            axes.plot(list(row), list(row.values()), label=name, **style)
+        if train_blocks:
+            axes.axvline(train_blocks, color="gray", linestyle="--", label="longest in training")
+        axes.set_title(title)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(-0.03, 1.03)
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("exact match")
+    figure.supxlabel(f"blocks of {block_size} tokens read before the answer", fontsize="medium")
+    handles = grid[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize="small")
+    return figure
+
+
+def learning_figure(
+    model_dirs: Mapping[str, str | os.PathLike], names: Sequence[str] = ("loss", "exact_match")
+) -> Figure:
+    """Logged scalars of training over steps, a panel for each, a line for each run.
+
+    Args:
+      model_dirs: of the runs, by name.
+      names: of the scalars. A run of which one was not logged has no line there.
+    """
+    figure = Figure(figsize=(1 + 4.2 * len(names), 3.6), layout="constrained")
+    runs = {name: read_metrics(str(folder), "train") for name, folder in model_dirs.items()}
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        for (run, lines), color in zip(runs.items(), line_colors(len(runs))):
+            found = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*found) if found else ([], []), label=run, color=color)
+        axes.set_xlabel("step")
+        axes.set_ylabel(_LABELS.get(name, name))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure

@@ -1,0 +1,75 @@
+"""Figures of runs show the numbers that the runs wrote."""
+
+import json
+
+import numpy as np
+import pytest
+
+from famx.errors import ConfigError
+from famx.evaluation import figures
+
+ONE = {"hold": {"4": 1.0, "64": 0.5}, "overwrite": {"64": 0.25}}
+TWO = {"hold": {"4": 0.0, "64": 0.125}, "overwrite": {"64": 0.75}}
+
+
+def write_run(folder, exact_match, metrics=()):
+    folder.mkdir()
+    about = {"block_size": 16, "train_blocks": 8, "exact_match": exact_match}
+    (folder / "passkey.json").write_text(json.dumps(about))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    return folder
+
+
+def lines(axes):
+    """`{label: (x, y)}` of an axes."""
+    return {line.get_label(): tuple(map(np.asarray, line.get_data())) for line in axes.get_lines()}
+
+
+def drawn(figure):
+    figure.canvas.draw()
+    return figure.axes
+
+
+def test_passkey_figure_has_a_panel_for_each_probe_and_a_line_for_each_run(tmp_path):
+    runs = {"one": write_run(tmp_path / "1", ONE), "two": write_run(tmp_path / "2", TWO)}
+    assert figures.passkey_results(runs["one"])["exact_match"]["hold"] == {4: 1.0, 64: 0.5}
+    figure = figures.passkey_figure(runs)
+    hold, overwrite = drawn(figure)
+    assert (hold.get_title(), overwrite.get_title()) == ("hold", "overwrite")
+    for axes, probe in ((hold, "hold"), (overwrite, "overwrite")):
+        found = lines(axes)
+        for name, table in (("one", ONE), ("two", TWO)):
+            x, y = found[name]
+            assert dict(zip(map(str, x), y)) == table[probe]
+        assert list(found["longest in training"][0]) == [8, 8]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two", "longest in training"]
+    assert "16 tokens" in figure.get_supxlabel()
+
+
+def test_colours_of_the_runs_differ(tmp_path):
+    panels = {"hold": {str(i): {4: i / 9} for i in range(9)}}
+    (axes,) = drawn(figures.lengths_figure(panels, 16, None))
+    assert len({str(line.get_color()) for line in axes.get_lines()}) == 9
+    assert len(lines(axes)) == 9  # no mark of a longest document
+
+
+def test_learning_figure_draws_training_alone(tmp_path):
+    metrics = [
+        {"step": 10, "split": "train", "time": 0.0, "loss": 2.0, "exact_match": 0.5},
+        {"step": 10, "split": "eval", "time": 0.0, "loss": 9.0},
+        {"step": 20, "split": "train", "time": 1.0, "loss": 1.0},
+    ]
+    runs = {"one": write_run(tmp_path / "1", ONE, metrics), "empty": write_run(tmp_path / "2", TWO)}
+    loss, match = drawn(figures.learning_figure(runs))
+    assert [x.tolist() for x in lines(loss)["one"]] == [[10, 20], [2.0, 1.0]]
+    assert [x.tolist() for x in lines(match)["one"]] == [[10], [0.5]]
+    assert lines(loss)["empty"][0].size == 0
+    assert (loss.get_ylabel(), match.get_ylabel()) == ("loss", "exact match")
+    (only,) = drawn(figures.learning_figure(runs, ("loss",)))
+    assert only.get_ylabel() == "loss"
+
+
+def test_a_run_without_results_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="passkey.json"):
+        figures.passkey_results(tmp_path)
