@@ -73,9 +73,8 @@ print(f"\nThe model answers {answer}; right is {row['references'][0]}.")
 # %%
 maps = read_maps(trained, text)
 second, last = row["key_positions"][1] // task.block_size, maps.blocks[-1]
-print(
-    f"kept: blocks {maps.blocks}, layers {maps.layers}, heads {maps.heads}; the second key is in block {second}"
-)
+print(f"kept: blocks {maps.blocks}, layers {maps.layers}, heads {maps.heads}")
+print(f"the second key is in block {second}")
 
 # %% [markdown]
 # ## A block and its memory

@@ -74,8 +74,8 @@ tuned = {
 _ = gin_utils.call_with(loop.train, ["gin_configs/runs/finetune.gin", RECIPE], tuned)
 
 # %% [markdown]
-# The last line but one of the first message says how many numbers learnt. What is saved of them is
-# a small directory in PEFT's layout.
+# The first line of the log says how many numbers learnt. They are saved as a small directory in PEFT's
+# layout.
 
 # %%
 adapter = RUNS / "tuned" / "adapter"
@@ -133,7 +133,7 @@ for name, logits in others.items():
 # ## What the adapters changed
 #
 # Left: how large each kernel's change is, relative to the kernel. Right: the singular values of the
-# change of one kernel. No more than 16, the rank, are not zero.
+# change of one kernel. No more than 16, the rank, are larger than rounding.
 
 # %%
 old, new = (flatten_dict(trained.params, sep="/") for trained in (before, after))

@@ -41,8 +41,8 @@ from famx.training import loop
 # %matplotlib inline
 
 FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests: the outputs mean nothing
-STEPS = 40 if FAST else 300
-SETTINGS = {"TRAIN_STEPS": STEPS, "DECAY_STEPS": STEPS // 4, "DIGITS": 2, "train.log_period": 10}
+STEPS, DECAY = (40, 10) if FAST else (400, 200)
+SETTINGS = {"TRAIN_STEPS": STEPS, "DECAY_STEPS": DECAY, "DIGITS": 2, "train.log_period": 20}
 SETTINGS |= {"REPORT_BLOCKS": (4,), "PasskeyEvaluation.examples": 8} if FAST else {}
 RUNS = pathlib.Path(tempfile.mkdtemp())  # give a folder of your own to keep the models
 

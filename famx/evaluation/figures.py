@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from famx.analysis.figures import line_colors
 from famx.errors import ConfigError
@@ -49,7 +50,7 @@ def passkey_figure(model_dirs: Mapping[str, str | os.PathLike]) -> Figure:
 
 def lengths_figure(panels: Mapping[str, Scores], block_size: int, train_blocks: int | None) -> Figure:
     """Exact match over blocks read, a panel for each title with a line for each name."""
-    figure = Figure(figsize=(max(7, 1 + 4.2 * len(panels)), 4), layout="constrained")
+    figure = Figure(figsize=(max(7, 4 * len(panels)), 4.2), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, lines) in zip(grid, panels.items()):
         for (name, row), marker, color in zip(lines.items(), "os^vDP*X" * 9, line_colors(len(lines))):
@@ -59,12 +60,14 @@ def lengths_figure(panels: Mapping[str, Scores], block_size: int, train_blocks: 
             axes.axvline(train_blocks, color="gray", linestyle="--", label="longest in training")
         axes.set_title(title)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({blocks for row in lines.values() for blocks in row}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xlabel(f"blocks of {block_size} tokens read before the answer")
         axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("exact match")
-    figure.supxlabel(f"blocks of {block_size} tokens read before the answer", fontsize="medium")
     handles = grid[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", fontsize="small")
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 
