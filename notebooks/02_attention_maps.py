@@ -33,6 +33,7 @@ from famx.analysis import figures
 from famx.analysis.interactive import attention_page
 from famx.attention_maps import read_maps
 from famx.data import PasskeyTask
+from famx.data.metrics import exact_match
 from famx.loading import load_model
 from famx.training import loop
 
@@ -61,14 +62,16 @@ task = PasskeyTask(
     digits=3, header=False, filler="random_words", block_size=32, second_key=1.0, second_key_depth=0.5,
     split="eval",
 )  # fmt: skip
-row = task.example(3, length=256)
+batch = task.batch(range(16), length=256)
+logits, _ = jax.jit(trained.model.module.apply)({"params": trained.params}, batch["decoder_input_tokens"])
+right = exact_match(np.argmax(logits[:, -task.digits :], axis=-1), batch["answer"])
+chosen = int(np.argmax(right))
+print(
+    f"{right.sum():.0f} of {len(right)} documents are answered rightly; number {chosen} is one of them:\n"
+)
+row = task.example(chosen, length=256)
 text = task.vocab.decode(row["tokens"][:-1].tolist())  # the last digit is answered, not read
 print(textwrap.fill(text, 110))
-
-inputs = task.batch([3], length=256)["decoder_input_tokens"]
-logits, _ = jax.jit(trained.model.module.apply)({"params": trained.params}, inputs)
-answer = task.vocab.decode(np.argmax(logits[0, -task.digits :], axis=-1).tolist())
-print(f"\nThe model answers {answer}; right is {row['references'][0]}.")
 
 # %%
 maps = read_maps(trained, text)
@@ -99,8 +102,9 @@ display(
 # %% [markdown]
 # ## Who reads the memory?
 #
-# Of the attention of a token, the share that goes to the memory, in the last block, mean over
-# heads.
+# Of the attention of a token, the share that goes to the memory, in the last block, mean over heads.
+# Layer 0 reads the memory; layer 1 looks at the block itself, into whose tokens layer 0 has put what
+# it read.
 
 # %%
 place = {block: i for i, block in enumerate(maps.blocks)}
@@ -137,14 +141,23 @@ figures.mass_figure(maps.summary)
 figures.travel_figure(maps.summary, layer=0)
 
 # %%
+told = sorted({0, second, last})  # the blocks with a key, or with the question
+filler = [block for block in maps.blocks if block not in told]
 for layer in range(trained.model.config.num_layers):
-    for block, tokens in enumerate(maps.summary.written[:, layer] > 0.5):
-        written = range(maps.fam_length) if block == 0 else np.flatnonzero(tokens)
-        print(f"layer {layer}, block {block}:", *(f"F{i}" for i in written) or ["nothing is written"])
+    written = maps.summary.written[:, layer] > 0.5  # [blocks, N]
+    written[0] = True
+    for block, tokens in enumerate(written):
+        names = [f"F{i}" for i in np.flatnonzero(tokens)] or ["nothing"]
+        print(f"layer {layer}, block {block}{'*' if block in told else ' '}:", *names)
+    means = (written[blocks].sum(axis=1).mean() for blocks in (told, filler))
+    print("written in blocks with a key or the question (*): {:.1f}, in others: {:.1f}\n".format(*means))
 
 # %% [markdown]
-# And what it is made of: the tokens of the block with the second key to which each memory token
-# attends most.
+# Layer 0 has learnt when to write: where a key or the question is, and little of the filler between.
+# The memory of layer 1 is rewritten by every block, and is hardly read.
+#
+# And what the memory of layer 0 is made of: the tokens of the block with the second key to which each
+# memory token attends most.
 
 # %%
 figures.sources_figure(maps, layer=0, block=second)
@@ -153,7 +166,8 @@ figures.sources_figure(maps, layer=0, block=second)
 # ## How sharp is it?
 #
 # The entropy of the attention, per block; the bands are the range of the heads. 0 is a single key,
-# the logarithm of the number of keys is all of them alike.
+# the logarithm of the number of keys is all of them alike. It is lowest where there is something to
+# find: in the blocks with a key, and for layer 0 also in the one with the question.
 
 # %%
 print(f"log of {maps.fam_length + task.block_size} keys: {np.log(maps.fam_length + task.block_size):.2f}")
