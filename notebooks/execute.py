@@ -52,8 +52,11 @@ def execute(notebook: Any, fast: bool, folder: pathlib.Path = FOLDER) -> None:
 
     paths = [str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)), "JAX_PLATFORMS": "cpu", FAST: str(int(fast)),
-    }  # fmt: skip
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA writes to the notebook when it compiles for long
+        FAST: str(int(fast)),
+    }
     client = NotebookClient(
         notebook, timeout=_SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
