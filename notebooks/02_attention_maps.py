@@ -120,7 +120,7 @@ for layer, shares in enumerate(on_memory):
     )
 
 # %%
-figures.map_figure(maps.as_picture(layer=1, blocks=last))
+figures.map_figure(maps.as_picture(layer=0, blocks=last))
 
 # %% [markdown]
 # Over the whole document and both layers; the dots are the heads. The right panel is the memory's
@@ -157,7 +157,7 @@ for layer in range(trained.model.config.num_layers):
 # The memory of layer 1 is rewritten by every block, and is hardly read.
 #
 # And what the memory of layer 0 is made of: the tokens of the block with the second key to which each
-# memory token attends most.
+# memory token attends most. They are the digits of that key, of one of its two mentions.
 
 # %%
 figures.sources_figure(maps, layer=0, block=second)
@@ -166,8 +166,8 @@ figures.sources_figure(maps, layer=0, block=second)
 # ## How sharp is it?
 #
 # The entropy of the attention, per block; the bands are the range of the heads. 0 is a single key,
-# the logarithm of the number of keys is all of them alike. It is lowest where there is something to
-# find: in the blocks with a key, and for layer 0 also in the one with the question.
+# the logarithm of the number of keys is all of them alike. Layer 1, its tokens as its memory, is sharper
+# in the blocks with a key or the question than over filler.
 
 # %%
 print(f"log of {maps.fam_length + task.block_size} keys: {np.log(maps.fam_length + task.block_size):.2f}")

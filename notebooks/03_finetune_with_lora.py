@@ -84,6 +84,12 @@ for file in sorted(adapter.iterdir()):
 
 # %% [markdown]
 # ## Before and after
+#
+# The base knows a second key that lies two blocks back (`overwrite` at 4 blocks) and nothing beyond
+# its window. Finetuned, it has lost the window and knows both keys over many more blocks than the
+# longest documents that it came to in this training (the last line of the log that says `unlocked`; the
+# dashed line is the end of the curriculum). It is a little less sure of long repeated filler and of
+# second keys.
 
 # %%
 figures.passkey_figure({"base (window)": RUNS / "base", "with LoRA and FAM": RUNS / "tuned"})

@@ -87,10 +87,10 @@ figures.learning_figure(runs, ("exact_match", "blocks"))
 # %% [markdown]
 # ## Hold and overwrite, over the length
 #
-# 64 fresh documents for each point, streamed. `hold`: one key in the first block; `hold_repeated`:
-# the same in the paper's repeated filler; `overwrite`: a second key half way, which must replace
-# the first. Hold and overwrite belong together: a memory that is written once and never again holds
-# perfectly.
+# 64 fresh documents for each point, streamed. `hold`: one key in the first block; `hold_repeated`: the
+# same in the paper's repeated filler; `overwrite`: a second key half way, which must replace the first.
+# Hold and overwrite belong together: a memory that is written once and never again holds perfectly.
+# The dashed line is the end of the curriculum; how far each model came in it is told above.
 
 # %%
 figures.passkey_figure(runs)

@@ -41,11 +41,11 @@ def test_passkey_figure_has_a_panel_for_each_probe_and_a_line_for_each_run(tmp_p
         for name, table in (("one", ONE), ("two", TWO)):
             x, y = found[name]
             assert dict(zip(map(str, x), y)) == table[probe]
-        assert list(found["longest in training"][0]) == [8, 8]
+        assert list(found["the curriculum's longest"][0]) == [8, 8]
         marked = [label.get_text() for label in axes.get_xticklabels()]
         assert marked == (["4", "64"] if probe == "hold" else ["64"])
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["one", "two", "longest in training"]
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two", "the curriculum's longest"]
     assert "16 tokens" in hold.get_xlabel() and "16 tokens" in overwrite.get_xlabel()
 
 

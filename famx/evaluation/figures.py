@@ -57,7 +57,7 @@ def lengths_figure(panels: Mapping[str, Scores], block_size: int, train_blocks: 
             style = dict(marker=marker, color=color, alpha=0.8, clip_on=False)
             axes.plot(list(row), list(row.values()), label=name, **style)
         if train_blocks:
-            axes.axvline(train_blocks, color="gray", linestyle="--", label="longest in training")
+            axes.axvline(train_blocks, color="gray", linestyle="--", label="the curriculum's longest")
         axes.set_title(title)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({blocks for row in lines.values() for blocks in row}))
