@@ -102,3 +102,18 @@ for probe in ("hold", "overwrite"):
     print(f"{probe:24}" + "".join(f"{blocks:>7}" for blocks in lengths) + "  blocks")
     for name, rows in results.items():
         print(f"{name:24}" + "".join(f"{rows[probe][blocks]:7.2f}" for blocks in lengths))
+
+# %% [markdown]
+# ## What one sees, in the run that is kept here
+#
+# * **Windows** know what is within their reach and nothing else: with `M` = 0 the question's own block,
+#   with `M` = 1 a key two blocks back, with `M` = 3 one that is a little further. No budget changes that.
+# * **The paper's update** and the **normalised** one know a key that no window of theirs holds (`M` = 0
+#   in all three FAMs), as far as about the longest documents that they were trained on, and lose it
+#   soon after: every block of filler is written over it. Which of the two is better cannot be told from
+#   one seed.
+# * **The gated update** keeps both keys over all lengths measured, many times longer than its training.
+#   Filler closes its gates (notebook 02 shows that), and a new key opens them.
+#
+# The recipe was found with the gated update, and a minute is short: read the figure as what is easy to
+# learn, not as a ranking.
