@@ -108,10 +108,9 @@ for probe in ("hold", "overwrite"):
 #
 # * **Windows** know what is within their reach and nothing else: with `M` = 0 the question's own block,
 #   with `M` = 1 a key two blocks back, with `M` = 3 one that is a little further. No budget changes that.
-# * **The paper's update** and the **normalised** one know a key that no window of theirs holds (`M` = 0
-#   in all three FAMs), as far as about the longest documents that they were trained on, and lose it
-#   soon after: every block of filler is written over it. Which of the two is better cannot be told from
-#   one seed.
+# * **The paper's update** and the **normalised** one know, in documents of 4 blocks, a key that no window
+#   of theirs holds (`M` = 0 in all three FAMs), and have lost nearly all of it at 16 blocks: every block
+#   of filler changes the memory. Which of the two is better cannot be told from one seed.
 # * **The gated update** keeps both keys over all lengths measured, many times longer than its training.
 #   Filler closes its gates (notebook 02 shows that), and a new key opens them.
 #
