@@ -106,8 +106,13 @@ def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
 def check_model(directory: pathlib.Path, model: DecoderModel | None = None) -> DecoderModel:
     """The model of a `MODEL_DIR` with its vocabulary, after a comparison with `model` if given."""
     # The backend that computed attention there may not exist here.
-    here = {"attention_backend": "auto"}
-    noted = DecoderModel.from_description({**read_model_config(directory), **here})
+    fields = {**read_model_config(directory), "attention_backend": "auto"}
+    try:
+        noted = DecoderModel.from_description(fields)
+    except (TypeError, ValueError) as error:  # a field or a registered update that is not known here
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{directory} holds a model that is not known here: {error}") from error
     model = noted if model is None else model
     model.lora = noted.lora
     differing = differing_fields(noted.describe(), model.describe())

@@ -3,5 +3,6 @@
 from famx.modules.config import DecoderConfig, RopeScaling
 from famx.modules.decoder import Decoder
 from famx.modules.state import DecoderState
+from famx.modules.updates import register_update
 
-__all__ = ["Decoder", "DecoderConfig", "DecoderState", "RopeScaling"]
+__all__ = ["Decoder", "DecoderConfig", "DecoderState", "RopeScaling", "register_update"]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from famx.modules.backends import ATTENTION_BACKENDS, refusal
+from famx.modules.updates import update_names
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "offload")
@@ -52,7 +53,7 @@ class DecoderConfig:
     fam_length: int = 64  # N
     fam_positions: str = "last"  # "last" (paper) | "float" | "zero": RoPE positions of the memory
     fam_start: str = "prompt"  # "prompt" (paper) | "prefix": N embeddings per layer
-    fam_update: str = "residual"  # "residual" (paper) | "gated": ours, see `Layer.update_memory`
+    fam_update: str = "residual"  # "residual" (paper) | "gated": ours | a rule of `famx.modules.updates`
     fam_update_scale: float = 1.0  # of every update after the first; 1 is the paper
     normalize_memory: bool = False  # RMS norm of each newly made F; False is the paper
     window_mask: bool = False  # Transformer-XL: each token sees exactly its last M * S
@@ -145,7 +146,7 @@ class DecoderConfig:
                 _require(kind in ROPE_LAYERS, f"rope_layers must name {known}; got {kind!r}.")
         _one_of(self, "fam_positions", ("last", "float", "zero"))
         _one_of(self, "fam_start", ("prompt", "prefix"))
-        _one_of(self, "fam_update", ("residual", "gated"))
+        _one_of(self, "fam_update", update_names())
         _one_of(self, "norm", ("rms", "layer"))
         _one_of(self, "activation", ACTIVATIONS)
         _one_of(self, "dtype", ("float32", "bfloat16", "float64"))

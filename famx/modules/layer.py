@@ -13,6 +13,7 @@ from famx.modules import deferred, rope
 from famx.modules.attention import attend, attend_parts, memory_mass, token_attention, visible
 from famx.modules.config import DecoderConfig
 from famx.modules.layers import FeedForward, Norm, Projection, rms_normalize
+from famx.modules.updates import get_update
 
 # Collection of attention masses, kept where it is mutable: `apply(..., mutable=["attention_mass"])`.
 # Per layer, mean over tokens: `memory_on_itself [layers, C, B, K, G]`, the rest of whose attention
@@ -168,10 +169,9 @@ class Layer(nn.Module):
     def update_memory(self, memory, qkv, keys, values, updates):
         """`F_t` from `F_{t-1} [B, N, D]` and the keys and values `[B, S, K, Dh]` of block `t`.
 
-        The paper's update is `fam_update="residual"` with scale 1. Two named additions of ours:
-        `fam_update_scale` shrinks every update after the first; `"gated"` writes each memory token
-        in proportion to how far most of its attention went to the block, and keeps it bit for bit
-        where most of it went to the memory (`write_gate`).
+        The paper's update is `fam_update="residual"` with scale 1. Additions of ours:
+        `fam_update_scale` shrinks every update after the first, `normalize_memory` keeps each newly
+        made `F` at RMS 1, and `fam_update` names another rule (`famx.modules.updates`).
         """
         c = self.config
         q, k, v = qkv
@@ -186,20 +186,7 @@ class Layer(nn.Module):
             new = jnp.where(first, new, memory + c.fam_update_scale * (new - memory))
         if c.normalize_memory:
             new = rms_normalize(new, c.norm_epsilon)
-        if c.fam_update == "gated":
-            gate = self.write_gate(probabilities).astype(memory.dtype)
-            new = jnp.where(first, new, memory + gate * (new - memory))
-        return new
-
-    def write_gate(self, probabilities):
-        """`max(0, 2 m - 1)` of the attention mass `m` on the block, `[B, N, 1]`.
-
-        `probabilities [B, K, G, N, N + S]` are those of the memory's queries. The gradient passes
-        a closed gate as if it were open, or a memory that learned to hold could not learn to write.
-        """
-        mass = jnp.mean(jnp.sum(probabilities[..., self.config.fam_length :], -1), axis=(1, 2))
-        gate = (2 * mass - 1)[..., None]
-        return gate + jax.lax.stop_gradient(nn.relu(gate) - gate)
+        return jnp.where(first, new, get_update(c.fam_update)(memory, new, probabilities, c))
 
     def scan_memory(self, memory, keys, values, context: ChunkContext):
         """The only sequential part of a layer: `F` block after block.

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from helpers import config, random_params, random_tokens
 
-from famx.modules import Decoder
-from famx.modules.layer import Layer
+from famx.modules import Decoder, updates
 
 GATED = config(fam_update="gated", normalize_memory=True)
 
@@ -17,7 +16,7 @@ def gate_of(mass):
     n, size = GATED.fam_length, GATED.block_size
     row = jnp.concatenate([jnp.full(n, (1 - mass) / n), jnp.full(size, mass / size)])
     probabilities = jnp.broadcast_to(row, (1, GATED.num_kv_heads, 1, n, n + size))
-    return Layer(GATED).apply({}, probabilities, method="write_gate")
+    return updates.write_gate(probabilities, GATED)
 
 
 @pytest.mark.parametrize("mass, gate", [(0.0, 0.0), (0.3, 0.0), (0.5, 0.0), (0.75, 0.5), (1.0, 1.0)])
@@ -33,8 +32,8 @@ def test_gradient_passes_a_closed_gate_as_an_open_one(mass):
 
 def read(monkeypatch, gate, blocks):
     """The memory after so many blocks, with every gate held at `gate`."""
-    make = lambda self, p: jnp.full((p.shape[0], GATED.fam_length, 1), gate)
-    monkeypatch.setattr(Layer, "write_gate", make)
+    make = lambda p, config: jnp.full((p.shape[0], GATED.fam_length, 1), gate)
+    monkeypatch.setattr(updates, "write_gate", make)
     tokens = random_tokens(2, 6 * GATED.block_size)[:, : blocks * GATED.block_size]
     apply = jax.jit(lambda p, t: Decoder(GATED).apply({"params": p}, t))
     return apply(random_params(GATED), tokens)[1]
