@@ -1,4 +1,4 @@
-"""What the README shows runs: its Python block, and its commands as far as parsing goes."""
+"""What the README shows runs: its Python blocks, and the commands that use a model; examples parse."""
 
 import json
 import pathlib
@@ -77,19 +77,9 @@ def test_the_commands_that_use_a_model_run(tmp_path):
     assert len(ran[2][1].splitlines()) == 1 and "hold/16" in ran[3][1]
 
 
-@pytest.mark.parametrize("arguments", commands(README), ids=lambda a: a[0])
-def test_readme_commands_parse(arguments):
-    parses(arguments)
-
-
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_every_example_says_its_command_at_the_top(path):
     (arguments,) = commands(path.read_text())
     assert f"--gin_file=gin_configs/examples/{path.name}" in arguments
     # That of an imported model, whose directory is not there: any model's will do.
     parses([x.replace("/tmp/famx/smollm2/model.gin", "gin_configs/models/tiny.gin") for x in arguments])
-
-
-def test_linked_pages_exist():
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link

@@ -1,0 +1,68 @@
+"""Parses commands without running them: flags exist, gin files are found, bindings fit.
+
+    python tests/docs/command_check.py < commands.json
+
+Reads a JSON list of `[module, arguments]`, each for `python -m module arguments`, and writes a list with
+a message, or null, for each. What is imported once serves all: every command is parsed in a fork.
+"""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import sys
+
+import famx.conversion.importing  # noqa: F401, E402, imported once for all
+import famx.evaluation  # noqa: F401
+import famx.inference  # noqa: F401
+import famx.training.loop  # noqa: F401
+from famx import gin_utils
+
+
+class Parsed(Exception):
+    """Everything was read, and nothing is run."""
+
+
+def parse(main, gin_flags=True):
+    """In place of `gin_utils.run`."""
+    from absl import flags
+
+    if gin_flags:
+        gin_utils.define_flags()
+    rest = flags.FLAGS(gin_utils.rewrite_gin_args(sys.argv) if gin_flags else sys.argv)
+    if len(rest) > 1:
+        raise ValueError(f"nothing takes the argument {rest[1]}")
+    if gin_flags:
+        gin_utils.parse_gin_flags()
+    raise Parsed
+
+
+def problem(module: str, arguments: list[str]) -> str | None:
+    """What is wrong with a command; None: nothing."""
+    gin_utils.run, sys.argv = parse, [module, *arguments]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            runpy.run_module(module, run_name="__main__")
+    except Parsed:
+        return None
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "it does not end in gin_utils.run"
+
+
+def forked(module: str, arguments: list[str]) -> str | None:
+    """`problem` in a process of its own, since flags and gin's bindings are global."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.write(writing, json.dumps(problem(module, arguments)).encode()[:60_000])
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        found = pipe.read()
+    os.wait()
+    return json.loads(found)
+
+
+if __name__ == "__main__":
+    json.dump([forked(*command) for command in json.load(sys.stdin)], sys.stdout)

@@ -1,0 +1,65 @@
+"""Error sentences that pages quote are sentences of the code."""
+
+import ast
+import functools
+import re
+
+import pytest
+from markdown_pages import ROOT
+
+SOURCES = [*(ROOT / "famx").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
+_LETTERS = 18  # that a template must have of its own, to count as a sentence
+
+
+@functools.cache
+def templates() -> tuple[re.Pattern, ...]:
+    """Every string of the sources that reads like a sentence, values being anything."""
+    found = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts = [node.value]
+            elif isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else None for v in node.values]
+            elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
+                continue
+            else:
+                continue
+            if sum(len(part) for part in parts if part) >= _LETTERS and " " in "".join(filter(None, parts)):
+                found.add("".join(".*" if part is None else re.escape(part) for part in parts))
+    return tuple(re.compile(pattern, re.DOTALL) for pattern in sorted(found))
+
+
+def known(sentence: str) -> bool:
+    """Whether a sentence is one of the code's, alone, behind a prefix, or before a hint."""
+    starts = [m.end() for m in re.finditer(r": ", sentence)]
+    hint = re.sub(r" Did you mean \S+\?$", "", sentence)
+    whole = {sentence, hint, *(sentence[start:] for start in starts)}
+    return any(template.fullmatch(text) for template in templates() for text in whole)
+
+
+def quoted() -> list[str]:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    gin = (ROOT / "docs" / "gin.md").read_text().split("## Mistakes")[1]
+    return re.findall(r"^> (.+)$", page, re.MULTILINE) + re.findall(r"^\| `(.+?)` \| \w", gin, re.MULTILINE)
+
+
+@pytest.mark.parametrize("sentence", quoted(), ids=lambda text: text[:40])
+def test_the_code_says_so(sentence):
+    assert known(sentence)
+
+
+def test_enough_are_quoted():
+    assert len(quoted()) >= 30
+
+
+@pytest.mark.parametrize(
+    "invented",
+    [
+        "MODEL_DIR must be a relative path, not runs/first: write it so.",
+        "There is no checkpoint at all, and nobody knows why.",
+        "embed_dim 100 is not a multiple of num_heads 3.",
+    ],
+)
+def test_invented_sentences_are_not_known(invented):
+    assert not known(invented)
