@@ -83,3 +83,11 @@ def test_every_example_says_its_command_at_the_top(path):
     assert f"--gin_file=gin_configs/examples/{path.name}" in arguments
     # That of an imported model, whose directory is not there: any model's will do.
     parses([x.replace("/tmp/famx/smollm2/model.gin", "gin_configs/models/tiny.gin") for x in arguments])
+
+
+def test_its_figures_are_those_of_the_pages_that_it_names():
+    rows = re.findall(r"^\| .+ \| (.+) \| \[\w+\]\((.+)\) \|$", README, re.MULTILINE)
+    assert len(rows) >= 6
+    for measured, page in rows:
+        numbers = re.findall(r"\d+\.\d+", measured)
+        assert numbers and not [x for x in numbers if x not in (ROOT / page).read_text()], measured

@@ -11,7 +11,8 @@ PAGES = sorted(
     for path in (ROOT / folder).glob("**/*.md" if folder == "docs" else "*.md")
 )
 _BLOCK = re.compile(
-    r"^(?:<!-- (?P<marker>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?:<!-- (?P<marker>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 
 

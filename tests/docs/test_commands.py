@@ -20,7 +20,7 @@ from markdown_pages import PAGES, ROOT, Block, blocks
 BLOCKS = [block for page in PAGES for block in blocks(page, "bash")]
 NEEDS = ("network", "gpu", "tpu", "cloud", "t5x", "long")
 RUN_BY_CI = ("main-command", "test-command")
-STUBS = ("python", "pip", "git", "pytest", "taskset", "make", "pre-commit", "gcloud", "docker", "zensical")
+STUBS = ("python", "pip", "git", "pytest", "taskset", "make", "pre-commit", "zensical")
 OURS = ("famx", "launch", "benchmarks")
 _STUB = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" >> "$RECORD"; printf '\\n\\0' >> "$RECORD"
@@ -44,7 +44,8 @@ def commands(block: Block) -> list[list[str]]:
         record = pathlib.Path(folder) / "record"
         record.touch()
         run = subprocess.run(
-            ["/bin/bash", "-euo", "pipefail", "-c", block.text], cwd=folder, capture_output=True, text=True,
+            ["/bin/bash", "-euo", "pipefail", "-c", block.text],
+            cwd=folder, capture_output=True, text=True,
             env={"PATH": f"{stubs()}:/usr/bin:/bin", "RECORD": str(record), "HOME": folder},
         )  # fmt: skip
         assert run.returncode == 0, f"{block}: {run.stderr}"
