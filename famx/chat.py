@@ -186,6 +186,7 @@ def reply(conversation: Conversation, line: str) -> None:
 
 
 def state_line(conversation: Conversation) -> str:
+    """What has been read, in one line, as /state shows it."""
     texts = f" ({', '.join(conversation.sources)})" if conversation.sources else ""
     return (
         f"{conversation.tokens:,} tokens read{texts}, {conversation.updates:,} memory updates,"

@@ -75,7 +75,11 @@ def check_all_used(ignore: Sequence[str] = ()) -> None:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """' Did you mean X?' for the known name nearest to `name`, or nothing if none is near."""
+    """' Did you mean X?' for the known name nearest to `name`, or nothing if none is near.
+
+    >>> nearest("TRAIN_STEP", ["BATCH_SIZE", "TRAIN_STEPS"])
+    ' Did you mean TRAIN_STEPS?'
+    """
     lower = {known.lower(): known for known in names}
     found = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
     return f" Did you mean {lower[found[0]]}?" if found else ""

@@ -26,9 +26,11 @@ class Mean(_Base):
 
     @classmethod
     def empty(cls) -> "Mean":
+        """The mean of nothing, to merge others into."""
         return cls(jnp.zeros(()), jnp.zeros(()))
 
     def merge(self, other: "Mean") -> "Mean":
+        """The mean of both's values together."""
         return type(self)(self.total + other.total, self.count + other.count)
 
     def reduce(self) -> "Mean":

@@ -86,6 +86,7 @@ class DecoderModel:
 
     @property
     def FEATURE_CONVERTER_CLS(self):  # noqa: N802, t5x's name
+        """SeqIO's feature converter for this model; t5x's name. Needs seqio."""
         from famx.data.seqio_tasks import FamFeatureConverter  # needs seqio, so only on demand
 
         bos_id = getattr(self.output_vocabulary, "bos_id", 1)

@@ -63,6 +63,7 @@ class Family:
 
     @property
     def scaled_queries(self) -> bool:
+        """Whether config.json itself says by what queries are scaled."""
         return "query_pre_attn_scalar" in self.defaults
 
 

@@ -58,6 +58,7 @@ class Plan:
 
     @property
     def num_parameters(self) -> int:
+        """Of all arrays."""
         return sum(math.prod(leaf.shape) for leaf in self.leaves.values())
 
 

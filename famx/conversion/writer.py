@@ -44,6 +44,7 @@ class LeafShape:
 
     @property
     def num_bytes(self) -> int:
+        """Of the array, not compressed."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

@@ -40,6 +40,13 @@ _UNSET: Any = object()
 class PasskeyTask:
     """PassKey rows in the paper's format. See the module's docstring for the layout.
 
+    >>> task = PasskeyTask(digits=2, header=False)
+    >>> row = task.example(0, length=38)
+    >>> task.vocab.decode(row["tokens"])  # doctest: +ELLIPSIS
+    'The pass key is 86. Remember it. 86 is the pass key. The grass is green. ... The pass key is 86'
+    >>> row["weights"][row["answer_start"] :].tolist()
+    [1.0, 1.0]
+
     Attributes:
       vocabulary: "words" (fewer than 128 ids, every digit and word one token), "bytes", or any that
         `famx.data.text.as_vocabulary` takes and that has a bos_id.

@@ -1,4 +1,10 @@
-"""Names of tasks and texts: `get("passkey_words", digits=3)` makes one. Needs no TensorFlow."""
+"""Names of tasks and texts. Needs no TensorFlow.
+
+>>> import famx.data
+>>> task = famx.data.get("passkey_words", digits=2, header=False)
+>>> task.example(0, length=30)["references"]
+['86']
+"""
 
 import difflib
 import inspect

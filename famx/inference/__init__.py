@@ -231,6 +231,7 @@ class Progress:
             _say(text)
 
     def close(self) -> None:
+        """Ends the bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
 

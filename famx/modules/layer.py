@@ -133,6 +133,7 @@ class Layer(nn.Module):
         return out + a
 
     def angles(self, positions, context: ChunkContext, beyond=None):
+        """RoPE angles of positions `[...]` in this layer, `[..., Dh / 2]`; `beyond` adds fractions."""
         dtype = jnp.promote_types(self.config.dtype, jnp.float32)
         return rope.angles(positions, context.rotation.token, beyond, dtype)
 

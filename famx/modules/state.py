@@ -44,9 +44,11 @@ class DecoderState:
 
     @property
     def batch_size(self) -> int:
+        """`B`."""
         return self.position.shape[0]
 
     def num_bytes(self) -> int:
+        """Of all arrays; independent of how much was read."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def map_examples(self, function, *others: "DecoderState") -> "DecoderState":
@@ -55,7 +57,14 @@ class DecoderState:
         return jax.tree.map(lambda a, *b: function(a, *b, axis=axis_of(a)), self, *others)
 
     def take(self, indices) -> "DecoderState":
-        """The states of the examples `indices` (int `[n]`); repeat an index to broadcast it."""
+        """The states of the examples `indices` (int `[n]`); repeat an index to broadcast it.
+
+        >>> from famx.modules import DecoderConfig
+        >>> config = DecoderConfig(8, num_layers=1, embed_dim=4, num_heads=2, block_size=2, fam_length=1)
+        >>> state = DecoderState.initial(config, 2, jnp.zeros((1, 1, 4)))
+        >>> state.take([1, 1, 0]).memory.shape
+        (1, 3, 1, 4)
+        """
         return self.map_examples(lambda a, axis: jnp.take(a, jnp.asarray(indices), axis=axis))
 
     def select(self, mask, other: "DecoderState") -> "DecoderState":

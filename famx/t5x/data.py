@@ -99,10 +99,12 @@ class FeedIterator(DatasetIterator):
         self._step, self._states = step, {step: state}
 
     def reset(self):
+        """Goes back to the beginning."""
         self._go_to(0, self._beginning)
 
     @property
     def element_spec(self):
+        """Shapes and dtypes of a batch."""
         return self._spec
 
     def save(self, filename):
@@ -115,6 +117,7 @@ class FeedIterator(DatasetIterator):
             _engine_file(path).write_text(text)
 
     def restore(self, filename):
+        """Goes to the position that `save` wrote for this checkpoint."""
         path = pathlib.Path(filename)
         found = path if path.exists() else _engine_file(path)
         self._go_to(_step_of(path), json.loads(found.read_text())["feed"])

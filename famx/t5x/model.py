@@ -156,6 +156,7 @@ class Initializer(utils.TrainStateInitializer):
         self._initial, self._model = initial_checkpoint_path, kwargs["init_fn"].__self__
 
     def from_scratch(self, init_rng):
+        """A fresh state whose parameters are those of the initial checkpoint."""
         state = super().from_scratch(init_rng)
         pretrained, notes = load_pretrained(self._initial, self._model)
         for note in notes:

@@ -31,14 +31,17 @@ class OptaxOptimizer(OptaxWrapper):
         self.trainable = trainable
 
     def init_state(self, params):
+        """State of what learns alone."""
         return super().init_state(self.part(params))
 
     def apply_gradient(self, hyper_params, params, state: OptimizerState, grads):
+        """Updates what learns and hands the rest on as it is."""
         part, grads = self.part(params), self.part(grads)
         part, state = super().apply_gradient(hyper_params, part, state, grads)
         return (part if self.trainable.name == "all" else freeze(combine(params, part))), state
 
     def derive_logical_axes(self, optimizer, param_logical_axes):
+        """Logical axes of parameters and of the state of what learns."""
         optimizer = optimizer.replace(target=self.part(optimizer.target))
         axes = super().derive_logical_axes(optimizer, self.part(param_logical_axes))
         return axes.replace(target=param_logical_axes)

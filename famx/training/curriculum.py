@@ -53,7 +53,9 @@ class Curriculum:
         return True
 
     def get_state(self) -> dict:
+        """What a checkpoint keeps, as JSON can hold it."""
         return {"stage": self.stage, "level": self.level}
 
     def set_state(self, state: dict):
+        """Goes on from what `get_state` gave."""
         self.stage, self.level = int(state["stage"]), float(state["level"])

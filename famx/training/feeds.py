@@ -22,10 +22,24 @@ from famx.training.curriculum import Curriculum
 class Feed:
     """What a feed does unless it says otherwise: no curriculum, no states of its own."""
 
+    def next(self, step: int):
+        """`(batch, blocks)` of the step: this host's rows, and the documents' length or None."""
+        raise NotImplementedError
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps to go on exactly here, as JSON can hold it."""
+        raise NotImplementedError
+
+    def set_state(self, state) -> None:
+        """Goes on from what `get_state` gave."""
+        raise NotImplementedError
+
     def observe(self, blocks, value):
+        """Takes a batch's metric; True if that unlocked longer documents."""
         return False
 
     def prepare(self, step, params, lanes):
+        """The lanes' states before the step."""
         return lanes
 
 
@@ -127,6 +141,7 @@ class IndexedFeed(Feed):
             )
 
     def rng(self, step, stream):
+        """The draws of a step, a stream for each purpose."""
         return np.random.default_rng([self.seed, step, stream])
 
     def next(self, step):
@@ -181,6 +196,7 @@ class AgedFeed(IndexedFeed):
 
     @property
     def pool_size(self) -> int:
+        """States in the pool."""
         return len(self.lengths) * self.batch_size
 
     def next(self, step):

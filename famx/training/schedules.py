@@ -30,6 +30,10 @@ def warmup_cosine(
     """Half a cosine from `learning_rate` at the end of the warm-up to `floor` at `total_steps`.
 
     `floor` is a rate, not a fraction; it holds from `total_steps` on.
+
+    >>> rate = warmup_cosine(1e-3, total_steps=100, warmup_steps=10)
+    >>> [round(float(rate(step)), 6) for step in (10, 55, 100)]
+    [0.001, 0.0005, 0.0]
     """
     _check(learning_rate, warmup_steps, total_steps, floor)
     low = floor / learning_rate

@@ -56,6 +56,7 @@ class TrainState:
 
     @classmethod
     def from_checkpoint(cls, tree) -> "TrainState":
+        """The state of a tree that `to_checkpoint` made."""
         state = tree["state"]
         mutables = flax.core.freeze(tree["flax_mutables"])
         states = tree.get("lanes"), tree.get("start")

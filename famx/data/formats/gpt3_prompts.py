@@ -83,6 +83,7 @@ def anli(number: int) -> Callable[[Record], Example]:
 
 
 def arc(record: Record) -> Example:
+    """ARC: a question and up to five answers."""
     labels = [_label(label, "ABCDE") for label in many(record["choices"]["label"])]
     right = _label(record["answerKey"], "ABCDE")
     return _ranked(
@@ -93,12 +94,14 @@ def arc(record: Record) -> Example:
 
 
 def boolq(record: Record) -> Example:
+    """BoolQ: yes or no to a question about a passage."""
     question = record["question"].strip().rstrip("?")
     inputs = f"{record['passage']}\nquestion: {question}?\nanswer:"
     return _ranked(inputs, [" no", " yes"], _label(record["label"], ("False", "True")))
 
 
 def cb(record: Record) -> Example:
+    """CommitmentBank: whether the hypothesis follows, true, false or neither."""
     question = f"{_sentence(record['hypothesis'])} true, false, or neither?"
     answer = _label(record["label"], ("entailment", "contradiction", "neutral"))
     return _ranked(
@@ -106,6 +109,7 @@ def cb(record: Record) -> Example:
 
 
 def copa(record: Record) -> Example:
+    """COPA: which sentence is the cause, or the effect."""
     premise = record["premise"].strip().rstrip(".")
     choices = [_lower_first(record[name].strip()) for name in ("choice1", "choice2")]
     return _ranked(
@@ -120,6 +124,7 @@ def _lower_first(text: str) -> str:
 
 
 def hellaswag(record: Record) -> Example:
+    """HellaSwag: which ending goes on."""
     endings = [f" {ending.strip()}" for ending in many(record["endings"])]
     answer = _label(record["label"], [str(k) for k in range(len(endings))])
     return _ranked(f"{record['activity_label']}: {record['context'].strip()}", endings, answer)
@@ -134,12 +139,14 @@ def multirc(record: Record) -> Example:
 
 
 def openbookqa(record: Record) -> Example:
+    """OpenBookQA: four endings of a stem."""
     question = record["question"]
     choices = [f" {question[f'choice_{x}'].strip()}" for x in "ABCD"]
     return _ranked(question["stem"].strip(), choices, _label(record["answerKey"], "ABCD"))
 
 
 def piqa(record: Record) -> Example:
+    """PIQA: which of two ways reaches a goal."""
     choices = [f" {record[name].strip()}" for name in ("sol1", "sol2")]
     return _ranked(record["goal"].strip(), choices, _label(record["label"], ("0", "1")))
 
@@ -170,6 +177,7 @@ def record_cloze(record: Record) -> Example:
 
 
 def rte(record: Record) -> Example:
+    """RTE: whether the hypothesis follows, True or False."""
     question = f"{_sentence(record['hypothesis'])} True or False?"
     answer = _label(record["label"], ("entailment", "not_entailment"))
     return _ranked(
@@ -184,12 +192,14 @@ def story_cloze(record: Record) -> Example:
 
 
 def wic(record: Record) -> Example:
+    """WiC: whether a word means the same in two sentences."""
     question = f"Is the word '{record['word']}' used in the same way in the two sentences above?"
     inputs = f"{record['sentence1']}\n{record['sentence2']}\nquestion: {question}\nanswer:"
     return _ranked(inputs, [" no", " yes"], _label(record["label"], ("False", "True")))
 
 
 def winogrande(record: Record) -> Example:
+    """Winogrande: each option in the place of the gap."""
     before, gap, after = record["sentence"].partition("_")
     if not gap:
         raise ValueError(f"The sentence '{before[:60]}' has no gap _; use the published files.")
@@ -222,6 +232,7 @@ def closed_book(record: Record) -> Example:
 
 
 def trivia_qa(record: Record) -> Example:
+    """TriviaQA without its documents; every alias is right."""
     answer = record["answer"]
     names = [answer["value"], *many(answer["aliases"]), *many(answer["normalized_aliases"])]
     references = [name for name in names if name and name != "<unk>"]
