@@ -61,6 +61,8 @@ setup(
             "setuptools>=65.5",
             "wheel",
             *NOTEBOOKS,
+            "ruff>=0.15",
+            "pyyaml>=6",
             # Independent implementations that metrics and tokenizers are compared with.
             "rouge-score>=0.1.2",
             "nltk>=3.10",
@@ -83,6 +85,8 @@ setup(
             "infini-transformer-pytorch",
             "tensorboard",  # meliad's, through clu
         ],
+        "docs": ["zensical>=0.0.73", "mkdocstrings-python>=2.0"],
+        "dev": ["ruff>=0.15", "mypy>=2.4", "pre-commit>=4"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

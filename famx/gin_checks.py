@@ -77,8 +77,9 @@ def check_all_used(ignore: Sequence[str] = ()) -> None:
 def nearest(name: str, names: Sequence[str]) -> str:
     """' Did you mean X?' for the known name nearest to `name`, or nothing if none is near.
 
-    >>> nearest("TRAIN_STEP", ["BATCH_SIZE", "TRAIN_STEPS"])
-    ' Did you mean TRAIN_STEPS?'
+    Examples:
+      >>> nearest("TRAIN_STEP", ["BATCH_SIZE", "TRAIN_STEPS"])
+      ' Did you mean TRAIN_STEPS?'
     """
     lower = {known.lower(): known for known in names}
     found = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
@@ -122,7 +123,7 @@ def _macro_name(value: Any) -> str | None:
 def _macros() -> tuple[dict[str, Any], dict[str, None]]:
     """(name -> value of every macro that is set, names that some binding uses, in order)."""
     values = {s: p["value"] for (s, sel), p in gin_config._CONFIG.items() if sel == _MACRO}
-    used = {}
+    used: dict[str, None] = {}
     for params in gin_config._CONFIG.values():
         for reference in _references(list(params.values())):
             if reference.configurable.selector == _MACRO:

@@ -40,12 +40,13 @@ _UNSET: Any = object()
 class PasskeyTask:
     """PassKey rows in the paper's format. See the module's docstring for the layout.
 
-    >>> task = PasskeyTask(digits=2, header=False)
-    >>> row = task.example(0, length=38)
-    >>> task.vocab.decode(row["tokens"])  # doctest: +ELLIPSIS
-    'The pass key is 86. Remember it. 86 is the pass key. The grass is green. ... The pass key is 86'
-    >>> row["weights"][row["answer_start"] :].tolist()
-    [1.0, 1.0]
+    Examples:
+      >>> task = PasskeyTask(digits=2, header=False)
+      >>> row = task.example(0, length=38)
+      >>> task.vocab.decode(row["tokens"])  # doctest: +ELLIPSIS
+      'The pass key is 86. Remember it. 86 is the pass key. The grass is green. ... The pass key is 86'
+      >>> row["weights"][row["answer_start"] :].tolist()
+      [1.0, 1.0]
 
     Attributes:
       vocabulary: "words" (fewer than 128 ids, every digit and word one token), "bytes", or any that
@@ -174,8 +175,8 @@ class PasskeyTask:
         depth = draw[2] if depth is None else depth
         second_depth = draw[3] if self.second_key_depth is None else self.second_key_depth
         if self.second_key_recent:
-            filler = max(length - self.overhead(two), 1)
-            second_depth = 1 - min(filler ** draw[3] / filler, 1.0)
+            room = max(length - self.overhead(two), 1)
+            second_depth = 1 - min(room ** draw[3] / room, 1.0)
         texts, keys = self._texts, self._keys(index)[: 2 if two else 1]
         encoded = [texts.key(key) for key in keys]
         statements = [texts.statement(key) for key in encoded]
@@ -257,7 +258,7 @@ class PasskeyTask:
         """Two different keys."""
         rng = self._rng(index, _KEY_STREAM)
         digits = [rng.integers(0, 10, self.digits), rng.integers(0, 10, self.digits)]
-        while np.array_equal(*digits):
+        while np.array_equal(digits[0], digits[1]):
             digits[1] = rng.integers(0, 10, self.digits)
         return ["".join(map(str, key.tolist())) for key in digits]
 

@@ -1,9 +1,10 @@
 """Names of tasks and texts. Needs no TensorFlow.
 
->>> import famx.data
->>> task = famx.data.get("passkey_words", digits=2, header=False)
->>> task.example(0, length=30)["references"]
-['86']
+Examples:
+  >>> import famx.data
+  >>> task = famx.data.get("passkey_words", digits=2, header=False)
+  >>> task.example(0, length=30)["references"]
+  ['86']
 """
 
 import difflib
@@ -60,7 +61,7 @@ def get(name: str, **options: Any) -> Any:
     """
     if name in _FACTORIES:
         return _FACTORIES[name](**options)
-    seqio = sys.modules.get("seqio")
+    seqio: Any = sys.modules.get("seqio")
     seqio_names = []
     if seqio is not None:
         seqio_names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]

@@ -45,7 +45,8 @@ def unicode_tokens(text: str) -> list[str]:
     with the marks that follow it. Joiners and other invisible format characters are dropped without
     splitting the word; everything else separates tokens.
     """
-    tokens, last = [], "separator"
+    tokens: list[str] = []
+    last = "separator"
     for character in unicodedata.normalize("NFKC", text).lower():
         kind = _kind(character)
         if kind == "invisible":
@@ -92,7 +93,7 @@ def rouge_l(reference: Sequence[Hashable], prediction: Sequence[Hashable]) -> fl
 
 def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Length of the longest common subsequence, in about `len(first) * len(second) / 64` steps."""
-    places = collections.defaultdict(int)
+    places: dict[Hashable, int] = collections.defaultdict(int)
     for i, token in enumerate(first):
         places[token] |= 1 << i
     # One row of the table of lengths as bits: bit i is 0 where the row grows by one at token i of

@@ -120,7 +120,7 @@ def validation_names(names: Sequence[str], fraction: float, seed: int = 0) -> se
         return int.from_bytes(digest[:8], "big") / 2**64
 
     places = {name: place(name) for name in names}
-    ranked = sorted(names, key=places.get)
+    ranked = sorted(names, key=lambda name: places[name])
     count = sum(x < fraction for x in places.values())
     return set(ranked[: min(max(count, 1), len(ranked) - 1)])
 

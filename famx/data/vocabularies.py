@@ -75,11 +75,12 @@ class WordVocabulary(Vocabulary):
     Text is split on whitespace; each digit and each of `.`, `,`, `?` is a token of its own.
     Ids: pad 0, bos 1, eos 2, unknown 3, then `words` in the order given.
 
-    >>> words = WordVocabulary(["the", "key", "is", "7", "."])
-    >>> words.encode("the key is 77.")
-    [4, 5, 6, 7, 7, 8]
-    >>> words.decode([4, 5, 6, 7, 7, 8])
-    'the key is 77.'
+    Examples:
+      >>> words = WordVocabulary(["the", "key", "is", "7", "."])
+      >>> words.encode("the key is 77.")
+      [4, 5, 6, 7, 7, 8]
+      >>> words.decode([4, 5, 6, 7, 7, 8])
+      'the key is 77.'
     """
 
     kind = "words"

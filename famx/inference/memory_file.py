@@ -204,5 +204,5 @@ def _checksum(header: Header, arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -35,12 +35,13 @@ class DecoderConfig:
     `fam_length=0` is BSWA; anything else adds feedback attention memory (Algorithm 2). The
     defaults of `block_size`, `memory_segments` and `fam_length` are the paper's.
 
-    >>> sizes = dict(vocab_size=256, num_layers=2, embed_dim=64, num_heads=4, block_size=32)
-    >>> DecoderConfig(**sizes, fam_length=8).head_dim
-    16
-    >>> DecoderConfig(**{**sizes, "num_heads": 3})
-    Traceback (most recent call last):
-    ValueError: embed_dim 64 is not a multiple of num_heads 3; set head_dim or change one of them.
+    Examples:
+      >>> sizes = dict(vocab_size=256, num_layers=2, embed_dim=64, num_heads=4, block_size=32)
+      >>> DecoderConfig(**sizes, fam_length=8).head_dim
+      16
+      >>> DecoderConfig(**{**sizes, "num_heads": 3})
+      Traceback (most recent call last):
+      ValueError: embed_dim 64 is not a multiple of num_heads 3; set head_dim or change one of them.
 
     Raises:
       ValueError: with one sentence that says which sizes do not fit and what would.

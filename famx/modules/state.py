@@ -59,11 +59,12 @@ class DecoderState:
     def take(self, indices) -> "DecoderState":
         """The states of the examples `indices` (int `[n]`); repeat an index to broadcast it.
 
-        >>> from famx.modules import DecoderConfig
-        >>> config = DecoderConfig(8, num_layers=1, embed_dim=4, num_heads=2, block_size=2, fam_length=1)
-        >>> state = DecoderState.initial(config, 2, jnp.zeros((1, 1, 4)))
-        >>> state.take([1, 1, 0]).memory.shape
-        (1, 3, 1, 4)
+        Examples:
+          >>> from famx.modules import DecoderConfig
+          >>> config = DecoderConfig(8, 1, 4, 2, block_size=2, fam_length=1)
+          >>> state = DecoderState.initial(config, 2, jnp.zeros((1, 1, 4)))
+          >>> state.take([1, 1, 0]).memory.shape
+          (1, 3, 1, 4)
         """
         return self.map_examples(lambda a, axis: jnp.take(a, jnp.asarray(indices), axis=axis))
 

@@ -5,14 +5,14 @@ where `decay_mask` says. `learning_rate` is a number or a schedule of famx.train
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import gin
 import jax
 import jax.numpy as jnp
 import optax
 
-_Rate = float | optax.Schedule
+_Rate: TypeAlias = float | optax.Schedule
 _Mask = Callable[[Any], Any]
 
 # Path parts, lower case, of parameters that are tables or prompts rather than maps.

@@ -31,9 +31,10 @@ def warmup_cosine(
 
     `floor` is a rate, not a fraction; it holds from `total_steps` on.
 
-    >>> rate = warmup_cosine(1e-3, total_steps=100, warmup_steps=10)
-    >>> [round(float(rate(step)), 6) for step in (10, 55, 100)]
-    [0.001, 0.0005, 0.0]
+    Examples:
+      >>> rate = warmup_cosine(1e-3, total_steps=100, warmup_steps=10)
+      >>> [round(float(rate(step)), 6) for step in (10, 55, 100)]
+      [0.001, 0.0005, 0.0]
     """
     _check(learning_rate, warmup_steps, total_steps, floor)
     low = floor / learning_rate
