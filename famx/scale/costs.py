@@ -111,6 +111,7 @@ class Region:
         return sum(runs * getattr(region, name) for runs, _, region in self.walk())
 
     def all_collectives(self) -> collections.Counter:
+        """How often each collective runs, over all loops."""
         found = collections.Counter()
         for runs, _, region in self.walk():
             for collective, count in region.collectives.items():

@@ -30,6 +30,7 @@ class Array:
 
     @property
     def size(self) -> int:
+        """Elements."""
         return math.prod(self.dims)
 
     @property
@@ -71,6 +72,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that read each one, by its name."""
         found = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for name in dict.fromkeys(instruction.operands):
@@ -79,12 +81,14 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
+        """The parameters, in order."""
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.operands[0]))
 
 
 @dataclasses.dataclass
 class Module:
+    """A compiled program: its computations by name."""
     computations: dict[str, Computation]
     entry: str
 

@@ -27,6 +27,7 @@ class Learning:
     rank: int = 0
 
     def has(self, path: str) -> bool:
+        """Whether the parameter at `path` learns."""
         return self.paths is None or path in self.paths
 
     @property

@@ -92,6 +92,7 @@ def _indices(q):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(config, q, keys, values, memory_keys, memory_values, first_block):
+    """As `token_attention`, block by block; the backward pass computes the scores again."""
     return _attention_forward(config, q, keys, values, memory_keys, memory_values, first_block)[0]
 
 

@@ -121,10 +121,12 @@ class ChunkMask(splash_attention_mask.Mask):
 
     @property
     def shape(self):
+        """Rows and columns."""
         return self.blocks * self.block_size, self.columns
 
     @property
     def q_sequence(self):
+        """Numbers of the rows, as the kernel asks for them."""
         return np.arange(self.shape[0], dtype=np.int32)
 
     def __getitem__(self, index):
