@@ -15,7 +15,10 @@ MEMORY_FIELDS = (
     *("fam_update_scale", "normalize_memory", "window_mask", "stop_gradient_segments"),
 )
 # Fields that change no number beyond rounding: a model stays the same model with others.
-COMPUTATION_FIELDS = ("dtype", "param_dtype", "blocks_per_chunk", "remat", "attention_backend")
+COMPUTATION_FIELDS = (
+    *("dtype", "param_dtype", "blocks_per_chunk", "remat", "attention_backend"),
+    "unroll_layers",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,7 @@ class DecoderConfig:
     blocks_per_chunk: int | None = None  # None: all blocks at once (layer-parallel)
     remat: str = "none"  # what the backward pass recomputes; "offload": all, layer inputs on the host
     attention_backend: str = "auto"
+    unroll_layers: int = 1  # layers in a step of the scan over layers; more compile longer, copy less
 
     def to_dict(self) -> dict:
         """Every field by name, as plain values that JSON can hold."""
@@ -108,7 +112,8 @@ class DecoderConfig:
 
     def __post_init__(self):
         fill = lambda name, value: object.__setattr__(self, name, value)
-        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "block_size"):
+        least = ("vocab_size", "num_layers", "embed_dim", "num_heads", "block_size", "unroll_layers")
+        for name in least:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("memory_segments", "fam_length"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}.")

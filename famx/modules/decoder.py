@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         x = nn.with_logical_constraint(x, (examples, "blocks", "block", "embed"))
         here = context.shards(shards, blocks // shards, c.block_size)
         x, (memory, keys, values) = self._scan_layers(
-            layer_step, x, (state.memory, state.keys, state.values), here
+            layer_step, x, (state.memory, state.keys, state.values), here, c.unroll_layers
         )
         x = x.reshape(shards, batch, -1, c.embed_dim).swapaxes(0, 1).reshape(batch, -1, c.embed_dim)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
@@ -233,7 +233,9 @@ class Decoder(nn.Module):
             return x, (k, v)
 
         context = self._here(state).replace(start=slot)
-        hidden, (k, v) = self._scan_layers(layer_step, self._embed(tokens), window, context, unroll)
+        hidden, (k, v) = self._scan_layers(
+            layer_step, self._embed(tokens), window, context, c.num_layers if unroll else 1
+        )
         index = jnp.arange(tokens.shape[1])
         slots = c.fam_length + slot[:, None] + index  # in the window, behind the memory
         write = jnp.where(index < count[:, None], slots, c.fam_length + c.block_size)
@@ -291,7 +293,7 @@ class Decoder(nn.Module):
     def _here(self, state: DecoderState) -> ChunkContext:
         return ChunkContext(state.position // self.config.block_size, state.offset, state.updates)
 
-    def _scan_layers(self, step, carry, xs, context: ChunkContext, unroll=False):
+    def _scan_layers(self, step, carry, xs, context: ChunkContext, unroll: int = 1):
         """Scans `step(layer, carry, x, context) -> (carry, y)`, with each layer's own `context`."""
 
         def layer_step(layer, carry, xs):
@@ -303,7 +305,7 @@ class Decoder(nn.Module):
             variable_axes={"params": 0, MASS: 0},
             split_rngs={"params": True},
             length=self.config.num_layers,
-            unroll=self.config.num_layers if unroll else 1,
+            unroll=min(unroll, self.config.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         rotations = jax.tree.map(jnp.asarray, rope.rotations(self.config))

@@ -134,11 +134,15 @@ def test_tiles_of_large_blocks_give_the_same():
     assert_close(grad, other_grad, 1e-5 * max(np.abs(g).max() for g in jax.tree.leaves(grad)))
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "dots_no_batch", "offload"])
-def test_remat_changes_no_number(remat):
+@pytest.mark.parametrize(
+    "changes",
+    [*(dict(remat=policy) for policy in ("full", "dots", "dots_no_batch", "offload")),
+     dict(unroll_layers=2), dict(unroll_layers=9, remat="full")],
+)  # fmt: skip
+def test_how_it_is_computed_changes_no_number(changes):
     c = config(**{**BASE, "memory_segments": 1}, blocks_per_chunk=2)
     plain = gradient_of_last_block(c)
-    assert_close(gradient_of_last_block(dataclasses.replace(c, remat=remat)), plain, 1e-10)
+    assert_close(gradient_of_last_block(dataclasses.replace(c, **changes)), plain, 1e-10)
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (5, 1, 10)])
