@@ -17,7 +17,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from famx.scale.hlo import Array, Computation, Instruction, Module
 
@@ -75,6 +75,7 @@ class Region:
       moved: bytes that copies beside the computation read and write.
       collectives: how many of each.
       products: operations by the name of what they belong to.
+      traffic: main memory traffic by instruction.
       kernels: custom kernels without an estimate, whose operations are missing.
       inner: loops in it.
     """
@@ -119,14 +120,18 @@ class Region:
         return found
 
 
-def count(module: Module) -> Region:
-    """What one run of the program executes."""
-    return _Walk(module).region(module.entry, "program", 1)
+def count(module: Module, kernels: Callable = lambda instruction, operands: None) -> Region:
+    """What one run of the program executes.
+
+    `kernels(instruction, arrays of its operands)` tells the operations of a custom kernel; None: it
+    does not know it.
+    """
+    return _Walk(module, kernels).region(module.entry, "program", 1)
 
 
 class _Walk:
-    def __init__(self, module: Module):
-        self.module = module
+    def __init__(self, module: Module, kernels: Callable):
+        self.module, self.kernels = module, kernels
 
     def region(self, computation: str, name: str, trips: int | None) -> Region:
         region = Region(name, trips)
@@ -198,7 +203,10 @@ class _Walk:
         elif instruction.opcode == "convolution":
             flops = _convolution_flops(computation, instruction)
         elif instruction.opcode == "custom-call":
-            flops = _call_flops(region, computation, instruction)
+            operands = [a for name in instruction.operands for a in _arrays_of(computation, name)]
+            flops = self.kernels(instruction, operands)
+            if flops is None:
+                flops = _call_flops(region, computation, instruction)
         else:
             return 0.0
         if flops:
@@ -223,10 +231,10 @@ class _Walk:
             return _slice_start(instruction, operands)
         if opcode in ("slice", "dynamic-slice", "gather"):
             read = operands[0][0].space == 0
-            return result + (_bytes_of_size(instruction.arrays[0]) if read else 0)
+            return result + (instruction.arrays[0].bytes if read else 0)
         if opcode in ("dynamic-update-slice", "scatter"):
             update = operands[1] if opcode == "dynamic-update-slice" else operands[-1]
-            return _bytes(update) + (_bytes_of_size(update[0]) if instruction.arrays[0].space == 0 else 0)
+            return _bytes(update) + (update[0].bytes if instruction.arrays[0].space == 0 else 0)
         if opcode.endswith("-start"):  # operands stand in the result too
             return sum(map(_bytes, operands)) + max(result - sum(map(_bytes, operands)), 0)
         return result + sum(map(_bytes, operands))
@@ -245,7 +253,7 @@ class _Walk:
             if len(arrays) == 1 and arrays[0].space == 0
         )
         return total + sum(
-            _bytes_of_size(written[root]) if root in written else array.bytes
+            written[root].bytes if root in written else array.bytes
             for root, array in zip(_roots(inside), instruction.arrays)
             if array.space == 0
         )
@@ -270,7 +278,7 @@ def collective(instruction: Instruction, kind: str) -> Collective:
         groups = tuple(tuple(map(int, p.split(","))) for p in re.findall(r"\{([^}]+)\}", pairs))
     else:
         groups = _groups(instruction.attributes)
-    sizes = [_bytes_of_size(array) for array in instruction.arrays if array.space != 2]
+    sizes = [array.bytes for array in instruction.arrays if array.space != 2]
     if instruction.opcode.endswith("-start"):  # (operands, results, ...)
         size = max(sizes)
     else:
@@ -384,9 +392,6 @@ def _roots(inside: Computation) -> list[str]:
     return list(root.operands) if root.opcode == "tuple" else [root.name]
 
 
-_ALIAS = ("bitcast", "copy", "convert", "reshape")
-
-
 def _written(inside: Computation) -> dict[str, Array]:
     """Of each root that is updated in place: the part that is written."""
     found = {}
@@ -411,7 +416,7 @@ def _read(inside: Computation, parameter: Instruction, array: Array, written) ->
             if user.opcode == "bitcast":
                 names.append(user.name)
             elif user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == name:
-                total += _bytes_of_size(user.arrays[0])
+                total += user.arrays[0].bytes
             elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
                 continue  # in place: the rest stays as it is
             elif user.opcode == "tuple":
@@ -426,18 +431,13 @@ def _bytes(arrays) -> float:
     return sum(array.bytes for array in arrays if array.space == 0)
 
 
-def _bytes_of_size(array: Array) -> int:
-    return array.bytes
-
-
 def _slice_start(instruction, operands) -> float:
     part = instruction.arrays[len(operands[0])]
     return sum(part.bytes for array in (operands[0][0], part) if array.space == 0)
 
 
 def _arrays_of(computation: Computation, name: str) -> tuple[Array, ...]:
-    instruction = computation.instructions[name]
-    return instruction.arrays
+    return computation.instructions[name].arrays
 
 
 def _target(instruction: Instruction) -> str:

@@ -173,12 +173,12 @@ class Module:
 def parse(text: str) -> Module:
     """The module of `compiled.as_text()`."""
     computations, entry, current = {}, None, None
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if current is None:
             if line.endswith("{") and ") -> " in line and (found := _HEAD.match(line)):
                 current = computations[found[1]] = Computation(found[1])
                 entry = found[1] if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif re.match(r"\}(,|\s|$)", line):
             current = None
         elif " = " in line:
             instruction = _instruction(line)
@@ -186,6 +186,18 @@ def parse(text: str) -> Module:
             if current.root is None or line.lstrip().startswith("ROOT"):
                 current.root = instruction
     return Module(computations, entry)
+
+
+def _whole_lines(text: str) -> list[str]:
+    """Lines, those of an instruction joined whose attributes hold line breaks, as kernels' do."""
+    lines = []
+    for line in text.splitlines():
+        starts = re.match(r"  (ROOT )?%?[\w.\-]+ = |%?[\w.\-]+ \(|ENTRY |HloModule|\}(,|\s|$)|$", line)
+        if starts or not lines:
+            lines.append(line)
+        else:
+            lines[-1] += " " + line
+    return lines
 
 
 def _instruction(line: str) -> Instruction:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from famx.decoding import Sampling, Streamer
+from famx.modules import DecoderConfig
 from famx.training import partitioning
 from famx.training.flops import train_flops
 from famx.training.setup import Setup
@@ -29,6 +30,7 @@ class Program:
       batch: rows of the global batch.
       length: tokens of a row that it reads, or writes.
       model_flops: operations that the result depends on, of all devices; None: not counted.
+      config: of the model.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Program:
     batch: int
     length: int
     model_flops: int | None
+    config: DecoderConfig
 
     def argument_bytes(self) -> dict[str, int]:
         """Bytes on one device, by kind."""
@@ -71,7 +74,8 @@ def train(setup: Setup) -> Program:
             train_flops(setup.model.config, setup.batch_size, setup.length, from_start).values()
         )
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    return Program("train", lowered, arguments, count, setup.batch_size, setup.length, flops)
+    config = setup.model.config
+    return Program("train", lowered, arguments, count, setup.batch_size, setup.length, flops, config)
 
 
 def read_and_write(setup: Setup, batch_size: int) -> tuple[Program, Program]:
@@ -102,8 +106,8 @@ def read_and_write(setup: Setup, batch_size: int) -> tuple[Program, Program]:
     whole, first = (train_flops(config, batch_size, n * length, from_start=False) for n in (2, 1))
     flops = sum(whole[kind] - first[kind] for kind in whole if kind != "head") // 3
     return (
-        Program("prefill", reading, arguments, count, batch_size, length, flops),
-        Program("decode", writing, arguments, count, batch_size, config.block_size, None),
+        Program("prefill", reading, arguments, count, batch_size, length, flops, config),
+        Program("decode", writing, arguments, count, batch_size, config.block_size, None, config),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from famx.scale import bounds, costs, hlo
+from famx.scale import bounds, costs, hlo, kernels
 from famx.scale.chips import Chip
 from famx.scale.programs import Program
 from famx.tables import Table
@@ -200,7 +200,7 @@ def compile_report(
     if hlo_dir is not None:
         hlo_dir.mkdir(parents=True, exist_ok=True)
         (hlo_dir / f"{program.name}.hlo").write_text(text)
-    region = costs.count(hlo.parse(text))
+    region = costs.count(hlo.parse(text), kernels.of_model(program.config))
     devices = list(mesh.devices.flat)
     network = bounds.Network(devices, chip)
     return Report(
@@ -279,7 +279,7 @@ def _notes(region) -> tuple[str, ...]:
     unknown = [_short(path[-1]) for _, path, inner in region.walk() if inner.trips is None]
     if unknown:
         notes.append(f"loops without a known number of runs, counted once: {', '.join(unknown)}")
-    kernels = sorted({kernel for _, _, inner in region.walk() for kernel in inner.kernels})
-    if kernels:
-        notes.append(f"kernels that do not tell their operations, counted as none: {', '.join(kernels)}")
+    unread = sorted({kernel for _, _, inner in region.walk() for kernel in inner.kernels})
+    if unread:
+        notes.append(f"kernels that do not tell their operations, counted as none: {', '.join(unread)}")
     return tuple(notes)
