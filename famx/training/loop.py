@@ -157,7 +157,7 @@ def train(
         make = lambda x: jax.make_array_from_process_local_data(sharding, x)
         return jax.tree.map(make, batch)
 
-    shard = (jax.process_index(), jax.process_count())
+    shard = partitioning.batch_shard(setup.mesh, jax.process_index())
     feed = make_feed(
         task, state_passing_mode, model, batch_size, task_feature_lengths["targets"], curriculum,
         random_seed, shard, place, pool_groups, pool_refresh_period, lane_documents, packed,
@@ -168,7 +168,7 @@ def train(
         save_vocabulary(vocabulary, directory)
 
     # ---------------------------------------------------------------- state
-    first = shard[0] == 0
+    first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         initialize, abstract = setup.initializer()
         check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import gin
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -204,6 +205,26 @@ def logical_to_sharding(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Cuts the first axis of a batch over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shard(mesh: Mesh, process: int) -> tuple[int, int]:
+    """`(index, count)`: which of `count` equal parts of a batch `process` makes.
+
+    Processes between which `tensor` or `context` alone is cut hold, and make, the same part.
+
+    Raises ConfigError if the parts of two processes overlap.
+    """
+    size = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows = collections.defaultdict(set)
+    for where, device in np.ndenumerate(mesh.devices):
+        rows[device.process_index].add(where[0] * mesh.shape["fsdp"] + where[1])
+    parts = sorted({tuple(sorted(part)) for part in rows.values()})
+    if sum(map(len, parts)) != size or len(set(map(len, parts))) > 1:
+        raise ConfigError(
+            f"A mesh of {_show(mesh.shape)} gives processes parts of the batch that overlap: let tensor x"
+            " context divide the devices of a process, or be a multiple of them."
+        )
+    return parts.index(tuple(sorted(rows[process]))), len(parts)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> None:

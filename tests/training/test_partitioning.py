@@ -148,6 +148,30 @@ def test_meshes_of_a_tpu_that_is_not_there(monkeypatch):
     assert slices_of(partitioning.make_mesh(fsdp=4, devices=two))[:, :, 0].tolist() == [[0] * 4, [1] * 4]
 
 
+@pytest.mark.parametrize("sizes, per_process, parts", [
+    (dict(), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    (dict(tensor=2), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    (dict(tensor=4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    (dict(fsdp=2, context=2, tensor=2, data=1), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    (dict(tensor=8), 4, [(0, 1), (0, 1)]),
+])  # fmt: skip
+def test_processes_that_hold_the_same_rows_make_the_same_rows(sizes, per_process, parts):
+    devices = chips(8)
+    for device in devices:
+        device.process_index = device.id // per_process
+    mesh = partitioning.make_mesh(**sizes, devices=devices)
+    assert [partitioning.batch_shard(mesh, i) for i in range(8 // per_process)] == parts
+
+
+def test_processes_whose_rows_overlap_are_refused():
+    devices = chips(6)
+    for device in devices:
+        device.process_index = device.id // 3
+    mesh = partitioning.make_mesh(data=3, tensor=2, devices=devices)
+    with pytest.raises(ConfigError, match="parts of the batch that overlap"):
+        partitioning.batch_shard(mesh, 0)
+
+
 @pytest.mark.parametrize("name, bindings, sizes, query", [
     ("data", [], (8, 1, 1, 1), P(None, None, None)),
     ("fsdp", [], (1, 8, 1, 1), P("fsdp", None, None)),
