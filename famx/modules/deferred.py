@@ -104,7 +104,8 @@ def _backward(body, residuals, grads):
 
     def of_kernel(kernel, x, dy):
         shared = (x.ndim + dy.ndim - kernel.ndim) // 2  # axes of steps, examples and tokens
-        rows = lambda y: y.reshape(math.prod(y.shape[:shared]), -1)
+        # Examples first: they are what a mesh cuts, which only the first of merged axes can be.
+        rows = lambda y: y.swapaxes(0, 1).reshape(math.prod(y.shape[:shared]), -1)
         return jnp.matmul(rows(x).T, rows(dy)).reshape(kernel.shape).astype(kernel.dtype)
 
     of_kernels = jax.tree.map(of_kernel, kernels, inputs, outputs)

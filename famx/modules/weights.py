@@ -45,15 +45,23 @@ def gathered(kernel, names: tuple[str, ...], activations: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(kernel, names):
-    # Beside a batch, nothing else is cut over the batch's axes.
-    return _constrained(kernel, mesh_axes(("batch", *names), (0, *kernel.shape))[1:])
+    return _constrained(kernel, _beside_a_batch(kernel, names))
+
+
+def _backward(names, _, grad):
+    # Summed as a whole and then cut, which is one scatter. Asked for the part alone, the compiler may
+    # gather activations instead.
+    grad = _constrained(grad, _beside_a_batch(grad, names))
+    return (_constrained(grad, mesh_axes(names, grad.shape)),)
+
+
+_gathered.defvjp(lambda kernel, names: (_gathered(kernel, names), None), _backward)
+
+
+def _beside_a_batch(kernel, names):
+    """Nothing else is cut over the batch's axes there."""
+    return mesh_axes(("batch", *names), (0, *kernel.shape))[1:]
 
 
 def _constrained(kernel, axes):
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*axes))
-
-
-_gathered.defvjp(
-    lambda kernel, names: (_gathered(kernel, names), None),
-    lambda names, _, grad: (_constrained(grad, mesh_axes(names, grad.shape)),),
-)
