@@ -6,6 +6,7 @@ from famx.errors import ConfigError
 from famx.scale.report import Report
 
 _LIMIT = 2**16  # batches of so many parts are not searched
+_STRAIGHT = 5  # attempts that trust in a straight line
 
 
 def largest_batch(
@@ -52,6 +53,8 @@ def largest_batch(
 def _next(known: dict[int, Report], low: int, high: int) -> int:
     """Where the line through the two nearest reports meets what is available, within (low, high)."""
     sizes = sorted(known)
+    if len(sizes) > _STRAIGHT:  # it is no line: halve, or double
+        return (low + high) // 2 if high < _LIMIT else 2 * low
     if len(sizes) == 1:
         (size,) = sizes
         ratio = known[size].available / max(known[size].needed, 1)

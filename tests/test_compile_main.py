@@ -1,0 +1,114 @@
+"""`python -m famx.compile`: on virtual CPU devices, with the TPU compiler where it is, on bad input."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from famx.errors import ConfigError
+from famx.scale import main as scale
+from famx.scale import topologies
+from famx.scale.programs import PROGRAMS
+
+ROOT = pathlib.Path(__file__).parent.parent
+RUN = ["--gin_file=gin_configs/runs/pretrain.gin", "--gin_file=gin_configs/models/tiny.gin"]
+SIZES = ["--gin.BATCH_SIZE=8", "--gin.TASK_FEATURE_LENGTHS={'targets': 64}"]
+SIZES += ["--gin.DecoderConfig.num_layers=1"]
+FSDP = ["--gin_file=gin_configs/meshes/fsdp.gin"]
+
+
+def compile_main(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "famx.compile", *RUN, *SIZES, *arguments],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": ""},
+    )  # fmt: skip
+
+
+def test_eight_virtual_devices(tmp_path):
+    page, out = tmp_path / "page.md", tmp_path / "out.json"
+    page.write_text("before\n<!-- table: tiny -->\n<!-- end -->\nafter\n")
+    run = compile_main(
+        *FSDP, "--topology=cpu:8", f"--json={out}", f"--markdown={page}", "--name=tiny",
+        f"--programs={','.join(PROGRAMS)}", f"--hlo={tmp_path}",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    train, prefill, decode = json.loads(out.read_text())
+    assert train["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}
+    assert train["fits"] and train["batch"] == 8 and train["length"] == 64
+    # A table, a layer's matrices, norms and prompt: float32, an eighth on each device.
+    assert train["parameters"] == 128 * 64 + 64 * (4 * 64 + 3 * 128) + 3 * 64 + 8 * 64
+    assert train["memory"]["parameters"] == train["parameters"] * 4 / 8
+    assert train["memory"]["optimiser"] >= 2 * train["memory"]["parameters"]
+    # Blocks of 32 without a past: half of the pairs are masked, which is executed all the same.
+    assert 1 < train["flops"] * 8 / train["model_flops"] < 1.3
+    assert {row["kind"] for row in train["collectives"]} & {"all-gather", "all-reduce"}
+    assert all(row["axes"] == "fsdp" for row in train["collectives"])
+    assert prefill["model_flops"] <= prefill["flops"] * 8 and prefill["length"] == 8 * 32
+    assert decode["flops"] > 0 and any("without a known number" in note for note in decode["notes"])
+    assert "| train, batch 8 x 64 |" in page.read_text() and page.read_text().endswith("after\n")
+    assert run.stdout.count("parameters; batch") == 3 and (tmp_path / "train.hlo").is_file()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_slice_that_is_not_there(tmp_path):
+    out = tmp_path / "out.json"
+    run = compile_main(*FSDP, "--topology=v5e:2x2", f"--json={out}")
+    assert run.returncode == 0, run.stderr
+    (train,) = json.loads(out.read_text())
+    assert train["chip"]["name"] == "v5e" and train["notes"] == []
+    assert 1 < train["flops"] * 4 / train["model_flops"] < 1.3
+    assert train["bound"]["interconnect"] > 0 and train["bound"]["memory"] > 0
+    assert train["bound"]["scheduled"] >= train["bound"]["roofline"] == max(
+        train["bound"][name] for name in ("compute", "memory", "interconnect", "network")
+    )
+    assert "train on v5e:2x2: fits, 0." in run.stdout and " MFU at most " in run.stdout
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ([], "--topology is not set: name what to compile for, such as --topology=v5e:4x4."),
+    (["--topology=cpu:8", *FSDP, "--gin.BATCH_SIZE=12"], "BATCH_SIZE 12 cannot be divided over 8 "),
+    (
+        ["--topology=cpu:8", "--gin.make_mesh.tensor=8"],
+        "Axis heads of layers/query/kernel has size 4, which cannot be divided over 8 devices",
+    ),
+])  # fmt: skip
+def test_bad_input_ends_in_one_sentence(arguments, sentence):
+    run = compile_main(*arguments)
+    assert run.returncode == 2, (run.stdout, run.stderr)
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("famx: error: ")]
+    assert sentence in line and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("topology, slices, sentence", [
+    ("v9:4x4", 1, "There is no topology 'v9:4x4': known are v4:2x2x1, "),
+    ("v5p:4x4", 1, "There is no topology v5p:4x4: v5p slices have 3 sizes, such as v5p:2x4x4"),
+    ("v5e:", 1, "There is no topology v5e:: v5e slices have 2 sizes"),
+    ("cpu:8", 2, "Only TPUs have several slices"),
+    ("v5e:4x4", 0, "--num_slices must be at least 1, not 0."),
+])  # fmt: skip
+def test_topologies_that_are_none(topology, slices, sentence):
+    with pytest.raises(ConfigError) as caught:
+        topologies.devices(topology, slices)
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (dict(wanted=["train", "fly"]), "There is no program 'fly': choose from train, prefill, decode."),
+    (dict(table_name="x"), "--markdown names a page and --name the table in it: give both."),
+])  # fmt: skip
+def test_flags_that_do_not_fit(options, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        scale.run("cpu:8", **options)
+
+
+def test_a_missing_compiler_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'libtpu: pip install "famx\[tpu\]"'):
+        topologies.devices("v5e:4x4")
+    assert jax.default_backend() == "cpu"
