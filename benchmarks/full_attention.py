@@ -16,13 +16,15 @@ from famx.modules.config import DecoderConfig
 TILE = 512  # rows and columns
 
 
-def full_attention(q, keys, values, memory_keys, memory_values, first_block, config: DecoderConfig):
+def full_attention(
+    q, keys, values, memory_keys, memory_values, first_block, config: DecoderConfig, examples="batch"
+):
     """Takes and returns what `famx.modules.attention.token_attention` does; no gradient.
 
     Raises:
       ValueError: unless there is one block, and neither past blocks nor a memory.
     """
-    del memory_keys, memory_values, first_block
+    del memory_keys, memory_values, first_block, examples
     if q.shape[1] != 1 or config.memory_segments or config.fam_length:
         raise ValueError("Full attention is one block without memory segments and without FAM.")
     batch, _, length, heads, width = q.shape
