@@ -24,17 +24,24 @@ _INFERENCE = flags.DEFINE_integer(
 )
 _FIND = flags.DEFINE_enum("find", None, ["batch_size"], "Find the largest batch_size that fits.")
 _JSON = flags.DEFINE_string("json", None, "File for the reports.")
-_MARKDOWN = flags.DEFINE_string("markdown", None, "Page whose table --name is filled.")
+_REPORTS = flags.DEFINE_list("reports", None, "Files of --json; --markdown is filled, nothing compiled.")
+_MARKDOWN = flags.DEFINE_string("markdown", None, "Page whose table --name the reports fill.")
 _NAME = flags.DEFINE_string("name", None, "Of the table in the page, between its markers.")
 _HLO = flags.DEFINE_string("hlo", None, "Folder for the programs as the compiler made them.")
 
 
 def main():
+    page = (_REPORTS.value, _MARKDOWN.value, _NAME.value)
+    if any(page):
+        if not all(page):
+            raise ConfigError("--reports, --markdown and --name fill a table of a page: give all three.")
+        scale.fill_page(*page)
+        return
     if _TOPOLOGY.value is None:
         raise ConfigError("--topology is not set: name what to compile for, such as --topology=v5e:4x4.")
     fits = scale.run(
-        _TOPOLOGY.value, _SLICES.value, _PROGRAMS.value, _INFERENCE.value, _FIND.value,
-        _JSON.value, _MARKDOWN.value, _NAME.value, _HLO.value,
+        _TOPOLOGY.value, _SLICES.value, _PROGRAMS.value, _INFERENCE.value, _FIND.value, _JSON.value,
+        _HLO.value,
     )  # fmt: skip
     if not fits:
         sys.exit(1)

@@ -33,7 +33,9 @@ class Table:
     def markdown(self) -> str:
         head, *body = ["| " + " | ".join(row) + " |" for row in self._cells()]
         rule = "|" + "---:|" * len(self.rows[0])
-        return "\n".join([f"**{self.title}**", "", head, rule, *body, "", "  \n".join(self.notes)])
+        above = [f"**{self.title}**", ""] if self.title else []
+        below = ["", "  \n".join(self.notes)] if self.notes else []
+        return "\n".join([*above, head, rule, *body, *below])
 
     def json(self) -> dict[str, Any]:
         plain = lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x

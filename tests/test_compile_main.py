@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -31,11 +30,10 @@ def compile_main(*arguments):
 
 
 def test_eight_virtual_devices(tmp_path):
-    page, out = tmp_path / "page.md", tmp_path / "out.json"
-    page.write_text("before\n<!-- table: tiny -->\n<!-- end -->\nafter\n")
+    out = tmp_path / "tiny.json"
     run = compile_main(
-        *FSDP, "--topology=cpu:8", f"--json={out}", f"--markdown={page}", "--name=tiny",
-        f"--programs={','.join(PROGRAMS)}", f"--hlo={tmp_path}",
+        *FSDP, "--topology=cpu:8", f"--programs={','.join(PROGRAMS)}", f"--json={out}",
+        f"--hlo={tmp_path}",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     train, prefill, decode = json.loads(out.read_text())
@@ -51,8 +49,20 @@ def test_eight_virtual_devices(tmp_path):
     assert all(row["axes"] == "fsdp" for row in train["collectives"])
     assert prefill["model_flops"] <= prefill["flops"] * 8 and prefill["length"] == 8 * 32
     assert decode["flops"] > 0 and any("without a known number" in note for note in decode["notes"])
-    assert "| train, batch 8 x 64 |" in page.read_text() and page.read_text().endswith("after\n")
     assert run.stdout.count("parameters; batch") == 3 and (tmp_path / "train.hlo").is_file()
+
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: sizes -->\n<!-- end -->\nafter\n")
+    scale.fill_page([out], page, "sizes")
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and len(lines) == 4 + 2 + len(PROGRAMS)
+    assert [line.split(" | ")[:3] for line in lines[4:-2]] == [
+        ["| tiny", name, "cpu:8"] for name in PROGRAMS
+    ]
+    with pytest.raises(ConfigError, match="has no place for a table named other"):
+        scale.fill_page([out], page, "other")
+    with pytest.raises(ConfigError, match="page.md holds no reports of famx.compile --json"):
+        scale.fill_page([page], page, "sizes")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -98,13 +108,9 @@ def test_topologies_that_are_none(topology, slices, sentence):
     assert str(caught.value).startswith(sentence)
 
 
-@pytest.mark.parametrize("options, sentence", [
-    (dict(wanted=["train", "fly"]), "There is no program 'fly': choose from train, prefill, decode."),
-    (dict(table_name="x"), "--markdown names a page and --name the table in it: give both."),
-])  # fmt: skip
-def test_flags_that_do_not_fit(options, sentence):
-    with pytest.raises(ConfigError, match=re.escape(sentence)):
-        scale.run("cpu:8", **options)
+def test_a_program_that_is_none():
+    with pytest.raises(ConfigError, match="There is no program 'fly': choose from train, prefill"):
+        scale.run("cpu:8", wanted=["train", "fly"])
 
 
 def test_a_missing_compiler_says_how_to_install_it(monkeypatch):

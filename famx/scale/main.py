@@ -34,8 +34,6 @@ def run(
     inference_batch_size: int | None = None,
     find: str | None = None,
     json_file: str | None = None,
-    markdown_file: str | None = None,
-    table_name: str | None = None,
     hlo_dir: str | None = None,
 ) -> bool:
     """Compiles the programs that the gin flags describe and prints what they need; whether all fit.
@@ -47,10 +45,6 @@ def run(
         if name not in programs.PROGRAMS:
             known = ", ".join(programs.PROGRAMS)
             raise ConfigError(f"There is no program {name!r}: choose from {known}.")
-    if (markdown_file is None) != (table_name is None):
-        raise ConfigError("--markdown names a page and --name the table in it: give both.")
-    if markdown_file and tables.missing_markers(pathlib.Path(markdown_file), [table_name]):
-        raise ConfigError(f"{markdown_file} has no place for a table named {table_name}.")
     values = flags.FLAGS
     gin_utils.parse_gin(values.gin_file, values.gin_bindings, values.gin_search_paths, UNNEEDED)
     devices, chip = topologies.devices(topology, num_slices)
@@ -78,10 +72,26 @@ def run(
     if json_file is not None:
         text = json.dumps([report.plain() for report in reports], indent=2)
         pathlib.Path(json_file).write_text(text + "\n", encoding="utf-8")
-    if markdown_file is not None:
-        table = tables.Table(table_name, f"Compiled for {where}", (), [r.row() for r in reports])
-        tables.fill_markdown(pathlib.Path(markdown_file), table)
     return all(report.fits for report in reports)
+
+
+def fill_page(json_files: Sequence[str], markdown_file: str, table_name: str) -> None:
+    """Fills a table of a page with what `run` wrote to JSON files, each program a row.
+
+    Raises:
+      ConfigError: the page has no such table, or a file is none of ours.
+    """
+    page, rows = pathlib.Path(markdown_file), []
+    if not page.is_file() or tables.missing_markers(page, [table_name]):
+        raise ConfigError(f"{markdown_file} has no place for a table named {table_name}.")
+    for name in map(pathlib.Path, json_files):
+        try:
+            rows += [{"run": name.stem, **report["row"]} for report in json.loads(name.read_text())]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{name} holds no reports of famx.compile --json: {error}.") from error
+    columns = dict.fromkeys(column for row in rows for column in row)
+    rows = [{column: row.get(column, "-") for column in columns} for row in rows]
+    tables.fill_markdown(page, tables.Table(table_name, "", (), rows))
 
 
 def setup_from_gin(devices, **changes: Any) -> Setup:

@@ -107,6 +107,7 @@ class Report:
         if self.bound is not None:
             values["bound"]["roofline"] = self.bound.roofline
         values["utilisation"] = self.utilisation
+        values["row"] = self.row()
         values["tokens_per_second"] = self.tokens_per_second()
         return values
 
@@ -132,22 +133,25 @@ class Report:
 
     def row(self) -> dict[str, Any]:
         """The figures that a page compares."""
-        b, u = self.bound, self.utilisation
-        shown = lambda x, make: make(x) if x is not None else "-"
-        return {
-            "program": f"{self.program}, batch {self.batch} x {self.length}",
-            "parameters": f"{self.parameters / 1e9:.2f} B",
-            **{kind: f"{n / 2**30:.2f}" for kind, n in self.memory.items() if n > 2**20},
-            "GiB of": f"{self.needed / 2**30:.1f} / {self.available / 2**30:.1f}",
-            "executed / model": shown(self.flops and self.model_flops, lambda _: (
-                f"{self.flops * self.devices / self.model_flops:.2f}")),
-            "compute s": shown(b, lambda b: f"{b.compute:.3f}"),
-            "memory s": shown(b, lambda b: f"{b.memory:.3f}"),
-            "interconnect s": shown(b, lambda b: f"{b.interconnect:.3f}"),
-            "scheduled s": shown(b, lambda b: f"{b.scheduled:.3f}"),
-            "MFU at most": shown(u.get("roofline"), lambda x: f"{x:.1%}"),
-            "as scheduled": shown(u.get("scheduled"), lambda x: f"{x:.1%}"),
+        gib = lambda *kinds: f"{sum(self.memory.get(kind, 0) for kind in kinds) / 2**30:.2f}"
+        row = {
+            "program": self.program,
+            "on": self.topology,
+            "batch": f"{self.batch} x {self.length}",
+            "weights and moments, GiB": gib("parameters", "optimiser"),
+            "temporaries, GiB": gib("temporaries"),
+            "needed / there": f"{self.needed / 2**30:.1f} / {self.available / 2**30:.1f}",
+            "fits": "yes" if self.fits else "no",
         }
+        if self.flops and self.model_flops:
+            row["executed / model"] = f"{self.flops * self.devices / self.model_flops:.2f}"
+        if self.bound:
+            names = ("compute", "memory", "interconnect", "scheduled")
+            row |= {f"{name}, s": f"{getattr(self.bound, name):.3f}" for name in names}
+        if self.utilisation:
+            row["MFU at most"] = f"{self.utilisation['roofline']:.1%}"
+            row["as scheduled"] = f"{self.utilisation['scheduled']:.1%}"
+        return row
 
     def _work(self) -> list[dict[str, Any]]:
         rows = []
