@@ -17,6 +17,7 @@ def build(shape: dict, segments: int, memory: bool, kv_heads: int | None = None)
         num_heads=shape.heads, num_kv_heads=kv_heads, mlp_dim=shape.feed_forward,
         block_size=shape.block, memory_segments=segments,
         fam_length=shape.fam_length if memory else 0, tied_embeddings=False,
+        unroll_layers=shape.layers,
     )  # fmt: skip
     params = workloads.parameters(config)
     facts = {
