@@ -25,12 +25,14 @@ class Table:
     rows: list[dict[str, Any]]
 
     def text(self) -> str:
+        """For a terminal: title, notes, and columns in line."""
         cells = self._cells()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
         return "\n".join([self.title, *self.notes, *lines])
 
     def markdown(self) -> str:
+        """For a page, notes below."""
         head, *body = ["| " + " | ".join(row) + " |" for row in self._cells()]
         rule = "|" + "---:|" * len(self.rows[0])
         above = [f"**{self.title}**", ""] if self.title else []
@@ -38,6 +40,7 @@ class Table:
         return "\n".join([*above, head, rule, *body, *below])
 
     def json(self) -> dict[str, Any]:
+        """Every figure, unrounded."""
         plain = lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x
         rows = [{name: plain(value) for name, value in row.items()} for row in self.rows]
         return {"title": self.title, "notes": self.notes, "rows": rows}
@@ -70,6 +73,7 @@ def fill_markdown(path: pathlib.Path, table: Table) -> None:
 
 
 def write_json(path: pathlib.Path, machine: Mapping[str, Any], tables: list[Table]) -> None:
+    """Writes what the machine is and the tables' figures, unrounded."""
     sections = {table.name: table.json() for table in tables}
     text = json.dumps({"machine": dict(machine), "sections": sections}, indent=2, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")

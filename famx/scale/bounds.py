@@ -36,6 +36,7 @@ class Bound:
 
     @property
     def roofline(self) -> float:
+        """The least seconds that a step takes: the largest of its parts."""
         return max(self.compute, self.memory, self.interconnect, self.network)
 
     @property

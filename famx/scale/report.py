@@ -56,10 +56,12 @@ class Report:
 
     @property
     def devices(self) -> int:
+        """How many the mesh has."""
         return int(np.prod(list(self.mesh.values())))
 
     @property
     def needed(self) -> int:
+        """Bytes of a device, of all kinds together."""
         return sum(self.memory.values())
 
     @property

@@ -20,8 +20,8 @@ from markdown_pages import PAGES, ROOT, Block, blocks
 BLOCKS = [block for page in PAGES for block in blocks(page, "bash")]
 NEEDS = ("network", "gpu", "tpu", "cloud", "t5x", "long")
 RUN_BY_CI = ("main-command", "test-command")
-STUBS = ("python", "pip", "git", "pytest", "taskset", "make", "pre-commit", "zensical")
-OURS = ("famx", "launch", "benchmarks")
+STUBS = ("python", "pip", "git", "pytest", "taskset", "make", "pre-commit", "zensical", "jupyter")
+OURS = ("famx", "launch", "benchmarks", "notebooks")
 _STUB = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" >> "$RECORD"; printf '\\n\\0' >> "$RECORD"
 if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; touch "$3/bin/activate"; fi
