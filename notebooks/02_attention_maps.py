@@ -157,7 +157,7 @@ for layer in range(trained.model.config.num_layers):
 # The memory of layer 1 is rewritten by every block, and is hardly read.
 #
 # And what the memory of layer 0 is made of: the tokens of the block with the second key to which each
-# memory token attends most. They are the digits of that key, of one of its two mentions.
+# memory token attends most. First of all these are digits of that key, in one of its two mentions.
 
 # %%
 figures.sources_figure(maps, layer=0, block=second)
