@@ -79,9 +79,9 @@ assert memory.alias_size_in_bytes > 0.99 * total / 8  # given away
 largest = max(math.prod(shape) for dtype, shape in shapes_of(compiled) if shape[:1] == (18,))
 matrices = [leaf.size for leaf in jax.tree.leaves(abstract.params["layers"]) if leaf.ndim > 2]
 assert largest <= max(matrices) / 8, largest
-# The table is not whole in float32, neither is its gradient.
+# The table alone is gathered as a whole, for the loss; nothing is larger, as all layers' would be.
 table = abstract.params["embedding"].size
-assert not [s for dtype, s in shapes_of(compiled) if dtype == "f32" and math.prod(s) >= table]
+assert max(math.prod(shape) for _, shape in shapes_of(compiled)) == table
 print("done")
 """
 
@@ -104,7 +104,9 @@ def shapes_of(compiled):
 
 @pytest.mark.slow
 def test_nothing_large_of_1b_is_whole_on_each_of_eight_devices():
+    # On CPUs the pass that widens reductions of bfloat16 aborts on those of shard_map.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags += " --xla_disable_hlo_passes=all-reduce-promotion"
     found = subprocess.run(
         [sys.executable, "-c", ONE_B], cwd=ROOT, capture_output=True, text=True,
         env={
