@@ -4,6 +4,7 @@ On a mesh each device takes the logits of its own tokens, from an output matrix 
 before the loop over chunks; its gradient is exchanged after the loop, once.
 """
 
+import functools
 import math
 
 import jax
@@ -42,7 +43,9 @@ def cross_entropy(
 
     manual = {*rows, *columns}
     cut = {
-        name: [tuple(a for a in axes if a in manual) for axes in mesh_axes(names, params[name].shape)]
+        name: tuple(
+            tuple(a for a in axes if a in manual) for axes in mesh_axes(names, params[name].shape)
+        )
         for name, names in _MATRICES.items()
         if name in params
     }
@@ -71,16 +74,28 @@ def _on_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _whole(matrix, axes, dtype):
     """All of a matrix of which this device has a part. It travels in the compute dtype.
 
-    As it was kept, the chunks' gradients are summed.
+    It comes back in the dtype that it is kept in, in which the chunks' gradients are summed, and those
+    of the devices.
     """
     kept, matrix = matrix.dtype, matrix.astype(dtype)
     for axis, names in enumerate(axes):
         if names:
             matrix = jax.lax.all_gather(matrix, names, axis=axis, tiled=True)
     return matrix.astype(kept)
+
+
+def _whole_backward(axes, dtype, _, grad):
+    for axis, names in enumerate(axes):
+        if names:
+            grad = jax.lax.psum_scatter(grad, names, scatter_dimension=axis, tiled=True)
+    return (grad,)
+
+
+_whole.defvjp(lambda matrix, axes, dtype: (_whole(matrix, axes, dtype), None), _whole_backward)
 
 
 def _in_chunks(module, params, hidden, targets, weights, z_loss, chunk):
