@@ -24,6 +24,7 @@ STUBS = ("python", "pip", "git", "pytest", "taskset", "make", "pre-commit", "zen
 OURS = ("famx", "launch", "benchmarks", "notebooks")
 _STUB = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" >> "$RECORD"; printf '\\n\\0' >> "$RECORD"
+cat > /dev/null  # or who writes into the pipe could find it closed
 if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; touch "$3/bin/activate"; fi
 """
 
@@ -45,7 +46,7 @@ def commands(block: Block) -> list[list[str]]:
         record.touch()
         run = subprocess.run(
             ["/bin/bash", "-euo", "pipefail", "-c", block.text],
-            cwd=folder, capture_output=True, text=True,
+            cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL,
             env={"PATH": f"{stubs()}:/usr/bin:/bin", "RECORD": str(record), "HOME": folder},
         )  # fmt: skip
         assert run.returncode == 0, f"{block}: {run.stderr}"
