@@ -247,7 +247,8 @@ CTRL_C = """
 import sys
 sys.path[:0] = [{tests!r}]
 import conftest, pathlib, test_tpu
-sys.exit(test_tpu.launch(test_tpu.make_config(pathlib.Path({cloud!r})), delete={delete!r}))
+with test_tpu.flagsaver.flagsaver(estimate="no"):
+    sys.exit(test_tpu.launch(test_tpu.make_config(pathlib.Path({cloud!r})), delete={delete!r}))
 """
 
 
