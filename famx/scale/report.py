@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import pathlib
 import re
+import tempfile
 from typing import Any
 
 import jax
@@ -187,7 +188,7 @@ def compile_report(
     )  # fmt: skip
     memory = program.argument_bytes()
     try:
-        compiled = program.lowered.compile()
+        compiled, text = _compile(program, next(iter(mesh.devices.flat)).platform)
     except jax.errors.JaxRuntimeError as error:
         found = _shortage(str(error), sum(memory.values()))
         if found is None:
@@ -202,7 +203,6 @@ def compile_report(
         analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0
     )
     memory["program"] = analysis.generated_code_size_in_bytes
-    text = compiled.as_text()
     if hlo_dir is not None:
         hlo_dir.mkdir(parents=True, exist_ok=True)
         (hlo_dir / f"{program.name}.hlo").write_text(text)
@@ -217,6 +217,27 @@ def compile_report(
         loops=_loops(region, chip, network) if chip.flops else (),
         notes=_notes(region),
     )  # fmt: skip
+
+
+def _compile(program: Program, platform: str):
+    """The compiled program, and its text.
+
+    libtpu 0.0.52 writes programs with asynchronous gathers that jaxlib 0.10.2 cannot read back, so that
+    a TPU's text is what its compiler dumps.
+    """
+    if platform != "tpu":
+        compiled = program.lowered.compile()
+        return compiled, compiled.as_text()
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # what is taken from it is not dumped
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            compiled = program.lowered.compile(compiler_options=dump)
+            (text,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+            return compiled, text.read_text()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
 
 
 def _shortage(message: str, arguments: int) -> tuple[int, int] | None:
