@@ -13,6 +13,13 @@ from absl import flags
 from famx import gin_utils
 from famx.errors import ConfigError
 from famx.scale import main as scale
+from famx.scale import programs
+
+# What a run needs and a compiler does not.
+UNNEEDED = (
+    *("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS"),
+    *("TEXT_FILES", "DATA_DIR"),
+)
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "A TPU slice such as v5p:4x4x4 (v4, v5e, v5p, v6e); gpu; or cpu:8."
@@ -39,6 +46,11 @@ def main():
         return
     if _TOPOLOGY.value is None:
         raise ConfigError("--topology is not set: name what to compile for, such as --topology=v5e:4x4.")
+    for name in _PROGRAMS.value:
+        if name not in programs.PROGRAMS:
+            known = ", ".join(programs.PROGRAMS)
+            raise ConfigError(f"There is no program {name!r}: choose from {known}.")
+    gin_utils.parse_gin_flags(UNNEEDED)
     fits = scale.run(
         _TOPOLOGY.value, _SLICES.value, _PROGRAMS.value, _INFERENCE.value, _FIND.value, _JSON.value,
         _HLO.value,

@@ -104,10 +104,10 @@ def define_flags() -> None:
     flags.DEFINE_list("gin_search_paths", [], "Comma-separated directories to look for gin files.")
 
 
-def parse_gin_flags() -> None:
+def parse_gin_flags(unneeded: Sequence[str] = ()) -> None:
     """`parse_gin` with the values of the flags."""
     values = flags.FLAGS
-    parse_gin(values.gin_file, values.gin_bindings, values.gin_search_paths)
+    parse_gin(values.gin_file, values.gin_bindings, values.gin_search_paths, unneeded)
 
 
 def run(main: Callable[[], Any], gin_flags: bool = True) -> None:

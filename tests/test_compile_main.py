@@ -82,10 +82,11 @@ def test_a_slice_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("arguments, sentence", [
     ([], "--topology is not set: name what to compile for, such as --topology=v5e:4x4."),
+    (["--topology=cpu:8", "--programs=train,fly"], "There is no program 'fly': choose from train, "),
     (["--topology=cpu:8", *FSDP, "--gin.BATCH_SIZE=12"], "BATCH_SIZE 12 cannot be divided over 8 "),
     (
         ["--topology=cpu:8", "--gin.make_mesh.tensor=8"],
-        "Axis heads of layers/query/kernel has size 4, which cannot be divided over 8 devices",
+        "heads of layers/key/kernel has size 4, which cannot be divided over 8 devices",
     ),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_sentence(arguments, sentence):
@@ -106,11 +107,6 @@ def test_topologies_that_are_none(topology, slices, sentence):
     with pytest.raises(ConfigError) as caught:
         topologies.devices(topology, slices)
     assert str(caught.value).startswith(sentence)
-
-
-def test_a_program_that_is_none():
-    with pytest.raises(ConfigError, match="There is no program 'fly': choose from train, prefill"):
-        scale.run("cpu:8", wanted=["train", "fly"])
 
 
 def test_a_missing_compiler_says_how_to_install_it(monkeypatch):

@@ -6,7 +6,7 @@ from famx.errors import ConfigError
 from famx.scale.report import Report
 
 _LIMIT = 2**16  # batches of so many parts are not searched
-_STRAIGHT = 5  # attempts that trust in a straight line
+_STRAIGHT = 8  # attempts that trust in a straight line
 
 
 def largest_batch(
@@ -63,7 +63,8 @@ def _next(known: dict[int, Report], low: int, high: int) -> int:
         near = sorted(sizes, key=lambda size: abs(known[size].needed - known[size].available))[:2]
         a, b = sorted(near)
         slope = (known[b].needed - known[a].needed) / (b - a)
-        guess = low + 1 if slope <= 0 else int(a + (known[a].available - known[a].needed) / slope)
+        room = known[a].available - known[a].needed
+        guess = int(a + room / slope) if slope > 0 else 2 * low
     if guess <= low:
         guess = low + 1  # the limit is thought to lie just here: look whether it does
     if guess >= high:

@@ -21,23 +21,20 @@ def of_model(config: DecoderConfig) -> Kernels:
         found = re.match(r"splash_mha_([a-z]+)_", instruction.name)
         if found is None or found[1] not in _PRODUCTS:
             return None
-        queries, keys = [x for x in operands if len(x.dims) >= 3 and x.dtype != "s8"][:2]
+        queries = next(x for x in operands if len(x.dims) >= 3 and x.dtype != "s8")
         *outer, rows, width = queries.dims
-        tiles = visible_tiles(config, rows // config.block_size, keys.dims[-2], found[1] == "dkv")
-        pairs = math.prod(outer) * tiles * splash._tile(config.block_size) ** 2
+        tiles = visible_tiles(config, rows // config.block_size, found[1] == "dkv")
+        pairs = math.prod(outer) * tiles * splash.tile_size(config.block_size) ** 2
         return 2.0 * _PRODUCTS[found[1]] * width * pairs
 
     return operations
 
 
-def visible_tiles(config: DecoderConfig, blocks: int, columns: int, of_keys: bool = False) -> int:
+def visible_tiles(config: DecoderConfig, blocks: int, of_keys: bool = False) -> int:
     """Tiles of the scores that one head computes: those of which something is seen."""
-    tile = splash._tile(config.block_size)
+    tile = splash.tile_size(config.block_size)
     own_only = of_keys and config.stop_gradient_segments and config.memory_segments > 0
-    mask = splash.ChunkMask(
-        blocks, config.block_size, config.memory_segments, config.fam_length, columns,
-        config.window_mask, own_only,
-    )  # fmt: skip
+    mask = splash.chunk_mask(config, blocks, own_only)
     part = lambda i: slice(i * tile, (i + 1) * tile)
     rows, columns = (n // tile for n in mask.shape)
     return sum(bool(mask[part(r), part(c)].any()) for r in range(rows) for c in range(columns))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import gin
-from absl import flags
 
 from famx import gin_utils, tables
 from famx.errors import ConfigError
@@ -19,12 +18,6 @@ from famx.scale import fit, programs, topologies
 from famx.scale.report import Report, compile_report
 from famx.training import loop
 from famx.training.setup import Setup, prepare
-
-# What a run needs and a compiler does not.
-UNNEEDED = (
-    *("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS"),
-    *("TEXT_FILES", "DATA_DIR"),
-)
 
 
 def run(
@@ -36,17 +29,11 @@ def run(
     json_file: str | None = None,
     hlo_dir: str | None = None,
 ) -> bool:
-    """Compiles the programs that the gin flags describe and prints what they need; whether all fit.
+    """Compiles the programs that gin describes and prints what they need; whether all fit.
 
     Raises:
       ConfigError: with one sentence, before anything is compiled, if the settings do not fit.
     """
-    for name in wanted:
-        if name not in programs.PROGRAMS:
-            known = ", ".join(programs.PROGRAMS)
-            raise ConfigError(f"There is no program {name!r}: choose from {known}.")
-    values = flags.FLAGS
-    gin_utils.parse_gin(values.gin_file, values.gin_bindings, values.gin_search_paths, UNNEEDED)
     devices, chip = topologies.devices(topology, num_slices)
     where = topology if num_slices == 1 else f"{num_slices} x {topology}"
 

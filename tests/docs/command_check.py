@@ -18,7 +18,6 @@ import famx.evaluation  # noqa: F401
 import famx.inference  # noqa: F401
 import famx.training.loop  # noqa: F401
 from famx import gin_utils
-from famx.scale import main as scale_main
 
 
 class Parsed(Exception):
@@ -35,9 +34,7 @@ def parse(main, gin_flags=True):
     if len(rest) > 1:
         raise ValueError(f"nothing takes the argument {rest[1]}")
     if gin_flags:
-        values = flags.FLAGS
-        may_be_unset = scale_main.UNNEEDED if sys.argv[0] == "famx.compile" else ()
-        gin_utils.parse_gin(values.gin_file, values.gin_bindings, values.gin_search_paths, may_be_unset)
+        gin_utils.parse_gin_flags(main.__globals__.get("UNNEEDED", ()))
     raise Parsed
 
 

@@ -99,12 +99,12 @@ def test_splash_in_several_tiles_for_a_block(interpret, monkeypatch):
         block_size=3 * SIZE, fam_length=24, memory_segments=1, num_heads=1, head_dim=8,
         window_mask=True, stop_gradient_segments=True,
     )  # fmt: skip
-    assert splash._tile(c.block_size) == SIZE
+    assert splash.tile_size(c.block_size) == SIZE
     assert_stopped(c, assert_equals_the_formula(c, splash.attention, [2], 1))
 
 
 def test_tiles_divide_blocks():
-    assert [splash._tile(size) for size in (128, 384, 640, 1024, 2560)] == [128, 384, 128, 512, 512]
+    assert [splash.tile_size(size) for size in (128, 384, 640, 1024, 2560)] == [128, 384, 128, 512, 512]
 
 
 @given(

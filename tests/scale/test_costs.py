@@ -1,6 +1,7 @@
 """Operations, bytes and collectives of a program against counts made by hand."""
 
 import collections
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -14,7 +15,6 @@ from tiny import make_model, make_params
 
 import famx
 from famx.modules import DecoderConfig
-from famx.modules.attention.splash import ChunkMask
 from famx.scale import costs, hlo, kernels
 from famx.training.flops import train_flops
 
@@ -263,12 +263,11 @@ def test_the_tiles_of_splash_attention_are_those_that_see_something():
         vocab_size=8, num_layers=1, embed_dim=8, num_heads=1, block_size=128, memory_segments=1,
         fam_length=16,
     )  # fmt: skip
-    blocks, columns = 3, 5 * 128
-    mask = ChunkMask(blocks, 128, 1, 16, columns, False)[slice(None), slice(None)]
-    tiles = sum(
-        mask[r : r + 128, c : c + 128].any() for r in range(0, 384, 128) for c in range(0, columns, 128)
-    )
-    assert kernels.visible_tiles(config, blocks, columns) == tiles == 3 * 2 + 3
+    # Each block sees the one before, itself and its memory; all memories lie in one tile.
+    tiles = kernels.visible_tiles(config, 3)
+    assert tiles == 3 + 3 + 3
+    by_hand = dataclasses.replace(config, memory_segments=0, fam_length=0)
+    assert kernels.visible_tiles(by_hand, 3) == 3
     line = (
         "  %splash_mha_dq_no_residuals.1 = bf16[2,4,384,64] custom-call(%i, %q, %k, %k),"
         ' custom_call_target="tpu_custom_call"\n'

@@ -51,7 +51,7 @@ def attention(config, q, keys, values, memory_keys, memory_values, first_block):
     return out.swapaxes(1, 2).reshape(q.shape)
 
 
-def _tile(block_size):
+def tile_size(block_size):
     """Rows and columns of a tile: it must not straddle blocks, see `_kernel`."""
     return max(t for t in range(LANES, TILE + 1, LANES) if block_size % t == 0)
 
@@ -67,9 +67,17 @@ def _slot(config):
 
 def _padded(config, blocks):
     """Number of columns, a multiple of the tile."""
-    tile = _tile(config.block_size)
+    tile = tile_size(config.block_size)
     columns = (config.memory_segments + blocks) * config.block_size + blocks * _slot(config)
     return -(-columns // tile) * tile
+
+
+def chunk_mask(config, blocks, own_only=False):
+    """The mask of a chunk of `blocks` blocks; `own_only`: without past blocks."""
+    return ChunkMask(
+        blocks, config.block_size, config.memory_segments, config.fam_length, _slot(config),
+        _padded(config, blocks), config.window_mask, own_only,
+    )  # fmt: skip
 
 
 def _kernel(config, blocks, heads):
@@ -78,17 +86,14 @@ def _kernel(config, blocks, heads):
     Queries' and keys' gradients come from a kernel each. The fused one would keep one
     copy of the queries' gradient for every tile of columns.
     """
-    tile = _tile(config.block_size)
+    tile = tile_size(config.block_size)
     sizes = splash_attention_kernel.BlockSizes(
         block_q=tile, block_kv=tile,
         block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile,
     )  # fmt: skip
 
     def make(own_only):
-        mask = ChunkMask(
-            blocks, config.block_size, config.memory_segments, config.fam_length, _slot(config),
-            _padded(config, blocks), config.window_mask, own_only,
-        )  # fmt: skip
+        mask = chunk_mask(config, blocks, own_only)
         return splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes,
             attn_logits_soft_cap=config.attention_softcap,
