@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 
 from famx.scale.chips import Chip
-from famx.scale.costs import Collective, Region
+from famx.scale.costs import DCN, Collective, Region
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +52,15 @@ class Network:
     Of rings and lines it is assumed that all their links are used all the time, both ways; whatever
     XLA does in its stead takes longer. A permutation sends each message along the axes in turn.
 
+    A program is that of one slice; what goes to others passes through the hosts.
+
     Args:
-      devices: in the order of the program's partitions.
+      devices: of one slice, in the order of the program's partitions.
       chip: theirs.
     """
 
     def __init__(self, devices: Sequence, chip: Chip):
         self.chip = chip
-        self.slices = [getattr(d, "slice_index", None) or 0 for d in devices]
         self.coords = [tuple(getattr(d, "coords", None) or ()) for d in devices] if chip.axes else None
         self.shape = ()
         if self.coords:
@@ -74,36 +75,21 @@ class Network:
         for collective, count in collectives.items():
             if collective.size < 2:
                 continue
-            if collective.kind == "collective-permute":
-                network += count * self._permute(collective, count, links)
-                continue
-            inside, across = self._split(collective)
-            network += count * across
-            for axis, seconds in inside.items():
-                axes[axis] += count * seconds
+            if collective.kind.startswith(DCN):
+                network += count * collective.sent / self.chip.network if self.chip.network else 0.0
+            elif collective.kind == "collective-permute":
+                self._permute(collective, count, links)
+            else:
+                for axis, seconds in self._inside(collective).items():
+                    axes[axis] += count * seconds
         for (axis, *_), bytes_ in _busiest(links).items():
             axes[axis] += bytes_ / self.chip.link
         return max(axes.values(), default=0.0), network
 
-    def _split(self, collective: Collective) -> tuple[dict[int, float], float]:
-        """Seconds on each axis of a slice, and on the network."""
-        inside, across = {}, 0.0
-        for group in collective.groups[:1]:
-            parts = collections.defaultdict(list)
-            for member in group:
-                parts[self.slices[member]].append(member)
-            most = max(parts.values(), key=len)
-            if len(parts) > 1 and self.chip.network:
-                # Within the slice first, so that each device has its share of the way across.
-                passes = 2 if collective.kind == "all-reduce" else 1
-                share = collective.bytes / len(most) * (len(parts) - 1) / len(parts)
-                across = passes * share / self.chip.network
-            inside = self._inside(collective, most)
-        return inside, across
-
-    def _inside(self, collective: Collective, members: list[int]) -> dict[int, float]:
-        n = len(members)
-        if n < 2 or not self.chip.link:
+    def _inside(self, collective: Collective) -> dict[int, float]:
+        """Seconds on each axis of the torus."""
+        members, n = collective.groups[0], collective.size
+        if not self.chip.link:
             return {}
         passes = 2 if collective.kind == "all-reduce" else 1
         if not self.coords:
@@ -120,18 +106,14 @@ class Network:
         seconds = passes * collective.bytes * (n - 1) / n / (sum(rings.values()) * self.chip.link)
         return dict.fromkeys(used, seconds)
 
-    def _permute(self, collective: Collective, count: int, links: collections.Counter) -> float:
-        """Adds the bytes on each link; returns the seconds on the network of one such permutation."""
-        away = 0.0
+    def _permute(self, collective: Collective, count: int, links: collections.Counter) -> None:
+        """Adds the bytes on each link."""
         for source, target in collective.groups:
-            if self.slices[source] != self.slices[target]:
-                away = collective.bytes / self.chip.network if self.chip.network else 0.0
-            elif self.coords:
+            if self.coords:
                 for link in self._route(self.coords[source], self.coords[target]):
                     links[link] += count * collective.bytes
             elif self.chip.link and source != target:
                 links[0, source] += count * collective.bytes
-        return away
 
     def _route(self, here: tuple[int, ...], there: tuple[int, ...]):
         """Links `(axis, place, direction)` on the way, the shorter one around a ring."""

@@ -25,6 +25,7 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
+DCN = "network "  # in front of the kinds of collectives between slices
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency"),
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "domain"),
@@ -41,8 +42,9 @@ class Collective:
     """One collective operation as it stands in the program.
 
     Attributes:
-      kind: of `COLLECTIVES`.
-      groups: ids of the partitions that talk to each other; of a permutation, its (from, to) pairs.
+      kind: of `COLLECTIVES`; with `DCN` in front, between slices.
+      groups: ids of the partitions that talk to each other; of a permutation, its (from, to) pairs;
+        between slices, as many numbers as there are slices.
       bytes: of the array before the operation on one device, or after it if that is larger.
     """
 
@@ -58,10 +60,10 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that a device sends where each ring of the group is used both ways at once."""
-        n = self.size
-        if self.kind in ("collective-permute", "collective-broadcast"):
+        n, kind = self.size, self.kind.removeprefix(DCN)
+        if kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
-        return self.bytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+        return self.bytes * (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
 
 @dataclasses.dataclass
@@ -155,6 +157,8 @@ class _Walk:
             called = instruction.called("calls") or instruction.called("to_apply")
             self._add(region, self.module.computations[called], seen)
             return
+        if opcode == "send" and (found := between_slices(computation, instruction)):
+            region.collectives[found] += 1
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             channel = instruction.attribute(r"channel_id=(\d+)")
@@ -235,6 +239,8 @@ class _Walk:
         if opcode in ("dynamic-update-slice", "scatter"):
             update = operands[1] if opcode == "dynamic-update-slice" else operands[-1]
             return _bytes(update) + (update[0].bytes if instruction.arrays[0].space == 0 else 0)
+        if opcode in ("send", "recv"):  # the result of a send is what it sends
+            return sum(map(_bytes, operands)) if opcode == "send" else result
         if opcode.endswith("-start"):  # operands stand in the result too
             return sum(map(_bytes, operands)) + max(result - sum(map(_bytes, operands)), 0)
         return result + sum(map(_bytes, operands))
@@ -286,6 +292,21 @@ def collective(instruction: Instruction, kind: str) -> Collective:
     if kind == "reduce-scatter":
         size = sum(sizes) * max(map(len, groups), default=1)
     return Collective(kind, groups, size)
+
+
+def between_slices(computation: Computation, instruction: Instruction) -> Collective | None:
+    """The collective that a TPU's hosts do with what is sent to them, such as one of `{1,2}x{0:3}`."""
+    kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+    if kind is None:
+        return None
+    kind = kind.lower().replace("_", "-")
+    slices = instruction.attribute(r'_xla_megascale_target="\{([^}]*)\}') or ""
+    ends = [list(map(int, part.split(":"))) for part in slices.split(",") if part]
+    count = sum(part[-1] - part[0] + 1 for part in ends)
+    size = sum(a.bytes for a in _arrays_of(computation, instruction.operands[0]))
+    if kind not in COLLECTIVES:
+        kind = "collective-permute"
+    return Collective(DCN + kind, (tuple(range(count)),), size * (count if kind == "all-gather" else 1))
 
 
 def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:

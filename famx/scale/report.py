@@ -207,8 +207,7 @@ def compile_report(
         hlo_dir.mkdir(parents=True, exist_ok=True)
         (hlo_dir / f"{program.name}.hlo").write_text(text)
     region = costs.count(hlo.parse(text), kernels.of_model(program.config))
-    devices = list(mesh.devices.flat)
-    network = bounds.Network(devices, chip)
+    network = bounds.Network([mesh.devices.flat[place] for place in of_a_slice(mesh)], chip)
     return Report(
         **names, memory=memory, available=chip.memory, fits=True,
         flops=region.total("flops"), bytes=region.total("bytes"),
@@ -256,7 +255,9 @@ def _shortage(message: str, arguments: int) -> tuple[int, int] | None:
 def _collectives(region, mesh) -> tuple[dict[str, Any], ...]:
     found = collections.defaultdict(lambda: [0, 0.0])
     for collective, count in region.all_collectives().items():
-        key = collective.kind, mesh_axes(collective.groups, mesh), collective.size
+        between = collective.kind.startswith(costs.DCN)
+        axes = "slices" if between else mesh_axes(collective.groups, mesh)
+        key = collective.kind, axes, collective.size
         if collective.kind == "collective-permute":
             key = *key[:2], len(collective.groups)
         found[key][0] += count
@@ -268,12 +269,18 @@ def _collectives(region, mesh) -> tuple[dict[str, Any], ...]:
     return tuple(sorted(rows, key=lambda row: -row["bytes"]))
 
 
+def of_a_slice(mesh) -> list[int]:
+    """Places in the mesh of the first slice's devices, whose program every slice runs."""
+    slices = [getattr(device, "slice_index", None) for device in mesh.devices.flat]
+    return [place for place, index in enumerate(slices) if index == slices[0]]
+
+
 def mesh_axes(groups, mesh) -> str:
     """The axes of the mesh along which the members of a group differ, such as "fsdp"."""
-    shape = tuple(mesh.shape.values())
+    shape, own = tuple(mesh.shape.values()), of_a_slice(mesh)
     differ = set()
     for group in groups:
-        places = np.array([np.unravel_index(member, shape) for member in group])
+        places = np.array([np.unravel_index(own[member], shape) for member in group])
         differ |= set(np.flatnonzero((places != places[0]).any(axis=0)).tolist())
     return ", ".join(name for i, name in enumerate(mesh.shape) if i in differ) or "-"
 
@@ -297,8 +304,10 @@ def _loops(region, chip, network) -> tuple[dict[str, Any], ...]:
 
 def _short(name: str) -> str:
     """A loop's name without what all of them have in common."""
-    parts = [p for p in name.split("/") if p not in ("while", "body", "closed_call", "checkpoint")]
-    return "/".join(parts[1:] if parts[0].startswith("jit(") else parts)[-72:]
+    parts = name.split("/")
+    parts = parts[1:] if parts[0].startswith("jit(") and parts[1:] else parts
+    said = [p for p in parts if p not in ("while", "body", "closed_call", "checkpoint")]
+    return "/".join(said or parts)[-72:]
 
 
 def _notes(region) -> tuple[str, ...]:

@@ -8,17 +8,15 @@ import pytest
 
 from famx.scale.bounds import Network, bound
 from famx.scale.chips import CHIPS, find, peak_flops
-from famx.scale.costs import Collective, Region
+from famx.scale.costs import DCN, Collective, Region
 
 V5E, V5P = CHIPS["TPU v5 lite"], CHIPS["TPU v5"]
 
 
-def torus(*shape, slices=1):
-    """Devices of slices of this shape, the last axis running fastest."""
+def torus(*shape):
+    """Devices of a slice of this shape, the last axis running fastest."""
     return [
-        types.SimpleNamespace(coords=list(place), slice_index=index)
-        for index in range(slices)
-        for place in itertools.product(*map(range, shape))
+        types.SimpleNamespace(coords=list(place)) for place in itertools.product(*map(range, shape))
     ]
 
 
@@ -75,14 +73,14 @@ def test_all_to_all_crosses_the_middle():
     assert seconds(network, "all-to-all", row, 1e9)[0] == pytest.approx(2 * 0.5e9 / 45e9)
 
 
-def test_between_slices_each_device_carries_its_share():
-    network = Network(torus(2, 2, slices=2), V5E)
-    everyone = (tuple(range(8)),)
-    inside, across = seconds(network, "all-reduce", everyone, 8e9)
-    assert across == pytest.approx(2 * 8e9 / 4 / 2 / V5E.network)
-    assert inside == pytest.approx(2 * 8e9 * 3 / 4 / (2 * 45e9))
-    pairs = tuple((i, i + 4) for i in range(4))
-    assert seconds(network, "all-gather", pairs, 2e9) == (0, pytest.approx(1e9 / V5E.network))
+@pytest.mark.parametrize("kind, size, sent", [
+    ("all-reduce", 8e9, 2 * 8e9 * 3 / 4), ("all-gather", 8e9, 8e9 * 3 / 4),
+    ("collective-permute", 8e9, 8e9),
+])  # fmt: skip
+def test_what_goes_to_other_slices_takes_the_network(kind, size, sent):
+    network = Network(torus(2, 2), V5E)
+    found = seconds(network, DCN + kind, ((0, 1, 2, 3),), size, count=3)
+    assert found == (0, pytest.approx(3 * sent / V5E.network))
 
 
 def test_the_schedule_adds_what_the_roofline_overlaps():

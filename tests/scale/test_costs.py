@@ -246,6 +246,27 @@ def test_a_kernel_that_nobody_knows_is_named():
     assert not known.kernels and known.total("flops") == 5
 
 
+@pytest.mark.parametrize("kind, sent", [
+    ("ALL_REDUCE", 2 * 3 / 4 * 512), ("ALL_GATHER", 3 * 512), ("REDUCE_SCATTER", 3 / 4 * 512),
+    ("ONE_TO_ONE", 512),
+])  # fmt: skip
+def test_what_the_hosts_do_between_slices(kind, sent):
+    text = (
+        "ENTRY %m (x: f32[128]) -> f32[128] {\n"
+        "  %x = f32[128]{0:T(128)} parameter(0)\n  %a = token[] after-all()\n"
+        "  %s = (f32[128]{0:T(128)}, u32[]{:S(2)}, token[]) send(%x, %a), channel_id=2,"
+        ' is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:3,4}x{0:3}",'
+        f'_xla_megascale_transfer_type="{kind}"}}\n'
+        "  %r = (f32[128]{0:T(128)}, u32[]{:S(2)}, token[]) recv(%a), channel_id=1\n"
+        "  %d = (f32[128]{0:T(128)}, token[]) recv-done(%r)\n"
+        "  ROOT %g = f32[128]{0:T(128)} get-tuple-element(%d), index=0\n}\n"
+    )
+    program = costs.count(hlo.parse(text))
+    ((collective, number),) = program.collectives.items()
+    assert collective.kind.startswith(costs.DCN) and (number, collective.sent) == (1, sent)
+    assert program.bytes == 2 * 512
+
+
 @pytest.mark.parametrize("text, groups", [
     ("{{0,2},{1,3}}", ((0, 2), (1, 3))),
     ("[2,2]<=[4]", ((0, 1), (2, 3))),
