@@ -2,9 +2,10 @@
 
 import math
 
-import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec as P
+
+from famx.modules.weights import mesh_axes
 
 BATCH_AXIS = "batch"
 
@@ -24,8 +25,7 @@ def over_mesh(function, args, batch_axis: str = BATCH_AXIS):
     if math.prod(mesh.shape[axis] for axis in free) == 1:
         return function(*args)
     q, keys = args[:2]
-    batch = _axes(mesh, free, batch_axis, q.shape[0])
-    heads = _axes(mesh, free - set(batch), "heads", q.shape[3])
+    batch, heads = mesh_axes((batch_axis, "heads"), (q.shape[0], q.shape[3]))
     size = lambda axes: math.prod(mesh.shape[axis] for axis in axes)
     whole_keys = keys.shape[3] % size(heads) != 0
 
@@ -46,14 +46,6 @@ def over_mesh(function, args, batch_axis: str = BATCH_AXIS):
         axis_names=free,
         check_vma=False,  # kernels do not say over which axes their results vary
     )(*args)
-
-
-def _axes(mesh, free, name, size) -> tuple[str, ...]:
-    """The axes in `free` that the rules cut the logical axis over, if they divide its size."""
-    (entry,) = nn.logical_to_mesh_axes((name,))
-    axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
-    axes = tuple(axis for axis in axes if axis in free)
-    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
 def _heads_read(heads, kv_heads, axes, here):
