@@ -25,7 +25,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     # gin_configs/ stands at the top of the repository and travels inside the package in a wheel;
-    # famx.gin_utils.gin_root() finds it in both places.
+    # famx.base.gin_utils.gin_root() finds it in both places.
     packages=find_packages(include=["famx", "famx.*"]) + ["famx.gin_configs"],
     package_dir={"famx.gin_configs": "gin_configs"},
     package_data={"famx.gin_configs": ["*.gin", "**/*.gin"]},
@@ -41,7 +41,7 @@ setup(
         "tensorstore>=0.1.74",  # with orbax
         "ml-dtypes>=0.5",  # with jax
         "numpy>=2.0",
-        # famx.gin_utils reads gin's table of bindings, which has no public accessor.
+        # famx.base.gin_utils reads gin's table of bindings, which has no public accessor.
         "gin-config>=0.5.0,<0.6",
         "absl-py>=2.1",
         "ml-collections>=1.1.0",

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks.timing import machine
-from famx import tables
+from famx.base import tables
 
 
 def run(

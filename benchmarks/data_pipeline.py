@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import command
 from benchmarks.timing import Spread, peak_memory
-from famx import tables
+from famx.base import tables
 
 REFERENCE = "seqio.trim_and_pack_dataset"
 
@@ -58,7 +58,7 @@ def make_documents(sizes: Sizes) -> list[np.ndarray]:
 
 
 def _packed_rows(documents, sizes, **kwargs):
-    from famx.data.packing import PackedRows
+    from famx.data.rows.packing import PackedRows
 
     return lambda: PackedRows(documents, _BATCH, sizes.length, **kwargs)
 
@@ -70,8 +70,8 @@ def _weighted(documents, sizes):
 
 def _jsonl(documents, sizes):
     from famx.data import ByteVocabulary
-    from famx.data.packing import PackedRows
-    from famx.data.records import JsonlRecords, RecordDocuments
+    from famx.data.rows.packing import PackedRows
+    from famx.data.storage.records import JsonlRecords, RecordDocuments
 
     folder = tempfile.TemporaryDirectory()
     path = pathlib.Path(folder.name) / "documents.jsonl"
@@ -101,7 +101,7 @@ def _dataset(documents, weights=False):
 
 
 def _converter(documents, sizes, weights=False):
-    from famx.data.seqio_tasks import FamFeatureConverter
+    from famx.data.seqio import FamFeatureConverter
 
     dataset, lengths = _dataset(documents, weights), {"targets": sizes.length}
     convert = FamFeatureConverter(pack=True)

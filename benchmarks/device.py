@@ -10,10 +10,10 @@ import jax
 from benchmarks import command
 from benchmarks.timing import Spread, interleave
 from benchmarks.workloads import train_step
+from famx.base.chips import peak_flops
+from famx.base.tables import Table
 from famx.modules import DecoderConfig
 from famx.modules.backends import ATTENTION_BACKENDS, refusal, resolve_backend
-from famx.scale.chips import peak_flops
-from famx.tables import Table
 from famx.training.flops import train_flops
 
 

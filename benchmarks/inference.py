@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from benchmarks import command
 from benchmarks.timing import Spread, interleave, peak_memory
 from benchmarks.workloads import parameters, random_tokens
+from famx.base.tables import Table
 from famx.decoding import Sampling, Streamer, generate
 from famx.modules import Decoder, DecoderConfig
-from famx.tables import Table
 
 TINY = (("vocab_size", 128), ("num_layers", 2), ("embed_dim", 64), ("num_heads", 4), ("mlp_dim", 128))
 _FEW = 32  # tokens that full attention writes

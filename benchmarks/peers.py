@@ -15,7 +15,7 @@ from benchmarks import command
 from benchmarks.peer_shape import Shape
 from benchmarks.timing import Spread, interleave
 from benchmarks.turns import LeftOut, Worker
-from famx.tables import Table
+from famx.base.tables import Table
 
 _FAMX = "benchmarks.peers_famx:build"
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from benchmarks.timing import Spread, interleave
 from benchmarks.workloads import Workload, forward, matrix_product, train_step
+from famx.base.tables import Table
 from famx.modules import DecoderConfig
-from famx.tables import Table
 from famx.training.flops import train_flops
 
 ORDERS = (1, 2, 4, None)  # blocks_per_chunk; None: all at once

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from famx.tables import number
+from famx.base.tables import number
 
 
 @dataclasses.dataclass(frozen=True)

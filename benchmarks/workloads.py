@@ -16,9 +16,10 @@ import numpy as np
 from flax.linen import unbox
 
 from benchmarks.full_attention import full_attention
+from famx import mesh as partitioning
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig, layer
-from famx.training import optimizers, partitioning
+from famx.training import optimizers
 from famx.training.step import make_initializer, make_train_step
 
 

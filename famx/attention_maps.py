@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from famx import gin_utils
 from famx.analysis.attention_maps import AttentionMaps, read_maps
-from famx.errors import ConfigError
-from famx.files import replace_file
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
+from famx.base.files import replace_file
 from famx.inference.conversation import load_with_vocabulary
 from famx.inference.reading import ReadProgress, encode_file
 

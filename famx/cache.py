@@ -28,14 +28,14 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from famx import gin_utils
-from famx.data import registry
-from famx.data.batches import IndexedDocuments
-from famx.data.mixtures import Mixture
-from famx.data.records import TFRecordRecords
-from famx.data.tasks import TextTask
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
+from famx.data.rows.batches import IndexedDocuments
+from famx.data.storage.records import TFRecordRecords
+from famx.data.tasks import registry
+from famx.data.tasks.mixtures import Mixture
+from famx.data.tasks.text_task import TextTask
 from famx.data.vocabularies import open_vocabulary
-from famx.errors import ConfigError
 
 _RUN = 16  # SeqIO's files read at a time, and examples taken of each in turn
 
@@ -237,9 +237,9 @@ def seqio_task(
     made by index become documents of one length, under the name `<name>_<length>`.
 
     Args:
-      name: a name known to SeqIO or to `famx.data.registry`.
+      name: a name known to SeqIO or to `famx.data.tasks.registry`.
       options: settings of a task of ours, as in training.
-      decoder_only: see `famx.data.seqio_tasks.register_text_task`.
+      decoder_only: see `famx.data.seqio.register_text_task`.
       length, examples: tokens of an example and number of examples of a task made by index.
 
     Raises:
@@ -247,7 +247,7 @@ def seqio_task(
     """
     import seqio
 
-    from famx.data.seqio_tasks import register_documents, register_text_task
+    from famx.data.seqio import register_documents, register_text_task
 
     known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     if name in known and name not in registry.names():

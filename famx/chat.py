@@ -15,14 +15,14 @@ import sys
 
 from absl import flags
 
-from famx import gin_utils
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.decoding import Sampling
-from famx.errors import ConfigError
 from famx.inference.chat_template import ChatTemplate
 from famx.inference.conversation import Conversation, check_template, load_with_vocabulary
-from famx.inference.memory_file import read_header
 from famx.inference.reading import ReadProgress
-from famx.loading import TrainedModel
+from famx.model_dir.loading import TrainedModel
+from famx.model_dir.memory_file import read_header
 
 HELP = """\
 /read FILE   read a text file

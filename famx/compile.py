@@ -10,8 +10,8 @@ import sys
 
 from absl import flags
 
-from famx import gin_utils
-from famx.errors import ConfigError
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.scale import main as scale
 from famx.scale import programs
 

@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 import tqdm
 from absl import flags
 
-from famx import gin_utils
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
+from famx.base.gin_checks import nearest
 from famx.conversion.families import MEMORY_FIELDS
 from famx.conversion.importing import PROMPT_STARTS, Plan, check_destination, plan_import, write_model
 from famx.conversion.sources import open_source
-from famx.errors import ConfigError
-from famx.gin_checks import nearest
 from famx.modules import DecoderConfig
 from famx.modules.config import COMPUTATION_FIELDS
 

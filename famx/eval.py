@@ -9,9 +9,10 @@ The results stand in the last table, and in `MODEL_DIR/eval/<name>/<step>.json`.
 
 import gin
 
-from famx import evaluation, gin_utils
-from famx.data.passkey import PasskeyTask
-from famx.data.text import TextFiles
+from famx import evaluation
+from famx.base import gin_utils
+from famx.data.probes.passkey import PasskeyTask
+from famx.data.storage.text_files import TextFiles
 from famx.data.vocabularies import open_vocabulary
 from famx.evaluation import checkpoints
 

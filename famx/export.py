@@ -14,10 +14,10 @@ import sys
 from absl import flags
 from tqdm import tqdm
 
-from famx import gin_utils
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.conversion.exporting import DTYPES, check_destination, export
-from famx.errors import ConfigError
-from famx.loading import load_model
+from famx.model_dir.loading import load_model
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

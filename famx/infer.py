@@ -7,7 +7,8 @@
 The same command goes on where an interrupted run stopped. What lines hold stands in `famx.inference`.
 """
 
-from famx import gin_utils, inference
+from famx import inference
+from famx.base import gin_utils
 
 
 def main():

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from famx import gin_utils
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.cache import json_options
-from famx.data import registry
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.packing import PackedRows
+from famx.data.rows.packing import PackedRows
+from famx.data.tasks import registry
 from famx.data.vocabularies import open_vocabulary
-from famx.errors import ConfigError
+from famx.data.vocabularies.base import Vocabulary
 
 _DEFAULT_LENGTH = 1024
 _PLOTTED = 1000  # examples of a histogram at most

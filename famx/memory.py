@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from famx import gin_utils
-from famx.errors import ConfigError
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.inference.conversation import Conversation, load_with_vocabulary
-from famx.inference.memory_file import read_header
 from famx.inference.reading import ReadProgress
+from famx.model_dir.memory_file import read_header
 
 
 def define_flags() -> None:
@@ -56,7 +56,7 @@ def make_memory(
       out: the memory file; it may be `memory`, which then is replaced at the end.
       memory: a memory file to go on from; None: from nothing.
       overwrite: replace `out` whatever it is, as long as it is not one of the texts.
-      adapter: of the model, see `famx.loading.load_model`.
+      adapter: of the model, see `famx.model_dir.loading.load_model`.
 
     Raises:
       ConfigError: anything that is not as it should be, before the model is loaded where possible.

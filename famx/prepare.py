@@ -23,14 +23,14 @@ from collections.abc import Callable, Sequence
 from absl import flags
 from tqdm import tqdm
 
-from famx import gin_utils
-from famx.data import registry
-from famx.data.examples import Examples, Records, complete_shards
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.data.formats.texts import EmptySplit
-from famx.data.mixtures import Mixture
-from famx.data.records import TFRecordRecords, write_tfrecords
-from famx.data.tasks import TextTask
-from famx.errors import ConfigError
+from famx.data.storage.records import TFRecordRecords, write_tfrecords
+from famx.data.tasks import registry
+from famx.data.tasks.examples import Examples, Records, complete_shards
+from famx.data.tasks.mixtures import Mixture
+from famx.data.tasks.text_task import TextTask
 
 _ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tar\.xz)$", re.IGNORECASE)
 

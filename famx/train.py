@@ -4,14 +4,14 @@
         --gin.MODEL_DIR="'/tmp/famx/passkey_tiny'"
 
 The same command goes on where an interrupted run stopped. On several hosts each runs it with
---multiprocess, see `famx.distributed`; `launch/` starts them.
+--multiprocess, see `famx.base.distributed`; `launch/` starts them.
 """
 
 import sys
 
 from absl import flags
 
-from famx import distributed, gin_utils
+from famx.base import distributed, gin_utils
 from famx.training import loop
 
 _STOPPED = flags.DEFINE_integer(

@@ -4,8 +4,8 @@ import dataclasses
 import math
 import re
 
-from famx.errors import ConfigError
-from famx.gin_checks import nearest
+from famx.base.errors import ConfigError
+from famx.base.gin_checks import nearest
 
 _CUBE = 64  # chips: larger slices of three dimensions are made of cubes of 4 x 4 x 4
 _SMALL = (8, 16, 32, 64)  # cores of the slices below a cube

@@ -10,7 +10,7 @@ import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 
 _SHORTEST_SECRET = 6  # of those looked for in any output: a shorter one would mask half of it
 _INSTALL = {

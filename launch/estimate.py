@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from launch import accelerators
 from launch.commands import Commands
 from launch.job import Job

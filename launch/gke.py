@@ -14,7 +14,7 @@ import shlex
 from absl import flags
 from ml_collections import ConfigDict
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from launch import estimate
 from launch.commands import Commands, sigterm_as_ctrl_c
 from launch.job import DELETE, STOPPED, Job, add_wheel, check_model_dir, run

@@ -15,9 +15,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import famx
-from famx import gin_utils
-from famx.errors import ConfigError
-from famx.gin_checks import nearest
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
+from famx.base.gin_checks import nearest
 from launch import settings
 from launch.commands import Commands
 

@@ -9,8 +9,8 @@ import re
 
 from ml_collections import ConfigDict
 
-from famx.errors import ConfigError
-from famx.gin_checks import nearest
+from famx.base.errors import ConfigError
+from famx.base.gin_checks import nearest
 from launch import accelerators
 
 _COMMON = dict(

@@ -12,7 +12,7 @@ import shlex
 
 from ml_collections import ConfigDict
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from launch.commands import Commands
 from launch.job import STOPPED, Job, run
 

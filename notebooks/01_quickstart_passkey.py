@@ -24,10 +24,10 @@ import os
 import pathlib
 import tempfile
 
-from famx import gin_utils
+from famx.base import gin_utils
 from famx.data import PasskeyTask
 from famx.evaluation import PasskeyEvaluation, figures
-from famx.loading import load_model
+from famx.model_dir.loading import load_model
 from famx.training import loop
 
 # %matplotlib inline

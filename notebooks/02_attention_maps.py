@@ -28,13 +28,13 @@ import jax
 import numpy as np
 from IPython.display import HTML, display
 
-from famx import gin_utils
 from famx.analysis import figures
 from famx.analysis.interactive import attention_page
 from famx.attention_maps import read_maps
+from famx.base import gin_utils
 from famx.data import PasskeyTask
 from famx.data.metrics import exact_match
-from famx.loading import load_model
+from famx.model_dir.loading import load_model
 from famx.training import loop
 
 # %matplotlib inline

@@ -31,10 +31,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 
-from famx import gin_utils, lora
+from famx import lora
+from famx.base import gin_utils
 from famx.data import PasskeyTask
 from famx.evaluation import figures
-from famx.loading import load_model, weights_fingerprint
+from famx.model_dir.loading import load_model, weights_fingerprint
 from famx.training import loop
 
 # %matplotlib inline

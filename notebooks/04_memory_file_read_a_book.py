@@ -29,14 +29,14 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from famx import gin_utils
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.data import PasskeyTask
 from famx.data.probes import text_form
 from famx.decoding import Sampling
-from famx.errors import ConfigError
 from famx.inference.conversation import Conversation
-from famx.loading import load_model
 from famx.memory import describe
+from famx.model_dir.loading import load_model
 from famx.training import loop
 
 # %matplotlib inline

@@ -34,7 +34,7 @@ import pathlib
 import tempfile
 import time
 
-from famx import gin_utils
+from famx.base import gin_utils
 from famx.evaluation import figures
 from famx.training import loop
 

@@ -9,7 +9,7 @@ from tiny import make_model, make_params
 from trained import write_model_dir
 
 from famx.conversion.gin_file import model_gin
-from famx.data.passkey_text import FILLER_WORDS, HEADER, QUESTION, REPEATED_FILLER, STATEMENT
+from famx.data.probes.passkey_text import FILLER_WORDS, HEADER, QUESTION, REPEATED_FILLER, STATEMENT
 from famx.data.vocabularies import Vocabulary, open_vocabulary
 
 SENTENCES = [

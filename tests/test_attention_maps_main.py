@@ -12,12 +12,12 @@ from tiny import make_model, make_params
 from trained import write_model_dir
 
 from famx import attention_maps as module
-from famx import gin_utils
 from famx.analysis import AttentionMaps, attention_maps, interactive
 from famx.attention_maps import make_maps, read_maps
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary
-from famx.errors import ConfigError
-from famx.loading import load_model
+from famx.model_dir.loading import load_model
 
 MODEL = make_model(num_layers=2)
 TEXT = "The grass is green.\n"

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed packag
 
 from benchmarks import device, inference, timing, train_step, workloads  # noqa: E402
 from benchmarks.full_attention import full_attention  # noqa: E402
-from famx import tables  # noqa: E402
+from famx.base import tables  # noqa: E402
 
 SECTIONS = ["fam_vs_bswa", "chunks", "matmul_share", "full_vs_fam", "length"]
 RATIOS = {

@@ -14,11 +14,11 @@ seqio = pytest.importorskip("seqio")
 tf = pytest.importorskip("tensorflow")
 
 import famx.data  # noqa: E402
-from famx import gin_utils  # noqa: E402
+from famx.base import gin_utils  # noqa: E402
+from famx.base.errors import ConfigError  # noqa: E402
 from famx.cache import cache, json_options, seqio_task, shard_of  # noqa: E402
 from famx.data.formats import flan  # noqa: E402, F401, a mixture
-from famx.data.seqio_tasks import register_text_task  # noqa: E402
-from famx.errors import ConfigError  # noqa: E402
+from famx.data.seqio import register_text_task  # noqa: E402
 
 SIZES = {"train": 37, "validation": 3}
 

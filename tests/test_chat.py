@@ -21,16 +21,17 @@ from absl import flags
 from tiny import assert_close, assert_identical, make_model, make_params
 from trained import write_model_dir
 
-from famx import chat, gin_utils
+from famx import chat
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.chat import converse, unescape
 from famx.data import ByteVocabulary
-from famx.data.passkey_text import passkey_words
+from famx.data.probes.passkey_text import passkey_words
 from famx.decoding import Sampling, Streamer
-from famx.errors import ConfigError
 from famx.inference import conversation as module
 from famx.inference.conversation import Conversation, check_template, load_with_vocabulary
-from famx.inference.memory_file import save_memory
-from famx.loading import TrainedModel
+from famx.model_dir.loading import TrainedModel
+from famx.model_dir.memory_file import save_memory
 
 QUESTION = "the grass is green."
 WARM = Sampling(40, temperature=1.5)

@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.scale import main as scale
 from famx.scale import topologies
 from famx.scale.programs import PROGRAMS

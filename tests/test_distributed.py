@@ -10,8 +10,8 @@ import jax
 import pytest
 from absl.testing import flagsaver
 
-from famx import distributed, gin_utils
-from famx.errors import ConfigError
+from famx.base import distributed, gin_utils
+from famx.base.errors import ConfigError
 
 NOBODY = dict(multiprocess=False, coordinator_address=None, num_processes=None, process_id=None)
 
@@ -112,7 +112,7 @@ def test_other_signals_are_not_noted():
 TWO = """
 import signal, sys
 from absl import app
-from famx import distributed
+from famx.base import distributed
 def main(_):
     distributed.initialize()
     if sys.argv[1] == "training":
@@ -166,7 +166,8 @@ def test_a_process_that_does_not_train_yet_ends_by_a_signal():
 STOPPED = """
 import os, signal, sys
 from absl import flags
-from famx import gin_utils, train
+from famx import train
+from famx.base import gin_utils
 train.loop.train = None
 gin_utils.parse_gin_flags = lambda: None
 def run(_):

@@ -20,9 +20,9 @@ from tiny import make_model, make_params
 from trained import write_model_dir
 
 from famx import eval as eval_main
-from famx import gin_utils
-from famx.data.passkey_text import passkey_words
-from famx.errors import ConfigError
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
+from famx.data.probes.passkey_text import passkey_words
 from famx.evaluation import TaskEvaluation
 from famx.evaluation.checkpoints import describe, evaluate, table
 

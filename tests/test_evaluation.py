@@ -14,11 +14,11 @@ from pretrained import write_tokenizer
 from tiny import make_model, make_params, make_tokens, passkey
 
 from famx.analysis import MemoryMonitor
+from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, PasskeyTask, TextFiles
-from famx.data.passkey_text import passkey_words
 from famx.data.probes import CopyProbe
-from famx.data.text import as_vocabulary
-from famx.errors import ConfigError
+from famx.data.probes.passkey_text import passkey_words
+from famx.data.storage.text_files import as_vocabulary
 from famx.evaluation import PROBES, PasskeyEvaluation, TaskEvaluation, TextEvaluation
 from famx.evaluation.common import streamer_of
 from famx.evaluation.passkey import _answers
@@ -96,7 +96,7 @@ def test_evaluation_never_reads_a_training_row():
 
 
 def test_the_task_is_asked_in_its_eval_split(monkeypatch):
-    from famx.data.passkey import PasskeyTask
+    from famx.data.probes.passkey import PasskeyTask
 
     asked, batch = [], PasskeyTask.batch
 

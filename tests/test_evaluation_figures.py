@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.evaluation import figures
 
 ONE = {"hold": {"4": 1.0, "64": 0.5}, "overwrite": {"64": 0.25}}

@@ -12,9 +12,9 @@ import pytest
 from pretrained import write_pretrained
 from test_readme import commands
 
-from famx.data.text import as_vocabulary
+from famx.data.storage.text_files import as_vocabulary
 from famx.data.vocabularies import load_vocabulary
-from famx.loading import load_model
+from famx.model_dir.loading import load_model
 from famx.training.run_log import read_metrics
 
 pytest.importorskip("tokenizers")

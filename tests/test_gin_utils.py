@@ -7,8 +7,8 @@ import sys
 import gin
 import pytest
 
-from famx import gin_utils
-from famx.errors import ConfigError
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 
 
 @gin.configurable(module="famx_test")
@@ -200,8 +200,8 @@ def test_call_with_refuses_in_a_sentence_and_leaves_nothing(settings):
 
 PROGRAM = """
 import gin
-from famx import gin_utils
-from famx.errors import ConfigError
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 
 @gin.configurable
 def job(steps=gin.REQUIRED, block=1):

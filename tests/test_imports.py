@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from famx import gin_utils
+from famx.base import gin_utils
 
 
 def run(code, *args):

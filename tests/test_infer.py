@@ -20,14 +20,16 @@ from hypothesis import strategies as st
 from tiny import make_model, make_params
 from trained import write_model_dir
 
-from famx import gin_utils, inference, loading
 from famx import infer as main
+from famx import inference
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.data.vocabularies import ByteVocabulary
 from famx.decoding import Sampling, Streamer
-from famx.errors import ConfigError
 from famx.inference import infer
 from famx.inference.answers import Answers
 from famx.inference.prompts import Example
+from famx.model_dir import loading
 
 ROOT = gin_utils.gin_root()
 VOCAB = ByteVocabulary()
@@ -349,7 +351,7 @@ def test_a_termination_finishes_the_batch(echo, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_with_template_ids_and_memory_file(model_dir, tmp_path, capsys):
-    from famx.inference.memory_file import save_memory
+    from famx.model_dir.memory_file import save_memory
 
     trained = loading.load_model(model_dir)
     reader = _streamer(MODEL.module)

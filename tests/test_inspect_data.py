@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import famx.data
-from famx import gin_utils
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.data.formats import gpt3  # noqa: F401, registers its tasks
 from famx.data.vocabularies import ByteVocabulary
-from famx.errors import ConfigError
 from famx.inspect_data import Row, Rows, inspect, numbers, open_rows, plot, render, sizes, visible
 
 VOCAB = ByteVocabulary()

@@ -16,19 +16,20 @@ from hypothesis import strategies as st
 from tiny import assert_close, assert_identical, make_model, make_params
 from trained import write_model_dir
 
-from famx import gin_utils, memory
+from famx import memory
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary
-from famx.data.passkey_text import passkey_words
+from famx.data.probes.passkey_text import passkey_words
 from famx.data.vocabularies import open_vocabulary
 from famx.decoding import Streamer
-from famx.errors import ConfigError
 from famx.inference import conversation as module
 from famx.inference import reading
 from famx.inference.conversation import Conversation
-from famx.inference.memory_file import load_memory, read_header, restore_memory
 from famx.inference.reading import ReadProgress, encode_file
-from famx.loading import TrainedModel, load_model
 from famx.memory import describe, make_memory
+from famx.model_dir.loading import TrainedModel, load_model
+from famx.model_dir.memory_file import load_memory, read_header, restore_memory
 
 MODEL = make_model()
 PARAMS = make_params(MODEL.module)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax.linen import unbox
 
-from famx import state_passing
-from famx.metrics import Mean
 from famx.models import DecoderModel, loss_weights
+from famx.models.metrics import Mean
 from famx.modules import Decoder, DecoderConfig
+from famx.training import state_passing
 
 VOCAB, BATCH, LENGTH = 13, 3, 11
 CONFIG = DecoderConfig(

@@ -16,8 +16,8 @@ ROOT = pathlib.Path(famx.__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md")
 LOOK = """
 import sys, famx
-from famx import gin_utils
-from famx.errors import ConfigError
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 import gin
 @gin.configurable
 def job(size): return size
@@ -112,8 +112,10 @@ def test_engine_needs_no_tensorflow_and_no_seqio():
         import sys
         for name in ("tensorflow", "seqio", "tensorflow_datasets", "tensorboard"):
             sys.modules[name] = None  # importing it now raises ImportError
-        import famx.gin_utils
-        from famx.training import checkpoints, optimizers, partitioning, run_log, schedules
+        import famx.base.gin_utils
+        from famx.training import optimizers, run_log, schedules
+        from famx.model_dir import checkpoints
+        from famx import mesh as partitioning
     """
     run(sys.executable, "-c", code, cwd=ROOT)
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed packag
 from benchmarks import peers, timing  # noqa: E402
 from benchmarks.peer_shape import Shape  # noqa: E402
 from benchmarks.turns import LeftOut, Worker  # noqa: E402
-from famx import tables  # noqa: E402
+from famx.base import tables  # noqa: E402
 
 # An implementation that writes down when it computes.
 FAKE = """

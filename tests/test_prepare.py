@@ -11,9 +11,9 @@ import zipfile
 import pytest
 
 import famx.data
-from famx import gin_utils
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.data.formats.xlsum import xlsum
-from famx.errors import ConfigError
 from famx.prepare import prepare
 
 COUNTS = {"train": 3, "validation": 2, "test": 1}

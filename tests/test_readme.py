@@ -11,7 +11,7 @@ import pytest
 from tiny import make_model, make_params
 from trained import write_model_dir
 
-from famx.data.passkey_text import passkey_words
+from famx.data.probes.passkey_text import passkey_words
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

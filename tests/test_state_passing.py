@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tiny import BLOCK, assert_close, assert_identical, make_model, make_params, make_tokens
 
-from famx import state_passing as passing
 from famx.models import MEMORY_COLLECTION
-from famx.state_passing import RandomState
+from famx.training import state_passing as passing
+from famx.training.state_passing import RandomState
 
 # Without segments, what an example goes on from is its memory alone.
 MODEL = make_model(memory_segments=0, num_layers=2)

@@ -16,10 +16,10 @@ from tiny import make_model, make_params
 from trained import write_model_dir
 
 import famx.data
-from famx import gin_utils
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, TextTask, WordVocabulary
-from famx.data.examples import Examples, encode_example
-from famx.errors import ConfigError
+from famx.data.tasks.examples import Examples, encode_example
 from famx.evaluation import TextTaskEvaluation, text_answers
 from famx.evaluation.checkpoints import evaluate
 from famx.evaluation.common import streamer_of

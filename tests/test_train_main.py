@@ -11,10 +11,11 @@ import pytest
 from absl import flags
 from gin import config as gin_config
 
-from famx import gin_utils, train
-from famx.errors import ConfigError
+from famx import train
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
+from famx.model_dir.checkpoints import check_same_model
 from famx.training import speed
-from famx.training.checkpoints import check_same_model
 from famx.training.run_log import read_metrics
 
 ROOT = gin_utils.gin_root()
@@ -132,7 +133,7 @@ def test_own_text(tmp_path):
 @pytest.fixture
 def bad_input(monkeypatch, capsys, tmp_path):
     """A function that runs famx.train within this process, and returns its sentence."""
-    monkeypatch.setattr("famx.gin_utils.write_operative_config", _never)  # a run begins with it
+    monkeypatch.setattr("famx.base.gin_utils.write_operative_config", _never)  # a run begins with it
 
     def call(*args):
         _forget()
@@ -185,7 +186,7 @@ def _forget():
         (["PasskeyTask.digits=0"], "A pass key needs at least 1 digit, but digits is 0."),
         (["PasskeyTask.digits=40"], "A key statement of 40 digits takes"),
         (["DecoderConfig.vocab_size=16"], "raise DecoderConfig.vocab_size"),
-        (["partitioning.make_mesh.fsdp=3"], "does not fit"),
+        (["mesh.make_mesh.fsdp=3"], "does not fit"),
         (["BATCH_SIZE=0"], "BATCH_SIZE 0 cannot be divided"),
         (["TRAIN_STEPS=0", "LEARNING_RATE=0.1"], "TRAIN_STEPS must be at least 1, not 0."),
         (["MODEL_DIR='runs/x'"], "MODEL_DIR must be an absolute path, not runs/x: write /"),
@@ -237,7 +238,7 @@ def test_model_dir_of_another_model(bad_input, tmp_path):
 def test_checkpoint_of_another_shape(bad_input, tmp_path):
     import jax.numpy as jnp
 
-    from famx.training.checkpoints import Checkpointer
+    from famx.model_dir.checkpoints import Checkpointer
 
     with Checkpointer(tmp_path) as saver:
         saver.save(5, {"target": {"embedding": jnp.ones((128, 64))}})

@@ -1,7 +1,7 @@
 """What attends to what when a model reads a text: the place to import attention maps from.
 
     from famx.analysis import attention_maps, figures, interactive
-    from famx.loading import load_model
+    from famx.model_dir.loading import load_model
 
     trained = load_model("/tmp/famx/passkey_tiny")
     maps = attention_maps.read_maps(trained, "any text", blocks=[0, -1])
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from famx.analysis.attention_reader import AttentionReader
 from famx.analysis.maps import AttentionMaps, AttentionSummary
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 
 __all__ = ["AttentionMaps", "AttentionReader", "AttentionSummary", "read_maps", "token_text"]
 
@@ -32,7 +32,7 @@ def read_maps(
     """The maps of a text, read from its start after the vocabulary's begin of text.
 
     Args:
-      trained: a `famx.loading.TrainedModel` with its vocabulary.
+      trained: a `famx.model_dir.loading.TrainedModel` with its vocabulary.
       text: a text, or its token ids in pieces of any size.
       layers, heads, blocks: whose maps are kept, all by default, as `AttentionReader.read` says. Of a
         long text name the blocks: all are more than a few GiB soon.

@@ -15,7 +15,7 @@ import numpy as np
 from famx.analysis.figures import MEMORY, OWN, PAST, UNSEEN
 from famx.analysis.maps import AttentionMaps
 from famx.analysis.pictures import Axis
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 
 _MAX_CELLS = 20_000_000  # of all maps together; a page of about 55 MB
 _UNSEEN = 2**16 - 1  # probabilities are kept in 1 / 65534

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from famx.analysis.pictures import NO_TOKEN, Picture, make_picture
-from famx.files import replace_file
+from famx.base.files import replace_file
 
 _FORMAT = 1
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 
 ACTIVATIONS = {
     "silu": "silu",

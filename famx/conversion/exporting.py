@@ -17,12 +17,12 @@ import ml_dtypes  # noqa: F401  makes bfloat16 a dtype of numpy
 import numpy as np
 import safetensors.numpy
 
+from famx.base.errors import ConfigError
 from famx.conversion.families import Tensor, tensors
 from famx.conversion.huggingface import huggingface_config
 from famx.conversion.sidecar import write_sidecar
-from famx.data.base_vocabulary import Vocabulary
-from famx.errors import ConfigError
-from famx.loading import TrainedModel
+from famx.data.vocabularies.base import Vocabulary
+from famx.model_dir.loading import TrainedModel
 from famx.modules.config import DecoderConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from famx.base.errors import ConfigError
 from famx.conversion.architectures import (
     ACTIVATIONS,
     MULTIMODAL,
@@ -19,7 +20,6 @@ from famx.conversion.architectures import (
     text_config,
 )
 from famx.conversion.layout import Tensor, ignored, standard_name, tensors
-from famx.errors import ConfigError
 from famx.modules.config import MEMORY_FIELDS, DecoderConfig, RopeScaling
 
 __all__ = [

@@ -10,10 +10,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from famx.base.errors import ConfigError
 from famx.conversion.sources import TensorInfo
-from famx.data.base_vocabulary import optional_package
-from famx.data.gguf_tokenizers import open_gguf
-from famx.errors import ConfigError
+from famx.data.vocabularies.base import optional_package
+from famx.data.vocabularies.gguf_tokenizers import open_gguf
 
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Types of tensors that can be read.

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from famx.base.errors import ConfigError
 from famx.conversion.architectures import (
     ACTIVATIONS,
     FAMILIES,
@@ -12,7 +13,6 @@ from famx.conversion.architectures import (
     text_config,
 )
 from famx.conversion.families import decoder_config
-from famx.errors import ConfigError
 from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS, DecoderConfig
 
 # In this order: the first that can express a decoder is taken.

@@ -11,18 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from famx.base.errors import ConfigError
+from famx.base.files import replace_file
 from famx.conversion import families
 from famx.conversion.gin_file import model_gin
 from famx.conversion.sidecar import Sidecar, read_sidecar
 from famx.conversion.sources import READABLE, SIDE_FILES, Source
 from famx.conversion.vocabulary import fitting_vocabulary
 from famx.conversion.writer import LeafPath, LeafShape, Pieces, leaf_shapes, write_checkpoint
-from famx.data.tokenizer_files import FileVocabulary
 from famx.data.vocabularies import save_vocabulary
-from famx.errors import ConfigError
-from famx.files import replace_file
+from famx.data.vocabularies.tokenizer_files import FileVocabulary
+from famx.model_dir.checkpoints import check_model_dir, check_same_model
 from famx.modules import DecoderConfig
-from famx.training.checkpoints import check_model_dir, check_same_model
 
 PROMPT_STARTS = ("normal", "tokens")
 _MARK = ".importing"  # in a directory whose import is under way, or was stopped

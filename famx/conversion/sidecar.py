@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from famx import __version__
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.modules.config import MEMORY_FIELDS, DecoderConfig
 
 NAME = "famx.json"

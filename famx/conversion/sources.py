@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import ml_dtypes  # noqa: F401, gives numpy bfloat16 by name
 import numpy as np
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 
 SIDE_FILES = (  # what an export gives back as it came
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),

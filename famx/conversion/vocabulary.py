@@ -3,9 +3,9 @@
 import json
 import os
 
-from famx.data.tokenizer_files import FileVocabulary, TokenizerFile, read_tokenizer_file
+from famx.base.errors import ConfigError
 from famx.data.vocabularies import open_vocabulary
-from famx.errors import ConfigError
+from famx.data.vocabularies.tokenizer_files import FileVocabulary, TokenizerFile, read_tokenizer_file
 
 
 def fitting_vocabulary(

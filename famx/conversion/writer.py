@@ -24,9 +24,9 @@ from absl import logging
 from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType
 
-from famx.errors import ConfigError
+from famx import mesh as partitioning
+from famx.base.errors import ConfigError
 from famx.modules import Decoder, DecoderConfig
-from famx.training import partitioning
 
 CHUNK_BYTES = 1 << 25
 

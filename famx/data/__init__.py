@@ -1,9 +1,8 @@
-"""Data of famx: everything imported here needs only numpy. SeqIO: `famx.data.seqio_tasks`."""
+"""Data of famx: everything imported here needs only numpy. SeqIO: `famx.data.seqio`."""
 
 import functools
 import sys
 
-from famx.data.batches import IndexedBatches, IndexedDocuments
 from famx.data.formats import (  # noqa: F401, each registers its tasks
     flan,
     gpt3,
@@ -15,15 +14,16 @@ from famx.data.formats import (  # noqa: F401, each registers its tasks
     scrolls,
     xlsum,
 )
-from famx.data.lanes import ContinuousLanes
-from famx.data.mixtures import Mixture
-from famx.data.packing import PackedRows, Prefetch
-from famx.data.passkey import PasskeyTask, digit_accuracy, exact_match
 from famx.data.probes import PROBES as _PROBES
-from famx.data.records import JsonlRecords, RecordDocuments, TFRecordRecords, write_tfrecords
-from famx.data.registry import get, names, register
-from famx.data.tasks import TextTask
-from famx.data.text import TextFiles, stdlib_text_files
+from famx.data.probes.passkey import PasskeyTask, digit_accuracy, exact_match
+from famx.data.rows.batches import IndexedBatches, IndexedDocuments
+from famx.data.rows.lanes import ContinuousLanes
+from famx.data.rows.packing import PackedRows, Prefetch
+from famx.data.storage.records import JsonlRecords, RecordDocuments, TFRecordRecords, write_tfrecords
+from famx.data.storage.text_files import TextFiles, stdlib_text_files
+from famx.data.tasks.mixtures import Mixture
+from famx.data.tasks.registry import get, names, register
+from famx.data.tasks.text_task import TextTask
 from famx.data.vocabularies import (
     BytePairVocabulary,
     ByteVocabulary,
@@ -69,4 +69,4 @@ register("python_stdlib", functools.partial(TextFiles, files=None))
 register("own_text", TextFiles)
 
 if sys.modules.get("seqio"):  # its users find the tasks there too; others need no TensorFlow
-    import famx.data.seqio_tasks  # noqa: F401
+    import famx.data.seqio  # noqa: F401

@@ -22,15 +22,15 @@ import jax
 import tensorboardX
 
 import famx
-from famx import gin_utils
-from famx.errors import ConfigError
+from famx import mesh as partitioning
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
+from famx.base.gin_checks import nearest
+from famx.base.signals import stop_signal
 from famx.evaluation.common import is_of_memory
-from famx.gin_checks import nearest
-from famx.loading import check_model, restore_params, split_checkpoint
+from famx.model_dir.checkpoints import Checkpointer
+from famx.model_dir.loading import check_model, restore_params, split_checkpoint
 from famx.models import DecoderModel
-from famx.signals import stop_signal
-from famx.training import partitioning
-from famx.training.checkpoints import Checkpointer
 
 MODES = ("latest", "all", "wait")
 _GONE_SECONDS = 5  # how long a checkpoint that cannot be read may take to disappear

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from famx.analysis import MemoryMonitor
+from famx.base.errors import ConfigError
 from famx.decoding import Streamer
-from famx.errors import ConfigError
 from famx.models import DecoderModel
 
 HEALTH_TOKENS = 65_536  # read at most for the memory's figures

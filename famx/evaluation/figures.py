@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from famx.analysis.figures import line_colors
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.training.run_log import read_metrics
 
 Scores = Mapping[str, Mapping[int, float]]  # by name of a line and by blocks read

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from famx.data.passkey import PasskeyTask, exact_match
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
+from famx.data.probes.passkey import PasskeyTask, exact_match
 from famx.evaluation.common import (
     HEALTH_TOKENS,
     check_vocabulary,

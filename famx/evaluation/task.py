@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from famx.data import registry
+from famx.base.errors import ConfigError
+from famx.data.tasks import registry
 from famx.decoding import Streamer
-from famx.errors import ConfigError
 from famx.evaluation.common import (
     HEALTH_TOKENS,
     check_vocabulary,
@@ -29,7 +29,7 @@ class TaskEvaluation:
     says where the answer starts: everything from there on must be right.
 
     Attributes:
-      task: the name of a task that is made by index, see `famx.data.registry`.
+      task: the name of a task that is made by index, see `famx.data.tasks.registry`.
       length: tokens of an example, any number that the task can fill.
       task_options: as in training; split and seed are set here.
       examples: how many.

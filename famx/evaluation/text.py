@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from famx.data.lanes import ContinuousLanes
+from famx.data.rows.lanes import ContinuousLanes
 from famx.evaluation.common import HEALTH_TOKENS, check_vocabulary, compared, memory_figures
 from famx.models import DecoderModel
 from famx.modules import Decoder
-from famx.state_passing import continue_lanes
+from famx.training.state_passing import continue_lanes
 
 
 @dataclasses.dataclass

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.examples import Example, cut_tokens, encode_example
 from famx.data.formats.gpt3 import Gpt3Task
-from famx.data.tasks import TextTask
-from famx.data.text import token_ids
+from famx.data.storage.text_files import token_ids
+from famx.data.tasks.examples import Example, cut_tokens, encode_example
+from famx.data.tasks.text_task import TextTask
+from famx.data.vocabularies.base import Vocabulary
 from famx.decoding import Sampling
 from famx.evaluation.common import streamer_of
 from famx.inference.answers import Answers

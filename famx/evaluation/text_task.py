@@ -10,14 +10,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from famx.data import registry
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.examples import Example, Examples, TaskDocuments
+from famx.base.errors import ConfigError
 from famx.data.formats.gpt3 import SCORINGS, Gpt3Task
 from famx.data.metrics import bits_per_byte
-from famx.data.tasks import TextTask
+from famx.data.tasks import registry
+from famx.data.tasks.examples import Example, Examples, TaskDocuments
+from famx.data.tasks.text_task import TextTask
 from famx.data.vocabularies import ByteVocabulary
-from famx.errors import ConfigError
+from famx.data.vocabularies.base import Vocabulary
 from famx.evaluation.common import HEALTH_TOKENS, check_vocabulary, is_of_memory
 from famx.evaluation.text import TextEvaluation
 from famx.evaluation.text_answers import TextAnswers, Write, predictions_file, ranking_task
@@ -43,7 +43,7 @@ class TextTaskEvaluation:
     "generation": the likeliest tokens are written after the inputs until end of text, and scored by
     the task's metrics. "rank": `accuracy` of the choice, with end of text, that is the likeliest
     after the inputs. "documents": `next_token_accuracy`, and `bits_per_token` and `bits_per_byte` of
-    the text. The kinds are those of `famx.data.tasks`.
+    the text. The kinds are those of `famx.data.tasks.text_task`.
 
     Of several tasks each is scored by itself, every example once whatever its rate, as
     `<task>/<metric>`. A mixture has the mean over its tasks as `<metric>`, each counting the same, and
@@ -53,7 +53,7 @@ class TextTaskEvaluation:
     predictions alone.
 
     Attributes:
-      task: the name of a text task or a mixture of them, see `famx.data.registry`.
+      task: the name of a text task or a mixture of them, see `famx.data.tasks.registry`.
       task_options: as in training. The vocabulary is the model's, unless it is named here.
       split: the split, whose answers must be known; None: the one on which GPT-3 was scored, for its
         suites, and "validation" for all other tasks.

@@ -30,17 +30,17 @@ import gin
 import tqdm
 
 import famx
-from famx import gin_utils
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
+from famx.base.signals import stop_signal
 from famx.data.vocabularies import fingerprint
 from famx.decoding import Sampling, Streamer
-from famx.errors import ConfigError
 from famx.inference.answers import Answers
 from famx.inference.chat_template import ChatTemplate
 from famx.inference.jsonl import ResumableLines
 from famx.inference.prompts import NEW_FIELDS, Lines, batches
-from famx.loading import check_model, load_model, model_fingerprint, split_checkpoint
+from famx.model_dir.loading import check_model, load_model, model_fingerprint, split_checkpoint
 from famx.models import DecoderModel
-from famx.signals import stop_signal
 
 _WINDOW = 4  # batches among which lines of similar length are put together
 _REPORT_SECONDS = 10
@@ -74,7 +74,7 @@ def infer(
       mode: one of `NEW_FIELDS`.
       batch_size: lines at once.
       model: what the checkpoint must hold; None: what its directory says.
-      adapter: of the model, see `famx.loading.load_model`.
+      adapter: of the model, see `famx.model_dir.loading.load_model`.
       memory_file: a memory from which every prompt begins; None: they begin from nothing.
       prompt_template: a prompt's text, with fields of the line in braces.
       chat_template: whether each prompt is read as a user's message in the vocabulary's chat template,
@@ -142,7 +142,7 @@ def infer(
     trained = load_model(checkpoint_path, model, adapter)
     memory = None
     if memory_file is not None:
-        from famx.inference.memory_file import load_memory
+        from famx.model_dir.memory_file import load_memory
 
         memory = load_memory(memory_file, trained)
     weights = model_fingerprint(trained.model.config, trained.params)[:16]
@@ -191,7 +191,7 @@ def infer(
 
 
 def _tokens_read(memory_file: str) -> int:
-    from famx.inference.memory_file import read_header
+    from famx.model_dir.memory_file import read_header
 
     position = read_header(memory_file).position
     if len(position) != 1:

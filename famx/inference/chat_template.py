@@ -5,8 +5,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from famx.data.base_vocabulary import Vocabulary, optional_package
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
+from famx.data.vocabularies.base import Vocabulary, optional_package
 
 # Code points that no text has: one breaks what would be a special token in a message, the others
 # stand for messages that are not known any more.

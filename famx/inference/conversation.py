@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.errors import ConfigError
 from famx.decoding import Sampling, Streamer
-from famx.errors import ConfigError
 from famx.inference.chat_template import ChatTemplate
-from famx.inference.memory_file import read_header, restore_memory, save_memory
 from famx.inference.reading import encode_file
-from famx.loading import TrainedModel, check_model, load_model, split_checkpoint
+from famx.model_dir.loading import TrainedModel, check_model, load_model, split_checkpoint
+from famx.model_dir.memory_file import read_header, restore_memory, save_memory
 
 _FILE_BLOCKS = 64  # blocks that are read between two reports
 _ANSWER_PIECE = 32  # tokens that are written before they are shown

@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from famx.errors import ConfigError
-from famx.training.checkpoints import differing_fields
+from famx.base.errors import ConfigError
+from famx.model_dir.checkpoints import differing_fields
 
 
 def read_objects(path: str | os.PathLike, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from famx.base.errors import ConfigError
 from famx.data.vocabularies import Vocabulary
-from famx.errors import ConfigError
 from famx.inference.chat_template import ChatTemplate
 from famx.inference.jsonl import place, read_objects
 

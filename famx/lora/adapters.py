@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.modules import Decoder, DecoderConfig
 
 GROUPS = {

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from famx.lora.adapters import SCALE, Lora
-from famx.modules.layers import Projection, product
+from famx.modules.components import Projection, product
 
 
 def intercept(lora: Lora | float | None = None, rng=None):

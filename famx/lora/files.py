@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from famx.errors import ConfigError
-from famx.files import replace_file
+from famx.base.errors import ConfigError
+from famx.base.files import replace_file
 from famx.lora.adapters import GROUPS, Lora, inputs_end, select, value
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -56,8 +56,7 @@ def save_adapter(
       path: the directory; made if it is missing, an adapter in it is replaced.
       tree: combined, or the adapters alone (with `fam` beside them); unboxed.
       lora: what the adapters belong to.
-      fingerprint: of the base's weights, such as `famx.loading.weights_fingerprint`; `load_adapter`
-        can then refuse others.
+      fingerprint: of the base's weights, by `weights_fingerprint`; `load_adapter` can then refuse others.
       base: name of the base model, for readers.
       memory: fields of the DecoderConfig that the adapters were trained with (`MEMORY_FIELDS`).
 

@@ -1,6 +1,6 @@
 """Which way of computing attention fits which model on which platform; plain Python."""
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 
 ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "splash", "cudnn")
 LANES = 128  # of a TPU's vector registers; splash attention cuts rows and columns in these

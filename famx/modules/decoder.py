@@ -9,9 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from famx.modules import rope
 from famx.modules.attention import softcap
+from famx.modules.components import Norm, embedding_init, product
 from famx.modules.config import DecoderConfig
 from famx.modules.layer import MASS, ChunkContext, Layer, TokenWindow, batch_axis
-from famx.modules.layers import Norm, embedding_init, product
 from famx.modules.state import DecoderState
 
 _LAYER_INPUT = "layer_input"

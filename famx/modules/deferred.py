@@ -17,7 +17,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from flax import traverse_util
 
-from famx.modules.layers import Projection
+from famx.modules.components import Projection
 from famx.modules.weights import gathered
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from famx.modules import deferred, rope
 from famx.modules.attention import attend, attend_parts, memory_mass, token_attention, visible
+from famx.modules.components import FeedForward, Norm, Projection, rms_normalize
 from famx.modules.config import DecoderConfig
-from famx.modules.layers import FeedForward, Norm, Projection, rms_normalize
 from famx.modules.updates import get_update
 
 # Collection of attention masses, kept where it is mutable: `apply(..., mutable=["attention_mass"])`.

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from famx.scale.chips import Chip
+from famx.base.chips import Chip
 from famx.scale.costs import DCN, Collective, Region
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.scale.report import Report
 
 _LIMIT = 2**16  # batches of so many parts are not searched

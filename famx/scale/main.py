@@ -10,8 +10,8 @@ from typing import Any
 
 import gin
 
-from famx import gin_utils, tables
-from famx.errors import ConfigError
+from famx.base import gin_utils, tables
+from famx.base.errors import ConfigError
 from famx.modules import Decoder
 from famx.modules.backends import resolve_backend
 from famx.scale import fit, programs, topologies

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from famx import mesh as partitioning
 from famx.decoding import Sampling, Streamer
 from famx.modules import DecoderConfig
-from famx.training import partitioning
 from famx.training.flops import train_flops
 from famx.training.setup import Setup
 

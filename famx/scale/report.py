@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from famx.base.chips import Chip
+from famx.base.tables import Table
 from famx.scale import bounds, costs, hlo, kernels
-from famx.scale.chips import Chip
 from famx.scale.programs import Program
-from famx.tables import Table
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _LOOPS = 12  # shown

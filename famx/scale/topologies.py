@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import jax
 from jax.experimental import topologies
 
-from famx.errors import ConfigError
-from famx.scale.chips import TPUS, Chip, find
+from famx.base.chips import TPUS, Chip, find
+from famx.base.errors import ConfigError
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")

@@ -12,12 +12,12 @@ import seqio
 from clu.data.dataset_iterator import ArraySpec, DatasetIterator
 from t5x import utils
 
-from famx.data import registry
-from famx.data.seqio_tasks import register_named
-from famx.errors import ConfigError
-from famx.loading import check_model, split_checkpoint
+from famx.base.errors import ConfigError
+from famx.data.seqio import register_named
+from famx.data.tasks import registry
+from famx.model_dir.checkpoints import Checkpointer
+from famx.model_dir.loading import check_model, split_checkpoint
 from famx.models import DecoderModel
-from famx.training.checkpoints import Checkpointer
 from famx.training.feeds import Feed, SeqioFeed, make_feed
 
 

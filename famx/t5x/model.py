@@ -13,16 +13,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from t5x import utils
 from t5x.optimizers import OptimizerDef
 
-from famx import state_passing
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.seqio_tasks import as_seqio_vocabulary, from_seqio_vocabulary
+from famx.base.errors import ConfigError
+from famx.data.seqio import as_seqio_vocabulary, from_seqio_vocabulary
 from famx.data.vocabularies import save_vocabulary
-from famx.errors import ConfigError
-from famx.loading import check_model, load_pretrained, split_checkpoint
+from famx.data.vocabularies.base import Vocabulary
+from famx.model_dir.checkpoints import check_model_dir, check_same_model
+from famx.model_dir.loading import check_model, load_pretrained, split_checkpoint
 from famx.models import MEMORY_COLLECTION, DecoderModel
 from famx.t5x.data import seqio_task
 from famx.t5x.optimizers import OptaxOptimizer
-from famx.training.checkpoints import check_model_dir, check_same_model
+from famx.training import state_passing
 from famx.training.trainable import Trainable
 
 _MEMORY_AXES = {"memory": ("layers", "fam", "embed"), "updates": (), "steps": ()}
@@ -37,7 +37,7 @@ class T5xModel(DecoderModel):
       task_options: of a task of `famx.data`.
       optimizer: an optax transformation or an optimizer of t5x's; None to evaluate and infer.
       model_dir: where training saves; model and vocabulary are noted there, as our engine does.
-      state_passing_mode: none or random; see `famx.state_passing`.
+      state_passing_mode: none or random; see `famx.training.state_passing`.
       random_state: settings of random state passing.
       random_seed: parameters start as in our engine; None: t5x draws them.
       checkpoint: a `MODEL_DIR`, or one `checkpoint_<step>` in it: what is evaluated, or begun from.

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from t5x import partitioning
 
-from famx.errors import ConfigError
-from famx.training.partitioning import LOGICAL_AXES
+from famx.base.errors import ConfigError
+from famx.mesh import LOGICAL_AXES
 
 _MODEL_AXES = ("heads", "kv_heads", "mlp", "vocab")
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from famx import state_passing as passing
+from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, ContinuousLanes, IndexedDocuments
-from famx.data.packing import PackedRows
+from famx.data.rows.packing import PackedRows
 from famx.decoding import Streamer
-from famx.errors import ConfigError
+from famx.training import state_passing as passing
 from famx.training.curriculum import Curriculum
 
 
@@ -68,7 +68,7 @@ class SeqioFeed(Feed):
     def __init__(self, task, batch_size, length, seed, shard, packed=False):
         import seqio
 
-        from famx.data.seqio_tasks import FamFeatureConverter
+        from famx.data.seqio import FamFeatureConverter
 
         vocabulary = task.output_features["targets"].vocabulary
         bos_id = check_bos(getattr(vocabulary, "bos_id", 1), task.name)

@@ -14,26 +14,27 @@ import gin
 import jax
 from jax.experimental import multihost_utils
 
-from famx import gin_utils, state_passing
-from famx.data import registry
+from famx import mesh as partitioning
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
+from famx.base.files import replace_file
+from famx.base.signals import stop_signal
+from famx.data.tasks import registry
 from famx.data.vocabularies import save_vocabulary
-from famx.errors import ConfigError
-from famx.files import replace_file
-from famx.inference import memory_file
-from famx.loading import (
+from famx.lora import save_adapter
+from famx.model_dir import memory_file
+from famx.model_dir.checkpoints import Checkpointer, check_model_dir, check_same_model
+from famx.model_dir.loading import (
     TrainedModel,
     check_model,
     load_pretrained,
     split_checkpoint,
     weights_fingerprint,
 )
-from famx.lora import save_adapter
-from famx.metrics import Mean
 from famx.models import DecoderModel
+from famx.models.metrics import Mean
 from famx.modules.config import MEMORY_FIELDS
-from famx.signals import stop_signal
-from famx.training import partitioning
-from famx.training.checkpoints import Checkpointer, check_model_dir, check_same_model
+from famx.training import state_passing
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import make_feed
 from famx.training.run_log import RunLog
@@ -94,7 +95,7 @@ def train(
       batch_size: rows of the global batch.
       optimizer: an optax transformation.
       random_seed: of parameters, data and everything else that is drawn.
-      state_passing_mode: none, random, continuous or aged; see `famx.state_passing`.
+      state_passing_mode: none, random, continuous or aged; see `famx.training.state_passing`.
       random_state: settings of random state passing.
       curriculum: lengths in blocks that unlock on accuracy; those beyond a row need `aged`.
       pool_groups, pool_refresh_period: the aged-state pool, see `AgedFeed`.
@@ -338,7 +339,7 @@ def _vocabulary(task, model):
     """The task's vocabulary, which the model must have room for; None where it is not ours to save."""
     vocabulary = getattr(task, "vocab", None)
     if vocabulary is None and hasattr(task, "output_features"):
-        from famx.data.seqio_tasks import from_seqio_vocabulary
+        from famx.data.seqio import from_seqio_vocabulary
 
         vocabulary = from_seqio_vocabulary(task.output_features["targets"].vocabulary)
     if vocabulary is not None and vocabulary.vocab_size > model.config.vocab_size:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 
 _Rate = Callable[[jax.Array], jax.Array]
 

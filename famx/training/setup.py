@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from famx import state_passing
-from famx.errors import ConfigError
+from famx import mesh as partitioning
+from famx.base.errors import ConfigError
 from famx.models import DecoderModel
 from famx.modules.backends import resolve_backend
-from famx.training import partitioning
+from famx.training import state_passing
 from famx.training.flops import Learning
 from famx.training.step import make_initializer, make_train_step
 from famx.training.trainable import Trainable

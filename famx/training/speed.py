@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import jax
 
-from famx.errors import ConfigError
+from famx.base.chips import peak_flops
+from famx.base.errors import ConfigError
 from famx.modules import DecoderConfig
-from famx.scale.chips import peak_flops
 from famx.training.flops import Learning, train_flops
 
 # Names that a run's scalars have for what depends on the machine.

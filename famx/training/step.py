@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from famx import state_passing as passing
 from famx.lora import combine
-from famx.metrics import Mean
-from famx.models import MEMORY_COLLECTION, DecoderModel, loss_weights
-from famx.modules import DecoderState
-from famx.training.partitioning import (
+from famx.mesh import (
     Rules,
     logical_to_sharding,
     moment_sharding,
     state_sharding,
 )
+from famx.models import MEMORY_COLLECTION, DecoderModel, loss_weights
+from famx.models.metrics import Mean
+from famx.modules import DecoderState
+from famx.training import state_passing as passing
 from famx.training.trainable import Trainable
 
 

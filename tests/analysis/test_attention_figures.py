@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from modules.helpers import config, random_params, random_tokens
 
 from famx.analysis import AttentionReader, figures, interactive
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.modules import Decoder
 
 S, N, M = 8, 3, 2

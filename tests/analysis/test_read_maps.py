@@ -10,12 +10,12 @@ from trained import write_model_dir
 
 from famx.analysis import AttentionReader, attention_maps, read_maps
 from famx.analysis.attention_maps import token_text
+from famx.base.errors import ConfigError
+from famx.base.gin_utils import gin_root
 from famx.data import ByteVocabulary
-from famx.data.passkey_text import passkey_words
-from famx.errors import ConfigError
-from famx.gin_utils import gin_root
-from famx.loading import load_model
+from famx.data.probes.passkey_text import passkey_words
 from famx.lora import Lora, combine, merged
+from famx.model_dir.loading import load_model
 from famx.models import DecoderModel
 
 MODEL = make_model(num_layers=2)

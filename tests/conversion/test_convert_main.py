@@ -24,7 +24,9 @@ from published import LLAMA, MEMORY, make_weights, train_bpe, train_sentencepiec
 from reference_models import CONFIGS
 from tiny import assert_identical
 
-from famx import convert, gin_utils
+from famx import convert
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.conversion import importing
 from famx.conversion.families import SUPPORTED, decoder_config, tensors
 from famx.conversion.gin_file import model_gin
@@ -33,10 +35,9 @@ from famx.conversion.sidecar import write_sidecar
 from famx.conversion.sources import TensorInfo, open_source
 from famx.conversion.vocabulary import fitting_vocabulary
 from famx.data.vocabularies import load_vocabulary, open_vocabulary
-from famx.errors import ConfigError
-from famx.loading import load_model
+from famx.model_dir.checkpoints import Checkpointer
+from famx.model_dir.loading import load_model
 from famx.modules import DecoderConfig, RopeScaling
-from famx.training.checkpoints import Checkpointer
 
 CONFIG = decoder_config(LLAMA, **MEMORY)
 
@@ -455,7 +456,8 @@ def run(module, *args, stdin=""):
 GIN = """if True:
     import json, sys
     import gin
-    from famx import gin_utils, models, modules
+    from famx import models, modules
+    from famx.base import gin_utils
 
     @gin.configurable
     def use(model):

@@ -15,20 +15,20 @@ import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from reference_models import CONFIGS, TOKENS, draw, is_gemma, torch_logits, torch_model
 
+from famx.base.errors import ConfigError
 from famx.conversion import exporting, families
 from famx.conversion.exporting import export
 from famx.conversion.importing import plan_import, write_model
 from famx.conversion.sidecar import Sidecar, read_sidecar
 from famx.conversion.sources import open_source
 from famx.data.vocabularies import ByteVocabulary, open_vocabulary
-from famx.errors import ConfigError
 from famx.export import parse_size
-from famx.loading import TrainedModel, load_model
 from famx.lora import Lora
+from famx.model_dir.checkpoints import Checkpointer, check_same_model
+from famx.model_dir.loading import TrainedModel, load_model
 from famx.models import DecoderModel
 from famx.modules import Decoder
 from famx.modules.config import MEMORY_FIELDS
-from famx.training.checkpoints import Checkpointer, check_same_model
 
 ALL = sorted(CONFIGS)
 MEMORY = {"block_size": 8, "memory_segments": 3, "fam_length": 2, "fam_positions": "float"}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from reference_models import CONFIGS
 
+from famx.base.errors import ConfigError
 from famx.conversion import families
-from famx.errors import ConfigError
 from famx.modules import Decoder, RopeScaling
 
 LLAMA = CONFIGS["llama"]

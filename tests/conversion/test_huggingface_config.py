@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference_models import CONFIGS
 
+from famx.base.errors import ConfigError
 from famx.conversion import families
 from famx.conversion.huggingface import huggingface_config
-from famx.errors import ConfigError
 from famx.modules import DecoderConfig, RopeScaling
 from famx.modules.config import MEMORY_FIELDS
 

@@ -15,7 +15,7 @@ import pytest
 
 from famx.decoding import Sampling, Streamer
 from famx.inference.chat_template import ChatTemplate
-from famx.loading import load_model
+from famx.model_dir.loading import load_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "pretrained.md").read_text()

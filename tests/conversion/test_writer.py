@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
 from tiny import make_model
 
-from famx import gin_utils
+from famx import mesh as partitioning
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.conversion import writer
 from famx.conversion.writer import LeafShape, chunk_shape, leaf_shapes, write_checkpoint
-from famx.errors import ConfigError
-from famx.training import partitioning
-from famx.training.checkpoints import Checkpointer
+from famx.model_dir.checkpoints import Checkpointer
 
 CONFIG = make_model(num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, tied_embeddings=False).config
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
@@ -228,7 +228,7 @@ def run(code, *args, **environment):
 DEVICES = """if True:
     import sys
     import gin, jax, numpy as np
-    from famx.loading import load_model
+    from famx.model_dir.loading import load_model
     gin.bind_parameter("make_mesh.fsdp", 4)
     gin.bind_parameter("make_mesh.tensor", 2)
     gin.bind_parameter("make_mesh.data", 1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from famx.data import ContinuousLanes, IndexedDocuments, PasskeyTask, TextFiles
-from famx.data.text import ContinuousLanes as same_lanes
+from famx.data.storage.text_files import ContinuousLanes as same_lanes
 
 
 def make_documents(sizes):

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from famx.data import metrics
-from famx.data.rouge import english_tokens, lcs_length, rouge_l, rouge_n, unicode_tokens
+from famx.data.metrics.rouge import english_tokens, lcs_length, rouge_l, rouge_n, unicode_tokens
 
 TEXT_METRICS = [
     metrics.accuracy,

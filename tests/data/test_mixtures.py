@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from famx.base.errors import ConfigError
 from famx.data import Mixture, TextTask, WordVocabulary
 from famx.data.metrics import accuracy
-from famx.data.packing import PackedRows
-from famx.errors import ConfigError
+from famx.data.rows.packing import PackedRows
 
 
 def task(name, size, **options):

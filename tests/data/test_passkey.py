@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from famx.data import PasskeyTask, digit_accuracy, exact_match
-from famx.data.passkey_text import FILLER_WORDS, REPEATED_FILLER
-from famx.data.placement import BlockPlaces
+from famx.data.probes.passkey_text import FILLER_WORDS, REPEATED_FILLER
+from famx.data.probes.placement import BlockPlaces
 
 HEADER = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

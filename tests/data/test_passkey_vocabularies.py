@@ -14,9 +14,14 @@ from pretrained import TOKENIZERS, write_byte_pair, write_tokenizer
 from test_passkey import HEADER, QUESTION, statement
 
 from famx.data import ByteVocabulary, PasskeyTask, WordVocabulary, open_vocabulary
-from famx.data.passkey_text import FILLER_WORDS, REPEATED_FILLER, passkey_words, python_docs_sentences
 from famx.data.probes import text_form
-from famx.data.text import as_vocabulary
+from famx.data.probes.passkey_text import (
+    FILLER_WORDS,
+    REPEATED_FILLER,
+    passkey_words,
+    python_docs_sentences,
+)
+from famx.data.storage.text_files import as_vocabulary
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("sentencepiece")

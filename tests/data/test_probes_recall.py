@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pretrained import TOKENIZERS, write_tokenizer
 
 from famx.data import WordVocabulary
-from famx.data.passkey_text import FILLER_WORDS, passkey_words
 from famx.data.probes import CopyProbe, RecallProbe
+from famx.data.probes.passkey_text import FILLER_WORDS, passkey_words
 from famx.data.probes.recall import KEYS, SYMBOLS, recall_words
 
 

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from famx.data.passkey_text import REPEATED_FILLER
 from famx.data.probes import (
     PROBES,
     BabiProbe,
@@ -20,6 +19,7 @@ from famx.data.probes import (
 from famx.data.probes import words as word_lists
 from famx.data.probes.babi import FACTS, Fact, ask, tell
 from famx.data.probes.haystacks import python_docs_sentences
+from famx.data.probes.passkey_text import REPEATED_FILLER
 
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.(?=\s|$)")
 LONGEST_UNIT = 1 + max(len(s) for s in python_docs_sentences(False))

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from famx.data import ByteVocabulary, ContinuousLanes, WordVocabulary, tfrecord
-from famx.data.records import JsonlRecords, RecordDocuments, TFRecordRecords, write_tfrecords
+from famx.data import ByteVocabulary, ContinuousLanes, WordVocabulary
+from famx.data.storage import tfrecord
+from famx.data.storage.records import JsonlRecords, RecordDocuments, TFRecordRecords, write_tfrecords
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -41,7 +42,7 @@ def assert_same(a, b):
 
 def test_neither_records_nor_packing_need_tensorflow():
     code = "import sys\nfor x in ('tensorflow', 'seqio', 'google.protobuf'): sys.modules[x] = None\n"
-    code += "import famx.data.records, famx.data.packing"
+    code += "import famx.data.storage.records, famx.data.rows.packing"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -115,7 +116,7 @@ def test_files_that_are_missing_empty_or_shortened(tmp_path):
 
 
 def test_more_files_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("famx.data.records._OPEN_FILES", 2)
+    monkeypatch.setattr("famx.data.storage.records._OPEN_FILES", 2)
     for i in range(5):
         (tmp_path / str(i)).write_text(f'{{"i": {i}}}\n')
     records = JsonlRecords([tmp_path / "*"])

@@ -8,7 +8,8 @@ import types
 import pytest
 
 import famx.data
-from famx.data import PasskeyTask, TextFiles, registry
+from famx.data import PasskeyTask, TextFiles
+from famx.data.tasks import registry
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_what_a_factory_takes_and_needs(monkeypatch):
 
 def test_data_imports_no_tensorflow_and_no_jax():
     code = (
-        "import sys, famx.data, famx.data.passkey\n"
+        "import sys, famx.data, famx.data.probes.passkey\n"
         "famx.data.get('passkey_words').batch([0], 100)\n"
         "heavy = {'tensorflow', 'seqio', 'gin', 'jax', 'flax'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -13,8 +13,8 @@ seqio = pytest.importorskip("seqio")
 pytest.importorskip("tensorflow")
 
 import famx.data  # noqa: E402
-from famx.data.seqio_tasks import FamFeatureConverter, rectangular, register_text_task  # noqa: E402
-from famx.errors import ConfigError  # noqa: E402
+from famx.base.errors import ConfigError  # noqa: E402
+from famx.data.seqio import FamFeatureConverter, rectangular, register_text_task  # noqa: E402
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_predictions_of_different_lengths_do_not_crash_seqios_evaluator(task, na
 
 REGISTERED = """
 import seqio, famx.data
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 assert set(famx.data.names()) - known == {"own_text", "own_jsonl"}
 qasper = seqio.get_mixture_or_task("scrolls_qasper")

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import famx.data
+from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, ContinuousLanes, TextTask, WordVocabulary
-from famx.data.examples import CUTS, complete_shards, cut_tokens, encode_example
 from famx.data.metrics import token_f1
-from famx.data.packing import PackedRows
-from famx.data.records import write_tfrecords
-from famx.errors import ConfigError
+from famx.data.rows.packing import PackedRows
+from famx.data.storage.records import write_tfrecords
+from famx.data.tasks.examples import CUTS, complete_shards, cut_tokens, encode_example
 
 
 class Folder:

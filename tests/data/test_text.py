@@ -7,16 +7,10 @@ import pytest
 from pretrained import TOKENIZERS, write_byte_pair, write_tokenizer
 
 import famx.data
-from famx.data import (
-    ByteVocabulary,
-    TextFiles,
-    WordVocabulary,
-    registry,
-    save_vocabulary,
-    stdlib_text_files,
-)
-from famx.data.text import as_vocabulary
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
+from famx.data import ByteVocabulary, TextFiles, WordVocabulary, save_vocabulary, stdlib_text_files
+from famx.data.storage.text_files import as_vocabulary
+from famx.data.tasks import registry
 
 
 @pytest.fixture

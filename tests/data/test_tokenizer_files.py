@@ -18,12 +18,12 @@ sentencepiece = pytest.importorskip("sentencepiece")
 tokenizers = pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
 
+from famx.base.errors import ConfigError  # noqa: E402
 from famx.data.vocabularies import (  # noqa: E402
     BytePairVocabulary,
     SentencePieceVocabulary,
     open_vocabulary,
 )
-from famx.errors import ConfigError  # noqa: E402
 
 ByteLevel = tokenizers.pre_tokenizers.ByteLevel
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

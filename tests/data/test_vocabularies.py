@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, WordVocabulary
-from famx.data.passkey_text import FILLER_WORDS, HEADER, QUESTION, STATEMENT, passkey_words
+from famx.data.probes.passkey_text import FILLER_WORDS, HEADER, QUESTION, STATEMENT, passkey_words
 from famx.data.vocabularies import (
     KINDS,
     fingerprint,
@@ -17,7 +18,6 @@ from famx.data.vocabularies import (
     open_vocabulary,
     save_vocabulary,
 )
-from famx.errors import ConfigError
 
 
 @settings(max_examples=50, deadline=None)

@@ -17,7 +17,7 @@ import famx.conversion.importing  # noqa: F401, E402, imported once for all
 import famx.evaluation  # noqa: F401
 import famx.inference  # noqa: F401
 import famx.training.loop  # noqa: F401
-from famx import gin_utils
+from famx.base import gin_utils
 
 
 class Parsed(Exception):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.inference.jsonl import ResumableLines, read_objects
 
 SETTINGS = {"mode": "predict", "stop_tokens": (1, 2)}

@@ -20,13 +20,13 @@ from tiny import assert_identical, make_model, make_params, make_tokens
 from trained import write_model_dir
 
 import famx
-from famx import gin_utils
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary
-from famx.data.passkey_text import passkey_words
+from famx.data.probes.passkey_text import passkey_words
 from famx.decoding import Streamer
-from famx.errors import ConfigError
-from famx.inference.memory_file import load_memory, read_header, restore_memory, save_memory
-from famx.loading import TrainedModel, load_model
+from famx.model_dir.loading import TrainedModel, load_model
+from famx.model_dir.memory_file import load_memory, read_header, restore_memory, save_memory
 from famx.modules import DecoderState
 
 
@@ -114,8 +114,8 @@ CONTINUE = """
 import sys
 import numpy as np
 from famx.decoding import Sampling, Streamer
-from famx.loading import load_model
-from famx.inference.memory_file import restore_memory
+from famx.model_dir.loading import load_model
+from famx.model_dir.memory_file import restore_memory
 directory, path, tokens, out = sys.argv[1:]
 trained = load_model(directory)
 streamer = Streamer(trained.model.module)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from famx.data.passkey_text import passkey_words
+from famx.base.errors import ConfigError
+from famx.data.probes.passkey_text import passkey_words
 from famx.data.vocabularies import ByteVocabulary
-from famx.errors import ConfigError
 from famx.inference.prompts import Example, Lines, batches
 
 VOCAB = ByteVocabulary()

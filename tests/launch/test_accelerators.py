@@ -4,7 +4,7 @@ import doctest
 
 import pytest
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from launch import accelerators
 
 DOCUMENTED = {

@@ -12,7 +12,7 @@ import test_gke
 import test_tpu
 from absl.testing import flagsaver
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from launch import estimate
 from launch.commands import Commands
 

@@ -7,7 +7,7 @@ import pytest
 import stubs
 from absl.testing import flagsaver
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from launch import gke, settings
 from launch.commands import Commands
 from launch.job import Job

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from famx import gin_utils
+from famx.base import gin_utils
 from famx.training.run_log import read_metrics
 from launch import local, settings
 from launch.commands import Commands

@@ -12,7 +12,7 @@ from absl import flags
 from gin import config as gin_config
 from hypothesis import strategies as st
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from launch import job as jobs
 from launch import settings
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import stubs
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from launch import settings, slurm
 from launch.commands import Commands
 from launch.job import Job

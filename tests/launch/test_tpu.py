@@ -13,7 +13,7 @@ import pytest
 import stubs
 from absl.testing import flagsaver
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from launch import job as jobs
 from launch import settings, tpu
 from launch.commands import Commands

@@ -11,7 +11,7 @@ import safetensors.numpy
 from modules.helpers import config, random_params
 from trees import LORA, adapters_of
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.lora import Lora, combine, load_adapter, save_adapter, split
 
 GQA = dict(num_heads=4, num_kv_heads=2, head_dim=4)

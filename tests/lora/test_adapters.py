@@ -8,10 +8,10 @@ import pytest
 from modules.helpers import assert_close, config, difference, random_params, random_tokens, shapes
 from trees import DOUBLE, LORA, STYLES, adapted, logits, merged_logits
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.lora import Lora, combine, merged, split
+from famx.mesh import LOGICAL_AXES
 from famx.modules import Decoder
-from famx.training.partitioning import LOGICAL_AXES
 
 
 def paths(tree):

@@ -24,7 +24,7 @@ from trees import DOUBLE, LORA, adapted, adapters_of, logits, loss_of
 from famx.decoding import Sampling, Streamer
 from famx.lora import Lora, combine, intercept, merged, split
 from famx.modules import Decoder
-from famx.modules.layers import Projection
+from famx.modules.components import Projection
 
 DROPPING = Lora(rank=3, dropout=0.5, targets=("layers/query", "layers/mlp/down"))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from modules.helpers import COMPILE_FAST, config, difference, random_params, random_tokens
 from trees import DOUBLE, adapted, adapters_of, logits, loss_of, merged_logits
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.lora import intercept, merged, quantize
 from famx.modules import Decoder
 

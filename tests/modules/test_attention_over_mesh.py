@@ -20,7 +20,7 @@ import functools, jax, numpy as np, flax.linen as nn
 from famx.modules import DecoderConfig
 from famx.modules.attention import cudnn, dense, dispatch, splash, token_attention
 from famx.modules.attention.over_mesh import over_mesh
-from famx.training import partitioning as part
+from famx import mesh as part
 
 splash.INTERPRET = True
 FIRST = np.arange(8, dtype=np.int32)
@@ -90,7 +90,7 @@ import re, jax, jax.numpy as jnp, flax.linen as nn
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 from famx.modules import Decoder, DecoderConfig
-from famx.training import partitioning as part
+from famx import mesh as part
 
 assert jax.default_backend() == "cpu"
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from helpers import config, random_params, random_tokens, read, shapes
 
+from famx.mesh import LOGICAL_AXES
 from famx.modules import Decoder
-from famx.training.partitioning import LOGICAL_AXES
 
 STYLES = {
     "plain": dict(),

@@ -6,8 +6,8 @@ import types
 
 import pytest
 
+from famx.base.chips import CHIPS, find, peak_flops
 from famx.scale.bounds import Network, bound
-from famx.scale.chips import CHIPS, find, peak_flops
 from famx.scale.costs import DCN, Collective, Region
 
 V5E, V5P = CHIPS["TPU v5 lite"], CHIPS["TPU v5"]

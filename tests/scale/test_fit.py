@@ -2,9 +2,9 @@
 
 import pytest
 
-from famx.errors import ConfigError
+from famx.base.chips import CHIPS
+from famx.base.errors import ConfigError
 from famx.scale import fit
-from famx.scale.chips import CHIPS
 from famx.scale.report import Report, _shortage
 
 

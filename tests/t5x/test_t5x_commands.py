@@ -10,7 +10,7 @@ import sys
 import pytest
 from driving import BATCH, LENGTH  # skips without t5x
 
-from famx.gin_utils import gin_root
+from famx.base.gin_utils import gin_root
 
 pytestmark = [pytest.mark.slow, pytest.mark.t5x]
 TINY = {

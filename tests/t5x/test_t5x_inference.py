@@ -13,7 +13,7 @@ from tiny import make_model
 
 import famx.data
 from famx import t5x as famx_t5x
-from famx.loading import load_model
+from famx.model_dir.loading import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.t5x]
 TASK, ROW = "scrolls_qasper", {"inputs": 7, "targets": 5}

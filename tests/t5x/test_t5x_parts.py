@@ -16,13 +16,13 @@ from tiny import assert_identical, make_model, make_params
 from trained import write_model_dir
 
 from famx import t5x as famx_t5x
-from famx.data import registry
-from famx.data.seqio_tasks import as_seqio_vocabulary
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
+from famx.data.seqio import as_seqio_vocabulary
+from famx.data.tasks import registry
 from famx.lora import Lora
-from famx.state_passing import RandomState
 from famx.t5x.data import FeedIterator
 from famx.training.feeds import IndexedFeed, SeqioFeed, make_feed
+from famx.training.state_passing import RandomState
 
 pytestmark = pytest.mark.t5x
 SHAPES = {"decoder_input_tokens": (BATCH, LENGTH)}

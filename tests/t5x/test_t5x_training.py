@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from tiny import assert_identical, make_model
 
 from famx.lora import Lora
-from famx.state_passing import RandomState
+from famx.training.state_passing import RandomState
 
 pytestmark = [pytest.mark.slow, pytest.mark.t5x]
 RANDOM = {"state_passing_mode": "random", "random_state": RandomState(1.0, start_step=3)}

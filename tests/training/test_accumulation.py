@@ -8,10 +8,10 @@ import pytest
 from test_loop import run
 from tiny import BLOCK, assert_close, make_model, make_tokens
 
-from famx.errors import ConfigError
+from famx import mesh as partitioning
+from famx.base.errors import ConfigError
 from famx.lora import Lora
-from famx.state_passing import RandomState
-from famx.training import partitioning
+from famx.training.state_passing import RandomState
 from famx.training.step import make_initializer, make_train_step
 from famx.training.trainable import Trainable
 

@@ -15,9 +15,10 @@ import pytest
 from flax import struct
 
 import famx
-from famx.errors import ConfigError
-from famx.training import checkpoints, optimizers
-from famx.training.checkpoints import Checkpointer, check_model_dir, check_same_model
+from famx.base.errors import ConfigError
+from famx.model_dir import checkpoints
+from famx.model_dir.checkpoints import Checkpointer, check_model_dir, check_same_model
+from famx.training import optimizers
 
 ROOT = str(pathlib.Path(famx.__file__).parent.parent)
 
@@ -186,7 +187,7 @@ def test_missing_steps(tmp_path):
 
 KILLED = """
 import jax.numpy as jnp, sys
-from famx.training.checkpoints import Checkpointer
+from famx.model_dir.checkpoints import Checkpointer
 saver = Checkpointer(sys.argv[1])
 saver.save(1, {"x": jnp.full((512, 512), 1.0)}, {"i": 1})
 saver.wait()
@@ -225,7 +226,7 @@ SHARDED = """
 import os, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from famx.training.checkpoints import Checkpointer
+from famx.model_dir.checkpoints import Checkpointer
 assert jax.device_count() == 8
 def place(*shape):
     return NamedSharding(Mesh(np.array(jax.devices()).reshape(shape), ("a", "b")), P("a", "b"))

@@ -21,9 +21,9 @@ from tiny import (
     passkey,
 )
 
+from famx import mesh as partitioning
+from famx.base.errors import ConfigError
 from famx.data import ContinuousLanes
-from famx.errors import ConfigError
-from famx.training import partitioning
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import AgedFeed, IndexedFeed, LaneFeed, make_feed
 from famx.training.loop import LaneDocuments

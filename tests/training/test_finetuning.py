@@ -14,16 +14,16 @@ from test_loop import history, run, saved
 from tiny import BLOCK, assert_close, assert_identical, make_model, make_params, make_tokens, passkey
 from trained import write_model_dir
 
+from famx import mesh as partitioning
+from famx.base.errors import ConfigError
 from famx.decoding import Streamer
-from famx.errors import ConfigError
 from famx.inference import infer
 from famx.inference.conversation import load_with_vocabulary
-from famx.inference.memory_file import load_memory, save_memory
-from famx.loading import load_model
 from famx.lora import Lora, combine
 from famx.lora.adapters import ADAPTERS, SCALE
+from famx.model_dir.loading import load_model
+from famx.model_dir.memory_file import load_memory, save_memory
 from famx.models import DecoderModel
-from famx.training import partitioning
 from famx.training.step import make_initializer, make_train_step
 from famx.training.trainable import Trainable
 

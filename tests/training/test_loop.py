@@ -13,14 +13,15 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny import BLOCK, BLOCKS, assert_identical, make_model, passkey
 
-from famx.data import TextFiles, registry
-from famx.errors import ConfigError
-from famx.loading import check_model
-from famx.state_passing import RandomState
+from famx.base.errors import ConfigError
+from famx.data import TextFiles
+from famx.data.tasks import registry
+from famx.model_dir.checkpoints import check_same_model
+from famx.model_dir.loading import check_model
 from famx.training import loop, speed
-from famx.training.checkpoints import check_same_model
 from famx.training.curriculum import Curriculum
 from famx.training.run_log import read_metrics
+from famx.training.state_passing import RandomState
 
 STEPS, BATCH = 9, 4
 TIMES = ("time", *speed.NAMES)

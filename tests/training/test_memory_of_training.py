@@ -15,9 +15,9 @@ import pytest
 from tiny import BLOCK, make_model
 
 import famx
+from famx import mesh as partitioning
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
-from famx.training import partitioning
 from famx.training.step import make_initializer, make_train_step
 
 ROOT = str(pathlib.Path(famx.__file__).parent.parent)
@@ -28,8 +28,9 @@ ONE_B = """
 import jax, math, sys
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
-from famx.state_passing import RandomState
-from famx.training import optimizers, partitioning
+from famx.training.state_passing import RandomState
+from famx.training import optimizers
+from famx import mesh as partitioning
 from famx.training.step import make_initializer
 from test_memory_of_training import compile_step, shapes_of
 

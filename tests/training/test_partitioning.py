@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from tiny import make_model
 
 import famx
-from famx import gin_utils
-from famx.errors import ConfigError
-from famx.training import partitioning
-from famx.training.partitioning import Rules, rules
+from famx import mesh as partitioning
+from famx.base import gin_utils
+from famx.base.errors import ConfigError
+from famx.mesh import Rules, rules
 
 ROOT = str(pathlib.Path(famx.__file__).parent.parent)
 
@@ -211,8 +211,8 @@ def test_chunks_are_cut_over_context_by_whole_blocks(chunk, fits):
 EIGHT = """
 import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
-from famx.errors import ConfigError
-from famx.training import partitioning as part
+from famx.base.errors import ConfigError
+from famx import mesh as part
 
 def sentence(call, *args):
     try:

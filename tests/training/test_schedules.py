@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.training import schedules
 
 RATE = 3e-3

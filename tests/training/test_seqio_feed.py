@@ -5,9 +5,10 @@ import pytest
 
 seqio = pytest.importorskip("seqio", reason="seqio is not installed")
 
-from famx.data import registry, seqio_tasks  # noqa: E402
-from famx.data.passkey import PasskeyTask  # noqa: E402
-from famx.errors import ConfigError  # noqa: E402
+from famx.base.errors import ConfigError  # noqa: E402
+from famx.data import seqio as seqio_tasks  # noqa: E402
+from famx.data.probes.passkey import PasskeyTask  # noqa: E402
+from famx.data.tasks import registry  # noqa: E402
 from famx.training.feeds import SeqioFeed, make_feed  # noqa: E402
 
 NAME, LENGTH = "passkey_for_the_feed", 96

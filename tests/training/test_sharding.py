@@ -29,9 +29,10 @@ MESHES = (  # data x fsdp x tensor x context
 COMMON = """
 import gin, jax, json, numpy as np, optax, pathlib, sys
 from famx.lora import Lora
-from famx.state_passing import RandomState
-from famx.training import loop, optimizers, partitioning
-from famx.training.checkpoints import Checkpointer
+from famx.training.state_passing import RandomState
+from famx.training import loop, optimizers
+from famx import mesh as partitioning
+from famx.model_dir.checkpoints import Checkpointer
 from famx.training.step import make_initializer
 from tiny import make_model, BLOCK, BLOCKS
 

@@ -12,9 +12,9 @@ from test_loop import history, run
 from test_run_log import scalars
 from tiny import BLOCK, BLOCKS, make_model
 
-from famx.errors import ConfigError
+from famx.base.chips import peak_flops
+from famx.base.errors import ConfigError
 from famx.lora import Lora
-from famx.scale.chips import peak_flops
 from famx.training import speed
 from famx.training.flops import Learning, train_flops
 from famx.training.run_log import read_metrics

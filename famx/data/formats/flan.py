@@ -31,15 +31,15 @@ from typing import Any
 
 import numpy as np
 
-from famx.data import registry
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.examples import Example, Examples, Records, encode_example
-from famx.data.mixtures import Mixture
-from famx.data.passkey import SPLITS
-from famx.data.records import JsonlRecords, TFRecordRecords
-from famx.data.tasks import TextTask, register_task
-from famx.data.text import as_vocabulary, token_ids
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
+from famx.data.probes.passkey import SPLITS
+from famx.data.storage.records import JsonlRecords, TFRecordRecords
+from famx.data.storage.text_files import as_vocabulary, token_ids
+from famx.data.tasks import registry
+from famx.data.tasks.examples import Example, Examples, Records, encode_example
+from famx.data.tasks.mixtures import Mixture
+from famx.data.tasks.text_task import TextTask, register_task
+from famx.data.vocabularies.base import Vocabulary
 
 PUBLISHED = "https://github.com/google-research/FLAN/tree/main/flan/v2"
 WEIGHTS = {"flan2021": 0.4, "t0": 0.32, "niv2": 0.2, "cot": 0.05, "dialog": 0.03}
@@ -186,7 +186,7 @@ class FlanRows:
 
     Attributes:
       data_dir: as of text tasks.
-      vocabulary: see `famx.data.text.as_vocabulary`; it must have a bos_id.
+      vocabulary: see `famx.data.storage.text_files.as_vocabulary`; it must have a bos_id.
       weights: weight of each submixture, of any sum; those that are not named have none. None: `WEIGHTS`.
       allow_partial: whether submixtures may be missing; the others keep their weights.
       repeat_tokens: length of the segment; 0 leaves it and its prompt out.

@@ -34,14 +34,14 @@ from typing import Any
 
 import numpy as np
 
-from famx.data import registry
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.examples import Example, Examples, Records, example_of_record
+from famx.base.errors import ConfigError
 from famx.data.formats import gpt3_prompts as prompts
 from famx.data.metrics import Texts, accuracy, squad, text_exact_match, trivia_qa
-from famx.data.records import JsonlRecords
-from famx.data.tasks import Metric, TextTask, register_task
-from famx.errors import ConfigError
+from famx.data.storage.records import JsonlRecords
+from famx.data.tasks import registry
+from famx.data.tasks.examples import Example, Examples, Records, example_of_record
+from famx.data.tasks.text_task import Metric, TextTask, register_task
+from famx.data.vocabularies.base import Vocabulary
 
 SCORINGS = ("sum", "mean", "unconditional")
 
@@ -282,7 +282,7 @@ def suite(
     Args:
       name: its name.
       members: names of some of its tasks, without `gpt3_`; None: all.
-      vocabulary: see `famx.data.text.as_vocabulary`.
+      vocabulary: see `famx.data.storage.text_files.as_vocabulary`.
       **options: other settings of every task, such as `data_dir` and `scoring`.
 
     Raises:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from famx.data.examples import Example
+from famx.data.tasks.examples import Example
 
 Record = Mapping[str, Any]
 

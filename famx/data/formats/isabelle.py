@@ -12,8 +12,8 @@ import re
 from typing import Any
 
 from famx.data.formats.texts import EmptySplit, preprocess_text
-from famx.data.tasks import TextTask, register_task
-from famx.data.text import validation_names
+from famx.data.storage.text_files import validation_names
+from famx.data.tasks.text_task import TextTask, register_task
 
 PUBLISHED = "https://www.isa-afp.org/download/"
 FRACTION = 0.05  # about what share of the entries is for validation, and for testing

@@ -17,10 +17,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from famx.data.examples import Example
 from famx.data.formats.texts import EmptySplit
 from famx.data.metrics import rouge, token_f1
-from famx.data.tasks import TextTask, register_task
+from famx.data.tasks.examples import Example
+from famx.data.tasks.text_task import TextTask, register_task
 
 PUBLISHED = "https://github.com/google-deepmind/narrativeqa"
 _HTML = re.compile(rb"<(?:html|!doctype|head|body|pre)\b", re.IGNORECASE)

@@ -19,10 +19,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from famx.data.examples import Records
 from famx.data.formats.texts import Part, TextFolder, preprocess_text
-from famx.data.records import JsonlRecords
-from famx.data.tasks import TextTask, register_task
+from famx.data.storage.records import JsonlRecords
+from famx.data.tasks.examples import Records
+from famx.data.tasks.text_task import TextTask, register_task
 
 # Parts and chapters of a Metamath database begin with a comment of such a line, a title and a line.
 _CHAPTER = re.compile(

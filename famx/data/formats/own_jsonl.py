@@ -19,13 +19,13 @@ loss is on the targets alone.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from famx.data import registry
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.examples import Example
 from famx.data.formats.texts import Part
 from famx.data.metrics import accuracy, rouge, token_f1
-from famx.data.records import JsonlRecords
-from famx.data.tasks import TextTask
+from famx.data.storage.records import JsonlRecords
+from famx.data.tasks import registry
+from famx.data.tasks.examples import Example
+from famx.data.tasks.text_task import TextTask
+from famx.data.vocabularies.base import Vocabulary
 
 
 def own_jsonl(
@@ -50,7 +50,7 @@ def own_jsonl(
         so that it stays the same when records are appended.
       seed: changes which records these are.
       name: name for messages.
-      vocabulary: see `famx.data.text.as_vocabulary`.
+      vocabulary: see `famx.data.storage.text_files.as_vocabulary`.
       **options: other settings of the task, such as `max_tokens` and `metrics`.
 
     Raises:

@@ -9,9 +9,9 @@ import os
 import re
 from typing import Any
 
-from famx.data.examples import Records
 from famx.data.formats.texts import TextFolder, preprocess_text
-from famx.data.tasks import TextTask, register_task
+from famx.data.tasks.examples import Records
+from famx.data.tasks.text_task import TextTask, register_task
 
 PUBLISHED = "https://github.com/google-deepmind/pg19"
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from famx.data.examples import Example, Records
 from famx.data.metrics import rouge, text_exact_match, token_f1
-from famx.data.records import JsonlRecords
-from famx.data.tasks import TextTask, register_task
+from famx.data.storage.records import JsonlRecords
+from famx.data.tasks.examples import Example, Records
+from famx.data.tasks.text_task import TextTask, register_task
 
 PUBLISHED = "https://www.scrolls-benchmark.com"
 _COLUMNS = ("id", "pid", "input", "output")

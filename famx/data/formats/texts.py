@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from famx.data.examples import Example, Records
-from famx.data.text import validation_names
+from famx.data.storage.text_files import validation_names
+from famx.data.tasks.examples import Example, Records
 
 
 class EmptySplit(ValueError):

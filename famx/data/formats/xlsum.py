@@ -4,7 +4,7 @@ Official files: `<language>_{train,val,test}.jsonl`, each line with `id`, `url`,
 and `text`, packed as tar.bz2 per language or for all. Every language is a task `xlsum_<language>`;
 `xlsum` is the mixture of all, each at the rate of its number of examples.
 
-ROUGE is that of `famx.data.rouge.unicode_tokens`: the English tokenizer finds nothing in most of
+ROUGE is that of `famx.data.metrics.rouge.unicode_tokens`: the English tokenizer finds nothing in most of
 these scripts. Its scores compare with each other, not with published ones; that module says why.
 """
 
@@ -13,15 +13,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from famx.data import registry
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.examples import Example
+from famx.base.errors import ConfigError
 from famx.data.metrics import rouge
-from famx.data.mixtures import Mixture
-from famx.data.records import JsonlRecords
-from famx.data.rouge import unicode_tokens
-from famx.data.tasks import TextTask, register_task
-from famx.errors import ConfigError
+from famx.data.metrics.rouge import unicode_tokens
+from famx.data.storage.records import JsonlRecords
+from famx.data.tasks import registry
+from famx.data.tasks.examples import Example
+from famx.data.tasks.mixtures import Mixture
+from famx.data.tasks.text_task import TextTask, register_task
+from famx.data.vocabularies.base import Vocabulary
 
 PUBLISHED = "https://github.com/csebuetnlp/xl-sum"
 _COLUMNS = ("id", "url", "title", "summary", "text")
@@ -117,7 +117,7 @@ def xlsum(
     Args:
       languages: names in `LANGUAGES`; None: all.
       rates, size, seed, split: as `Mixture`; rates may name languages without `xlsum_`.
-      vocabulary: see `famx.data.text.as_vocabulary`.
+      vocabulary: see `famx.data.storage.text_files.as_vocabulary`.
       **options: other settings of every task, such as `data_dir` and `max_tokens`.
 
     Raises:

@@ -24,11 +24,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from famx.data.passkey import PasskeyTask
 from famx.data.probes.babi import BabiProbe
 from famx.data.probes.counting import CodedWordsProbe, CommonWordsProbe
 from famx.data.probes.layout import Probe, text_form
 from famx.data.probes.needles import NeedleProbe
+from famx.data.probes.passkey import PasskeyTask
 from famx.data.probes.recall import CopyProbe, RecallProbe
 from famx.data.probes.tracing import VariableProbe
 

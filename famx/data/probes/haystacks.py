@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from famx.data.passkey_text import REPEATED_FILLER, python_docs_sentences
-from famx.data.text import token_ids
+from famx.data.probes.passkey_text import REPEATED_FILLER, python_docs_sentences
+from famx.data.storage.text_files import token_ids
 from famx.data.vocabularies import Vocabulary
 
 

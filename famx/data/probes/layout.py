@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from famx.data.passkey import SPLITS
 from famx.data.probes.haystacks import (
     Units,
     cyclic_end,
@@ -25,7 +24,8 @@ from famx.data.probes.haystacks import (
     noise_units,
     real_text_units,
 )
-from famx.data.text import as_vocabulary, token_ids
+from famx.data.probes.passkey import SPLITS
+from famx.data.storage.text_files import as_vocabulary, token_ids
 from famx.data.vocabularies import ByteVocabulary, Vocabulary
 
 CONTENT, PLACES, FILLER = range(3)  # random streams of an example
@@ -36,7 +36,7 @@ class Probe:
     """Rows `example(index, length)` and batches of them; what is hidden is up to the subclass.
 
     Attributes:
-      vocabulary: see `famx.data.text.as_vocabulary`; it must have a bos_id.
+      vocabulary: see `famx.data.storage.text_files.as_vocabulary`; it must have a bos_id.
       answer_weight: loss weight of the tokens of the answer. All other tokens weigh 0.
       seed: seed of all examples, at least 0.
       split: "train" or "eval"; examples of the two are drawn from disjoint random streams.

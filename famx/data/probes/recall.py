@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from famx.data.passkey_text import FILLER_WORDS, encode_after
 from famx.data.probes.layout import (
     CONTENT,
     FILLER,
@@ -18,7 +17,8 @@ from famx.data.probes.layout import (
     check_counts,
     check_fraction,
 )
-from famx.data.text import as_vocabulary
+from famx.data.probes.passkey_text import FILLER_WORDS, encode_after
+from famx.data.storage.text_files import as_vocabulary
 from famx.data.vocabularies import Vocabulary, WordVocabulary
 
 SYMBOLS = tuple(string.ascii_lowercase)
@@ -43,8 +43,8 @@ class DistanceProbe(Probe):
     and answer, which end the row. What is written does not depend on length or distance.
 
     Attributes:
-      vocabulary: "words" (`recall_words()`), or any that `famx.data.text.as_vocabulary` takes, has a
-        bos_id and can spell these words. Each word is encoded with the space in front of it.
+      vocabulary: "words" (`recall_words()`), or any that `as_vocabulary` takes, has a bos_id and can
+        spell these words. Each word is encoded with the space in front of it.
       block_size: tokens of a block.
       distance: blocks from the block of the writing to that of the answer, at least 1; None: the
         writing is in the row's first block, so that longer rows ask over a longer distance.

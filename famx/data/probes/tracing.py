@@ -5,8 +5,8 @@ import string
 
 import numpy as np
 
-from famx.data.passkey_text import REPEATED_FILLER
 from famx.data.probes.layout import CONTENT, PLACES, HaystackProbe, Parts, check_counts
+from famx.data.probes.passkey_text import REPEATED_FILLER
 
 HEADER = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n"
 QUESTION = (

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import famx.data
-from famx.data.batches import IndexedBatches
+from famx.base.errors import ConfigError
 from famx.data.formats import flan
 from famx.data.formats.flan import WEIGHTS, FlanRows
-from famx.data.records import write_tfrecords
+from famx.data.rows.batches import IndexedBatches
+from famx.data.storage.records import write_tfrecords
 from famx.data.vocabularies import ByteVocabulary
-from famx.errors import ConfigError
 from famx.training.feeds import make_feed
 from tests.tiny import make_model
 

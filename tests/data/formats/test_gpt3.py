@@ -7,9 +7,9 @@ import os
 import pytest
 
 import famx.data
-from famx.data import tfrecord
+from famx.base.errors import ConfigError
 from famx.data.formats import gpt3
-from famx.errors import ConfigError
+from famx.data.storage import tfrecord
 from famx.prepare import prepare
 
 NLI = {"premise": "It rains.", "hypothesis": "It is wet"}

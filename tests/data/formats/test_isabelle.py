@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import famx.data
+from famx.base.errors import ConfigError
 from famx.data.formats.isabelle import IsabelleRecords, _sessions, import_order, imports_of
-from famx.errors import ConfigError
 
 
 def theory(name, *imports):

@@ -5,8 +5,8 @@ import csv
 import pytest
 
 import famx.data
+from famx.base.errors import ConfigError
 from famx.data.formats.narrative_qa import NarrativeQaRecords
-from famx.errors import ConfigError
 
 DOCUMENTS = ("document_id,set,kind,story_url,story_file_size,wiki_url,wiki_title,story_word_count,"
              "story_start,story_end").split(",")  # fmt: skip

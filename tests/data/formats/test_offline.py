@@ -7,8 +7,8 @@ import os
 import pytest
 
 import famx.data
+from famx.base.errors import ConfigError
 from famx.data.formats import offline
-from famx.errors import ConfigError
 
 PLACES = {
     "hol_light": "/usr/share/hol-light",

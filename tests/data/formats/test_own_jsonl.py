@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import famx.data
-from famx import gin_utils
+from famx.base import gin_utils
 from famx.data import ContinuousLanes, WordVocabulary
 from famx.data.formats.own_jsonl import __doc__ as DOC
 from famx.data.formats.own_jsonl import own_jsonl

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import famx.data
+from famx.base.errors import ConfigError
 from famx.data import ContinuousLanes
-from famx.data.records import write_tfrecords
-from famx.errors import ConfigError
+from famx.data.storage.records import write_tfrecords
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import famx.data
+from famx.base.errors import ConfigError
 from famx.data.formats import scrolls
-from famx.data.records import write_tfrecords
-from famx.errors import ConfigError
+from famx.data.storage.records import write_tfrecords
 
 NAMES = ["qasper", "quality", "narrative_qa", "gov_report", "summ_screen_fd", "qmsum", "contract_nli"]
 

@@ -6,8 +6,8 @@ import json
 import pytest
 
 import famx.data
+from famx.base.errors import ConfigError
 from famx.data.formats.xlsum import LANGUAGES, xlsum
-from famx.errors import ConfigError
 
 SUMMARIES = {"arabic": "قمة المناخ اليوم", "japanese": "今日の天気は晴れ", "amharic": "ዛሬ ስብሰባ ነው"}
 

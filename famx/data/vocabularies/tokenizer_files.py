@@ -19,9 +19,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
-from famx.data.base_vocabulary import Vocabulary, optional_package
-from famx.data.gguf_tokenizers import read_gguf
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
+from famx.data.vocabularies.base import Vocabulary, optional_package
+from famx.data.vocabularies.gguf_tokenizers import read_gguf
 
 _IDS = ("pad_id", "bos_id", "eos_id", "unk_id")
 

@@ -14,15 +14,15 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from famx.data import registry
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.examples import TaskDocuments
+from famx.base.errors import ConfigError
 from famx.data.formats import flan, gpt3
-from famx.data.lanes import Documents, tokens_and_weights
-from famx.data.passkey import PasskeyTask
-from famx.data.tasks import TextTask
+from famx.data.probes.passkey import PasskeyTask
+from famx.data.rows.lanes import Documents, tokens_and_weights
+from famx.data.tasks import registry
+from famx.data.tasks.examples import TaskDocuments
+from famx.data.tasks.text_task import TextTask
 from famx.data.vocabularies import SentencePieceVocabulary
-from famx.errors import ConfigError
+from famx.data.vocabularies.base import Vocabulary
 
 TRAIN_EXAMPLES = 2**31 - 1
 VALIDATION_EXAMPLES = 256

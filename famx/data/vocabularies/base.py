@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any, Self
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 
 
 class Vocabulary:

@@ -7,7 +7,7 @@ from typing import Any
 import gin
 from gin import config as gin_config
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 
 _MACRO = "gin.macro"
 

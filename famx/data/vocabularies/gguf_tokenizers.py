@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from famx.data.base_vocabulary import optional_package
+from famx.data.vocabularies.base import optional_package
 
 # GGUF's token types, which are also SentencePiece's types of pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from famx.data.lanes import ContinuousLanes, Documents
+from famx.data.rows.lanes import ContinuousLanes, Documents
 
 
 class PackedRows(ContinuousLanes):
@@ -48,7 +48,7 @@ class PackedRows(ContinuousLanes):
     ):
         """
         Args:
-          documents: see `famx.data.lanes.Documents`; none may be empty.
+          documents: see `famx.data.rows.lanes.Documents`; none may be empty.
           batch_size: number of rows over all shards.
           length: tokens of a row; may be changed between steps.
           seed: seed of the order of the documents.

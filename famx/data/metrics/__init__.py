@@ -34,7 +34,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from famx.data.rouge import english_tokens, rouge_l, rouge_n
+from famx.data.metrics.rouge import english_tokens, rouge_l, rouge_n
 
 Texts = Sequence[str | Collection[str]]
 
@@ -172,7 +172,7 @@ def rouge(
     Args:
       targets: string or strings per example.
       predictions: string per example.
-      tokenize: text to tokens; `famx.data.rouge.unicode_tokens` for other languages than English.
+      tokenize: text to tokens; `famx.data.metrics.rouge.unicode_tokens` for other languages than English.
         There is no stemming, as in SCROLLS and T5; for it, give a tokenizer that stems.
     """
 

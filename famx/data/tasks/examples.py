@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.text import token_ids
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
+from famx.data.storage.text_files import token_ids
+from famx.data.vocabularies.base import Vocabulary
 
 CUTS = ("left", "middle")
 

@@ -23,9 +23,9 @@ from absl import app, flags, logging
 from gin import config as gin_config
 from gin.resource_reader import system_path_reader
 
-from famx.errors import ConfigError
-from famx.gin_checks import check_all_used as check_all_used  # part of this module's interface
-from famx.gin_checks import check_macros, check_required, nearest, not_set, short, unset_macros
+from famx.base.errors import ConfigError
+from famx.base.gin_checks import check_all_used as check_all_used  # part of this module's interface
+from famx.base.gin_checks import check_macros, check_required, nearest, not_set, short, unset_macros
 
 _FLAG = "--gin."
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from famx.data import tfrecord
-from famx.data.text import matching_files, token_ids
+from famx.data.storage import tfrecord
+from famx.data.storage.text_files import matching_files, token_ids
 
 _OPEN_FILES = 64
 

@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.tokenizer_files import (
+from famx.base.errors import ConfigError
+from famx.base.files import replace_file
+from famx.data.vocabularies.base import Vocabulary
+from famx.data.vocabularies.tokenizer_files import (
     BytePairVocabulary,
     SentencePieceVocabulary,
     read_tokenizer_file,
 )
-from famx.errors import ConfigError
-from famx.files import replace_file
 
 __all__ = [
     "BOS_ID",
@@ -154,7 +154,7 @@ def open_vocabulary(
 
     Args:
       file: the tokenizer file; its content tells its kind.
-      pad_id, bos_id, eos_id: used in place of the file's; see `famx.data.tokenizer_files`.
+      pad_id, bos_id, eos_id: used in place of the file's; see `famx.data.vocabularies.tokenizer_files`.
 
     Raises:
       ConfigError: a package is missing.

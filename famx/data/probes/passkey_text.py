@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from famx.data.base_vocabulary import Vocabulary
 from famx.data.vocabularies import ByteVocabulary, WordVocabulary
+from famx.data.vocabularies.base import Vocabulary
 
 HEADER = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

@@ -35,9 +35,12 @@ from typing import Any
 
 import numpy as np
 
-from famx.data import registry
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.examples import (
+from famx.base.errors import ConfigError
+from famx.data.metrics import next_token_accuracy, rank_accuracy
+from famx.data.storage.records import TFRecordRecords
+from famx.data.storage.text_files import as_vocabulary
+from famx.data.tasks import registry
+from famx.data.tasks.examples import (
     Example,
     Examples,
     Records,
@@ -47,10 +50,7 @@ from famx.data.examples import (
     example_of_record,
     tfds_shards,
 )
-from famx.data.metrics import next_token_accuracy, rank_accuracy
-from famx.data.records import TFRecordRecords
-from famx.data.text import as_vocabulary
-from famx.errors import ConfigError
+from famx.data.vocabularies.base import Vocabulary
 
 KINDS = ("generation", "rank", "documents")
 
@@ -82,7 +82,7 @@ class TextTask:
       open_tfds: `open_tfds(records, split)` turns TensorFlow Datasets' records into official ones.
       counts: number of rows of the official files per split, where known.
       data_dir: the data directory; None: FAMX_DATA_DIR.
-      vocabulary: see `famx.data.text.as_vocabulary`.
+      vocabulary: see `famx.data.storage.text_files.as_vocabulary`.
       split: the split whose documents the task itself is.
       max_tokens, cut: settings of `documents`.
       allow_partial: whether records may be left out because their files are missing.
@@ -217,7 +217,7 @@ class TextTask:
 
         Args:
           split: name of the split.
-          vocabulary: see `famx.data.text.as_vocabulary`.
+          vocabulary: see `famx.data.storage.text_files.as_vocabulary`.
           max_tokens: longest document. Of inputs and targets, the inputs are cut, never the targets:
             a document whose targets alone are longer stays longer. Of kind "documents", the end is
             cut off, together with eos.

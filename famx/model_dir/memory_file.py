@@ -20,12 +20,12 @@ import numpy as np
 import safetensors.numpy
 
 import famx
+from famx.base.errors import ConfigError
+from famx.base.files import replace_file
 from famx.data.vocabularies import fingerprint
-from famx.errors import ConfigError
-from famx.files import replace_file
-from famx.loading import TrainedModel, model_fingerprint
+from famx.model_dir.checkpoints import differing_fields
+from famx.model_dir.loading import TrainedModel, model_fingerprint
 from famx.modules import DecoderState
-from famx.training.checkpoints import differing_fields
 
 FORMAT = 1
 _KEY = "famem"  # of the header in safetensors' metadata

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.modules import DecoderConfig
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")

@@ -17,12 +17,12 @@ import flax.core
 import jax
 import jax.numpy as jnp
 
-from famx import state_passing
-from famx.cross_entropy import cross_entropy
 from famx.decoding import Sampling, generate
 from famx.lora import Lora, combine, intercept, merged
-from famx.metrics import Mean
+from famx.models.cross_entropy import cross_entropy
+from famx.models.metrics import Mean
 from famx.modules import Decoder, DecoderConfig, DecoderState
+from famx.training import state_passing
 
 Batch = Mapping[str, jax.Array]
 MEMORY_COLLECTION = "state_passing"
@@ -87,7 +87,7 @@ class DecoderModel:
     @property
     def FEATURE_CONVERTER_CLS(self):  # noqa: N802, t5x's name
         """SeqIO's feature converter for this model; t5x's name. Needs seqio."""
-        from famx.data.seqio_tasks import FamFeatureConverter  # needs seqio, so only on demand
+        from famx.data.seqio import FamFeatureConverter  # needs seqio, so only on demand
 
         bos_id = getattr(self.output_vocabulary, "bos_id", 1)
         return functools.partial(FamFeatureConverter, bos_id=bos_id, pad_id=self.pad_id)

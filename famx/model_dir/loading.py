@@ -14,15 +14,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from famx import mesh as partitioning
+from famx.base.errors import ConfigError
 from famx.data.vocabularies import load_vocabulary
-from famx.errors import ConfigError
 from famx.lora import adapter_memory, combine, load_adapter, merged
 from famx.lora.adapters import ADAPTERS, SCALE
+from famx.model_dir.checkpoints import Checkpointer, differing_fields, read_model_config
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
 from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS
-from famx.training import partitioning
-from famx.training.checkpoints import Checkpointer, differing_fields, read_model_config
 
 _SAMPLES = 1024  # values of each parameter that its fingerprint covers
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.examples import Example
-from famx.data.tasks import TextTask
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
+from famx.data.tasks.examples import Example
+from famx.data.tasks.text_task import TextTask
+from famx.data.vocabularies.base import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

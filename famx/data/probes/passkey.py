@@ -7,7 +7,8 @@ can be made again, and the key of an index is the same at every length. Layout, 
 
 With words and bytes the answer is the key's digits, a token each. With any other vocabulary it is the
 tokens that it spells a space and the key with, since a prompt that ends in "is" ends in no space: as
-many as there are, up to a token more than digits. `famx.data.passkey_text` says how texts are joined.
+many as there are, up to a token more than digits. `famx.data.probes.passkey_text` says how texts are
+joined.
 
 Training and evaluation must never share examples. So every random stream is seeded by
 `(seed, split, index, stream)`: give evaluation `split="eval"`, and another seed as well. (With five
@@ -21,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from famx.data.base_vocabulary import Vocabulary
 from famx.data.metrics import digit_accuracy, exact_match
-from famx.data.passkey_text import PasskeyTexts, passkey_words
-from famx.data.placement import BlockPlaces
-from famx.data.text import as_vocabulary
+from famx.data.probes.passkey_text import PasskeyTexts, passkey_words
+from famx.data.probes.placement import BlockPlaces
+from famx.data.storage.text_files import as_vocabulary
 from famx.data.vocabularies import WordVocabulary
+from famx.data.vocabularies.base import Vocabulary
 
 __all__ = ["PasskeyTask", "digit_accuracy", "exact_match"]
 
@@ -50,7 +51,7 @@ class PasskeyTask:
 
     Attributes:
       vocabulary: "words" (fewer than 128 ids, every digit and word one token), "bytes", or any that
-        `famx.data.text.as_vocabulary` takes and that has a bos_id.
+        `famx.data.storage.text_files.as_vocabulary` takes and that has a bos_id.
       digits: number of digits of a key; the first may be 0.
       filler: "repeated" (the paper's sentence again and again), "random_words", "python_stdlib"
         (Python's documentation, from a random place; not in words; the only filler with digits), or

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from famx.data.base_vocabulary import Vocabulary
-from famx.data.lanes import ContinuousLanes
+from famx.base.errors import ConfigError
+from famx.data.rows.lanes import ContinuousLanes
 from famx.data.vocabularies import ByteVocabulary, load_vocabulary, open_vocabulary
-from famx.errors import ConfigError
+from famx.data.vocabularies.base import Vocabulary
 
 __all__ = [
     "ContinuousLanes",

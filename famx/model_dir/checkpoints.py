@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import serialization, traverse_util
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
 
 _STATE, _DATASET = "state", "dataset"

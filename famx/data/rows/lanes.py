@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from famx.data.batches import check_shards
+from famx.data.rows.batches import check_shards
 
 
 class Documents(Protocol):
@@ -32,7 +32,7 @@ class ContinuousLanes:
       reset bool [B]: True where the lane begins a new document at this step
     """
 
-    # What famx.data.packing.PackedRows changes.
+    # What famx.data.rows.packing.PackedRows changes.
     _several_documents = False  # may a row go on with the next document?
     _whole_documents = False  # does a document that would not fit into the rest wait for a new row?
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from famx.errors import ConfigError
+from famx.base.errors import ConfigError
 
 _MULTIPROCESS = flags.DEFINE_bool(
     "multiprocess", False, "One of several processes that TPU, GKE or Slurm started."

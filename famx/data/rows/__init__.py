@@ -1,0 +1,1 @@
+"""Documents and examples cut, packed and batched into training rows."""

@@ -1,0 +1,1 @@
+"""A model's directory: checkpoints, its identity, loading, memory files."""
