@@ -12,7 +12,8 @@ from benchmarks.timing import Spread, interleave
 from benchmarks.workloads import train_step
 from famx.base.chips import peak_flops
 from famx.base.tables import Table
-from famx.modules import DecoderConfig
+from famx.memories import Fam
+from famx.modules import DecoderConfig, Memory
 from famx.modules.backends import ATTENTION_BACKENDS, refusal, resolve_backend
 from famx.training.flops import train_flops
 
@@ -47,8 +48,9 @@ class Sizes:
     loss_chunk: int = 1024
 
     def config(self, model: tuple[tuple[str, int], ...], **changes) -> DecoderConfig:
-        size, segments, fam = self.memory
-        fields = dict(block_size=size, memory_segments=segments, fam_length=fam, remat=self.remat)
+        size, segments, length = self.memory
+        memory = Fam(length) if length else Memory()
+        fields = dict(block_size=size, memory_segments=segments, memory=memory, remat=self.remat)
         return DecoderConfig(**{**dict(model), **fields, "dtype": "bfloat16", **changes})
 
 
@@ -77,7 +79,7 @@ def section(name: str, title: str, sizes: Sizes, model, batch: int, repeats: int
     peak, platform = peak_flops(device.device_kind), jax.default_backend()
     steps, configs = {}, {}
     for backend in backends(sizes.config(model), platform):
-        for kind, changes in (("FAM", {}), ("BSWA", {"fam_length": 0})):
+        for kind, changes in (("FAM", {}), ("BSWA", {"memory": Memory()})):
             config = sizes.config(model, attention_backend=backend, **changes)
             configs[f"{kind} {backend}"] = config
             steps[f"{kind} {backend}"] = train_step(config, batch, sizes.length, sizes.loss_chunk)
@@ -101,7 +103,7 @@ def section(name: str, title: str, sizes: Sizes, model, batch: int, repeats: int
     c = next(iter(configs.values()))
     told = "not known" if peak is None else f"{peak / 1e12:g} TFLOP/s in bfloat16, dense"
     notes = (
-        f"S {c.block_size}, M {c.memory_segments}, N {c.fam_length}; {c.num_layers} layers, width"
+        f"S {c.block_size}, M {c.memory_segments}, N {c.memory_columns}; {c.num_layers} layers, width"
         f" {c.embed_dim}, {c.num_heads} heads of {c.head_dim}, gated feed-forward {c.mlp_dim}, vocabulary"
         f" {c.vocab_size}; batch {batch}, {sizes.length} tokens; bfloat16, remat {c.remat}, logits of"
         f" {sizes.loss_chunk} tokens at once; AdamW; {repeats} repeats",

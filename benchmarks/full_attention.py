@@ -25,7 +25,7 @@ def full_attention(
       ValueError: unless there is one block, and neither past blocks nor a memory.
     """
     del memory_keys, memory_values, first_block, examples
-    if q.shape[1] != 1 or config.memory_segments or config.fam_length:
+    if q.shape[1] != 1 or config.memory_segments or config.memory_columns:
         raise ValueError("Full attention is one block without memory segments and without FAM.")
     batch, _, length, heads, width = q.shape
     tile = math.gcd(TILE, length)

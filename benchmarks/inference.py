@@ -14,7 +14,8 @@ from benchmarks.timing import Spread, interleave, peak_memory
 from benchmarks.workloads import parameters, random_tokens
 from famx.base.tables import Table
 from famx.decoding import Sampling, Streamer, generate
-from famx.modules import Decoder, DecoderConfig
+from famx.memories import Fam
+from famx.modules import Decoder, DecoderConfig, Memory
 
 TINY = (("vocab_size", 128), ("num_layers", 2), ("embed_dim", 64), ("num_heads", 4), ("mlp_dim", 128))
 _FEW = 32  # tokens that full attention writes
@@ -54,8 +55,9 @@ QUICK = Sizes(
 
 
 def make_config(model: tuple, memory: tuple[int, int, int]) -> DecoderConfig:
-    size, segments, fam = memory
-    return DecoderConfig(**dict(model), block_size=size, memory_segments=segments, fam_length=fam)
+    size, segments, length = memory
+    memory = Fam(length) if length else Memory()
+    return DecoderConfig(**dict(model), block_size=size, memory_segments=segments, memory=memory)
 
 
 def reading(sizes: Sizes, repeats: int) -> Table:
@@ -104,7 +106,7 @@ def writing(sizes: Sizes, repeats: int) -> Table:
     rows, notes = [], []
     for model, memory in (sizes.tiny, sizes.small):
         fam = make_config(model, memory)
-        bswa = dataclasses.replace(fam, fam_length=0)
+        bswa = dataclasses.replace(fam, memory=Memory())
         notes.append(_shape(fam, repeats))
         block = max(fam.block_size, 256 // fam.block_size * fam.block_size)  # whole blocks
         for batch in sizes.batches:
@@ -144,7 +146,7 @@ def _write(config: DecoderConfig, batch: int, tokens: int, position: int = 0):
 
 def _shape(c: DecoderConfig, repeats: int) -> str:
     return (
-        f"S {c.block_size}, M {c.memory_segments}, N {c.fam_length}; {c.num_layers} layers, width"
+        f"S {c.block_size}, M {c.memory_segments}, N {c.memory_columns}; {c.num_layers} layers, width"
         f" {c.embed_dim}, {c.num_heads} heads of {c.head_dim}, vocabulary {c.vocab_size}; {c.dtype};"
         f" {repeats} repeats"
     )

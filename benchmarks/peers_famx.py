@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from benchmarks import workloads
 from benchmarks.peer_shape import Shape
 from benchmarks.turns import Peer
-from famx.modules import Decoder, DecoderConfig
+from famx.memories import Fam
+from famx.modules import Decoder, DecoderConfig, Memory
 
 
 def build(shape: dict, segments: int, memory: bool, kv_heads: int | None = None) -> Peer:
@@ -16,7 +17,7 @@ def build(shape: dict, segments: int, memory: bool, kv_heads: int | None = None)
         vocab_size=shape.vocabulary, num_layers=shape.layers, embed_dim=shape.width,
         num_heads=shape.heads, num_kv_heads=kv_heads, mlp_dim=shape.feed_forward,
         block_size=shape.block, memory_segments=segments,
-        fam_length=shape.fam_length if memory else 0, tied_embeddings=False,
+        memory=Fam(shape.fam_length) if memory else Memory(), tied_embeddings=False,
         unroll_layers=shape.layers,
     )  # fmt: skip
     params = workloads.parameters(config)

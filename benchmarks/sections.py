@@ -6,7 +6,8 @@ from collections.abc import Callable
 from benchmarks.timing import Spread, interleave
 from benchmarks.workloads import Workload, forward, matrix_product, train_step
 from famx.base.tables import Table
-from famx.modules import DecoderConfig
+from famx.memories import Fam
+from famx.modules import DecoderConfig, Memory
 from famx.training.flops import train_flops
 
 ORDERS = (1, 2, 4, None)  # blocks_per_chunk; None: all at once
@@ -47,8 +48,9 @@ class Sizes:
     matrix: int = 2048
 
     def config(self, memory: tuple[int, int, int], layers: int, **changes) -> DecoderConfig:
-        size, segments, fam = memory
-        fields = dict(block_size=size, memory_segments=segments, fam_length=fam, num_layers=layers)
+        size, segments, length = memory
+        memory = Fam(length) if length else Memory()
+        fields = dict(block_size=size, memory_segments=segments, memory=memory, num_layers=layers)
         return DecoderConfig(**{**dict(self.model), **fields, **changes})
 
 
@@ -66,7 +68,7 @@ QUICK = Sizes(
 def fam_vs_bswa(sizes: Sizes, repeats: int) -> Table:
     """One training step of FAM over one of BSWA, at the paper's S, M and N."""
     fam = sizes.config(sizes.paper, sizes.layers)
-    configs = {"FAM": fam, "BSWA": dataclasses.replace(fam, fam_length=0)}
+    configs = {"FAM": fam, "BSWA": dataclasses.replace(fam, memory=Memory())}
     length = sizes.paper_length
     steps = {name: train_step(config, 1, length) for name, config in configs.items()}
     work = {name: sum(train_flops(c, 1, length).values()) for name, c in configs.items()}
@@ -116,7 +118,7 @@ def chunks(sizes: Sizes, repeats: int) -> Table:
 def matmul_share(sizes: Sizes, repeats: int) -> Table:
     """Operations of a training step over what the machine's matrix product does in that time."""
     fam = sizes.config(sizes.small, sizes.layers)
-    configs = {"FAM": fam, "BSWA": dataclasses.replace(fam, fam_length=0)}
+    configs = {"FAM": fam, "BSWA": dataclasses.replace(fam, memory=Memory())}
     batch, length = sizes.small_batch, sizes.small_length
     steps = {name: train_step(config, batch, length) for name, config in configs.items()}
     product, product_flops = matrix_product(sizes.matrix)
@@ -211,7 +213,7 @@ def _shape(c: DecoderConfig, batch: int, length: int | None, repeats: int) -> st
     tokens = "" if length is None else f", {length} tokens"
     mlp = "gated feed-forward" if c.gated_mlp else "feed-forward"
     return (
-        f"S {c.block_size}, M {c.memory_segments}, N {c.fam_length}; {c.num_layers} layers, width"
+        f"S {c.block_size}, M {c.memory_segments}, N {c.memory_columns}; {c.num_layers} layers, width"
         f" {c.embed_dim}, {c.num_heads} heads of {c.head_dim}, {mlp} {c.mlp_dim}, vocabulary"
         f" {c.vocab_size}; batch {batch}{tokens}; {c.dtype}; {repeats} repeats"
     )

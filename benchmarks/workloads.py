@@ -87,7 +87,7 @@ def forward(
     tokens = jnp.asarray(random_tokens(config, batch, length))
     # The parameters do not depend on how blocks are cut, and a short block is traced soon.
     params = parameters(
-        dataclasses.replace(config, block_size=max(1, config.fam_length), blocks_per_chunk=None)
+        dataclasses.replace(config, block_size=max(1, config.memory_columns), blocks_per_chunk=None)
     )
 
     def read(params, tokens):

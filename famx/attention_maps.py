@@ -130,7 +130,7 @@ def write_maps(maps: AttentionMaps, folder: pathlib.Path) -> int:
     from famx.analysis.interactive import attention_page
 
     maps.save(folder / "maps.npz")
-    updated = [b for b in maps.blocks if maps.fam_length and maps.completed(b)]
+    updated = [b for b in maps.blocks if maps.memory.shape[3] and maps.completed(b)]
     sources = {
         f"layer {layer}, block {block}": maps.sources(layer, block)
         for layer in maps.layers
@@ -148,12 +148,12 @@ def write_maps(maps: AttentionMaps, folder: pathlib.Path) -> int:
         "masses": lambda: figures.mass_figure(maps.summary),
         "entropy": lambda: figures.entropy_figure(maps.summary),
     }
-    sizes = (len(maps.blocks) * n for n in (maps.fam_length + maps.block_size, maps.tokens.shape[-1]))
+    sizes = (len(maps.blocks) * n for n in (maps.memory_columns + maps.block_size, maps.tokens.shape[-1]))
     together = len(maps.blocks) > 1 and math.prod(sizes) <= _MAX_TOGETHER
     for layer in maps.layers:
         if together:
             made[f"map_layer{layer}"] = lambda l=layer: figures.map_figure(maps.as_picture(l))
-        if maps.fam_length:
+        if maps.memory_columns:
             made[f"travel_layer{layer}"] = lambda l=layer: figures.travel_figure(maps.summary, l)
         for block in maps.blocks:
             name = f"layer{layer}_block{block}"

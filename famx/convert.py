@@ -1,7 +1,7 @@
 """Makes a MODEL_DIR out of a pretrained model: a Hugging Face directory, or a GGUF file.
 
     python -m famx.convert --from ~/models/SmolLM2-135M-Instruct --to /tmp/famx/smollm2
-    python -m famx.convert --from model.gguf --to /tmp/famx/model --param_dtype=bfloat16 --fam_length=0
+    python -m famx.convert --from model.gguf --to /tmp/famx/model --param_dtype=bfloat16 --memory=none
 
 The weights are those of the original; the memory is new: its prompt is drawn, and learns by
 finetuning. What is needed besides weights lies in the directory too: the vocabulary, and a
@@ -26,9 +26,11 @@ from famx.conversion.importing import PROMPT_STARTS, Plan, check_destination, pl
 from famx.conversion.sources import open_source
 from famx.modules import DecoderConfig
 from famx.modules.config import COMPUTATION_FIELDS
+from famx.modules.memory import Memory
+from famx.modules.memory import from_dict as memory_from_dict
 
 _FIELDS = (*MEMORY_FIELDS, *COMPUTATION_FIELDS)  # what an import may choose
-_OWN_FLAGS = ("block_size", "memory_segments", "fam_length", "param_dtype", "dtype")
+_OWN_FLAGS = ("block_size", "memory_segments", "param_dtype", "dtype")
 _REPORT_SECONDS = 10
 
 
@@ -37,7 +39,8 @@ def define_flags() -> None:
     flags.DEFINE_string("to", None, "The MODEL_DIR to write; it must be new or empty.")
     flags.DEFINE_integer("block_size", None, "S, tokens of a block; 1024.")
     flags.DEFINE_integer("memory_segments", None, "M, past blocks that are kept; 3.")
-    flags.DEFINE_integer("fam_length", None, "N, length of the memory; 64, and 0 for none.")
+    flags.DEFINE_string("memory", None, "Memory of the model: a kind, with fields behind a colon, such as "
+                        "fam:length=64 (the default), fam:length=32,update=gated, infini, or none.")  # fmt: skip
     flags.DEFINE_enum("param_dtype", None, ["float32", "bfloat16"], "Of the weights; float32.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the computation; float32.")
     flags.DEFINE_multi_string("set", [], f"FIELD=VALUE, a field of {', '.join(_FIELDS)}; repeat it.")
@@ -57,6 +60,8 @@ def main():
     if not values.to:
         raise ConfigError("There is nowhere to write to: add --to=DIRECTORY.")
     given = {name: values[name].value for name in _OWN_FLAGS if values[name].value is not None}
+    if values.memory is not None:
+        given["memory"] = read_memory(values.memory)
     fields = read_fields(values.set) | given
     mesh = read_mesh(values.mesh)
     try:
@@ -120,13 +125,12 @@ def read_fields(settings: Sequence[str]) -> dict[str, object]:
         name, equals, text = (part.strip() for part in setting.partition("="))
         if not equals or not text:
             raise ConfigError(f"--set={setting} sets nothing: write it as --set=FIELD=VALUE.")
+        if name == "memory":
+            raise ConfigError(f"--set={setting}: the memory has a flag of its own, --memory=KIND.")
         if name not in _FIELDS:
             what = "belongs to the pretrained model" if name in known else "is no field of a decoder"
             raise ConfigError(f"--set={setting}: {name} {what}.{nearest(name, _FIELDS)}")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
+        value = _literal(text)
         wanted = float if isinstance(known[name], float) else type(known[name])
         if isinstance(value, int) and wanted is float and not isinstance(value, bool):
             value = float(value)
@@ -136,6 +140,28 @@ def read_fields(settings: Sequence[str]) -> dict[str, object]:
             raise ConfigError(f"--set={setting}: {name} is like {known[name]!r}, not {value!r}.")
         fields[name] = value
     return fields
+
+
+def read_memory(text: str) -> Memory:
+    """`fam`, or `fam:length=64,update=gated`, as a memory; ConfigError where there is no such memory."""
+    kind, _, settings = text.partition(":")
+    fields: dict[str, object] = {"kind": kind.strip()}
+    for setting in filter(None, settings.split(",")):
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise ConfigError(f"--memory={text}: {setting} sets nothing, write it as FIELD=VALUE.")
+        fields[name] = _literal(value)
+    try:
+        return memory_from_dict(fields)
+    except ValueError as error:
+        raise ConfigError(f"--memory={text}: {error}") from error
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def read_mesh(text: str) -> dict[str, int]:
@@ -155,7 +181,9 @@ def read_mesh(text: str) -> dict[str, int]:
 def describe(plan: Plan) -> str:
     """What will be written, and what should be known about it."""
     c = plan.config
-    memory = f"memory of {c.fam_length}" if c.fam_length else "no memory (BSWA)"
+    memory = f"memory {c.memory.kind}" if c.memory.exists else "no memory (BSWA)"
+    if c.memory_columns:
+        memory += f" of {c.memory_columns}"
     lines = [
         f"{plan.source.name}: {plan.num_parameters:,} parameters, {size(plan.num_bytes)} in"
         f" {c.param_dtype}; blocks of {c.block_size}, {c.memory_segments} past blocks, {memory}."

@@ -24,7 +24,7 @@ from famx.modules import DecoderConfig
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 LOGICAL_AXES = (
-    *("batch", "context_batch", "length", "blocks", "block", "segments", "fam", "layers"),
+    *("batch", "context_batch", "length", "blocks", "block", "segments", "memory", "layers"),
     *("embed", "mlp", "heads", "kv_heads", "kv", "vocab", "lora_rank"),
 )
 
@@ -264,19 +264,23 @@ def check_blocks(length: int, config: DecoderConfig, mesh: Mesh) -> None:
         )
 
 
-def state_sharding(state: Any, mesh: Mesh, rules: Rules) -> Any:
+def state_sharding(state: Any, config: DecoderConfig, mesh: Mesh, rules: Rules) -> Any:
     """A NamedSharding for each field of a `DecoderState` of arrays or ShapeDtypeStructs.
 
     Keys and values are cut by heads as their weights are, and whole where there are too few heads. The
     state of one text, from which every example begins, is no batch.
     """
     batch = "batch" if state.batch_size > 1 else None
-    names = {"memory": ("layers", batch, "fam", "embed")}
-    names["keys"] = names["values"] = ("layers", batch, "segments", "block", "kv_heads", "kv")
+    window = ("layers", batch, "segments", "block", "kv_heads", "kv")
+    box = lambda leaf, names: nn.LogicallyPartitioned(leaf, names)
     boxed = {
-        field.name: nn.LogicallyPartitioned(getattr(state, field.name), names.get(field.name, (batch,)))
+        field.name: box(getattr(state, field.name), window if field.name in ("keys", "values") else (batch,))
         for field in dataclasses.fields(state)
+        if field.name != "memory"
     }
+    boxed["memory"] = jax.tree.map(
+        lambda leaf, names: box(leaf, ("layers", batch, *names)), state.memory, config.memory.axes()
+    )
     rules = dataclasses.replace(rules, may_replicate=(*rules.may_replicate, "kv_heads"))
     return logical_to_sharding(type(state)(**boxed), mesh, rules)
 

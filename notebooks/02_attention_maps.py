@@ -108,7 +108,7 @@ display(
 
 # %%
 place = {block: i for i, block in enumerate(maps.blocks)}
-on_memory = maps.tokens[place[last], :, :, :, : maps.fam_length].sum(-1).mean(1)  # [layers, S]
+on_memory = maps.tokens[place[last], :, :, :, : maps.memory_columns].sum(-1).mean(1)  # [layers, S]
 words = [maps.text(token) for token in maps.ids[place[last]]]
 first, end = maps.slots[place[last]]
 asked = words.index("What")
@@ -170,7 +170,7 @@ figures.sources_figure(maps, layer=0, block=second)
 # in the blocks with a key or the question than over filler.
 
 # %%
-print(f"log of {maps.fam_length + task.block_size} keys: {np.log(maps.fam_length + task.block_size):.2f}")
+print(f"log of {maps.memory_columns + task.block_size} keys: {np.log(maps.memory_columns + task.block_size):.2f}")
 figures.entropy_figure(maps.summary)
 
 # %% [markdown]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from famx.modules import Decoder, DecoderConfig
+from famx.modules import Decoder, DecoderConfig, Memory
 from famx.modules.attention import token_attention
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -113,7 +113,7 @@ def test_full_attention_equals_the_model_s_own(kv_heads, length, monkeypatch):
     monkeypatch.setattr("benchmarks.full_attention.TILE", 8)
     config = DecoderConfig(
         vocab_size=8, num_layers=1, embed_dim=16, num_heads=4, num_kv_heads=kv_heads,
-        block_size=length, memory_segments=0, fam_length=0, attention_backend="xla",
+        block_size=length, memory_segments=0, memory=Memory(), attention_backend="xla",
         attention_softcap=3.0,
     )  # fmt: skip
     rng = np.random.default_rng(0)
@@ -126,7 +126,7 @@ def test_full_attention_equals_the_model_s_own(kv_heads, length, monkeypatch):
 
 def test_full_attention_refuses_a_window():
     config = DecoderConfig(vocab_size=8, num_layers=1, embed_dim=8, num_heads=2, block_size=4,
-                           memory_segments=1, fam_length=0)  # fmt: skip
+                           memory_segments=1, memory=Memory())  # fmt: skip
     x = jnp.zeros((1, 1, 4, 2, 4))
     with pytest.raises(ValueError, match="one block without"):
         full_attention(x, x, x, None, None, None, config)

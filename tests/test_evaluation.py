@@ -22,7 +22,9 @@ from famx.data.storage.text_files import as_vocabulary
 from famx.evaluation import PROBES, PasskeyEvaluation, TaskEvaluation, TextEvaluation
 from famx.evaluation.common import streamer_of
 from famx.evaluation.passkey import _answers
+from famx.memories import Fam
 from famx.models import DecoderModel
+from famx.modules import Memory
 from famx.training import loop
 from famx.training.run_log import read_metrics
 
@@ -120,8 +122,9 @@ def test_report(tmp_path):
     result = json.loads((tmp_path / "passkey.json").read_text())
     assert result["exact_match"]["hold"] == {str(b): scores[f"hold/{b}"] for b in (2, 3, 5)}
     assert set(result["exact_match"]["overwrite"]) == {"3", "5"}
-    assert {k: result[k] for k in ("block_size", "train_blocks", "examples", "fam_length")} == {
-        "block_size": 16, "train_blocks": 3, "examples": 8, "fam_length": 2}  # fmt: skip
+    assert {k: result[k] for k in ("block_size", "train_blocks", "examples", "memory_config")} == {
+        "block_size": 16, "train_blocks": 3, "examples": 8,
+        "memory_config": Fam(2).to_dict()}  # fmt: skip
     lines = text.splitlines()
     assert lines[0] == "Exact match over 8 fresh documents per cell, streamed:"
     assert lines[1].split() == ["blocks", "tokens", "hold", "hold_repeated", "overwrite"]
@@ -248,7 +251,7 @@ def direct(model, params, batch, zero_memory=False):
     log_p = []
     for start in range(0, tokens.shape[1], size):
         if zero_memory:
-            state = state.replace(memory=0 * state.memory)
+            state = state.zero_memory()
         logits, state = reader(model.module)({"params": params}, tokens[:, start : start + size], state)
         log_p.append(np.asarray(jax.nn.log_softmax(logits)))
     log_p = np.concatenate(log_p, axis=1)
@@ -333,7 +336,7 @@ def test_sizes_of_a_task_evaluation_are_at_least_one(name):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(num_layers=2), dict(memory_segments=2, fam_positions="zero", qkv_bias=True)]
+    "sizes", [dict(num_layers=2), dict(memory_segments=2, memory=Fam(2, positions="zero"), qkv_bias=True)]
 )
 def test_answers_without_memory_equal_an_obvious_loop(sizes):
     """Though only what the window can reach is read."""
@@ -396,7 +399,7 @@ def test_only_the_first_tokens_of_a_text_are_read_without_memory():
 
 
 @pytest.mark.parametrize(
-    "model, health", [(make_model(block_size=BLOCK, fam_length=0), True), (MODEL, False)]
+    "model, health", [(make_model(block_size=BLOCK, memory=Memory()), True), (MODEL, False)]
 )
 def test_without_memory_or_health_only_scores_are_reported(model, health):
     params = make_params(model.module)

@@ -92,9 +92,9 @@ def test_a_smoke_example_runs_and_learns(path, pretrained, data, tmp_path):
     assert read_metrics(str(tmp_path / "model"), "eval")
     trained, base = load_model(str(tmp_path / "model")), load_model(pretrained)
     assert load_vocabulary(tmp_path / "model") == as_vocabulary(pretrained)
-    assert trained.model.config.block_size == 128 and trained.model.config.fam_length == 64
+    assert trained.model.config.block_size == 128 and trained.model.config.memory_columns == 64
     np.testing.assert_array_equal(trained.params["embedding"], base.params["embedding"])
-    assert trained.params["fam"].shape[0] == 64
+    assert trained.params["memory"]["prompt"].shape[0] == 64
     assert list((tmp_path / "model" / "adapter").glob("*.safetensors"))
 
 

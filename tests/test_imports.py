@@ -40,10 +40,10 @@ import sys
 for name in ("tensorflow", "seqio", "t5x", "tensorflow_datasets", "clu"):
     sys.modules[name] = None
 import optax
-from famx import models, modules
+from famx import memories, models, modules
 from famx.training import loop
 config = modules.DecoderConfig(vocab_size=128, num_layers=1, embed_dim=8, num_heads=2, block_size=8,
-                               memory_segments=0, fam_length=2)
+                               memory_segments=0, memory=memories.Fam(2))
 scalars = loop.train(
     sys.argv[1], models.DecoderModel(modules.Decoder(config)), "passkey_words", {"targets": 32},
     2, 2, optax.sgd(0.1), {"digits": 1, "header": False}, state_passing_mode="continuous",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.linen import unbox
 
+from famx.memories import Fam
 from famx.models import DecoderModel, loss_weights
 from famx.models.metrics import Mean
 from famx.modules import Decoder, DecoderConfig
@@ -19,7 +20,7 @@ from famx.training import state_passing
 VOCAB, BATCH, LENGTH = 13, 3, 11
 CONFIG = DecoderConfig(
     vocab_size=VOCAB, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12, block_size=4,
-    memory_segments=1, fam_length=2,
+    memory_segments=1, memory=Fam(2),
 )  # fmt: skip
 # These tests compile much and compute little: four times faster to compile.
 COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -206,7 +207,7 @@ def test_random_state_passing_keeps_the_first_examples_memory():
 
 
 def make_mutables(model):
-    shape = (CONFIG.num_layers, CONFIG.fam_length, CONFIG.embed_dim)
+    shape = (CONFIG.num_layers, CONFIG.memory_columns, CONFIG.embed_dim)
     kept = model.random_state.initial(CONFIG)
     assert kept["memory"].shape == shape
     return flax.core.freeze({"state_passing": kept})

@@ -125,10 +125,10 @@ def test_no_gradient_through_the_kept_memory():
     gradient = jax.jit(jax.grad(loss, (0, 1)))
     memory, params = gradient(kept["memory"], PARAMS, 1, 1.0)
     assert not np.any(memory)
-    assert not np.any(params["fam"])  # nobody began from the prompt
+    assert not np.any(params["memory"]["prompt"])  # nobody began from the prompt
     assert np.any(params["embedding"])
     memory, params = gradient(kept["memory"], PARAMS, 0, 1.0)
-    assert not np.any(memory) and np.any(params["fam"])
+    assert not np.any(memory) and np.any(params["memory"]["prompt"])
     assert_identical(params, gradient(kept["memory"], PARAMS, 0, 0.0)[1])
 
 
@@ -186,6 +186,6 @@ def test_gradients_stop_at_the_step_and_reach_the_prompt_after_a_reset(mode):
 
     gradient = jax.jit(jax.grad(loss, (0, 1)))
     params, memory = gradient(PARAMS, past.memory, 0)
-    assert np.any(params["fam"]) and not np.any(memory)
+    assert np.any(params["memory"]["prompt"]) and not np.any(memory)
     params, memory = gradient(PARAMS, past.memory, 1)
-    assert not np.any(params["fam"]) and not np.any(memory)
+    assert not np.any(params["memory"]["prompt"]) and not np.any(memory)

@@ -23,6 +23,7 @@ from famx.data.tasks.examples import Examples, encode_example
 from famx.evaluation import TextTaskEvaluation, text_answers
 from famx.evaluation.checkpoints import evaluate
 from famx.evaluation.common import streamer_of
+from famx.modules import Memory
 from famx.training import loop
 
 BYTES = ByteVocabulary()
@@ -337,7 +338,7 @@ def answer_scores(model, params, documents, zero_memory):
         state = model.initial_state(params, 1)
         for start in range(0, len(tokens), size):
             if zero_memory:
-                state = state.replace(memory=0 * state.memory)
+                state = state.zero_memory()
             piece = row[:, start : start + size]
             logits, state = reader(model.module)({"params": params}, piece, state)
             p = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
@@ -369,7 +370,7 @@ def test_a_mixture_has_one_memory_and_a_model_without_has_none(data, model, para
     options = {"data_dir": data, "languages": ["french", "hausa"]}
     found = make(data, "xlsum", task_options=options, health=True, examples=1)(model, params, 0)
     assert "memory/kept/bits_per_token" in found and not any("/memory/" in name for name in found)
-    plain = make_model(fam_length=0)
+    plain = make_model(memory=Memory())
     plain.input_vocabulary = BYTES
     found = make(data, "scrolls_qasper", health=True, examples=1)(plain, make_params(plain.module), 0)
     assert not any("memory" in name for name in found)

@@ -173,7 +173,7 @@ def _forget():
         (["DecoderConfig.num_heads=3"], "embed_dim 16 is not a multiple of num_heads 3; set"),
         (["DecoderConfig.num_kv_heads=3"], "num_heads 2 is not a multiple of num_kv_heads 3."),
         (["DecoderConfig.block_size=0"], "block_size must be at least 1, got 0."),
-        (["DecoderConfig.fam_length=33"], "fam_length 33 exceeds block_size 32"),
+        (["DecoderConfig.memory_columns=33"], "fam_length 33 exceeds block_size 32"),
         (["DecoderConfig.activation='slu'"], "activation must be one of silu"),
         (["TASK_FEATURE_LENGTHS={'targets': 100}"], "must be a multiple of the block size 32"),
         (["Curriculum.blocks=(1, 4)"], "The shortest length of the curriculum is 1 blocks"),

@@ -8,11 +8,17 @@ import numpy as np
 from flax.linen import unbox
 
 from famx.data import PasskeyTask
+from famx.memories import Fam
 from famx.models import DecoderModel
-from famx.modules import Decoder, DecoderConfig
+from famx.modules import Decoder, DecoderConfig, Memory
 
 BLOCK = 8  # S
 BLOCKS = 4  # the fewest that hold a row of `passkey`
+
+
+def fam(length: int) -> Memory:
+    """FAM of this length; without memory where it is 0."""
+    return Fam(length) if length else Memory()
 
 
 def make_model(random_position_offset=False, **changes) -> DecoderModel:
@@ -25,7 +31,7 @@ def make_model(random_position_offset=False, **changes) -> DecoderModel:
         mlp_dim=32,
         block_size=BLOCK,
         memory_segments=1,
-        fam_length=2,
+        memory=Fam(2),
     )
     module = Decoder(DecoderConfig(**{**sizes, **changes}))
     return DecoderModel(module, random_position_offset=random_position_offset)

@@ -11,7 +11,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -25,17 +24,19 @@ from famx.lora.adapters import ADAPTERS
 from famx.modules import Decoder, DecoderState
 from famx.modules.attention import attend, visible
 from famx.modules.config import DecoderConfig
-from famx.modules.layer import MASS, Layer
+from famx.modules.layer import INPUTS
 
 
 @flax.struct.dataclass
 class LayerInputs:
-    """What the attention of one block is computed from; here of all layers, the axis in front.
+    """What the attention of one block is computed from, of all layers.
 
     Attributes:
-      queries: of the block's tokens `[layers, S, H, Dh]`.
-      keys: of the past blocks and the own one `[layers, M + 1, S, K, Dh]`.
-      memory_queries, memory_keys: `qF [layers, N, H, Dh]` and `kF [layers, N, K, Dh]`.
+      queries: queries of the block's tokens `[layers, S, H, Dh]`.
+      keys: keys of the past blocks and of the block itself `[layers, M + 1, S, K, Dh]`.
+      memory_queries: queries of the memory while it compresses the block, `[layers, N, H, Dh]`; without
+        any where the memory does not attend.
+      memory_keys: keys that the memory gives the tokens, `[layers, N, K, Dh]`.
     """
 
     queries: jax.Array
@@ -45,7 +46,7 @@ class LayerInputs:
 
 
 def token_probabilities(config: DecoderConfig, inputs: LayerInputs, block):
-    """Of the block's tokens, `[H, S, N + M * S + S]`; `inputs` of one layer."""
+    """Attention of the block's tokens, `[H, S, N + M * S + S]`; `inputs` of one layer."""
     c = config
     keys = inputs.keys.reshape(-1, *inputs.keys.shape[2:])
     keys = jnp.concatenate([inputs.memory_keys, keys])
@@ -56,13 +57,13 @@ def token_probabilities(config: DecoderConfig, inputs: LayerInputs, block):
 
 
 def memory_probabilities(config: DecoderConfig, inputs: LayerInputs):
-    """Of the memory's queries while it compresses the block, `[H, N, N + S]`; `inputs` of one layer."""
+    """Attention of the memory while it compresses the block, `[H, N, N + S]`; `inputs` of one layer."""
     c = config
-    if not c.fam_length:
-        return jnp.zeros((c.num_heads, 0, c.block_size), jnp.promote_types(c.dtype, jnp.float32))
     keys = jnp.concatenate([inputs.memory_keys, inputs.keys[-1]])
+    if not len(inputs.memory_queries):
+        return jnp.zeros((c.num_heads, 0, len(keys)), jnp.promote_types(c.dtype, jnp.float32))
     probabilities = attend(inputs.memory_queries, keys, keys, None, c)[1]
-    return probabilities.reshape(c.num_heads, c.fam_length, len(keys))
+    return probabilities.reshape(c.num_heads, -1, len(keys))
 
 
 class AttentionReader:
@@ -78,22 +79,21 @@ class AttentionReader:
         if top < 1:
             raise ValueError(f"top must be at least 1, got {top}.")
         top = min(top, c.block_size)
+        self._rows = c.memory_columns if c.memory.attends else 0  # memory tokens that attend themselves
         decoder = Decoder(c)
 
         @functools.partial(jax.jit, static_argnames="aligned")
         def step(params, state, tokens, count, aligned):
             valid = jnp.arange(tokens.shape[1])[None] < count
-            with nn.intercept_methods(_Capture()):
-                (_, after), kept = decoder.apply(
-                    {"params": params}, tokens, state, valid, aligned, method="read", mutable=[MASS]
-                )
-            kept = kept[MASS]["layers"]
-            first = lambda name: kept[name][0][:, 0]  # the only example, or the first block
-            memory = [first(name)[:, 0] for name in _OF_MEMORY] if c.fam_length else [
-                jnp.zeros((c.num_layers, 0, heads, c.head_dim), c.dtype)
-                for heads in (c.num_heads, c.num_kv_heads)
-            ]  # fmt: skip
-            inputs = LayerInputs(first("queries"), first("keys"), *memory)
+            (_, after), collections = decoder.apply(
+                {"params": params}, tokens, state, valid, aligned, method="read", mutable=[INPUTS]
+            )
+            layers = collections[INPUTS]["layers"]
+            first = lambda name: layers[name][0][:, 0]  # of the only example; memory_queries: first block
+            queries = jnp.zeros((c.num_layers, 0, c.num_heads, c.head_dim), c.dtype)
+            if c.memory.attends:
+                queries = first("memory_queries")[:, 0]
+            inputs = LayerInputs(first("queries"), first("keys"), queries, first("memory_keys"))
             start = state.position[0] % c.block_size
             block = state.position[0] // c.block_size
             figures = lambda layer: _figures(c, layer, block, start, start + count, top)
@@ -112,8 +112,8 @@ class AttentionReader:
     def num_bytes(self, blocks: int, layers: int | None = None, heads: int | None = None) -> int:
         """Bytes of the maps of so many blocks, layers and heads (None: all)."""
         c = self.config
-        cells = c.block_size * (c.fam_length + (c.memory_segments + 1) * c.block_size)
-        cells += c.fam_length * (c.fam_length + c.block_size)
+        cells = c.block_size * (c.memory_columns + (c.memory_segments + 1) * c.block_size)
+        cells += self._rows * (c.memory_columns + c.block_size)
         wide = jnp.promote_types(c.dtype, jnp.float32).itemsize
         count = (c.num_layers if layers is None else layers) * (c.num_heads if heads is None else heads)
         return blocks * count * cells * wide
@@ -187,8 +187,8 @@ class AttentionReader:
         chosen = tuple(sorted(kept))
         size, past = c.block_size, c.memory_segments * c.block_size
         shapes = (
-            (2,), (past + size,), (len(layers), len(heads), size, c.fam_length + past + size),
-            (len(layers), len(heads), c.fam_length, c.fam_length + size),
+            (2,), (past + size,), (len(layers), len(heads), size, c.memory_columns + past + size),
+            (len(layers), len(heads), self._rows, c.memory_columns + size),
         )  # fmt: skip
         slots, ids, tokens, memory = (
             np.array([kept[b][i] for b in chosen]).reshape(len(chosen), *shape)
@@ -200,7 +200,7 @@ class AttentionReader:
         seen = np.union1d(ids, summary.source_ids).astype(int).tolist()
         texts = {token: label(token) for token in seen if token != NO_TOKEN}
         return AttentionMaps(
-            size, c.memory_segments, c.fam_length, c.window_mask, chosen, layers, heads,
+            size, c.memory_segments, c.memory_columns, c.window_mask, chosen, layers, heads,
             slots.astype(np.int32), ids.astype(np.int32), tokens, memory, texts, summary,
         )  # fmt: skip
 
@@ -219,7 +219,7 @@ class AttentionReader:
             tokens[0, : len(ids)] = ids
             state, inputs, figures = self._step(params, state, tokens, len(ids), aligned=start == 0)
             figures = jax.tree.map(np.array, figures)  # copies: a view would keep the device's
-            if c.fam_length and end == c.block_size:
+            if self._rows and end == c.block_size:
                 figures["source_ids"] = window[-1][figures["source_slots"]]
             else:
                 figures = {name: figures[name] for name in _OF_EVERY_BLOCK}
@@ -231,8 +231,8 @@ class AttentionReader:
     def _summary(self, first, counts, figures):
         """The figures of all blocks, of length 0 where no block gave one."""
         c = self.config
-        shapes = {"written": (c.fam_length,), "place": (c.fam_length,)}
-        shapes |= dict.fromkeys(("source_slots", "source_ids", "source_weights"), (c.fam_length, 0))
+        shapes = {"written": (self._rows,), "place": (self._rows,), "read": (c.memory_columns,)}
+        shapes |= dict.fromkeys(("source_slots", "source_ids", "source_weights"), (self._rows, 0))
         gathered = {}
         for field in dataclasses.fields(AttentionSummary)[2:]:
             whole = field.name in ("source_slots", "source_ids")
@@ -242,43 +242,12 @@ class AttentionReader:
         return AttentionSummary(first, np.array(counts, np.int32), **gathered)
 
 
-_OF_MEMORY = ("memory_queries", "memory_keys")
 _OF_EVERY_BLOCK = ("on_memory", "on_past", "on_block", "entropy", "read")
-
-
-class _Capture:
-    """An interceptor that keeps, in the collection MASS, what the attention of each `Layer` reads."""
-
-    def __init__(self):
-        self._projected = None  # queries and keys of the layer's tokens, its first projection
-
-    def __call__(self, function, args, kwargs, context):
-        layer, method = context.module, context.method_name
-        if not isinstance(layer, Layer):
-            return function(*args, **kwargs)
-        if method == "read_chunk":
-            self._projected = None
-        out = function(*args, **kwargs)
-        if method == "qkv" and self._projected is None:
-            self._projected = out
-        elif method == "update_memory":
-            for name, x in zip(_OF_MEMORY, args[1]):
-                layer.sow(MASS, name, x)
-        elif method == "read_chunk":
-            _, _, window, _, here = args
-            queries, own, _ = self._projected
-            own = own[:, 0]
-            if here.start is not None:  # the state holds the first tokens of the block
-                held = jnp.arange(own.shape[1]) < here.start[:, None]
-                own = jnp.where(held[..., None, None], window[:, -1], own)
-            layer.sow(MASS, "queries", queries[:, 0])
-            layer.sow(MASS, "keys", jnp.concatenate([window[:, :-1], own[:, None]], axis=1))
-        return out
 
 
 def _figures(config: DecoderConfig, inputs: LayerInputs, block, start, end, top):
     """A block's part of `AttentionSummary` without `source_ids`; `inputs` of one layer."""
-    n, slots = config.fam_length, jnp.arange(config.block_size)
+    n, slots = config.memory_columns, jnp.arange(config.block_size)
     past = n + config.memory_segments * config.block_size
     p = token_probabilities(config, inputs, block)
     weight = ((slots >= start) & (slots < end)) / (end - start)
@@ -292,7 +261,7 @@ def _figures(config: DecoderConfig, inputs: LayerInputs, block, start, end, top)
         "entropy": mean(entropy(p)[..., None])[:, 0],
         "read": masses[:, :n].mean(0),
     }
-    if not n:
+    if not config.memory.attends:
         return out
     m = memory_probabilities(config, inputs)
     sources = m[..., n:].mean(0)

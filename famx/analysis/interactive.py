@@ -36,8 +36,8 @@ def attention_page(maps: AttentionMaps, title: str = "Attention maps") -> str:
     if not maps.blocks:
         raise ConfigError("There is nothing to show: no block was kept.")
     heads = [*maps.heads, *(["mean"] if len(maps.heads) > 1 else [])]
-    columns = maps.fam_length + maps.ids.shape[1]
-    cells = (maps.block_size + maps.fam_length) * columns
+    columns = maps.memory_columns + maps.ids.shape[1]
+    cells = (maps.block_size + maps.memory_columns) * columns
     cells *= len(maps.blocks) * len(maps.layers) * len(heads)
     if cells > _MAX_CELLS:
         raise ConfigError(
@@ -61,7 +61,7 @@ def attention_page(maps: AttentionMaps, title: str = "Attention maps") -> str:
     }
     # "<" could end the script that holds the data.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    about = _ABOUT + (_ABOUT_MEMORY if maps.fam_length else "")
+    about = _ABOUT + (_ABOUT_MEMORY if maps.memory_columns else "")
     parts = {"TITLE": html.escape(title), "ABOUT": about, "DATA": text, "PLOTLY": get_plotlyjs()}
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], _PAGE)
 

@@ -101,7 +101,7 @@ class AttentionMaps:
     """The maps of the kept blocks, layers and heads, and the summary of all.
 
     Attributes:
-      block_size, memory_segments, fam_length, window_mask: `S`, `M`, `N` and the mask of the model.
+      block_size, memory_segments, memory_columns, window_mask: `S`, `M`, `N` and the mask of the model.
       blocks: which were kept, by their index in the sequence, ascending.
       layers, heads: which were kept.
       slots: of each kept block the first slot that was read and the one behind the last, int32
@@ -118,7 +118,7 @@ class AttentionMaps:
 
     block_size: int
     memory_segments: int
-    fam_length: int
+    memory_columns: int
     window_mask: bool
     blocks: tuple[int, ...]
     layers: tuple[int, ...]
@@ -195,7 +195,7 @@ class AttentionMaps:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything to one npz file, which appears whole or not at all."""
-        sizes = ("block_size", "memory_segments", "fam_length", "window_mask")
+        sizes = ("block_size", "memory_segments", "memory_columns", "window_mask")
         about = {name: getattr(self, name) for name in (*sizes, "blocks", "layers", "heads")}
         about |= {"format": _FORMAT, "texts": self.texts, "first_block": self.summary.first_block}
         arrays = {name: getattr(self, name) for name in ("slots", "ids", "tokens", "memory")}

@@ -59,8 +59,9 @@ def make_picture(maps, layer: int, head: int | None, blocks: int | Sequence[int]
     if not blocks:
         raise ValueError("There is nothing to draw: no block was kept.")
     places = {block: maps.index(layer, head, block) for block in blocks}
-    n, segments, size = maps.fam_length, maps.memory_segments, maps.block_size
+    n, segments, size = maps.memory_columns, maps.memory_segments, maps.block_size
     memory = lambda block: [(block, slot, True) for slot in range(n)]
+    updated = lambda block: maps.memory.shape[3] and maps.completed(block)
     tokens = lambda block, first=0, end=size: [(block, slot, False) for slot in range(first, end)]
 
     shown, rows = {}, []  # shown: of each block with tokens in the picture, their ids
@@ -69,7 +70,7 @@ def make_picture(maps, layer: int, head: int | None, blocks: int | Sequence[int]
         past = range(max(block - segments, 0), block + 1)
         shown |= dict(zip(past, maps.ids[i].reshape(-1, size)[-len(past) :]))
         shown[block] = shown[block][:end]
-        rows += (memory(block) if maps.completed(block) else []) + tokens(block, first, end)
+        rows += (memory(block) if updated(block) else []) + tokens(block, first, end)
     columns = []
     for block in sorted(shown):
         columns += (memory(block) if block in places else []) + tokens(block, end=len(shown[block]))
@@ -88,7 +89,7 @@ def make_picture(maps, layer: int, head: int | None, blocks: int | Sequence[int]
         of_memory, of_tokens = (
             x.mean(axis=0) if h is None else x[h] for x in (maps.memory[i, j], maps.tokens[i, j])
         )
-        if maps.completed(block):
+        if updated(block):
             put(memory(block), memory(block) + tokens(block), of_memory)
         keys = memory(block)
         for b in range(block - segments, block + 1):

@@ -46,7 +46,9 @@ def check_all_used(ignore: Sequence[str] = ()) -> None:
 
     Call it once everything configurable was built. It catches what parsing cannot: a parameter of a
     function that this run never calls, or that its caller overrides. A macro that another binding
-    reads may be bound to such a parameter too: run files give LEARNING_RATE to every optimiser.
+    reads may be bound to such a parameter too: run files give LEARNING_RATE to every optimiser. So may
+    settings of a class in whose place another of the same base class was made: a file's settings of FAM
+    do no harm where another line chose another memory.
     `ignore` lists names of configurables that are called only later.
     """
     called = gin_config._OPERATIVE_CONFIG
@@ -66,12 +68,28 @@ def check_all_used(ignore: Sequence[str] = ()) -> None:
     macros = {_macro_name(value) for *where, value in bindings if used(*where)} - {None}
     for scope, selector, param, value in bindings:
         if short(selector) not in ignore and _macro_name(value) not in macros:
-            if not used(scope, selector, param):
+            if not used(scope, selector, param) and not _replaced(selector, called):
                 name = f"{scope}/{short(selector)}" if scope else short(selector)
                 raise ConfigError(
                     f"The binding {name}.{param} has no effect in this run: {short(selector)} is"
                     " not called with it. Remove the binding, or choose the part that it is for."
                 )
+
+
+def _replaced(selector: str, called: Mapping[tuple[str, str], Any]) -> bool:
+    """Whether the class `selector` was never made, and another one with the same base class was."""
+    selectors = {name for _, name in called}
+    made = [_class_of(name) for name in selectors]
+    bases = [base for base in getattr(_class_of(selector), "__mro__", ())[1:-1]]
+    return selector not in selectors and any(
+        cls is not None and issubclass(cls, base) for cls in made for base in bases
+    )
+
+
+def _class_of(selector: str) -> type | None:
+    found = gin_config._REGISTRY.get(selector)
+    wrapped = getattr(found, "wrapped", None)
+    return wrapped if isinstance(wrapped, type) else None
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

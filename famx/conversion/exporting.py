@@ -16,13 +16,14 @@ from typing import Any
 import ml_dtypes  # noqa: F401  makes bfloat16 a dtype of numpy
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 from famx.base.errors import ConfigError
 from famx.conversion.families import Tensor, tensors
 from famx.conversion.huggingface import huggingface_config
 from famx.conversion.sidecar import write_sidecar
 from famx.data.vocabularies.base import Vocabulary
-from famx.model_dir.loading import TrainedModel
+from famx.model_dir.loading import TrainedModel, split_memory
 from famx.modules.config import DecoderConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -100,8 +101,8 @@ def export(
         if len(shards) > 1:
             _write_json(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
         notes = _write_side_files(new, hf, dtype, source, trained.model.input_vocabulary)
-        prompt = np.asarray(trained.params["fam"]) if config.fam_length else None
-        write_sidecar(new, config, prompt, trained.step)
+        memory = flatten_dict(split_memory(trained.params)[1], sep="/")
+        write_sidecar(new, config, {path: np.asarray(x) for path, x in memory.items()}, trained.step)
         mode = (new / "config.json").stat().st_mode  # the library's own would be for us alone
         for path in new.rglob("*"):
             if path.is_file():
@@ -126,7 +127,7 @@ def check_destination(directory: str | os.PathLike) -> pathlib.Path:
 
 def _differences(config: DecoderConfig, hf: Mapping[str, Any]) -> list[str]:
     """Where the model reads otherwise in transformers."""
-    if config.fam_length:
+    if config.memory.exists:
         return [
             "transformers reads without the memory, and tokens see all before them in its place;"
             " famx.convert takes the memory back."

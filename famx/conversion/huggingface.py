@@ -42,7 +42,7 @@ def huggingface_config(config: DecoderConfig, source: Mapping[str, Any] | None =
         hf = text_config(source) | {"vocab_size": config.vocab_size}
         if not _differing(config, hf):
             return hf
-    exact = "MistralForCausalLM" if config.window_mask and not config.fam_length else None
+    exact = "MistralForCausalLM" if config.window_mask and not config.memory.exists else None
     closest = None
     for name in sorted(_PREFERRED, key=lambda name: name != exact):
         hf = _write(name, FAMILIES[name], config)
@@ -115,7 +115,7 @@ def _write(name: str, family: Family, config: DecoderConfig) -> dict[str, Any]:
         hf["query_pre_attn_scalar"] = round(c.query_scale**-2)
     kinds = c.rope_layers or ("global",) * c.num_layers
     if family.model_type == "mistral":
-        exact = c.window_mask and not c.fam_length
+        exact = c.window_mask and not c.memory.exists
         hf["sliding_window"] = c.memory_segments * c.block_size + 1 if exact else None
     if family.model_type in ("gemma2", "gemma3_text"):
         types = {"local": "sliding_attention"}

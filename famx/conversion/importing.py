@@ -9,7 +9,11 @@ import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from famx.base.errors import ConfigError
 from famx.base.files import replace_file
@@ -21,8 +25,10 @@ from famx.conversion.vocabulary import fitting_vocabulary
 from famx.conversion.writer import LeafPath, LeafShape, Pieces, leaf_shapes, write_checkpoint
 from famx.data.vocabularies import save_vocabulary
 from famx.data.vocabularies.tokenizer_files import FileVocabulary
+from famx.memories import Fam
 from famx.model_dir.checkpoints import check_model_dir, check_same_model
-from famx.modules import DecoderConfig
+from famx.modules import Decoder, DecoderConfig
+from famx.modules.memory import PROMPTS, of_memory
 
 PROMPT_STARTS = ("normal", "tokens")
 _MARK = ".importing"  # in a directory whose import is under way, or was stopped
@@ -39,7 +45,7 @@ class Plan:
       tensors: what is read, and where it belongs.
       leaves: the arrays of the checkpoint.
       vocabulary: of the model, or None.
-      prompt: of the memory, float32 or narrower, as an export kept it; None: to be drawn.
+      memory: the memory's parameters by path, as an export kept them; empty: they are drawn.
       notes: what the user should know, a sentence each.
     """
 
@@ -48,7 +54,7 @@ class Plan:
     tensors: Sequence[families.Tensor]
     leaves: Mapping[LeafPath, LeafShape]
     vocabulary: FileVocabulary | None
-    prompt: np.ndarray | None
+    memory: Mapping[str, np.ndarray]
     notes: Sequence[str]
 
     @property
@@ -71,7 +77,8 @@ def plan_import(
 ) -> Plan:
     """Compares a source with the model that it claims to be; reads no tensor.
 
-    An export of ours brings the fields of its memory, where none are given, and its prompt.
+    An export of ours brings the fields of its memory, where none are given, and its parameters. Any
+    other model gets a FAM of the paper's length.
 
     Args:
       source: the pretrained model.
@@ -85,7 +92,8 @@ def plan_import(
         shape or type, or the vocabulary does not fit.
     """
     sidecar = _sidecar(source)
-    config = families.decoder_config(source.config, **{**sidecar.fields, **(fields or {})})
+    fields = {"memory": Fam(), **sidecar.fields, **(fields or {})}
+    config = families.decoder_config(source.config, **fields)
     tensors = families.tensors(source.config, config)
     check_tensors(source, tensors)
     vocabulary, notes = None, families.notes(source.config, config)
@@ -98,11 +106,12 @@ def plan_import(
         raise ConfigError(f"{source.name} has no tokenizer that a pad_id could be for: add --tokenizer.")
     else:
         notes.append("There is no tokenizer: to read and write text, import again with --tokenizer=FILE.")
-    leaves, prompt = leaf_shapes(config, mesh), sidecar.prompt
-    if prompt is not None and (("fam",) not in leaves or leaves[("fam",)].shape != prompt.shape):
-        notes.append("The memory's prompt of the export is left out: it is for another memory.")
-        prompt = None
-    return Plan(source, config, tensors, leaves, vocabulary, prompt, notes)
+    leaves, memory = leaf_shapes(config, mesh), sidecar.parameters
+    shapes = {path: array.shape for path, array in memory.items()}
+    if memory and shapes != {"/".join(path): leaves[path].shape for path in _of_memory(leaves)}:
+        notes.append("The memory's parameters of the export are left out: they are for another memory.")
+        memory = {}
+    return Plan(source, config, tensors, leaves, vocabulary, memory, notes)
 
 
 def write_model(
@@ -117,7 +126,7 @@ def write_model(
     Args:
       plan: what to write.
       directory: missing, empty, or left by an import that was stopped; that one's files are removed.
-      prompt_start: see `draw_prompt`; None: the prompt of the plan, else "normal".
+      prompt_start: see `draw_prompt`; None: the memory of the plan, else "normal".
       seed: of its draw.
       on_bytes: told how many bytes of arrays were written.
 
@@ -180,7 +189,7 @@ def _by_standard_name(source: Source) -> dict[str, str]:
 def _sidecar(source: Source) -> Sidecar:
     """What an export of ours left in the source's directory."""
     directory = getattr(source, "directory", None)
-    return (directory and read_sidecar(directory)) or Sidecar({}, None)
+    return (directory and read_sidecar(directory)) or Sidecar({}, {})
 
 
 def _pieces(plan: Plan, prompt_start: str | None, seed: int) -> dict[LeafPath, Pieces]:
@@ -199,30 +208,65 @@ def _pieces(plan: Plan, prompt_start: str | None, seed: int) -> dict[LeafPath, P
     pieces: dict[LeafPath, list] = {}
     for tensor in sorted(plan.tensors, key=lambda tensor: tensor.layer or 0):
         pieces.setdefault(tensor.path, []).append((tensor.layer, functools.partial(make, tensor)))
-    if plan.config.fam_length:
-        prompt = plan.prompt
-        if prompt is None or prompt_start is not None:
-            embedding = lambda: read("model.embed_tokens.weight")
-            prompt = draw_prompt(plan.config, prompt_start or "normal", seed, embedding)
-        pieces[("fam",)] = [(None, lambda: prompt)]
+    memory = dict(plan.memory)
+    if not memory or prompt_start is not None:
+        embedding = lambda: read("model.embed_tokens.weight")
+        memory = draw_memory(plan, prompt_start or "normal", seed, embedding)
+    for path, array in memory.items():
+        pieces[tuple(path.split("/"))] = [(None, lambda array=array: array)]
     return pieces
 
 
+def _of_memory(leaves: Mapping[LeafPath, LeafShape]) -> list[LeafPath]:
+    return [path for path in leaves if of_memory("/".join(path))]
+
+
+def draw_memory(
+    plan: Plan, start: str, seed: int, embedding: Callable[[], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The memory's parameters before training, by path: prompts by `draw_prompt`, the rest as in a new model.
+
+    Raises:
+      ConfigError: `start` is "tokens", and the memory has no prompt.
+    """
+    paths = _of_memory(plan.leaves)
+    prompts = [path for path in paths if path[-1] in PROMPTS]
+    if start == "tokens" and not prompts:
+        raise ConfigError(f"--prompt=tokens: a memory of the kind {plan.config.memory.kind!r} has no prompt.")
+    drawn = {}
+    for path in prompts:
+        shape = plan.leaves[path].shape
+        drawn["/".join(path)] = draw_prompt(plan.config, shape, start, seed, embedding)
+    rest = ["/".join(path) for path in paths if path not in prompts]
+    if rest:
+        # Under jit the compiler leaves out all parameters but these, whatever the size of the model.
+        @jax.jit
+        def make(key):
+            tokens = jnp.zeros((1, plan.config.block_size), jnp.int32)
+            params = nn.unbox(Decoder(plan.config).init(key, tokens)["params"])
+            return {path: flatten_dict(params, sep="/")[path] for path in rest}
+
+        drawn |= {path: np.asarray(x, np.float32) for path, x in make(jax.random.key(seed)).items()}
+    return drawn
+
+
 def draw_prompt(
-    config: DecoderConfig, start: str, seed: int, embedding: Callable[[], np.ndarray]
+    config: DecoderConfig,
+    shape: tuple[int, ...],
+    start: str,
+    seed: int,
+    embedding: Callable[[], np.ndarray],
 ) -> np.ndarray:
-    """The memory prompt before training, float32 `[N, D]`, or `[layers, N, D]` of prefixes.
+    """A memory's prompt before training, float32.
 
     Args:
-      config: of the decoder.
+      config: config of the decoder.
+      shape: `[N, D]`, or `[layers, N, D]` of prefixes.
       start: "normal": of standard deviation `D ** -0.5`, as in a new model; "tokens": embeddings of
         tokens that are drawn, as the first layer reads them; each token once where there are enough.
       seed: of the draw.
       embedding: gives the table of embeddings `[V, D]`; called for "tokens" alone.
     """
-    shape = (config.fam_length, config.embed_dim)
-    if config.fam_start == "prefix":
-        shape = (config.num_layers, *shape)
     rng = np.random.default_rng(seed)
     if start == "normal":
         return rng.normal(0, config.embed_dim**-0.5, shape).astype(np.float32)

@@ -1,11 +1,11 @@
 """`famx.json`: what an exported directory holds beyond a model of transformers.
 
     {"about": ..., "famx": version, "format": 1,
-     "memory": {"block_size": 1024, "memory_segments": 3, "fam_length": 64, ...},
-     "prompt": {"file": "famx/prompt.safetensors", "tensor": "fam", "shape": [64, 2048], ...}}
+     "memory": {"block_size": 1024, "memory_segments": 3, "memory": {"kind": "fam", ...}, ...},
+     "parameters": {"file": "famx/memory.safetensors", "names": ["memory/prompt"], "sha256": ...}}
 
-The prompt lies in a folder of its own: loaders that take every safetensors file beside config.json
-would not know what to do with it, and transformers would warn.
+The memory's parameters are in a folder of their own: loaders that take every safetensors file next to
+config.json would not know what to do with them, and transformers would warn.
 """
 
 import dataclasses
@@ -21,14 +21,15 @@ import safetensors.numpy
 
 from famx import __version__
 from famx.base.errors import ConfigError
-from famx.modules.config import MEMORY_FIELDS, DecoderConfig
+from famx.modules.config import DecoderConfig
+from famx.modules.memory import from_dict as memory_from_dict
 
 NAME = "famx.json"
 FORMAT = 1
-_PROMPT_FILE, _TENSOR = "famx/prompt.safetensors", "fam"
+_FILE = "famx/memory.safetensors"
 _ABOUT = (
-    "This model was exported by famx. transformers reads it without feedback attention memory; `python"
-    " -m famx.convert --from THIS_DIRECTORY --to MODEL_DIR` restores the memory's prompt and settings."
+    "This model was exported by famx. transformers reads it without its memory; `python"
+    " -m famx.convert --from THIS_DIRECTORY --to MODEL_DIR` restores the memory."
 )
 
 
@@ -37,34 +38,32 @@ class Sidecar:
     """What `famx.json` of a directory says.
 
     Attributes:
-      fields: of DecoderConfig, those of the memory.
-      prompt: the FAM prompt `[N, D]`, or `[layers, N, D]` of prefixes; None: a model without memory.
+      fields: `MEMORY_FIELDS` of DecoderConfig.
+      parameters: the memory's parameters by path, such as "memory/prompt"; empty: it has none.
     """
 
     fields: Mapping[str, Any]
-    prompt: np.ndarray | None
+    parameters: Mapping[str, np.ndarray]
 
 
 def write_sidecar(
-    directory: pathlib.Path, config: DecoderConfig, prompt: np.ndarray | None, step: int
+    directory: pathlib.Path, config: DecoderConfig, parameters: Mapping[str, np.ndarray], step: int
 ) -> None:
-    """Writes `famx.json` and the prompt, in its own dtype, into an existing directory."""
+    """Writes `famx.json` and the memory's parameters, in their dtypes, into an existing directory."""
     note = None
-    if prompt is not None:
-        content = safetensors.numpy.save({_TENSOR: np.ascontiguousarray(prompt)})
-        file = directory / _PROMPT_FILE
+    if parameters:
+        arrays = {name: np.ascontiguousarray(array) for name, array in parameters.items()}
+        content = safetensors.numpy.save(arrays)
+        file = directory / _FILE
         file.parent.mkdir()
         file.write_bytes(content)
         note = {
-            "file": _PROMPT_FILE,
-            "tensor": _TENSOR,
-            "shape": list(prompt.shape),
-            "dtype": str(prompt.dtype),
+            "file": _FILE,
+            "names": sorted(arrays),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-    fields = {name: getattr(config, name) for name in MEMORY_FIELDS}
     header = {"about": _ABOUT, "famx": __version__, "format": FORMAT, "step": step}
-    header |= {"memory": fields, "prompt": note}
+    header |= {"memory": config.memory_fields(), "parameters": note}
     (directory / NAME).write_text(json.dumps(header, indent=2) + "\n")
 
 
@@ -83,14 +82,16 @@ def read_sidecar(directory: str | os.PathLike) -> Sidecar | None:
             raise ConfigError(
                 f"{path} has format {header['format']}; this famx reads format {FORMAT}: update famx."
             )
-        fields, note = dict(header["memory"]), header["prompt"]
+        fields, note = dict(header["memory"]), header["parameters"]
+        fields["memory"] = memory_from_dict(fields["memory"])
         if note is None:
-            return Sidecar(fields, None)
+            return Sidecar(fields, {})
         file = path.parent / note["file"]
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != note["sha256"]:
             raise ConfigError(f"{file} is not the file that was exported with {path}: copy it again.")
-        return Sidecar(fields, safetensors.numpy.load(content)[note["tensor"]])
+        arrays = safetensors.numpy.load(content)
+        return Sidecar(fields, {name: arrays[name] for name in note["names"]})
     except OSError as error:
         raise ConfigError(f"{error.filename}, which belongs to {path}, cannot be read.") from error
     except ConfigError:

@@ -37,10 +37,7 @@ class Streamer:
             {"params": params}, *args, method=method, **kwargs
         )
 
-        def reset(state):
-            if not zero_memory:
-                return state
-            return state.replace(memory=jnp.zeros_like(state.memory))
+        reset = lambda state: state.zero_memory() if zero_memory else state
 
         def head(params, hidden, targets, kind):
             """Per-token outputs of `hidden [B, L, D]`; logits of few tokens exist at once."""

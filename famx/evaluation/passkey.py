@@ -75,7 +75,7 @@ class PasskeyEvaluation:
         result = {
             "block_size": size,
             "memory_segments": model.config.memory_segments,
-            "fam_length": model.config.fam_length,
+            "memory_config": model.config.memory.to_dict(),
             "examples": self.examples,
             "train_blocks": self.train_blocks,
             "exact_match": {p: {str(b): v for b, v in row.items()} for p, row in table.items()},
@@ -105,7 +105,7 @@ class PasskeyEvaluation:
 
     def _measure(self, model, params, lengths) -> dict[str, float]:
         size = model.config.block_size
-        health = self.health and model.config.fam_length
+        health = self.health and model.config.memory.exists
         scores, zeroed, longest = {}, {}, None
         for blocks in lengths:
             for probe, options in PROBES.items():

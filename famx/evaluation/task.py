@@ -58,7 +58,7 @@ class TaskEvaluation:
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
         """`loss`, `bits_per_token`, `accuracy` and `exact_match`, and what `health` adds."""
         del step
-        health = self.health and model.config.fam_length
+        health = self.health and model.config.memory.exists
         rows = min(self.batch_size, self.examples)
         total = kept = zeroed = np.zeros(5)
         first = None

@@ -48,7 +48,7 @@ class TextEvaluation:
             self.documents, min(self.batch_size, documents), max(self.length // size, 1) * size,
             bos_id=_bos_id(self.documents),
         )  # fmt: skip
-        health = self.health and model.config.fam_length
+        health = self.health and model.config.memory.exists
         read, read_blind = (_lane_step(model.module, model.loss_chunk, z) for z in (False, True))
         shapes = jax.eval_shape(lambda p: model.initial_state(p, lanes.batch_size), params)
         # Of the first states nothing is read: every lane is reset.
@@ -98,8 +98,8 @@ def _lane_step(module: Decoder, loss_chunk: int | None, zero_memory: bool):
             return read(params, state, batch)
         rows, size = batch["reset"].shape[0], module.config.block_size
         blocks = {name: batch[name].reshape(rows, -1, size).swapaxes(0, 1) for name in names}
-        blind = lambda state: state.replace(memory=jnp.zeros_like(state.memory))
-        state, sums = jax.lax.scan(lambda s, block: read(params, blind(s), block), state, blocks)
+        without = lambda state, block: read(params, state.zero_memory(), block)
+        state, sums = jax.lax.scan(without, state, blocks)
         return state, jnp.sum(sums, axis=0)
 
     return run

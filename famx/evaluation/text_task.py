@@ -123,7 +123,7 @@ class TextTaskEvaluation:
                 score = self._score_documents if part.task.kind == "documents" else self._score_answers
                 scores[part.task.name] = score(part, model, params, vocabulary, write)
         scores = self._summary(scores)
-        if self.health and model.config.fam_length:
+        if self.health and model.config.memory.exists:
             scores |= self._health(model, params, vocabulary)
         return scores
 

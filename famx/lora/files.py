@@ -18,9 +18,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from famx.base.errors import ConfigError
 from famx.base.files import replace_file
 from famx.lora.adapters import GROUPS, Lora, inputs_end, select, value
+from famx.modules.memory import of_memory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FAM, FINGERPRINT, MEMORY = "famx.fam", "famx.base_fingerprint", "famx_memory"
+OURS, FINGERPRINT, MEMORY = "famx.", "famx.base_fingerprint", "famx_memory"
 _THEIRS = {
     "layers/query": "self_attn.q_proj",
     "layers/key": "self_attn.k_proj",
@@ -77,8 +78,8 @@ def save_adapter(
             down, up = a[layer].reshape(-1, lora.rank), b[layer].reshape(lora.rank, -1)
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(down.T)
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(up.T)
-    if "fam" in flat:
-        tensors[FAM] = np.asarray(flat["fam"], np.float32, order="C")
+    for path_of_memory in filter(of_memory, flat):
+        tensors[OURS + path_of_memory] = np.asarray(flat[path_of_memory], np.float32, order="C")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -121,7 +122,7 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
       fingerprint: of the base; compared with the one that was saved, if there was one.
 
     Returns:
-      A tree for `combine`, numpy float32: the adapters, and `fam` if the file has a prompt. And the
+      A tree for `combine`, numpy float32: the adapters, and parameters of the memory if there are any. And the
       `Lora` that they belong to, its targets as they were found.
 
     Raises:
@@ -143,7 +144,8 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
     kernels, found, adapters = select(params, tuple(GROUPS)), {}, {}
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
-        if name == FAM:
+        if name.startswith(OURS):
+            adapters[name.removeprefix(OURS)] = _of_memory(tensor, name, params, path)
             continue
         if match and _OURS.get(match[2]) in kernels:
             found.setdefault(_OURS[match[2]], {})[match[3], int(match[1])] = tensor
@@ -158,8 +160,6 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
         b = _stack(parts, "B", shape[0], (out, rank), where)
         adapters[f"{ours}/lora_a"] = a.reshape(*shape[:n], rank)
         adapters[f"{ours}/lora_b"] = b.reshape(shape[0], rank, *shape[n:])
-    if FAM in tensors:
-        adapters["fam"] = _prompt(tensors[FAM], params, path)
     alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
     alpha = None if alpha == rank else alpha
     lora = Lora(rank, alpha, config.get("lora_dropout", 0.0), _targets(found, kernels))
@@ -209,18 +209,19 @@ def _stack(parts, letter: str, layers: int, shape, where: str):
     return np.stack(tensors)
 
 
-def _prompt(tensor, params, path):
-    if "fam" not in params:
+def _of_memory(tensor, name: str, params, path):
+    """A parameter of the memory, checked against the base's."""
+    ours = name.removeprefix(OURS)
+    wanted = flatten_dict(params, sep="/").get(ours)
+    if wanted is None:
         raise ConfigError(
-            f"The adapter {path} has a memory prompt, but the base has fam_length 0: set"
-            f" fam_length to {tensor.shape[-2]}."
+            f"The adapter {path} has {ours}, a parameter of its memory, but the base has no such memory:"
+            " give the base the memory that the adapter was trained with."
         )
-    wanted = value(params["fam"]).shape
-    if tensor.shape != wanted:
+    if tensor.shape != value(wanted).shape:
         raise ConfigError(
-            f"The memory prompt of the adapter {path} has shape {list(tensor.shape)}, but that of"
-            f" the base {list(wanted)}: set fam_length to {tensor.shape[-2]}, or it belongs to"
-            " another model."
+            f"{ours} of the adapter {path} has shape {list(tensor.shape)}, but that of the base"
+            f" {list(value(wanted).shape)}: give the base the memory that the adapter was trained with."
         )
     return tensor
 

@@ -279,14 +279,22 @@ def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
 def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> str:
     """'num_layers (2 there, 4 here), ...': how two models differ; '' where they are the same model.
 
-    A field that an older version did not note has its default.
+    A field that an older version did not note has its default. Fields of the memory are named apart.
     """
+    there, here = _flat(there), _flat(here)
     value = lambda fields, name: fields.get(name, _DEFAULTS.get(name, "unset"))
     return ", ".join(
         f"{name} ({value(there, name)!r} there, {value(here, name)!r} here)"
         for name in sorted((there.keys() | here.keys()) - set(COMPUTATION_FIELDS))
         if value(there, name) != value(here, name)
     )
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with those of the memory beside them, as `memory.length`."""
+    memory = fields.get("memory") or {}
+    rest = {name: value for name, value in fields.items() if name != "memory"}
+    return rest | {f"memory.{name}": value for name, value in memory.items()}
 
 
 def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from famx.model_dir.checkpoints import Checkpointer, differing_fields, read_mode
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
 from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS
+from famx.modules.memory import of_memory
 
 _SAMPLES = 1024  # values of each parameter that its fingerprint covers
 
@@ -76,15 +77,18 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
     if unknown:
         raise ConfigError(f"The adapter {adapter} has a memory of another version of famx: {unknown}.")
     model = DecoderModel(
-        Decoder(dataclasses.replace(config, **memory)), trained.model.input_vocabulary
+        Decoder(config.with_fields(memory)), trained.model.input_vocabulary
     )
-    base = {name: leaf for name, leaf in trained.params.items() if name != "fam"}
+    base, prompt = split_memory(trained.params)
     abstract = nn.unbox(model.abstract_params())
     adapters, lora = load_adapter(adapter, abstract, weights_fingerprint(trained.params))
-    if "fam" in abstract and "fam" not in adapters:
-        base["fam"] = trained.params.get("fam")
-        if base["fam"] is None or base["fam"].shape != abstract["fam"].shape:
-            raise ConfigError(f"The adapter {adapter} has no memory prompt, and the base none that fits.")
+    wanted = split_memory(abstract)[1]
+    if jax.tree.structure(split_memory(adapters)[1]) != jax.tree.structure(wanted):
+        if not _same_shapes(prompt, wanted):
+            raise ConfigError(
+                f"The adapter {adapter} has no parameters of the memory, and the base none that fit."
+            )
+        base = combine(base, prompt)
     params = jax.jit(lambda tree: merged(tree, lora))(combine(base, adapters))
     return dataclasses.replace(trained, model=model, params=params)
 
@@ -181,11 +185,12 @@ def load_pretrained(checkpoint: str, model: DecoderModel) -> tuple[dict[str, Any
             f" --gin_file={trained.directory.parent}/model.gin if it is there, or set these fields."
         )
     params, notes = dict(trained.params), []
-    prompt = lambda config: (config.fam_length, config.fam_start)
-    if "fam" in params and prompt(there) != prompt(here):
-        del params["fam"]
-    if here.fam_length and "fam" not in params:
-        notes.append("The memory's prompt begins anew: the checkpoint has none of this length.")
+    rest, prompt = split_memory(params)
+    wanted = split_memory(nn.unbox(model.abstract_params()))[1]
+    if there.memory.kind != here.memory.kind or not _same_shapes(prompt, wanted):
+        params = rest
+        if wanted:
+            notes.append("The memory's parameters are drawn: the checkpoint has none of this shape.")
     return params, notes
 
 
@@ -201,7 +206,21 @@ def model_fingerprint(config: DecoderConfig, params) -> str:
 
 def weights_fingerprint(params) -> str:
     """Hex digest that tells weights apart, whatever memory reads with them; see `model_fingerprint`."""
-    return _digest(hashlib.sha256(), {name: leaf for name, leaf in params.items() if name != "fam"})
+    return _digest(hashlib.sha256(), split_memory(params)[0])
+
+
+def split_memory(params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`(rest, memory)`: parameters without those of the memory, and these alone."""
+    flat = flatten_dict(params, sep="/")
+    pick = lambda wanted: unflatten_dict(
+        {path: leaf for path, leaf in flat.items() if of_memory(path) == wanted}, sep="/"
+    )
+    return pick(False), pick(True)
+
+
+def _same_shapes(a, b) -> bool:
+    shapes = lambda tree: jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
+    return shapes(a) == shapes(b)
 
 
 def _digest(digest, params) -> str:

@@ -179,9 +179,8 @@ class DecoderModel:
         if "answer_start" in batch:
             before = jnp.arange(tokens.shape[1]) < batch["answer_start"][:, None]
             metrics["exact_match"] = Mean.of(jnp.all(correct | before, axis=1))
-        if self.config.fam_length:
-            norm = jnp.sqrt(jnp.mean(jnp.square(state.memory)))
-            metrics["memory_rms"] = Mean.of(jax.lax.stop_gradient(norm))
+        for name, value in self.config.memory.figures(state.memory).items():
+            metrics[f"memory_{name}"] = Mean.of(jax.lax.stop_gradient(value))
         return loss, metrics, state
 
     def loss_fn(

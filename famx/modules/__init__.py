@@ -2,7 +2,7 @@
 
 from famx.modules.config import DecoderConfig, RopeScaling
 from famx.modules.decoder import Decoder
+from famx.modules.memory import Memory
 from famx.modules.state import DecoderState
-from famx.modules.updates import register_update
 
-__all__ = ["Decoder", "DecoderConfig", "DecoderState", "RopeScaling", "register_update"]
+__all__ = ["Decoder", "DecoderConfig", "DecoderState", "Memory", "RopeScaling"]

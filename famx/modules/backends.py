@@ -27,9 +27,10 @@ def refusal(config, backend: str) -> str | None:
             return f"{name} knows no attention_softcap, and this model has {config.attention_softcap}."
         if config.head_dim % 8 or config.head_dim > 256:
             return f"{name} needs a head_dim that 8 divides, at most 256, got {config.head_dim}."
-        for field in ("block_size", "fam_length"):
-            if getattr(config, field) % 2:
-                return f"{name} needs an even {field}, got {getattr(config, field)}."
+        sizes = {"block_size": config.block_size, "memory length": config.memory_columns}
+        for field, size in sizes.items():
+            if size % 2:
+                return f"{name} needs an even {field}, got {size}."
     return None
 
 

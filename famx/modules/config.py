@@ -3,16 +3,15 @@
 import dataclasses
 import math
 
+from famx.modules import memory as memories
 from famx.modules.backends import ATTENTION_BACKENDS, refusal
-from famx.modules.updates import update_names
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "offload")
 ROPE_LAYERS = ("global", "local", "none")
 # Fields that say how a model remembers: with others its weights still fit, the prompt's apart.
 MEMORY_FIELDS = (
-    *("block_size", "memory_segments", "fam_length", "fam_positions", "fam_start", "fam_update"),
-    *("fam_update_scale", "normalize_memory", "window_mask", "stop_gradient_segments"),
+    *("block_size", "memory_segments", "memory", "window_mask", "stop_gradient_segments"),
 )
 # Fields that change no number beyond rounding: a model stays the same model with others.
 COMPUTATION_FIELDS = (
@@ -35,12 +34,13 @@ class RopeScaling:
 class DecoderConfig:
     """Sizes and choices of a decoder-only Transformer with block sliding window attention.
 
-    `fam_length=0` is BSWA; anything else adds feedback attention memory (Algorithm 2). The
-    defaults of `block_size`, `memory_segments` and `fam_length` are the paper's.
+    Without a `memory` it is BSWA; `famx.memories.Fam(length=64)` adds feedback attention memory
+    (Algorithm 2). The defaults of `block_size` and `memory_segments` are the paper's.
 
     Examples:
+      >>> from famx.memories import Fam
       >>> sizes = dict(vocab_size=256, num_layers=2, embed_dim=64, num_heads=4, block_size=32)
-      >>> DecoderConfig(**sizes, fam_length=8).head_dim
+      >>> DecoderConfig(**sizes, memory=Fam(length=8)).head_dim
       16
       >>> DecoderConfig(**{**sizes, "num_heads": 3})
       Traceback (most recent call last):
@@ -61,12 +61,7 @@ class DecoderConfig:
     # Memory.
     block_size: int = 1024  # S
     memory_segments: int = 3  # M: past blocks whose keys and values are kept
-    fam_length: int = 64  # N
-    fam_positions: str = "last"  # "last" (paper) | "float" | "zero": RoPE positions of the memory
-    fam_start: str = "prompt"  # "prompt" (paper) | "prefix": N embeddings per layer
-    fam_update: str = "residual"  # "residual" (paper) | "gated": ours | a rule of `famx.modules.updates`
-    fam_update_scale: float = 1.0  # of every update after the first; 1 is the paper
-    normalize_memory: bool = False  # RMS norm of each newly made F; False is the paper
+    memory: memories.Memory = memories.Memory()  # beyond the window; BSWA has none
     window_mask: bool = False  # Transformer-XL: each token sees exactly its last M * S
     stop_gradient_segments: bool = False  # the paper's ablation M1_SG
 
@@ -100,23 +95,40 @@ class DecoderConfig:
     unroll_layers: int = 1  # layers in a step of the scan over layers; more compile longer, copy less
 
     def to_dict(self) -> dict:
-        """Every field by name, as plain values that JSON can hold."""
-        return dataclasses.asdict(self)
+        """Every field by name, as plain values that JSON can hold; the memory with its `kind`."""
+        return {**dataclasses.asdict(self), "memory": self.memory.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: dict) -> "DecoderConfig":
         """The config that `to_dict` described."""
         scaling, layers = fields.get("rope_scaling"), fields.get("rope_layers")
         scaling = scaling and RopeScaling(**scaling)
-        return cls(**{**fields, "rope_scaling": scaling, "rope_layers": layers and tuple(layers)})
+        memory = memories.from_dict(fields.get("memory", {"kind": "none"}))
+        layers = layers and tuple(layers)
+        return cls(**{**fields, "memory": memory, "rope_scaling": scaling, "rope_layers": layers})
+
+    def memory_fields(self) -> dict:
+        """`MEMORY_FIELDS` by name, as plain values that JSON can hold."""
+        fields = self.to_dict()
+        return {name: fields[name] for name in MEMORY_FIELDS}
+
+    def with_fields(self, fields: dict) -> "DecoderConfig":
+        """This config with some fields, plain values as in `to_dict`, replaced."""
+        return self.from_dict({**self.to_dict(), **fields})
 
     def __post_init__(self):
         fill = lambda name, value: object.__setattr__(self, name, value)
         least = ("vocab_size", "num_layers", "embed_dim", "num_heads", "block_size", "unroll_layers")
         for name in least:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("memory_segments", "fam_length"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}.")
+        _require(
+            self.memory_segments >= 0,
+            f"memory_segments must not be negative, got {self.memory_segments}.",
+        )
+        _require(
+            isinstance(self.memory, memories.Memory),
+            f"memory must be a Memory, such as famx.memories.Fam(length=64), not {self.memory!r}.",
+        )
         if self.num_kv_heads is None:
             fill("num_kv_heads", self.num_heads)
         if self.head_dim is None:
@@ -136,15 +148,6 @@ class DecoderConfig:
         )
         _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for RoPE.")
         _require(
-            self.fam_length <= self.block_size,
-            f"fam_length {self.fam_length} exceeds block_size {self.block_size}: the memory takes "
-            "the last fam_length positions of a block.",
-        )
-        _require(
-            0.0 < self.fam_update_scale <= 1.0,
-            f"fam_update_scale must lie in (0, 1], got {self.fam_update_scale}.",
-        )
-        _require(
             self.blocks_per_chunk is None or self.blocks_per_chunk >= 1,
             f"blocks_per_chunk must be at least 1, or None for all; got {self.blocks_per_chunk}.",
         )
@@ -157,25 +160,27 @@ class DecoderConfig:
             for kind in self.rope_layers:
                 known = ", ".join(ROPE_LAYERS)
                 _require(kind in ROPE_LAYERS, f"rope_layers must name {known}; got {kind!r}.")
-        _one_of(self, "fam_positions", ("last", "float", "zero"))
-        _one_of(self, "fam_start", ("prompt", "prefix"))
-        _one_of(self, "fam_update", update_names())
         _one_of(self, "norm", ("rms", "layer"))
         _one_of(self, "activation", ACTIVATIONS)
         _one_of(self, "dtype", ("float32", "bfloat16", "float64"))
         _one_of(self, "param_dtype", ("float32", "bfloat16", "float64"))
         _one_of(self, "remat", REMAT_POLICIES)
         _one_of(self, "attention_backend", ATTENTION_BACKENDS)
-        sentence = refusal(self, self.attention_backend)
-        _require(sentence is None, sentence)
+        for sentence in (self.memory.check(self), refusal(self, self.attention_backend)):
+            _require(sentence is None, sentence)
+
+    @property
+    def memory_columns(self) -> int:
+        """`N`: keys of the memory that every token of a block attends to beside its window."""
+        return self.memory.columns
 
     @property
     def reach(self) -> int | None:
-        """Tokens that a BSWA model can look back, `layers * M * S`; None with FAM (no bound).
+        """Tokens that a BSWA model can look back, `layers * M * S`; None with a memory (no bound).
 
         Exact with the window mask; without it whole blocks are counted, up to `S - 1` tokens more.
         """
-        if self.fam_length:
+        if self.memory.exists:
             return None
         return self.num_layers * self.memory_segments * self.block_size
 

@@ -11,8 +11,9 @@ from famx.modules import rope
 from famx.modules.attention import softcap
 from famx.modules.components import Norm, embedding_init, product
 from famx.modules.config import DecoderConfig
-from famx.modules.layer import MASS, ChunkContext, Layer, TokenWindow, batch_axis
-from famx.modules.state import DecoderState
+from famx.modules.layer import INPUTS, MASS, Layer
+from famx.modules.state import DecoderState, where_examples
+from famx.modules.window import ChunkContext, TokenWindow, batch_axis
 
 _LAYER_INPUT = "layer_input"
 _POLICIES = {
@@ -35,12 +36,7 @@ class Decoder(nn.Module):
         c = self.config
         table = (c.vocab_size, c.embed_dim)
         self.embedding = self.param("embedding", embedding_init("vocab", "embed"), table, c.param_dtype)
-        if c.fam_length:
-            shape, axes = (c.fam_length, c.embed_dim), ("fam", "embed")
-            if c.fam_start == "prefix":
-                shape, axes = (c.num_layers, *shape), ("layers", *axes)
-            init = nn.with_logical_partitioning(nn.initializers.normal(c.embed_dim**-0.5), axes)
-            self.fam = self.param("fam", init, shape, c.param_dtype)
+        self.memory = c.memory.parameters(c)
         self.layers = Layer(c)
         self.final_norm = Norm(c)
         if not c.tied_embeddings:
@@ -54,11 +50,11 @@ class Decoder(nn.Module):
 
         Args:
           tokens: int32 `[B, L]`, `L >= 1`.
-          state: where to go on reading; None: from the start.
-          valid: bool `[B, L]`, right padding False; None: all valid. What stands at padding
-            touches neither logits at valid tokens nor the state.
-          aligned: a promise that every example of `state` stands at the start of a block, which
-            saves the realignment. Broken, it gives wrong numbers.
+          state: state to resume from; None: the start.
+          valid: bool `[B, L]`, right padding False; None: all valid. Padding changes neither logits
+            at valid tokens nor the state.
+          aligned: a promise that every example of `state` is at the start of a block, which saves
+            the realignment. Broken, it gives wrong numbers.
 
         Returns:
           Logits `[B, L, V]` in the compute dtype, and the `DecoderState` after the valid tokens.
@@ -77,31 +73,34 @@ class Decoder(nn.Module):
         return softcap(logits, c.logit_softcap)
 
     def initial_state(self, batch_size: int) -> DecoderState:
-        """The state before the first token: each layer's memory is the prompt run up to it."""
+        """The state before the first token, for `batch_size` examples."""
         c = self.config
-        dtype = jnp.promote_types(c.dtype, jnp.float32)
-        if not c.fam_length:
-            memory = jnp.zeros((c.num_layers, 0, c.embed_dim), dtype)
-        elif c.fam_start == "prefix":
-            memory = self.fam.astype(dtype)
+        climb = c.memory.prompt(self.memory, c)
+        zero = jnp.zeros((1,), jnp.int32)
+        context = ChunkContext(zero, zero, zero)
+        if c.memory.through_depth:
+            memory = jax.tree.map(lambda m: m[None], c.memory.start(None, climb, context)[1])
+        elif c.memory.exists:
+            step = lambda layer, climb, _, here: c.memory.start(layer, climb, here)
+            _, memory = self._scan_layers(step, climb, None, context)
         else:
-            zero = jnp.zeros((1,), jnp.int32)
-            climb = lambda layer, x, _, context: (layer.prompt(x, context).astype(dtype), x)
-            context = ChunkContext(zero, zero, zero)
-            _, memory = self._scan_layers(climb, self.fam.astype(dtype), None, context)
+            memory = None
         return DecoderState.initial(c, batch_size, memory)
 
     def read(self, tokens, state=None, valid=None, aligned=False, context_shards: int = 1):
         """As `__call__`, but returns the last layer's output `[B, L, D]` in place of logits.
 
-        With `context_shards`, each chunk is cut into so many shards of whole blocks, which are read side
-        by side: over the devices of the mesh axis `context`, if there are several. The memory alone is
-        updated shard after shard. No number changes beyond rounding.
+        With `context_shards`, each chunk is cut into this number of shards of whole blocks, which are
+        read side by side: over the devices of the mesh axis `context`, if there are several. The memory
+        alone is updated shard after shard. No number changes beyond rounding.
 
         Raises:
-          ValueError: `context_shards` does not divide the blocks of a chunk.
+          ValueError: `context_shards` does not divide the blocks of a chunk, or the memory is made
+            through the depth and there are several shards.
         """
         c = self.config
+        if self.is_initializing() and c.memory.through_depth:
+            tokens, valid = tokens[:, : c.block_size], None  # one block has all variables
         batch, length = tokens.shape
         if state is None:
             state, aligned = self.initial_state(batch), True
@@ -116,9 +115,14 @@ class Decoder(nn.Module):
             count = jnp.sum(valid, axis=1, dtype=jnp.int32)
         whole = aligned and valid is None and length % c.block_size == 0
         blocks = -(-(length + (0 if aligned else c.block_size - 1)) // c.block_size)
-        size = min(c.blocks_per_chunk or blocks, blocks)
+        size = 1 if c.memory.through_depth else min(c.blocks_per_chunk or blocks, blocks)
         chunks = 1 if self.is_initializing() else -(-blocks // size)
         size = blocks if self.is_initializing() else size
+        if context_shards > 1 and c.memory.through_depth:
+            raise ValueError(
+                f"A memory of the kind {c.memory.kind!r} is made at the top of the stack, so that blocks"
+                " cannot be read side by side: set the mesh axis context to 1."
+            )
         if size % context_shards:
             raise ValueError(
                 f"{size} blocks that are read at once cannot be cut into {context_shards} shards of whole"
@@ -152,7 +156,7 @@ class Decoder(nn.Module):
             state, hidden = read_chunk(self, state, (tokens[0], 0))
         else:
             scan = nn.scan(
-                read_chunk, variable_broadcast="params", variable_axes={MASS: 0},
+                read_chunk, variable_broadcast="params", variable_axes={MASS: 0, INPUTS: 0},
                 split_rngs={"params": False},
             )  # fmt: skip
             state, hidden = scan(self, state, (tokens, jnp.arange(chunks, dtype=jnp.int32)))
@@ -169,11 +173,12 @@ class Decoder(nn.Module):
         batch, blocks, _ = tokens.shape
         examples = batch_axis(shards)
 
-        def layer_step(layer, x, xs, context):
+        def layer_step(layer, carry, xs, context):
+            x, climb = carry
             x = checkpoint_name(x, _LAYER_INPUT)
-            x, memory, keys, values = layer.read_chunk(x, *xs, context)
+            x, climb, memory, keys, values = layer.read_chunk(x, climb, *xs, context)
             x = nn.with_logical_constraint(x, (examples, "blocks", "block", "embed"))
-            return x, (memory, keys, values)
+            return (x, climb), (memory, keys, values)
 
         if c.remat != "none":
             layer_step = nn.remat(layer_step, prevent_cse=False, policy=_POLICIES[c.remat])
@@ -181,8 +186,8 @@ class Decoder(nn.Module):
         x = self._embed(folded.reshape(batch * shards, -1, c.block_size))
         x = nn.with_logical_constraint(x, (examples, "blocks", "block", "embed"))
         here = context.shards(shards, blocks // shards, c.block_size)
-        x, (memory, keys, values) = self._scan_layers(
-            layer_step, x, (state.memory, state.keys, state.values), here, c.unroll_layers
+        (x, climb), (memory, keys, values) = self._scan_layers(
+            layer_step, (x, self._climbs(state)), self._by_layer(state), here, c.unroll_layers
         )
         x = x.reshape(shards, batch, -1, c.embed_dim).swapaxes(0, 1).reshape(batch, -1, c.embed_dim)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
@@ -192,6 +197,10 @@ class Decoder(nn.Module):
         else:
             complete = context.complete(c.block_size)
             read = context.stop if context.start is None else context.stop - context.start
+        if c.memory.through_depth:
+            memory, complete = self._made(climb, state), context.complete(c.block_size)
+            if complete is not None:
+                memory = where_examples(complete > 0, memory, state.memory, axis=1)
         state = DecoderState(
             memory, keys, values, state.position + read, state.updates + complete, state.offset
         )
@@ -202,9 +211,10 @@ class Decoder(nn.Module):
 
     def open_window(self, state: DecoderState) -> TokenWindow:
         """What each example's incomplete block reads; good until one of the blocks is full."""
-        step = lambda layer, _, xs, context: (None, layer.open_window(*xs, context))
-        xs = (state.memory, state.keys, state.values)
-        return self._scan_layers(step, None, xs, self._here(state))[1]
+        step = lambda layer, climb, xs, context: layer.open_window(climb, *xs, context)
+        climb = self._climbs(state)
+        opening = None if climb is None else climb[0]
+        return self._scan_layers(step, opening, self._by_layer(state), self._here(state))[1]
 
     def read_tokens(
         self, tokens, count, state: DecoderState, window: TokenWindow, unroll: bool = False
@@ -213,10 +223,10 @@ class Decoder(nn.Module):
 
         Args:
           tokens: int32 `[B, W]`, `W <= S`.
-          count: how many of them are real, int32 `[B]`; may be 0, and must not exceed what is
-            missing in the example's block.
-          state: where to go on reading.
-          window: of `state`.
+          count: number of real tokens, int32 `[B]`; may be 0, and must not exceed what is missing in
+            the example's block.
+          state: state to resume from.
+          window: window of `state`.
           unroll: trace every layer apart, which compiles for longer. In a loop over tokens XLA then
             takes the weights out of their stacks once, not for every token.
 
@@ -237,11 +247,12 @@ class Decoder(nn.Module):
             layer_step, self._embed(tokens), window, context, c.num_layers if unroll else 1
         )
         index = jnp.arange(tokens.shape[1])
-        slots = c.fam_length + slot[:, None] + index  # in the window, behind the memory
-        write = jnp.where(index < count[:, None], slots, c.fam_length + c.block_size)
+        columns = c.memory_columns
+        slots = columns + slot[:, None] + index  # in the window, behind the memory's columns
+        write = jnp.where(index < count[:, None], slots, columns + c.block_size)
         examples = jnp.arange(tokens.shape[0])[:, None]
-        # Behind the block's end is out of bounds: dropped.
-        put = lambda own, new: own.at[:, examples, :, write].set(
+        # Slots behind the block's end are out of bounds: dropped.
+        put = lambda array, new: array.at[:, examples, :, write].set(
             new.transpose(1, 2, 0, 3, 4), mode="drop"
         )
         window = window.replace(keys=put(window.keys, k), values=put(window.values, v))
@@ -249,17 +260,22 @@ class Decoder(nn.Module):
 
     def close_window(self, state: DecoderState, window: TokenWindow) -> DecoderState:
         """The state with the keys and values that `read_tokens` wrote to the window."""
-        n = self.config.fam_length
-        put = lambda blocks, own: blocks.at[:, :, -1].set(own[:, :, :, n:].swapaxes(2, 3))
+        n = self.config.memory_columns
+        put = lambda blocks, new: blocks.at[:, :, -1].set(new[:, :, :, n:].swapaxes(2, 3))
         return state.replace(keys=put(state.keys, window.keys), values=put(state.values, window.values))
 
     def complete_blocks(self, state: DecoderState, full):
         """The state after the examples `full`, bool `[B]`, have filled their blocks."""
         here = self._here(state)
         context = here.replace(first_block=here.first_block - 1)
-        step = lambda layer, _, xs, context: (None, layer.complete_block(*xs, context))
-        xs = (state.memory, state.keys, state.values)
-        memory = self._scan_layers(step, None, xs, context)[1]
+        memory = state.memory
+        if self.config.memory.exists:
+            step = lambda layer, climb, xs, here: layer.complete_block(climb, *xs, here)
+            climb, memory = self._scan_layers(
+                step, self._climbs(state), self._by_layer(state), context
+            )
+        if self.config.memory.through_depth:
+            memory = self._made(climb, state)
         shift = lambda window: jnp.pad(
             window[:, :, 1:], [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0), (0, 0)]
         )
@@ -290,6 +306,27 @@ class Decoder(nn.Module):
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         return x * math.sqrt(c.embed_dim) if c.scale_embeddings else x
 
+    # A memory that is made through the depth belongs to the model: layers get what climbs instead.
+
+    def _climbs(self, state: DecoderState):
+        """What climbs while blocks open and while they close, for a memory through the depth; or None."""
+        remembers = self.config.memory
+        if not remembers.through_depth:
+            return None
+        memory = jax.tree.map(lambda m: m[0], state.memory)
+        return remembers.enter(self.memory, memory, self.config)
+
+    def _by_layer(self, state: DecoderState):
+        """`(memory, keys, values)` with the layers in front."""
+        memory = None if self.config.memory.through_depth else state.memory
+        return memory, state.keys, state.values
+
+    def _made(self, climb, state: DecoderState):
+        """The memory through the depth after a full block, from what climbed to the top."""
+        memory = jax.tree.map(lambda m: m[0], state.memory)
+        made = self.config.memory.leave(self.memory, climb[1], memory, self.config)
+        return jax.tree.map(lambda m: m[None], made)
+
     def _here(self, state: DecoderState) -> ChunkContext:
         return ChunkContext(state.position // self.config.block_size, state.offset, state.updates)
 
@@ -302,7 +339,7 @@ class Decoder(nn.Module):
 
         scan = nn.scan(
             layer_step,
-            variable_axes={"params": 0, MASS: 0},
+            variable_axes={"params": 0, MASS: 0, INPUTS: 0},
             split_rngs={"params": True},
             length=self.config.num_layers,
             unroll=min(unroll, self.config.num_layers),

@@ -35,7 +35,8 @@ def scan(layer: nn.Module, method: str, carry, xs, *args):
       The last carry, and the stacked `y`.
     """
     module, variables = layer.unbind()
-    rest = traverse_util.flatten_dict(variables["params"])
+    # Parameters may be boxed, as `init` returns them.
+    rest = traverse_util.flatten_dict(nn.unbox(variables.get("params", {})))
     steps = jax.tree.leaves(xs)[0].shape[0]
     found: dict[tuple, tuple] = {}  # of each projection: the module, and what it reads and gives
 

@@ -6,6 +6,8 @@ distance alone, at position 10^9 as at position 0. (Float32 angles lose that bey
 The frequency is rounded to 2^-33 turns per token, 3e-6 radians over 4096 tokens.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -22,11 +24,11 @@ class Rotation:
 
     Attributes:
       token: from one position to the next, uint32 `[Dh / 2]`.
-      memory: behind the last token of a block, uint32 `[N, Dh / 2]`, for positions between blocks.
+      memory: what `Memory.turns` made for the layer; None: nothing.
     """
 
     token: jax.Array | np.ndarray
-    memory: jax.Array | np.ndarray
+    memory: Any = None
 
 
 def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:
@@ -61,8 +63,7 @@ def rotations(config: DecoderConfig) -> Rotation:
         "none": np.zeros(c.head_dim // 2),
     }
     layers = np.stack([kinds[kind] for kind in c.rope_layers or ["global"] * c.num_layers])
-    fraction = np.arange(1, c.fam_length + 1)[:, None] / (c.fam_length + 1)
-    return Rotation(fixed_point(layers), fixed_point(fraction * layers[:, None]))
+    return Rotation(fixed_point(layers), c.memory.turns(layers))
 
 
 def angles(positions, token, beyond=None, dtype=jnp.float32):

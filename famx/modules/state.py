@@ -1,29 +1,42 @@
-"""What a decoder remembers between two chunks: one explicit pytree of constant size."""
+"""The state of a decoder between two chunks: one explicit pytree of constant size."""
+
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 
+def where_examples(mask, new, old, axis: int = 0):
+    """The tree `new` where `mask` (bool `[B]`) holds, `old` elsewhere; `axis` is the batch axis."""
+
+    def choose(a, b):
+        shape = [1] * a.ndim
+        shape[axis] = mask.shape[0]
+        return jnp.where(mask.reshape(shape), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
 @flax.struct.dataclass
 class DecoderState:
-    """Everything that is needed to read on, the same size after ten tokens as after a million.
+    """Everything that is needed to resume reading, the same size after ten tokens as after a million.
 
-    Legend: `B` batch, `M` memory segments, `S` block size, `N` FAM length, `D` model width, `K`
-    key/value heads, `Dh` head width. Every example stands at its own place in its own block.
+    Legend: `B` batch, `M` memory segments, `S` block size, `K` key/value heads, `Dh` head width. Each
+    example has a position of its own in a block of its own.
 
     Attributes:
-      memory: `F` of Algorithm 2, float32 `[layers, B, N, D]`.
+      memory: what `DecoderConfig.memory` keeps, a pytree with leaves `[layers, B, ...]`; of FAM the
+        `F` of Algorithm 2, float32 `[layers, B, N, D]`; None for BSWA.
       keys: rotated keys `[layers, B, M + 1, S, K, Dh]`: the last `M` blocks, oldest first, then the
         incomplete block. Slots that hold no token are zero.
       values: likewise.
-      position: tokens read, int32 `[B]`; the phase in the block is `position % S`.
-      updates: memory updates so far, int32 `[B]`; 0 means that `memory` is still the prompt, so that
-        the next update has no residual.
+      position: number of tokens read, int32 `[B]`; the slot in the block is `position % S`.
+      updates: number of memory updates, int32 `[B]`; 0 means that `memory` is still as it started.
       offset: random position offset, int32 `[B]`; 0 in inference.
     """
 
-    memory: jax.Array
+    memory: Any
     keys: jax.Array
     values: jax.Array
     position: jax.Array
@@ -32,15 +45,13 @@ class DecoderState:
 
     @classmethod
     def initial(cls, config, batch_size: int, memory) -> "DecoderState":
-        """A state that has read nothing; `memory` is the prompt of each layer `[layers, N, D]`."""
+        """A state that has read nothing; `memory` is what layers start with, leaves `[layers, ...]`."""
         c = config
         window = (c.num_layers, batch_size, c.memory_segments + 1, c.block_size)
         keys = jnp.zeros(window + (c.num_kv_heads, c.head_dim), c.dtype)
         zero = jnp.zeros((batch_size,), jnp.int32)
-        memory = jnp.broadcast_to(
-            memory[:, None], (c.num_layers, batch_size, c.fam_length, c.embed_dim)
-        )
-        return cls(memory, keys, keys, zero, zero, zero)
+        repeat = lambda m: jnp.broadcast_to(m[:, None], (m.shape[0], batch_size, *m.shape[1:]))
+        return cls(jax.tree.map(repeat, memory), keys, keys, zero, zero, zero)
 
     @property
     def batch_size(self) -> int:
@@ -48,8 +59,12 @@ class DecoderState:
         return self.position.shape[0]
 
     def num_bytes(self) -> int:
-        """Of all arrays; independent of how much was read."""
+        """Number of bytes of all arrays; independent of the number of tokens read."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def zero_memory(self) -> "DecoderState":
+        """This state with every leaf of the memory zero, to measure what the memory is worth."""
+        return self.replace(memory=jax.tree.map(jnp.zeros_like, self.memory))
 
     def map_examples(self, function, *others: "DecoderState") -> "DecoderState":
         """Applies `function(array, *arrays, axis)` to every field, `axis` being its batch axis."""
@@ -61,7 +76,7 @@ class DecoderState:
 
         Examples:
           >>> from famx.modules import DecoderConfig
-          >>> config = DecoderConfig(8, 1, 4, 2, block_size=2, fam_length=1)
+          >>> config = DecoderConfig(8, 1, 4, 2, block_size=2)
           >>> state = DecoderState.initial(config, 2, jnp.zeros((1, 1, 4)))
           >>> state.take([1, 1, 0]).memory.shape
           (1, 3, 1, 4)
@@ -70,13 +85,7 @@ class DecoderState:
 
     def select(self, mask, other: "DecoderState") -> "DecoderState":
         """This state where `mask` (bool `[B]`) holds, `other` elsewhere: a reset per example."""
-
-        def choose(a, b, axis):
-            shape = [1] * a.ndim
-            shape[axis] = mask.shape[0]
-            return jnp.where(mask.reshape(shape), a, b)
-
-        return self.map_examples(choose, other)
+        return self.map_examples(lambda a, b, axis: where_examples(mask, a, b, axis), other)
 
     def put(self, indices, other: "DecoderState") -> "DecoderState":
         """This state with the examples `indices` replaced by those of `other`, in order."""

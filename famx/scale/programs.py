@@ -92,7 +92,7 @@ def read_and_write(setup: Setup, batch_size: int) -> tuple[Program, Program]:
     params = jax.tree.map(place, nn.unbox(boxed), shardings)
     apply = lambda params: model.module.apply({"params": params}, batch_size, method="initial_state")
     state = jax.eval_shape(apply, params)
-    state = jax.tree.map(place, state, partitioning.state_sharding(state, mesh, setup.rules))
+    state = jax.tree.map(place, state, partitioning.state_sharding(state, config, mesh, setup.rules))
     rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     streamer = Streamer(model.module)

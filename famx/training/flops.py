@@ -34,7 +34,7 @@ class Learning:
     def through_layers(self) -> bool:
         """Whether the gradient goes back through the layers; then it does through all of them."""
         return self.paths is None or any(
-            path.startswith(("layers/", "embedding", "fam")) for path in self.paths
+            path.startswith(("layers/", "embedding", "memory")) for path in self.paths
         )
 
     def row(self, path: str, inputs: int, outputs: int) -> int:
@@ -44,6 +44,23 @@ class Learning:
         if self.rank and self.has(f"{path}/lora_a"):
             count += 2 * self.rank * (inputs + outputs) * (back + 1)
         return count
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """Operations of one row in one layer, forward and backward, as `Memory.flops` counts with them.
+
+    Attributes:
+      project: queries, keys, values and output.
+      keys_values: keys and values alone.
+      feed_forward: the feed-forward part.
+      score: one query with one key, in all heads, and the key's share of the values.
+    """
+
+    project: int
+    keys_values: int
+    feed_forward: int
+    score: int
 
 
 def train_flops(
@@ -69,8 +86,8 @@ def train_flops(
 
     Returns:
       Operations of the whole batch: `projections` (queries, keys, values, output), `attention` (of
-      tokens to tokens), `feed_forward`, `memory` (all that feedback attention memory adds, 0
-      without it) and `head`. Their sum is the step's. Adapters count with what they are added to.
+      tokens to tokens), `feed_forward`, `memory` (all that the memory adds, 0 without one) and
+      `head`. Their sum is the step's. Adapters count with what they are added to.
 
     Raises:
       ValueError: if `batch` or `length` is below 1.
@@ -89,11 +106,13 @@ def train_flops(
     into_head = learning.through_layers or any(
         learning.has(f"final_norm/{name}") for name in ("scale", "bias")
     )
+    price = Price(project, keys_values, feed, pair)
+    by_layer, once = c.memory.flops(c, price, length, from_start)
     return {
         "projections": batch * c.num_layers * length * project,
         "attention": batch * c.num_layers * _visible_pairs(c, length, from_start) * pair,
         "feed_forward": batch * c.num_layers * length * feed,
-        "memory": _memory(c, batch, length, from_start, keys_values, project, feed, pair),
+        "memory": batch * c.num_layers * by_layer + once,
         "head": batch * length * 2 * d * c.vocab_size * (1 + into_head + table),
     }
 
@@ -107,20 +126,3 @@ def _visible_pairs(config: DecoderConfig, length: int, from_start: bool) -> int:
         return int(np.sum(before + np.ones_like(slot)))
     before = np.minimum(block * config.block_size, past) if from_start else past
     return int(np.sum(before + slot + 1))
-
-
-def _memory(c: DecoderConfig, batch, length, from_start, keys_values, project, feed, pair) -> int:
-    """Operations that the memory adds: reading it, updating it, and the prompt."""
-    if not c.fam_length:
-        return 0
-    n, blocks = c.fam_length, -(-length // c.block_size)
-    # Before every block the memory gives keys and values; every token sees them all.
-    read = blocks * n * keys_values + length * n * pair
-    # Every block but the last updates it; its own keys and values are there already.
-    seen = n + c.block_size
-    update = (blocks - 1) * n * (project - keys_values + seen * pair + feed)
-    total = batch * c.num_layers * (read + update)
-    if from_start and c.fam_start == "prompt":
-        # Run up the layers once for all examples; the last layer reads it, and goes no further.
-        total += (c.num_layers - 1) * n * (project + n * pair + feed)
-    return total

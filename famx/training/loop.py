@@ -33,7 +33,6 @@ from famx.model_dir.loading import (
 )
 from famx.models import DecoderModel
 from famx.models.metrics import Mean
-from famx.modules.config import MEMORY_FIELDS
 from famx.training import state_passing
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import make_feed
@@ -110,7 +109,7 @@ def train(
         `checkpoint_<step>` of it. The model may differ from the one there in its memory. The task's
         vocabulary is then the one there.
       initial_memory_file: what `famx.memory` wrote with that checkpoint: every example begins from it,
-        and its memory is what `trainable="fam_only"` trains.
+        and its memory is what `trainable="memory"` trains.
       trainable: which parameters learn, see `famx.training.trainable`.
       frozen_dtype: of matrices that do not learn: "bfloat16" or "int8"; None: as they are.
       num_microbatches: parts of the batch that are read one after another, to need less memory; the
@@ -236,7 +235,7 @@ def train(
             if model.lora is not None:
                 small = multihost_utils.process_allgather(learns.part(state), tiled=True)
                 if first:
-                    memory = {name: getattr(model.config, name) for name in MEMORY_FIELDS}
+                    memory = model.config.memory_fields()
                     base = _read_base(directory)
                     save_adapter(
                         directory / "adapter", small, model.lora, base.get("weights"),
@@ -310,9 +309,9 @@ def _check_start(memory, checkpoint, learns: Trainable, mode: str, evaluation: A
         raise ConfigError(f"INITIAL_MEMORY_FILE {memory} holds several memories: give a file of one.")
     if checkpoint is None:
         raise ConfigError("INITIAL_MEMORY_FILE needs INITIAL_CHECKPOINT_PATH, the model that made it.")
-    if learns.name != "fam_only":
+    if learns.name != "memory":
         raise ConfigError(
-            f"INITIAL_MEMORY_FILE needs TRAINABLE='fam_only', not {learns.name!r}: it is what learns."
+            f"INITIAL_MEMORY_FILE needs TRAINABLE='memory', not {learns.name!r}: it is what learns."
         )
     if mode != "none":
         raise ConfigError(

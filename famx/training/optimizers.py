@@ -16,7 +16,7 @@ _Rate: TypeAlias = float | optax.Schedule
 _Mask = Callable[[Any], Any]
 
 # Path parts, lower case, of parameters that are tables or prompts rather than maps.
-NOT_DECAYED = ("embed", "norm", "bias", "scale", "fam")
+NOT_DECAYED = ("embed", "norm", "bias", "scale", "memory")
 
 
 @gin.configurable

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from famx.modules import DecoderConfig, DecoderState
+from famx.modules import Decoder, DecoderConfig, DecoderState
 
 MODES = ("none", "random", "continuous", "aged")
 
@@ -39,25 +39,26 @@ class RandomState:
             raise ValueError(f"RSP's probability must lie in [0, 1], got {self.probability}.")
 
     def initial(self, config: DecoderConfig) -> dict[str, jax.Array]:
-        """Nothing kept yet: `memory [layers, N, D]`, `updates` and `steps` int32 scalars."""
-        dtype = jnp.promote_types(config.dtype, jnp.float32)
-        memory = jnp.zeros((config.num_layers, config.fam_length, config.embed_dim), dtype)
+        """Nothing kept yet: `memory`, leaves `[layers, ...]`, `updates` and `steps` int32 scalars."""
+        module, key = Decoder(config), jax.random.key(0)
+        make = lambda: module.init_with_output(key, 1, method="initial_state")[0].memory
+        memory = jax.tree.map(lambda x: jnp.zeros(x.shape[:1] + x.shape[2:], x.dtype), jax.eval_shape(make))
         return {"memory": memory, "updates": jnp.int32(0), "steps": jnp.int32(0)}
 
     def start(self, kept, state: DecoderState, rng) -> DecoderState:
         """`state` (nothing read), or for the whole batch one that begins with the kept memory."""
         use = jax.random.bernoulli(rng, float(self.probability))
         use &= (kept["updates"] > 0) & (kept["steps"] >= self.start_step)
-        memory = jax.lax.stop_gradient(kept["memory"])[:, None]
+        choose = lambda old, new: jnp.where(use, jax.lax.stop_gradient(new)[:, None], old)
         return state.replace(
-            memory=jnp.where(use, jnp.broadcast_to(memory, state.memory.shape), state.memory),
+            memory=jax.tree.map(choose, state.memory, kept["memory"]),
             updates=jnp.where(use, kept["updates"], state.updates),
         )
 
     def keep(self, kept, state: DecoderState) -> dict[str, jax.Array]:
         """What is kept of the final state: the memory of the batch's first example."""
         return {
-            "memory": jax.lax.stop_gradient(state.memory[:, 0]),
+            "memory": jax.tree.map(lambda x: jax.lax.stop_gradient(x[:, 0]), state.memory),
             "updates": state.updates[0],
             "steps": kept["steps"] + 1,
         }

@@ -105,7 +105,7 @@ def make_initializer(
     whole = NamedSharding(mesh, PartitionSpec())
     params = logical_to_sharding(boxed, mesh, rules)
     start, lanes = (
-        state and state_sharding(state, mesh, rules) for state in (abstract.start, abstract.lanes)
+        state and state_sharding(state, model.config, mesh, rules) for state in (abstract.start, abstract.lanes)
     )
     like = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -115,8 +115,13 @@ def make_initializer(
     opt_state = optax.tree_utils.tree_map_params(
         optimizer, moment_sharding, abstract.opt_state, like, transform_non_params=lambda _: whole
     )
-    box = lambda x: nn.LogicallyPartitioned(x, ("layers", "fam", "embed")) if x.ndim else x
-    mutables = logical_to_sharding(jax.tree.map(box, abstract.flax_mutables), mesh, rules)
+    mutables = flax.core.unfreeze(abstract.flax_mutables)
+    if MEMORY_COLLECTION in mutables:
+        kept = mutables[MEMORY_COLLECTION]
+        box = lambda leaf, names: nn.LogicallyPartitioned(leaf, ("layers", *names))
+        memory = jax.tree.map(box, kept["memory"], model.config.memory.axes())
+        mutables = {MEMORY_COLLECTION: {**kept, "memory": memory}}
+    mutables = flax.core.freeze(logical_to_sharding(mutables, mesh, rules))
     shardings = TrainState(whole, params, opt_state, mutables, lanes, start)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -3,8 +3,8 @@
 | `TRAINABLE` | what learns |
 |---|---|
 | `all` | everything |
-| `lora` | the adapters (`famx.lora`) and the memory's prompt |
-| `fam_only` | the memory alone: its prompt, or the state that every example begins from |
+| `lora` | the adapters (`famx.lora`) and the memory's own parameters, such as FAM's prompt |
+| `memory` | the memory alone: its parameters, or the state that every example begins from |
 | a regular expression | parameters whose whole path matches, such as `layers/mlp/.*` |
 """
 
@@ -20,8 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from famx.base.errors import ConfigError
 from famx.lora import combine, quantize
 from famx.lora.adapters import ADAPTERS
+from famx.modules.memory import of_memory
 
-NAMES = ("all", "lora", "fam_only")
+NAMES = ("all", "lora", "memory")
 FROZEN_DTYPES = ("float32", "bfloat16", "int8")
 _WIDE = ("kernel", "embedding", "head")  # what a narrower dtype is for; norms and biases are small
 
@@ -57,9 +58,9 @@ class Trainable:
         """Whether the parameter at `path`, such as "layers/query/kernel", learns."""
         if self.name == "all":
             return True
-        if self.name in ("lora", "fam_only"):
+        if self.name in ("lora", "memory"):
             adapter = path.endswith(ADAPTERS) and self.name == "lora"
-            return adapter or path == "fam"
+            return adapter or of_memory(path)
         return re.fullmatch(self.name, path) is not None
 
     def check(self, params) -> None:

@@ -18,7 +18,8 @@ from modules.helpers import config, random_params, random_tokens
 
 from famx.analysis import AttentionReader, figures, interactive
 from famx.base.errors import ConfigError
-from famx.modules import Decoder
+from famx.memories import Fam
+from famx.modules import Decoder, Memory
 
 S, N, M = 8, 3, 2
 TEXTS = ["a", "$x^2", "<b>", "</script>", "@DATA@", "a\\b", "&amp;", "c", "␣", '"', "梦", "$5", "x" * 40]
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing from")
 
 @functools.cache
 def make_maps(**changes):
-    sizes = dict(block_size=S, fam_length=N, memory_segments=M, num_heads=4, head_dim=4)
+    sizes = dict(block_size=S, memory=Fam(N), memory_segments=M, num_heads=4, head_dim=4)
     c = config(**{**sizes, **changes})
     tokens = random_tokens(1, 4 * S + 3)[0]
     return AttentionReader(Decoder(c)).read(random_params(c), [tokens], label=lambda i: TEXTS[i])
@@ -134,7 +135,7 @@ def test_sources_are_written_out():
 
 
 def test_what_does_not_exist_is_said_in_the_figure():
-    without = make_maps(fam_length=0)
+    without = make_maps(memory=Memory())
     sentences = lambda figure: {text.get_text() for axes in drawn(figure).axes for text in axes.texts}
     assert sentences(figures.mass_figure(without.summary)) == {"the memory was never updated"}
     assert sentences(figures.entropy_figure(without.summary)) == {"the memory was never updated"}

@@ -13,19 +13,22 @@ from modules.oracle import Oracle
 
 from famx.analysis import AttentionMaps, AttentionReader
 from famx.analysis.pictures import NO_TOKEN
-from famx.modules import Decoder
+from famx.memories import Fam
+from famx.modules import Decoder, Memory
 
 S = 4
 FLOAT64 = dict(dtype="float64", param_dtype="float64")
 VARIANTS = {
     "plain": {},
     "GQA, M 2": dict(num_heads=4, num_kv_heads=2, head_dim=4, memory_segments=2),
-    "gated": dict(fam_update="gated", normalize_memory=True),
+    "gated": dict(memory=Fam(2, update="gated", normalize=True)),
     "MQA, softcap, QK norm": dict(num_kv_heads=1, attention_softcap=2.0, qk_norm=True),
-    "window mask, M 2": dict(window_mask=True, memory_segments=2, fam_length=3),
-    "BSWA": dict(fam_length=0, memory_segments=2),
-    "M 0, prefix, float positions": dict(memory_segments=0, fam_start="prefix", fam_positions="float"),
-    "blocks of one token": dict(block_size=1, fam_length=1, memory_segments=2),
+    "window mask, M 2": dict(window_mask=True, memory_segments=2, memory=Fam(3)),
+    "BSWA": dict(memory=Memory(), memory_segments=2),
+    "M 0, prefix, float positions": dict(
+        memory_segments=0, memory=Fam(2, start_from="prefix", positions="float")
+    ),
+    "blocks of one token": dict(block_size=1, memory=Fam(1), memory_segments=2),
     "local and no positions": dict(rope_layers=("local", "none"), local_rope_base=100.0),
 }
 
@@ -57,7 +60,7 @@ def expected(c, params, tokens):
     """`(tokens [T, layers, H, S, X], memory [T, layers, H, N, N + S])` of one sequence."""
     oracle = Watching(c, params)
     oracle.read(tokens)
-    n, past, size = c.fam_length, c.memory_segments * c.block_size, c.block_size
+    n, past, size = c.memory_columns, c.memory_segments * c.block_size, c.block_size
     count = -(-len(tokens) // size)
     of_tokens = np.zeros((count, c.num_layers, c.num_heads, size, n + past + size))
     of_memory = np.zeros((count, c.num_layers, c.num_heads, n, n + size))
@@ -108,7 +111,7 @@ def test_maps_are_those_of_the_oracle(name):
 def test_summaries_are_the_means_of_the_maps(name):
     c = config(**VARIANTS[name], **FLOAT64)
     params, tokens = random_params(c), random_tokens(1, 3 * S + 3)[0]
-    maps, n, past = read_maps(c, params, tokens), c.fam_length, c.memory_segments * c.block_size
+    maps, n, past = read_maps(c, params, tokens), c.memory_columns, c.memory_segments * c.block_size
     found, size = maps.summary, c.block_size
     for t, (first, end) in enumerate(maps.slots):
         p = maps.tokens[t, :, :, first:end]
@@ -237,7 +240,7 @@ def test_a_picture_puts_the_memory_before_each_block():
     c = config(memory_segments=2, window_mask=True)
     params, tokens = random_params(c), random_tokens(1, 4 * S + 3)[0]
     maps = read_maps(c, params, tokens, label=lambda i: f"t{i}", blocks=[2, 3, 4])
-    n, past = c.fam_length, 2 * S
+    n, past = c.memory_columns, 2 * S
     picture = maps.as_picture(1, 0)
     layout = lambda axis: [(b, m) for *_, b, m in axis.segments()]
     assert layout(picture.columns) == [
@@ -288,7 +291,7 @@ def test_sources_are_named_with_their_texts():
     tokens = random_tokens(1, 3 * S)[0]
     maps = read_maps(c, random_params(c), tokens, label=lambda i: f"t{i}", blocks=())
     found = maps.sources(1, 2)
-    assert len(found) == c.fam_length and maps.blocks == ()
+    assert len(found) == c.memory_columns and maps.blocks == ()
     for sources in found:
         assert [text for _, text, _ in sources] == [f"t{tokens[2 * S + slot]}" for slot, *_ in sources]
         assert sources[0][2] >= sources[1][2] > 0

@@ -8,15 +8,16 @@ from modules.helpers import config, precision, random_params, random_tokens
 from modules.oracle import Oracle
 
 from famx.analysis import MemoryMonitor
-from famx.modules import Decoder
+from famx.memories import Fam
+from famx.modules import Decoder, Memory
 
 S = 4
 FLOAT64 = dict(dtype="float64", param_dtype="float64")
 VARIANTS = {
     "plain": {},
     "GQA, M 2": dict(num_heads=4, num_kv_heads=2, head_dim=4, memory_segments=2),
-    "gated, normalized, M 0": dict(fam_update="gated", normalize_memory=True, memory_segments=0),
-    "one layer, prefix": dict(num_layers=1, fam_start="prefix", fam_length=3),
+    "gated, normalized, M 0": dict(memory=Fam(2, update="gated", normalize=True), memory_segments=0),
+    "one layer, prefix": dict(num_layers=1, memory=Fam(3, start_from="prefix")),
 }
 
 
@@ -35,7 +36,7 @@ class Watching(Oracle):
     def block(self, w, inputs, *args):
         self.weights = []
         outputs, memory = super().block(w, inputs, *args)
-        masses = [weights[:, : self.c.fam_length].sum(axis=1).mean() for weights in self.weights]
+        masses = [weights[:, : self.c.memory_columns].sum(axis=1).mean() for weights in self.weights]
         tokens, queries = masses[: len(inputs)], masses[len(inputs) :]
         self.notes.append([np.mean(tokens), np.mean(queries), np.mean(np.square(memory))])
         return outputs, memory
@@ -59,12 +60,11 @@ def test_figures_are_those_of_the_oracle(name):
         health = MemoryMonitor(Decoder(c)).measure(params, tokens)
     expected = watch(c, params, tokens[:, : 6 * S])
     on_memory, on_itself, _ = np.moveaxis(expected.mean(axis=(0, 1)), -1, 0)
-    np.testing.assert_allclose(health.tokens_on_memory, on_memory, atol=1e-9)
-    np.testing.assert_allclose(health.memory_on_itself, on_itself, atol=1e-9)
-    np.testing.assert_allclose(health.memory_on_block, 1 - on_itself, atol=1e-9)
+    np.testing.assert_allclose(health.shares["tokens_on_memory"], on_memory, atol=1e-9)
+    np.testing.assert_allclose(health.shares["memory_on_itself"], on_itself, atol=1e-9)
     assert health.updates == (1, 2, 4, 6)
     rms = np.sqrt(expected[..., 2].mean(axis=0))  # [blocks, layers]
-    np.testing.assert_allclose(health.rms, rms[[0, 1, 3, 5]], atol=1e-9)
+    np.testing.assert_allclose(health.figures["rms"], rms[[0, 1, 3, 5]], atol=1e-9)
 
 
 def test_scalars_name_layers_and_updates():
@@ -75,10 +75,11 @@ def test_scalars_name_layers_and_updates():
     assert set(scalars) == {f"memory/{k}/layer_{i}" for k in by_layer for i in (0, 1)} | {
         f"memory/rms/update_{n}" for n in (1, 2, 4)
     }
-    assert scalars["memory/tokens_on_memory/layer_1"] == health.tokens_on_memory[1]
-    assert scalars["memory/rms_first/layer_1"] == health.rms[0, 1]
-    assert scalars["memory/rms_last/layer_0"] == health.rms[2, 0]
-    assert scalars["memory/rms/update_2"] == pytest.approx(np.sqrt(np.mean(health.rms[1] ** 2)))
+    assert scalars["memory/tokens_on_memory/layer_1"] == health.shares["tokens_on_memory"][1]
+    assert scalars["memory/rms_first/layer_1"] == health.figures["rms"][0, 1]
+    assert scalars["memory/rms_last/layer_0"] == health.figures["rms"][2, 0]
+    second = np.sqrt(np.mean(health.figures["rms"][1] ** 2))
+    assert scalars["memory/rms/update_2"] == pytest.approx(second)
 
 
 def test_nothing_is_compiled_again_whatever_the_length():
@@ -96,12 +97,12 @@ def test_the_training_runs_computation_settings_do_not_matter():
         MemoryMonitor(Decoder(dataclasses.replace(c, **changes))).measure(params, tokens)
         for changes in ({}, dict(blocks_per_chunk=3, remat="full"))
     )
-    np.testing.assert_array_equal(first.tokens_on_memory, second.tokens_on_memory)
-    np.testing.assert_array_equal(first.rms, second.rms)
+    np.testing.assert_array_equal(first.shares["tokens_on_memory"], second.shares["tokens_on_memory"])
+    np.testing.assert_array_equal(first.figures["rms"], second.figures["rms"])
 
 
 def test_without_memory_or_a_whole_block_there_are_no_figures():
-    without = config(fam_length=0)
+    without = config(memory=Memory())
     assert MemoryMonitor(Decoder(without)).measure(random_params(without), random_tokens(1, 8)) is None
     c = config()
     assert MemoryMonitor(Decoder(c)).measure(random_params(c), random_tokens(1, S - 1)) is None

@@ -9,6 +9,7 @@ from reference_models import draw
 from safetensors.numpy import save_file
 
 from famx.conversion.families import decoder_config, tensors
+from famx.memories import Fam
 
 SENTENCES = [f"The {a} {b} in {i} wide rooms, isn't it?" for i in range(20, 60)
              for a in ("grey cat", "old dog") for b in ("sits", "sleeps", "waits")]  # fmt: skip
@@ -17,7 +18,7 @@ LLAMA = {
     "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
 }  # fmt: skip
-MEMORY = {"block_size": 8, "memory_segments": 1, "fam_length": 2}
+MEMORY = {"block_size": 8, "memory_segments": 1, "memory": Fam(2)}
 
 
 def make_weights(hf, dtype="float32") -> dict[str, np.ndarray]:

@@ -35,9 +35,10 @@ from famx.conversion.sidecar import write_sidecar
 from famx.conversion.sources import TensorInfo, open_source
 from famx.conversion.vocabulary import fitting_vocabulary
 from famx.data.vocabularies import load_vocabulary, open_vocabulary
+from famx.memories import Fam
 from famx.model_dir.checkpoints import Checkpointer
 from famx.model_dir.loading import load_model
-from famx.modules import DecoderConfig, RopeScaling
+from famx.modules import DecoderConfig, Memory, RopeScaling
 
 CONFIG = decoder_config(LLAMA, **MEMORY)
 
@@ -90,7 +91,7 @@ def test_every_leaf_holds_its_tensors_layer_by_layer(tmp_path, name):
     for tensor in tensors(hf, plan.config):
         leaf = leaves[tensor.path] if tensor.layer is None else leaves[tensor.path][tensor.layer]
         np.testing.assert_array_equal(leaf, tensor.to_ours(weights[tensor.name]))
-    assert {t.path for t in plan.tensors} | {("fam",)} == leaves.keys()
+    assert {t.path for t in plan.tensors} | {("memory", "prompt")} == leaves.keys()
 
 
 def test_of_a_multimodal_model_the_text_part_is_taken(tmp_path):
@@ -204,26 +205,26 @@ def test_an_architecture_that_is_not_supported_names_those_that_are(tmp_path):
 
 
 def test_the_prompt_is_drawn_as_in_a_new_model():
-    config = decoder_config(LLAMA, block_size=300, fam_length=256)
+    config = decoder_config(LLAMA, block_size=300, memory=Fam(256))
     prompt = draw_prompt(config, "normal", 0, None)
     assert prompt.shape == (256, 16) and prompt.dtype == np.float32
     assert abs(prompt.std() * 4 - 1) < 0.05 and abs(prompt.mean()) < 0.02
     np.testing.assert_array_equal(prompt, draw_prompt(config, "normal", 0, None))
     assert (prompt != draw_prompt(config, "normal", 1, None)).all()
-    prefixes = dataclasses.replace(config, fam_start="prefix")
+    prefixes = dataclasses.replace(config, memory=Fam(2, start_from="prefix"))
     assert draw_prompt(prefixes, "normal", 0, None).shape == (3, 256, 16)
 
 
 def test_the_prompt_may_be_embeddings_of_tokens():
     table = np.arange(300.0)[:, None].repeat(16, axis=1).astype("float16")
-    config = decoder_config(LLAMA, block_size=300, fam_length=100)
+    config = decoder_config(LLAMA, block_size=300, memory=Fam(100))
     prompt = draw_prompt(config, "tokens", 0, lambda: table)
     rows = prompt[:, 0].astype(int)
     assert len(set(rows)) == 100 and prompt.dtype == np.float32
     np.testing.assert_array_equal(prompt, table[rows])
     gemma = dataclasses.replace(config, scale_embeddings=True)
     np.testing.assert_array_equal(draw_prompt(gemma, "tokens", 0, lambda: table), 4 * prompt)
-    more = dataclasses.replace(config, fam_start="prefix", fam_length=200)
+    more = dataclasses.replace(config, memory=Fam(200, start_from="prefix"))
     assert draw_prompt(more, "tokens", 0, lambda: table).shape == (3, 200, 16), "some come twice"
     with pytest.raises(ConfigError, match="one of normal, tokens, not 'zeros'."):
         draw_prompt(config, "zeros", 0, lambda: table)
@@ -231,19 +232,19 @@ def test_the_prompt_may_be_embeddings_of_tokens():
 
 def test_an_export_brings_its_prompt_and_its_memory(tmp_path):
     directory = write_source(tmp_path / "x")
-    config = dataclasses.replace(CONFIG, fam_length=3, memory_segments=2, normalize_memory=True)
+    config = dataclasses.replace(CONFIG, memory=Fam(3, normalize=True), memory_segments=2)
     prompt = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
     write_sidecar(directory, config, prompt, step=5)
 
     plan = plan_import(open_source(directory))
     assert plan.config == config
-    kept = stored(write_model(plan, tmp_path / "same"), plan)[("fam",)]
+    kept = stored(write_model(plan, tmp_path / "same"), plan)[("memory", "prompt")]
     np.testing.assert_array_equal(kept, prompt)
-    drawn = stored(write_model(plan, tmp_path / "drawn", "normal"), plan)[("fam",)]
+    drawn = stored(write_model(plan, tmp_path / "drawn", "normal"), plan)[("memory", "prompt")]
     np.testing.assert_array_equal(drawn, draw_prompt(config, "normal", 0, None))
 
-    other = plan_import(open_source(directory), {"fam_length": 2})
-    assert other.config == dataclasses.replace(config, fam_length=2) and other.prompt is None
+    other = plan_import(open_source(directory), {"memory": Fam(2)})
+    assert other.config == dataclasses.replace(config, memory=Fam(2)) and not other.memory
     assert any("prompt of the export is left out" in note for note in other.notes)
 
 
@@ -382,15 +383,15 @@ def test_an_import_that_fails_at_any_step_is_no_model_and_begins_anew(
 @given(st.data())
 def test_settings_are_fields_of_the_decoder(data):
     values = {
-        "block_size": 16, "fam_positions": "float", "fam_update_scale": 0.5, "window_mask": True,
-        "blocks_per_chunk": 4, "fam_length": 0, "remat": "full",
+        "block_size": 16, "memory": Memory(), "window_mask": True,
+        "blocks_per_chunk": 4, "remat": "full",
     }  # fmt: skip
     names = data.draw(st.lists(st.sampled_from(sorted(values)), unique=True))
     given = {name: values[name] for name in names}
     spell = lambda value: data.draw(st.sampled_from((str(value), repr(value))))
     settings = [f"{name} = {spell(value)}" for name, value in given.items()]
     assert convert.read_fields(settings) == given
-    assert decoder_config(LLAMA, **{"block_size": 16, "fam_length": 0, **given})
+    assert decoder_config(LLAMA, **{"block_size": 16, "memory": Memory(), **given})
 
 
 @pytest.mark.parametrize(
@@ -415,7 +416,7 @@ def test_settings_that_make_no_sense(setting, said):
 
 def test_numbers_and_none_where_they_belong():
     fields = convert.read_fields(["fam_update_scale=1", "blocks_per_chunk=None"])
-    assert fields == {"fam_update_scale": 1.0, "blocks_per_chunk": None}
+    assert fields == {"memory": Fam(2, update_scale=1.0), "blocks_per_chunk": None}
     assert type(fields["fam_update_scale"]) is float
 
 
@@ -477,7 +478,7 @@ def test_the_gin_file_makes_the_same_decoder(tmp_path):
         vocab_size=9, num_layers=70, embed_dim=24, num_heads=4, head_dim=10, rope_base=1e6,
         rope_layers=("local",) * 69 + ("none",), local_rope_base=123.25, dtype="bfloat16",
         rope_scaling=RopeScaling(8.0, 1.5, 4.5, 8192), attention_softcap=50.0, window_mask=True,
-        fam_update="gated", fam_update_scale=1 / 3, blocks_per_chunk=2))  # fmt: skip
+        memory=Fam(2, update="gated", update_scale=1 / 3), blocks_per_chunk=2))  # fmt: skip
     paths = [tmp_path / f"{i}.gin" for i in range(len(configs))]
     for path, config in zip(paths, configs):
         path.write_text(model_gin(config, "a\nmodel"))
@@ -494,7 +495,7 @@ def test_the_gin_file_makes_the_same_decoder(tmp_path):
 def test_an_imported_model_answers_and_talks(tmp_path, instruct):
     model = tmp_path / "model"
     flags = (
-        "--block_size=8", "--memory_segments=1", "--fam_length=2", "--set=fam_update=gated",
+        "--block_size=8", "--memory_segments=1", "--memory=fam:length=2,update=gated",
         "--set=window_mask=True", "--param_dtype=bfloat16", "--mesh=fsdp=2", "--prompt=tokens",
         "--seed=3", "--pad_id=1", f"--tokenizer={instruct / 'tokenizer.json'}",
     )  # fmt: skip
@@ -502,10 +503,10 @@ def test_an_imported_model_answers_and_talks(tmp_path, instruct):
     assert result.returncode == 0, result.stderr
     assert result.stderr == "import: 21.4 kB of 21.4 kB\n"
     trained, changes = load_model(str(model)), dict(window_mask=True, param_dtype="bfloat16")
-    assert trained.model.config == dataclasses.replace(CONFIG, fam_update="gated", **changes)
+    assert trained.model.config == dataclasses.replace(CONFIG, memory=Fam(2, update="gated"), **changes)
     assert trained.model.input_vocabulary.pad_id == 1
     drawn = draw_prompt(CONFIG, "tokens", 3, lambda: make_weights(LLAMA)["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(trained.params["fam"], drawn.astype("bfloat16"))
+    np.testing.assert_array_equal(trained.params["memory"]["prompt"], drawn.astype("bfloat16"))
     array = model / "checkpoint_0" / "state" / "target.embedding" / ".zarray"
     assert json.loads(array.read_text())["chunks"] == [300, 8]
 
@@ -540,7 +541,7 @@ def test_bad_flags_end_in_one_sentence(tmp_path, source):
 def test_an_import_that_is_killed_leaves_no_model_and_begins_anew(tmp_path, by, code):
     hf = {**LLAMA, "num_hidden_layers": 60, "hidden_size": 64}
     source, model = write_source(tmp_path / "x", hf), tmp_path / "model"
-    args = ("--from", str(source), "--to", str(model), "--block_size=8", "--fam_length=2")
+    args = ("--from", str(source), "--to", str(model), "--block_size=8", "--memory=fam:length=2")
     command = [sys.executable, "-m", "famx.convert", *args]
     process = subprocess.Popen(command, cwd=gin_utils.gin_root(), stderr=subprocess.PIPE, text=True)
     written = lambda: len(list(model.glob("checkpoint_0*/state*/*/*")))
@@ -557,5 +558,5 @@ def test_an_import_that_is_killed_leaves_no_model_and_begins_anew(tmp_path, by, 
         assert result.returncode == 0, result.stderr
         assert sorted(os.listdir(model)) == ["checkpoint_0", "model.gin", "model.json", "source"]
         with contextlib.redirect_stdout(None):
-            convert.convert(str(source), str(tmp_path / "other"), {"block_size": 8, "fam_length": 2})
+            convert.convert(str(source), str(tmp_path / "other"), {"block_size": 8, "memory": Fam(2)})
         assert files(model) == files(tmp_path / "other")

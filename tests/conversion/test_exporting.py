@@ -24,14 +24,15 @@ from famx.conversion.sources import open_source
 from famx.data.vocabularies import ByteVocabulary, open_vocabulary
 from famx.export import parse_size
 from famx.lora import Lora
+from famx.memories import Fam
 from famx.model_dir.checkpoints import Checkpointer, check_same_model
 from famx.model_dir.loading import TrainedModel, load_model
 from famx.models import DecoderModel
-from famx.modules import Decoder
+from famx.modules import Decoder, Memory
 from famx.modules.config import MEMORY_FIELDS
 
 ALL = sorted(CONFIGS)
-MEMORY = {"block_size": 8, "memory_segments": 3, "fam_length": 2, "fam_positions": "float"}
+MEMORY = {"block_size": 8, "memory_segments": 3, "memory": Fam(2, positions="float")}
 
 
 def tree(hf, config, read):
@@ -50,7 +51,9 @@ def imported(name, tmp_path, dtype=np.float32, vocabulary=None, **memory):
     shapes = {tensor.name: tensor.shape for tensor in families.tensors(hf, config)}
     read = lambda name: draw(name, shapes[name], is_gemma(hf)).astype(dtype)
     params = tree(hf, config, read)
-    params["fam"] = np.random.default_rng(0).standard_normal((2, config.embed_dim)).astype(np.float32)
+    if config.memory.exists:
+        prompt = np.random.default_rng(0).standard_normal((2, config.embed_dim))
+        params["memory"] = {"prompt": prompt.astype(np.float32)}
     source = tmp_path / "model" / "source"
     source.mkdir(parents=True)
     (source / "config.json").write_text(json.dumps(hf))
@@ -90,7 +93,9 @@ def test_import_after_export_is_the_identity_on_every_leaf(name, tmp_path):
     hf, sidecar = read_json(tmp_path / "out/config.json"), read_sidecar(tmp_path / "out")
     config = families.decoder_config(hf, **sidecar.fields)
     assert config == trained.model.config
-    again = tree(hf, config, read_export(tmp_path / "out").__getitem__) | {"fam": sidecar.prompt}
+    again = tree(hf, config, read_export(tmp_path / "out").__getitem__) | {
+        "memory": {"prompt": sidecar.parameters["memory/prompt"]}
+    }
     tiny.assert_identical(again, trained.params)
     assert done.architecture == CONFIGS[name]["architectures"][0] and done.files == ["model.safetensors"]
     assert hf.items() >= CONFIGS[name].items()  # the original's, as it came
@@ -195,21 +200,21 @@ def test_the_prompt_lies_apart_and_the_sidecar_says_what_it_is(tmp_path):
     assert note["step"] == 7 and "famx.convert --from" in note["about"]
     assert note["memory"].keys() == set(MEMORY_FIELDS)
     arrays = safetensors.numpy.load_file(tmp_path / "out" / note["prompt"]["file"])
-    np.testing.assert_array_equal(arrays[note["prompt"]["tensor"]], trained.params["fam"])
+    np.testing.assert_array_equal(arrays["memory/prompt"], trained.params["memory"]["prompt"])
     assert pathlib.Path(note["prompt"]["file"]).parent.name  # loaders glob beside config.json
 
 
 def test_a_model_without_memory_has_no_prompt(tmp_path):
-    export(imported("llama", tmp_path, fam_length=0), tmp_path / "out")
+    export(imported("llama", tmp_path, memory=Memory()), tmp_path / "out")
     sidecar = read_sidecar(tmp_path / "out")
-    assert sidecar == Sidecar(sidecar.fields, None) and sidecar.fields["fam_length"] == 0
+    assert sidecar == Sidecar(sidecar.fields, {}) and sidecar.fields["memory"] == Memory()
     assert read_sidecar(tmp_path) is None
 
 
 def test_how_transformers_reads_otherwise_is_noted(tmp_path):
     def notes(name, **memory):
         folder = tmp_path / f"{name}{len(memory)}"
-        trained = imported(name, folder, fam_length=0, memory_segments=2, **memory)
+        trained = imported(name, folder, memory=Memory(), memory_segments=2, **memory)
         return export(trained, folder / "out").notes
 
     assert notes("mistral_window", window_mask=True) == []
@@ -296,8 +301,8 @@ def test_a_model_from_scratch_goes_out_with_the_tokenizer_of_its_vocabulary(tmp_
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.eos_token_id == vocabulary.eos_id
     assert loaded.generation_config.pad_token_id == vocabulary.pad_id
-    without = tiny.make_model(vocab_size=vocabulary.vocab_size, memory_segments=3, fam_length=0)
-    tree = {name: leaf for name, leaf in params.items() if name != "fam"}
+    without = tiny.make_model(vocab_size=vocabulary.vocab_size, memory_segments=3, memory=Memory())
+    tree = {name: leaf for name, leaf in params.items() if name != "memory"}
     tokens = np.random.default_rng(0).integers(0, vocabulary.vocab_size, (1, 20))
     ours = without.module.apply({"params": tree}, tokens)[0]
     np.testing.assert_allclose(torch_logits(loaded, tokens), ours, 0, 1e-4)
@@ -425,7 +430,8 @@ def test_the_main_exports_a_checkpoint_and_ends_bad_input_with_a_sentence(tmp_pa
     )
     head = read_export(tmp_path / "out")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(head, np.asarray(params["embedding"]).astype(ml_dtypes.bfloat16))
-    np.testing.assert_array_equal(read_sidecar(tmp_path / "out").prompt, params["fam"])
+    kept = read_sidecar(tmp_path / "out").parameters["memory/prompt"]
+    np.testing.assert_array_equal(kept, params["memory"]["prompt"])
     again = run_main("--checkpoint", tmp_path / "model", "--to", tmp_path / "out")
     assert again.returncode == 2 and "out is not empty: choose another --to" in again.stderr
     assert "Traceback" not in again.stderr

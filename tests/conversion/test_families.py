@@ -14,10 +14,11 @@ from reference_models import CONFIGS
 
 from famx.base.errors import ConfigError
 from famx.conversion import families
-from famx.modules import Decoder, RopeScaling
+from famx.memories import Fam
+from famx.modules import Decoder, Memory, RopeScaling
 
 LLAMA = CONFIGS["llama"]
-NO_MEMORY = {"block_size": 8, "memory_segments": 3, "fam_length": 0}
+NO_MEMORY = {"block_size": 8, "memory_segments": 3, "memory": Memory()}
 
 
 # ------------------------------------------------------------------ config.json
@@ -35,11 +36,11 @@ def test_the_config_of_llama_3_of_transformers_4():
         },
         "rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256,
     }  # fmt: skip
-    config = families.decoder_config(hf, fam_length=16)
+    config = families.decoder_config(hf, memory=Fam(16))
     assert (config.num_layers, config.embed_dim, config.mlp_dim) == (16, 2048, 8192)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (32, 8, 64)
     assert config.rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
-    assert (config.rope_base, config.norm_epsilon, config.fam_length) == (5e5, 1e-5, 16)
+    assert (config.rope_base, config.norm_epsilon, config.memory_columns) == (5e5, 1e-5, 16)
     assert config.tied_embeddings and not config.qkv_bias and config.rope_layers is None
 
 
@@ -81,8 +82,8 @@ def test_what_a_config_leaves_out_is_what_the_class_of_transformers_says(name):
 
 
 def test_fields_of_the_memory_and_the_computation_are_the_callers():
-    config = families.decoder_config(LLAMA, block_size=32, param_dtype="bfloat16", fam_length=3)
-    assert (config.block_size, config.param_dtype, config.fam_length) == (32, "bfloat16", 3)
+    config = families.decoder_config(LLAMA, block_size=32, param_dtype="bfloat16", memory=Fam(3))
+    assert (config.block_size, config.param_dtype, config.memory_columns) == (32, "bfloat16", 3)
 
 
 REFUSED = {
@@ -128,8 +129,8 @@ def test_scaled_positions_in_sliding_layers_are_refused():
 def test_fields_that_a_decoder_lacks_and_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="A decoder has no blocksize; it has .*block_size"):
         families.decoder_config(LLAMA, blocksize=3)
-    with pytest.raises(ConfigError, match="fam_length 9 exceeds block_size 8"):
-        families.decoder_config(LLAMA, block_size=8, fam_length=9)
+    with pytest.raises(ConfigError, match="Fam.length 9 exceeds block_size 8"):
+        families.decoder_config(LLAMA, block_size=8, memory=Fam(9))
 
 
 # ------------------------------------------------------------------ notes

@@ -10,7 +10,7 @@ from reference_models import CONFIGS
 from famx.base.errors import ConfigError
 from famx.conversion import families
 from famx.conversion.huggingface import huggingface_config
-from famx.modules import DecoderConfig, RopeScaling
+from famx.modules import DecoderConfig, Memory, RopeScaling
 from famx.modules.config import MEMORY_FIELDS
 
 SIZES = {"vocab_size": 32, "num_layers": 3, "embed_dim": 24, "num_heads": 4}
@@ -97,7 +97,7 @@ def test_of_a_multimodal_source_the_text_part_goes_out():
 
 
 def test_a_window_mask_without_memory_is_a_mistral_with_that_window():
-    config = DecoderConfig(**SIZES, block_size=8, memory_segments=2, window_mask=True, fam_length=0)
+    config = DecoderConfig(**SIZES, block_size=8, memory_segments=2, window_mask=True, memory=Memory())
     hf = huggingface_config(config)
     assert (hf["model_type"], hf["sliding_window"]) == ("mistral", 17)
     assert families.notes(hf, config) == []

@@ -11,7 +11,8 @@ from modules.oracle import Oracle
 from reference_models import CONFIGS, RECORDED, TOKENS, WINDOW, draw, is_gemma, torch_logits, torch_model
 
 from famx.conversion import families
-from famx.modules import Decoder, DecoderState
+from famx.memories import Fam
+from famx.modules import Decoder, DecoderState, Memory
 
 BLOCK, SEGMENTS, TOLERANCE = 8, 3, 1e-4
 LENGTH = TOKENS.shape[1]
@@ -21,25 +22,25 @@ PLAIN = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smo
 
 def decoder_config(name, **memory):
     """Blocks of 8, of which all that TOKENS fill are seen; the windowed Mistral by the window mask."""
-    memory = {"block_size": BLOCK, "memory_segments": SEGMENTS, "fam_length": 0, **memory}
+    memory = {"block_size": BLOCK, "memory_segments": SEGMENTS, "memory": Memory(), **memory}
     if name == "mistral_window":
         memory |= {"window_mask": True, "memory_segments": (WINDOW - 1) // BLOCK}
     return families.decoder_config(CONFIGS[name], **memory)
 
 
 @functools.cache
-def params(name, fam_length=0):
+def params(name, length=0):
     """The drawn weights in our tree, and a prompt."""
     hf, leaves = CONFIGS[name], {}
-    config = decoder_config(name, fam_length=fam_length)
+    config = decoder_config(name, memory=Fam(length) if length else Memory())
     for tensor in families.tensors(hf, config):
         array = tensor.to_ours(draw(tensor.name, tensor.shape, is_gemma(hf)))
         leaves.setdefault(tensor.path, []).append(array)
     stack = lambda path, arrays: np.stack(arrays) if path[0] == "layers" else arrays[0]
     tree = unflatten_dict({path: stack(path, arrays) for path, arrays in leaves.items()})
-    if fam_length:
-        prompt = np.random.default_rng(0).standard_normal((fam_length, config.embed_dim))
-        tree["fam"] = prompt.astype(np.float32)
+    if length:
+        prompt = np.random.default_rng(0).standard_normal((length, config.embed_dim))
+        tree["memory"] = {"prompt": prompt.astype(np.float32)}
     return tree
 
 
@@ -114,13 +115,13 @@ class PromptUnseen(Oracle):
     """The oracle of FAM, but that block tokens do not see the memory."""
 
     def attend(self, q, keys, values, mask):
-        n = self.c.fam_length
+        n = self.c.memory_columns
         return super().attend(q, keys, values, mask if len(mask) == n else [False] * n + mask[n:])
 
 
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2", "gemma3", "smollm3"])
 def test_with_fam_the_first_block_differs_from_the_original_in_its_attention_to_the_prompt_alone(name):
-    config, tree = decoder_config(name, fam_length=2), params(name, 2)
+    config, tree = decoder_config(name, memory=Fam(2)), params(name, 2)
     original = recorded(name)[0, :BLOCK]
     close(PromptUnseen(config, tree).read(TOKENS[0, :BLOCK])[0], original)
     ours = read(config, tree, TOKENS[:, :BLOCK])[0][0]
@@ -133,7 +134,7 @@ def test_a_sliding_window_of_w_is_a_window_mask_of_w_minus_one_tokens_before():
     config = decoder_config("mistral_window")
     assert config.memory_segments * config.block_size + 1 == WINDOW
     blocks = families.decoder_config(
-        CONFIGS["mistral_window"], block_size=BLOCK, memory_segments=SEGMENTS, fam_length=0
+        CONFIGS["mistral_window"], block_size=BLOCK, memory_segments=SEGMENTS, memory=Memory()
     )
     ours, theirs = read(blocks, params("mistral_window"), TOKENS)[0], recorded("mistral_window")
     close(ours[:, :WINDOW], theirs[:, :WINDOW])

@@ -13,14 +13,17 @@ from scipy import stats
 
 from famx.decoding import Sampling, Streamer, generate
 from famx.decoding.generation import choose, restrict
-from famx.modules import Decoder
+from famx.memories import Fam
+from famx.modules import Decoder, Memory
 
 S = 4
 DOUBLE = dict(dtype="float64", param_dtype="float64")
 VARIANTS = {
     "M 0": dict(memory_segments=0, **DOUBLE),
-    "M 1, GQA, gated": dict(num_heads=4, num_kv_heads=2, head_dim=4, fam_update="gated", **DOUBLE),
-    "M 3, N 0": dict(memory_segments=3, fam_length=0, **DOUBLE),
+    "M 1, GQA, gated": dict(
+        num_heads=4, num_kv_heads=2, head_dim=4, memory=Fam(2, update="gated"), **DOUBLE
+    ),
+    "M 3, N 0": dict(memory_segments=3, memory=Memory(), **DOUBLE),
     "M 2, MQA, window mask": dict(memory_segments=2, num_kv_heads=1, window_mask=True, **DOUBLE),
     "float32": {},
 }

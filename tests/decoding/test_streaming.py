@@ -10,21 +10,22 @@ from hypothesis import strategies as st
 from modules.helpers import VOCAB, assert_close, config, precision, random_params, random_tokens, read
 
 from famx.decoding import Streamer
-from famx.modules import Decoder
+from famx.memories import Fam
+from famx.modules import Decoder, Memory
 
 S = 4
 VARIANTS = {
     "plain": {},
-    "float32, M 3, N 0": dict(memory_segments=3, fam_length=0),
+    "float32, M 3, N 0": dict(memory_segments=3, memory=Memory()),
     "float64, M 0": dict(memory_segments=0, dtype="float64", param_dtype="float64"),
     "float64, M 2, GQA": dict(
         memory_segments=2, num_kv_heads=2, num_heads=4, head_dim=4, dtype="float64",
         param_dtype="float64",
     ),
     "MQA, window mask, gated": dict(
-        num_kv_heads=1, window_mask=True, fam_update="gated", normalize_memory=True
+        num_kv_heads=1, window_mask=True, memory=Fam(2, update="gated", normalize=True)
     ),
-    "N 4, positions zero": dict(fam_length=4, fam_positions="zero", memory_segments=0),
+    "N 4, positions zero": dict(memory=Fam(4, positions="zero"), memory_segments=0),
 }  # fmt: skip
 LENGTH = 43  # ends inside a block
 
@@ -134,7 +135,7 @@ def test_zeroed_memory_is_zero_before_every_block():
     with precision(c):
         state = blind.initial_state(params, 3)
         for start in range(0, tokens.shape[1], S):
-            state = state.replace(memory=0 * state.memory)
+            state = state.zero_memory()
             part, state = read(c, params, tokens[:, start : start + S], state)
             assert_close(logits[:, start : start + S], np.asarray(part), tolerance)
     assert np.abs(logits - at_once("plain")[0][:, : tokens.shape[1]]).max() > 1e-2

@@ -116,7 +116,7 @@ def test_the_paper_map_covers_the_paper():
 
 def test_the_paper_map_names_fields_and_defaults_of_the_config():
     config = DecoderConfig(vocab_size=8, num_layers=1, embed_dim=8, num_heads=2)
-    assert (config.block_size, config.memory_segments, config.fam_length) == (1024, 3, 64)
+    assert (config.block_size, config.memory_segments, config.memory_columns) == (1024, 3, 64)
     cells = [cell for _, cell in rows(DOCS / "paper_to_code.md", 2) if cell.startswith("`")]
     assert len(cells) >= 8
     for cell in cells:

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import assert_identical, make_model, make_params, make_tokens
+from tiny import assert_identical, fam, make_model, make_params, make_tokens
 from trained import write_model_dir
 
 import famx
@@ -25,6 +25,7 @@ from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary
 from famx.data.probes.passkey_text import passkey_words
 from famx.decoding import Streamer
+from famx.memories import Fam
 from famx.model_dir.loading import TrainedModel, load_model
 from famx.model_dir.memory_file import load_memory, read_header, restore_memory, save_memory
 from famx.modules import DecoderState
@@ -59,10 +60,10 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("batch, fam_length", [(1, 2), (3, 2), (2, 0)])
-def test_a_memory_comes_back_bit_for_bit(tmp_path, dtype, batch, fam_length):
+@pytest.mark.parametrize("batch, length", [(1, 2), (3, 2), (2, 0)])
+def test_a_memory_comes_back_bit_for_bit(tmp_path, dtype, batch, length):
     with jax.enable_x64(dtype == "float64"):
-        trained = make_trained(dtype=dtype, param_dtype=dtype, fam_length=fam_length, num_layers=2)
+        trained = make_trained(dtype=dtype, param_dtype=dtype, memory=fam(length), num_layers=2)
         logits, state = any_state(trained, batch)
         assert state.keys.dtype == dtype
         save_memory(tmp_path / "x.famem", trained, logits, state)
@@ -184,9 +185,9 @@ def test_some_other_file(tmp_path):
 
 def test_another_model(saved):
     path, _ = saved
-    sentence = refusal(path, make_trained(ByteVocabulary(), embed_dim=32, mlp_dim=64, fam_length=3))
+    sentence = refusal(path, make_trained(ByteVocabulary(), embed_dim=32, mlp_dim=64, memory=Fam(3)))
     assert "another model" in sentence and "embed_dim (16 there, 32 here)" in sentence
-    assert "fam_length (2 there, 3 here)" in sentence and "num_layers" not in sentence
+    assert "memory.length (2 there, 3 here)" in sentence and "num_layers" not in sentence
 
 
 def test_other_weights(saved):

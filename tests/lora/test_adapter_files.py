@@ -13,6 +13,8 @@ from trees import LORA, adapters_of
 
 from famx.base.errors import ConfigError
 from famx.lora import Lora, combine, load_adapter, save_adapter, split
+from famx.memories import Fam
+from famx.modules import Memory
 
 GQA = dict(num_heads=4, num_kv_heads=2, head_dim=4)
 
@@ -21,8 +23,8 @@ def saved(path, lora=LORA, fingerprint=None, **changes):
     """Writes random adapters: `(base parameters, combined tree with a trained prompt)`."""
     params = random_params(config(**GQA, **changes))
     tree = combine(params, adapters_of(params, lora))
-    if "fam" in tree:
-        tree = combine(tree, {"fam": tree["fam"] + 1})
+    if "memory" in tree:
+        tree = combine(tree, {"memory": jax.tree.map(lambda x: x + 1, tree["memory"])})
     save_adapter(path, tree, lora, fingerprint, "tiny")
     return params, tree
 
@@ -64,7 +66,7 @@ def test_bfloat16_bases_boxes_and_shapes_serve_as_base(tmp_path):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), split(tree)[0])
     adapters, _ = load_adapter(str(tmp_path), shapes)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(adapters))
-    np.testing.assert_array_equal(adapters["fam"], tree["fam"])
+    np.testing.assert_array_equal(adapters["memory"]["prompt"], tree["memory"]["prompt"])
 
 
 def test_names_and_layout_are_those_of_peft(tmp_path):
@@ -72,7 +74,7 @@ def test_names_and_layout_are_those_of_peft(tmp_path):
     tensors, layers = weights(tmp_path), tree["layers"]
     name = "base_model.model.model.layers.1."
     assert len(tensors) == 2 * 7 * 2 + 1
-    np.testing.assert_array_equal(tensors["famx.fam"], tree["fam"])
+    np.testing.assert_array_equal(tensors["famx.memory/prompt"], tree["memory"]["prompt"])
     for place, a, b in (
         ("self_attn.q_proj", (8, 3), (3, 16)),
         ("self_attn.v_proj", (8, 3), (3, 8)),
@@ -93,11 +95,11 @@ def test_names_and_layout_are_those_of_peft(tmp_path):
 
 
 def test_a_base_without_memory_has_no_prompt_in_the_file(tmp_path):
-    params, tree = saved(tmp_path, fam_length=0)
+    params, tree = saved(tmp_path, memory=Memory())
     assert "famx.fam" not in weights(tmp_path)
-    assert "fam" not in load_adapter(tmp_path, params)[0]
+    assert "memory" not in load_adapter(tmp_path, params)[0]
     with_memory = random_params(config(**GQA))
-    assert "fam" not in load_adapter(tmp_path, with_memory)[0]
+    assert "memory" not in load_adapter(tmp_path, with_memory)[0]
 
 
 def test_scale_of_rslora_is_kept(tmp_path):
@@ -142,8 +144,8 @@ def test_another_base_is_refused_by_its_fingerprint(tmp_path):
         (dict(embed_dim=16), r"lora_. of shape .*, where the base needs .*16.*: it belongs to another"),
         (dict(num_kv_heads=4), r"k_proj has a lora_B of shape \[8, 3\].*needs \[16, 3\]"),
         (dict(gated_mlp=False), "gate_proj.*for which the base has no place"),
-        (dict(fam_length=0), "has a memory prompt, but the base has fam_length 0: set fam_length to 2"),
-        (dict(fam_length=4), "set fam_length to 2, or it belongs to another model"),
+        (dict(memory=Memory()), "memory/prompt, a parameter of its memory, but the base has no such m"),
+        (dict(memory=Fam(4)), r"has shape \[2, 8\], but that of the base \[4, 8\]: give the base"),
     ],
 )
 def test_another_base_is_refused_by_its_shapes(tmp_path, changes, sentence):
@@ -203,16 +205,16 @@ def test_a_missing_and_a_superfluous_tensor_are_named(tmp_path):
 
 def test_a_file_is_as_small_as_its_adapters(tmp_path):
     _, tree = saved(tmp_path, num_layers=4)
-    numbers = sum(x.size for x in jax.tree.leaves(split(tree)[1])) + tree["fam"].size
+    numbers = sum(x.size for x in jax.tree.leaves(split(tree)[1])) + tree["memory"]["prompt"].size
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
     assert 4 * numbers < size < 4 * numbers + 200 * 60
 
 
 def test_the_prompt_may_be_one_for_every_layer(tmp_path):
-    params, tree = saved(tmp_path, fam_start="prefix")
-    loaded = load_adapter(tmp_path, params)[0]["fam"]
+    params, tree = saved(tmp_path, memory=Fam(2, start_from="prefix"))
+    loaded = load_adapter(tmp_path, params)[0]["layers"]["memory"]["prefix"]
     assert loaded.shape == (2, 2, 8)
-    np.testing.assert_array_equal(loaded, tree["fam"])
+    np.testing.assert_array_equal(loaded, tree["layers"]["memory"]["prefix"])
 
 
 def test_loras_are_equal_where_their_numbers_are():

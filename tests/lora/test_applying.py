@@ -23,7 +23,7 @@ from trees import DOUBLE, LORA, adapted, adapters_of, logits, loss_of
 
 from famx.decoding import Sampling, Streamer
 from famx.lora import Lora, combine, intercept, merged, split
-from famx.modules import Decoder
+from famx.modules import Decoder, Memory
 from famx.modules.components import Projection
 
 DROPPING = Lora(rank=3, dropout=0.5, targets=("layers/query", "layers/mlp/down"))
@@ -151,7 +151,7 @@ def test_gradients_of_adapters_need_none_of_the_kernels():
 
 def test_adapters_find_a_planted_change_of_their_rank():
     lora = Lora(rank=2, targets=("layers/mlp/down", "layers/value"))
-    c = config(num_layers=1, fam_length=0)
+    c = config(num_layers=1, memory=Memory())
     params = random_params(c)
     planted = adapters_of(params, lora, seed=1)
     tokens = random_tokens(8, 16)

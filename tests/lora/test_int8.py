@@ -13,7 +13,7 @@ from trees import DOUBLE, adapted, adapters_of, logits, loss_of, merged_logits
 
 from famx.base.errors import ConfigError
 from famx.lora import intercept, merged, quantize
-from famx.modules import Decoder
+from famx.modules import Decoder, Memory
 
 EVERY = dict(qkv_bias=True, output_bias=True, mlp_bias=True, num_heads=4, num_kv_heads=2, head_dim=4)
 
@@ -40,7 +40,7 @@ def test_a_weight_is_off_by_half_its_channels_scale_at_most(seed, size):
 
 
 def test_logits_are_near_and_biases_are_right():
-    c, _, tree = adapted(fam_length=0, **EVERY, **DOUBLE)
+    c, _, tree = adapted(memory=Memory(), **EVERY, **DOUBLE)
     tokens, small = random_tokens(2, 13), quantize(tree)
     exact, near = logits(c, tree, tokens), logits(c, small, tokens)
     rms = lambda x: np.sqrt(np.mean(np.square(x)))
@@ -66,7 +66,8 @@ def test_only_kernels_of_the_targets_change():
     small = quantize(params, ("feed_forward",))
     assert small["layers"]["query"] == params["layers"]["query"]
     assert set(small["layers"]["mlp"]["up"]) == {"kernel", "kernel_scale"}
-    assert small["embedding"] is params["embedding"] and small["fam"] is params["fam"]
+    assert small["embedding"] is params["embedding"]
+    assert small["memory"]["prompt"] is params["memory"]["prompt"]
     assert merged(small)["layers"]["mlp"]["up"]["kernel"].dtype == jnp.float32
     again = quantize(small)
     assert again["layers"]["mlp"] == small["layers"]["mlp"]
@@ -86,7 +87,7 @@ def test_scales_name_the_axes_of_what_the_kernel_gives():
 
 
 def test_a_frozen_int8_base_is_the_same_after_training():
-    c, params, _ = adapted(dtype="bfloat16", fam_length=0)
+    c, params, _ = adapted(dtype="bfloat16", memory=Memory())
     small, adapters = quantize(params), adapters_of(params)
     optimizer = optax.adam(1e-2)
 

@@ -8,6 +8,7 @@ from trees import adapters_of, logits
 
 from famx.conversion.families import decoder_config, tensors
 from famx.lora import Lora, combine, load_adapter, merged, save_adapter
+from famx.modules import Memory
 
 torch = pytest.importorskip("torch", reason="torch, an independent implementation, is missing")
 peft = pytest.importorskip("peft", reason="peft, an independent implementation, is missing")
@@ -32,7 +33,7 @@ def llama():
 def ours(llama):
     """`(config, params)` of the same decoder; one block holds all tokens, without memory."""
     hf = llama.config.to_dict()
-    c = decoder_config(hf, block_size=16, memory_segments=0, fam_length=0)
+    c = decoder_config(hf, block_size=16, memory_segments=0, memory=Memory())
     state = {name: x.detach().numpy() for name, x in llama.state_dict().items()}
     params, stacks = {}, {}
     for tensor in tensors(hf, c):
@@ -55,9 +56,9 @@ def test_peft_loads_what_we_save_and_we_load_what_peft_saves(llama, tmp_path):
     c, params = ours(llama)
     assert difference(logits(c, params, TOKENS, None), theirs(llama)) < 1e-4
     tree = combine(params, adapters_of(params, LORA))
-    tree["fam"] = np.ones((2, 16), np.float32)
+    tree["memory"] = {"prompt": np.ones((2, 16), np.float32)}
     save_adapter(tmp_path / "ours", tree, LORA)
-    del tree["fam"]
+    del tree["memory"]
     wanted = logits(c, merged(tree, LORA), TOKENS, None)
 
     model = peft.PeftModel.from_pretrained(llama, tmp_path / "ours").eval()

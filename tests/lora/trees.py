@@ -8,7 +8,8 @@ import numpy as np
 from modules.helpers import COMPILE_FAST, config, precision, random_params
 
 from famx.lora import Lora, combine, intercept, merged
-from famx.modules import Decoder
+from famx.memories import Fam
+from famx.modules import Decoder, Memory
 
 DOUBLE = dict(dtype="float64", param_dtype="float64")
 STYLES = {
@@ -16,8 +17,8 @@ STYLES = {
     "MQA, plain, biases": dict(
         num_kv_heads=1, gated_mlp=False, qkv_bias=True, output_bias=True, mlp_bias=True
     ),
-    "parallel": dict(parallel_block=True, normalize_memory=True, fam_update="gated"),
-    "BSWA": dict(fam_length=0, window_mask=True, memory_segments=2),
+    "parallel": dict(parallel_block=True, memory=Fam(2, normalize=True, update="gated")),
+    "BSWA": dict(memory=Memory(), window_mask=True, memory_segments=2),
 }
 LORA = Lora(rank=3, alpha=4.5)
 

@@ -7,17 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from famx.modules import Decoder, DecoderConfig
+from famx.memories import Fam
+from famx.modules import Decoder, DecoderConfig, Memory
 
 VOCAB = 13
 # These tests compile much and compute little: four times faster to compile.
 COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
+def fam(length: int) -> Memory:
+    """FAM of this length; without memory where it is 0."""
+    return Fam(length) if length else Memory()
+
+
 def config(**changes) -> DecoderConfig:
     """Two small layers of FAM, with `changes`."""
     sizes = dict(vocab_size=VOCAB, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12)
-    memory = dict(block_size=4, memory_segments=1, fam_length=2)
+    memory = dict(block_size=4, memory_segments=1, memory=Fam(2))
     return DecoderConfig(**{**sizes, **memory, **changes})
 
 

@@ -40,7 +40,7 @@ class Oracle:
         return np.array(logits), self.stack(memories), updates
 
     def stack(self, memories):
-        return np.array(memories).reshape(self.c.num_layers, self.c.fam_length, self.c.embed_dim)
+        return np.array(memories).reshape(self.c.num_layers, self.c.memory_columns, self.c.embed_dim)
 
     def enter(self, layer):
         """From here on queries and keys rotate as those of `layer` do."""
@@ -58,7 +58,7 @@ class Oracle:
     def block(self, w, inputs, t, keys, values, memory, offset):
         """`O_t` and `F_t` of one layer. Appends the block's keys and values to `keys`, `values`."""
         c = self.c
-        size, n = c.block_size, c.fam_length
+        size, n = c.block_size, c.memory_columns
         begin = t * size
         as_query = [self.memory_position(t, i, offset) for i in range(n)]
         as_key = [self.memory_position(t - 1, i, offset) for i in range(n)]
@@ -116,13 +116,13 @@ class Oracle:
     def variants_of_update(self, old, new, weights, first):
         """What is not in the paper: scaled updates, normalised memory, the write gate."""
         c = self.c
-        unit = lambda f: f / np.sqrt(np.mean(f**2) + c.norm_epsilon) if c.normalize_memory else f
+        unit = lambda f: f / np.sqrt(np.mean(f**2) + c.norm_epsilon) if c.memory.normalize else f
         if first:
             return unit(new)
-        new = unit(old + c.fam_update_scale * (new - old))
-        if c.fam_update == "residual":
+        new = unit(old + c.memory.update_scale * (new - old))
+        if c.memory.update == "residual":
             return new
-        on_block = weights[:, c.fam_length :].sum(axis=1).mean()
+        on_block = weights[:, c.memory_columns :].sum(axis=1).mean()
         if on_block <= 0.5:
             return old
         gate = 2 * on_block - 1
@@ -131,12 +131,12 @@ class Oracle:
     def first_memories(self, offset):
         """`F_0` of every layer: the prompt run up the layers alone, or a prefix per layer."""
         c = self.c
-        if c.fam_length == 0:
+        if not c.memory.exists:
             return [[] for _ in self.layers]
-        if c.fam_start == "prefix":
-            return [list(prefix) for prefix in self.w["fam"]]
-        positions = [self.memory_position(-1, i, offset) for i in range(c.fam_length)]
-        memories, x = [], list(self.w["fam"])
+        if c.memory.start_from == "prefix":
+            return [list(w["memory"]["prefix"]) for w in self.layers]
+        positions = [self.memory_position(-1, i, offset) for i in range(c.memory_columns)]
+        memories, x = [], list(self.w["memory"]["prompt"])
         for i, w in enumerate(self.layers):
             self.enter(i)
             memories.append(x)
@@ -154,10 +154,10 @@ class Oracle:
         c = self.c
         end = (block + 1) * c.block_size + offset
         return {
-            "last": end - c.fam_length + i,
-            "float": end - 1 + (i + 1) / (c.fam_length + 1),
+            "last": end - c.memory_columns + i,
+            "float": end - 1 + (i + 1) / (c.memory_columns + 1),
             "zero": 0,
-        }[c.fam_positions]
+        }[c.memory.positions]
 
     # Attention.
 

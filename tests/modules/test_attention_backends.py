@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, config, jit, random_params, random_tokens
+from helpers import assert_close, config, fam, jit, random_params, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.cudnn import fused_attention_stablehlo
 
-from famx.modules import Decoder
+from famx.memories import Fam
+from famx.modules import Decoder, Memory
 from famx.modules.attention import cudnn, dense, splash, token_attention, visible
 from famx.modules.backends import resolve_backend
 
@@ -22,7 +23,7 @@ SIZE = 128  # the least block of the splash kernel
 def arrays(c, blocks, batch, seed=0):
     """`q, keys, values, memory_keys, memory_values`, and a cotangent."""
     count = c.memory_segments + blocks
-    past, memory = (count, c.block_size, c.num_kv_heads), (blocks, c.fam_length, c.num_kv_heads)
+    past, memory = (count, c.block_size, c.num_kv_heads), (blocks, c.memory_columns, c.num_kv_heads)
     queries = blocks, c.block_size, c.num_heads
     rng = np.random.default_rng(seed)
     draw = lambda shape: rng.standard_normal((batch, *shape, c.head_dim)).astype(np.float32)
@@ -50,26 +51,26 @@ def assert_equals_the_formula(c, function, first_block, blocks, seed=0):
 MASKS = {
     "paper": (dict(memory_segments=3), [0, 7], 2),
     "grouped heads, starts within reach": (
-        dict(memory_segments=2, num_heads=4, num_kv_heads=2, fam_length=64), [1, 2], 2,
+        dict(memory_segments=2, num_heads=4, num_kv_heads=2, memory=Fam(64)), [1, 2], 2,
     ),
     "one key head, capped": (
         dict(memory_segments=1, num_heads=3, num_kv_heads=1, attention_softcap=2.0, head_dim=6), [0], 3,
     ),
     "window mask, two memories in a tile": (
-        dict(memory_segments=1, window_mask=True, fam_length=24, block_size=256), [3], 2,
+        dict(memory_segments=1, window_mask=True, memory=Fam(24), block_size=256), [3], 2,
     ),
-    "no memory": (dict(memory_segments=2, fam_length=0, query_scale=0.3), [0, 1], 2),
+    "no memory": (dict(memory_segments=2, memory=Memory(), query_scale=0.3), [0, 1], 2),
     "no past": (dict(memory_segments=0), [5], 2),
-    "neither": (dict(memory_segments=0, fam_length=0), [0], 2),
+    "neither": (dict(memory_segments=0, memory=Memory()), [0], 2),
     "stopped segments": (
-        dict(memory_segments=2, stop_gradient_segments=True, num_kv_heads=1, fam_length=24), [1], 2,
+        dict(memory_segments=2, stop_gradient_segments=True, num_kv_heads=1, memory=Fam(24)), [1], 2,
     ),
 }  # fmt: skip
 
 
 def masked(case, block_size):
     changes, first_block, blocks = MASKS[case]
-    changes = {"num_heads": 2, "head_dim": 8, "fam_length": 8, "block_size": block_size, **changes}
+    changes = {"num_heads": 2, "head_dim": 8, "memory": Fam(8), "block_size": block_size, **changes}
     return config(**changes), first_block, blocks
 
 
@@ -96,7 +97,7 @@ def test_splash_equals_the_formula(case, interpret):
 def test_splash_in_several_tiles_for_a_block(interpret, monkeypatch):
     monkeypatch.setattr(splash, "TILE", SIZE)
     c = config(
-        block_size=3 * SIZE, fam_length=24, memory_segments=1, num_heads=1, head_dim=8,
+        block_size=3 * SIZE, memory=Fam(24), memory_segments=1, num_heads=1, head_dim=8,
         window_mask=True, stop_gradient_segments=True,
     )  # fmt: skip
     assert splash.tile_size(c.block_size) == SIZE
@@ -109,23 +110,23 @@ def test_tiles_divide_blocks():
 
 @given(
     blocks=st.integers(1, 3), size=st.integers(1, 9), segments=st.integers(0, 3),
-    fam_length=st.integers(0, 5), slot=st.sampled_from([8, 16]), padding=st.integers(0, 4),
+    length=st.integers(0, 5), slot=st.sampled_from([8, 16]), padding=st.integers(0, 4),
     window=st.booleans(),
 )  # fmt: skip
-def test_the_sparse_mask_is_what_is_visible(blocks, size, segments, fam_length, slot, padding, window):
-    fam_length = min(fam_length, size)
-    slot, padding = (slot, padding) if fam_length else (0, 0)
-    c = config(block_size=size, memory_segments=segments, fam_length=fam_length, window_mask=window)
+def test_the_sparse_mask_is_what_is_visible(blocks, size, segments, length, slot, padding, window):
+    length = min(length, size)
+    slot, padding = (slot, padding) if length else (0, 0)
+    c = config(block_size=size, memory_segments=segments, memory=fam(length), window_mask=window)
     past, tokens = segments * size, (segments + blocks) * size
     columns = tokens + blocks * slot + padding
     expected = np.zeros((blocks, size, columns), bool)
     for t in range(blocks):
-        seen = visible(c, np.arange(size)[:, None], np.arange(fam_length + past + size), 0)
+        seen = visible(c, np.arange(size)[:, None], np.arange(length + past + size), 0)
         memory = tokens + t * slot
-        expected[t, :, memory : memory + fam_length] = seen[:, :fam_length]
-        expected[t, :, t * size : t * size + past + size] = seen[:, fam_length:]
+        expected[t, :, memory : memory + length] = seen[:, :length]
+        expected[t, :, t * size : t * size + past + size] = seen[:, length:]
     expected = expected.reshape(-1, columns)
-    mask = splash.ChunkMask(blocks, size, segments, fam_length, slot, columns, window)
+    mask = splash.ChunkMask(blocks, size, segments, length, slot, columns, window)
     assert mask.shape == expected.shape
     np.testing.assert_array_equal(mask[:, :], expected)
     np.testing.assert_array_equal(mask[1:, 2:-1], expected[1:, 2:-1])
@@ -135,9 +136,9 @@ def test_the_sparse_mask_is_what_is_visible(blocks, size, segments, fam_length, 
         np.testing.assert_array_equal(dataclasses.replace(mask, own_only=True)[:, :], expected)
 
 
-@pytest.mark.parametrize("size, fam_length", [(4, 2), (6, 3)])
-def test_the_sparse_mask_is_the_same_within_the_kernel(size, fam_length):
-    mask = splash.ChunkMask(3, size, 1, fam_length, 4, 4 * size + 3 * 4 + 2, window=False)
+@pytest.mark.parametrize("size, length", [(4, 2), (6, 3)])
+def test_the_sparse_mask_is_the_same_within_the_kernel(size, length):
+    mask = splash.ChunkMask(3, size, 1, length, 4, 4 * size + 3 * 4 + 2, window=False)
     within = mask.mask_function(jnp.asarray(mask.q_sequence)[:, None], jnp.arange(mask.columns))
     np.testing.assert_array_equal(within, mask[:, :])
 
@@ -170,7 +171,7 @@ def test_cudnn_masks_blocks_before_the_start(first_block, blocks, segments, wind
 def test_cudnn_lowers_for_a_gpu_with_one_mask_for_all_blocks():
     """As far as one comes without a GPU: the program that XLA would compile for one."""
     c = config(
-        block_size=16, memory_segments=2, fam_length=4, num_heads=4, num_kv_heads=2, head_dim=8,
+        block_size=16, memory_segments=2, memory=Fam(4), num_heads=4, num_kv_heads=2, head_dim=8,
         dtype="bfloat16", attention_backend="cudnn",
     )  # fmt: skip
     *args, cotangent = (x.astype(jnp.bfloat16) for x in arrays(c, 3, 2))
@@ -190,7 +191,7 @@ def test_cudnn_lowers_for_a_gpu_with_one_mask_for_all_blocks():
 def test_a_model_learns_the_same_through_splash(interpret):
     """Through scans over layers, chunks and blocks, rematerialised."""
     c = config(
-        block_size=SIZE, memory_segments=1, fam_length=8, num_kv_heads=1, blocks_per_chunk=1,
+        block_size=SIZE, memory_segments=1, memory=Fam(8), num_kv_heads=1, blocks_per_chunk=1,
         remat="full",
     )  # fmt: skip
     params, tokens = random_params(c), random_tokens(1, 2 * SIZE)
@@ -221,7 +222,7 @@ def test_auto_goes_by_platform_and_shape():
         assert backend_of(platform) == "xla"
     assert backend_of("gpu", dtype="bfloat16", attention_softcap=3.0) == "xla"
     assert backend_of("gpu", dtype="bfloat16", head_dim=256) == "xla"
-    assert backend_of("gpu", dtype="bfloat16", fam_length=3) == "xla"
+    assert backend_of("gpu", dtype="bfloat16", memory=Fam(3)) == "xla"
     assert backend_of("cpu") == "blockwise"
     assert backend_of("cpu", 2) == "xla" == backend_of("cpu", block_size=64)
     assert backend_of("rocm", dtype="bfloat16") == "xla"
@@ -248,7 +249,7 @@ def test_a_chosen_backend_stays_or_is_refused():
         (dict(attention_backend="cudnn", head_dim=12), "a head_dim that 8 divides, at most 256, got 12"),
         (dict(attention_backend="cudnn", head_dim=264), "at most 256, got 264"),
         (dict(attention_backend="cudnn", block_size=127), "an even block_size, got 127"),
-        (dict(attention_backend="cudnn", fam_length=3), "an even fam_length, got 3"),
+        (dict(attention_backend="cudnn", memory=Fam(3)), "an even memory length, got 3"),
     ],
 )
 def test_what_a_backend_cannot_do_is_refused(changes, sentence):

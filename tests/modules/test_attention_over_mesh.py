@@ -17,6 +17,7 @@ ROOT = str(pathlib.Path(famx.__file__).parent.parent)
 
 EIGHT = """
 import functools, jax, numpy as np, flax.linen as nn
+from famx.memories import Fam
 from famx.modules import DecoderConfig
 from famx.modules.attention import cudnn, dense, dispatch, splash, token_attention
 from famx.modules.attention.over_mesh import over_mesh
@@ -33,7 +34,7 @@ def run(function, args):
     return jax.jit(both)(*args)
 
 def check(backend, sizes, rules=None, batch=4, cut=None, axis="batch", **changes):
-    sizes_of_model = dict(num_heads=4, num_kv_heads=2, head_dim=8, memory_segments=1, fam_length=8)
+    sizes_of_model = dict(num_heads=4, num_kv_heads=2, head_dim=8, memory_segments=1, memory=Fam(8))
     c = DecoderConfig(**{**dict(vocab_size=8, num_layers=1, embed_dim=8, block_size=128),
                          **sizes_of_model, **changes})
     window, memory = (2, 128, c.num_kv_heads), (1, 8, c.num_kv_heads)
@@ -70,7 +71,7 @@ xla(dict(data=2, fsdp=2, context=2), folded, batch=8, axis="folded", cut=(1, 4, 
 
 # `auto` on several TPUs, pretended, without a mesh: nothing says how to cut the kernel.
 c = DecoderConfig(vocab_size=8, num_layers=1, embed_dim=8, num_heads=2, head_dim=8, block_size=128,
-                  memory_segments=0, fam_length=0)
+                  memory_segments=0)
 jax.default_backend = lambda: "tpu"
 called = []
 dispatch._KERNELS["splash"] = lambda c, q, *rest: called.append(q.shape[0]) or q
@@ -89,6 +90,7 @@ TPU = """
 import re, jax, jax.numpy as jnp, flax.linen as nn
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
+from famx.memories import Fam
 from famx.modules import Decoder, DecoderConfig
 from famx import mesh as part
 
@@ -101,7 +103,7 @@ tokens = jax.ShapeDtypeStruct((2, 1024), jnp.int32, sharding=part.batch_sharding
 def program(backend):
     model = Decoder(DecoderConfig(
         vocab_size=64, num_layers=2, embed_dim=128, num_heads=2, num_kv_heads=1, block_size=256,
-        memory_segments=2, fam_length=8, dtype="bfloat16", remat="full", attention_backend=backend))
+        memory_segments=2, memory=Fam(8), dtype="bfloat16", remat="full", attention_backend=backend))
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256), jnp.int32))["params"]
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     params = jax.tree.map(place, nn.unbox(boxed), part.logical_to_sharding(boxed, mesh, rules))

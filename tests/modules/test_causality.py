@@ -4,20 +4,23 @@ import numpy as np
 import pytest
 from helpers import VOCAB, config, random_params, random_tokens, read
 
+from famx.memories import Fam
+from famx.modules import Memory
+
 LENGTH = 18
 BASE = dict(dtype="float64", blocks_per_chunk=2)
 VARIANTS = {
     "paper": dict(),
     "no segments": dict(memory_segments=0),
-    "bswa": dict(fam_length=0),
-    "zero positions": dict(fam_positions="zero", attention_backend="blockwise"),
-    "float positions": dict(fam_positions="float", fam_length=4),
-    "prefix": dict(fam_start="prefix", attention_backend="xla"),
-    "gated": dict(fam_update="gated", normalize_memory=True),
-    "scaled, normalized": dict(fam_update_scale=0.5, normalize_memory=True, memory_segments=0),
+    "bswa": dict(memory=Memory()),
+    "zero positions": dict(memory=Fam(2, positions="zero"), attention_backend="blockwise"),
+    "float positions": dict(memory=Fam(4, positions="float")),
+    "prefix": dict(memory=Fam(2, start_from="prefix"), attention_backend="xla"),
+    "gated": dict(memory=Fam(2, update="gated", normalize=True)),
+    "scaled, normalized": dict(memory=Fam(2, update_scale=0.5, normalize=True), memory_segments=0),
     "window mask": dict(window_mask=True, memory_segments=2),
     "window mask, blockwise, bswa": dict(
-        window_mask=True, fam_length=0, attention_backend="blockwise", blocks_per_chunk=1
+        window_mask=True, memory=Memory(), attention_backend="blockwise", blocks_per_chunk=1
     ),
     "parallel block": dict(parallel_block=True, num_layers=3, num_kv_heads=1),
     "stopped segments": dict(stop_gradient_segments=True, attention_backend="blockwise"),
@@ -54,7 +57,7 @@ def test_with_memory_every_token_reaches_all_that_follow(name):
 @pytest.mark.parametrize("window", [False, True])
 def test_without_memory_the_reach_is_exact(layers, segments, window):
     c = config(
-        num_layers=layers, memory_segments=segments, window_mask=window, fam_length=0, **BASE
+        num_layers=layers, memory_segments=segments, window_mask=window, memory=Memory(), **BASE
     )
     length, size = 22, c.block_size
     change = influence(c, length)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from helpers import assert_close, config, jit, random_params, random_tokens
 
+from famx.memories import Fam
 from famx.modules import Decoder, deferred, layer
 
 WIDE = dict(dtype="float64", param_dtype="float64")
@@ -31,7 +32,7 @@ def gradient(c, tokens):
     "changes",
     [
         dict(),
-        dict(remat="full", num_heads=4, num_kv_heads=2, fam_update="gated"),
+        dict(remat="full", num_heads=4, num_kv_heads=2, memory=Fam(2, update="gated")),
         dict(remat="dots", qkv_bias=True, output_bias=True, mlp_bias=True, norm="layer"),
         dict(parallel_block=True, gated_mlp=False, blocks_per_chunk=2, post_norms=True, qk_norm=True),
     ],

@@ -6,34 +6,35 @@ import numpy as np
 import pytest
 from helpers import config, random_params, random_tokens
 
-from famx.modules import Decoder, updates
+from famx.memories import Fam, fam
+from famx.modules import Decoder
 
-GATED = config(fam_update="gated", normalize_memory=True)
+GATED = config(memory=Fam(2, update="gated", normalize=True))
 
 
 def gate_of(mass):
     """The gate where each memory query puts `mass` of its attention on the block."""
-    n, size = GATED.fam_length, GATED.block_size
+    n, size = GATED.memory_columns, GATED.block_size
     row = jnp.concatenate([jnp.full(n, (1 - mass) / n), jnp.full(size, mass / size)])
     probabilities = jnp.broadcast_to(row, (1, GATED.num_kv_heads, 1, n, n + size))
-    return updates.write_gate(probabilities, GATED)
+    return fam.write_gate(probabilities, n)
 
 
 @pytest.mark.parametrize("mass, gate", [(0.0, 0.0), (0.3, 0.0), (0.5, 0.0), (0.75, 0.5), (1.0, 1.0)])
 def test_gate_is_open_as_far_as_most_attention_goes_to_the_block(mass, gate):
-    np.testing.assert_allclose(gate_of(mass), np.full((1, GATED.fam_length, 1), gate), atol=1e-6)
+    np.testing.assert_allclose(gate_of(mass), np.full((1, GATED.memory_columns, 1), gate), atol=1e-6)
 
 
 @pytest.mark.parametrize("mass", [0.2, 0.8])
 def test_gradient_passes_a_closed_gate_as_an_open_one(mass):
     slope = jax.grad(lambda m: gate_of(m).sum())(mass)
-    np.testing.assert_allclose(slope, 2 * GATED.fam_length, rtol=1e-5)
+    np.testing.assert_allclose(slope, 2 * GATED.memory_columns, rtol=1e-5)
 
 
 def read(monkeypatch, gate, blocks):
     """The memory after so many blocks, with every gate held at `gate`."""
-    make = lambda p, config: jnp.full((p.shape[0], GATED.fam_length, 1), gate)
-    monkeypatch.setattr(updates, "write_gate", make)
+    make = lambda p, length: jnp.full((p.shape[0], GATED.memory_columns, 1), gate)
+    monkeypatch.setattr(fam, "write_gate", make)
     tokens = random_tokens(2, 6 * GATED.block_size)[:, : blocks * GATED.block_size]
     apply = jax.jit(lambda p, t: Decoder(GATED).apply({"params": p}, t))
     return apply(random_params(GATED), tokens)[1]

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from helpers import assert_close, config, initial, jit, random_params, random_tokens
 
-from famx.modules import Decoder
+from famx.memories import Fam
+from famx.modules import Decoder, Memory
+from famx.modules.memory import of_memory
 
 BLOCKS, SIZE = 4, 4
 # Tokens 0 .. 11: each block has ids of its own, so a row of the embedding belongs to one block.
@@ -45,17 +48,18 @@ def test_the_last_block_teaches_the_prompt_and_the_first_block(name):
     changes = {
         "paper": dict(attention_backend="xla"),
         "blockwise, block-outer": dict(attention_backend="blockwise", blocks_per_chunk=1),
-        "prefix": dict(fam_start="prefix", blocks_per_chunk=2),
+        "prefix": dict(memory=Fam(2, start_from="prefix"), blocks_per_chunk=2),
         "remat": dict(remat="full", blocks_per_chunk=1),
     }
     c = config(**BASE, **changes[name])
     assert embedding_gradient_by_block(c).min() > 1e-9
-    fam = np.abs(np.asarray(gradient_of_last_block(c)["fam"])).sum(axis=-1)
-    assert fam.min() > 1e-9
+    leaves = flatten_dict(gradient_of_last_block(c), sep="/").items()
+    for prompt in [leaf for path, leaf in leaves if of_memory(path)]:
+        assert np.abs(np.asarray(prompt)).sum(axis=-1).min() > 1e-9
 
 
 def test_without_memory_it_does_not_reach_beyond_the_window():
-    c = config(**{**BASE, "memory_segments": 1, "fam_length": 0, "num_layers": 1})
+    c = config(**{**BASE, "memory_segments": 1, "memory": Memory(), "num_layers": 1})
     reached = embedding_gradient_by_block(c)
     assert reached[:2].max() == 0 and reached[2:].min() > 1e-6
 
@@ -64,7 +68,7 @@ def test_without_memory_it_does_not_reach_beyond_the_window():
 def test_stopped_segments_stop_it_but_for_the_memory(backend):
     stopped = {**BASE, "memory_segments": 2, "stop_gradient_segments": True, "num_layers": 1}
     stopped["attention_backend"] = backend
-    reached = embedding_gradient_by_block(config(**stopped, fam_length=0))
+    reached = embedding_gradient_by_block(config(**stopped, memory=Memory()))
     assert reached[:3].max() == 0 and reached[3].min() > 1e-6
     assert embedding_gradient_by_block(config(**stopped)).min() > 1e-9
 
@@ -86,8 +90,8 @@ DIFFERENTIATED = {
         memory_segments=2, window_mask=True, attention_softcap=2.0, num_heads=4, num_kv_heads=2,
         logit_softcap=4.0, qk_norm=True,
     ),
-    "bswa": dict(memory_segments=2, fam_length=0, num_kv_heads=1),
-    "normalized": dict(normalize_memory=True, fam_update_scale=0.5, fam_positions="float"),
+    "bswa": dict(memory_segments=2, memory=Memory(), num_kv_heads=1),
+    "normalized": dict(memory=Fam(2, normalize=True, update_scale=0.5, positions="float")),
 }  # fmt: skip
 
 
@@ -118,7 +122,7 @@ def test_it_equals_finite_differences_in_both_backends(name):
 def test_tiles_of_large_blocks_give_the_same():
     # At this size the blockwise backend cuts a block into two query tiles.
     c = config(
-        num_layers=1, embed_dim=32, num_heads=16, num_kv_heads=8, block_size=128, fam_length=4,
+        num_layers=1, embed_dim=32, num_heads=16, num_kv_heads=8, block_size=128, memory=Fam(4),
         memory_segments=1, attention_softcap=3.0, dtype="float64",
     )  # fmt: skip
     params, tokens = random_params(c), random_tokens(1, 256)
@@ -175,7 +179,7 @@ def test_a_stopped_state_stops_it():
     grad = jit(c, jax.grad(loss))(random_params(c))
     rows = np.abs(np.asarray(grad["embedding"])).sum(axis=1)[:12].reshape(BLOCKS, 3)
     assert rows[:2].max() == 0 and rows[2:].min() > 1e-6
-    assert not np.any(grad["fam"])
+    assert not np.any(grad["memory"]["prompt"])
 
 
 def test_an_initial_state_that_is_passed_in_teaches_the_prompt():

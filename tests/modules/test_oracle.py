@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from helpers import assert_close, config, initial, precision, random_params, random_tokens, read
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 
-from famx.modules import RopeScaling
+from famx.memories.fam import POSITIONS, Fam
+from famx.modules import Memory, RopeScaling
 
 # The oracle's frequencies are not rounded to 2^-33 turns per token; all else agrees to 1e-12.
 FLOAT64 = 1e-6
@@ -19,23 +21,23 @@ FLOAT32 = 2e-4
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, original_length=40)
 CASES = {
     "paper": dict(),
-    "bswa": dict(fam_length=0, memory_segments=2),
-    "no segments": dict(memory_segments=0, fam_length=4),
-    "three segments": dict(memory_segments=3, block_size=3, fam_length=1),
-    "transformer-xl": dict(fam_length=0, memory_segments=1, window_mask=True),
+    "bswa": dict(memory=Memory(), memory_segments=2),
+    "no segments": dict(memory_segments=0, memory=Fam(4)),
+    "three segments": dict(memory_segments=3, block_size=3, memory=Fam(1)),
+    "transformer-xl": dict(memory=Memory(), memory_segments=1, window_mask=True),
     "window mask with memory": dict(memory_segments=2, window_mask=True),
     "window mask, no segments": dict(memory_segments=0, window_mask=True),
-    "float positions": dict(fam_positions="float", fam_length=3),
-    "zero positions": dict(fam_positions="zero"),
-    "prefix": dict(fam_start="prefix", memory_segments=0),
+    "float positions": dict(memory=Fam(3, positions="float")),
+    "zero positions": dict(memory=Fam(2, positions="zero")),
+    "prefix": dict(memory=Fam(2, start_from="prefix"), memory_segments=0),
     "prefix, float, normalized": dict(
-        fam_start="prefix", fam_positions="float", normalize_memory=True
+        memory=Fam(2, start_from="prefix", positions="float", normalize=True)
     ),
-    "normalized, scaled": dict(normalize_memory=True, fam_update_scale=0.3),
-    "scaled": dict(fam_update_scale=0.5, memory_segments=0),
-    "gated": dict(fam_update="gated", fam_length=4),
+    "normalized, scaled": dict(memory=Fam(2, normalize=True, update_scale=0.3)),
+    "scaled": dict(memory=Fam(2, update_scale=0.5), memory_segments=0),
+    "gated": dict(memory=Fam(4, update="gated")),
     "gated, normalized, scaled": dict(
-        fam_update="gated", normalize_memory=True, fam_update_scale=0.4, num_kv_heads=1
+        memory=Fam(2, update="gated", normalize=True, update_scale=0.4), num_kv_heads=1
     ),
     "like llama": dict(
         num_heads=4, num_kv_heads=2, head_dim=4, rope_base=500.0, rope_scaling=LLAMA3,
@@ -47,7 +49,7 @@ CASES = {
     ),
     "like palm": dict(
         num_heads=4, num_kv_heads=1, head_dim=2, parallel_block=True, memory_segments=2,
-        fam_start="prefix",
+        memory=Fam(2, start_from="prefix"),
     ),
     "parallel, post norms": dict(parallel_block=True, post_norms=True, norm="layer"),
     "like neox": dict(
@@ -56,7 +58,7 @@ CASES = {
     ),
     "like gemma 3": dict(
         rope_layers=("local", "global"), rope_base=300.0, local_rope_base=20.0,
-        rope_scaling=RopeScaling(2.0), qk_norm=True, fam_positions="float", fam_length=3,
+        rope_scaling=RopeScaling(2.0), qk_norm=True, memory=Fam(3, positions="float"),
     ),
     "like smollm 3": dict(rope_layers=("global", "none"), num_kv_heads=1),
     "plain relu": dict(
@@ -79,7 +81,8 @@ def check(c, length, tolerance, batch=2, seed=0, offset=0):
     for example in range(batch):
         expected, memories, updates = Oracle(c, params).read(tokens[example], offset)
         assert_close(logits[example], expected, tolerance)
-        assert_close(state.memory[:, example], memories, tolerance)
+        if c.memory.exists:
+            assert_close(jax.tree.map(lambda m: m[:, example], state.memory), memories, tolerance)
         assert state.updates[example] == updates
         assert state.position[example] == length
 
@@ -109,8 +112,14 @@ def test_equals_the_oracle_in_float32(case):
 
 @pytest.mark.parametrize("positions", ["last", "zero"])
 def test_equals_the_oracle_with_a_position_offset(positions):
-    c = config(dtype="float64", fam_positions=positions)
+    c = config(dtype="float64", memory=Fam(2, positions=positions))
     check(c, 14, FLOAT64, offset=29)
+
+
+@st.composite
+def memories(draw, block):
+    length = draw(st.integers(0, block))
+    return Fam(length, positions=draw(st.sampled_from(POSITIONS))) if length else Memory()
 
 
 @st.composite
@@ -127,8 +136,7 @@ def sizes(draw):
         head_dim=2 * half,
         block_size=block,
         memory_segments=draw(st.integers(0, 3)),
-        fam_length=draw(st.integers(0, block)),
-        fam_positions=draw(st.sampled_from(["last", "float", "zero"])),
+        memory=draw(memories(block)),
         window_mask=draw(st.booleans()),
         attention_backend=draw(st.sampled_from(["xla", "blockwise"])),
         blocks_per_chunk=draw(st.sampled_from([None, 1, 2, 3])),
@@ -143,7 +151,7 @@ def test_equals_the_oracle_at_any_size(drawn, seed):
 
 
 def test_initial_state_is_the_prompt_run_up_the_layers():
-    c = config(dtype="float64", num_layers=3, fam_length=3)
+    c = config(dtype="float64", num_layers=3, memory=Fam(3))
     params = random_params(c)
     state = initial(c, params, 2)
     expected = np.array(Oracle(c, params).first_memories(0))
@@ -158,7 +166,7 @@ def test_first_update_has_no_residual_and_later_ones_have():
     start = initial(c, params, 1)
     oracle = Oracle(c, params)
     # In the first layer the memory is the prompt itself: the residual is exactly that.
-    f_0 = [np.array(f) for f in params["fam"].astype(np.float64)]
+    f_0 = [np.array(f) for f in params["memory"]["prompt"].astype(np.float64)]
     inputs = [oracle.embed(token) for token in tokens[0]]
     first = np.array(oracle.block(oracle.layers[0], inputs, 0, [], [], f_0, 0)[1])
     _, after_first = read(c, params, tokens, start)

@@ -17,31 +17,33 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from famx.modules import DecoderState
+from famx.memories import Fam
+from famx.modules import DecoderState, Memory
 
 LENGTH = 19
 CHUNKS = (1, 3, 4, 9)  # one token, odd, one block, more than two blocks
 CONFIGS = {
     "paper, grouped heads": dict(memory_segments=2, num_heads=4, num_kv_heads=2),
-    "bswa, one key head": dict(memory_segments=3, fam_length=0, num_kv_heads=1, blocks_per_chunk=2),
+    "bswa, one key head": dict(memory_segments=3, memory=Memory(), num_kv_heads=1, blocks_per_chunk=2),
     "no segments, gated": dict(
-        memory_segments=0, fam_update="gated", fam_positions="float", blocks_per_chunk=1
+        memory_segments=0, memory=Fam(2, update="gated", positions="float"), blocks_per_chunk=1
     ),
     "window mask, scaled": dict(
-        window_mask=True, fam_update_scale=0.5, normalize_memory=True, fam_positions="zero",
+        window_mask=True, memory=Fam(2, update_scale=0.5, normalize=True, positions="zero"),
         blocks_per_chunk=2, attention_backend="blockwise",
     ),
 }  # fmt: skip
 MORE = {
-    "no segments, bswa": dict(memory_segments=0, fam_length=0),
+    "no segments, bswa": dict(memory_segments=0, memory=Memory()),
     "three segments, full memory": dict(
-        memory_segments=3, fam_length=4, num_kv_heads=1, attention_backend="xla"
+        memory_segments=3, memory=Fam(4), num_kv_heads=1, attention_backend="xla"
     ),
     "transformer-xl, parallel": dict(
-        memory_segments=2, window_mask=True, fam_length=0, parallel_block=True, norm="layer"
+        memory_segments=2, window_mask=True, memory=Memory(), parallel_block=True, norm="layer"
     ),
     "prefix, gemma": dict(
-        fam_start="prefix", post_norms=True, qk_norm=True, attention_softcap=2.0, qkv_bias=True
+        memory=Fam(2, start_from="prefix"), post_norms=True, qk_norm=True, attention_softcap=2.0,
+        qkv_bias=True,
     ),
 }
 ALL = {**CONFIGS, **MORE}

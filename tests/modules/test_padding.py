@@ -11,11 +11,14 @@ from helpers import (
     read,
 )
 
+from famx.memories import Fam
+from famx.modules import Memory
+
 CONFIGS = {
     "paper": dict(memory_segments=2),
     "block-outer": dict(blocks_per_chunk=1, memory_segments=0, attention_backend="blockwise"),
-    "bswa, two blocks": dict(blocks_per_chunk=2, fam_length=0, attention_backend="xla"),
-    "gated, window mask": dict(fam_update="gated", window_mask=True, blocks_per_chunk=3),
+    "bswa, two blocks": dict(blocks_per_chunk=2, memory=Memory(), attention_backend="xla"),
+    "gated, window mask": dict(memory=Fam(2, update="gated"), window_mask=True, blocks_per_chunk=3),
 }
 PLACES = {"start": None, "inside a block": 6, "block boundary": 8}
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from helpers import config, random_params, random_tokens, read, shapes
 
+from famx.memories import Fam
 from famx.mesh import LOGICAL_AXES
-from famx.modules import Decoder
+from famx.modules import Decoder, Memory
 
 STYLES = {
     "plain": dict(),
@@ -18,8 +19,8 @@ STYLES = {
         norm="layer", qkv_bias=True, output_bias=True, mlp_bias=True, gated_mlp=False,
         tied_embeddings=False,
     ),
-    "all norms": dict(post_norms=True, qk_norm=True, num_heads=4, num_kv_heads=2, fam_length=3),
-    "parallel": dict(parallel_block=True, normalize_memory=True, fam_update="gated"),
+    "all norms": dict(post_norms=True, qk_norm=True, num_heads=4, num_kv_heads=2, memory=Fam(3)),
+    "parallel": dict(parallel_block=True, memory=Fam(2, normalize=True, update="gated")),
 }  # fmt: skip
 
 
@@ -30,33 +31,33 @@ def count(tree):
 @pytest.mark.parametrize("style", STYLES)
 def test_memory_adds_n_times_d_parameters(style):
     fam = config(**STYLES[style])
-    bswa = dataclasses.replace(fam, fam_length=0)
+    bswa = dataclasses.replace(fam, memory=Memory())
     with_memory, without = dict(shapes(fam)), dict(shapes(bswa))
-    assert count(with_memory) == count(without) + fam.fam_length * fam.embed_dim
-    assert with_memory.pop("fam").shape == (fam.fam_length, fam.embed_dim)
+    assert count(with_memory) == count(without) + fam.memory_columns * fam.embed_dim
+    assert with_memory.pop("memory")["prompt"].shape == (fam.memory_columns, fam.embed_dim)
     assert with_memory == without
 
 
 def test_a_prefix_adds_as_many_for_every_layer():
-    c = config(fam_start="prefix", num_layers=3)
-    without = count(shapes(dataclasses.replace(c, fam_length=0)))
-    assert count(shapes(c)) == without + 3 * c.fam_length * c.embed_dim
+    c = config(memory=Fam(2, start_from="prefix"), num_layers=3)
+    without = count(shapes(dataclasses.replace(c, memory=Memory())))
+    assert count(shapes(c)) == without + 3 * c.memory_columns * c.embed_dim
 
 
 def test_parameters_of_one_load_into_the_other():
     c = config()
-    bswa = dataclasses.replace(c, fam_length=0)
+    bswa = dataclasses.replace(c, memory=Memory())
     params, tokens = random_params(c), random_tokens(2, 9)
-    without = {name: part for name, part in params.items() if name != "fam"}
+    without = {name: part for name, part in params.items() if name != "memory"}
     logits, _ = read(bswa, without, tokens)
-    back, _ = read(c, {**without, "fam": params["fam"]}, tokens)
+    back, _ = read(c, {**without, "memory": params["memory"]}, tokens)
     assert logits.shape == back.shape
     assert np.abs(np.asarray(logits) - np.asarray(back)).max() > 1e-3
 
 
 @pytest.mark.parametrize("style", [*STYLES, "prefix"])
 def test_every_parameter_names_its_axes(style):
-    c = config(**STYLES.get(style, dict(fam_start="prefix")))
+    c = config(**STYLES.get(style, dict(memory=Fam(2, start_from="prefix"))))
     init = lambda: Decoder(c).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     boxed = jax.eval_shape(init)["params"]
     leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
@@ -66,18 +67,18 @@ def test_every_parameter_names_its_axes(style):
         assert set(leaf.names) <= set(LOGICAL_AXES)
         sizes = dict(
             embed=c.embed_dim, layers=c.num_layers, heads=c.num_heads, kv_heads=c.num_kv_heads,
-            kv=c.head_dim, mlp=c.mlp_dim, vocab=c.vocab_size, fam=c.fam_length,
+            kv=c.head_dim, mlp=c.mlp_dim, vocab=c.vocab_size, memory=c.memory_columns,
         )  # fmt: skip
         assert leaf.value.shape == tuple(sizes[name] for name in leaf.names)
 
 
 def test_fresh_parameters_have_a_sensible_scale():
-    c = config(embed_dim=64, num_heads=4, vocab_size=50, fam_length=4)
+    c = config(embed_dim=64, num_heads=4, vocab_size=50, memory=Fam(4))
     init = jax.jit(lambda key: Decoder(c).init(key, jnp.zeros((1, 4), jnp.int32)))
     params = nn.unbox(init(jax.random.key(1)))["params"]
     rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
     assert rms(params["embedding"]) == pytest.approx(1 / 8, rel=0.1)
-    assert rms(params["fam"]) == pytest.approx(1 / 8, rel=0.2)
+    assert rms(params["memory"]["prompt"]) == pytest.approx(1 / 8, rel=0.2)
     for name in ("query", "key", "value", "output"):
         assert rms(params["layers"][name]["kernel"]) == pytest.approx(1 / 8, rel=0.1)
     assert rms(params["layers"]["mlp"]["down"]["kernel"]) == pytest.approx(12**-0.5, rel=0.15)
@@ -104,18 +105,18 @@ BAD = [
     (dict(num_heads=0), "num_heads must be at least 1"),
     (dict(block_size=0), "block_size must be at least 1"),
     (dict(memory_segments=-1), "memory_segments must not be negative, got -1"),
-    (dict(fam_length=-2), "fam_length must not be negative"),
+    (dict(memory=Fam(0)), "Fam.length must be at least 1, got 0; for none set memory to Memory()"),
     (dict(num_heads=3), "embed_dim 8 is not a multiple of num_heads 3; set head_dim"),
     (dict(num_heads=4, num_kv_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
     (dict(num_kv_heads=0), "num_kv_heads 0"),
     (dict(head_dim=3), "head_dim 3 must be even"),
-    (dict(fam_length=5), "fam_length 5 exceeds block_size 4"),
-    (dict(fam_update_scale=0.0), "fam_update_scale must lie in"),
-    (dict(fam_update_scale=1.5), "fam_update_scale must lie in"),
+    (dict(memory=Fam(5)), "Fam.length 5 exceeds block_size 4"),
+    (dict(memory=Fam(2, update_scale=0.0)), "Fam.update_scale must lie in"),
+    (dict(memory=Fam(2, update_scale=1.5)), "Fam.update_scale must lie in"),
     (dict(blocks_per_chunk=0), "blocks_per_chunk must be at least 1, or None"),
-    (dict(fam_positions="first"), "fam_positions must be one of last, float, zero; got 'first'"),
-    (dict(fam_start="zeros"), "fam_start must be one of prompt, prefix"),
-    (dict(fam_update="add"), "fam_update must be one of residual, gated"),
+    (dict(memory=Fam(2, positions="first")), "Fam.positions must be one of last, float, zero; got 'f"),
+    (dict(memory=Fam(2, start_from="zeros")), "Fam.start_from must be one of prompt, prefix"),
+    (dict(memory=Fam(2, update="add")), "Fam.update must be one of residual, gated"),
     (dict(norm="batch"), "norm must be one of rms, layer"),
     (dict(activation="swish"), "activation must be one of silu"),
     (dict(dtype="float16"), "dtype must be one of float32, bfloat16, float64; got 'float16'"),

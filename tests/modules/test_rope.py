@@ -8,6 +8,7 @@ from helpers import assert_close, config, difference, initial, random_params, ra
 from hypothesis import given
 from hypothesis import strategies as st
 
+from famx.memories import Fam
 from famx.modules import RopeScaling, rope
 
 HEAD_DIM = 8
@@ -89,7 +90,7 @@ def test_scaled_frequencies(scaling):
 
 
 def change_by_offset(positions, offset):
-    c = config(fam_positions=positions)
+    c = config(memory=Fam(2, positions=positions))
     params, tokens = random_params(c), random_tokens(2, 17)
     state = initial(c, params, 2)
     plain, _ = read(c, params, tokens, state)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import make_model, make_params
+from tiny import fam, make_model, make_params
 
 import famx
-from famx.modules import DecoderConfig
+from famx.memories import Fam
+from famx.modules import DecoderConfig, Memory
 from famx.scale import costs, hlo, kernels
 from famx.training.flops import train_flops
 
@@ -81,10 +82,10 @@ def test_convolutions_count_what_meets_an_input():
     assert costs.count(hlo.parse(text)).total("flops") == 2 * 2 * 3 * 5 * pairs
 
 
-@pytest.mark.parametrize("fam_length", [0, 2])
-def test_a_decoder_executes_what_its_sizes_say(fam_length):
+@pytest.mark.parametrize("length", [0, 2])
+def test_a_decoder_executes_what_its_sizes_say(length):
     """Dense attention to every column, every block updating the memory: all that, nothing twice."""
-    model = make_model(fam_length=fam_length, num_layers=3, memory_segments=2, attention_backend="xla")
+    model = make_model(memory=fam(length), num_layers=3, memory_segments=2, attention_backend="xla")
     c, batch, blocks = model.config, 2, 4
     length = blocks * c.block_size
     params = make_params(model.module)
@@ -97,12 +98,12 @@ def test_a_decoder_executes_what_its_sizes_say(fam_length):
     want += batch * c.num_layers * length * columns * pair
     # The last block's update and the last layer's prompt are what the loss does not need.
     assert want + counted["memory"] <= program.total("flops") <= want + counted["memory"] * (
-        blocks / (blocks - 1) * 1.25 if fam_length else 1
+        blocks / (blocks - 1) * 1.25 if length else 1
     )
 
 
 def test_a_training_step_without_recomputation_executes_three_passes():
-    model = make_model(fam_length=0, memory_segments=1, attention_backend="xla", num_layers=2)
+    model = make_model(memory=Memory(), memory_segments=1, attention_backend="xla", num_layers=2)
     params, tokens = make_params(model.module), np.ones((2, 32), np.int32)
     batch = {"decoder_input_tokens": tokens, "decoder_target_tokens": tokens}
     program = count(jax.grad(lambda p: model.loss(p, batch)[0]), params)
@@ -282,12 +283,12 @@ def test_groups_in_every_notation(text, groups):
 def test_the_tiles_of_splash_attention_are_those_that_see_something():
     config = DecoderConfig(
         vocab_size=8, num_layers=1, embed_dim=8, num_heads=1, block_size=128, memory_segments=1,
-        fam_length=16,
+        memory=Fam(16),
     )  # fmt: skip
     # Each block sees the one before, itself and its memory; all memories lie in one tile.
     tiles = kernels.visible_tiles(config, 3)
     assert tiles == 3 + 3 + 3
-    by_hand = dataclasses.replace(config, memory_segments=0, fam_length=0)
+    by_hand = dataclasses.replace(config, memory_segments=0, memory=Memory())
     assert kernels.visible_tiles(by_hand, 3) == 3
     line = (
         "  %splash_mha_dq_no_residuals.1 = bf16[2,4,384,64] custom-call(%i, %q, %k, %k),"

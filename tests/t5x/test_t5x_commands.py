@@ -19,7 +19,7 @@ TINY = {
     "DecoderConfig.mlp_dim": 32,
     "DecoderConfig.block_size": 8,
     "DecoderConfig.vocab_size": 260,
-    "DecoderConfig.fam_length": 2,
+    "DecoderConfig.memory_columns": 2,
     "MIXTURE_OR_TASK_NAME": "'passkey_words'",
     "TASK_OPTIONS": {"digits": 1, "header": False, "filler": "random_words"},
     "TASK_FEATURE_LENGTHS": {"targets": LENGTH},
@@ -99,7 +99,7 @@ def test_pretraining_finetuning_evaluation_and_inference_by_command(tmp_path):
         "Lora.rank": 2,
     }
     model = {k: v for k, v in TINY.items() if k.startswith("Decoder")}
-    model |= {"DecoderConfig.fam_update": "'gated'", "DecoderConfig.normalize_memory": True}
+    model |= {"DecoderConfig.memory.update": "'gated'", "DecoderConfig.memory.normalize": True}
     model |= segments
     files = ["gin_configs/t5x/finetune.gin", "gin_configs/models/tiny.gin"]
     finish(start("t5x.main", files, {**model, **bindings}, "--run_mode=train"))

@@ -50,7 +50,7 @@ def test_moments_are_cut_as_their_parameters(trainable):
     axes, _ = axes_of(make_optimizer("adamw"), trainable=trainable, state_passing_mode="random")
     assert tuple(axes["target/layers/query/kernel"]) == ("layers", "embed", "heads", "kv")
     assert tuple(axes["target/embedding"]) == ("vocab", "embed")
-    assert tuple(axes["flax_mutables/state_passing/memory"]) == ("layers", "fam", "embed")
+    assert tuple(axes["flax_mutables/state_passing/memory"]) == ("layers", "memory", "embed")
     moments = {path.partition("/mu/")[2]: names for path, names in axes.items() if "/mu/" in path}
     assert moments and all(names == axes[f"target/{path}"] for path, names in moments.items())
     learns = {"all": "layers/output/kernel", "lora": "layers/query/lora_b"}
@@ -110,7 +110,7 @@ def test_evaluation_reads_the_kept_memory_without_a_change():
 
 def test_rules_cut_our_axes_and_keep_what_may_be_whole():
     rules = dict(famx_t5x.logical_axis_rules())
-    assert rules["batch"] == "data" and rules["embed"] is None and rules["fam"] is None
+    assert rules["batch"] == "data" and rules["embed"] is None and rules["memory"] is None
     assert {rules[name] for name in ("heads", "kv_heads", "mlp", "vocab")} == {"model"}
     rules = dict(famx_t5x.logical_axis_rules(may_replicate=("kv_heads", "heads")))
     assert rules["heads"] is rules["kv_heads"] is None and rules["mlp"] == "model"

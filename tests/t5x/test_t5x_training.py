@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from tiny import assert_identical, make_model
 
 from famx.lora import Lora
+from famx.modules import Memory
 from famx.training.state_passing import RandomState
 
 pytestmark = [pytest.mark.slow, pytest.mark.t5x]
@@ -56,7 +57,7 @@ def test_either_engine_goes_on_from_the_others_checkpoint(tmp_path):
 
 def test_adapters_learn_from_a_checkpoint_and_nothing_else_changes(tmp_path):
     base = str(tmp_path / "base")
-    run_ours(base, 2, model=make_model(fam_length=0))
+    run_ours(base, 2, model=make_model(memory=Memory()))
     settings = dict(model=with_adapters(), trainable="lora")
     ours = run_ours(tmp_path / "ours", 8, initial_checkpoint_path=base, **settings)
     theirs = run_t5x(tmp_path / "t5x", 4, initial=base, **settings)
@@ -68,7 +69,7 @@ def test_adapters_learn_from_a_checkpoint_and_nothing_else_changes(tmp_path):
         if path in first:
             assert leaf.tobytes() == first[path].tobytes(), path
         else:
-            assert path == "fam" or path.endswith(("lora_a", "lora_b")), path
+            assert path == "memory/prompt" or path.endswith(("lora_a", "lora_b")), path
             assert np.any(leaf != 0), path
     theirs = run_t5x(tmp_path / "t5x", 6, initial=base, **settings)
     assert sorted(theirs.losses) == [5, 6]  # from its own checkpoint, not from the base's

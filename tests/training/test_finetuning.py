@@ -21,9 +21,11 @@ from famx.inference import infer
 from famx.inference.conversation import load_with_vocabulary
 from famx.lora import Lora, combine
 from famx.lora.adapters import ADAPTERS, SCALE
+from famx.memories import Fam
 from famx.model_dir.loading import load_model
 from famx.model_dir.memory_file import load_memory, save_memory
 from famx.models import DecoderModel
+from famx.modules import Memory
 from famx.training.step import make_initializer, make_train_step
 from famx.training.trainable import Trainable
 
@@ -64,7 +66,7 @@ def test_what_the_export_needs_travels_with_the_run(base, tmp_path):
     assert (tmp_path / "source" / "config.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("trainable", ["lora", "fam_only", "layers/mlp/.*|head", "all"])
+@pytest.mark.parametrize("trainable", ["lora", "memory", "layers/mlp/.*|head", "all"])
 def test_what_does_not_learn_stays_bit_for_bit(trainable, base, tmp_path):
     finetune(tmp_path, base, trainable=trainable)
     before, tree = flat(load_model(base).params), saved(tmp_path, STEPS)
@@ -177,7 +179,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(frozen_dtype, base, tmp_path):
     kinds = {path.rpartition("/")[2]: leaf.dtype for path, leaf in flat(whole["target"]).items()}
     assert kinds["kernel"] == (frozen_dtype or "float32")
     assert kinds["embedding"] == ("float32" if frozen_dtype is None else "bfloat16")
-    assert kinds["lora_a"] == kinds["fam"] == kinds["scale"] == "float32"
+    assert kinds["lora_a"] == kinds["prompt"] == kinds["scale"] == "float32"
     assert (SCALE in kinds) == (frozen_dtype == "int8")
     trained = load_model(str(tmp_path / "whole"))
     exact = logits(load_model(base))
@@ -189,28 +191,29 @@ def test_a_model_may_differ_from_its_checkpoint_in_its_memory(base, tmp_path):
     """FAM's checkpoint into BSWA, BSWA's into FAM, other blocks: all weights but the prompt's."""
     params = flat(load_model(base).params)
     for name, changes in {
-        "bswa": dict(fam_length=0), "longer": dict(fam_length=4, block_size=16, memory_segments=0),
+        "bswa": dict(memory=Memory()), "longer": dict(memory=Fam(4), block_size=16, memory_segments=0),
     }.items():  # fmt: skip
         run(
             tmp_path / name, model=make_model(**changes), initial_checkpoint_path=base, total_steps=1,
             optimizer=optax.sgd(0.0), task_feature_lengths={"targets": 64},
         )  # fmt: skip
         taken = flat(load_model(str(tmp_path / name)).params)
-        assert ("fam" in taken) == (name == "longer")
-        for path in params.keys() - {"fam"}:
+        assert ("memory" in taken) == (name == "longer")
+        for path in params.keys() - {"memory"}:
             assert np.array_equal(params[path], taken[path]), path
     back = tmp_path / "back"
     run(back, initial_checkpoint_path=str(tmp_path / "bswa"), total_steps=1)
-    assert load_model(str(back)).params["fam"].shape == params["fam"].shape
+    assert load_model(str(back)).params["memory"]["prompt"].shape == params["memory"]["prompt"].shape
 
 
 def test_the_prompt_is_taken_where_it_fits(base, tmp_path):
     run(tmp_path, initial_checkpoint_path=base, total_steps=1, optimizer=optax.sgd(0.0))
-    assert np.array_equal(load_model(str(tmp_path)).params["fam"], load_model(base).params["fam"])
+    prompt = lambda directory: load_model(str(directory)).params["memory"]["prompt"]
+    assert np.array_equal(prompt(tmp_path), prompt(base))
 
 
 def test_an_adapter_brings_the_memory_that_it_was_trained_with(base, tmp_path):
-    model = make_model(fam_length=4, memory_segments=0)
+    model = make_model(memory=Fam(4), memory_segments=0)
     finetune(tmp_path, base, model=model)
     adapted = load_model(base, adapter=str(tmp_path / "adapter"))
     assert adapted.model.config == model.config
@@ -249,7 +252,7 @@ def memory(base, tmp_path_factory):
 
 
 def test_a_saved_memory_is_trained_alone(base, memory, tmp_path):
-    settings = dict(trainable="fam_only", initial_memory_file=memory)
+    settings = dict(trainable="memory", initial_memory_file=memory)
     finetune(tmp_path / "whole", base, **settings)
     finetune(tmp_path / "parts", base, steps=2, **settings)
     finetune(tmp_path / "parts", base, **settings)
@@ -287,25 +290,25 @@ def test_the_loss_from_a_memory_is_that_of_reading_on(base, memory):
     (dict(lora=None), "TRAINABLE is 'lora', but the model has no adapters: set LORA=@Lora()."),
     (dict(lora=Lora(rank=17)), "The rank of LoRA is 17, but layers/key is only 16 wide"),
     (dict(trainable="layers/mpl/.*"), "leaves nothing to learn: it matches no whole path; the param"),
-    (dict(trainable="["), "TRAINABLE '[' is neither one of all, lora, fam_only nor a regular express"),
-    (dict(trainable="fam_only", model=make_model(fam_length=0)), "the model has no memory"),
+    (dict(trainable="["), "TRAINABLE '[' is neither one of all, lora, memory nor a regular express"),
+    (dict(trainable="memory", model=make_model(memory=Memory())), "the model has no memory"),
     (dict(frozen_dtype="int4"), "FROZEN_DTYPE must be None or one of float32, bfloat16, int8; got"),
     (dict(model=make_model(mlp_dim=48)), "holds another model, differing in mlp_dim (32 there, 48 h"),
     (dict(initial_checkpoint_path="/nowhere"), "There is no checkpoint /nowhere: /nowhere is not a"),
     (dict(mixture_or_task_name="passkey_bytes"), "is not that of {base}: give it with TASK_OPTIONS"),
-    (dict(initial_memory_file="{memory}"), "INITIAL_MEMORY_FILE needs TRAINABLE='fam_only', not 'l"),
+    (dict(initial_memory_file="{memory}"), "INITIAL_MEMORY_FILE needs TRAINABLE='memory', not 'l"),
     (dict(initial_memory_file="{memory}", initial_checkpoint_path=None), "needs INITIAL_CHECKPOINT_"),
-    (dict(initial_memory_file="{base}/none", trainable="fam_only"), "There is no memory file"),
+    (dict(initial_memory_file="{base}/none", trainable="memory"), "There is no memory file"),
     (
-        dict(initial_memory_file="{memory}", trainable="fam_only", mode="continuous"),
+        dict(initial_memory_file="{memory}", trainable="memory", mode="continuous"),
         "needs STATE_PASSING='none', not 'continuous'",
     ),
     (
-        dict(initial_memory_file="{memory}", trainable="fam_only", evaluation=lambda *args: {}),
+        dict(initial_memory_file="{memory}", trainable="memory", evaluation=lambda *args: {}),
         "An evaluation begins from nothing",
     ),
     (
-        dict(initial_memory_file="{memory}", trainable="fam_only", model=make_model(block_size=16)),
+        dict(initial_memory_file="{memory}", trainable="memory", model=make_model(block_size=16)),
         "is the memory of another model, differing in block_size (8 there, 16 here)",
     ),
 ])  # fmt: skip

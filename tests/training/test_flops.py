@@ -11,10 +11,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.interpreters import partial_eval
+from tiny import fam
 
 from famx.lora import Lora
+from famx.memories import Fam
 from famx.models import DecoderModel
-from famx.modules import Decoder, DecoderConfig, rope
+from famx.modules import Decoder, DecoderConfig, Memory, rope
 from famx.modules.layer import ChunkContext, Layer
 from famx.training.flops import Learning, train_flops
 
@@ -22,7 +24,7 @@ SIZES = dict(vocab_size=11, num_layers=2, embed_dim=12, num_heads=2, head_dim=4,
 
 
 def config_of(**changes):
-    memory = dict(block_size=4, memory_segments=1, fam_length=2)
+    memory = dict(block_size=4, memory_segments=1, memory=Fam(2))
     return DecoderConfig(**{**SIZES, **memory, **changes})
 
 
@@ -47,12 +49,11 @@ configs = st.builds(
     config_of,
     block_size=st.integers(3, 6),
     memory_segments=st.integers(0, 3),
-    fam_length=st.integers(0, 3),
+    memory=Fam(st.integers(0, 3), start_from=st.sampled_from(["prompt", "prefix"])),
     num_layers=st.integers(1, 3),
     num_kv_heads=st.sampled_from([1, 2]),
     gated_mlp=st.booleans(),
     window_mask=st.booleans(),
-    fam_start=st.sampled_from(["prompt", "prefix"]),
 )
 
 
@@ -73,27 +74,27 @@ def test_counts_equal_a_loop_over_tokens_and_pairs(c, batch, length, from_start)
             expected["feed_forward"] += length * feed
             expected["attention"] += slow_pairs(c, length, from_start) * pair
             for token in range(length):
-                expected["memory"] += c.fam_length * pair
+                expected["memory"] += c.memory_columns * pair
                 if token % c.block_size == 0:
-                    expected["memory"] += c.fam_length * keys_values
+                    expected["memory"] += c.memory_columns * keys_values
                     if token > 0:  # a block before this one has updated the memory
-                        seen = c.fam_length + c.block_size
-                        expected["memory"] += c.fam_length * (query_output + seen * pair + feed)
-    if from_start and c.fam_start == "prompt":
+                        seen = c.memory_columns + c.block_size
+                        expected["memory"] += c.memory_columns * (query_output + seen * pair + feed)
+    if from_start and c.memory.start_from == "prompt":
         for _ in range(c.num_layers - 1):
-            tokens = c.fam_length
+            tokens = c.memory_columns
             expected["memory"] += tokens * (query_output + keys_values + tokens * pair + feed)
     counted = train_flops(c, batch, length, from_start)
     assert counted == {kind: 3 * count for kind, count in expected.items()}
 
 
 def test_causal_half_of_one_block():
-    c = config_of(block_size=4, memory_segments=0, fam_length=0)
+    c = config_of(block_size=4, memory_segments=0, memory=Memory())
     assert train_flops(c, 1, 4)["attention"] == 3 * 2 * (4 * 2 * 4) * (1 + 2 + 3 + 4)
 
 
 def test_memory_is_all_that_fam_adds():
-    fam, bswa = train_flops(config_of(), 2, 12), train_flops(config_of(fam_length=0), 2, 12)
+    fam, bswa = train_flops(config_of(), 2, 12), train_flops(config_of(memory=Memory()), 2, 12)
     assert bswa["memory"] == 0 < fam["memory"]
     assert {**fam, "memory": 0} == bswa
 
@@ -121,12 +122,12 @@ def jaxpr_flops(jaxpr):
     return total
 
 
-@pytest.mark.parametrize("fam_length", [0, 3])
+@pytest.mark.parametrize("length", [0, 3])
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(fam_length, kv_heads):
+def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(length, kv_heads):
     """The dense backend also multiplies masked pairs, the last update and the last prompt layer."""
     c = config_of(
-        block_size=5, memory_segments=2, fam_length=fam_length, num_kv_heads=kv_heads, num_layers=3,
+        block_size=5, memory_segments=2, memory=fam(length), num_kv_heads=kv_heads, num_layers=3,
         attention_backend="xla",
     )  # fmt: skip
     batch, blocks = 2, 4
@@ -141,7 +142,7 @@ def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(fam
     pair = 4 * c.num_heads * c.head_dim
     window = (c.memory_segments + 1) * c.block_size
     masked = length * window - slow_pairs(c, length, True)
-    n, d, width = c.fam_length, c.embed_dim, c.num_heads * c.head_dim
+    n, d, width = c.memory_columns, c.embed_dim, c.num_heads * c.head_dim
     feed, query_output = 6 * d * c.mlp_dim, 4 * d * width
     keys_values = 4 * d * c.num_kv_heads * c.head_dim
     update = n * (query_output + (n + c.block_size) * pair + feed)
@@ -162,19 +163,19 @@ def partial_gradient_flops(model, learns, tokens):
     return part.keys(), jaxpr_flops(used)
 
 
-@pytest.mark.parametrize("fam_length", [0, 3])
+@pytest.mark.parametrize("length", [0, 3])
 @pytest.mark.parametrize("targets, learns", [
-    (("attention", "feed_forward"), lambda path: "lora" in path or path == "fam"),
-    (("layers/query", "layers/mlp/down"), lambda path: "lora" in path or path == "fam"),
+    (("attention", "feed_forward"), lambda path: "lora" in path or path == "memory/prompt"),
+    (("layers/query", "layers/mlp/down"), lambda path: "lora" in path or path == "memory/prompt"),
     ((), lambda path: path.startswith("layers/mlp") or path == "embedding"),
     ((), lambda path: path == "layers/attention_norm/scale"),
     ((), lambda path: path == "final_norm/scale"),
     ((), lambda path: path == "head"),
 ])  # fmt: skip
-def test_a_part_that_learns_has_the_products_of_its_own_gradient(fam_length, targets, learns):
+def test_a_part_that_learns_has_the_products_of_its_own_gradient(length, targets, learns):
     tied = not any(map(learns, ("head", "final_norm/scale")))
     c = config_of(
-        block_size=5, memory_segments=2, fam_length=fam_length, num_kv_heads=1, num_layers=3,
+        block_size=5, memory_segments=2, memory=fam(length), num_kv_heads=1, num_layers=3,
         attention_backend="xla", tied_embeddings=tied,
     )  # fmt: skip
     model = DecoderModel(Decoder(c), lora=Lora(rank=2, targets=targets) if targets else None)
@@ -200,7 +201,7 @@ def test_a_part_that_learns_has_the_products_of_its_own_gradient(fam_length, tar
 
     pair = 4 * width * (3 if flows else 1)
     masked = length * (c.memory_segments + 1) * c.block_size - slow_pairs(c, length, True)
-    feed, n = ("mlp/gate", "mlp/up", "mlp/down"), fam_length
+    feed, n = ("mlp/gate", "mlp/up", "mlp/down"), length
     update = n * (row("query", "output", *feed) + (n + c.block_size) * pair)
     prompt = n * (row("query", "key", "value", "output", *feed) + n * pair)
     surplus = batch * c.num_layers * (masked * pair + update) + prompt
@@ -210,7 +211,7 @@ def test_a_part_that_learns_has_the_products_of_its_own_gradient(fam_length, tar
 def test_agrees_with_xla_on_one_dense_layer():
     """XLA counts scans once, so one layer alone; it also counts what is no matrix product."""
     c = config_of(
-        block_size=32, memory_segments=0, fam_length=0, num_layers=1, embed_dim=128, num_heads=4,
+        block_size=32, memory_segments=0, memory=Memory(), num_layers=1, embed_dim=128, num_heads=4,
         head_dim=32, mlp_dim=512, attention_backend="xla",
     )  # fmt: skip
     x = jnp.zeros((2, 1, c.block_size, c.embed_dim))

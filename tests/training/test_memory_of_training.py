@@ -17,7 +17,7 @@ from tiny import BLOCK, make_model
 import famx
 from famx import mesh as partitioning
 from famx.models import DecoderModel
-from famx.modules import Decoder, DecoderConfig
+from famx.modules import Decoder, DecoderConfig, Memory
 from famx.training.step import make_initializer, make_train_step
 
 ROOT = str(pathlib.Path(famx.__file__).parent.parent)
@@ -36,7 +36,7 @@ from test_memory_of_training import compile_step, shapes_of
 
 config = DecoderConfig(
     vocab_size=256_000, num_layers=18, embed_dim=1536, num_heads=12, mlp_dim=8 * 1536, block_size=16,
-    memory_segments=1, fam_length=4, dtype="bfloat16", remat="full", attention_backend="xla",
+    memory_segments=1, memory=Fam(4), dtype="bfloat16", remat="full", attention_backend="xla",
 )
 size = lambda leaf: leaf.size * leaf.dtype.itemsize
 shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -149,7 +149,7 @@ def test_offloaded_layer_inputs_lie_in_the_memory_of_a_tpu_s_host(monkeypatch):
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     config = DecoderConfig(
         vocab_size=128, num_layers=3, embed_dim=128, num_heads=1, mlp_dim=128, block_size=128,
-        memory_segments=0, fam_length=0, dtype="bfloat16", remat="offload", attention_backend="xla",
+        memory_segments=0, memory=Memory(), dtype="bfloat16", remat="offload", attention_backend="xla",
     )  # fmt: skip
     mesh, batch, length = partitioning.make_mesh(devices=devices), 4, 512
     model, optimizer = DecoderModel(Decoder(config)), optax.sgd(0.1)

@@ -15,7 +15,7 @@ ALL = [optimizers.adamw, optimizers.adafactor, optimizers.lion]
 def make_params():
     return {
         "embedding": jnp.ones((5, 4)),
-        "fam": jnp.ones((2, 4)),
+        "memory": jnp.ones((2, 4)),
         "layers": {
             "attention": {"query": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))}},
             "norm": {"scale": jnp.ones((3, 4))},
@@ -33,7 +33,7 @@ def test_mask_spares_tables_norms_biases_and_the_prompt():
     mask = optimizers.decay_mask(make_params())
     assert mask == {
         "embedding": False,
-        "fam": False,
+        "memory": False,
         "layers": {
             "attention": {"query": {"kernel": True, "bias": False}},
             "norm": {"scale": False},

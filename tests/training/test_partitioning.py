@@ -33,14 +33,14 @@ def test_presets():
     assert rules("fsdp_tensor").spec(query) == P("fsdp", "tensor", None)
     assert rules("fsdp_tensor").spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
     assert rules("fsdp_tensor").spec(("vocab", "embed")) == P("tensor", "fsdp")
-    assert rules("fsdp_tensor").spec(("fam", "embed")) == P(None, "fsdp")
+    assert rules("fsdp_tensor").spec(("memory", "embed")) == P(None, "fsdp")
 
 
 def test_batch_wins_over_the_width_of_activations():
     for preset in partitioning.PRESETS:
         spec = rules(preset).spec(("batch", "blocks", "length", "embed"))
         assert spec == P(("data", "fsdp"), None, "context", None)
-    assert rules().spec(("layers", "batch", "fam", "embed"))[1] == ("data", "fsdp")
+    assert rules().spec(("layers", "batch", "memory", "embed"))[1] == ("data", "fsdp")
     assert rules().spec(("batch", "length", "vocab"))[2] == "tensor"
 
 

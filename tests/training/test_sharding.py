@@ -51,8 +51,8 @@ class Look:
         return {}
 
 def model_of(kind):
-    fam_length = 0 if kind in ("bswa", "frozen") else 2
-    return make_model(fam_length=fam_length, num_heads=8, num_kv_heads=4, memory_segments=2)
+    memory = fam(0 if kind in ("bswa", "frozen") else 2)
+    return make_model(memory=memory, num_heads=8, num_kv_heads=4, memory_segments=2)
 
 def set_mesh(data=1, fsdp=1, tensor=1, context=1):
     gin.clear_config()
@@ -198,7 +198,7 @@ def test_weights_are_cut_as_the_rules_say(folder):
     assert embedding["fam_2x1x4"] == [65, 16]
     for name, (shape, shard) in shards["fam_2x2x2"].items():
         parts = np.prod(shape) / np.prod(shard)  # a vector of the width is cut by fsdp alone
-        assert parts == (2 if "norm" in name or name == "fam" else 4), (name, shape, shard)
+        assert parts == (2 if "norm" in name or name == "memory/prompt" else 4), (name, shape, shard)
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_a_run_that_trains_adapters_counts_the_operations_of_its_backward_pass(t
     model.lora = Lora(rank=2, targets=("layers/query",))
     run(tmp_path, total_steps=1, model=model, trainable="lora")
     learning = counted[0][-1]
-    assert sorted(learning.paths) == ["fam", "layers/query/lora_a", "layers/query/lora_b"]
+    assert sorted(learning.paths) == ["layers/query/lora_a", "layers/query/lora_b", "memory/prompt"]
     assert learning.rank == 2 and counted[0][1:4] == (4, BLOCKS * BLOCK, True)
 
 

@@ -15,7 +15,7 @@ from famx.modules.attention.common import MASKED, missing_blocks, softcap, visib
 
 def _tiles(config) -> list[tuple[slice, int]]:
     """Query slots and number of columns of each tile of a block."""
-    columns = config.fam_length + (config.memory_segments + 1) * config.block_size
+    columns = config.memory_columns + (config.memory_segments + 1) * config.block_size
     tile = config.block_size
     while tile % 2 == 0 and tile > 64 and tile * columns * config.num_heads > 2**19:
         tile //= 2
@@ -123,7 +123,7 @@ def _attention_forward(config, q, keys, values, memory_keys, memory_values, firs
 def _attention_backward(config, residuals, grad):
     q, keys, values, memory_keys, memory_values, first_block, out, lse = residuals
     group = config.num_heads // config.num_kv_heads
-    n, past = config.fam_length, config.memory_segments
+    n, past = config.memory_columns, config.memory_segments
     wide = jnp.promote_types(q.dtype, jnp.float32)
 
     def one_block(sums, step):

@@ -23,7 +23,7 @@ def visible(config: DecoderConfig, rows, columns, missing):
     Returns:
       bool, the broadcast shape.
     """
-    n, past = config.fam_length, config.memory_segments * config.block_size
+    n, past = config.memory_columns, config.memory_segments * config.block_size
     token = columns - n - past  # slot relative to the query's own block
     seen = (token <= rows) & (token + past >= missing * config.block_size)
     if config.window_mask:

@@ -18,7 +18,7 @@ def attention(config, q, keys, values, memory_keys, memory_values, first_block, 
     `implementation="xla"` computes the same by another of jax's ways, on any platform.
     """
     batch, blocks, size, heads, width = q.shape
-    segments, n = config.memory_segments, config.fam_length
+    segments, n = config.memory_segments, config.memory_columns
 
     def window(x, memory):
         past = [x[:, m : m + blocks] for m in reversed(range(segments))]

@@ -19,7 +19,7 @@ def memory_mass(q, keys, memory_keys, first_block, config: DecoderConfig):
       Mean over the tokens of each block, `[B, C, K, G]` (at least float32).
     """
     *_, probabilities = _attention(config, q, keys, keys, memory_keys, memory_keys, first_block)
-    return jnp.mean(jnp.sum(probabilities[..., : config.fam_length], -1), -1)
+    return jnp.mean(jnp.sum(probabilities[..., : config.memory_columns], -1), -1)
 
 
 def _attention(config, q, keys, values, memory_keys, memory_values, first_block):

@@ -36,7 +36,8 @@ def attention(config, q, keys, values, memory_keys, memory_values, first_block):
     def sequence(x, memory):
         """`[B, K, X, Dh]`."""
         pad = lambda y, axis, size: jnp.pad(y, [(0, size * (i == axis)) for i in range(y.ndim)])
-        parts = [x, pad(memory, 2, _slot(config) - config.fam_length)] if config.fam_length else [x]
+        memory_columns = config.memory_columns
+        parts = [x, pad(memory, 2, _slot(config) - memory_columns)] if memory_columns else [x]
         x = jnp.concatenate([y.reshape(batch, -1, *y.shape[3:]) for y in parts], axis=1)
         return pad(x, 1, columns - x.shape[1]).swapaxes(1, 2)
 
@@ -62,7 +63,7 @@ def _slot(config):
     Not the fewest: the kernel of the keys' gradient takes as many steps for every tile of columns as
     for the one that most rows see, and that would be a tile of many small memories.
     """
-    return max(LANES, 1 << (config.fam_length - 1).bit_length()) if config.fam_length else 0
+    return max(LANES, 1 << (config.memory_columns - 1).bit_length()) if config.memory_columns else 0
 
 
 def _padded(config, blocks):
@@ -75,7 +76,7 @@ def _padded(config, blocks):
 def chunk_mask(config, blocks, own_only=False):
     """The mask of a chunk of `blocks` blocks; `own_only`: without past blocks."""
     return ChunkMask(
-        blocks, config.block_size, config.memory_segments, config.fam_length, _slot(config),
+        blocks, config.block_size, config.memory_segments, config.memory_columns, _slot(config),
         _padded(config, blocks), config.window_mask, own_only,
     )  # fmt: skip
 
@@ -118,7 +119,7 @@ class ChunkMask(splash_attention_mask.Mask):
     blocks: int  # C
     block_size: int  # S
     segments: int  # M
-    fam_length: int  # N
+    memory_columns: int  # N
     slot: int  # columns of a memory, its padding included; a power of two
     columns: int
     window: bool
@@ -148,10 +149,10 @@ class ChunkMask(splash_attention_mask.Mask):
             lowest = rows if self.window else _divide(rows, size) * size
         top, bottom = columns, columns
         first = past + self.blocks * size
-        if self.fam_length:
+        if self.memory_columns:
             inside = columns - first
             memory = _divide(inside, self.slot) * size
-            seen = (inside & (self.slot - 1)) < self.fam_length
+            seen = (inside & (self.slot - 1)) < self.memory_columns
             bottom = where(inside < 0, columns, where(seen, memory + past, _NEVER))
             top = where(inside < 0, columns, memory + (past if self.own_only else 0) + size - 1)
         return (lowest <= top) & (bottom <= rows + past)

@@ -1,0 +1,5 @@
+"""Memories of a decoder, each in a file of its own; `famx.modules.memory` is their base."""
+
+from famx.memories.fam import Fam
+
+__all__ = ["Fam"]

@@ -1,0 +1,181 @@
+"""The window of a layer: keys and values of the last `M` blocks and of the incomplete one.
+
+Pure functions on arrays of blocks, and the values that describe where these are. Every kept array has
+the axes `[B, M + 1, S, ...]`, oldest block first.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from famx.modules import rope
+
+
+def batch_axis(shards: int) -> str:
+    """Logical axis of a batch into which this number of shards of the length is folded."""
+    return "batch" if shards == 1 else "context_batch"
+
+
+@flax.struct.dataclass
+class ChunkContext:
+    """Positions of the chunk's blocks; shared by all layers except `rotation`.
+
+    Under context parallelism `P` shards of a chunk are read side by side as if they were examples, the
+    first shard of all examples first: `B` below is then `P` times the batch, and `C` the blocks of a
+    shard (`shards`). Only what goes from shard to shard needs to know: the memory, and keys and values.
+
+    Attributes:
+      first_block: index in its sequence of each example's first block of the chunk, int32 `[B]`.
+      offset: random position offset, int32 `[B]`.
+      updates: memory updates before the chunk, int32 `[B]`.
+      start: number of tokens of the first block that the state already holds, int32 `[B]`; None: zero.
+      stop: number of slots of the chunk that hold a token after it was read, int32 `[B]`; None: all.
+      rotation: rotation of the layer; the decoder sets it.
+    """
+
+    first_block: jax.Array
+    offset: jax.Array
+    updates: jax.Array
+    start: jax.Array | None = None
+    stop: jax.Array | None = None
+    rotation: rope.Rotation | None = None
+
+    def complete(self, size: int):
+        """Number of blocks of the chunk that are full after it was read, int32 `[B]`; None: all."""
+        return None if self.stop is None else self.stop // size
+
+    def block(self, index) -> "ChunkContext":
+        """The context of block `index` of the chunk."""
+        return self.replace(first_block=self.first_block + index, updates=self.updates + index)
+
+    def shards(self, count: int, blocks: int, size: int) -> "ChunkContext":
+        """The context of `count` shards of `blocks` blocks of `size` tokens, one after another."""
+        if count == 1:
+            return self
+        shard = jnp.repeat(jnp.arange(count), self.first_block.shape[0])
+        tile = lambda x: jnp.tile(x, count)
+        start, stop = self.start, self.stop
+        return self.replace(
+            first_block=tile(self.first_block) + shard * blocks,
+            offset=tile(self.offset),
+            updates=tile(self.updates) + shard * blocks,
+            start=start if start is None else jnp.where(shard == 0, tile(start), 0),
+            stop=stop if stop is None else jnp.clip(tile(stop) - shard * blocks * size, 0, blocks * size),
+        )
+
+
+@flax.struct.dataclass
+class TokenWindow:
+    """What the tokens of an incomplete block read, in the order of matrix products.
+
+    Attributes:
+      past_keys, past_values: keys and values of the past blocks `[layers, B, K, M * S, Dh]`; they stay
+        the same until the block is complete.
+      keys, values: the memory's columns and the block's own `[layers, B, K, N + S, Dh]`.
+      extra: `Opened.extra` of the block, leaves `[layers, B, ...]`.
+    """
+
+    past_keys: jax.Array
+    past_values: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    extra: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Tokens while they attend: of `C` whole blocks, leading axes `[B, C, S]`, or some of one, `[B, W]`.
+
+    Attributes:
+      input: the layer's input `[..., D]`.
+      query: rotated queries `[..., H, Dh]`.
+      plain_query: queries before the rotation; costs nothing where it is not used.
+      attend: function of rotated queries that gives `[..., H, Dh]`: one softmax over the window and the
+        memory's columns.
+      extra: what `Memory.open` left for `Memory.attend`, leaves `[B, C, ...]` or `[B, ...]`.
+    """
+
+    input: jax.Array
+    query: jax.Array
+    plain_query: jax.Array
+    attend: Callable[[jax.Array], jax.Array]
+    extra: Any
+
+
+def merge(new, window, context: ChunkContext, size: int):
+    """Keys or values of the chunk with the tokens that the state already holds put in their slots.
+
+    Args:
+      new: of the chunk `[P * B, C, S, ...]`.
+      window: of the state `[B, M + 1, S, ...]`.
+      context: where tokens begin (`start`) and end (`stop`); slots without a token become zero.
+      size: `S`.
+    """
+    if context.start is not None:
+        batch = window.shape[0]
+        held = jnp.arange(size) < context.start[:batch, None]
+        first = jnp.where(_expand(held, new[:batch, 0]), window[:, -1], new[:batch, 0])
+        new = new.at[:batch, 0].set(first)
+    if context.stop is not None:
+        shape = new.shape
+        new = new.reshape(shape[0], -1, *shape[3:])
+        written = jnp.arange(new.shape[1]) < context.stop[:, None]
+        new = jnp.where(_expand(written, new), new, 0).reshape(shape)
+    return new
+
+
+def before(new, window, past: int):
+    """The `past` blocks before each shard `[P * B, M, ...]`: the state's, or those of earlier shards.
+
+    Shards give their neighbours the blocks that these read and no more: `M` blocks each.
+    """
+    shards, blocks = new.shape[0] // window.shape[0], new.shape[1]
+    parts = []
+    for distance in reversed(range(1, -(-past // blocks) + 1)):
+        count = min(blocks, past - (distance - 1) * blocks)  # blocks taken from `distance` shards before
+        ends = [past - (distance - 1 - i) * blocks for i in range(min(distance, shards))]
+        of_state = [window[:, end - count : end] for end in ends]
+        parts.append(next_shard(new[:, blocks - count :], jnp.concatenate(of_state), distance))
+    return jnp.concatenate(parts, axis=1) if parts else new[:, :0]
+
+
+def after(blocks, batch: int, context: ChunkContext, past: int, size: int):
+    """The window after the chunk: the last `M` full blocks of `[P * B, M + C, S, ...]` and the next."""
+    count, of_shard = past + 1, blocks.shape[1] - past
+    blocks = jnp.pad(blocks, [(0, 0), (0, 1)] + [(0, 0)] * (blocks.ndim - 2))
+    complete = context.complete(size)
+    if complete is None:
+        return blocks[-batch:, -count:]
+    index = complete[:, None] + jnp.arange(count)
+    windows = jnp.take_along_axis(blocks, _expand(index, blocks), axis=1)
+    shards = blocks.shape[0] // batch
+    if shards == 1:
+        return windows
+    last = jnp.minimum(jnp.sum(complete.reshape(shards, batch), axis=0) // of_shard, shards - 1)
+    windows = windows.reshape(shards, batch, *windows.shape[1:])
+    chosen = _expand(jnp.arange(shards)[:, None] == last, windows)
+    return jnp.sum(jnp.where(chosen, windows, 0), axis=0)
+
+
+def next_shard(x, first, distance: int = 1):
+    """`x [P * B, ...]` of the shard `distance` before each one; `first` for the first ones.
+
+    Written as a rotation, which is an exchange between neighbours where shards are cut over devices.
+    """
+    count = first.shape[0]
+    if count == x.shape[0]:
+        return first
+    batch = count // distance
+    rolled = jnp.roll(x, distance * batch, axis=0)
+    first = jnp.pad(first, [(0, x.shape[0] - count)] + [(0, 0)] * (x.ndim - 1))
+    begins = jnp.arange(x.shape[0]) < count
+    return jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), first, rolled)
+
+
+def _expand(x, like):
+    """`x` with axes of size 1 behind its own, as many as `like` has more."""
+    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
