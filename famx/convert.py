@@ -39,8 +39,8 @@ def define_flags() -> None:
     flags.DEFINE_string("to", None, "The MODEL_DIR to write; it must be new or empty.")
     flags.DEFINE_integer("block_size", None, "S, tokens of a block; 1024.")
     flags.DEFINE_integer("memory_segments", None, "M, past blocks that are kept; 3.")
-    flags.DEFINE_string("memory", None, "Memory of the model: a kind, with fields behind a colon, such as "
-                        "fam:length=64 (the default), fam:length=32,update=gated, infini, or none.")  # fmt: skip
+    flags.DEFINE_string("memory", None, "Memory: a kind and its fields, such as fam:length=64 (the "
+                        "default), fam:length=32,update=gated, or none.")  # fmt: skip
     flags.DEFINE_enum("param_dtype", None, ["float32", "bfloat16"], "Of the weights; float32.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the computation; float32.")
     flags.DEFINE_multi_string("set", [], f"FIELD=VALUE, a field of {', '.join(_FIELDS)}; repeat it.")

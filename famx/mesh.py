@@ -271,10 +271,11 @@ def state_sharding(state: Any, config: DecoderConfig, mesh: Mesh, rules: Rules) 
     state of one text, from which every example begins, is no batch.
     """
     batch = "batch" if state.batch_size > 1 else None
-    window = ("layers", batch, "segments", "block", "kv_heads", "kv")
     box = lambda leaf, names: nn.LogicallyPartitioned(leaf, names)
+    window = ("layers", batch, "segments", "block", "kv_heads", "kv")
+    names = {"keys": window, "values": window}
     boxed = {
-        field.name: box(getattr(state, field.name), window if field.name in ("keys", "values") else (batch,))
+        field.name: box(getattr(state, field.name), names.get(field.name, (batch,)))
         for field in dataclasses.fields(state)
         if field.name != "memory"
     }

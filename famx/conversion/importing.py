@@ -224,7 +224,7 @@ def _of_memory(leaves: Mapping[LeafPath, LeafShape]) -> list[LeafPath]:
 def draw_memory(
     plan: Plan, start: str, seed: int, embedding: Callable[[], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The memory's parameters before training, by path: prompts by `draw_prompt`, the rest as in a new model.
+    """The memory's parameters before training, by path: prompts by `draw_prompt`, others as in a new model.
 
     Raises:
       ConfigError: `start` is "tokens", and the memory has no prompt.
@@ -232,7 +232,8 @@ def draw_memory(
     paths = _of_memory(plan.leaves)
     prompts = [path for path in paths if path[-1] in PROMPTS]
     if start == "tokens" and not prompts:
-        raise ConfigError(f"--prompt=tokens: a memory of the kind {plan.config.memory.kind!r} has no prompt.")
+        kind = plan.config.memory.kind
+        raise ConfigError(f"--prompt=tokens: a memory of the kind {kind!r} has no prompt.")
     drawn = {}
     for path in prompts:
         shape = plan.leaves[path].shape

@@ -122,8 +122,8 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
       fingerprint: of the base; compared with the one that was saved, if there was one.
 
     Returns:
-      A tree for `combine`, numpy float32: the adapters, and parameters of the memory if there are any. And the
-      `Lora` that they belong to, its targets as they were found.
+      A tree for `combine`, numpy float32: the adapters, and the memory's parameters if there are any. And
+      the `Lora` that they belong to, its targets as they were found.
 
     Raises:
       ConfigError: there is no adapter, it is damaged, does what we do not, or fits another base.
@@ -145,7 +145,6 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if name.startswith(OURS):
-            adapters[name.removeprefix(OURS)] = _of_memory(tensor, name, params, path)
             continue
         if match and _OURS.get(match[2]) in kernels:
             found.setdefault(_OURS[match[2]], {})[match[3], int(match[1])] = tensor
@@ -160,6 +159,9 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
         b = _stack(parts, "B", shape[0], (out, rank), where)
         adapters[f"{ours}/lora_a"] = a.reshape(*shape[:n], rank)
         adapters[f"{ours}/lora_b"] = b.reshape(shape[0], rank, *shape[n:])
+    for name in tensors:
+        if name.startswith(OURS):
+            adapters[name.removeprefix(OURS)] = _of_memory(tensors[name], name, params, path)
     alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
     alpha = None if alpha == rank else alpha
     lora = Lora(rank, alpha, config.get("lora_dropout", 0.0), _targets(found, kernels))

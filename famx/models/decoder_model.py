@@ -17,6 +17,7 @@ import flax.core
 import jax
 import jax.numpy as jnp
 
+import famx.memories  # noqa: F401, model.json names a memory by its kind
 from famx.decoding import Sampling, generate
 from famx.lora import Lora, combine, intercept, merged
 from famx.models.cross_entropy import cross_entropy

@@ -42,7 +42,8 @@ class RandomState:
         """Nothing kept yet: `memory`, leaves `[layers, ...]`, `updates` and `steps` int32 scalars."""
         module, key = Decoder(config), jax.random.key(0)
         make = lambda: module.init_with_output(key, 1, method="initial_state")[0].memory
-        memory = jax.tree.map(lambda x: jnp.zeros(x.shape[:1] + x.shape[2:], x.dtype), jax.eval_shape(make))
+        zeros = lambda x: jnp.zeros(x.shape[:1] + x.shape[2:], x.dtype)
+        memory = jax.tree.map(zeros, jax.eval_shape(make))
         return {"memory": memory, "updates": jnp.int32(0), "steps": jnp.int32(0)}
 
     def start(self, kept, state: DecoderState, rng) -> DecoderState:

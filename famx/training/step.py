@@ -105,7 +105,8 @@ def make_initializer(
     whole = NamedSharding(mesh, PartitionSpec())
     params = logical_to_sharding(boxed, mesh, rules)
     start, lanes = (
-        state and state_sharding(state, model.config, mesh, rules) for state in (abstract.start, abstract.lanes)
+        state and state_sharding(state, model.config, mesh, rules)
+        for state in (abstract.start, abstract.lanes)
     )
     like = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -206,46 +206,46 @@ def test_an_architecture_that_is_not_supported_names_those_that_are(tmp_path):
 
 def test_the_prompt_is_drawn_as_in_a_new_model():
     config = decoder_config(LLAMA, block_size=300, memory=Fam(256))
-    prompt = draw_prompt(config, "normal", 0, None)
+    draw = lambda shape=(256, 16), seed=0: draw_prompt(config, shape, "normal", seed, None)
+    prompt = draw()
     assert prompt.shape == (256, 16) and prompt.dtype == np.float32
     assert abs(prompt.std() * 4 - 1) < 0.05 and abs(prompt.mean()) < 0.02
-    np.testing.assert_array_equal(prompt, draw_prompt(config, "normal", 0, None))
-    assert (prompt != draw_prompt(config, "normal", 1, None)).all()
-    prefixes = dataclasses.replace(config, memory=Fam(2, start_from="prefix"))
-    assert draw_prompt(prefixes, "normal", 0, None).shape == (3, 256, 16)
+    np.testing.assert_array_equal(prompt, draw())
+    assert (prompt != draw(seed=1)).all()
+    assert draw((3, 256, 16)).shape == (3, 256, 16)
 
 
 def test_the_prompt_may_be_embeddings_of_tokens():
     table = np.arange(300.0)[:, None].repeat(16, axis=1).astype("float16")
     config = decoder_config(LLAMA, block_size=300, memory=Fam(100))
-    prompt = draw_prompt(config, "tokens", 0, lambda: table)
+    draw = lambda config, shape: draw_prompt(config, shape, "tokens", 0, lambda: table)
+    prompt = draw(config, (100, 16))
     rows = prompt[:, 0].astype(int)
     assert len(set(rows)) == 100 and prompt.dtype == np.float32
     np.testing.assert_array_equal(prompt, table[rows])
     gemma = dataclasses.replace(config, scale_embeddings=True)
-    np.testing.assert_array_equal(draw_prompt(gemma, "tokens", 0, lambda: table), 4 * prompt)
-    more = dataclasses.replace(config, memory=Fam(200, start_from="prefix"))
-    assert draw_prompt(more, "tokens", 0, lambda: table).shape == (3, 200, 16), "some come twice"
+    np.testing.assert_array_equal(draw(gemma, (100, 16)), 4 * prompt)
+    assert draw(config, (3, 200, 16)).shape == (3, 200, 16), "some come twice"
     with pytest.raises(ConfigError, match="one of normal, tokens, not 'zeros'."):
-        draw_prompt(config, "zeros", 0, lambda: table)
+        draw_prompt(config, (2, 16), "zeros", 0, lambda: table)
 
 
 def test_an_export_brings_its_prompt_and_its_memory(tmp_path):
     directory = write_source(tmp_path / "x")
     config = dataclasses.replace(CONFIG, memory=Fam(3, normalize=True), memory_segments=2)
     prompt = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
-    write_sidecar(directory, config, prompt, step=5)
+    write_sidecar(directory, config, {"memory/prompt": prompt}, step=5)
 
     plan = plan_import(open_source(directory))
     assert plan.config == config
     kept = stored(write_model(plan, tmp_path / "same"), plan)[("memory", "prompt")]
     np.testing.assert_array_equal(kept, prompt)
     drawn = stored(write_model(plan, tmp_path / "drawn", "normal"), plan)[("memory", "prompt")]
-    np.testing.assert_array_equal(drawn, draw_prompt(config, "normal", 0, None))
+    np.testing.assert_array_equal(drawn, draw_prompt(config, (3, 16), "normal", 0, None))
 
     other = plan_import(open_source(directory), {"memory": Fam(2)})
     assert other.config == dataclasses.replace(config, memory=Fam(2)) and not other.memory
-    assert any("prompt of the export is left out" in note for note in other.notes)
+    assert any("parameters of the export are left out" in note for note in other.notes)
 
 
 # --------------------------------------------------------------------------- vocabulary
@@ -383,7 +383,7 @@ def test_an_import_that_fails_at_any_step_is_no_model_and_begins_anew(
 @given(st.data())
 def test_settings_are_fields_of_the_decoder(data):
     values = {
-        "block_size": 16, "memory": Memory(), "window_mask": True,
+        "block_size": 16, "memory_segments": 2, "window_mask": True,
         "blocks_per_chunk": 4, "remat": "full",
     }  # fmt: skip
     names = data.draw(st.lists(st.sampled_from(sorted(values)), unique=True))
@@ -391,7 +391,7 @@ def test_settings_are_fields_of_the_decoder(data):
     spell = lambda value: data.draw(st.sampled_from((str(value), repr(value))))
     settings = [f"{name} = {spell(value)}" for name, value in given.items()]
     assert convert.read_fields(settings) == given
-    assert decoder_config(LLAMA, **{"block_size": 16, "memory": Memory(), **given})
+    assert decoder_config(LLAMA, **{"block_size": 16, **given})
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,8 @@ def test_settings_are_fields_of_the_decoder(data):
         ("block_size=1.5", "block_size is like 1024, not 1.5."),
         ("block_size=True", "block_size is like 1024, not True."),
         ("window_mask=1", "window_mask is like False, not 1."),
-        ("fam_start=3", "fam_start is like 'prompt', not 3."),
+        ("remat=3", "remat is like 'none', not 3."),
+        ("memory=fam", "the memory has a flag of its own, --memory=KIND."),
     ],
 )
 def test_settings_that_make_no_sense(setting, said):
@@ -415,9 +416,21 @@ def test_settings_that_make_no_sense(setting, said):
 
 
 def test_numbers_and_none_where_they_belong():
-    fields = convert.read_fields(["fam_update_scale=1", "blocks_per_chunk=None"])
-    assert fields == {"memory": Fam(2, update_scale=1.0), "blocks_per_chunk": None}
-    assert type(fields["fam_update_scale"]) is float
+    fields = convert.read_fields(["memory_segments=1", "blocks_per_chunk=None"])
+    assert fields == {"memory_segments": 1, "blocks_per_chunk": None}
+
+
+def test_memories_by_kind_and_fields():
+    assert convert.read_memory("none") == Memory() and convert.read_memory("fam") == Fam()
+    gated = convert.read_memory("fam:length=8, update=gated,normalize=True")
+    assert gated == Fam(8, update="gated", normalize=True)
+    for text, said in (
+        ("famm", "is of the kind 'famm', which is not known here"),
+        ("fam:lenght=8", "has no field lenght; it has length, normalize"),
+        ("fam:8", "8 sets nothing"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            convert.read_memory(text)
 
 
 def test_meshes():
@@ -505,7 +518,8 @@ def test_an_imported_model_answers_and_talks(tmp_path, instruct):
     trained, changes = load_model(str(model)), dict(window_mask=True, param_dtype="bfloat16")
     assert trained.model.config == dataclasses.replace(CONFIG, memory=Fam(2, update="gated"), **changes)
     assert trained.model.input_vocabulary.pad_id == 1
-    drawn = draw_prompt(CONFIG, "tokens", 3, lambda: make_weights(LLAMA)["model.embed_tokens.weight"])
+    table = lambda: make_weights(LLAMA)["model.embed_tokens.weight"]
+    drawn = draw_prompt(CONFIG, (2, 16), "tokens", 3, table)
     np.testing.assert_array_equal(trained.params["memory"]["prompt"], drawn.astype("bfloat16"))
     array = model / "checkpoint_0" / "state" / "target.embedding" / ".zarray"
     assert json.loads(array.read_text())["chunks"] == [300, 8]

@@ -136,7 +136,7 @@ def test_what_came_in_bfloat16_goes_out_in_bfloat16_as_it_was(name, tmp_path):
         assert found[tensor.name].dtype == original.dtype
         assert found[tensor.name].tobytes() == original.tobytes()
     assert read_json(tmp_path / "out/config.json")["torch_dtype"] == "bfloat16"
-    assert read_sidecar(tmp_path / "out").prompt.dtype == np.float32  # is trained, and small
+    assert read_sidecar(tmp_path / "out").parameters["memory/prompt"].dtype == np.float32  # is trained, and small
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -199,9 +199,9 @@ def test_the_prompt_lies_apart_and_the_sidecar_says_what_it_is(tmp_path):
     note = read_json(tmp_path / "out/famx.json")
     assert note["step"] == 7 and "famx.convert --from" in note["about"]
     assert note["memory"].keys() == set(MEMORY_FIELDS)
-    arrays = safetensors.numpy.load_file(tmp_path / "out" / note["prompt"]["file"])
+    arrays = safetensors.numpy.load_file(tmp_path / "out" / note["parameters"]["file"])
     np.testing.assert_array_equal(arrays["memory/prompt"], trained.params["memory"]["prompt"])
-    assert pathlib.Path(note["prompt"]["file"]).parent.name  # loaders glob beside config.json
+    assert pathlib.Path(note["parameters"]["file"]).parent.name  # loaders glob beside config.json
 
 
 def test_a_model_without_memory_has_no_prompt(tmp_path):
@@ -224,13 +224,13 @@ def test_how_transformers_reads_otherwise_is_noted(tmp_path):
 
 def test_a_damaged_sidecar_is_told(tmp_path):
     export(imported("llama", tmp_path), tmp_path / "out")
-    note, prompt = tmp_path / "out/famx.json", tmp_path / "out/famx/prompt.safetensors"
+    note, prompt = tmp_path / "out/famx.json", tmp_path / "out/famx/memory.safetensors"
     content = prompt.read_bytes()
     prompt.write_bytes(content[:-1] + b"x")
-    with pytest.raises(ConfigError, match="prompt.safetensors is not the file that was exported"):
+    with pytest.raises(ConfigError, match="memory.safetensors is not the file that was exported"):
         read_sidecar(tmp_path / "out")
     prompt.unlink()
-    with pytest.raises(ConfigError, match="prompt.safetensors, which belongs to .*cannot be read"):
+    with pytest.raises(ConfigError, match="memory.safetensors, which belongs to .*cannot be read"):
         read_sidecar(tmp_path / "out")
     note.write_text(note.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(ConfigError, match="has format 2; this famx reads format 1"):
