@@ -224,7 +224,7 @@ def _of_memory(leaves: Mapping[LeafPath, LeafShape]) -> list[LeafPath]:
 def draw_memory(
     plan: Plan, start: str, seed: int, embedding: Callable[[], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The memory's parameters before training, by path: prompts by `draw_prompt`, others as in a new model.
+    """The memory's parameters before training: prompts by `draw_prompt`, others as in a new model.
 
     Raises:
       ConfigError: `start` is "tokens", and the memory has no prompt.

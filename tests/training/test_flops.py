@@ -49,7 +49,10 @@ configs = st.builds(
     config_of,
     block_size=st.integers(3, 6),
     memory_segments=st.integers(0, 3),
-    memory=Fam(st.integers(0, 3), start_from=st.sampled_from(["prompt", "prefix"])),
+    memory=st.one_of(
+        st.just(Memory()),
+        st.builds(Fam, st.integers(1, 3), start_from=st.sampled_from(["prompt", "prefix"])),
+    ),
     num_layers=st.integers(1, 3),
     num_kv_heads=st.sampled_from([1, 2]),
     gated_mlp=st.booleans(),
@@ -80,7 +83,7 @@ def test_counts_equal_a_loop_over_tokens_and_pairs(c, batch, length, from_start)
                     if token > 0:  # a block before this one has updated the memory
                         seen = c.memory_columns + c.block_size
                         expected["memory"] += c.memory_columns * (query_output + seen * pair + feed)
-    if from_start and c.memory.start_from == "prompt":
+    if from_start and c.memory.exists and c.memory.start_from == "prompt":
         for _ in range(c.num_layers - 1):
             tokens = c.memory_columns
             expected["memory"] += tokens * (query_output + keys_values + tokens * pair + feed)
@@ -122,12 +125,12 @@ def jaxpr_flops(jaxpr):
     return total
 
 
-@pytest.mark.parametrize("length", [0, 3])
+@pytest.mark.parametrize("memory_length", [0, 3])
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(length, kv_heads):
+def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(memory_length, kv_heads):
     """The dense backend also multiplies masked pairs, the last update and the last prompt layer."""
     c = config_of(
-        block_size=5, memory_segments=2, memory=fam(length), num_kv_heads=kv_heads, num_layers=3,
+        block_size=5, memory_segments=2, memory=fam(memory_length), num_kv_heads=kv_heads, num_layers=3,
         attention_backend="xla",
     )  # fmt: skip
     batch, blocks = 2, 4
@@ -163,7 +166,7 @@ def partial_gradient_flops(model, learns, tokens):
     return part.keys(), jaxpr_flops(used)
 
 
-@pytest.mark.parametrize("length", [0, 3])
+@pytest.mark.parametrize("memory_length", [0, 3])
 @pytest.mark.parametrize("targets, learns", [
     (("attention", "feed_forward"), lambda path: "lora" in path or path == "memory/prompt"),
     (("layers/query", "layers/mlp/down"), lambda path: "lora" in path or path == "memory/prompt"),
@@ -172,10 +175,10 @@ def partial_gradient_flops(model, learns, tokens):
     ((), lambda path: path == "final_norm/scale"),
     ((), lambda path: path == "head"),
 ])  # fmt: skip
-def test_a_part_that_learns_has_the_products_of_its_own_gradient(length, targets, learns):
+def test_a_part_that_learns_has_the_products_of_its_own_gradient(memory_length, targets, learns):
     tied = not any(map(learns, ("head", "final_norm/scale")))
     c = config_of(
-        block_size=5, memory_segments=2, memory=fam(length), num_kv_heads=1, num_layers=3,
+        block_size=5, memory_segments=2, memory=fam(memory_length), num_kv_heads=1, num_layers=3,
         attention_backend="xla", tied_embeddings=tied,
     )  # fmt: skip
     model = DecoderModel(Decoder(c), lora=Lora(rank=2, targets=targets) if targets else None)
@@ -201,7 +204,7 @@ def test_a_part_that_learns_has_the_products_of_its_own_gradient(length, targets
 
     pair = 4 * width * (3 if flows else 1)
     masked = length * (c.memory_segments + 1) * c.block_size - slow_pairs(c, length, True)
-    feed, n = ("mlp/gate", "mlp/up", "mlp/down"), length
+    feed, n = ("mlp/gate", "mlp/up", "mlp/down"), memory_length
     update = n * (row("query", "output", *feed) + (n + c.block_size) * pair)
     prompt = n * (row("query", "key", "value", "output", *feed) + n * pair)
     surplus = batch * c.num_layers * (masked * pair + update) + prompt
@@ -219,9 +222,9 @@ def test_agrees_with_xla_on_one_dense_layer():
     zero = jnp.zeros((2,), jnp.int32)
     rotation = jax.tree.map(lambda turns: turns[0], rope.rotations(c))
     context = ChunkContext(zero, zero, zero, rotation=rotation)
-    memory = jnp.zeros((2, 0, c.embed_dim))
-    run = lambda params: Layer(c).apply(params, x, memory, keys, keys, context, method="read_chunk")
-    init = lambda key: Layer(c).init(key, x, memory, keys, keys, context, method="read_chunk")
+    args = x, None, None, keys, keys, context
+    run = lambda params: Layer(c).apply(params, *args, method="read_chunk")
+    init = lambda key: Layer(c).init(key, *args, method="read_chunk")
     shapes = jax.eval_shape(init, jax.random.key(0))
     measured = jax.jit(run).lower(shapes).cost_analysis()["flops"]
 
