@@ -27,6 +27,17 @@ hypothesis.settings.register_profile("famx", deadline=None, derandomize="CI" in 
 hypothesis.settings.load_profile("famx")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--memory", help="a memory to test as well, module:Expression")
+
+
+def pytest_configure(config):
+    if config.getoption("--memory"):
+        import memories_table
+
+        memories_table.add(config.getoption("--memory"))
+
+
 def pytest_runtest_teardown():
     """Drops compiled programs before a process has so many that Linux refuses it more memory maps.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from famx.modules import Decoder
 from famx.modules.layer import MASS
+from famx.modules.memory import COLLECTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class MemoryMonitor:
             )
             kept = collections.get(MASS, {}).get("layers", {})
             shares = {name: jnp.mean(x[0], axis=range(1, x[0].ndim)) for name, x in kept.items()}
-            return state, shares, figures(state.memory)
+            return state, shares, figures(params["layers"].get(COLLECTION), state.memory)
 
         self._step = step
         self._initial = jax.jit(

@@ -137,7 +137,7 @@ class Fam(Memory):
     def queries(self, opened):
         return opened.held[0]
 
-    def figures(self, memory):
+    def figures(self, parameters, memory):
         return {"rms": jnp.sqrt(jnp.mean(jnp.square(memory)))}
 
     def flops(self, config, price, length, from_start):

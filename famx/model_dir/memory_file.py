@@ -79,8 +79,7 @@ def save_memory(
     Raises:
       ConfigError: the file cannot be written.
     """
-    arrays = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    arrays = {name: np.asarray(array) for name, array in {**arrays, "logits": logits}.items()}
+    arrays = {**_named(state), "logits": np.asarray(logits)}
     vocabulary = trained.model.input_vocabulary
     header = Header(
         famx=famx.__version__,
@@ -95,8 +94,8 @@ def save_memory(
     return _write(path, header, arrays)
 
 
-def with_memory(path: str | os.PathLike, out: str | os.PathLike, memory: jax.Array) -> Header:
-    """Writes a copy of the memory file `path` to `out` with another `F [layers, B, N, D]`.
+def with_memory(path: str | os.PathLike, out: str | os.PathLike, memory) -> Header:
+    """Writes a copy of the memory file `path` to `out` with another `DecoderState.memory`.
 
     The copy belongs to the same model; its logits stay those of the last token that was read.
 
@@ -104,7 +103,17 @@ def with_memory(path: str | os.PathLike, out: str | os.PathLike, memory: jax.Arr
       ConfigError: `path` is no whole memory file, or `out` cannot be written.
     """
     header, arrays = _read(path, load=True)
-    return _write(out, header, {**arrays, "memory": np.asarray(memory)})
+    return _write(out, header, {**arrays, **_named({"memory": memory})})
+
+
+def _named(tree) -> dict[str, np.ndarray]:
+    """Leaves of a tree on the host by path, such as "keys", or "memory/matrix" in a memory of several."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _write(path, header: Header, arrays: Mapping[str, np.ndarray]) -> Header:
@@ -166,11 +175,8 @@ def restore_memory(path: str | os.PathLike, trained: TrainedModel) -> tuple[jax.
             )
     batch = len(header.position)
     wanted = jax.eval_shape(lambda params: model.initial_state(params, batch), trained.params)
-    fields = {
-        field.name: jnp.array(arrays[field.name], getattr(wanted, field.name).dtype)
-        for field in dataclasses.fields(DecoderState)
-    }
-    return jnp.array(arrays["logits"]), DecoderState(**fields)
+    load = lambda path, leaf: jnp.array(arrays[_name(path)], leaf.dtype)
+    return jnp.array(arrays["logits"]), jax.tree_util.tree_map_with_path(load, wanted)
 
 
 def _read(path, load: bool = False) -> tuple[Header, dict[str, np.ndarray]]:

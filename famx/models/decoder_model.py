@@ -23,6 +23,7 @@ from famx.lora import Lora, combine, intercept, merged
 from famx.models.cross_entropy import cross_entropy
 from famx.models.metrics import Mean
 from famx.modules import Decoder, DecoderConfig, DecoderState
+from famx.modules.memory import COLLECTION
 from famx.training import state_passing
 
 Batch = Mapping[str, jax.Array]
@@ -180,7 +181,8 @@ class DecoderModel:
         if "answer_start" in batch:
             before = jnp.arange(tokens.shape[1]) < batch["answer_start"][:, None]
             metrics["exact_match"] = Mean.of(jnp.all(correct | before, axis=1))
-        for name, value in self.config.memory.figures(state.memory).items():
+        of_layers = params["layers"].get(COLLECTION)
+        for name, value in self.config.memory.figures(of_layers, state.memory).items():
             metrics[f"memory_{name}"] = Mean.of(jax.lax.stop_gradient(value))
         return loss, metrics, state
 

@@ -198,8 +198,13 @@ class Memory:
         """Queries `[B, N, H, Dh]` of a memory that `attends`, to its columns and the block."""
         return None
 
-    def figures(self, memory) -> dict[str, jax.Array]:
-        """Scalars by name that say how it fares, over all leading axes of `memory`; they are logged."""
+    def figures(self, parameters, memory) -> dict[str, jax.Array]:
+        """Scalars by name that say how it fares; training and evaluation log them.
+
+        Args:
+          parameters: of `layer_parameters`, of one layer or of all in a stack; None: there are none.
+          memory: the memory, with any leading axes.
+        """
         return {}
 
     def flops(self, config, price, length: int, from_start: bool) -> tuple[int, int]:

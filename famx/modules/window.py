@@ -176,6 +176,42 @@ def next_shard(x, first, distance: int = 1):
     return jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), first, rolled)
 
 
+def taken(index, context: ChunkContext, size: int):
+    """Whether the memory takes up each block of a chunk: it exists and is full, bool `[P * B, C]`.
+
+    Args:
+      index: `Block.index`, int32 `[P * B, C]`.
+      context: context of the chunk.
+      size: `S`.
+    """
+    complete, exists = context.complete(size), index >= 0
+    return exists if complete is None else exists & (jnp.arange(index.shape[1]) < complete[:, None])
+
+
+def running_sum(start, steps, mask):
+    """Sums over the blocks of a chunk, for memories that a block is added to.
+
+    Args:
+      start: sums before the chunk, leaves `[B, ...]`.
+      steps: what each block adds, leaves `[P * B, C, ...]`.
+      mask: which blocks count, bool `[P * B, C]`.
+
+    Returns:
+      The sums after the chunk, leaves `[B, ...]`, and those before each block, `[P * B, C, ...]`.
+    """
+
+    def one(start, steps):
+        steps = jnp.where(_expand(mask, steps), steps, 0)
+        totals = jnp.sum(steps, axis=1).reshape(-1, *start.shape)
+        bounds = jnp.cumsum(jnp.concatenate([start[None], totals]), axis=0)
+        within = jnp.cumsum(steps, axis=1)
+        before = jnp.concatenate([jnp.zeros_like(steps[:, :1]), within[:, :-1]], axis=1)
+        return bounds[-1], bounds[:-1].reshape(-1, 1, *start.shape[1:]) + before
+
+    pairs = jax.tree.map(one, start, steps)
+    return jax.tree.transpose(jax.tree.structure(start), jax.tree.structure((0, 0)), pairs)
+
+
 def _expand(x, like):
     """`x` with axes of size 1 behind its own, as many as `like` has more."""
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memories_table import MEMORIES
 from modules.helpers import VOCAB, assert_close, config, precision, random_params, random_tokens, read
 from scipy import stats
 
@@ -26,6 +27,7 @@ VARIANTS = {
     "M 3, N 0": dict(memory_segments=3, memory=Memory(), **DOUBLE),
     "M 2, MQA, window mask": dict(memory_segments=2, num_kv_heads=1, window_mask=True, **DOUBLE),
     "float32": {},
+    **{name: dict(memory=memory, **DOUBLE) for name, memory in MEMORIES.items()},
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memories_table import MEMORIES
 from modules.helpers import VOCAB, assert_close, config, precision, random_params, random_tokens, read
 
 from famx.decoding import Streamer
@@ -26,6 +27,7 @@ VARIANTS = {
         num_kv_heads=1, window_mask=True, memory=Fam(2, update="gated", normalize=True)
     ),
     "N 4, positions zero": dict(memory=Fam(4, positions="zero"), memory_segments=0),
+    **{name: dict(memory=memory) for name, memory in MEMORIES.items()},
 }  # fmt: skip
 LENGTH = 43  # ends inside a block
 

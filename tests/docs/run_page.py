@@ -15,6 +15,7 @@ from markdown_pages import ROOT, blocks
 
 def main(page: str) -> None:
     sys.path.insert(0, os.getcwd())
+    pathlib.Path("tests").symlink_to(ROOT / "tests")
     names: dict = {"__name__": "__main__"}
     for block in blocks(ROOT / page):
         if block.marker.startswith("file: "):

@@ -16,7 +16,8 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import assert_identical, fam, make_model, make_params, make_tokens
+from memories_table import MEMORIES
+from tiny import assert_identical, make_model, make_params, make_tokens
 from trained import write_model_dir
 
 import famx
@@ -60,10 +61,11 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("batch, length", [(1, 2), (3, 2), (2, 0)])
-def test_a_memory_comes_back_bit_for_bit(tmp_path, dtype, batch, length):
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_memory_comes_back_bit_for_bit(tmp_path, dtype, name, batch):
     with jax.enable_x64(dtype == "float64"):
-        trained = make_trained(dtype=dtype, param_dtype=dtype, memory=fam(length), num_layers=2)
+        trained = make_trained(dtype=dtype, param_dtype=dtype, memory=MEMORIES[name], num_layers=2)
         logits, state = any_state(trained, batch)
         assert state.keys.dtype == dtype
         save_memory(tmp_path / "x.famem", trained, logits, state)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from helpers import VOCAB, config, random_params, random_tokens, read
+from memories_table import MEMORIES, REMEMBERING
 
 from famx.memories import Fam
 from famx.modules import Memory
@@ -24,6 +25,7 @@ VARIANTS = {
     ),
     "parallel block": dict(parallel_block=True, num_layers=3, num_kv_heads=1),
     "stopped segments": dict(stop_gradient_segments=True, attention_backend="blockwise"),
+    **{name: dict(memory=memory) for name, memory in MEMORIES.items()},
 }
 
 
@@ -45,7 +47,9 @@ def test_no_token_changes_a_logit_before_it(name):
     assert change.diagonal().min() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["paper", "no segments", "zero positions", "prefix"])
+@pytest.mark.parametrize(
+    "name", ["paper", "no segments", "zero positions", "prefix", *REMEMBERING]
+)
 def test_with_memory_every_token_reaches_all_that_follow(name):
     change = influence(config(**{**BASE, **VARIANTS[name]}), length=26)
     after = np.triu(np.ones_like(change, dtype=bool))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from helpers import assert_close, config, initial, jit, random_params, random_tokens
+from memories_table import MEMORIES, REMEMBERING
 
 from famx.memories import Fam
 from famx.modules import Decoder, Memory
@@ -43,13 +44,14 @@ def embedding_gradient_by_block(c):
     return rows[:12].reshape(BLOCKS, 3)
 
 
-@pytest.mark.parametrize("name", ["paper", "blockwise, block-outer", "prefix", "remat"])
+@pytest.mark.parametrize("name", ["paper", "blockwise, block-outer", "prefix", "remat", *REMEMBERING])
 def test_the_last_block_teaches_the_prompt_and_the_first_block(name):
     changes = {
         "paper": dict(attention_backend="xla"),
         "blockwise, block-outer": dict(attention_backend="blockwise", blocks_per_chunk=1),
         "prefix": dict(memory=Fam(2, start_from="prefix"), blocks_per_chunk=2),
         "remat": dict(remat="full", blocks_per_chunk=1),
+        **{name: dict(memory=memory, blocks_per_chunk=2) for name, memory in REMEMBERING.items()},
     }
     c = config(**BASE, **changes[name])
     assert embedding_gradient_by_block(c).min() > 1e-9
@@ -92,6 +94,7 @@ DIFFERENTIATED = {
     ),
     "bswa": dict(memory_segments=2, memory=Memory(), num_kv_heads=1),
     "normalized": dict(memory=Fam(2, normalize=True, update_scale=0.5, positions="float")),
+    **{name: dict(memory=memory, memory_segments=1) for name, memory in MEMORIES.items()},
 }  # fmt: skip
 
 

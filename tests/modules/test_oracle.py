@@ -1,15 +1,19 @@
 """Invariant 1: the decoder computes what Algorithms 1 and 2 say, for every option."""
 
 import dataclasses
+import functools
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from helpers import assert_close, config, initial, precision, random_params, random_tokens, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memories_table import MEMORIES, oracle_of
 from oracle import Oracle
 
+from famx.memories import Infini
 from famx.memories.fam import POSITIONS, Fam
 from famx.modules import Memory, RopeScaling
 
@@ -18,6 +22,11 @@ FLOAT64 = 1e-6
 FLOAT32 = 2e-4
 
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, original_length=40)
+WINDOWS = {
+    "no segments, norms": dict(memory_segments=0, qk_norm=True, post_norms=True),
+    "two segments, grouped heads": dict(memory_segments=2, num_heads=4, num_kv_heads=2, head_dim=4),
+    "window mask": dict(window_mask=True, rope_layers=("local", "global")),
+}
 CASES = {
     "paper": dict(),
     "bswa": dict(memory=Memory(), memory_segments=2),
@@ -64,6 +73,12 @@ CASES = {
         gated_mlp=False, activation="relu", mlp_bias=True, norm="layer", qk_norm=True
     ),
     "gated squared relu": dict(activation="squared_relu", norm_epsilon=0.1, output_bias=True),
+    **{
+        f"{name}, {window}": dict(memory=memory, **changes)
+        for name, memory in MEMORIES.items()
+        if oracle_of(memory)
+        for window, changes in WINDOWS.items()
+    },
 }  # fmt: skip
 COMPUTATIONS = list(itertools.product(("xla", "blockwise"), (None, 1, 2)))
 
@@ -78,10 +93,11 @@ def check(c, length, tolerance, batch=2, seed=0, offset=0):
     logits, state = read(c, params, tokens, state)
     assert logits.dtype == np.dtype(c.dtype)
     for example in range(batch):
-        expected, memories, updates = Oracle(c, params).read(tokens[example], offset)
+        expected, memories, updates = oracle_of(c.memory)(c, params).read(tokens[example], offset)
         assert_close(logits[example], expected, tolerance)
         if c.memory.exists:
-            assert_close(state.take([example]).memory[:, 0], memories, tolerance)
+            take = functools.partial(np.take, indices=example, axis=1)
+            assert_close(jax.tree.map(take, state.memory), memories, tolerance)
         assert state.updates[example] == updates
         assert state.position[example] == length
 
@@ -104,19 +120,23 @@ def test_equals_the_oracle_however_computed(number):
     check(computed(c, number), 18, FLOAT64)
 
 
-@pytest.mark.parametrize("case", ["paper", "gated", "like gemma", "like neox"])
+@pytest.mark.parametrize(
+    "case", ["paper", "gated", "like gemma", "like neox", "infini, two segments, grouped heads"]
+)
 def test_equals_the_oracle_in_float32(case):
     check(config(**CASES[case]), 17, FLOAT32)
 
 
-@pytest.mark.parametrize("positions", ["last", "zero"])
-def test_equals_the_oracle_with_a_position_offset(positions):
-    c = config(dtype="float64", memory=Fam(2, positions=positions))
+@pytest.mark.parametrize("memory", [Fam(2), Fam(2, positions="zero"), Infini()], ids=str)
+def test_equals_the_oracle_with_a_position_offset(memory):
+    c = config(dtype="float64", memory=memory)
     check(c, 14, FLOAT64, offset=29)
 
 
 @st.composite
 def memories(draw, block):
+    if draw(st.booleans()):
+        return Infini(delta=draw(st.booleans()))
     length = draw(st.integers(0, block))
     return Fam(length, positions=draw(st.sampled_from(POSITIONS))) if length else Memory()
 

@@ -16,6 +16,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memories_table import MEMORIES
 
 from famx.memories import Fam
 from famx.modules import DecoderState, Memory
@@ -46,7 +47,11 @@ MORE = {
         qkv_bias=True,
     ),
 }
-ALL = {**CONFIGS, **MORE}
+EVERY_MEMORY = {
+    name: dict(memory=memory, memory_segments=number % 3, blocks_per_chunk=3)
+    for number, (name, memory) in enumerate(MEMORIES.items())
+}
+ALL = {**CONFIGS, **MORE, **EVERY_MEMORY}
 
 
 def read_in_chunks(c, params, tokens, chunks):

@@ -10,6 +10,7 @@ from helpers import (
     random_tokens,
     read,
 )
+from memories_table import MEMORIES
 
 from famx.memories import Fam
 from famx.modules import Memory
@@ -19,6 +20,7 @@ CONFIGS = {
     "block-outer": dict(blocks_per_chunk=1, memory_segments=0, attention_backend="blockwise"),
     "bswa, two blocks": dict(blocks_per_chunk=2, memory=Memory(), attention_backend="xla"),
     "gated, window mask": dict(memory=Fam(2, update="gated"), window_mask=True, blocks_per_chunk=3),
+    **{name: dict(memory=memory, blocks_per_chunk=2) for name, memory in MEMORIES.items()},
 }
 PLACES = {"start": None, "inside a block": 6, "block boundary": 8}
 
@@ -57,7 +59,7 @@ def test_padding_changes_nothing(name, place):
     assert_close(results[0], results[1], 0)  # the content: bit for bit
 
 
-@pytest.mark.parametrize("name", ["paper", "bswa, two blocks"])
+@pytest.mark.parametrize("name", ["paper", "bswa, two blocks", *MEMORIES])
 @pytest.mark.parametrize("count", [0, 3, 4])
 def test_a_single_token_that_is_not_valid_is_no_token(name, count):
     c = config(**CONFIGS[name])

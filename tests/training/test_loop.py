@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from memories_table import REMEMBERING
 from tiny import BLOCK, BLOCKS, assert_identical, make_model, passkey
 
 from famx.base.errors import ConfigError
@@ -121,6 +122,19 @@ def test_stopped_and_resumed_is_the_same_run(mode, whole, tmp_path):
     assert len(history(tmp_path)) == 3 and all(np.isfinite(x["loss"]) for x in history(tmp_path))
     assert_identical(saved(tmp_path), saved(whole(mode)))
     assert saved_data(tmp_path) == saved_data(whole(mode))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["random", "continuous"])
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_every_memory_resumes_exactly(name, mode, tmp_path):
+    model = make_model(memory=REMEMBERING[name])
+    run(tmp_path / "whole", mode, probe=Probe(), model=model)
+    probe = Probe(stop_after=(6,))
+    for _ in range(2):
+        run(tmp_path / "resumed", mode, probe=probe, model=model)
+    assert history(tmp_path / "resumed") == history(tmp_path / "whole")
+    assert_identical(saved(tmp_path / "resumed"), saved(tmp_path / "whole"))
 
 
 def test_the_modes_save_what_they_carry(whole):

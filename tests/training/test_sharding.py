@@ -24,6 +24,7 @@ MESHES = (  # data x fsdp x tensor x context
     *("fam_8x1x1", "fam_1x8x1", "fam_2x1x4", "fam_2x2x2", "bswa_2x2x2", "lora_2x2x2", "frozen_1x4x2"),
     *("random_2x2x2", "continuous_4x1x2"),
     *("fam_1x2x2x2", "fam_1x4x1x2", "bswa_2x1x1x4", "lora_1x2x1x4", "continuous_1x2x2x2"),
+    *("infini_2x2x2", "infini_1x2x2x2", "delta_2x1x2x2"),
 )
 
 COMMON = """
@@ -34,7 +35,8 @@ from famx.training import loop, optimizers
 from famx import mesh as partitioning
 from famx.model_dir.checkpoints import Checkpointer
 from famx.training.step import make_initializer
-from tiny import make_model, BLOCK, BLOCKS
+from famx.memories import Infini
+from tiny import fam, make_model, BLOCK, BLOCKS
 
 # Matrices of the tiny model are factored too, and plain gradients show in what SGD leaves.
 OPTIMIZERS = {
@@ -51,7 +53,8 @@ class Look:
         return {}
 
 def model_of(kind):
-    memory = fam(0 if kind in ("bswa", "frozen") else 2)
+    memory = {"infini": Infini(), "delta": Infini(delta=True)}.get(kind)
+    memory = memory or fam(0 if kind in ("bswa", "frozen") else 2)
     return make_model(memory=memory, num_heads=8, num_kv_heads=4, memory_segments=2)
 
 def set_mesh(data=1, fsdp=1, tensor=1, context=1):
@@ -84,7 +87,7 @@ assert jax.device_count() == 8
 folder, out = sys.argv[1], {}
 make_mesh = partitioning.make_mesh
 partitioning.make_mesh = lambda: make_mesh(devices=jax.devices()[:1])
-for kind in ("fam", "bswa", "lora", "frozen", "random", "continuous"):
+for kind in ("fam", "bswa", "infini", "delta", "lora", "frozen", "random", "continuous"):
     out[f"{kind}_1"] = run(f"{folder}/{kind}_1", kind)
 partitioning.make_mesh = make_mesh
 for name in MESHES:

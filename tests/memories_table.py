@@ -1,0 +1,33 @@
+"""Memories on which every invariant test runs.
+
+`python -m pytest tests --memory=module:Expression` adds a memory of another module, such as
+`--memory="averages:Averages(length=3)"`; its tests are those whose name contains the module's.
+"""
+
+import importlib
+
+from famx.memories import Fam, Infini
+from famx.modules import Memory
+
+MEMORIES: dict[str, Memory] = {
+    "no memory": Memory(),
+    "fam": Fam(2),
+    "infini": Infini(),
+    "infini with the delta rule": Infini(delta=True, gate_init=1.0),
+}
+REMEMBERING = {name: memory for name, memory in MEMORIES.items() if memory.exists}
+
+
+def add(description: str):
+    """Adds the memory `module:Expression` to the tables."""
+    module, _, expression = description.partition(":")
+    memory = eval(expression, vars(importlib.import_module(module)))
+    MEMORIES[module] = REMEMBERING[module] = memory
+
+
+def oracle_of(memory: Memory):
+    """The numpy oracle of a decoder with this memory, or None where it has none."""
+    from modules.infini_oracle import InfiniOracle
+    from modules.oracle import Oracle
+
+    return {"none": Oracle, "fam": Oracle, "infini": InfiniOracle}.get(memory.kind)
