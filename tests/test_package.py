@@ -115,7 +115,7 @@ def test_engine_needs_no_tensorflow_and_no_seqio():
         import famx.base.gin_utils
         from famx.training import optimizers, run_log, schedules
         from famx.model_dir import checkpoints
-        from famx import mesh as partitioning
+        from famx import mesh
     """
     run(sys.executable, "-c", code, cwd=ROOT)
 

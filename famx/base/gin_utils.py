@@ -46,7 +46,7 @@ def _rewrite(arg: str) -> str:
 
 def gin_root() -> pathlib.Path:
     """The directory that holds gin_configs/: the package in a wheel, the repository otherwise."""
-    package = pathlib.Path(__file__).resolve().parent
+    package = pathlib.Path(__file__).resolve().parent.parent
     return package if (package / "gin_configs").is_dir() else package.parent
 
 

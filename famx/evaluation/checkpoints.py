@@ -16,18 +16,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import gin
-import jax
 import tensorboardX
 
 import famx
-from famx import mesh as partitioning
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
 from famx.base.signals import stop_signal
 from famx.evaluation.common import is_of_memory
+from famx.mesh import make_mesh, make_rules, on_mesh
 from famx.model_dir.checkpoints import Checkpointer
 from famx.model_dir.loading import check_model, restore_params, split_checkpoint
 from famx.models import DecoderModel
@@ -91,7 +89,7 @@ def evaluate(
     for evaluation in evaluations.values():
         if hasattr(evaluation, "check"):
             evaluation.check(model)
-    mesh, rules = partitioning.make_mesh(), partitioning.rules()
+    mesh, rules = make_mesh(), make_rules()
     gin_utils.check_all_used()
 
     with contextlib.ExitStack() as stack:
@@ -139,7 +137,7 @@ def evaluate(
                 began = time.monotonic()
                 # An evaluation that writes more than scalars is told where its results are.
                 extra = {"folder": out / name} if getattr(evaluation, "writes_predictions", False) else {}
-                with jax.set_mesh(mesh), nn.logical_axis_rules(rules.pairs()):
+                with on_mesh(mesh, rules):
                     found = evaluation(model, params, step, **extra)
                 scalars = {k: float(v) for k, v in found.items()}
                 seconds = time.monotonic() - began

@@ -14,11 +14,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from famx import mesh as partitioning
 from famx.base.errors import ConfigError
 from famx.data.vocabularies import load_vocabulary
 from famx.lora import adapter_memory, combine, load_adapter, merged
 from famx.lora.adapters import ADAPTERS, SCALE
+from famx.mesh import logical_to_sharding, make_mesh, make_rules
 from famx.model_dir.checkpoints import Checkpointer, differing_fields, read_model_config
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
@@ -138,8 +138,8 @@ def restore_params(checkpointer: Checkpointer, model: DecoderModel, step: int | 
     """
     step = checkpointer.find(step)
     boxed = model.abstract_params()
-    mesh, rules = partitioning.make_mesh(), partitioning.rules()
-    shardings = flatten_dict(partitioning.logical_to_sharding(boxed, mesh, rules))
+    mesh, rules = make_mesh(), make_rules()
+    shardings = flatten_dict(logical_to_sharding(boxed, mesh, rules))
     stored = {path[1:]: x for path, x in checkpointer.leaves(step).items() if path[0] == "target"}
     wanted = {
         path: jax.ShapeDtypeStruct(
