@@ -10,13 +10,11 @@ written, unless `--allow_partial` is given.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.files import new_directory, write_json
 from famx.data.formats.texts import EmptySplit
 from famx.data.storage.records import TFRecordRecords, write_tfrecords
 from famx.data.tasks import registry
@@ -140,9 +139,6 @@ def _open(task: TextTask, folders: Sequence[str]) -> tuple[dict[str, Records], l
 def _write(task, splits, data_dir, num_shards, message) -> dict[str, int]:
     folder = os.path.join(data_dir, task.name)
     os.makedirs(folder, exist_ok=True)
-    for name in os.listdir(folder):
-        if name.startswith(".writing-"):  # of a command that was killed
-            shutil.rmtree(os.path.join(folder, name))
     for split, records in splits.items():
         name = task.prepared_name(split, data_dir)
         shards = complete_shards(name)
@@ -159,10 +155,7 @@ def _write(task, splits, data_dir, num_shards, message) -> dict[str, int]:
             os.remove(old)
         message(f"{name}: {len(records)} examples.")
     counts = {split: len(records) for split, records in splits.items()}
-    path = os.path.join(folder, "prepared.json")
-    with open(f"{path}.{os.getpid()}", "w") as file:
-        json.dump({"task": task.name, "examples": counts}, file, indent=1)
-    os.replace(file.name, path)
+    write_json(os.path.join(folder, "prepared.json"), {"task": task.name, "examples": counts})
     return counts
 
 
@@ -205,9 +198,7 @@ def _unpack(archive: str, data_dir: str, message: Callable[[str], None]) -> str:
     if os.path.isdir(folder):
         return folder
     message(f"Unpacking {archive} into {folder}.")
-    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=data_dir) as unfinished:
-        inner = os.path.join(unfinished, "files")
-        os.mkdir(inner)
+    with new_directory(folder, sync=False) as inner:
         try:
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(archive) as file:
@@ -219,7 +210,6 @@ def _unpack(archive: str, data_dir: str, message: Callable[[str], None]) -> str:
             raise ConfigError(
                 f"{archive} cannot be unpacked as zip or tar ({error}); download it again."
             ) from error
-        os.rename(inner, folder)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -16,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from famx.base.errors import ConfigError
-from famx.base.files import replace_file
+from famx.base.files import write_json, write_text
 from famx.conversion import families
 from famx.conversion.gin_file import model_gin
 from famx.conversion.sidecar import Sidecar, read_sidecar
@@ -143,7 +142,7 @@ def write_model(
     pieces = _pieces(plan, prompt_start, seed)
     (directory / _MARK).touch()
     check_same_model(directory, plan.config.to_dict())
-    replace_file(directory / "model.gin", model_gin(plan.config, plan.source.name).encode())
+    write_text(directory / "model.gin", model_gin(plan.config, plan.source.name))
     if plan.vocabulary is not None:
         save_vocabulary(plan.vocabulary, directory)
     _keep_side_files(plan.source, directory / "source")
@@ -314,7 +313,7 @@ def _keep_side_files(source: Source, folder: pathlib.Path) -> None:
         if origin is not None and (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
     if not (folder / "config.json").exists():
-        replace_file(folder / "config.json", f"{json.dumps(source.config, indent=2)}\n".encode())
+        write_json(folder / "config.json", source.config)
 
 
 def _shape(shape: Sequence[int]) -> str:

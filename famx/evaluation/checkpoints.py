@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import pathlib
 import re
 import sys
@@ -22,6 +21,7 @@ import tensorboardX
 import famx
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.files import check_writable, write_json
 from famx.base.gin_checks import nearest
 from famx.base.signals import stop_signal
 from famx.evaluation.common import is_of_memory
@@ -288,10 +288,7 @@ def _output_dir(output_dir: str | None, model_dir: pathlib.Path):
     boards = (model_dir if output_dir is None else out) / "tensorboard"
     try:
         for directory in (out, boards):
-            directory.mkdir(parents=True, exist_ok=True)
-            probe = directory / f".write_test.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            check_writable(directory)
     except OSError as error:
         raise ConfigError(
             f"Results cannot be written to {directory}: {error.strerror}; set EVAL_OUTPUT_DIR to a"
@@ -310,9 +307,7 @@ def _read_result(path: pathlib.Path) -> dict[str, Any] | None:
 
 def _write_result(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(path)
+    write_json(path, result)
 
 
 def _say(text: str) -> None:

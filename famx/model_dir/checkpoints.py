@@ -22,6 +22,7 @@ from absl import logging
 from flax import serialization, traverse_util
 
 from famx.base.errors import ConfigError
+from famx.base.files import check_writable, write_json
 from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
 
 _STATE, _DATASET = "state", "dataset"
@@ -248,10 +249,7 @@ def check_model_dir(path: str | os.PathLike, need_bytes: int = 0) -> pathlib.Pat
     if not existing.is_dir():
         raise ConfigError(f"MODEL_DIR {path} cannot be used: {existing} is not a directory.")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".write_test.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        check_writable(directory)
     except OSError as error:
         raise ConfigError(f"MODEL_DIR {path} is not writable: {error.strerror}.") from error
     free = shutil.disk_usage(directory).free
@@ -313,9 +311,7 @@ def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any])
                 " choose another MODEL_DIR or go back to that model."
             )
     elif jax.process_index() == 0:
-        temporary = path.with_name(f"{_MODEL_FILE}.{os.getpid()}")
-        temporary.write_text(json.dumps(here, indent=2, sort_keys=True) + "\n")
-        temporary.replace(path)
+        write_json(path, here, sort_keys=True)
 
 
 def _size(count: float) -> str:

@@ -13,6 +13,7 @@ from clu.data.dataset_iterator import ArraySpec, DatasetIterator
 from t5x import utils
 
 from famx.base.errors import ConfigError
+from famx.base.files import write_text
 from famx.data.seqio import register_named
 from famx.data.tasks import registry
 from famx.model_dir.checkpoints import Checkpointer
@@ -112,9 +113,9 @@ class FeedIterator(DatasetIterator):
         path = pathlib.Path(filename)
         state = self._states.get(_step_of(path), self._states[self._step])
         text = json.dumps({"feed": state, "pending": []})
-        path.write_text(text)
+        write_text(path, text)
         if jax.process_index() == 0:
-            _engine_file(path).write_text(text)
+            write_text(_engine_file(path), text)
 
     def restore(self, filename):
         """Goes to the position that `save` wrote for this checkpoint."""

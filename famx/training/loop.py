@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
-from famx.base.files import replace_file
+from famx.base.files import write_json
 from famx.base.signals import stop_signal
 from famx.data.tasks import registry
 from famx.data.vocabularies import save_vocabulary
@@ -182,7 +182,7 @@ def train(
                     "weights": weights_fingerprint(pretrained),
                 }
                 if first:
-                    replace_file(directory / _BASE_FILE, json.dumps(base, indent=2).encode() + b"\n")
+                    write_json(directory / _BASE_FILE, base)
                     if (initial / "source").is_dir():  # of an imported model, for the export
                         shutil.copytree(initial / "source", directory / "source", dirs_exist_ok=True)
             if setup.with_start:

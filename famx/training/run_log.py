@@ -10,6 +10,8 @@ from typing import IO
 import tensorboardX
 import tqdm
 
+from famx.base.files import write_text
+
 _FILE = "metrics.jsonl"
 _FLUSH_SECONDS = 5
 
@@ -135,9 +137,7 @@ def _parse(line: str) -> dict | None:
 def _drop_later_lines(path: pathlib.Path, step: int) -> None:
     kept = [line for line in read_metrics(str(path.parent)) if line["step"] <= step]
     if path.exists():
-        temporary = path.with_name(_FILE + ".new")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _now() -> float:
