@@ -31,6 +31,7 @@ from tqdm import tqdm
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.files import replacing, write_json, write_text
+from famx.base.signals import exit_on_interrupt
 from famx.data.rows.batches import IndexedDocuments
 from famx.data.storage.records import TFRecordRecords
 from famx.data.tasks import registry
@@ -305,7 +306,8 @@ def main() -> None:
         if values.vocabulary:
             options["vocabulary"] = open_vocabulary(values.vocabulary)
         task = seqio_task(values.task, options, values.decoder_only, values.length, values.examples)
-        cache(task, values.output_dir, values.split or None, values.num_shards)
+        with exit_on_interrupt("Stopped; the same command resumes after the files that are complete."):
+            cache(task, values.output_dir, values.split or None, values.num_shards)
     except (ValueError, OSError) as error:  # broken data and full disks get their sentence too
         raise ConfigError(str(error)) from error
 

@@ -10,7 +10,6 @@ finetuning. What is needed besides weights lies in the directory too: the vocabu
 
 import ast
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from absl import flags
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
+from famx.base.signals import exit_on_interrupt
 from famx.conversion.families import MEMORY_FIELDS
 from famx.conversion.importing import PROMPT_STARTS, Plan, check_destination, plan_import, write_model
 from famx.conversion.sources import open_source
@@ -64,14 +64,11 @@ def main():
         given["memory"] = read_memory(values.memory)
     fields = read_fields(values.set) | given
     mesh = read_mesh(values.mesh)
-    try:
+    with exit_on_interrupt("Stopped; the same command begins anew."):
         convert(
             values["from"].value, values.to, fields, mesh, values.tokenizer, values.pad_id,
             values.prompt, values.seed,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        print("Stopped; the same command begins anew.", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: orbax's threads would complain of their loop's end
 
 
 def convert(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.signals import exit_on_interrupt
 from famx.conversion.exporting import DTYPES, check_destination, export
 from famx.model_dir.loading import load_model
 
@@ -44,12 +45,8 @@ def main():
         raise ConfigError(f"There is no config.json in --source {values.source}.")
     trained = load_model(values.checkpoint, adapter=values.adapter)
     bar = tqdm(unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty(), leave=False)
-    try:
-        with bar:
-            done = export(trained, values.to, values.dtype, size, values.source, bar.update)
-    except KeyboardInterrupt:
-        print("Stopped; nothing was left behind.", file=sys.stderr)
-        sys.exit(130)
+    with exit_on_interrupt("Stopped; nothing was left behind."), bar:
+        done = export(trained, values.to, values.dtype, size, values.source, bar.update)
     files = f"{len(done.files)} files" if len(done.files) > 1 else done.files[0]
     print(
         f"{done.directory}: {done.architecture}, step {trained.step}, {done.num_bytes:,} bytes in {files}"

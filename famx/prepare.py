@@ -24,6 +24,7 @@ from tqdm import tqdm
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.files import new_directory, write_json
+from famx.base.signals import exit_on_interrupt
 from famx.data.formats.texts import EmptySplit
 from famx.data.storage.records import TFRecordRecords, write_tfrecords
 from famx.data.tasks import registry
@@ -220,7 +221,8 @@ def main() -> None:
         if not getattr(values, name):
             raise ConfigError(f"--{name} is missing: python -m famx.prepare --task NAME --source PLACE.")
     try:
-        prepare(values.task, values.source, values.data_dir, values.allow_partial, values.num_shards)
+        with exit_on_interrupt("Stopped; the same command resumes with the split that is missing."):
+            prepare(values.task, values.source, values.data_dir, values.allow_partial, values.num_shards)
     except (ValueError, OSError) as error:  # broken data and full disks get their sentence too
         raise ConfigError(str(error)) from error
 

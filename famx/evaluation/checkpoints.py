@@ -23,7 +23,7 @@ from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.files import check_writable, write_json
 from famx.base.gin_checks import nearest
-from famx.base.signals import stop_signal
+from famx.base.signals import graceful_stop
 from famx.evaluation.common import is_of_memory
 from famx.mesh import make_mesh, make_rules, on_mesh
 from famx.model_dir.checkpoints import Checkpointer
@@ -100,7 +100,7 @@ def evaluate(
             name: stack.enter_context(contextlib.closing(tensorboardX.SummaryWriter(boards(name))))
             for name in evaluations
         }
-        stop = stack.enter_context(stop_signal())
+        stop = stack.enter_context(graceful_stop())
         results: Results = {name: {} for name in evaluations}
 
         # ------------------------------------------------------------ work

@@ -32,7 +32,7 @@ import tqdm
 import famx
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
-from famx.base.signals import stop_signal
+from famx.base.signals import graceful_stop
 from famx.data.vocabularies import fingerprint
 from famx.decoding import Sampling, Streamer
 from famx.inference.answers import Answers
@@ -157,7 +157,7 @@ def infer(
 
     # ---------------------------------------------------------------- lines
     notes = {"famx": famx.__version__, "checkpoint": str(trained.directory), "input": input_file}
-    with output, stop_signal() as stop:
+    with output, graceful_stop() as stop:
         done = output.open(settings, notes)
         if done:
             _say(f"Going on after {done} of {total} lines.")

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.files import write_json
-from famx.base.signals import stop_signal
+from famx.base.signals import graceful_stop
 from famx.data.tasks import registry
 from famx.data.vocabularies import save_vocabulary
 from famx.lora import save_adapter
@@ -220,7 +220,7 @@ def train(
         stack.enter_context(on_mesh(mesh, setup.rules))
         train_step = setup.train_step(abstract)
         merge = jax.jit(model.merged)
-        stop = stack.enter_context(stop_signal())
+        stop = stack.enter_context(graceful_stop())
         scalars: dict[str, float] = {}
         saved, skipped = step, 0
         from_start = state_passing_mode in ("none", "random") and not setup.with_start
