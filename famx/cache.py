@@ -20,17 +20,16 @@ import hashlib
 import importlib
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.files import replacing, write_json, write_text
+from famx.base.progress import Progress
 from famx.base.signals import exit_on_interrupt
 from famx.data.rows.batches import IndexedDocuments
 from famx.data.storage.records import TFRecordRecords
@@ -127,16 +126,14 @@ def _cache_split(task, split, folder, num_shards, message) -> int:
     owner = shard_of(np.arange(sources), int(sources), num_shards)
     write_json(begun_path, begun)
     total = int(np.isin(owner, missing).sum())
-    progress = tqdm(
-        desc=f"{task.name} {split}", total=total, file=sys.stderr, mininterval=1, disable=None
-    )  # on a terminal alone
+    progress = Progress(f"{task.name} {split}", total)
     owners = tf.constant(owner)
     for k in missing:
         own = dataset.enumerate().filter(lambda i, _, k=k: owners[i] == k).map(lambda _, x: x)
         with replacing(paths[k]) as unfinished, tf.io.TFRecordWriter(str(unfinished)) as writer:
             for example in preprocessed(own):
                 writer.write(_serialised(example))
-                progress.update()
+                progress.add()
     progress.close()
     stats = _stats(task, paths)
     write_json(os.path.join(folder, f"stats.{split}.json"), stats, sort_keys=True)

@@ -208,12 +208,17 @@ def logical_to_sharding(tree: Any, mesh: Mesh, rules: Rules) -> Any:
         if isinstance(leaf, PartitionSpec):
             return NamedSharding(mesh, rules.spec(tuple(leaf)))
         spec = nn.get_partition_spec(leaf)
-        return NamedSharding(mesh, _divisible(path, spec, nn.unbox(leaf).shape, mesh, rules))
+        return NamedSharding(mesh, _divisible(path, spec, without_boxes(leaf).shape, mesh, rules))
 
     def is_leaf(node):
         return isinstance(node, (PartitionSpec, nn.meta.AxisMetadata))
 
     return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=is_leaf)
+
+
+def without_boxes(tree: Any) -> Any:
+    """The values of boxed leaves; `nn.unbox` also constrains their shardings inside `on_mesh`."""
+    return nn.meta.map_axis_meta(lambda box: box.unbox(apply_constraint=False), tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

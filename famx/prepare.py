@@ -13,17 +13,16 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 
 from absl import flags
-from tqdm import tqdm
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.files import new_directory, write_json
+from famx.base.progress import Progress
 from famx.base.signals import exit_on_interrupt
 from famx.data.formats.texts import EmptySplit
 from famx.data.storage.records import TFRecordRecords, write_tfrecords
@@ -148,10 +147,8 @@ def _write(task, splits, data_dir, num_shards, message) -> dict[str, int]:
             continue
         examples = Examples(records, task.preprocess)
         rows = (examples[i] for i in range(len(examples)))
-        rows = tqdm(  # on a terminal alone
-            rows, f"{task.name} {split}", len(examples), file=sys.stderr, mininterval=1, disable=None
-        )
-        written = write_tfrecords(name, rows, num_shards)
+        with Progress(f"{task.name} {split}", len(examples)) as progress:
+            written = write_tfrecords(name, progress.each(rows), num_shards)
         for old in set(shards) - set(written):
             os.remove(old)
         message(f"{name}: {len(records)} examples.")

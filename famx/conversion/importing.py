@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_json, write_text
+from famx.base.text import some
 from famx.conversion import families
 from famx.conversion.gin_file import model_gin
 from famx.conversion.sidecar import Sidecar, read_sidecar
@@ -31,7 +32,6 @@ from famx.modules.memory import PROMPTS, of_memory
 
 PROMPT_STARTS = ("normal", "tokens")
 _MARK = ".importing"  # in a directory whose import is under way, or was stopped
-_SHOWN = 6  # names in a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ def check_tensors(source: Source, tensors: Sequence[families.Tensor]) -> None:
             f"{tensor.name} ({info.dtype})" for tensor, info in both if info.dtype not in READABLE
         ],
     }
-    found = [f"{what} {len(names)}: {_some(names)}" for what, names in problems.items() if names]
+    found = [f"{what} {len(names)}: {some(names)}" for what, names in problems.items() if names]
     if found:
         raise ConfigError(
             f"The tensors of {source.name} are not those that its config.json asks for; it"
@@ -289,7 +289,7 @@ def check_destination(directory: str | os.PathLike) -> pathlib.Path:
     names = sorted(os.listdir(directory)) if directory.exists() else []
     if names and _MARK not in names:
         raise ConfigError(
-            f"{directory} is not empty, it holds {_some(names)}: choose another --to, or remove it."
+            f"{directory} is not empty, it holds {some(names)}: choose another --to, or remove it."
         )
     return directory
 
@@ -318,9 +318,3 @@ def _keep_side_files(source: Source, folder: pathlib.Path) -> None:
 
 def _shape(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
-
-
-def _some(names: Sequence[str]) -> str:
-    """'a, b and 3 more'."""
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

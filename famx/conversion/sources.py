@@ -19,6 +19,7 @@ import ml_dtypes  # noqa: F401, gives numpy bfloat16 by name
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.text import some
 
 SIDE_FILES = (  # what an export gives back as it came
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
@@ -158,14 +159,14 @@ class HuggingFaceSource:
             missing = sorted(set(claimed.values()) - set(names))
             if missing:
                 raise ConfigError(
-                    f"{self.directory} lacks {_some(missing)}, which {_INDEX} lists: download"
+                    f"{self.directory} lacks {some(missing, 4)}, which {_INDEX} lists: download"
                     f" {'it' if len(missing) == 1 else 'them'} again."
                 )
             return sorted(set(claimed.values())), claimed
         if len(names) == 1 and not re.search(r"-of-\d+\.", names[0]):
             return names, {}
         if names:
-            raise ConfigError(f"{self.directory} has {_some(names)} but no {_INDEX}: download it too.")
+            raise ConfigError(f"{self.directory} has {some(names, 4)} but no {_INDEX}: download it too.")
         if list(self.directory.glob("*.bin")) or list(self.directory.glob("*.pt*")):
             raise ConfigError(
                 f"{self.directory} holds its weights as pickled PyTorch files alone, which are not read:"
@@ -275,9 +276,3 @@ def _readable(file: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from error
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    """'a, b and 3 more'."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

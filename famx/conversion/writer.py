@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +24,14 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType
 
 from famx.base.errors import ConfigError
-from famx.mesh import LOGICAL_AXES, MESH_AXES, PRESETS, Rules, logical_to_sharding
+from famx.mesh import (
+    LOGICAL_AXES,
+    MESH_AXES,
+    PRESETS,
+    Rules,
+    logical_to_sharding,
+    without_boxes,
+)
 from famx.modules import Decoder, DecoderConfig
 
 CHUNK_BYTES = 1 << 25
@@ -74,7 +80,7 @@ def leaf_shapes(
     placed = logical_to_sharding(boxed, devices, rules)
     shardings = traverse_util.flatten_dict(placed)
     leaves = {}
-    for path, leaf in traverse_util.flatten_dict(nn.unbox(boxed)).items():
+    for path, leaf in traverse_util.flatten_dict(without_boxes(boxed)).items():
         shard = shardings[path].shard_shape(leaf.shape)
         first = 1 if path[0] == "layers" else shard[0]
         chunks = chunk_shape(leaf.shape, (first, *shard[1:]), leaf.dtype.itemsize)

@@ -23,6 +23,7 @@ from flax import serialization, traverse_util
 
 from famx.base.errors import ConfigError
 from famx.base.files import check_writable, write_json
+from famx.base.text import byte_size
 from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
 
 _STATE, _DATASET = "state", "dataset"
@@ -255,8 +256,9 @@ def check_model_dir(path: str | os.PathLike, need_bytes: int = 0) -> pathlib.Pat
     free = shutil.disk_usage(directory).free
     if free < need_bytes:
         raise ConfigError(
-            f"MODEL_DIR {path} has {_size(free)} free and this run needs {_size(need_bytes)}: free"
-            " some space, keep fewer checkpoints or choose another disk."
+            f"MODEL_DIR {path} has {byte_size(free, 0)} free and this run needs"
+            f" {byte_size(need_bytes, 0)}: free some space, keep fewer checkpoints or choose another"
+            " disk."
         )
     return directory
 
@@ -312,11 +314,3 @@ def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any])
             )
     elif jax.process_index() == 0:
         write_json(path, here, sort_keys=True)
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

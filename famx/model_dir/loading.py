@@ -8,7 +8,6 @@ import re
 import warnings
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -18,7 +17,7 @@ from famx.base.errors import ConfigError
 from famx.data.vocabularies import load_vocabulary
 from famx.lora import adapter_memory, combine, load_adapter, merged
 from famx.lora.adapters import ADAPTERS, SCALE
-from famx.mesh import logical_to_sharding, make_mesh, make_rules
+from famx.mesh import logical_to_sharding, make_mesh, make_rules, without_boxes
 from famx.model_dir.checkpoints import Checkpointer, differing_fields, read_model_config
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
@@ -80,7 +79,7 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
         Decoder(config.with_fields(memory)), trained.model.input_vocabulary
     )
     base, prompt = split_memory(trained.params)
-    abstract = nn.unbox(model.abstract_params())
+    abstract = without_boxes(model.abstract_params())
     adapters, lora = load_adapter(adapter, abstract, weights_fingerprint(trained.params))
     wanted = split_memory(abstract)[1]
     if jax.tree.structure(split_memory(adapters)[1]) != jax.tree.structure(wanted):
@@ -145,7 +144,7 @@ def restore_params(checkpointer: Checkpointer, model: DecoderModel, step: int | 
         path: jax.ShapeDtypeStruct(
             leaf.shape, stored.get(path, leaf).dtype, sharding=shardings[path]
         )
-        for path, leaf in flatten_dict(nn.unbox(boxed)).items()
+        for path, leaf in flatten_dict(without_boxes(boxed)).items()
     }
     whole = NamedSharding(mesh, PartitionSpec())
     for path in stored.keys() - wanted.keys():
