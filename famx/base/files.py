@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from famx.base.errors import ConfigError
@@ -105,13 +105,13 @@ def scratch_directory(path: Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def move_into_place(files: dict[pathlib.Path, pathlib.Path]) -> None:
+def move_into_place(files: Mapping[pathlib.Path, Path]) -> None:
     """Sync temporary files to disk, then rename each to its final path; `{temporary: final}`."""
     for temporary, path in files.items():
-        with _sentence(path):
+        with _sentence(pathlib.Path(path)):
             _sync(temporary)
     for temporary, path in files.items():
-        with _sentence(path):
+        with _sentence(pathlib.Path(path)):
             os.replace(temporary, path)
 
 

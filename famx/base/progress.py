@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic as _monotonic
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 import tqdm
 
@@ -115,7 +115,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -24,7 +24,8 @@ from famx.conversion.families import Tensor, tensors
 from famx.conversion.huggingface import huggingface_config
 from famx.conversion.sidecar import write_sidecar
 from famx.data.vocabularies.base import Vocabulary
-from famx.model_dir.loading import TrainedModel, split_memory
+from famx.model_dir.identity import split_memory
+from famx.model_dir.loading import TrainedModel
 from famx.modules.config import DecoderConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

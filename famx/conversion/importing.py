@@ -26,7 +26,8 @@ from famx.conversion.writer import LeafPath, LeafShape, Pieces, leaf_shapes, wri
 from famx.data.vocabularies import save_vocabulary
 from famx.data.vocabularies.tokenizer_files import FileVocabulary
 from famx.memories import Fam
-from famx.model_dir.checkpoints import check_model_dir, check_same_model
+from famx.model_dir.checkpointer import check_model_dir
+from famx.model_dir.identity import check_same_model
 from famx.modules import Decoder, DecoderConfig
 from famx.modules.memory import PROMPTS, of_memory
 

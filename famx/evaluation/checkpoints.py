@@ -26,8 +26,9 @@ from famx.base.gin_checks import nearest
 from famx.base.signals import graceful_stop
 from famx.evaluation.common import is_of_memory
 from famx.mesh import make_mesh, make_rules, on_mesh
-from famx.model_dir.checkpoints import Checkpointer
-from famx.model_dir.loading import check_model, restore_params, split_checkpoint
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.identity import split_checkpoint
+from famx.model_dir.loading import check_model, restore_params
 from famx.models import DecoderModel
 
 MODES = ("latest", "all", "wait")

@@ -10,7 +10,7 @@ from typing import Any
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_json
-from famx.model_dir.checkpoints import differing_fields
+from famx.model_dir.identity import differing_fields
 
 
 def read_objects(path: str | os.PathLike, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -39,7 +39,8 @@ from famx.inference.chat_template import ChatTemplate
 from famx.inference.jsonl import ResumableLines
 from famx.inference.prompts import NEW_FIELDS, Lines, batches
 from famx.mesh import make_mesh, make_rules, on_mesh
-from famx.model_dir.loading import check_model, load_model, model_fingerprint, split_checkpoint
+from famx.model_dir.identity import model_fingerprint, split_checkpoint
+from famx.model_dir.loading import check_model, load_model
 from famx.model_dir.memory_file import load_memory, read_header
 from famx.models import DecoderModel
 

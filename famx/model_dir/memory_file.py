@@ -23,8 +23,8 @@ import famx
 from famx.base.errors import ConfigError
 from famx.base.files import write_bytes
 from famx.data.vocabularies import fingerprint
-from famx.model_dir.checkpoints import differing_fields
-from famx.model_dir.loading import TrainedModel, model_fingerprint
+from famx.model_dir.identity import differing_fields, model_fingerprint
+from famx.model_dir.loading import TrainedModel
 from famx.modules import DecoderState
 
 FORMAT = 1

@@ -16,8 +16,9 @@ from famx.base.errors import ConfigError
 from famx.base.files import write_text
 from famx.data.seqio import register_named
 from famx.data.tasks import registry
-from famx.model_dir.checkpoints import Checkpointer
-from famx.model_dir.loading import check_model, split_checkpoint
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.identity import split_checkpoint
+from famx.model_dir.loading import check_model
 from famx.models import DecoderModel
 from famx.training.feeds import Feed, SeqioFeed, make_feed
 

@@ -22,14 +22,9 @@ from famx.data.vocabularies import save_vocabulary
 from famx.lora import save_adapter
 from famx.mesh import batch_shard, batch_sharding, on_mesh
 from famx.model_dir import memory_file
-from famx.model_dir.checkpoints import Checkpointer, check_model_dir, check_same_model
-from famx.model_dir.loading import (
-    TrainedModel,
-    check_model,
-    load_pretrained,
-    split_checkpoint,
-    weights_fingerprint,
-)
+from famx.model_dir.checkpointer import Checkpointer, check_model_dir
+from famx.model_dir.identity import check_same_model, split_checkpoint, weights_fingerprint
+from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
 from famx.models import DecoderModel
 from famx.models.metrics import Mean
 from famx.training import state_passing

@@ -38,7 +38,7 @@ from famx.conversion.sources import TensorInfo, open_source
 from famx.conversion.vocabulary import fitting_vocabulary
 from famx.data.vocabularies import load_vocabulary, open_vocabulary
 from famx.memories import Fam
-from famx.model_dir.checkpoints import Checkpointer
+from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.loading import load_model
 from famx.modules import DecoderConfig, Memory, RopeScaling
 

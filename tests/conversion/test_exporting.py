@@ -26,7 +26,8 @@ from famx.data.vocabularies import ByteVocabulary, open_vocabulary
 from famx.export import parse_size
 from famx.lora import Lora
 from famx.memories import Fam
-from famx.model_dir.checkpoints import Checkpointer, check_same_model
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.identity import check_same_model
 from famx.model_dir.loading import TrainedModel, load_model
 from famx.models import DecoderModel
 from famx.modules import Decoder, Memory

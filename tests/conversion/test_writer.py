@@ -24,7 +24,7 @@ from famx.base.errors import ConfigError
 from famx.conversion import writer
 from famx.conversion.writer import LeafShape, chunk_shape, leaf_shapes, write_checkpoint
 from famx.mesh import MESH_AXES, logical_to_sharding, make_rules
-from famx.model_dir.checkpoints import Checkpointer
+from famx.model_dir.checkpointer import Checkpointer
 
 CONFIG = make_model(num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, tied_embeddings=False).config
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4)

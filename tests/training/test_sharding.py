@@ -32,7 +32,7 @@ from famx.lora import Lora
 from famx.training.state_passing import RandomState
 from famx.training import loop, optimizers
 from famx.mesh import make_mesh, make_rules
-from famx.model_dir.checkpoints import Checkpointer
+from famx.model_dir.checkpointer import Checkpointer
 from famx.training.step import make_initializer
 from tiny import make_model, BLOCK, BLOCKS
 

@@ -205,7 +205,7 @@ def write_tfrecords(
         finally:
             for file in files:
                 file.close()
-        move_into_place(dict(zip(parts, paths, strict=True)))
+        move_into_place(dict(zip(parts, paths)))
     return paths
 
 
