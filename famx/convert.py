@@ -20,11 +20,10 @@ from famx.base.gin_checks import nearest
 from famx.base.progress import ByteProgress
 from famx.base.signals import exit_on_interrupt
 from famx.base.text import byte_size
-from famx.conversion.families import MEMORY_FIELDS
 from famx.conversion.importing import PROMPT_STARTS, Plan, check_destination, plan_import, write_model
 from famx.conversion.sources import open_source
 from famx.modules import DecoderConfig
-from famx.modules.config import COMPUTATION_FIELDS
+from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS
 from famx.modules.memory import Memory
 from famx.modules.memory import from_dict as memory_from_dict
 

@@ -20,7 +20,8 @@ from famx.base.text import some
 from famx.conversion import families
 from famx.conversion.gin_file import model_gin
 from famx.conversion.sidecar import Sidecar, read_sidecar
-from famx.conversion.sources import READABLE, SIDE_FILES, Source
+from famx.conversion.sources import SIDE_FILES
+from famx.conversion.tensor_source import READABLE, Source
 from famx.conversion.vocabulary import fitting_vocabulary
 from famx.conversion.writer import LeafPath, LeafShape, Pieces, leaf_shapes, write_checkpoint
 from famx.data.vocabularies import save_vocabulary

@@ -34,7 +34,8 @@ from famx.conversion.families import SUPPORTED, decoder_config, tensors
 from famx.conversion.gin_file import model_gin
 from famx.conversion.importing import draw_prompt, plan_import, write_model
 from famx.conversion.sidecar import write_sidecar
-from famx.conversion.sources import TensorInfo, open_source
+from famx.conversion.sources import open_source
+from famx.conversion.tensor_source import TensorInfo
 from famx.conversion.vocabulary import fitting_vocabulary
 from famx.data.vocabularies import load_vocabulary, open_vocabulary
 from famx.memories import Fam
