@@ -9,14 +9,13 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import unbox
 
 from benchmarks.full_attention import full_attention
-from famx import mesh as partitioning
+from famx.mesh import batch_sharding, make_mesh, make_rules, on_mesh
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig, layer
 from famx.training import optimizers
@@ -47,8 +46,8 @@ def train_step(
     kept = _training_state(
         dataclasses.replace(config, blocks_per_chunk=None, remat="none", attention_backend="auto")
     )
-    inputs = jax.device_put(inputs, partitioning.batch_sharding(mesh))
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.pairs()):
+    inputs = jax.device_put(inputs, batch_sharding(mesh))
+    with on_mesh(mesh, rules):
         step = make_train_step(model, optimizer, "none", 0, abstract)
         compiled = step.lower(kept[0], inputs).compile()
 
@@ -61,9 +60,9 @@ def train_step(
 
 def _training(config: DecoderConfig, loss_chunk: int | None = None):
     """Model, optimiser, and a mesh of one device with its rules."""
-    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     model = DecoderModel(Decoder(config), loss_chunk=loss_chunk)
-    return model, optimizers.adamw(1e-4), mesh, partitioning.rules()
+    return model, optimizers.adamw(1e-4), mesh, make_rules()
 
 
 @functools.cache

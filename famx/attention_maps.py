@@ -7,7 +7,6 @@
 The text may have any length; `--blocks` names the blocks whose maps are kept, -1 being the last.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -19,7 +18,7 @@ from absl import flags
 from famx.analysis.attention_maps import AttentionMaps, read_maps
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
-from famx.base.files import replace_file
+from famx.base.files import write_json, write_text
 from famx.inference.conversation import load_with_vocabulary
 from famx.inference.reading import ReadProgress, encode_file
 
@@ -137,12 +136,13 @@ def write_maps(maps: AttentionMaps, folder: pathlib.Path) -> int:
         for block in updated
     }
     summary = maps.summary.to_dict() | {"sources": sources}
-    data = json.dumps(summary, indent=1, ensure_ascii=False)
-    replace_file(folder / "summary.json", f"{data}\n".encode())
+    write_json(folder / "summary.json", summary)
     try:
-        replace_file(folder / "attention.html", attention_page(maps).encode())
+        page = attention_page(maps)
     except ConfigError as error:  # the rest does not need the page
         print(f"There is no attention.html: {error}")
+    else:
+        write_text(folder / "attention.html", page)
 
     made = {
         "masses": lambda: figures.mass_figure(maps.summary),

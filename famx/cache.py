@@ -20,16 +20,17 @@ import hashlib
 import importlib
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.files import replacing, write_json, write_text
+from famx.base.progress import Progress
+from famx.base.signals import exit_on_interrupt
 from famx.data.rows.batches import IndexedDocuments
 from famx.data.storage.records import TFRecordRecords
 from famx.data.tasks import registry
@@ -86,7 +87,7 @@ def cache(
                 split: _cache_split(one, split, folder, num_shards, message)
                 for split in splits or one.splits
             }
-            _write(os.path.join(folder, "COMPLETED"), "")
+            write_text(os.path.join(folder, "COMPLETED"), "")
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise ConfigError(f"{folder} cannot be written to: {error.strerror}.") from error
     return found
@@ -123,29 +124,25 @@ def _cache_split(task, split, folder, num_shards, message) -> int:
         if left.startswith(f".{split}.tfrecord-"):  # of a command that was killed
             os.remove(os.path.join(folder, left))
     owner = shard_of(np.arange(sources), int(sources), num_shards)
-    _write(begun_path, json.dumps(begun, indent=1))
+    write_json(begun_path, begun)
     total = int(np.isin(owner, missing).sum())
-    progress = tqdm(
-        desc=f"{task.name} {split}", total=total, file=sys.stderr, mininterval=1, disable=None
-    )  # on a terminal alone
+    progress = Progress(f"{task.name} {split}", total)
     owners = tf.constant(owner)
     for k in missing:
         own = dataset.enumerate().filter(lambda i, _, k=k: owners[i] == k).map(lambda _, x: x)
-        unfinished = os.path.join(folder, f".{os.path.basename(paths[k])}")
-        with tf.io.TFRecordWriter(unfinished) as writer:
+        with replacing(paths[k]) as unfinished, tf.io.TFRecordWriter(str(unfinished)) as writer:
             for example in preprocessed(own):
                 writer.write(_serialised(example))
-                progress.update()
-        os.replace(unfinished, paths[k])
+                progress.add()
     progress.close()
     stats = _stats(task, paths)
-    _write(os.path.join(folder, f"stats.{split}.json"), json.dumps(stats, indent=2, sort_keys=True))
+    write_json(os.path.join(folder, f"stats.{split}.json"), stats, sort_keys=True)
     info = {
         "num_shards": num_shards,
         "features": {x: _feature(value) for x, value in first.items()},
         "seqio_version": seqio.__version__,
     }
-    _write(info_path, json.dumps(info, indent=2, sort_keys=True))
+    write_json(info_path, info, sort_keys=True)
     message(f"{name}: {stats['examples']} examples.")
     return stats["examples"]
 
@@ -216,12 +213,6 @@ def _stats(task, paths: Sequence[str]) -> dict[str, int]:
             elif isinstance(value, bytes):
                 stats[f"{name}_chars"] = stats.get(f"{name}_chars", 0) + len(value.decode())
     return stats
-
-
-def _write(path: str, text: str) -> None:
-    with open(f"{path}.{os.getpid()}", "w") as file:
-        file.write(text)
-    os.replace(file.name, path)
 
 
 def seqio_task(
@@ -312,7 +303,8 @@ def main() -> None:
         if values.vocabulary:
             options["vocabulary"] = open_vocabulary(values.vocabulary)
         task = seqio_task(values.task, options, values.decoder_only, values.length, values.examples)
-        cache(task, values.output_dir, values.split or None, values.num_shards)
+        with exit_on_interrupt("Stopped; the same command resumes after the files that are complete."):
+            cache(task, values.output_dir, values.split or None, values.num_shards)
     except (ValueError, OSError) as error:  # broken data and full disks get their sentence too
         raise ConfigError(str(error)) from error
 

@@ -7,7 +7,6 @@ Each line is a message; /help tells the commands. Answers go to standard output,
 to standard error. An instruct model reads messages in its own chat template, if it brought one.
 """
 
-import contextlib
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ from absl import flags
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.signals import graceful_stop
 from famx.decoding import Sampling
 from famx.inference.chat_template import ChatTemplate
 from famx.inference.conversation import Conversation, check_template, load_with_vocabulary
@@ -129,17 +129,6 @@ def converse(conversation: Conversation) -> None:
             print(f"famx: {error}", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def interrupts():
-    """Gives a function that tells whether Ctrl-C came; an exception could be lost in foreign code."""
-    asked = []
-    old = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, old)
-
-
 def reply(conversation: Conversation, line: str) -> None:
     """Does what a line asks for, and prints the outcome.
 
@@ -148,7 +137,8 @@ def reply(conversation: Conversation, line: str) -> None:
     """
     if not line.startswith("/") or line.startswith("//"):
         show = lambda text: print(text, end="", flush=True)
-        with interrupts() as stop:
+        # An exception of Ctrl-C could be lost in foreign code, so that it is asked for.
+        with graceful_stop((signal.SIGINT,), exit_on_repeat=False) as stop:
             conversation.exchange(line.removeprefix("/"), show, stop)
         print(flush=True)
         return

@@ -10,28 +10,25 @@ finetuning. What is needed besides weights lies in the directory too: the vocabu
 
 import ast
 import dataclasses
-import os
-import sys
-import time
 from collections.abc import Mapping, Sequence
 
-import tqdm
 from absl import flags
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
-from famx.conversion.families import MEMORY_FIELDS
+from famx.base.progress import ByteProgress
+from famx.base.signals import exit_on_interrupt
+from famx.base.text import byte_size
 from famx.conversion.importing import PROMPT_STARTS, Plan, check_destination, plan_import, write_model
 from famx.conversion.sources import open_source
 from famx.modules import DecoderConfig
-from famx.modules.config import COMPUTATION_FIELDS
+from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS
 from famx.modules.memory import Memory
 from famx.modules.memory import from_dict as memory_from_dict
 
 _FIELDS = (*MEMORY_FIELDS, *COMPUTATION_FIELDS)  # what an import may choose
 _OWN_FLAGS = ("block_size", "memory_segments", "param_dtype", "dtype")
-_REPORT_SECONDS = 10
 
 
 def define_flags() -> None:
@@ -64,14 +61,11 @@ def main():
         given["memory"] = read_memory(values.memory)
     fields = read_fields(values.set) | given
     mesh = read_mesh(values.mesh)
-    try:
+    with exit_on_interrupt("Stopped; the same command begins anew."):
         convert(
             values["from"].value, values.to, fields, mesh, values.tokenizer, values.pad_id,
             values.prompt, values.seed,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        print("Stopped; the same command begins anew.", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: orbax's threads would complain of their loop's end
 
 
 def convert(
@@ -97,12 +91,12 @@ def convert(
       ConfigError: anything that is not as it should be, before anything is written; or writing failed.
     """
     check_destination(directory)
-    with Progress("checksum") as progress:
+    with ByteProgress("checksum", keep_bar=False) as progress:
         source = open_source(path, progress.show)
     plan = plan_import(source, fields, mesh, tokenizer, pad_id)
     print(describe(plan), flush=True)
     try:
-        with Progress("import", plan.num_bytes) as progress:
+        with ByteProgress("import", plan.num_bytes, last_line=True) as progress:
             directory = write_model(plan, directory, prompt_start, seed, progress.add)
     except OSError as error:
         raise ConfigError(
@@ -185,7 +179,7 @@ def describe(plan: Plan) -> str:
     if c.memory_columns:
         memory += f" of {c.memory_columns}"
     lines = [
-        f"{plan.source.name}: {plan.num_parameters:,} parameters, {size(plan.num_bytes)} in"
+        f"{plan.source.name}: {plan.num_parameters:,} parameters, {byte_size(plan.num_bytes)} in"
         f" {c.param_dtype}; blocks of {c.block_size}, {c.memory_segments} past blocks, {memory}."
     ]
     if plan.vocabulary is not None:
@@ -205,47 +199,6 @@ def next_steps(plan: Plan, directory) -> str:
         f"      --gin.INITIAL_CHECKPOINT_PATH=\"'{directory}'\" ..."
     )
     return "\n".join(lines)
-
-
-class Progress:
-    """A bar on a terminal, a plain line now and then elsewhere: bytes of how many."""
-
-    def __init__(self, what: str, total: int | None = None):
-        self.what, self.total, self.done = what, total, 0
-        self._said = time.monotonic()
-        self._bar = None
-
-    def add(self, count: int) -> None:
-        """So many more bytes are done."""
-        self.show(self.done + count, self.total)
-
-    def show(self, done: int, total: int) -> None:
-        """So many bytes of so many are done."""
-        self.done, self.total = done, total
-        now = time.monotonic()
-        if sys.stderr.isatty():
-            if self._bar is None:
-                self._bar = tqdm.tqdm(desc=self.what, total=total, unit="B", unit_scale=True)
-            self._bar.update(done - self._bar.n)
-        elif now - self._said >= _REPORT_SECONDS or (done == total and self.what == "import"):
-            self._said = now
-            print(f"{self.what}: {size(done)} of {size(total)}", file=sys.stderr, flush=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._bar is not None:
-            self._bar.close()
-
-
-def size(count: float) -> str:
-    """'538.1 MB'."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 if __name__ == "__main__":

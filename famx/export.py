@@ -9,13 +9,13 @@ them, and `python -m famx.convert --from DIR` takes all of it back.
 
 import pathlib
 import re
-import sys
 
 from absl import flags
-from tqdm import tqdm
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.progress import Progress
+from famx.base.signals import exit_on_interrupt
 from famx.conversion.exporting import DTYPES, check_destination, export
 from famx.model_dir.loading import load_model
 
@@ -43,13 +43,9 @@ def main():
     if values.source and not (pathlib.Path(values.source).expanduser() / "config.json").is_file():
         raise ConfigError(f"There is no config.json in --source {values.source}.")
     trained = load_model(values.checkpoint, adapter=values.adapter)
-    bar = tqdm(unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty(), leave=False)
-    try:
-        with bar:
-            done = export(trained, values.to, values.dtype, size, values.source, bar.update)
-    except KeyboardInterrupt:
-        print("Stopped; nothing was left behind.", file=sys.stderr)
-        sys.exit(130)
+    progress = Progress("export", unit="B", keep_bar=False)
+    with exit_on_interrupt("Stopped; nothing was left behind."), progress:
+        done = export(trained, values.to, values.dtype, size, values.source, progress.add)
     files = f"{len(done.files)} files" if len(done.files) > 1 else done.files[0]
     print(
         f"{done.directory}: {done.architecture}, step {trained.step}, {done.num_bytes:,} bytes in {files}"

@@ -6,9 +6,10 @@ heads, feed-forward and vocabulary; `context` cuts the length.
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -94,7 +95,7 @@ PRESETS = {"data": _DATA, "fsdp": _FSDP, "fsdp_tensor": {**_FSDP, **_TENSOR}}
 
 
 @gin.configurable
-def rules(preset: str = "fsdp_tensor", may_replicate: Sequence[str] = ()) -> Rules:
+def make_rules(preset: str = "fsdp_tensor", may_replicate: Sequence[str] = ()) -> Rules:
     """The rules named `data` (weights whole), `fsdp` or `fsdp_tensor`.
 
     `may_replicate` lists logical axes that stay whole where their size cannot be divided, such as
@@ -149,6 +150,19 @@ def make_mesh(
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """A context in which programs are traced, compiled and run for `mesh`.
+
+    Modules read the mesh and the rules of this context: the attention backend fits the devices of
+    `mesh`, kernels are split over it by `rules`, and arrays that have no sharding are replicated.
+    Compilation caches depend on the mesh, so every call of a jitted function that shares programs
+    must be made inside.
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.pairs()):
+        yield
+
+
 def _across_slices(sizes, devices, dcn_data: int | None, dcn_fsdp: int | None) -> dict[str, int]:
     """Over how many slices each axis goes."""
     counts = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
@@ -194,12 +208,17 @@ def logical_to_sharding(tree: Any, mesh: Mesh, rules: Rules) -> Any:
         if isinstance(leaf, PartitionSpec):
             return NamedSharding(mesh, rules.spec(tuple(leaf)))
         spec = nn.get_partition_spec(leaf)
-        return NamedSharding(mesh, _divisible(path, spec, nn.unbox(leaf).shape, mesh, rules))
+        return NamedSharding(mesh, _divisible(path, spec, without_boxes(leaf).shape, mesh, rules))
 
     def is_leaf(node):
         return isinstance(node, (PartitionSpec, nn.meta.AxisMetadata))
 
     return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=is_leaf)
+
+
+def without_boxes(tree: Any) -> Any:
+    """The values of boxed leaves; `nn.unbox` also constrains their shardings inside `on_mesh`."""
+    return nn.meta.map_axis_meta(lambda box: box.unbox(apply_constraint=False), tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -314,7 +333,7 @@ def _divisible(path, logical, shape, mesh: Mesh, rules: Rules) -> PartitionSpec:
             raise ConfigError(
                 f"Axis {name} of {jax.tree_util.keystr(path, simple=True, separator='/')} has size"
                 f" {shape[i]}, which cannot be divided over {parts} devices (mesh axis"
-                f" {_join(axes)}): change the mesh, or add {name!r} to rules.may_replicate."
+                f" {_join(axes)}): change the mesh, or add {name!r} to make_rules.may_replicate."
             )
         entries[i] = None
     return PartitionSpec(*entries)

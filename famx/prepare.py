@@ -10,21 +10,20 @@ written, unless `--allow_partial` is given.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
-import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 
 from absl import flags
-from tqdm import tqdm
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.files import new_directory, write_json
+from famx.base.progress import Progress
+from famx.base.signals import exit_on_interrupt
 from famx.data.formats.texts import EmptySplit
 from famx.data.storage.records import TFRecordRecords, write_tfrecords
 from famx.data.tasks import registry
@@ -140,9 +139,6 @@ def _open(task: TextTask, folders: Sequence[str]) -> tuple[dict[str, Records], l
 def _write(task, splits, data_dir, num_shards, message) -> dict[str, int]:
     folder = os.path.join(data_dir, task.name)
     os.makedirs(folder, exist_ok=True)
-    for name in os.listdir(folder):
-        if name.startswith(".writing-"):  # of a command that was killed
-            shutil.rmtree(os.path.join(folder, name))
     for split, records in splits.items():
         name = task.prepared_name(split, data_dir)
         shards = complete_shards(name)
@@ -151,18 +147,13 @@ def _write(task, splits, data_dir, num_shards, message) -> dict[str, int]:
             continue
         examples = Examples(records, task.preprocess)
         rows = (examples[i] for i in range(len(examples)))
-        rows = tqdm(  # on a terminal alone
-            rows, f"{task.name} {split}", len(examples), file=sys.stderr, mininterval=1, disable=None
-        )
-        written = write_tfrecords(name, rows, num_shards)
+        with Progress(f"{task.name} {split}", len(examples)) as progress:
+            written = write_tfrecords(name, progress.each(rows), num_shards)
         for old in set(shards) - set(written):
             os.remove(old)
         message(f"{name}: {len(records)} examples.")
     counts = {split: len(records) for split, records in splits.items()}
-    path = os.path.join(folder, "prepared.json")
-    with open(f"{path}.{os.getpid()}", "w") as file:
-        json.dump({"task": task.name, "examples": counts}, file, indent=1)
-    os.replace(file.name, path)
+    write_json(os.path.join(folder, "prepared.json"), {"task": task.name, "examples": counts})
     return counts
 
 
@@ -205,9 +196,7 @@ def _unpack(archive: str, data_dir: str, message: Callable[[str], None]) -> str:
     if os.path.isdir(folder):
         return folder
     message(f"Unpacking {archive} into {folder}.")
-    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=data_dir) as unfinished:
-        inner = os.path.join(unfinished, "files")
-        os.mkdir(inner)
+    with new_directory(folder, sync=False) as inner:
         try:
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(archive) as file:
@@ -219,7 +208,6 @@ def _unpack(archive: str, data_dir: str, message: Callable[[str], None]) -> str:
             raise ConfigError(
                 f"{archive} cannot be unpacked as zip or tar ({error}); download it again."
             ) from error
-        os.rename(inner, folder)
     return folder
 
 
@@ -230,7 +218,8 @@ def main() -> None:
         if not getattr(values, name):
             raise ConfigError(f"--{name} is missing: python -m famx.prepare --task NAME --source PLACE.")
     try:
-        prepare(values.task, values.source, values.data_dir, values.allow_partial, values.num_shards)
+        with exit_on_interrupt("Stopped; the same command resumes with the split that is missing."):
+            prepare(values.task, values.source, values.data_dir, values.allow_partial, values.num_shards)
     except (ValueError, OSError) as error:  # broken data and full disks get their sentence too
         raise ConfigError(str(error)) from error
 

@@ -11,7 +11,7 @@ import sys
 
 from absl import flags
 
-from famx.base import distributed, gin_utils
+from famx.base import distributed, gin_utils, signals
 from famx.training import loop
 
 _STOPPED = flags.DEFINE_integer(
@@ -29,10 +29,9 @@ def main():
         binding = f"loop.train.profile_steps = {_PROFILE.value!r}"
         flags.FLAGS.gin_bindings = [*flags.FLAGS.gin_bindings, binding]
     gin_utils.parse_gin_flags()
-    with distributed.noting_signals() as stopped:
-        gin_utils.call(loop.train)
-        if _STOPPED.value and stopped():
-            sys.exit(_STOPPED.value)
+    gin_utils.call(loop.train)
+    if _STOPPED.value and signals.was_stopped():
+        sys.exit(_STOPPED.value)
 
 
 if __name__ == "__main__":

@@ -142,12 +142,3 @@ def _ending(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
-
-
-def sigterm_as_ctrl_c() -> None:
-    """From now on SIGTERM raises KeyboardInterrupt, so that both leave by the same way."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)

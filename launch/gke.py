@@ -15,8 +15,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from famx.base.errors import ConfigError
+from famx.base.signals import interrupt_on_sigterm
 from launch import estimate
-from launch.commands import Commands, sigterm_as_ctrl_c
+from launch.commands import Commands
 from launch.job import DELETE, STOPPED, Job, add_wheel, check_model_dir, run
 
 _CREATE = flags.DEFINE_bool("create_cluster", False, "First create the cluster and attach the bucket.")
@@ -96,10 +97,10 @@ def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
     commands.write(job.stage / "environment.txt", "".join(lines))
 
 
+@interrupt_on_sigterm()
 def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
     check_model_dir(config, job)
     commands.require("xpk")
-    sigterm_as_ctrl_c()
     estimate.show(config, job, commands)
     write_stage(config, job, commands)
     commands.environment.update(job.secret)

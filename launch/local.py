@@ -19,6 +19,7 @@ import time
 
 from ml_collections import ConfigDict
 
+from famx.base.signals import handling
 from launch.commands import Commands
 from launch.job import Job, run
 
@@ -120,10 +121,9 @@ class Processes:
 
 def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
     processes = Processes(config, job, commands)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, processes.stop)
-    processes.start()
-    return processes.wait()
+    with handling(processes.stop):
+        processes.start()
+        return processes.wait()
 
 
 if __name__ == "__main__":

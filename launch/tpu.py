@@ -17,8 +17,9 @@ import time
 from ml_collections import ConfigDict
 
 from famx.base.errors import ConfigError
+from famx.base.signals import interrupt_on_sigterm
 from launch import estimate
-from launch.commands import Commands, sigterm_as_ctrl_c
+from launch.commands import Commands
 from launch.job import DELETE, STOPPED, Job, add_wheel, check_model_dir, run
 
 _ENDED = ("FAILED", "SUSPENDED")
@@ -210,11 +211,11 @@ def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
     commands.copy(_WORKER, job.stage / _WORKER.name)
 
 
+@interrupt_on_sigterm()
 def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
     check_model_dir(config, job)
     commands.require("gcloud")
     slices = Slices(config, job, commands)
-    sigterm_as_ctrl_c()
     write_stage(config, job, commands)
     try:
         code = slices.train()

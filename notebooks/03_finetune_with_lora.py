@@ -35,7 +35,8 @@ from famx import lora
 from famx.base import gin_utils
 from famx.data import PasskeyTask
 from famx.evaluation import figures
-from famx.model_dir.loading import load_model, weights_fingerprint
+from famx.model_dir.identity import weights_fingerprint
+from famx.model_dir.loading import load_model
 from famx.training import loop
 
 # %matplotlib inline

@@ -82,45 +82,19 @@ def test_no_cluster_around(monkeypatch, text, kind):
     assert ("found no TPU slice, GKE job or Slurm step" in str(caught.value)) == (kind is ConfigError)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noted_and_still_handled(number):
-    handled = []
-    old = signal.signal(number, lambda *_: handled.append(number))
-    before = signal.set_wakeup_fd(-1)
-    try:
-        with distributed.noting_signals() as noted:
-            assert not noted()
-            os.kill(os.getpid(), number)
-            assert noted() and handled == [number]
-            assert not noted(), "each signal is told once"
-        assert signal.set_wakeup_fd(-1) == -1
-    finally:
-        signal.signal(number, old)
-        signal.set_wakeup_fd(before)
-
-
-def test_other_signals_are_not_noted():
-    old = signal.signal(signal.SIGUSR1, lambda *_: None)
-    try:
-        with distributed.noting_signals() as noted:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert not noted()
-    finally:
-        signal.signal(signal.SIGUSR1, old)
-
-
 TWO = """
-import signal, sys
+import contextlib, sys
 from absl import app
-from famx.base import distributed
+from famx.base import distributed, signals
 def main(_):
     distributed.initialize()
+    context = contextlib.nullcontext(lambda: False)
     if sys.argv[1] == "training":
-        signal.signal(signal.SIGTERM, lambda *_: None)
-    with distributed.noting_signals() as noted:
+        context = signals.graceful_stop()
+    with context as stop:
         print("ready", flush=True)
         sys.stdin.readline()
-        print(noted(), noted())
+        print(stop(), signals.was_stopped())
 app.run(main)
 """
 
@@ -150,7 +124,7 @@ def test_a_signal_to_one_process_is_known_to_all():
         process.stdin.flush()
     for process in processes:
         text, _ = process.communicate()
-        assert text.endswith("True False\n") and process.returncode == 0, text
+        assert text.endswith("True True\n") and process.returncode == 0, text
 
 
 @pytest.mark.slow
@@ -167,13 +141,14 @@ STOPPED = """
 import os, signal, sys
 from absl import flags
 from famx import train
-from famx.base import gin_utils
+from famx.base import gin_utils, signals
 train.loop.train = None
 gin_utils.parse_gin_flags = lambda: None
 def run(_):
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    if sys.argv[-1] == "--exit_code_if_stopped=42":
-        os.kill(os.getpid(), signal.SIGTERM)
+    with signals.graceful_stop() as stop:
+        if sys.argv[-1] == "--exit_code_if_stopped=42":
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop()
 gin_utils.call = run
 gin_utils.run(train.main)
 """

@@ -21,13 +21,14 @@ from tiny import make_model, make_params
 from trained import write_model_dir
 
 from famx import infer as main
-from famx import inference
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.data.vocabularies import ByteVocabulary
 from famx.decoding import Sampling, Streamer
 from famx.inference import infer
+from famx.inference import lines as inference
 from famx.inference.answers import Answers
+from famx.inference.lines import LineProgress
 from famx.inference.prompts import Example
 from famx.model_dir import loading
 
@@ -42,7 +43,7 @@ PROMPTS = ["a", "one block", "A prompt of a few blocks, " * 2, "xy", "seven..", 
 @pytest.fixture(autouse=True)
 def double(monkeypatch):
     """float64, where rounding decides nothing; a decoder is compiled once."""
-    monkeypatch.setattr("famx.inference.Streamer", _streamer)
+    monkeypatch.setattr("famx.inference.lines.Streamer", _streamer)
     with jax.enable_x64(True):
         yield
 
@@ -378,20 +379,24 @@ def test_a_run_with_template_ids_and_memory_file(model_dir, tmp_path, capsys):
 
 
 def test_progress_is_lines_in_a_file_and_a_bar_on_a_terminal(capsys, monkeypatch):
-    progress = inference.Progress(10, 2)
-    progress.update(6, 100)
+    now = [0.0]
+    monkeypatch.setattr("famx.base.progress._monotonic", lambda: now[0])
+    progress = LineProgress(10, 2)
+    now[0] = 0.1
+    progress.advance(6, 100)
     assert capsys.readouterr().err == ""  # too soon
-    monkeypatch.setattr(inference, "_REPORT_SECONDS", 0)
-    progress.update(8, 100)
-    progress.update(10, 100)
+    monkeypatch.setattr(progress, "_line_seconds", 0)
+    progress.advance(8, 100)
+    progress.advance(10, 100)
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("infer 8/10 lines  tokens/s ") and "  eta 0:00:00" in first
     assert last.startswith("infer 10/10 lines  tokens/s ") and "  elapsed 0:00:00" in last
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = inference.Progress(10, 2)
-    progress.update(10, 100)
+    progress = LineProgress(10, 2)
+    now[0] = 0.2
+    progress.advance(10, 100)
     progress.close()
     assert "infer: 100%" in terminal.getvalue() and "10/10" in terminal.getvalue()
 

@@ -24,7 +24,6 @@ from famx.data.probes.passkey_text import passkey_words
 from famx.data.vocabularies import open_vocabulary
 from famx.decoding import Streamer
 from famx.inference import conversation as module
-from famx.inference import reading
 from famx.inference.conversation import Conversation
 from famx.inference.reading import ReadProgress, encode_file
 from famx.memory import describe, make_memory
@@ -228,7 +227,7 @@ def test_progress_on_a_terminal_is_a_bar(tmp_path):
 def test_progress_elsewhere_is_a_line_now_and_then(tmp_path, monkeypatch):
     (tmp_path / "book.txt").write_text("x" * 1000)
     now, stream = [0.0], io.StringIO()
-    monkeypatch.setattr(reading.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("famx.base.progress._monotonic", lambda: now[0])
     with ReadProgress(str(tmp_path / "book.txt"), stream) as progress:
         for i in range(1, 31):
             now[0] = float(i)

@@ -114,8 +114,8 @@ def test_engine_needs_no_tensorflow_and_no_seqio():
             sys.modules[name] = None  # importing it now raises ImportError
         import famx.base.gin_utils
         from famx.training import optimizers, run_log, schedules
-        from famx.model_dir import checkpoints
-        from famx import mesh as partitioning
+        from famx.model_dir import checkpointer
+        from famx import mesh
     """
     run(sys.executable, "-c", code, cwd=ROOT)
 

@@ -96,7 +96,7 @@ def test_it_goes_on_where_it_was_interrupted(task, tmp_path, monkeypatch):
         prepare(dataclasses.replace(task, preprocess=dies), str(archive), str(out), message=str)
     folder = out / "scrolls_qasper"
     assert sorted(os.listdir(folder)) == ["train.tfrecord-00000-of-00001"]
-    (folder / ".writing-killed").mkdir()
+    (folder / ".validation.tfrecord.partial").mkdir()
     before = os.stat(folder / "train.tfrecord-00000-of-00001").st_mtime_ns
     messages = []
     prepare(task, str(archive), str(out), message=messages.append)

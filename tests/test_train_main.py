@@ -14,7 +14,7 @@ from gin import config as gin_config
 from famx import train
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
-from famx.model_dir.checkpoints import check_same_model
+from famx.model_dir.identity import check_same_model
 from famx.training import speed
 from famx.training.run_log import read_metrics
 
@@ -238,7 +238,7 @@ def test_model_dir_of_another_model(bad_input, tmp_path):
 def test_checkpoint_of_another_shape(bad_input, tmp_path):
     import jax.numpy as jnp
 
-    from famx.model_dir.checkpoints import Checkpointer
+    from famx.model_dir.checkpointer import Checkpointer
 
     with Checkpointer(tmp_path) as saver:
         saver.save(5, {"target": {"embedding": jnp.ones((128, 64))}})

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from famx.data.vocabularies import Vocabulary, save_vocabulary
-from famx.model_dir.checkpoints import Checkpointer, check_same_model
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.identity import check_same_model
 from famx.models import DecoderModel
 from famx.training.step import TrainState
 

@@ -8,13 +8,12 @@ import dataclasses
 import io
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from famx.analysis.pictures import NO_TOKEN, Picture, make_picture
-from famx.base.files import replace_file
+from famx.base.files import write_bytes
 
 _FORMAT = 1
 
@@ -203,7 +202,7 @@ class AttentionMaps:
             arrays[f"summary_{field.name}"] = getattr(self.summary, field.name)
         data = io.BytesIO()
         np.savez_compressed(data, about=np.array(json.dumps(about)), **arrays)
-        replace_file(pathlib.Path(path), data.getvalue())
+        write_bytes(path, data.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "AttentionMaps":

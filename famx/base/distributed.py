@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they find each other, and how they say that they stopped.
+"""Several processes that train one model: how they find each other.
 
     python -m famx.train --multiprocess ...                              on TPU, GKE or Slurm
     python -m famx.train --coordinator_address=host:1234 --num_processes=2 --process_id=0 ...
@@ -7,14 +7,10 @@ The first form takes everything from its surroundings; the second works everywhe
 per process. `launch/` writes these commands.
 """
 
-import contextlib
-import os
 import re
 import signal
-from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
 from absl import flags
 
 from famx.base.errors import ConfigError
@@ -68,34 +64,3 @@ def _detect() -> None:
             "--multiprocess found no TPU slice, GKE job or Slurm step around it: start the command by"
             " one of these, or give --coordinator_address, --num_processes and --process_id."
         ) from error
-
-
-@contextlib.contextmanager
-def noting_signals() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells, alike in all processes, whether any got SIGTERM or SIGINT within.
-
-    The handlers of the signals stay as they are.
-    """
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    os.set_blocking(writing, False)
-    old = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # gets the number of each signal
-
-    def noted() -> bool:
-        try:
-            numbers = os.read(reading, 4096)
-        except BlockingIOError:
-            numbers = b""
-        mine = bool({signal.SIGTERM, signal.SIGINT} & set(numbers))
-        if jax.process_count() == 1:
-            return mine
-        from jax.experimental import multihost_utils
-
-        return bool(np.max(multihost_utils.process_allgather(np.int32(mine))))
-
-    try:
-        yield noted
-    finally:
-        signal.set_wakeup_fd(old)
-        os.close(reading)
-        os.close(writing)

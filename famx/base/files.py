@@ -1,23 +1,145 @@
-"""Files that appear whole or not at all."""
+"""Files and directories that appear complete or not at all.
+
+Data goes to a temporary name next to the final one, is synced to disk, and is then renamed in one step.
+A process that fails or is killed leaves what was there before. A disk that is full, or a directory that
+cannot be written, is a ConfigError of one sentence.
+"""
 
 import contextlib
+import errno
+import json
 import os
 import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from famx.base.errors import ConfigError
+
+Path = str | os.PathLike[str]
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def replace_file(path: pathlib.Path, data: bytes) -> None:
-    """Writes `data` to `path`; whatever fails or is killed leaves what was there before.
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, replacing an old one; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, replacing an old one; see `replacing`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """Write `value` as indented JSON, replacing an old file; `options` are those of `json.dumps`."""
+    text = json.dumps(value, **{"indent": 2, "ensure_ascii": False, **options})
+    # Half of a surrogate pair, as in a file name that is not UTF-8, becomes an escape of JSON.
+    write_bytes(path, f"{text}\n".encode(errors="backslashreplace"))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[pathlib.Path]:
+    """A temporary path to write a file to, which takes the name `path` when the context ends.
+
+    If the context ends by an exception, the temporary file is removed and `path` stays as it was.
 
     Raises:
-      OSError: it cannot be written.
+      ConfigError: the file cannot be written.
     """
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with new.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        with _sentence(path, temporary):
+            yield temporary
+        with _sentence(path):
+            _sync(temporary)
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, sync: bool = True) -> Iterator[pathlib.Path]:
+    """A temporary directory, which takes the name `path` with all its files when the context ends.
+
+    If the context ends by an exception, the temporary directory is removed.
+
+    Args:
+      path: a directory that is missing or empty. Its parents are made.
+      sync: sync each file to disk, which takes long for very many files.
+
+    Raises:
+      ConfigError: the directory cannot be written.
+    """
+    path = pathlib.Path(path)
+    with scratch_directory(path) as temporary:
+        yield temporary
+        with _sentence(path):
+            for file in temporary.rglob("*") if sync else ():
+                if file.is_file():
+                    _sync(file)
+            os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def scratch_directory(path: Path) -> Iterator[pathlib.Path]:
+    """An empty hidden directory next to `path`, which is removed when the context ends.
+
+    What a killed process left in it is removed first.
+
+    Raises:
+      ConfigError: the directory cannot be written.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with _sentence(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        with _sentence(path, temporary):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_into_place(files: Mapping[pathlib.Path, Path]) -> None:
+    """Sync temporary files to disk, then rename each to its final path; `{temporary: final}`."""
+    for temporary, path in files.items():
+        with _sentence(pathlib.Path(path)):
+            _sync(temporary)
+    for temporary, path in files.items():
+        with _sentence(pathlib.Path(path)):
+            os.replace(temporary, path)
+
+
+def check_writable(directory: Path) -> None:
+    """Make a directory if it is missing, and write a file in it.
+
+    Raises:
+      OSError: one of the two is refused.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / f".write_test.{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+
+
+def _sync(path: pathlib.Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _sentence(path: pathlib.Path, temporary: pathlib.Path | None = None) -> Iterator[None]:
+    """Raise a ConfigError about `path` for an OSError, or only for one of writing to `temporary`."""
+    try:
+        yield
+    except OSError as error:
+        ours = str(error.filename or "").startswith(str(temporary or ""))
+        if not ours and error.errno not in _NO_SPACE:
+            raise
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error

@@ -24,6 +24,7 @@ from gin import config as gin_config
 from gin.resource_reader import system_path_reader
 
 from famx.base.errors import ConfigError
+from famx.base.files import write_text
 from famx.base.gin_checks import check_all_used as check_all_used  # part of this module's interface
 from famx.base.gin_checks import check_macros, check_required, nearest, not_set, short, unset_macros
 
@@ -90,9 +91,7 @@ def write_operative_config(model_dir: str) -> None:
     """Writes `operative_config()` to `<model_dir>/config.gin`, replacing it in one move."""
     path = pathlib.Path(model_dir) / "config.gin"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"config.gin.{os.getpid()}")
-    temporary.write_text(operative_config())
-    temporary.replace(path)
+    write_text(path, operative_config())
 
 
 def define_flags() -> None:

@@ -1,39 +1,96 @@
-"""Asked to stop, by SIGTERM or SIGINT: a run ends where it can go on later."""
+"""Signals that ask a process to stop: SIGTERM, as schedulers send it, and SIGINT, which is Ctrl-C."""
 
 import contextlib
 import os
 import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import jax
-import numpy as np
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+INTERRUPTED = 128 + signal.SIGINT  # the shell's exit code for a command that Ctrl-C ended
+
+_stopped = False
 
 
 @contextlib.contextmanager
-def stop_signal():
-    """Gives a function that tells whether the run was asked to stop; being asked twice ends it at once.
+def graceful_stop(
+    numbers: Sequence[signal.Signals] = STOP_SIGNALS, exit_on_repeat: bool = True
+) -> Iterator[Callable[[], bool]]:
+    """A function that returns whether the process was asked to stop inside this context.
 
-    With several processes the function must be called by all of them alike: one that was asked stops
-    all.
+    With several JAX processes every process must call the function equally often: a signal to one
+    process is a request to all of them, and all see it in the same call.
+
+    Args:
+      numbers: signals that ask for a stop.
+      exit_on_repeat: end the process at once at the second signal.
     """
-    asked = []
+    global _stopped
+    _stopped = False
+    asked: list[int] = []
 
-    def ask(number, frame):
-        if asked:
-            os._exit(128 + number)  # the second time it is meant
+    def ask(number: int, frame: Any) -> None:
+        if asked and exit_on_repeat:
+            os._exit(128 + number)
         asked.append(number)
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    old = {s: signal.signal(s, ask) for s in signals}
-
     def stop() -> bool:
-        if jax.process_count() == 1:
-            return bool(asked)
-        from jax.experimental import multihost_utils  # all processes must stop at one step
+        global _stopped
+        _stopped = _any_process(bool(asked))
+        return _stopped
 
-        return bool(np.max(multihost_utils.process_allgather(np.int32(len(asked)))))
-
-    try:
+    with handling(ask, numbers):
         yield stop
+
+
+def was_stopped() -> bool:
+    """Whether the function of the last `graceful_stop` returned True when it was last called."""
+    return _stopped
+
+
+@contextlib.contextmanager
+def interrupt_on_sigterm() -> Iterator[None]:
+    """A context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with handling(interrupt, (signal.SIGTERM,)):
+        yield
+
+
+@contextlib.contextmanager
+def exit_on_interrupt(sentence: str) -> Iterator[None]:
+    """A context that Ctrl-C ends, and the process with it: a sentence in place of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print(sentence, file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # orbax's threads would complain of the end of their event loop
+
+
+@contextlib.contextmanager
+def handling(
+    handler: Callable[[int, Any], None], numbers: Sequence[signal.Signals] = STOP_SIGNALS
+) -> Iterator[None]:
+    """A context in which `handler(number, frame)` is called for the signals `numbers`."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _any_process(value: bool) -> bool:
+    """Whether `value` is true in any JAX process."""
+    import jax  # launch/ needs this module where JAX may be missing
+
+    if jax.process_count() == 1:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(np.max(multihost_utils.process_allgather(np.int32(value))))

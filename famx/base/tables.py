@@ -1,11 +1,12 @@
 """Tables as plain text, as markdown inside a page, and as JSON."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from famx.base import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +70,13 @@ def fill_markdown(path: pathlib.Path, table: Table) -> None:
     """Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`."""
     page = path.read_text(encoding="utf-8")
     filled = lambda match: f"{match[1]}\n{table.markdown()}\n{match[2]}"
-    path.write_text(_place(table.name).sub(filled, page), encoding="utf-8")
+    files.write_text(path, _place(table.name).sub(filled, page))
 
 
 def write_json(path: pathlib.Path, machine: Mapping[str, Any], tables: list[Table]) -> None:
     """Writes what the machine is and the tables' figures, unrounded."""
     sections = {table.name: table.json() for table in tables}
-    text = json.dumps({"machine": dict(machine), "sections": sections}, indent=2, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    files.write_json(path, {"machine": dict(machine), "sections": sections}, allow_nan=False)
 
 
 def _place(name: str) -> re.Pattern:

@@ -19,11 +19,13 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from famx.base.errors import ConfigError
+from famx.base.files import new_directory, write_bytes, write_json
 from famx.conversion.families import Tensor, tensors
 from famx.conversion.huggingface import huggingface_config
 from famx.conversion.sidecar import write_sidecar
 from famx.data.vocabularies.base import Vocabulary
-from famx.model_dir.loading import TrainedModel, split_memory
+from famx.model_dir.identity import split_memory
+from famx.model_dir.loading import TrainedModel
 from famx.modules.config import DecoderConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -86,9 +88,10 @@ def export(
     wanted = tensors(hf, config)
     shards = _shards(wanted, np.dtype(dtype).itemsize, max_shard_size)
     total = sum(math.prod(tensor.shape) for tensor in wanted) * np.dtype(dtype).itemsize
-    directory, new = _make_room(directory, total + _ROOM)
-    try:
-        index = {}
+    directory = check_destination(directory)
+    index = {}
+    with new_directory(directory) as new:
+        _check_room(directory, total + _ROOM)
         for number, shard in enumerate(shards, 1):
             name = _SINGLE
             if len(shards) > 1:
@@ -99,18 +102,13 @@ def export(
             if on_bytes:
                 on_bytes(sum(array.nbytes for array in arrays.values()))
         if len(shards) > 1:
-            _write_json(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+            write_json(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
         notes = _write_side_files(new, hf, dtype, source, trained.model.input_vocabulary)
         memory = flatten_dict(split_memory(trained.params)[1], sep="/")
         write_sidecar(new, config, {path: np.asarray(x) for path, x in memory.items()}, trained.step)
-        mode = (new / "config.json").stat().st_mode  # the library's own would be for us alone
-        for path in new.rglob("*"):
-            if path.is_file():
-                path.chmod(mode)
-                _sync(path)
-        os.replace(new, directory)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        mode = (new / "config.json").stat().st_mode  # safetensors writes files for their owner alone
+        for path in new.rglob("*.safetensors"):
+            path.chmod(mode)
     files = sorted(set(index.values()))
     return Export(directory, hf["architectures"][0], files, total, notes + _differences(config, hf))
 
@@ -138,23 +136,14 @@ def _differences(config: DecoderConfig, hf: Mapping[str, Any]) -> list[str]:
     return ["In transformers tokens see all before them, not the last blocks alone."]
 
 
-def _make_room(directory: str | os.PathLike, need_bytes: int) -> tuple[pathlib.Path, pathlib.Path]:
-    """The destination and an empty directory beside it, where the export grows."""
-    directory = check_destination(directory)
-    new = directory.with_name(f".{directory.name}.exporting")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
-        free = shutil.disk_usage(directory.parent).free
-        if free < need_bytes:
-            raise ConfigError(
-                f"{directory.parent} has {free:,} bytes free and the export needs {need_bytes:,}: free"
-                " some space, choose another disk or a smaller --dtype."
-            )
-        new.mkdir()
-    except OSError as error:
-        raise ConfigError(f"{directory} cannot be written: {error.strerror}.") from error
-    return directory, new
+def _check_room(directory: pathlib.Path, need_bytes: int) -> None:
+    """Raises ConfigError unless the disk of the directory's parent has `need_bytes` free."""
+    free = shutil.disk_usage(directory.parent).free
+    if free < need_bytes:
+        raise ConfigError(
+            f"{directory.parent} has {free:,} bytes free and the export needs {need_bytes:,}: free"
+            " some space, choose another disk or a smaller --dtype."
+        )
 
 
 def _shards(wanted: list[Tensor], itemsize: int, max_size: int) -> list[list[Tensor]]:
@@ -204,11 +193,11 @@ def _write_side_files(
         hf |= {key: value for key, value in ids.items() if hf.get(key) is None}
         if not any(file.name.startswith(("tokenizer.", "vocab.")) for file in kept):
             notes += _write_tokenizer(new, vocabulary)
-    _write_json(new / "config.json", hf)
+    write_json(new / "config.json", hf)
     generation = new / "generation_config.json"
     if not generation.exists():
         given = {f"{name}_token_id": hf.get(f"{name}_token_id") for name in _IDS}
-        _write_json(generation, {"_from_model_config": True, **given})
+        write_json(generation, {"_from_model_config": True, **given})
     return notes
 
 
@@ -218,7 +207,7 @@ def _write_tokenizer(new: pathlib.Path, vocabulary: Vocabulary) -> list[str]:
             f"transformers has no tokenizer for a vocabulary of {vocabulary.kind}: texts must be turned"
             " into ids by famx."
         ]
-    (new / vocabulary.file_name).write_bytes(vocabulary.content)
+    write_bytes(new / vocabulary.file_name, vocabulary.content)
     text_of = {token: text for text, token in vocabulary.special_tokens.items()}
     ids = {f"{name}_token": getattr(vocabulary, f"{name}_id") for name in (*_IDS, "unk")}
     config = {key: text_of[token] for key, token in ids.items() if token in text_of}
@@ -226,7 +215,7 @@ def _write_tokenizer(new: pathlib.Path, vocabulary: Vocabulary) -> list[str]:
     config["tokenizer_class"] = "PreTrainedTokenizerFast" if fast else "LlamaTokenizer"
     if vocabulary.chat_template:
         config["chat_template"] = vocabulary.chat_template
-    _write_json(new / "tokenizer_config.json", config)
+    write_json(new / "tokenizer_config.json", config)
     return []
 
 
@@ -235,12 +224,3 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
         return json.loads(path.read_bytes()) if path.is_file() else None
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: remove it to do without.") from error
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _sync(path: pathlib.Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

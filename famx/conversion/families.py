@@ -20,10 +20,10 @@ from famx.conversion.architectures import (
     text_config,
 )
 from famx.conversion.layout import Tensor, ignored, standard_name, tensors
-from famx.modules.config import MEMORY_FIELDS, DecoderConfig, RopeScaling
+from famx.modules.config import DecoderConfig, RopeScaling
 
 __all__ = [
-    "MEMORY_FIELDS", "SUPPORTED", "Tensor", "decoder_config", "ignored", "notes", "standard_name",
+    "SUPPORTED", "Tensor", "decoder_config", "ignored", "notes", "standard_name",
     "tensors", "text_config",
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.conversion.sources import TensorInfo
+from famx.conversion.tensor_source import TensorInfo
 from famx.data.vocabularies.base import optional_package
 from famx.data.vocabularies.gguf_tokenizers import open_gguf
 

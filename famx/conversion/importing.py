@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -16,23 +15,25 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from famx.base.errors import ConfigError
-from famx.base.files import replace_file
+from famx.base.files import write_json, write_text
+from famx.base.text import some
 from famx.conversion import families
 from famx.conversion.gin_file import model_gin
 from famx.conversion.sidecar import Sidecar, read_sidecar
-from famx.conversion.sources import READABLE, SIDE_FILES, Source
+from famx.conversion.sources import SIDE_FILES
+from famx.conversion.tensor_source import READABLE, Source
 from famx.conversion.vocabulary import fitting_vocabulary
 from famx.conversion.writer import LeafPath, LeafShape, Pieces, leaf_shapes, write_checkpoint
 from famx.data.vocabularies import save_vocabulary
 from famx.data.vocabularies.tokenizer_files import FileVocabulary
 from famx.memories import Fam
-from famx.model_dir.checkpoints import check_model_dir, check_same_model
+from famx.model_dir.checkpointer import check_model_dir
+from famx.model_dir.identity import check_same_model
 from famx.modules import Decoder, DecoderConfig
 from famx.modules.memory import PROMPTS, of_memory
 
 PROMPT_STARTS = ("normal", "tokens")
 _MARK = ".importing"  # in a directory whose import is under way, or was stopped
-_SHOWN = 6  # names in a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ def write_model(
     pieces = _pieces(plan, prompt_start, seed)
     (directory / _MARK).touch()
     check_same_model(directory, plan.config.to_dict())
-    replace_file(directory / "model.gin", model_gin(plan.config, plan.source.name).encode())
+    write_text(directory / "model.gin", model_gin(plan.config, plan.source.name))
     if plan.vocabulary is not None:
         save_vocabulary(plan.vocabulary, directory)
     _keep_side_files(plan.source, directory / "source")
@@ -174,7 +175,7 @@ def check_tensors(source: Source, tensors: Sequence[families.Tensor]) -> None:
             f"{tensor.name} ({info.dtype})" for tensor, info in both if info.dtype not in READABLE
         ],
     }
-    found = [f"{what} {len(names)}: {_some(names)}" for what, names in problems.items() if names]
+    found = [f"{what} {len(names)}: {some(names)}" for what, names in problems.items() if names]
     if found:
         raise ConfigError(
             f"The tensors of {source.name} are not those that its config.json asks for; it"
@@ -291,7 +292,7 @@ def check_destination(directory: str | os.PathLike) -> pathlib.Path:
     names = sorted(os.listdir(directory)) if directory.exists() else []
     if names and _MARK not in names:
         raise ConfigError(
-            f"{directory} is not empty, it holds {_some(names)}: choose another --to, or remove it."
+            f"{directory} is not empty, it holds {some(names)}: choose another --to, or remove it."
         )
     return directory
 
@@ -315,14 +316,8 @@ def _keep_side_files(source: Source, folder: pathlib.Path) -> None:
         if origin is not None and (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
     if not (folder / "config.json").exists():
-        replace_file(folder / "config.json", f"{json.dumps(source.config, indent=2)}\n".encode())
+        write_json(folder / "config.json", source.config)
 
 
 def _shape(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
-
-
-def _some(names: Sequence[str]) -> str:
-    """'a, b and 3 more'."""
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

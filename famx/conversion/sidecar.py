@@ -21,6 +21,7 @@ import safetensors.numpy
 
 from famx import __version__
 from famx.base.errors import ConfigError
+from famx.base.files import write_bytes, write_json
 from famx.modules.config import DecoderConfig
 from famx.modules.memory import from_dict as memory_from_dict
 
@@ -56,7 +57,7 @@ def write_sidecar(
         content = safetensors.numpy.save(arrays)
         file = directory / _FILE
         file.parent.mkdir()
-        file.write_bytes(content)
+        write_bytes(file, content)
         note = {
             "file": _FILE,
             "names": sorted(arrays),
@@ -64,7 +65,7 @@ def write_sidecar(
         }
     header = {"about": _ABOUT, "famx": __version__, "format": FORMAT, "step": step}
     header |= {"memory": config.memory_fields(), "parameters": note}
-    (directory / NAME).write_text(json.dumps(header, indent=2) + "\n")
+    write_json(directory / NAME, header)
 
 
 def read_sidecar(directory: str | os.PathLike) -> Sidecar | None:

@@ -1,24 +1,22 @@
-"""Pretrained models as they come: a Hugging Face directory, or a GGUF file.
-
-A source says what it holds before anything is read, and gives one tensor at a time under the names
-and in the layouts of Hugging Face.
-"""
+"""Opens a pretrained model: a Hugging Face directory, or a GGUF file."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import ml_dtypes  # noqa: F401, gives numpy bfloat16 by name
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.text import some
+from famx.conversion.gguf_source import GgufSource
+from famx.conversion.tensor_source import READABLE, Source, TensorInfo
 
 SIDE_FILES = (  # what an export gives back as it came
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
@@ -27,35 +25,7 @@ SIDE_FILES = (  # what an export gives back as it came
 )
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-READABLE = tuple(_DTYPES.values())
 _BLOCK = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """What a tensor is: its shape, and `float32`, `bfloat16` ... or the format's own name of a type."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class Source(Protocol):
-    """A pretrained model that is read tensor by tensor.
-
-    Attributes:
-      name: of the directory or file.
-      config: as `config.json` says it.
-      tensors: all that there are, by Hugging Face's names.
-      tokenizer: a file for `open_vocabulary`, or None.
-    """
-
-    name: str
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-    tokenizer: pathlib.Path | None
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor as it is stored, in float32, float16, bfloat16 or float64."""
 
 
 def open_source(path: str | os.PathLike, on_bytes: Callable[[int, int], None] | None = None) -> Source:
@@ -76,8 +46,6 @@ def open_source(path: str | os.PathLike, on_bytes: Callable[[int, int], None] | 
     with _readable(path), path.open("rb") as file:
         start = file.read(4)
     if start == b"GGUF":
-        from famx.conversion.gguf_source import GgufSource
-
         return GgufSource(path)
     if (path.parent / "config.json").is_file():
         raise ConfigError(f"{path} is a file of a model: give its directory {path.parent}.")
@@ -158,14 +126,14 @@ class HuggingFaceSource:
             missing = sorted(set(claimed.values()) - set(names))
             if missing:
                 raise ConfigError(
-                    f"{self.directory} lacks {_some(missing)}, which {_INDEX} lists: download"
+                    f"{self.directory} lacks {some(missing, 4)}, which {_INDEX} lists: download"
                     f" {'it' if len(missing) == 1 else 'them'} again."
                 )
             return sorted(set(claimed.values())), claimed
         if len(names) == 1 and not re.search(r"-of-\d+\.", names[0]):
             return names, {}
         if names:
-            raise ConfigError(f"{self.directory} has {_some(names)} but no {_INDEX}: download it too.")
+            raise ConfigError(f"{self.directory} has {some(names, 4)} but no {_INDEX}: download it too.")
         if list(self.directory.glob("*.bin")) or list(self.directory.glob("*.pt*")):
             raise ConfigError(
                 f"{self.directory} holds its weights as pickled PyTorch files alone, which are not read:"
@@ -275,9 +243,3 @@ def _readable(file: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from error
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    """'a, b and 3 more'."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +23,15 @@ from absl import logging
 from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType
 
-from famx import mesh as partitioning
 from famx.base.errors import ConfigError
+from famx.mesh import (
+    LOGICAL_AXES,
+    MESH_AXES,
+    PRESETS,
+    Rules,
+    logical_to_sharding,
+    without_boxes,
+)
 from famx.modules import Decoder, DecoderConfig
 
 CHUNK_BYTES = 1 << 25
@@ -60,21 +66,21 @@ def leaf_shapes(
     Raises:
       ConfigError: a name is no mesh axis, or a size is no positive number.
     """
-    sizes = dict.fromkeys(partitioning.MESH_AXES, 1) | dict(mesh or {})
-    if unknown := sorted(sizes.keys() - set(partitioning.MESH_AXES)):
+    sizes = dict.fromkeys(MESH_AXES, 1) | dict(mesh or {})
+    if unknown := sorted(sizes.keys() - set(MESH_AXES)):
         raise ConfigError(
-            f"A mesh has no axis {unknown[0]}; its axes are {', '.join(partitioning.MESH_AXES)}."
+            f"A mesh has no axis {unknown[0]}; its axes are {', '.join(MESH_AXES)}."
         )
     if least := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
         raise ConfigError(f"The sizes of a mesh must be at least 1, not {least[0]}.")
     devices = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    rules = partitioning.Rules(partitioning.PRESETS["fsdp_tensor"], partitioning.LOGICAL_AXES)
+    rules = Rules(PRESETS["fsdp_tensor"], LOGICAL_AXES)
     tokens = jax.ShapeDtypeStruct((1, config.block_size), jnp.int32)
     boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
-    placed = partitioning.logical_to_sharding(boxed, devices, rules)
+    placed = logical_to_sharding(boxed, devices, rules)
     shardings = traverse_util.flatten_dict(placed)
     leaves = {}
-    for path, leaf in traverse_util.flatten_dict(nn.unbox(boxed)).items():
+    for path, leaf in traverse_util.flatten_dict(without_boxes(boxed)).items():
         shard = shardings[path].shard_shape(leaf.shape)
         first = 1 if path[0] == "layers" else shard[0]
         chunks = chunk_shape(leaf.shape, (first, *shard[1:]), leaf.dtype.itemsize)

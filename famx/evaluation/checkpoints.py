@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import pathlib
 import re
 import sys
@@ -16,20 +15,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import gin
-import jax
 import tensorboardX
 
 import famx
-from famx import mesh as partitioning
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.files import check_writable, write_json
 from famx.base.gin_checks import nearest
-from famx.base.signals import stop_signal
+from famx.base.signals import graceful_stop
 from famx.evaluation.common import is_of_memory
-from famx.model_dir.checkpoints import Checkpointer
-from famx.model_dir.loading import check_model, restore_params, split_checkpoint
+from famx.mesh import make_mesh, make_rules, on_mesh
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.identity import split_checkpoint
+from famx.model_dir.loading import check_model, restore_params
 from famx.models import DecoderModel
 
 MODES = ("latest", "all", "wait")
@@ -91,7 +90,7 @@ def evaluate(
     for evaluation in evaluations.values():
         if hasattr(evaluation, "check"):
             evaluation.check(model)
-    mesh, rules = partitioning.make_mesh(), partitioning.rules()
+    mesh, rules = make_mesh(), make_rules()
     gin_utils.check_all_used()
 
     with contextlib.ExitStack() as stack:
@@ -102,7 +101,7 @@ def evaluate(
             name: stack.enter_context(contextlib.closing(tensorboardX.SummaryWriter(boards(name))))
             for name in evaluations
         }
-        stop = stack.enter_context(stop_signal())
+        stop = stack.enter_context(graceful_stop())
         results: Results = {name: {} for name in evaluations}
 
         # ------------------------------------------------------------ work
@@ -139,7 +138,7 @@ def evaluate(
                 began = time.monotonic()
                 # An evaluation that writes more than scalars is told where its results are.
                 extra = {"folder": out / name} if getattr(evaluation, "writes_predictions", False) else {}
-                with jax.set_mesh(mesh), nn.logical_axis_rules(rules.pairs()):
+                with on_mesh(mesh, rules):
                     found = evaluation(model, params, step, **extra)
                 scalars = {k: float(v) for k, v in found.items()}
                 seconds = time.monotonic() - began
@@ -290,10 +289,7 @@ def _output_dir(output_dir: str | None, model_dir: pathlib.Path):
     boards = (model_dir if output_dir is None else out) / "tensorboard"
     try:
         for directory in (out, boards):
-            directory.mkdir(parents=True, exist_ok=True)
-            probe = directory / f".write_test.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            check_writable(directory)
     except OSError as error:
         raise ConfigError(
             f"Results cannot be written to {directory}: {error.strerror}; set EVAL_OUTPUT_DIR to a"
@@ -312,9 +308,7 @@ def _read_result(path: pathlib.Path) -> dict[str, Any] | None:
 
 def _write_result(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(path)
+    write_json(path, result)
 
 
 def _say(text: str) -> None:

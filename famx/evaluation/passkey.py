@@ -1,7 +1,6 @@
 """PassKey over documents of growing length."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.files import write_json
 from famx.data.probes.passkey import PasskeyTask, exact_match
 from famx.evaluation.common import (
     HEALTH_TOKENS,
@@ -81,7 +81,7 @@ class PasskeyEvaluation:
             "exact_match": {p: {str(b): v for b, v in row.items()} for p, row in table.items()},
             "memory": {k.removeprefix("memory/"): v for k, v in scores.items() if is_of_memory(k)},
         }
-        (folder / "passkey.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(folder / "passkey.json", result)
         lengths_figure({"": table}, size, self.train_blocks).savefig(folder / "passkey.png", dpi=150)
         lines = ["Exact match over %d fresh documents per cell, streamed:" % self.examples]
         lines.append("blocks".rjust(8) + "tokens".rjust(10) + "".join(p.rjust(20) for p in table))

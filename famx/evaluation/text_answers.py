@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from famx.base.files import replacing
 from famx.data.formats.gpt3 import Gpt3Task
 from famx.data.storage.text_files import token_ids
 from famx.data.tasks.examples import Example, cut_tokens, encode_example
@@ -138,10 +139,5 @@ def predictions_file(folder: str | os.PathLike | None, step: int) -> Iterator[Wr
         return
     path = pathlib.Path(folder) / f"{step}.predictions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -13,7 +13,8 @@ from famx.base.errors import ConfigError
 from famx.decoding import Sampling, Streamer
 from famx.inference.chat_template import ChatTemplate
 from famx.inference.reading import encode_file
-from famx.model_dir.loading import TrainedModel, check_model, load_model, split_checkpoint
+from famx.model_dir.identity import split_checkpoint
+from famx.model_dir.loading import TrainedModel, check_model, load_model
 from famx.model_dir.memory_file import read_header, restore_memory, save_memory
 
 _FILE_BLOCKS = 64  # blocks that are read between two reports

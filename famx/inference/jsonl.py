@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from famx.base.errors import ConfigError
-from famx.model_dir.checkpoints import differing_fields
+from famx.base.files import write_json
+from famx.model_dir.identity import differing_fields
 
 
 def read_objects(path: str | os.PathLike, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -123,10 +124,7 @@ class ResumableLines:
         """
         self.finished(settings)
         if not self._partial.exists():
-            note = json.dumps({**(notes or {}), "settings": settings}, indent=1, ensure_ascii=False)
-            new = self._settings.with_name(f".{self._settings.name}.{os.getpid()}")
-            new.write_text(f"{note}\n", encoding="utf-8")
-            os.replace(new, self._settings)
+            write_json(self._settings, {**(notes or {}), "settings": settings})
         self._file = self._partial.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,16 +4,13 @@ import codecs
 import os
 import pathlib
 import re
-import sys
-import time
 from collections.abc import Iterator
+from typing import IO
 
-import tqdm
-
+from famx.base.progress import Progress
 from famx.data.vocabularies import ByteVocabulary, Vocabulary
 
 _FILE_PIECE = 1 << 16  # bytes that are encoded at once
-_REPORT_SECONDS = 10
 
 
 def encode_file(
@@ -59,45 +56,25 @@ _LINE = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 _WORD = re.compile(r".*\S(?= \S)", re.DOTALL)
 
 
-class ReadProgress:
-    """How far a file is read: a bar on a terminal, a line now and then elsewhere.
+class ReadProgress(Progress):
+    """Progress in reading a text file.
 
     Args:
-      path: of the file.
+      path: the file.
       stream: where it is shown; standard error by default.
     """
 
-    def __init__(self, path: str, stream=None):
-        self._stream = sys.stderr if stream is None else stream
+    def __init__(self, path: str, stream: IO[str] | None = None):
         self._name = pathlib.Path(path).name
-        self._total = os.path.getsize(path) if os.path.isfile(path) else 0
-        self._began = self._reported = time.monotonic()
-        self._bar = None
-        if self._stream.isatty():
-            self._bar = tqdm.tqdm(
-                total=self._total or None, desc=self._name, file=self._stream,
-                unit="B", unit_scale=True, leave=False,
-            )  # fmt: skip
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        super().__init__(self._name, size or None, unit="B", keep_bar=False, stream=stream)
 
     def __call__(self, done: int, tokens: int) -> None:
-        """Tells that `done` bytes are encoded and `tokens` tokens read."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-            self._bar.update(done - self._bar.n)
-            return
-        now = time.monotonic()
-        if now - self._reported >= _REPORT_SECONDS:
-            self._reported = now
-            share = f" ({done / self._total:.0%})" if self._total else ""
-            rate = tokens / (now - self._began)
-            print(
-                f"{self._name}: {done:,} bytes{share}, {tokens:,} tokens, {rate:,.0f} tokens/s",
-                file=self._stream, flush=True,
-            )  # fmt: skip
+        """Show that `done` bytes are encoded and `tokens` tokens read."""
 
-    def __enter__(self):
-        return self
+        def line() -> str:
+            share = f" ({done / self.total:.0%})" if self.total else ""
+            rate = tokens / self.elapsed
+            return f"{self._name}: {done:,} bytes{share}, {tokens:,} tokens, {rate:,.0f} tokens/s"
 
-    def __exit__(self, *_):
-        if self._bar is not None:
-            self._bar.close()
+        self.update(done, lambda: f"{tokens:,} tokens", line)

@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.errors import ConfigError
-from famx.base.files import replace_file
+from famx.base.files import write_bytes, write_json
 from famx.lora.adapters import GROUPS, Lora, inputs_end, select, value
 from famx.modules.memory import of_memory
 
@@ -97,10 +97,10 @@ def save_adapter(
     path = pathlib.Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        replace_file(path / WEIGHTS, safetensors.numpy.save(tensors, metadata))
-        replace_file(path / CONFIG, json.dumps(config, indent=2).encode())
     except OSError as error:
-        raise ConfigError(f"The adapter cannot be written to {path}: {error}.") from None
+        raise ConfigError(f"The adapter cannot be written to {path}: {error.strerror}.") from error
+    write_bytes(path / WEIGHTS, safetensors.numpy.save(tensors, metadata))
+    write_json(path / CONFIG, config)
 
 
 def adapter_memory(path) -> dict[str, Any]:

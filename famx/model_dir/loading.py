@@ -1,31 +1,30 @@
 """A trained model from its directory: what reading, writing, answering and evaluating begin with."""
 
 import dataclasses
-import hashlib
-import json
 import pathlib
-import re
 import warnings
 from typing import Any
 
-import flax.linen as nn
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from famx import mesh as partitioning
 from famx.base.errors import ConfigError
 from famx.data.vocabularies import load_vocabulary
 from famx.lora import adapter_memory, combine, load_adapter, merged
 from famx.lora.adapters import ADAPTERS, SCALE
-from famx.model_dir.checkpoints import Checkpointer, differing_fields, read_model_config
+from famx.mesh import logical_to_sharding, make_mesh, make_rules, without_boxes
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.identity import (
+    differing_fields,
+    read_model_config,
+    split_checkpoint,
+    split_memory,
+    weights_fingerprint,
+)
 from famx.models import DecoderModel
-from famx.modules import Decoder, DecoderConfig
-from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS
-from famx.modules.memory import of_memory
-
-_SAMPLES = 1024  # values of each parameter that its fingerprint covers
+from famx.modules import Decoder
+from famx.modules.config import MEMORY_FIELDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
         Decoder(config.with_fields(memory)), trained.model.input_vocabulary
     )
     base, prompt = split_memory(trained.params)
-    abstract = nn.unbox(model.abstract_params())
+    abstract = without_boxes(model.abstract_params())
     adapters, lora = load_adapter(adapter, abstract, weights_fingerprint(trained.params))
     wanted = split_memory(abstract)[1]
     if jax.tree.structure(split_memory(adapters)[1]) != jax.tree.structure(wanted):
@@ -91,20 +90,6 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
         base = combine(base, prompt)
     params = jax.jit(lambda tree: merged(tree, lora))(combine(base, adapters))
     return dataclasses.replace(trained, model=model, params=params)
-
-
-def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
-    """`(MODEL_DIR, step)` of a path to either; the step is None for a `MODEL_DIR`.
-
-    Raises:
-      ConfigError: there is no such directory.
-    """
-    path = pathlib.Path(checkpoint).expanduser().absolute()
-    found = re.fullmatch(r"checkpoint_(\d+)", path.name)
-    directory, step = (path.parent, int(found[1])) if found else (path, None)
-    if not directory.is_dir():
-        raise ConfigError(f"There is no checkpoint {checkpoint}: {directory} is not a directory.")
-    return directory, step
 
 
 def check_model(directory: pathlib.Path, model: DecoderModel | None = None) -> DecoderModel:
@@ -138,14 +123,14 @@ def restore_params(checkpointer: Checkpointer, model: DecoderModel, step: int | 
     """
     step = checkpointer.find(step)
     boxed = model.abstract_params()
-    mesh, rules = partitioning.make_mesh(), partitioning.rules()
-    shardings = flatten_dict(partitioning.logical_to_sharding(boxed, mesh, rules))
+    mesh, rules = make_mesh(), make_rules()
+    shardings = flatten_dict(logical_to_sharding(boxed, mesh, rules))
     stored = {path[1:]: x for path, x in checkpointer.leaves(step).items() if path[0] == "target"}
     wanted = {
         path: jax.ShapeDtypeStruct(
             leaf.shape, stored.get(path, leaf).dtype, sharding=shardings[path]
         )
-        for path, leaf in flatten_dict(nn.unbox(boxed)).items()
+        for path, leaf in flatten_dict(without_boxes(boxed)).items()
     }
     whole = NamedSharding(mesh, PartitionSpec())
     for path in stored.keys() - wanted.keys():
@@ -186,7 +171,7 @@ def load_pretrained(checkpoint: str, model: DecoderModel) -> tuple[dict[str, Any
         )
     params, notes = dict(trained.params), []
     rest, prompt = split_memory(params)
-    wanted = split_memory(nn.unbox(model.abstract_params()))[1]
+    wanted = split_memory(without_boxes(model.abstract_params()))[1]
     if there.memory.kind != here.memory.kind or not _same_shapes(prompt, wanted):
         params = rest
         if wanted:
@@ -194,39 +179,6 @@ def load_pretrained(checkpoint: str, model: DecoderModel) -> tuple[dict[str, Any
     return params, notes
 
 
-def model_fingerprint(config: DecoderConfig, params) -> str:
-    """Hex digest that tells models apart: by what changes their numbers, and by their weights.
-
-    Of each parameter evenly spaced values are taken, so that a large model costs no more.
-    """
-    fields = {k: v for k, v in config.to_dict().items() if k not in COMPUTATION_FIELDS}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    return _digest(digest, params)
-
-
-def weights_fingerprint(params) -> str:
-    """Hex digest that tells weights apart, whatever memory reads with them; see `model_fingerprint`."""
-    return _digest(hashlib.sha256(), split_memory(params)[0])
-
-
-def split_memory(params) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`(rest, memory)`: parameters without those of the memory, and these alone."""
-    flat = flatten_dict(params, sep="/")
-    pick = lambda wanted: unflatten_dict(
-        {path: leaf for path, leaf in flat.items() if of_memory(path) == wanted}, sep="/"
-    )
-    return pick(False), pick(True)
-
-
 def _same_shapes(a, b) -> bool:
     shapes = lambda tree: jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
     return shapes(a) == shapes(b)
-
-
-def _digest(digest, params) -> str:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        flat = leaf.reshape(-1)
-        sample = np.asarray(flat[:: -(-flat.size // _SAMPLES)])
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {sample.dtype}".encode())
-        digest.update(sample.tobytes())
-    return digest.hexdigest()

@@ -21,10 +21,10 @@ import safetensors.numpy
 
 import famx
 from famx.base.errors import ConfigError
-from famx.base.files import replace_file
+from famx.base.files import write_bytes
 from famx.data.vocabularies import fingerprint
-from famx.model_dir.checkpoints import differing_fields
-from famx.model_dir.loading import TrainedModel, model_fingerprint
+from famx.model_dir.identity import differing_fields, model_fingerprint
+from famx.model_dir.loading import TrainedModel
 from famx.modules import DecoderState
 
 FORMAT = 1
@@ -120,11 +120,7 @@ def _write(path, header: Header, arrays: Mapping[str, np.ndarray]) -> Header:
     header = dataclasses.replace(header, sha256="")
     header = dataclasses.replace(header, sha256=_checksum(header, arrays))
     data = safetensors.numpy.save(dict(arrays), {_KEY: json.dumps(dataclasses.asdict(header))})
-    path = pathlib.Path(path)
-    try:
-        replace_file(path, data)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+    write_bytes(path, data)
     return header
 
 

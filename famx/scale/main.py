@@ -12,6 +12,7 @@ import gin
 
 from famx.base import gin_utils, tables
 from famx.base.errors import ConfigError
+from famx.base.files import write_json
 from famx.modules import Decoder
 from famx.modules.backends import resolve_backend
 from famx.scale import fit, programs, topologies
@@ -57,8 +58,7 @@ def run(
         if not report.fits:
             print(fit.advice(report))
     if json_file is not None:
-        text = json.dumps([report.plain() for report in reports], indent=2)
-        pathlib.Path(json_file).write_text(text + "\n", encoding="utf-8")
+        write_json(json_file, [report.plain() for report in reports])
     return all(report.fits for report in reports)
 
 

@@ -1,8 +1,7 @@
 """The programs of a run, lowered for devices that need not exist: nothing is computed or stored."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from famx import mesh as partitioning
 from famx.decoding import Sampling, Streamer
+from famx.mesh import BATCH_AXES, check_batch_size, logical_to_sharding, on_mesh, state_sharding
 from famx.modules import DecoderConfig
 from famx.training.flops import train_flops
 from famx.training.setup import Setup
@@ -47,18 +46,11 @@ class Program:
         return {kind: sum(map(_bytes, jax.tree.leaves(x))) for kind, x in self.arguments.items()}
 
 
-@contextlib.contextmanager
-def on_mesh(setup: Setup) -> Iterator[None]:
-    """Within, JAX traces for the devices of the setup."""
-    with jax.set_mesh(setup.mesh), nn.logical_axis_rules(setup.rules.pairs()):
-        yield
-
-
 def train(setup: Setup) -> Program:
     """The step that `famx.train` runs."""
     _, abstract = setup.initializer()
     batch = setup.abstract_batch()
-    with on_mesh(setup):
+    with on_mesh(setup.mesh, setup.rules):
         lowered = setup.train_step(abstract).lower(abstract, batch)
     states = [abstract.flax_mutables, abstract.lanes, abstract.start]
     arguments = {
@@ -81,23 +73,23 @@ def train(setup: Setup) -> Program:
 def read_and_write(setup: Setup, batch_size: int) -> tuple[Program, Program]:
     """Prefill, the step that reads most of a long prompt, and decode, a block written token by token."""
     model, mesh = setup.model, setup.mesh
-    partitioning.check_batch_size(batch_size, mesh)
+    check_batch_size(batch_size, mesh)
     config = model.config
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     boxed = jax.eval_shape(
         lambda key: model.module.init(key, jnp.zeros((1, config.block_size), jnp.int32))["params"],
         jax.random.key(0),
     )
-    shardings = partitioning.logical_to_sharding(boxed, mesh, setup.rules)
+    shardings = logical_to_sharding(boxed, mesh, setup.rules)
     params = jax.tree.map(place, nn.unbox(boxed), shardings)
     apply = lambda params: model.module.apply({"params": params}, batch_size, method="initial_state")
     state = jax.eval_shape(apply, params)
-    state = jax.tree.map(place, state, partitioning.state_sharding(state, config, mesh, setup.rules))
-    rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
+    state = jax.tree.map(place, state, state_sharding(state, config, mesh, setup.rules))
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     streamer = Streamer(model.module)
     sampling = Sampling(max_new_tokens=config.block_size)
-    with on_mesh(setup):
+    with on_mesh(setup.mesh, setup.rules):
         reading, length = streamer.lower_read(params, state, rows)
         writing = streamer.lower_write(params, state, sampling, rows)
     arguments = {"parameters": params, "states": state}

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from famx.base.chips import Chip
+from famx.base.files import write_text
 from famx.base.tables import Table
 from famx.scale import bounds, costs, hlo, kernels
 from famx.scale.programs import Program
@@ -205,7 +206,7 @@ def compile_report(
     memory["program"] = analysis.generated_code_size_in_bytes
     if hlo_dir is not None:
         hlo_dir.mkdir(parents=True, exist_ok=True)
-        (hlo_dir / f"{program.name}.hlo").write_text(text)
+        write_text(hlo_dir / f"{program.name}.hlo", text)
     region = costs.count(hlo.parse(text), kernels.of_model(program.config))
     network = bounds.Network([mesh.devices.flat[place] for place in of_a_slice(mesh)], chip)
     return Report(

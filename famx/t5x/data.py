@@ -13,10 +13,12 @@ from clu.data.dataset_iterator import ArraySpec, DatasetIterator
 from t5x import utils
 
 from famx.base.errors import ConfigError
+from famx.base.files import write_text
 from famx.data.seqio import register_named
 from famx.data.tasks import registry
-from famx.model_dir.checkpoints import Checkpointer
-from famx.model_dir.loading import check_model, split_checkpoint
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.identity import split_checkpoint
+from famx.model_dir.loading import check_model
 from famx.models import DecoderModel
 from famx.training.feeds import Feed, SeqioFeed, make_feed
 
@@ -112,9 +114,9 @@ class FeedIterator(DatasetIterator):
         path = pathlib.Path(filename)
         state = self._states.get(_step_of(path), self._states[self._step])
         text = json.dumps({"feed": state, "pending": []})
-        path.write_text(text)
+        write_text(path, text)
         if jax.process_index() == 0:
-            _engine_file(path).write_text(text)
+            write_text(_engine_file(path), text)
 
     def restore(self, filename):
         """Goes to the position that `save` wrote for this checkpoint."""

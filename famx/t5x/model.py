@@ -17,8 +17,9 @@ from famx.base.errors import ConfigError
 from famx.data.seqio import as_seqio_vocabulary, from_seqio_vocabulary
 from famx.data.vocabularies import save_vocabulary
 from famx.data.vocabularies.base import Vocabulary
-from famx.model_dir.checkpoints import check_model_dir, check_same_model
-from famx.model_dir.loading import check_model, load_pretrained, split_checkpoint
+from famx.model_dir.checkpointer import check_model_dir
+from famx.model_dir.identity import check_same_model, split_checkpoint
+from famx.model_dir.loading import check_model, load_pretrained
 from famx.models import MEMORY_COLLECTION, DecoderModel
 from famx.t5x.data import seqio_task
 from famx.t5x.optimizers import OptaxOptimizer

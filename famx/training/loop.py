@@ -9,28 +9,22 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import gin
 import jax
 from jax.experimental import multihost_utils
 
-from famx import mesh as partitioning
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
-from famx.base.files import replace_file
-from famx.base.signals import stop_signal
+from famx.base.files import write_json
+from famx.base.signals import graceful_stop
 from famx.data.tasks import registry
 from famx.data.vocabularies import save_vocabulary
 from famx.lora import save_adapter
+from famx.mesh import batch_shard, batch_sharding, on_mesh
 from famx.model_dir import memory_file
-from famx.model_dir.checkpoints import Checkpointer, check_model_dir, check_same_model
-from famx.model_dir.loading import (
-    TrainedModel,
-    check_model,
-    load_pretrained,
-    split_checkpoint,
-    weights_fingerprint,
-)
+from famx.model_dir.checkpointer import Checkpointer, check_model_dir
+from famx.model_dir.identity import check_same_model, split_checkpoint, weights_fingerprint
+from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
 from famx.models import DecoderModel
 from famx.models.metrics import Mean
 from famx.training import state_passing
@@ -151,13 +145,13 @@ def train(
         evaluation.check(model)
 
     # ---------------------------------------------------------------- data
-    sharding = partitioning.batch_sharding(mesh)
+    sharding = batch_sharding(mesh)
 
     def place(batch):
         make = lambda x: jax.make_array_from_process_local_data(sharding, x)
         return jax.tree.map(make, batch)
 
-    shard = partitioning.batch_shard(setup.mesh, jax.process_index())
+    shard = batch_shard(setup.mesh, jax.process_index())
     feed = make_feed(
         task, state_passing_mode, model, batch_size, task_feature_lengths["targets"], curriculum,
         random_seed, shard, place, pool_groups, pool_refresh_period, lane_documents, packed,
@@ -183,7 +177,7 @@ def train(
                     "weights": weights_fingerprint(pretrained),
                 }
                 if first:
-                    replace_file(directory / _BASE_FILE, json.dumps(base, indent=2).encode() + b"\n")
+                    write_json(directory / _BASE_FILE, base)
                     if (initial / "source").is_dir():  # of an imported model, for the export
                         shutil.copytree(initial / "source", directory / "source", dirs_exist_ok=True)
             if setup.with_start:
@@ -218,11 +212,10 @@ def train(
             log.message(f"Going on from step {step} of {directory}.")
 
         # ------------------------------------------------------------ loop
-        stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(nn.logical_axis_rules(setup.rules.pairs()))
+        stack.enter_context(on_mesh(mesh, setup.rules))
         train_step = setup.train_step(abstract)
         merge = jax.jit(model.merged)
-        stop = stack.enter_context(stop_signal())
+        stop = stack.enter_context(graceful_stop())
         scalars: dict[str, float] = {}
         saved, skipped = step, 0
         from_start = state_passing_mode in ("none", "random") and not setup.with_start

@@ -2,13 +2,15 @@
 
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Mapping
 from typing import IO
 
 import tensorboardX
-import tqdm
+
+from famx.base.files import write_text
+from famx.base.progress import Progress
+from famx.base.text import clock
 
 _FILE = "metrics.jsonl"
 _FLUSH_SECONDS = 5
@@ -42,9 +44,8 @@ class RunLog:
         self._enabled = enabled
         if not enabled:
             return
-        self._stream = sys.stderr if stream is None else stream
-        self._name, self._total, self._first = name, total_steps, start_step
-        self._began = _now()
+        self._name = name
+        self._progress = Progress(name, total_steps, start_step, line_seconds=0, stream=stream)
         path = pathlib.Path(model_dir) / _FILE
         _drop_later_lines(path, start_step)
         self._file = path.open("a", encoding="utf-8")
@@ -53,11 +54,6 @@ class RunLog:
             purge_step=start_step + 1 if start_step else None,
             flush_secs=_FLUSH_SECONDS,
         )
-        self._bar = None
-        if self._stream.isatty():
-            self._bar = tqdm.tqdm(
-                total=total_steps, initial=start_step, desc=name, file=self._stream
-            )
 
     def write(self, step: int, scalars: Mapping[str, float], split: str = "train") -> None:
         """Records `scalars` at `step`, in TensorBoard as `<split>/<name>`.
@@ -78,34 +74,28 @@ class RunLog:
         if not self._enabled:
             return
         shown = {key: f"{float(value):.4g}" for key, value in scalars.items()}
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(int(step) - self._bar.n)
-            return
-        elapsed = _now() - self._began
-        parts = [f"{self._name} step {int(step)}" + (f"/{self._total}" if self._total else "")]
+        note = lambda: ", ".join(f"{key}={value}" for key, value in shown.items())
+        self._progress.update(int(step), note, lambda: self._line(shown))
+
+    def _line(self, shown: Mapping[str, str]) -> str:
+        progress = self._progress
+        parts = [f"{self._name} step {progress.done}" + (f"/{progress.total}" if progress.total else "")]
         parts += [f"{key} {value}" for key, value in shown.items()]
-        parts.append(f"elapsed {_clock(elapsed)}")
-        done = int(step) - self._first
-        if self._total and done > 0:
-            parts.append(f"eta {_clock(elapsed * (self._total - int(step)) / done)}")
-        print("  ".join(parts), file=self._stream, flush=True)
+        parts.append(f"elapsed {clock(progress.elapsed)}")
+        if progress.remaining is not None:
+            parts.append(f"eta {clock(progress.remaining)}")
+        return "  ".join(parts)
 
     def message(self, text: str) -> None:
         """Prints a line without tearing the bar."""
-        if not self._enabled:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        if self._enabled:
+            self._progress.message(text)
 
     def close(self) -> None:
         """Closes the files and the bar; safe to call twice."""
         if not self._enabled:
             return
-        if self._bar is not None:
-            self._bar.close()
+        self._progress.close()
         self._writer.close()
         self._file.close()
 
@@ -135,16 +125,4 @@ def _parse(line: str) -> dict | None:
 def _drop_later_lines(path: pathlib.Path, step: int) -> None:
     kept = [line for line in read_metrics(str(path.parent)) if line["step"] <= step]
     if path.exists():
-        temporary = path.with_name(_FILE + ".new")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-
-
-def _now() -> float:
-    return time.monotonic()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

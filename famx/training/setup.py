@@ -9,8 +9,16 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from famx import mesh as partitioning
 from famx.base.errors import ConfigError
+from famx.mesh import (
+    Rules,
+    batch_sharding,
+    check_batch_size,
+    check_blocks,
+    logical_to_sharding,
+    make_mesh,
+    make_rules,
+)
 from famx.models import DecoderModel
 from famx.modules.backends import resolve_backend
 from famx.training import state_passing
@@ -36,7 +44,7 @@ class Setup:
     num_microbatches: int
     seed: int
     mesh: Mesh
-    rules: partitioning.Rules
+    rules: Rules
     learns: Trainable
     num_lanes: int
     with_start: bool
@@ -64,7 +72,7 @@ class Setup:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of a step, as far as the step needs it, with shardings and without data."""
-        sharding = partitioning.batch_sharding(self.mesh)
+        sharding = batch_sharding(self.mesh)
         make = lambda dtype, *shape: jax.ShapeDtypeStruct(
             (self.batch_size, *shape), dtype, sharding=sharding
         )
@@ -104,17 +112,17 @@ def prepare(
     """
     if "targets" not in task_feature_lengths:
         raise ConfigError("TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}.")
-    mesh = partitioning.make_mesh() if devices is None else partitioning.make_mesh(devices=devices)
-    rules = partitioning.rules()
-    partitioning.check_batch_size(batch_size, mesh, num_microbatches)
-    partitioning.check_blocks(task_feature_lengths["targets"], model.config, mesh)
+    mesh = make_mesh() if devices is None else make_mesh(devices=devices)
+    rules = make_rules()
+    check_batch_size(batch_size, mesh, num_microbatches)
+    check_blocks(task_feature_lengths["targets"], model.config, mesh)
     resolve_backend(model.config, mesh.devices.flat[0].platform, mesh.size)  # refuses what cannot run
     learns = Trainable(trainable, frozen_dtype)
     if trainable != "lora":
         model.lora = None
     abstract_params = model.abstract_params()
     learns.check(abstract_params)
-    partitioning.logical_to_sharding(abstract_params, mesh, rules)  # refuses what cannot be cut
+    logical_to_sharding(abstract_params, mesh, rules)  # refuses what cannot be cut
     model.context_shards = mesh.shape["context"]
     model.random_state = None
     if state_passing_mode == "random":

@@ -27,16 +27,19 @@ from tiny import assert_identical
 from famx import convert
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.progress import ByteProgress
+from famx.base.text import byte_size
 from famx.conversion import importing
 from famx.conversion.families import SUPPORTED, decoder_config, tensors
 from famx.conversion.gin_file import model_gin
 from famx.conversion.importing import draw_prompt, plan_import, write_model
 from famx.conversion.sidecar import write_sidecar
-from famx.conversion.sources import TensorInfo, open_source
+from famx.conversion.sources import open_source
+from famx.conversion.tensor_source import TensorInfo
 from famx.conversion.vocabulary import fitting_vocabulary
 from famx.data.vocabularies import load_vocabulary, open_vocabulary
 from famx.memories import Fam
-from famx.model_dir.checkpoints import Checkpointer
+from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.loading import load_model
 from famx.modules import DecoderConfig, Memory, RopeScaling
 
@@ -442,19 +445,18 @@ def test_meshes():
 
 def test_progress_is_told_in_bytes(capsys, monkeypatch):
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(convert.time, "monotonic", lambda: next(clock))
-    with convert.Progress("import", 4_000_000) as progress:
+    monkeypatch.setattr("famx.base.progress._monotonic", lambda: next(clock))
+    with ByteProgress("import", 4_000_000, last_line=True) as progress:
         for _ in range(4):
             progress.add(1_000_000)
     assert capsys.readouterr().err == "import: 3.0 MB of 4.0 MB\nimport: 4.0 MB of 4.0 MB\n"
     terminal = io.StringIO()
     terminal.isatty = lambda: True
-    with monkeypatch.context() as patch, convert.Progress("import", 4_000_000) as progress:
-        patch.setattr(sys, "stderr", terminal)
+    with ByteProgress("import", 4_000_000, stream=terminal) as progress:
         progress.add(3_000_000)
     assert "import:  75%" in terminal.getvalue() and "3.00M/4.00M" in terminal.getvalue()
     sizes = {999: "999 bytes", 1500: "1.5 kB", 2.5e9: "2.5 GB", 7e12: "7.00 TB"}
-    assert {count: convert.size(count) for count in sizes} == sizes
+    assert {count: byte_size(count) for count in sizes} == sizes
 
 
 # --------------------------------------------------------------------------- programs

@@ -15,6 +15,7 @@ import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from reference_models import CONFIGS, TOKENS, draw, is_gemma, torch_logits, torch_model
 
+from famx.base import files
 from famx.base.errors import ConfigError
 from famx.conversion import exporting, families
 from famx.conversion.exporting import export
@@ -25,7 +26,8 @@ from famx.data.vocabularies import ByteVocabulary, open_vocabulary
 from famx.export import parse_size
 from famx.lora import Lora
 from famx.memories import Fam
-from famx.model_dir.checkpoints import Checkpointer, check_same_model
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.identity import check_same_model
 from famx.model_dir.loading import TrainedModel, load_model
 from famx.models import DecoderModel
 from famx.modules import Decoder, Memory
@@ -352,7 +354,7 @@ def test_an_interrupted_export_leaves_nothing_and_may_be_repeated(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         export(trained, tmp_path / "out", max_shard_size=5000)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    killed = tmp_path / ".out.exporting"
+    killed = tmp_path / ".out.partial"
     killed.mkdir()
     (killed / "model.safetensors").write_text("half")
     export(trained, tmp_path / "out", max_shard_size=5000)
@@ -361,15 +363,17 @@ def test_an_interrupted_export_leaves_nothing_and_may_be_repeated(tmp_path, monk
 
 
 def test_nothing_stands_at_the_destination_until_all_of_it_does(tmp_path, monkeypatch):
-    seen, sync = [], exporting._sync
+    seen, sync = {}, files._sync
 
     def look(path):
-        seen.append((tmp_path / "out").exists())
+        seen[path.name] = (tmp_path / "out").exists()
         sync(path)
 
-    monkeypatch.setattr(exporting, "_sync", look)
-    export(imported("llama", tmp_path), tmp_path / "out")
-    assert len(seen) == 5 and not any(seen)
+    trained = imported("llama", tmp_path)
+    monkeypatch.setattr(files, "_sync", look)
+    export(trained, tmp_path / "out")
+    written = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(written) == 5 and written <= seen.keys() and not any(seen.values())
 
 
 def test_a_destination_that_is_taken_is_refused(tmp_path):

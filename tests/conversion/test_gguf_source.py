@@ -14,7 +14,8 @@ from famx.base.errors import ConfigError  # noqa: E402
 from famx.conversion import gguf_source as module  # noqa: E402
 from famx.conversion.families import decoder_config, tensors  # noqa: E402
 from famx.conversion.gguf_source import ARCHITECTURES, TYPES, GgufSource  # noqa: E402
-from famx.conversion.sources import TensorInfo, open_source  # noqa: E402
+from famx.conversion.sources import open_source  # noqa: E402
+from famx.conversion.tensor_source import TensorInfo  # noqa: E402
 from famx.modules import DecoderConfig  # noqa: E402
 from famx.modules.config import RopeScaling  # noqa: E402
 from famx.modules.rope import frequencies  # noqa: E402

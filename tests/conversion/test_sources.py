@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from published import LLAMA, make_weights, train_bpe, train_sentencepiece, write_source
 
 from famx.base.errors import ConfigError
-from famx.conversion.sources import TensorInfo, known_sha256, open_source, read_header
+from famx.conversion.sources import known_sha256, open_source, read_header
+from famx.conversion.tensor_source import TensorInfo
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 

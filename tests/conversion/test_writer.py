@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
 from tiny import make_model
 
-from famx import mesh as partitioning
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.conversion import writer
 from famx.conversion.writer import LeafShape, chunk_shape, leaf_shapes, write_checkpoint
-from famx.model_dir.checkpoints import Checkpointer
+from famx.mesh import MESH_AXES, logical_to_sharding, make_rules
+from famx.model_dir.checkpointer import Checkpointer
 
 CONFIG = make_model(num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, tied_embeddings=False).config
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
@@ -114,11 +114,11 @@ MESH = {"fsdp": 4, "tensor": 2}
 def test_each_device_of_a_mesh_reads_chunks_that_no_other_part_shares(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "CHUNK_BYTES", 1024)
     leaves = leaf_shapes(CONFIG, MESH)
-    sizes = tuple(MESH.get(name, 1) for name in partitioning.MESH_AXES)
-    mesh = AbstractMesh(sizes, partitioning.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    sizes = tuple(MESH.get(name, 1) for name in MESH_AXES)
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
     module = make_model(**CONFIG.to_dict()).module
     boxed = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
-    shardings = partitioning.logical_to_sharding(boxed, mesh, partitioning.rules())
+    shardings = logical_to_sharding(boxed, mesh, make_rules())
     shardings = traverse_util.flatten_dict(shardings)
     cut = 0
     for path, leaf in leaves.items():

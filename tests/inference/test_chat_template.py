@@ -18,13 +18,13 @@ from trained import write_model_dir
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
-from famx import inference  # noqa: E402
 from famx.base.errors import ConfigError  # noqa: E402
 from famx.chat import own_template  # noqa: E402
 from famx.data import ByteVocabulary  # noqa: E402
 from famx.data.vocabularies import BytePairVocabulary, SentencePieceVocabulary  # noqa: E402
 from famx.decoding import Sampling, Streamer  # noqa: E402
 from famx.inference import conversation as module  # noqa: E402
+from famx.inference import lines as inference  # noqa: E402
 from famx.inference.chat_template import ChatTemplate  # noqa: E402
 from famx.inference.conversation import Conversation  # noqa: E402
 from famx.inference.prompts import Lines  # noqa: E402

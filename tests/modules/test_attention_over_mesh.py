@@ -21,7 +21,7 @@ from famx.memories import Fam
 from famx.modules import DecoderConfig
 from famx.modules.attention import cudnn, dense, dispatch, splash, token_attention
 from famx.modules.attention.over_mesh import over_mesh
-from famx import mesh as part
+from famx.mesh import batch_sharding, logical_to_sharding, make_mesh, make_rules
 
 splash.INTERPRET = True
 FIRST = np.arange(8, dtype=np.int32)
@@ -50,7 +50,7 @@ def check(backend, sizes, rules=None, batch=4, cut=None, axis="batch", **changes
             return splash.attention(c, q, *rest)
         return cudnn.attention(c, q, *rest, implementation="xla")
     expected = run(lambda *x: dense.attention(c, *x, first), args)
-    with jax.set_mesh(part.make_mesh(**sizes)), nn.logical_axis_rules(rules or part.rules().pairs()):
+    with jax.set_mesh(make_mesh(**sizes)), nn.logical_axis_rules(rules or make_rules().pairs()):
         found = run(lambda *x: over_mesh(kernel, (*x, first), axis), args)
     for name, x, y in zip("out q k v mk mv".split(), expected, found, strict=True):
         np.testing.assert_allclose(y, x, atol=3e-5, err_msg=f"{backend} {sizes} {changes} {name}")
@@ -66,7 +66,7 @@ xla(dict(tensor=2), num_heads=3, num_kv_heads=1, cut=(1, 3, 1))  # not divided
 xla(dict(), batch=3, cut=(3, 4, 2))
 whole_keys = [("batch", ("data", "fsdp")), ("heads", "tensor")]
 xla(dict(tensor=2), whole_keys, cut=(1, 2, 1))  # key heads follow the query heads
-folded = [*part.rules().pairs(), ("folded", ("context", "data", "fsdp"))]
+folded = [*make_rules().pairs(), ("folded", ("context", "data", "fsdp"))]
 xla(dict(data=2, fsdp=2, context=2), folded, batch=8, axis="folded", cut=(1, 4, 2))
 
 # `auto` on several TPUs, pretended, without a mesh: nothing says how to cut the kernel.
@@ -92,13 +92,13 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 from famx.memories import Fam
 from famx.modules import Decoder, DecoderConfig
-from famx import mesh as part
+from famx.mesh import batch_sharding, logical_to_sharding, make_mesh, make_rules
 
 assert jax.default_backend() == "cpu"
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-mesh = part.make_mesh(data=1, fsdp=2, tensor=2, devices=devices)
-rules = part.rules(may_replicate=["kv_heads"])
-tokens = jax.ShapeDtypeStruct((2, 1024), jnp.int32, sharding=part.batch_sharding(mesh))
+mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=devices)
+rules = make_rules(may_replicate=["kv_heads"])
+tokens = jax.ShapeDtypeStruct((2, 1024), jnp.int32, sharding=batch_sharding(mesh))
 
 def program(backend):
     model = Decoder(DecoderConfig(
@@ -106,7 +106,7 @@ def program(backend):
         memory_segments=2, memory=Fam(8), dtype="bfloat16", remat="full", attention_backend=backend))
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256), jnp.int32))["params"]
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    params = jax.tree.map(place, nn.unbox(boxed), part.logical_to_sharding(boxed, mesh, rules))
+    params = jax.tree.map(place, nn.unbox(boxed), logical_to_sharding(boxed, mesh, rules))
 
     def step(params, tokens):
         loss = lambda params: jnp.mean(jax.nn.logsumexp(model.apply({"params": params}, tokens)[0], -1))

@@ -8,9 +8,9 @@ import pytest
 from test_loop import run
 from tiny import BLOCK, assert_close, make_model, make_tokens
 
-from famx import mesh as partitioning
 from famx.base.errors import ConfigError
 from famx.lora import Lora
+from famx.mesh import make_mesh, make_rules
 from famx.training.state_passing import RandomState
 from famx.training.step import make_initializer, make_train_step
 from famx.training.trainable import Trainable
@@ -34,7 +34,7 @@ def train(mode, num_microbatches, trainable=Trainable(), steps=3, optimizer=opta
     model.lora = Lora(rank=2) if trainable.name == "lora" else None
     if mode == "random":
         model.random_state = RandomState(1.0)
-    mesh, rules = partitioning.make_mesh(), partitioning.rules()
+    mesh, rules = make_mesh(), make_rules()
     lanes = 2 * BATCH if mode == "aged" else BATCH
     initialize, abstract = make_initializer(model, optimizer, mode, lanes, mesh, rules, trainable)
     step = make_train_step(model, optimizer, mode, 0, abstract, trainable, num_microbatches)
@@ -69,7 +69,7 @@ def test_microbatches_change_no_number_of_adapters():
 
 def test_microbatches_need_less_memory():
     model, optimizer = make_model(embed_dim=64, mlp_dim=512, vocab_size=2000), optax.sgd(0.1)
-    mesh, rules = partitioning.make_mesh(), partitioning.rules()
+    mesh, rules = make_mesh(), make_rules()
     initialize, abstract = make_initializer(model, optimizer, "none", 8, mesh, rules)
     state = jax.eval_shape(initialize, jax.random.key(0))
     batch = {

@@ -21,9 +21,9 @@ from tiny import (
     passkey,
 )
 
-from famx import mesh as partitioning
 from famx.base.errors import ConfigError
 from famx.data import ContinuousLanes
+from famx.mesh import make_mesh, make_rules
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import AgedFeed, IndexedFeed, LaneFeed, make_feed
 from famx.training.loop import LaneDocuments
@@ -59,9 +59,9 @@ def test_lanes_equal_one_long_sequence_read_at_once():
     documents = [make_tokens(size, seed=size) for size in sizes]
     feed = feed_of(documents, "continuous", length=length)
     assert isinstance(feed, LaneFeed)
-    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     optimizer = optax.sgd(0.0)
-    rules = partitioning.rules()
+    rules = make_rules()
     _, abstract = make_initializer(MODEL, optimizer, "continuous", 2, mesh, rules)
     train_step = make_train_step(MODEL, optimizer, "continuous", 0, abstract)
     params = jax.tree.map(jnp.copy, PARAMS)  # the step gives them away

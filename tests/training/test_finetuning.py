@@ -14,7 +14,6 @@ from test_loop import history, run, saved
 from tiny import BLOCK, assert_close, assert_identical, make_model, make_params, make_tokens, passkey
 from trained import write_model_dir
 
-from famx import mesh as partitioning
 from famx.base.errors import ConfigError
 from famx.decoding import Streamer
 from famx.inference import infer
@@ -22,6 +21,7 @@ from famx.inference.conversation import load_with_vocabulary
 from famx.lora import Lora, combine
 from famx.lora.adapters import ADAPTERS, SCALE
 from famx.memories import Fam
+from famx.mesh import make_mesh, make_rules
 from famx.model_dir.loading import load_model
 from famx.model_dir.memory_file import load_memory, save_memory
 from famx.models import DecoderModel
@@ -100,7 +100,7 @@ def test_learning_lowers_the_loss_of_a_fixed_batch():
 
 def one_step(model, trainable):
     optimizer = optax.adam(3e-2)
-    mesh, rules = partitioning.make_mesh(), partitioning.rules()
+    mesh, rules = make_mesh(), make_rules()
     initialize, abstract = make_initializer(model, optimizer, "none", 2, mesh, rules, trainable)
     step = make_train_step(model, optimizer, "none", 0, abstract, trainable)
     batch = {"decoder_input_tokens": TOKENS[:, :-1], "decoder_target_tokens": TOKENS[:, 1:]}

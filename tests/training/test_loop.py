@@ -17,7 +17,7 @@ from tiny import BLOCK, BLOCKS, assert_identical, make_model, passkey
 from famx.base.errors import ConfigError
 from famx.data import TextFiles
 from famx.data.tasks import registry
-from famx.model_dir.checkpoints import check_same_model
+from famx.model_dir.identity import check_same_model
 from famx.model_dir.loading import check_model
 from famx.training import loop, speed
 from famx.training.curriculum import Curriculum

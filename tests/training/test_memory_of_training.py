@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,7 +14,7 @@ import pytest
 from tiny import BLOCK, make_model
 
 import famx
-from famx import mesh as partitioning
+from famx.mesh import batch_sharding, make_mesh, make_rules, on_mesh
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig, Memory
 from famx.training.step import make_initializer, make_train_step
@@ -30,8 +29,8 @@ from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
 from famx.training.state_passing import RandomState
 from famx.training import optimizers
-from famx import mesh as partitioning
-from famx.training.step import make_initializer
+from famx.mesh import batch_sharding, make_mesh, make_rules, on_mesh
+from famx.mesh import make_mesh, make_rules
 from test_memory_of_training import compile_step, shapes_of
 
 config = DecoderConfig(
@@ -44,7 +43,7 @@ shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dty
 def state_on(mesh, optimizer, mode):
     model = DecoderModel(Decoder(config), loss_chunk=128)
     model.random_state = RandomState() if mode == "random" else None
-    abstract = make_initializer(model, optimizer, mode, 8, mesh, partitioning.rules())[1]
+    abstract = make_initializer(model, optimizer, mode, 8, mesh, make_rules())[1]
     return model, abstract
 
 def check_cut(state, parts):
@@ -55,7 +54,7 @@ def check_cut(state, parts):
             assert size(leaf) == (8 if heads else parts) * shard(leaf), (name, leaf.sharding.spec)
 
 # Described alone: eight-fold under FSDP, under a mixed mesh by the axes that a thing has.
-mesh = partitioning.make_mesh(data=1, fsdp=8)
+mesh = make_mesh(data=1, fsdp=8)
 adafactor = optimizers.adafactor(1e-3)
 for mode in ("random", "continuous"):
     state = state_on(mesh, adafactor, mode)[1]
@@ -66,7 +65,7 @@ for mode in ("random", "continuous"):
         assert leaf.ndim > 1 and size(leaf) == 8 * shard(leaf), leaf
     for leaf in jax.tree.leaves(state.flax_mutables):
         assert size(leaf) == (8 if leaf.ndim else 1) * shard(leaf), leaf
-mixed = partitioning.make_mesh(data=2, fsdp=2, tensor=2)
+mixed = make_mesh(data=2, fsdp=2, tensor=2)
 check_cut(state_on(mixed, adafactor, "continuous")[1], 4)
 
 # Compiled.
@@ -89,10 +88,10 @@ print("done")
 
 def compile_step(model, optimizer, mesh, abstract, batch, length):
     """The compiled step over `batch` rows; nothing is materialised."""
-    rules, sharding = partitioning.rules(), partitioning.batch_sharding(mesh)
+    rules, sharding = make_rules(), batch_sharding(mesh)
     names = ("decoder_input_tokens", "decoder_target_tokens")
     rows = {name: jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding) for name in names}
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.pairs()):
+    with on_mesh(mesh, rules):
         step = make_train_step(model, optimizer, "none", 0, abstract)
         return step.lower(abstract, rows).compile()
 
@@ -121,8 +120,8 @@ def test_nothing_large_of_1b_is_whole_on_each_of_eight_devices():
 
 
 def step_on_one_device(model, batch, length):
-    optimizer, mesh = optax.sgd(0.1), partitioning.make_mesh(devices=jax.devices()[:1])
-    abstract = make_initializer(model, optimizer, "none", batch, mesh, partitioning.rules())[1]
+    optimizer, mesh = optax.sgd(0.1), make_mesh(devices=jax.devices()[:1])
+    abstract = make_initializer(model, optimizer, "none", batch, mesh, make_rules())[1]
     return compile_step(model, optimizer, mesh, abstract, batch, length)
 
 
@@ -151,9 +150,9 @@ def test_offloaded_layer_inputs_lie_in_the_memory_of_a_tpu_s_host(monkeypatch):
         vocab_size=128, num_layers=3, embed_dim=128, num_heads=1, mlp_dim=128, block_size=128,
         memory_segments=0, memory=Memory(), dtype="bfloat16", remat="offload", attention_backend="xla",
     )  # fmt: skip
-    mesh, batch, length = partitioning.make_mesh(devices=devices), 4, 512
+    mesh, batch, length = make_mesh(devices=devices), 4, 512
     model, optimizer = DecoderModel(Decoder(config)), optax.sgd(0.1)
-    abstract = make_initializer(model, optimizer, "none", batch, mesh, partitioning.rules("data"))[1]
+    abstract = make_initializer(model, optimizer, "none", batch, mesh, make_rules("data"))[1]
     memory = compile_step(model, optimizer, mesh, abstract, batch, length).memory_analysis()
     inputs = config.num_layers * batch // 4 * length * config.embed_dim * 2
     assert memory.host_temp_size_in_bytes == inputs

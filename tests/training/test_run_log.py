@@ -80,7 +80,7 @@ def test_new_run_starts_a_new_history(tmp_path):
 
 def test_plain_lines(tmp_path, monkeypatch):
     clock = iter([100.0, 100.0 + 75])
-    monkeypatch.setattr("famx.training.run_log._now", lambda: next(clock))
+    monkeypatch.setattr("famx.base.progress._monotonic", lambda: next(clock))
     stream = io.StringIO()
     with RunLog(tmp_path, total_steps=40, start_step=10, stream=stream) as log:
         log.progress(20, {"loss": 1.23456, "tokens/s": 20480.0})

@@ -32,8 +32,8 @@ import gin, jax, json, numpy as np, optax, pathlib, sys
 from famx.lora import Lora
 from famx.training.state_passing import RandomState
 from famx.training import loop, optimizers
-from famx import mesh as partitioning
-from famx.model_dir.checkpoints import Checkpointer
+from famx.mesh import make_mesh, make_rules
+from famx.model_dir.checkpointer import Checkpointer
 from famx.training.step import make_initializer
 from famx.memories import Infini
 from tiny import fam, make_model, BLOCK, BLOCKS
@@ -57,10 +57,11 @@ def model_of(kind):
     memory = memory or fam(0 if kind in ("bswa", "frozen") else 2)
     return make_model(memory=memory, num_heads=8, num_kv_heads=4, memory_segments=2)
 
-def set_mesh(data=1, fsdp=1, tensor=1, context=1):
+def set_mesh(data=1, fsdp=1, tensor=1, context=1, devices=None):
     gin.clear_config()
-    for name, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor), ("context", context)):
-        gin.bind_parameter(f"partitioning.make_mesh.{name}", size)
+    sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, devices=devices)
+    for name, value in sizes.items():
+        gin.bind_parameter(f"mesh.make_mesh.{name}", value)
 
 def run(folder, kind, **changes):
     look, model = Look(), model_of(kind)
@@ -85,11 +86,9 @@ def run(folder, kind, **changes):
 EIGHT = COMMON + """
 assert jax.device_count() == 8
 folder, out = sys.argv[1], {}
-make_mesh = partitioning.make_mesh
-partitioning.make_mesh = lambda: make_mesh(devices=jax.devices()[:1])
+set_mesh(devices=jax.devices()[:1])
 for kind in ("fam", "bswa", "infini", "delta", "lora", "frozen", "random", "continuous"):
     out[f"{kind}_1"] = run(f"{folder}/{kind}_1", kind)
-partitioning.make_mesh = make_mesh
 for name in MESHES:
     kind, _, sizes = name.partition("_")
     set_mesh(*map(int, sizes.split("x")))
@@ -98,7 +97,7 @@ json.dump(out, open(f"{folder}/shards.json", "w"))
 
 # A checkpoint that one mesh wrote, read on others.
 def moved(name, kind, mesh):
-    mode, rules = kind if kind in ("random", "continuous") else "none", partitioning.rules()
+    mode, rules = kind if kind in ("random", "continuous") else "none", make_rules()
     model = model_of(kind)
     model.random_state = RandomState(0.9) if mode == "random" else None
     optimizer = OPTIMIZERS.get(kind, optax.adam(1e-2))

@@ -6,13 +6,13 @@ Only where records begin is kept in memory; a record is read when it is asked fo
 import json
 import mmap
 import os
-import tempfile
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from famx.base.files import move_into_place, scratch_directory
 from famx.data.storage import tfrecord
 from famx.data.storage.text_files import matching_files, token_ids
 
@@ -196,20 +196,16 @@ def write_tfrecords(
     if num_shards < 1:
         raise ValueError(f"Records need at least 1 shard, but num_shards is {num_shards}.")
     paths = [f"{os.fspath(name)}-{i:05d}-of-{num_shards:05d}" for i in range(num_shards)]
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as unfinished:
-        parts = [os.path.join(unfinished, str(i)) for i in range(num_shards)]
+    with scratch_directory(name) as unfinished:
+        parts = [unfinished / str(i) for i in range(num_shards)]
         files = [open(part, "wb") for part in parts]
         try:
             for i, record in enumerate(records):
                 files[i % num_shards].write(tfrecord.frame(tfrecord.encode_example(record)))
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
         finally:
             for file in files:
                 file.close()
-        for part, path in zip(parts, paths, strict=True):
-            os.replace(part, path)
+        move_into_place(dict(zip(parts, paths)))
     return paths
 
 

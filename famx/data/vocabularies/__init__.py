@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from famx.base.errors import ConfigError
-from famx.base.files import replace_file
+from famx.base.files import write_bytes, write_json
 from famx.data.vocabularies.base import Vocabulary
 from famx.data.vocabularies.tokenizer_files import (
     BytePairVocabulary,
@@ -192,9 +192,8 @@ def save_vocabulary(vocabulary: Vocabulary, directory: str | os.PathLike) -> Non
         "fingerprint": vocabulary.fingerprint,
     }
     if vocabulary.file_name is not None:
-        replace_file(directory / vocabulary.file_name, vocabulary.content)
-    text = json.dumps(description, indent=1, ensure_ascii=False)
-    replace_file(directory / _DESCRIPTION_FILE, f"{text}\n".encode())
+        write_bytes(directory / vocabulary.file_name, vocabulary.content)
+    write_json(directory / _DESCRIPTION_FILE, description)
 
 
 def load_vocabulary(directory: str | os.PathLike) -> Vocabulary:

@@ -16,8 +16,9 @@ from flax import struct
 
 import famx
 from famx.base.errors import ConfigError
-from famx.model_dir import checkpoints
-from famx.model_dir.checkpoints import Checkpointer, check_model_dir, check_same_model
+from famx.model_dir import checkpointer
+from famx.model_dir.checkpointer import Checkpointer, check_model_dir
+from famx.model_dir.identity import check_same_model
 from famx.training import optimizers
 
 ROOT = str(pathlib.Path(famx.__file__).parent.parent)
@@ -116,13 +117,13 @@ def test_numpy_values_may_be_changed_while_saving(tmp_path):
 
 def test_data_state_may_be_changed_while_saving(tmp_path, monkeypatch):
     """Orbax writes JSON in the background, so it must be given what nobody else holds."""
-    given, make = [], checkpoints.ocp.args.JsonSave
+    given, make = [], checkpointer.ocp.args.JsonSave
 
     def note(item):
         given.append(item)
         return make(item)
 
-    monkeypatch.setattr(checkpoints.ocp.args, "JsonSave", note)
+    monkeypatch.setattr(checkpointer.ocp.args, "JsonSave", note)
     data = {"pending": [1], "feed": {"lengths": [2, 3]}}
     with Checkpointer(tmp_path) as saver:
         saver.save(1, {"x": jnp.ones(2)}, data)
@@ -187,7 +188,7 @@ def test_missing_steps(tmp_path):
 
 KILLED = """
 import jax.numpy as jnp, sys
-from famx.model_dir.checkpoints import Checkpointer
+from famx.model_dir.checkpointer import Checkpointer
 saver = Checkpointer(sys.argv[1])
 saver.save(1, {"x": jnp.full((512, 512), 1.0)}, {"i": 1})
 saver.wait()
@@ -226,7 +227,7 @@ SHARDED = """
 import os, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from famx.model_dir.checkpoints import Checkpointer
+from famx.model_dir.checkpointer import Checkpointer
 assert jax.device_count() == 8
 def place(*shape):
     return NamedSharding(Mesh(np.array(jax.devices()).reshape(shape), ("a", "b")), P("a", "b"))
@@ -280,7 +281,7 @@ def test_model_dir_not_writable(tmp_path, monkeypatch):
 
 def test_model_dir_full(tmp_path, monkeypatch):
     usage = lambda path: type("Usage", (), {"free": 3_000_000})  # noqa: E731
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
+    monkeypatch.setattr(checkpointer.shutil, "disk_usage", usage)
     with pytest.raises(ConfigError, match="has 3 MB free and this run needs 2 GB"):
         check_model_dir(tmp_path, need_bytes=2_000_000_000)
     check_model_dir(tmp_path, need_bytes=1_000_000)

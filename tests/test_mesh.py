@@ -18,30 +18,38 @@ from jax.sharding import PartitionSpec as P
 from tiny import make_model
 
 import famx
-from famx import mesh as partitioning
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
-from famx.mesh import Rules, rules
+from famx.mesh import (
+    PRESETS,
+    Rules,
+    batch_shard,
+    check_batch_size,
+    check_blocks,
+    logical_to_sharding,
+    make_mesh,
+    make_rules,
+)
 
 ROOT = str(pathlib.Path(famx.__file__).parent.parent)
 
 
 def test_presets():
     query = ("embed", "heads", "kv")
-    assert rules("data").spec(query) == P(None, None, None)
-    assert rules("fsdp").spec(query) == P("fsdp", None, None)
-    assert rules("fsdp_tensor").spec(query) == P("fsdp", "tensor", None)
-    assert rules("fsdp_tensor").spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
-    assert rules("fsdp_tensor").spec(("vocab", "embed")) == P("tensor", "fsdp")
-    assert rules("fsdp_tensor").spec(("memory", "embed")) == P(None, "fsdp")
+    assert make_rules("data").spec(query) == P(None, None, None)
+    assert make_rules("fsdp").spec(query) == P("fsdp", None, None)
+    assert make_rules("fsdp_tensor").spec(query) == P("fsdp", "tensor", None)
+    assert make_rules("fsdp_tensor").spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
+    assert make_rules("fsdp_tensor").spec(("vocab", "embed")) == P("tensor", "fsdp")
+    assert make_rules("fsdp_tensor").spec(("memory", "embed")) == P(None, "fsdp")
 
 
 def test_batch_wins_over_the_width_of_activations():
-    for preset in partitioning.PRESETS:
-        spec = rules(preset).spec(("batch", "blocks", "length", "embed"))
+    for preset in PRESETS:
+        spec = make_rules(preset).spec(("batch", "blocks", "length", "embed"))
         assert spec == P(("data", "fsdp"), None, "context", None)
-    assert rules().spec(("layers", "batch", "memory", "embed"))[1] == ("data", "fsdp")
-    assert rules().spec(("batch", "length", "vocab"))[2] == "tensor"
+    assert make_rules().spec(("layers", "batch", "memory", "embed"))[1] == ("data", "fsdp")
+    assert make_rules().spec(("batch", "length", "vocab"))[2] == "tensor"
 
 
 @given(st.permutations(["embed", "mlp", "kv"]))
@@ -50,7 +58,7 @@ def test_collisions_are_refused(names):
     with pytest.raises(ConfigError, match="both cut over the mesh axis tensor"):
         both.spec(names)
     with pytest.raises(ConfigError, match="both cut"):
-        rules("fsdp").spec(["embed", "embed"])
+        make_rules("fsdp").spec(["embed", "embed"])
 
 
 def test_unknown_names():
@@ -59,27 +67,27 @@ def test_unknown_names():
     with pytest.raises(ConfigError, match="no mesh axis named 'model'"):
         Rules({"embed": ("model",)})
     with pytest.raises(ConfigError, match="no logical axis named 'joined'"):
-        rules().spec(["joined"])
+        make_rules().spec(["joined"])
     with pytest.raises(ConfigError, match="set of sharding rules named 'zero'"):
-        rules("zero")
+        make_rules("zero")
 
 
 def test_pairs_agree_with_flax():
-    with nn.logical_axis_rules(rules().pairs()):
+    with nn.logical_axis_rules(make_rules().pairs()):
         for names in (("embed", "mlp"), ("batch", "length", "embed"), ("layers", "vocab", "embed")):
-            assert nn.logical_to_mesh_axes(names) == rules().spec(names)
+            assert nn.logical_to_mesh_axes(names) == make_rules().spec(names)
 
 
 def test_mesh_on_one_device():
     one = jax.devices()[:1]
-    assert partitioning.make_mesh(devices=one).devices.shape == (1, 1, 1, 1)
+    assert make_mesh(devices=one).devices.shape == (1, 1, 1, 1)
     with pytest.raises(ConfigError, match="does not fit 1 device.*must divide"):
-        partitioning.make_mesh(fsdp=2, devices=one)
+        make_mesh(fsdp=2, devices=one)
     with pytest.raises(ConfigError, match="multiply to"):
-        partitioning.make_mesh(data=2, devices=one)
+        make_mesh(data=2, devices=one)
     for sizes in ({"fsdp": 0}, {"fsdp": -1}, {"tensor": -2}):
         with pytest.raises(ConfigError, match="at least 1, and at most one of them -1"):
-            partitioning.make_mesh(**sizes, devices=one)
+            make_mesh(**sizes, devices=one)
 
 
 class Chip:
@@ -103,20 +111,20 @@ def slices_of(mesh):
 
 
 def test_slices_are_crossed_by_data_first():
-    mesh = partitioning.make_mesh(fsdp=2, tensor=2, devices=chips(4, 4))
+    mesh = make_mesh(fsdp=2, tensor=2, devices=chips(4, 4))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
     where = slices_of(mesh)
     assert (where[0] == 0).all() and (where[1] == 1).all()
-    where = slices_of(partitioning.make_mesh(data=4, fsdp=2, devices=chips(4, 4)))
+    where = slices_of(make_mesh(data=4, fsdp=2, devices=chips(4, 4)))
     assert [sorted(set(row.flat)) for row in where] == [[0], [0], [1], [1]]
 
 
 def test_slices_are_crossed_by_fsdp_where_it_is_asked_for_or_nothing_else_can():
-    where = slices_of(partitioning.make_mesh(data=2, fsdp=4, dcn_fsdp=2, devices=chips(4, 4)))
+    where = slices_of(make_mesh(data=2, fsdp=4, dcn_fsdp=2, devices=chips(4, 4)))
     assert where[:, :, 0].tolist() == [[0, 0, 1, 1]] * 2
-    where = slices_of(partitioning.make_mesh(data=1, fsdp=8, devices=chips(4, 4)))
+    where = slices_of(make_mesh(data=1, fsdp=8, devices=chips(4, 4)))
     assert where.ravel().tolist() == [0] * 4 + [1] * 4
-    where = slices_of(partitioning.make_mesh(data=2, fsdp=4, tensor=2, devices=chips(4, 4, 4, 4)))
+    where = slices_of(make_mesh(data=2, fsdp=4, tensor=2, devices=chips(4, 4, 4, 4)))
     assert where[:, :, 0].tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
     assert (where[:, :, 0] == where[:, :, 1]).all()
 
@@ -132,7 +140,7 @@ def test_slices_are_crossed_by_fsdp_where_it_is_asked_for_or_nothing_else_can():
 ])  # fmt: skip
 def test_meshes_that_do_not_fit_the_slices_are_refused(sizes, counts, sentence):
     with pytest.raises(ConfigError, match=re.escape(sentence)):
-        partitioning.make_mesh(**sizes, devices=chips(*counts))
+        make_mesh(**sizes, devices=chips(*counts))
 
 
 def test_meshes_of_a_tpu_that_is_not_there(monkeypatch):
@@ -142,10 +150,10 @@ def test_meshes_of_a_tpu_that_is_not_there(monkeypatch):
     from jax.experimental import topologies
 
     one = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    mesh = partitioning.make_mesh(tensor=8, devices=one)  # along no axis of the chip's own torus
+    mesh = make_mesh(tensor=8, devices=one)  # along no axis of the chip's own torus
     assert mesh.shape["tensor"] == 8 and set(mesh.devices.flat) == set(one)
     two = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
-    assert slices_of(partitioning.make_mesh(fsdp=4, devices=two))[:, :, 0].tolist() == [[0] * 4, [1] * 4]
+    assert slices_of(make_mesh(fsdp=4, devices=two))[:, :, 0].tolist() == [[0] * 4, [1] * 4]
 
 
 @pytest.mark.parametrize("sizes, per_process, parts", [
@@ -159,17 +167,17 @@ def test_processes_that_hold_the_same_rows_make_the_same_rows(sizes, per_process
     devices = chips(8)
     for device in devices:
         device.process_index = device.id // per_process
-    mesh = partitioning.make_mesh(**sizes, devices=devices)
-    assert [partitioning.batch_shard(mesh, i) for i in range(8 // per_process)] == parts
+    mesh = make_mesh(**sizes, devices=devices)
+    assert [batch_shard(mesh, i) for i in range(8 // per_process)] == parts
 
 
 def test_processes_whose_rows_overlap_are_refused():
     devices = chips(6)
     for device in devices:
         device.process_index = device.id // 3
-    mesh = partitioning.make_mesh(data=3, tensor=2, devices=devices)
+    mesh = make_mesh(data=3, tensor=2, devices=devices)
     with pytest.raises(ConfigError, match="parts of the batch that overlap"):
-        partitioning.batch_shard(mesh, 0)
+        batch_shard(mesh, 0)
 
 
 @pytest.mark.parametrize("name, bindings, sizes, query", [
@@ -181,38 +189,38 @@ def test_processes_whose_rows_overlap_are_refused():
 def test_gin_files_of_meshes(name, bindings, sizes, query):
     try:
         gin_utils.parse_gin([f"gin_configs/meshes/{name}.gin"], bindings)
-        assert partitioning.make_mesh(devices=chips(4, 4)).devices.shape == sizes
-        assert partitioning.rules().spec(("embed", "heads", "kv")) == query
+        assert make_mesh(devices=chips(4, 4)).devices.shape == sizes
+        assert make_rules().spec(("embed", "heads", "kv")) == query
     finally:
         gin.clear_config()
 
 
 def test_rows_are_cut_over_context_by_whole_blocks():
     devices = chips(4)
-    mesh = partitioning.make_mesh(context=4, devices=devices)
+    mesh = make_mesh(context=4, devices=devices)
     config = make_model(block_size=16).config
-    partitioning.check_blocks(64, config, mesh)
+    check_blocks(64, config, mesh)
     for length in (32, 72, 80):
         with pytest.raises(ConfigError, match="4 devices .* whole blocks of 16: use a multiple of 64"):
-            partitioning.check_blocks(length, config, mesh)
-    partitioning.check_blocks(72, config, partitioning.make_mesh(devices=devices))
+            check_blocks(length, config, mesh)
+    check_blocks(72, config, make_mesh(devices=devices))
 
 
 @pytest.mark.parametrize("chunk,fits", [(4, True), (8, True), (2, False), (12, False)])
 def test_chunks_are_cut_over_context_by_whole_blocks(chunk, fits):
-    mesh = partitioning.make_mesh(context=4, devices=chips(4))
+    mesh = make_mesh(context=4, devices=chips(4))
     config = make_model(block_size=16, blocks_per_chunk=chunk).config
     if fits:
-        return partitioning.check_blocks(128, config, mesh)
+        return check_blocks(128, config, mesh)
     with pytest.raises(ConfigError, match=f"chunks of {chunk} blocks .* a multiple of 4 that divides 8"):
-        partitioning.check_blocks(128, config, mesh)
+        check_blocks(128, config, mesh)
 
 
 EIGHT = """
 import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from famx.base.errors import ConfigError
-from famx import mesh as part
+from famx.mesh import batch_sharding, check_batch_size, logical_to_sharding, make_mesh, make_rules
 
 def sentence(call, *args):
     try:
@@ -222,11 +230,11 @@ def sentence(call, *args):
     raise AssertionError("no error")
 
 assert jax.device_count() == 8
-mesh = part.make_mesh(fsdp=2, tensor=2)
+mesh = make_mesh(fsdp=2, tensor=2)
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 assert all("Auto" in str(kind) for kind in mesh.axis_types)
-assert part.make_mesh().shape["data"] == 8
-assert "data -1 x fsdp 3 x tensor 1 x context 1 does not fit 8" in sentence(part.make_mesh, -1, 3)
+assert make_mesh().shape["data"] == 8
+assert "data -1 x fsdp 3 x tensor 1 x context 1 does not fit 8" in sentence(make_mesh, -1, 3)
 
 class Net(nn.Module):
     heads: int = 4
@@ -240,7 +248,7 @@ class Net(nn.Module):
 x = jnp.arange(8.0 * 16).reshape(8, 16) / 100
 boxed = jax.eval_shape(Net().init, jax.random.key(0), x)
 for preset, want in (("data", P(None, None, None)), ("fsdp_tensor", P("fsdp", "tensor", None))):
-    shardings = part.logical_to_sharding(boxed, mesh, part.rules(preset))
+    shardings = logical_to_sharding(boxed, mesh, make_rules(preset))
     assert shardings["params"]["w"].spec == want, shardings
     assert shardings["params"]["plain"].is_fully_replicated
     init = jax.jit(lambda key: nn.unbox(Net().init(key, x)), out_shardings=shardings)
@@ -248,22 +256,22 @@ for preset, want in (("data", P(None, None, None)), ("fsdp_tensor", P("fsdp", "t
     assert params["params"]["w"].sharding == shardings["params"]["w"]
     one = nn.unbox(Net().init(jax.random.key(0), x))
     np.testing.assert_allclose(params["params"]["w"], one["params"]["w"], rtol=1e-6)
-    y = jax.jit(Net().apply)(params, jax.device_put(x, part.batch_sharding(mesh)))
+    y = jax.jit(Net().apply)(params, jax.device_put(x, batch_sharding(mesh)))
     np.testing.assert_allclose(y, Net().apply(one, x), rtol=1e-4, atol=1e-5)
 shards = {s.data.shape for s in params["params"]["w"].addressable_shards}
 assert shards == {(8, 2, 5)}, shards
 
 odd = jax.eval_shape(Net(heads=1).init, jax.random.key(0), x)
-text = sentence(part.logical_to_sharding, odd, mesh, part.rules("fsdp_tensor"))
+text = sentence(logical_to_sharding, odd, mesh, make_rules("fsdp_tensor"))
 assert "Axis heads of params/w has size 1, which cannot be divided over 2 devices" in text, text
-kept = part.logical_to_sharding(odd, mesh, part.rules("fsdp_tensor", ["heads"]))
+kept = logical_to_sharding(odd, mesh, make_rules("fsdp_tensor", ["heads"]))
 assert kept["params"]["w"].spec == P("fsdp", None, None)
-specs = part.logical_to_sharding({"a": P("batch", "embed")}, mesh, part.rules())
+specs = logical_to_sharding({"a": P("batch", "embed")}, mesh, make_rules())
 assert specs["a"].spec == P(("data", "fsdp"), None)
 
-assert part.batch_sharding(mesh).shard_shape((8, 3)) == (2, 3)
-part.check_batch_size(8, mesh)
-text = sentence(part.check_batch_size, 6, mesh)
+assert batch_sharding(mesh).shard_shape((8, 3)) == (2, 3)
+check_batch_size(8, mesh)
+text = sentence(check_batch_size, 6, mesh)
 assert text == ("BATCH_SIZE 6 cannot be divided over 4 devices (data 2 x fsdp 2):"
                 " use a multiple of 4."), text
 print("done")
@@ -286,21 +294,21 @@ def test_eight_devices():
 
 
 def test_batch_size_on_one_device():
-    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    partitioning.check_batch_size(3, mesh)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    check_batch_size(3, mesh)
     with pytest.raises(ConfigError, match="BATCH_SIZE 0"):
-        partitioning.check_batch_size(0, mesh)
+        check_batch_size(0, mesh)
 
 
 def test_unboxed_leaves_stay_whole():
-    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    shardings = partitioning.logical_to_sharding({"a": jnp.ones((2, 3))}, mesh, rules())
+    mesh = make_mesh(devices=jax.devices()[:1])
+    shardings = logical_to_sharding({"a": jnp.ones((2, 3))}, mesh, make_rules())
     assert shardings["a"].is_fully_replicated
 
 
 def test_batch_must_divide_over_processes(monkeypatch):
-    mesh = partitioning.make_mesh()
-    monkeypatch.setattr(partitioning.jax, "process_count", lambda: 3)
-    partitioning.check_batch_size(6, mesh)
+    mesh = make_mesh()
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    check_batch_size(6, mesh)
     with pytest.raises(ConfigError, match="cannot be divided over 3 processes"):
-        partitioning.check_batch_size(4, mesh)
+        check_batch_size(4, mesh)

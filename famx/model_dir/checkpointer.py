@@ -8,8 +8,6 @@ a BSWA model), so these are made anew.
 """
 
 import copy
-import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -22,15 +20,10 @@ from absl import logging
 from flax import serialization, traverse_util
 
 from famx.base.errors import ConfigError
-from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
+from famx.base.files import check_writable
+from famx.base.text import byte_size
 
 _STATE, _DATASET = "state", "dataset"
-_MODEL_FILE = "model.json"
-_DEFAULTS = {
-    field.name: field.default
-    for field in dataclasses.fields(DecoderConfig)
-    if field.default is not dataclasses.MISSING
-} | {"lora": None}
 
 
 class Checkpointer:
@@ -248,79 +241,14 @@ def check_model_dir(path: str | os.PathLike, need_bytes: int = 0) -> pathlib.Pat
     if not existing.is_dir():
         raise ConfigError(f"MODEL_DIR {path} cannot be used: {existing} is not a directory.")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".write_test.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        check_writable(directory)
     except OSError as error:
         raise ConfigError(f"MODEL_DIR {path} is not writable: {error.strerror}.") from error
     free = shutil.disk_usage(directory).free
     if free < need_bytes:
         raise ConfigError(
-            f"MODEL_DIR {path} has {_size(free)} free and this run needs {_size(need_bytes)}: free"
-            " some space, keep fewer checkpoints or choose another disk."
+            f"MODEL_DIR {path} has {byte_size(free, 0)} free and this run needs"
+            f" {byte_size(need_bytes, 0)}: free some space, keep fewer checkpoints or choose another"
+            " disk."
         )
     return directory
-
-
-def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
-    """What `check_same_model` noted in MODEL_DIR/model.json; ConfigError if there is no such note."""
-    path = pathlib.Path(model_dir) / _MODEL_FILE
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{model_dir} is no directory of a trained model: it has no {_MODEL_FILE}."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not readable as JSON: remove it to go on.") from error
-
-
-def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """'num_layers (2 there, 4 here), ...': how two models differ; '' where they are the same model.
-
-    A field that an older version did not note has its default. Fields of the memory are named apart.
-    """
-    there, here = _flat(there), _flat(here)
-    value = lambda fields, name: fields.get(name, _DEFAULTS.get(name, "unset"))
-    return ", ".join(
-        f"{name} ({value(there, name)!r} there, {value(here, name)!r} here)"
-        for name in sorted((there.keys() | here.keys()) - set(COMPUTATION_FIELDS))
-        if value(there, name) != value(here, name)
-    )
-
-
-def _flat(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with those of the memory beside them, as `memory.length`."""
-    memory = fields.get("memory") or {}
-    rest = {name: value for name, value in fields.items() if name != "memory"}
-    return rest | {f"memory.{name}": value for name, value in memory.items()}
-
-
-def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any]) -> None:
-    """Notes `model_config` in MODEL_DIR/model.json, or compares it with what is noted there.
-
-    Values must be what JSON can hold; anything else is compared as text. Raises ConfigError with
-    the differing fields if the directory belongs to another model.
-    """
-    path = pathlib.Path(model_dir) / _MODEL_FILE
-    here = json.loads(json.dumps(model_config, default=str))
-    if path.exists():
-        differing = differing_fields(read_model_config(model_dir), here)
-        if differing:
-            raise ConfigError(
-                f"MODEL_DIR {model_dir} holds another model, differing in {differing}:"
-                " choose another MODEL_DIR or go back to that model."
-            )
-    elif jax.process_index() == 0:
-        temporary = path.with_name(f"{_MODEL_FILE}.{os.getpid()}")
-        temporary.write_text(json.dumps(here, indent=2, sort_keys=True) + "\n")
-        temporary.replace(path)
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -1,0 +1,25 @@
+"""Numbers and names as a reader wants to see them."""
+
+from collections.abc import Sequence
+
+
+def byte_size(count: float, digits: int = 1) -> str:
+    """'538.1 MB': bytes in the largest unit of 1000 that fits, with `digits` after the point."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.{digits if unit != 'bytes' else 0}f} {unit}"
+        count /= 1000
+    return f"{count:.{digits + 1}f} TB"
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, or hours, minutes and seconds: '1:15', '2:03:04'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def some(names: Sequence[str], most: int = 6) -> str:
+    """'a, b and 3 more': the first `most` names and the number of the others."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

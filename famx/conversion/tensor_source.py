@@ -1,0 +1,40 @@
+"""What an import reads from: a pretrained model that gives one tensor at a time.
+
+Names and layouts are those of Hugging Face, whatever the format.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+READABLE = ("float32", "float16", "bfloat16", "float64")  # dtypes of tensors that can be read
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor; a dtype that is not in `READABLE` has the format's name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Source(Protocol):
+    """A pretrained model that is read tensor by tensor.
+
+    Attributes:
+      name: name of the directory or file.
+      config: content of `config.json`.
+      tensors: all tensors, by their names at Hugging Face.
+      tokenizer: a file for `open_vocabulary`, or None.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    tokenizer: pathlib.Path | None
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as it is stored, in float32, float16, bfloat16 or float64."""

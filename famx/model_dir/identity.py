@@ -1,0 +1,126 @@
+"""Which model a MODEL_DIR holds: the note in model.json, differences between models, fingerprints."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from famx.base.errors import ConfigError
+from famx.base.files import write_json
+from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
+from famx.modules.memory import of_memory
+
+_MODEL_FILE = "model.json"
+_SAMPLES = 1024  # values of each parameter that its fingerprint covers
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(DecoderConfig)
+    if field.default is not dataclasses.MISSING
+} | {"lora": None}
+
+
+def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
+    """`(MODEL_DIR, step)` of a path to either; the step is None for a `MODEL_DIR`.
+
+    Raises:
+      ConfigError: there is no such directory.
+    """
+    path = pathlib.Path(checkpoint).expanduser().absolute()
+    found = re.fullmatch(r"checkpoint_(\d+)", path.name)
+    directory, step = (path.parent, int(found[1])) if found else (path, None)
+    if not directory.is_dir():
+        raise ConfigError(f"There is no checkpoint {checkpoint}: {directory} is not a directory.")
+    return directory, step
+
+
+def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
+    """What `check_same_model` noted in MODEL_DIR/model.json; ConfigError if there is no such note."""
+    path = pathlib.Path(model_dir) / _MODEL_FILE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{model_dir} is no directory of a trained model: it has no {_MODEL_FILE}."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not readable as JSON: remove it to go on.") from error
+
+
+def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """'num_layers (2 there, 4 here), ...': how two models differ; '' where they are the same model.
+
+    A field that an older version did not note has its default. Fields of the memory are named apart.
+    """
+    there, here = _flat(there), _flat(here)
+    value = lambda fields, name: fields.get(name, _DEFAULTS.get(name, "unset"))
+    return ", ".join(
+        f"{name} ({value(there, name)!r} there, {value(here, name)!r} here)"
+        for name in sorted((there.keys() | here.keys()) - set(COMPUTATION_FIELDS))
+        if value(there, name) != value(here, name)
+    )
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with those of the memory beside them, as `memory.length`."""
+    memory = fields.get("memory") or {}
+    rest = {name: value for name, value in fields.items() if name != "memory"}
+    return rest | {f"memory.{name}": value for name, value in memory.items()}
+
+
+def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any]) -> None:
+    """Notes `model_config` in MODEL_DIR/model.json, or compares it with what is noted there.
+
+    Values must be what JSON can hold; anything else is compared as text. Raises ConfigError with
+    the differing fields if the directory belongs to another model.
+    """
+    path = pathlib.Path(model_dir) / _MODEL_FILE
+    here = json.loads(json.dumps(model_config, default=str))
+    if path.exists():
+        differing = differing_fields(read_model_config(model_dir), here)
+        if differing:
+            raise ConfigError(
+                f"MODEL_DIR {model_dir} holds another model, differing in {differing}:"
+                " choose another MODEL_DIR or go back to that model."
+            )
+    elif jax.process_index() == 0:
+        write_json(path, here, sort_keys=True)
+
+
+def model_fingerprint(config: DecoderConfig, params) -> str:
+    """Hex digest that tells models apart: by what changes their numbers, and by their weights.
+
+    Of each parameter evenly spaced values are taken, so that a large model costs no more.
+    """
+    fields = {k: v for k, v in config.to_dict().items() if k not in COMPUTATION_FIELDS}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    return _digest(digest, params)
+
+
+def weights_fingerprint(params) -> str:
+    """Hex digest that tells weights apart, whatever memory reads with them; see `model_fingerprint`."""
+    return _digest(hashlib.sha256(), split_memory(params)[0])
+
+
+def split_memory(params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`(rest, memory)`: parameters without those of the memory, and these alone."""
+    flat = flatten_dict(params, sep="/")
+    pick = lambda wanted: unflatten_dict(
+        {path: leaf for path, leaf in flat.items() if of_memory(path) == wanted}, sep="/"
+    )
+    return pick(False), pick(True)
+
+
+def _digest(digest, params) -> str:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        flat = leaf.reshape(-1)
+        sample = np.asarray(flat[:: -(-flat.size // _SAMPLES)])
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {sample.dtype}".encode())
+        digest.update(sample.tobytes())
+    return digest.hexdigest()
