@@ -213,7 +213,7 @@ def test_back_takes_one_exchange_back():
     talk(conversation, "river")
     conversation.back()
     assert_identical(conversation._state, state)
-    with pytest.raises(ConfigError, match="no exchange to take back"):
+    with pytest.raises(ConfigError, match="no exchange to undo"):
         conversation.back()
 
 
@@ -227,7 +227,7 @@ def test_an_exchange_before_something_else_cannot_be_taken_back(tmp_path):
     for do in after:
         talk(conversation)
         do()
-        with pytest.raises(ConfigError, match="no exchange to take back"):
+        with pytest.raises(ConfigError, match="no exchange to undo"):
             conversation.back()
 
 
@@ -347,13 +347,13 @@ def test_commands(say, tmp_path):
         ("/reset x", "/reset stands alone."),
         ("/read {}/no.txt", "{}/no.txt cannot be read: No such file or directory."),
         ("/read {}", "{} cannot be read: Is a directory."),
-        ("/read {}/empty.txt", "{}/empty.txt holds no text."),
+        ("/read {}/empty.txt", "{}/empty.txt contains no text."),
         ("/load {}/no.famem", "There is no memory file {}/no.famem."),
         ("/load {}/empty.txt",
          "{}/empty.txt is not a whole memory file: make it again, or copy it again."),
         ("/load {}/two.famem",
-         "{}/two.famem holds the memories of 2 texts, and one can be gone on from."),
-        ("/save {}/empty.txt", "{}/empty.txt exists: choose another name, or remove it first."),
+         "{}/two.famem holds 2 memories, but a conversation can load only one."),
+        ("/save {}/empty.txt", "{}/empty.txt already exists: choose another name, or remove it first."),
         ("/save {}/no/x", "{}/no/x cannot be written: No such file or directory."),
     ],
 )  # fmt: skip
@@ -373,8 +373,8 @@ def test_nothing_to_save_and_nothing_to_take_back(say, tmp_path):
     out, err = say(Conversation(TRAINED), f"/save {tmp_path / 'x'}", "/back")
     assert out == "" and not (tmp_path / "x").exists()
     assert err.splitlines() == [
-        "famx: Nothing was read yet, so there is no memory to save.",
-        "famx: There is no exchange to take back.",
+        "famx: Nothing has been read yet, so there is no memory to save.",
+        "famx: There is no exchange to undo.",
     ]
 
 
@@ -392,7 +392,7 @@ def test_escapes():
 
 def test_templates_without_the_message_are_refused():
     for template in ("", "{}", "{text}", "{message", "{message:d}", "{message.x}", "{0}", "{{message}}"):
-        with pytest.raises(ConfigError, match="must hold {message} and no other field"):
+        with pytest.raises(ConfigError, match="must contain {message} and no other field"):
             check_template(template)
 
 
@@ -513,12 +513,12 @@ def test_what_is_wrong_is_told_before_the_start(bad_input, tmp_path):
     model_directory(bare, None)
     model_directory(small, ByteVocabulary())
     sentences = {
-        (): "No model is named: add --checkpoint=MODEL_DIR or MODEL_DIR/checkpoint_STEP.",
+        (): "--checkpoint is not set: add --checkpoint=MODEL_DIR or MODEL_DIR/checkpoint_<step>.",
         ("--checkpoint=/no/such",): "There is no checkpoint /no/such: /no/such is not a directory.",
         (f"--checkpoint={tmp_path}",): "is no directory of a trained model: it has no model.json.",
-        (f"--checkpoint={bare}",): "has no vocabulary.json, so text cannot be read: put the vocabulary",
-        (f"--checkpoint={small}",): "has 259 tokens, the model only 128: put the vocabulary there that",
-        ("--template=none",): "The template 'none' cannot be used: it must hold {message}",
+        (f"--checkpoint={bare}",): "has no vocabulary.json, so text cannot be encoded: save the model's",
+        (f"--checkpoint={small}",): "has 259 tokens, the model only 128: replace it by the vocabulary",
+        ("--template=none",): "The template 'none' is not valid: it must contain {message}",
         ("--temperature=-1",): "temperature must be 0 (greedy) or more, not -1.0.",
         ("--memory=/no/such",): "There is no memory file /no/such.",
         ("stray",): "Unknown argument stray: see --help.",
