@@ -130,7 +130,7 @@ def test_the_paper_map_names_fields_and_defaults_of_the_config():
 
 def test_the_tables_of_macros_are_those_of_the_files():
     text = (DOCS / "gin.md").read_text()
-    first, second = text.split("\n`gin_configs/runs/finetune.gin` has these besides")
+    first, second = text.split("\n`gin_configs/runs/finetune.gin` adds these")
     for part, name in ((first, "pretrain"), (second, "finetune")):
         source = (ROOT / "gin_configs" / "runs" / f"{name}.gin").read_text()
         in_file = dict(re.findall(r"^([A-Z_]+) = (.*?)(?:  #.*)?$", source, re.MULTILINE))
