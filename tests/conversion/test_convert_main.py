@@ -245,7 +245,7 @@ def test_an_export_brings_its_prompt_and_its_memory(tmp_path):
 
     other = plan_import(open_source(directory), {"memory": Fam(2)})
     assert other.config == dataclasses.replace(config, memory=Fam(2)) and not other.memory
-    assert any("prompt of the export is left out" in note for note in other.notes)
+    assert any("parameters of the export are ignored" in note for note in other.notes)
 
 
 # --------------------------------------------------------------------------- vocabulary
@@ -296,7 +296,7 @@ def test_a_sentencepiece_model_without_a_pad_needs_a_row_for_it(tmp_path):
     pytest.importorskip("sentencepiece")
     directory = write_source(tmp_path / "x")
     train_sentencepiece(directory / "tokenizer.model")
-    with pytest.raises(ConfigError, match="has 301 ids and the model 300: the last is for padding"):
+    with pytest.raises(ConfigError, match="has 301 ids, the model 300: the last is for padding"):
         run_convert(directory, tmp_path / "y")
     plan = run_convert(directory, tmp_path / "y", pad_id=300)
     assert plan.config.vocab_size == load_vocabulary(tmp_path / "y").vocab_size == 301
@@ -318,13 +318,13 @@ def test_an_unused_piece_of_sentencepiece_becomes_the_pad(tmp_path):
 
 
 def test_tokenizers_that_do_not_fit(tmp_path, instruct, source):
-    with pytest.raises(ConfigError, match="has 301 ids and the model 299: give the tokenizer of this"):
+    with pytest.raises(ConfigError, match="has 301 ids, the model 299: pass the tokenizer of this"):
         fitting_vocabulary(instruct / "tokenizer.json", 299)
     with pytest.raises(ConfigError, match="The tokenizer cannot be used: pad_id 40 is not free"):
         fitting_vocabulary(instruct / "tokenizer.json", 300, pad_id=40)
     with pytest.raises(ConfigError, match="The tokenizer cannot be used: There is no tokenizer file"):
         plan_import(open_source(source), MEMORY, tokenizer=tmp_path / "x")
-    with pytest.raises(ConfigError, match="llama has no tokenizer that a pad_id could be for"):
+    with pytest.raises(ConfigError, match="llama has no tokenizer for --pad_id"):
         plan_import(open_source(source), MEMORY, pad_id=3)
     given = plan_import(open_source(source), MEMORY, tokenizer=instruct / "tokenizer.json")
     assert given.vocabulary.vocab_size == 300 and not given.notes

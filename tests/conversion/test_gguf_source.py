@@ -268,7 +268,7 @@ def test_scaling_by_name_is_left_to_the_architecture(tmp_path):
 
 
 def test_partial_rotation_is_left_to_the_architecture(tmp_path):
-    with pytest.raises(ConfigError, match="rotates a part of each head alone"):
+    with pytest.raises(ConfigError, match="rotates only a part of each head"):
         decoder_config(read_config(tmp_path, {"rope.dimension_count": 8}))
 
 
