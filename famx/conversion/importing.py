@@ -77,8 +77,8 @@ def plan_import(
 ) -> Plan:
     """Check a source against the model that its config describes, without reading a tensor.
 
-    For an export by famx, the memory's settings and parameters are those of the export unless `fields` has
-    others. Any other model gets a FAM of the paper's length.
+    The export of a famx model brings the settings and parameters of its memory; `fields` override the
+    settings. Any other model gets a FAM of the paper's length.
 
     Args:
       source: the pretrained model.
@@ -110,7 +110,7 @@ def plan_import(
     leaves, memory = leaf_shapes(config, mesh), sidecar.parameters
     shapes = {path: array.shape for path, array in memory.items()}
     if memory and shapes != {"/".join(path): leaves[path].shape for path in _of_memory(leaves)}:
-        notes.append("The memory's parameters of the export are ignored: they are for another memory.")
+        notes.append("The memory's parameters of the export are left out: they are for another memory.")
         memory = {}
     return Plan(source, config, tensors, leaves, vocabulary, memory, notes)
 
@@ -244,7 +244,7 @@ def draw_memory(
     paths = _of_memory(plan.leaves)
     prompts = [path for path in paths if path[-1] in PROMPTS]
     if start == "tokens" and not prompts:
-        raise ConfigError(f"--prompt=tokens: a memory of the kind {plan.config.memory.kind!r} has no prompt.")
+        raise ConfigError(f"--prompt=tokens: the memory {plan.config.memory.kind!r} has no prompt.")
     drawn = {}
     for path in prompts:
         shape = plan.leaves[path].shape

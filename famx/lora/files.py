@@ -124,8 +124,8 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
       fingerprint: fingerprint of the base model, compared with the saved one if there is one.
 
     Returns:
-      A tree for `combine`, numpy float32: the adapters, and parameters of the memory if there are any. And the
-      `Lora` that they belong to, its targets as they were found.
+      `(tree, lora)`: the adapters and any parameters of the memory, numpy float32, for `combine`; and the
+      adapters' settings.
 
     Raises:
       ConfigError: there is no adapter, it is damaged, it uses unsupported options, or it does not fit the

@@ -245,7 +245,7 @@ def test_an_export_brings_its_prompt_and_its_memory(tmp_path):
 
     other = plan_import(open_source(directory), {"memory": Fam(2)})
     assert other.config == dataclasses.replace(config, memory=Fam(2)) and not other.memory
-    assert any("parameters of the export are ignored" in note for note in other.notes)
+    assert any("parameters of the export are left out" in note for note in other.notes)
 
 
 # --------------------------------------------------------------------------- vocabulary
