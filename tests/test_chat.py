@@ -1,4 +1,4 @@
-"""`famx.chat`: what is answered, what is kept of it, and the program as a user runs it."""
+"""`famx.chat`: answers, the state after them, and the program as a user runs it."""
 
 import copy
 import functools
@@ -47,7 +47,7 @@ shared_streamer = functools.cache(Streamer)
 
 
 def make_trained(vocabulary=None) -> TrainedModel:
-    """Of random weights; the model has more ids than the vocabulary."""
+    """A model of random weights with more ids than its vocabulary."""
     model = make_model(vocab_size=128)
     model.input_vocabulary = passkey_words() if vocabulary is None else vocabulary
     return TrainedModel(model, make_params(model.module), 1, pathlib.Path("/model/checkpoint_1"))
@@ -135,7 +135,7 @@ def test_end_of_text_ends_an_answer_and_was_read():
 
 
 def test_a_stop_text_cuts_the_answer_wherever_it_lies():
-    """Within a piece of the answer, across two, as a part of a word, at its very beginning."""
+    """Inside a piece of the answer, across two pieces, inside a word, and at the very beginning."""
     conversation = Conversation(TRAINED, Sampling(70, temperature=1.0))
     whole, parts = talk(conversation)
     border = len(parts[0])
@@ -158,7 +158,7 @@ def test_exactly_what_stands_before_a_stop_text_was_read():
 
 
 def test_no_half_character_is_shown():
-    """A character of four bytes that two pieces share is shown once, whole."""
+    """A four-byte character that is split between two pieces is shown once and complete."""
     assert module._settled("ab\ufffd", ()) == 2
     assert module._settled("ab\ufffd\ufffdc", ()) == 5
     assert module._settled("ab<|e", ["<|end|>", "|x"]) == 2
@@ -484,7 +484,7 @@ def test_a_terminal_has_a_prompt_and_ctrl_c_ends_the_answer_alone(tmp_path):
 
 @pytest.fixture
 def bad_input(monkeypatch, capsys):
-    """A function that runs famx.chat within this process, and returns its sentence."""
+    """A function that runs famx.chat in this process and returns its error sentence."""
     monkeypatch.setattr("famx.inference.conversation.load_model", _never)
 
     def call(*args):

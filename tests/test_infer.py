@@ -1,4 +1,4 @@
-"""`famx.infer` against the dense model line by line; kills and restarts; every bad input a sentence."""
+"""`famx.infer` compared with the dense model line by line, killed and restarted, and given bad input."""
 
 import functools
 import io
@@ -41,7 +41,7 @@ PROMPTS = ["a", "one block", "A prompt of a few blocks, " * 2, "xy", "seven..", 
 
 @pytest.fixture(autouse=True)
 def double(monkeypatch):
-    """float64, where rounding decides nothing; a decoder is compiled once."""
+    """Use float64, in which rounding decides no comparison, and compile each decoder once."""
     monkeypatch.setattr("famx.inference.Streamer", _streamer)
     with jax.enable_x64(True):
         yield
@@ -74,7 +74,7 @@ def likely(ids, target):
 
 
 def greedy(ids):
-    """The dense model's continuation."""
+    """The greedy continuation by the dense model."""
     new = []
     for _ in range(NEW):
         new.append(int(log_p(ids + new)[-1].argmax()))
@@ -233,7 +233,7 @@ def test_ids_that_are_no_text_leave_the_text():
 
 
 class Echo:
-    """In place of a model: answers at once, and stops like a killed process at batch `fail`."""
+    """Replaces the model: answers at once, and raises like a killed process at batch `fail`."""
 
     def __init__(self, fail=None):
         self.fail, self.batches = fail, []
@@ -436,7 +436,7 @@ def test_a_bad_line_is_named_before_the_model_is_loaded(
 
 @pytest.fixture
 def bad_input(monkeypatch, capsys, tmp_path, model_dir):
-    """A function that runs famx.infer within this process, and returns its sentence."""
+    """A function that runs famx.infer in this process and returns its error sentence."""
 
     def call(*bindings):
         _forget()
@@ -464,7 +464,7 @@ def bad_input(monkeypatch, capsys, tmp_path, model_dir):
 
 
 def _forget():
-    """gin and the flags as in a new process."""
+    """Reset gin and the flags as in a new process."""
     gin.clear_config()
     gin_config._IMPORTS.clear()
     for name in ("gin_file", "gin_bindings", "gin_search_paths"):

@@ -68,7 +68,7 @@ def joined(path, vocabulary, size):
 
 
 class Characters:
-    """Every character an id, which shows what was encoded."""
+    """A vocabulary with an id per character, which shows what was encoded."""
 
     def encode(self, text):
         return [ord(character) for character in text]

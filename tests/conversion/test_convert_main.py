@@ -50,7 +50,7 @@ def source(tmp_path_factory):
 
 
 def files(directory) -> dict[str, bytes]:
-    """All files below a directory, but for times and the like that orbax notes."""
+    """All files below a directory, without the times that orbax records."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(pathlib.Path(directory).rglob("*"))
@@ -150,7 +150,7 @@ def test_a_source_that_is_no_directory_leaves_its_config_alone(tmp_path):
 
 
 def planned_sentence(directory, **weights) -> str:
-    """What is said about a Llama with other tensors; None leaves one out."""
+    """The error for a Llama with other tensors; None removes a tensor."""
     changed = {k: v for k, v in {**make_weights(LLAMA), **weights}.items() if v is not None}
     with pytest.raises(ConfigError) as caught:
         plan_import(open_source(write_source(directory / "x", weights=changed)), MEMORY)

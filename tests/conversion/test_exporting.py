@@ -1,4 +1,4 @@
-"""Models go out to transformers and come back; what stops in between leaves nothing."""
+"""Export to transformers and back; an export that fails leaves nothing."""
 
 import io
 import json
@@ -36,7 +36,7 @@ MEMORY = {"block_size": 8, "memory_segments": 3, "memory": Fam(2, positions="flo
 
 
 def tree(hf, config, read):
-    """Our parameters from their tensors, `read(name)`."""
+    """Parameters from the tensors that `read(name)` returns."""
     leaves = {}
     for tensor in families.tensors(hf, config):
         leaves.setdefault(tensor.path, []).append(tensor.to_ours(read(tensor.name)))
@@ -45,7 +45,7 @@ def tree(hf, config, read):
 
 
 def imported(name, tmp_path, dtype=np.float32, vocabulary=None, **memory):
-    """A model of the drawn weights, as an import leaves it, with its `source/`."""
+    """An imported model with drawn weights and its `source/`."""
     hf = CONFIGS[name]
     config = families.decoder_config(hf, **{**MEMORY, **memory})
     shapes = {tensor.name: tensor.shape for tensor in families.tensors(hf, config)}
@@ -102,7 +102,7 @@ def test_import_after_export_is_the_identity_on_every_leaf(name, tmp_path):
 
 
 def convert(source, directory, **fields):
-    """An import as famx.convert does it, and what comes of it."""
+    """Import an export as famx.convert does; return the loaded model."""
     write_model(plan_import(open_source(source), fields), directory)
     return load_model(directory)
 

@@ -1,4 +1,4 @@
-"""What a config.json becomes, what is refused, and where each tensor belongs."""
+"""Decoders from config.json, unsupported configs, and the place of each tensor."""
 
 import jax
 import jax.numpy as jnp

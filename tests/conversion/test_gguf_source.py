@@ -1,4 +1,4 @@
-"""GGUF files as Hugging Face's: names, layouts, values, config.json, and sentences for what cannot be."""
+"""GGUF files read as Hugging Face sources: names, layouts, values, config.json, errors."""
 
 import sys
 import tracemalloc
@@ -94,7 +94,7 @@ def their_name(architecture, name):
 
 
 def small(path, keys=(), arrays=(), types=(), architecture="llama"):
-    """The least that can be opened."""
+    """The smallest file that can be opened."""
     arrays = {"token_embd.weight": np.zeros((40, 32), np.float32), **dict(arrays)}
     return write(path, architecture, arrays, keys, types)
 

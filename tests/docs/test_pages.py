@@ -1,4 +1,4 @@
-"""Links resolve, the site builds and shows every page, and what pages say of the code is so."""
+"""Links resolve, the site builds with every page, and statements about the code are true."""
 
 import ast
 import pathlib
@@ -42,7 +42,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_every_file_of_the_repository_that_a_page_names_exists():
-    """Paths in backticks with a folder of ours in front; those with a wildcard match something."""
+    """Paths in backticks that start with a directory of the repository; wildcards match something."""
     ours = r"`((?:famx|gin_configs|tests|docs|benchmarks|launch)/[\w./*]+)`"
     for page in PAGES:
         for path in re.findall(ours, prose(page)):
@@ -68,7 +68,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 
 def rows(page: pathlib.Path, columns: int):
-    """Cells of the rows of a page's tables that have so many columns, heads left out."""
+    """Cells of all table rows of a page with this number of columns, without separators."""
     for line in page.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("| ") and len(cells) == columns:

@@ -1,4 +1,4 @@
-"""Chat templates: the ids that others make of messages, and nothing that a message could spell."""
+"""Chat templates: the ids equal those of transformers, and no message can spell a special token."""
 
 import functools
 import io
@@ -95,7 +95,7 @@ def user(text):
 
 @pytest.fixture(scope="module")
 def theirs(vocabularies, tmp_path_factory):
-    """Per template, the ids that transformers makes of messages."""
+    """For each template, a function that returns the ids by transformers."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("theirs")
 
@@ -192,7 +192,7 @@ def test_begin_of_text_stands_in_front_of_everything_or_nowhere(vocabularies):
 
 
 def test_sentencepiece_with_tokens_in_brackets(tmp_path):
-    """As Gemma's: tokens that the template spells are ordinary pieces, and no message spells them."""
+    """As in Gemma, the template's tokens are ordinary pieces; messages still cannot spell them."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -277,7 +277,7 @@ def talk(conversation, message):
 
 
 def write(trained, ids, count):
-    """What the model writes after `ids`, and what it then has read."""
+    """What the model generates after `ids`, and the ids that it has then read."""
     streamer = shared_streamer(trained.model.module)
     state = streamer.initial_state(trained.params, 1)
     logits, state = streamer.read(trained.params, state, np.array([ids], np.int32))

@@ -1,4 +1,4 @@
-"""JSON lines: every broken line is named, and a file that is written survives any kill."""
+"""JSON lines: errors name the line, and an output file survives a kill at any byte."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ def write(path, objects, settings=SETTINGS):
 
 
 def stop(path, data=b'{"a": 1}\n{"a": 2}\n', settings=SETTINGS):
-    """As a run leaves it that was killed."""
+    """Leave the files of a run that was killed."""
     with ResumableLines(path) as output:
         output.open(settings)
     path.with_name("out.jsonl.partial").write_bytes(data)

@@ -1,4 +1,4 @@
-"""Lines as prompts: what becomes of each field, which lines are read together, what is refused."""
+"""Prompts: how fields become tokens, which lines are batched together, and what is rejected."""
 
 import json
 

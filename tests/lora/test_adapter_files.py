@@ -1,4 +1,4 @@
-"""Adapters in files: nothing is lost, PEFT's layout, and files that are damaged or of another base."""
+"""Adapter files: round trips, PEFT's layout, and damaged files or those of another base."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What is adapted, the first values, trees with and without adapters, and what is refused."""
+"""Adapters: targets, initial values, trees with and without adapters, and bad settings."""
 
 import flax.linen as nn
 import jax
