@@ -39,7 +39,7 @@ def pytest_configure(config):
 
 
 def pytest_runtest_teardown():
-    """Drops compiled programs before a process has so many that Linux refuses it more memory maps.
+    """Drop compiled programs before a process reaches Linux's limit of memory maps.
 
     A test leaves hundreds; at vm.max_map_count, 65 530 by default, the next one crashes the process.
     """

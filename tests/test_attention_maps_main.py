@@ -38,7 +38,7 @@ def path(tmp_path):
 
 @pytest.fixture(scope="module")
 def made(directory, tmp_path_factory):
-    """What one run wrote: the directory."""
+    """The output directory of one run."""
     folder = tmp_path_factory.mktemp("maps")
     (folder / "x.txt").write_text(TEXT)
     make_maps(directory, str(folder / "x.txt"), str(folder / "out"), [1], [0, 1], [0, -1])

@@ -36,7 +36,7 @@ RATIOS = {
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """What `--quick` printed, its JSON and its page."""
+    """Output, JSON and page of one run with `--quick`."""
     folder = tmp_path_factory.mktemp("benchmarks")
     page, figures = folder / "page.md", folder / "figures.json"
     shutil.copy(ROOT / "docs" / "benchmarks.md", page)
@@ -85,7 +85,7 @@ def test_rows_are_the_variants_that_are_compared(quick):
 
 @pytest.mark.slow
 def test_streaming_memory_does_not_grow(quick):
-    """Twice the tokens may take a few more bytes for the tokens themselves, no activations."""
+    """Twice the tokens may take a few more bytes for the tokens, but none for activations."""
     rows = quick[1]["sections"]["length"]["rows"]
     assert rows[-1]["temp / 64"] < 1.05
 
@@ -217,7 +217,7 @@ def test_reading_and_writing_are_measured(tmp_path, monkeypatch):
 
 
 def test_full_attention_reads_all_that_was_read():
-    """The comparison's cache: a block of all tokens, of which a token sees every one before it."""
+    """The cache of the comparison: one block of all tokens, in which a token sees all before it."""
     config = inference.make_config(inference.SMALL, (64, 0, 0))
     sizes = dict(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, vocab_size=16)
     config = dataclasses.replace(config, **sizes)

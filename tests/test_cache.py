@@ -35,7 +35,7 @@ def write_qasper(folder, sizes=SIZES):
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """No cache directories or tasks stay behind."""
+    """Remove cache directories and tasks after each test."""
     tasks, mixtures = set(seqio.TaskRegistry.names()), set(seqio.MixtureRegistry.names())
     directories = list(seqio.get_global_cache_dirs())
     monkeypatch.delenv("FAMX_DATA_DIR", raising=False)

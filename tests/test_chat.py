@@ -1,4 +1,4 @@
-"""`famx.chat`: what is answered, what is kept of it, and the program as a user runs it."""
+"""`famx.chat`: answers, the state after them, and the program as a user runs it."""
 
 import copy
 import functools
@@ -47,7 +47,7 @@ shared_streamer = functools.cache(Streamer)
 
 
 def make_trained(vocabulary=None) -> TrainedModel:
-    """Of random weights; the model has more ids than the vocabulary."""
+    """A model of random weights with more ids than its vocabulary."""
     model = make_model(vocab_size=128)
     model.input_vocabulary = passkey_words() if vocabulary is None else vocabulary
     return TrainedModel(model, make_params(model.module, seed=1), 1, pathlib.Path("/model/checkpoint_1"))
@@ -135,7 +135,7 @@ def test_end_of_text_ends_an_answer_and_was_read():
 
 
 def test_a_stop_text_cuts_the_answer_wherever_it_lies():
-    """Within a piece of the answer, across two, as a part of a word, at its very beginning."""
+    """Inside a piece of the answer, across two pieces, inside a word, and at the very beginning."""
     conversation = Conversation(TRAINED, Sampling(70, temperature=1.0))
     whole, parts = talk(conversation)
     border = len(parts[0])
@@ -158,7 +158,7 @@ def test_exactly_what_stands_before_a_stop_text_was_read():
 
 
 def test_no_half_character_is_shown():
-    """A character of four bytes that two pieces share is shown once, whole."""
+    """A four-byte character that is split between two pieces is shown once and complete."""
     assert module._settled("ab\ufffd", ()) == 2
     assert module._settled("ab\ufffd\ufffdc", ()) == 5
     assert module._settled("ab<|e", ["<|end|>", "|x"]) == 2
@@ -213,7 +213,7 @@ def test_back_takes_one_exchange_back():
     talk(conversation, "river")
     conversation.back()
     assert_identical(conversation._state, state)
-    with pytest.raises(ConfigError, match="no exchange to take back"):
+    with pytest.raises(ConfigError, match="no exchange to undo"):
         conversation.back()
 
 
@@ -227,7 +227,7 @@ def test_an_exchange_before_something_else_cannot_be_taken_back(tmp_path):
     for do in after:
         talk(conversation)
         do()
-        with pytest.raises(ConfigError, match="no exchange to take back"):
+        with pytest.raises(ConfigError, match="no exchange to undo"):
             conversation.back()
 
 
@@ -347,13 +347,13 @@ def test_commands(say, tmp_path):
         ("/reset x", "/reset stands alone."),
         ("/read {}/no.txt", "{}/no.txt cannot be read: No such file or directory."),
         ("/read {}", "{} cannot be read: Is a directory."),
-        ("/read {}/empty.txt", "{}/empty.txt holds no text."),
+        ("/read {}/empty.txt", "{}/empty.txt contains no text."),
         ("/load {}/no.famem", "There is no memory file {}/no.famem."),
         ("/load {}/empty.txt",
          "{}/empty.txt is not a whole memory file: make it again, or copy it again."),
         ("/load {}/two.famem",
-         "{}/two.famem holds the memories of 2 texts, and one can be gone on from."),
-        ("/save {}/empty.txt", "{}/empty.txt exists: choose another name, or remove it first."),
+         "{}/two.famem holds 2 memories, but a conversation can load only one."),
+        ("/save {}/empty.txt", "{}/empty.txt already exists: choose another name, or remove it first."),
         ("/save {}/no/x", "{}/no/x cannot be written: No such file or directory."),
     ],
 )  # fmt: skip
@@ -373,8 +373,8 @@ def test_nothing_to_save_and_nothing_to_take_back(say, tmp_path):
     out, err = say(Conversation(TRAINED), f"/save {tmp_path / 'x'}", "/back")
     assert out == "" and not (tmp_path / "x").exists()
     assert err.splitlines() == [
-        "famx: Nothing was read yet, so there is no memory to save.",
-        "famx: There is no exchange to take back.",
+        "famx: Nothing has been read yet, so there is no memory to save.",
+        "famx: There is no exchange to undo.",
     ]
 
 
@@ -392,7 +392,7 @@ def test_escapes():
 
 def test_templates_without_the_message_are_refused():
     for template in ("", "{}", "{text}", "{message", "{message:d}", "{message.x}", "{0}", "{{message}}"):
-        with pytest.raises(ConfigError, match="must hold {message} and no other field"):
+        with pytest.raises(ConfigError, match="must contain {message} and no other field"):
             check_template(template)
 
 
@@ -484,7 +484,7 @@ def test_a_terminal_has_a_prompt_and_ctrl_c_ends_the_answer_alone(tmp_path):
 
 @pytest.fixture
 def bad_input(monkeypatch, capsys):
-    """A function that runs famx.chat within this process, and returns its sentence."""
+    """A function that runs famx.chat in this process and returns its error sentence."""
     monkeypatch.setattr("famx.inference.conversation.load_model", _never)
 
     def call(*args):
@@ -513,12 +513,12 @@ def test_what_is_wrong_is_told_before_the_start(bad_input, tmp_path):
     model_directory(bare, None)
     model_directory(small, ByteVocabulary())
     sentences = {
-        (): "No model is named: add --checkpoint=MODEL_DIR or MODEL_DIR/checkpoint_STEP.",
+        (): "--checkpoint is not set: add --checkpoint=MODEL_DIR or MODEL_DIR/checkpoint_<step>.",
         ("--checkpoint=/no/such",): "There is no checkpoint /no/such: /no/such is not a directory.",
         (f"--checkpoint={tmp_path}",): "is no directory of a trained model: it has no model.json.",
-        (f"--checkpoint={bare}",): "has no vocabulary.json, so text cannot be read: put the vocabulary",
-        (f"--checkpoint={small}",): "has 259 tokens, the model only 128: put the vocabulary there that",
-        ("--template=none",): "The template 'none' cannot be used: it must hold {message}",
+        (f"--checkpoint={bare}",): "has no vocabulary.json, so text cannot be encoded: save the model's",
+        (f"--checkpoint={small}",): "has 259 tokens, the model only 128: replace it by the vocabulary",
+        ("--template=none",): "The template 'none' is not valid: it must contain {message}",
         ("--temperature=-1",): "temperature must be 0 (greedy) or more, not -1.0.",
         ("--memory=/no/such",): "There is no memory file /no/such.",
         ("stray",): "Unknown argument stray: see --help.",

@@ -1,4 +1,4 @@
-"""Flags of several processes, and knowing that a run was asked to stop."""
+"""Flags of multi-process runs, and detecting a request to stop."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def initialize(**given):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """The arguments of each call of jax.distributed.initialize, which does nothing."""
+    """The arguments of each call of jax.distributed.initialize, which is replaced by a no-op."""
     calls = []
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs))

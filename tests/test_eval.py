@@ -31,7 +31,7 @@ MODEL = make_model(block_size=16)
 
 @dataclasses.dataclass
 class Mean:
-    """Mean of the embedding, which tells checkpoints apart; notes its calls."""
+    """Evaluates to the mean of the embedding, which tells checkpoints apart, and records its calls."""
 
     factor: float = 1.0
     calls: list = dataclasses.field(default_factory=list, repr=False)
@@ -244,7 +244,7 @@ def arguments(model_dir, *bindings):
 
 @pytest.fixture
 def bad_input(monkeypatch, capsys):
-    """A function that runs famx.eval within this process, and returns its sentence."""
+    """A function that runs famx.eval in this process and returns its error sentence."""
 
     def forget():
         gin.clear_config()

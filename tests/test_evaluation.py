@@ -1,4 +1,4 @@
-"""Evaluations against slow and direct ones, and what a report writes."""
+"""Evaluations compared with slow direct computations, and the files of a report."""
 
 import dataclasses
 import functools
@@ -89,7 +89,7 @@ def test_probes_are_what_they_are_called():
 
 
 def test_evaluation_never_reads_a_training_row():
-    """Even with the seed and the indices of training, the rows are others."""
+    """Even with the seed and the indices of training, evaluation rows differ from training rows."""
     evaluation, length = make_evaluation(seed=0), 12 * BLOCK
     training = dataclasses.replace(probe_task(evaluation, "hold"), split="train")
     seen = {row.tobytes() for row in training.batch(range(200), length)["decoder_target_tokens"]}
@@ -139,7 +139,7 @@ def test_report(tmp_path):
 
 @pytest.mark.parametrize("name", ["byte_pair_numbers", "sentencepiece"])
 def test_passkey_of_a_tokenizer_equals_a_direct_evaluation(tmp_path, name):
-    """Answers of different numbers of tokens, right where all of their own are."""
+    """Answers have different numbers of tokens; one is right if all its tokens are."""
     vocabulary = as_vocabulary(write_tokenizer(tmp_path, name))
     task = PasskeyTask(vocabulary, digits=1, header=False)
     size, examples = 64, 24
@@ -176,7 +176,7 @@ class Documents(list):
 
 @pytest.mark.parametrize("batch_size, length", [(2, 16), (8, 39), (3, 4)])
 def test_bits_per_token_equal_a_direct_computation(batch_size, length):
-    """Every document once and to its end, also with fewer documents than lanes."""
+    """Every document is read once and completely, also if there are fewer documents than lanes."""
     documents = Documents(make_tokens(size, seed=size) for size in (50, 16, 7, 33, 64))
     nats, hits, count = 0.0, 0, 0
     for document in documents:
@@ -245,7 +245,7 @@ reader = functools.cache(lambda module: jax.jit(module.apply))
 
 
 def direct(model, params, batch, zero_memory=False):
-    """Log-probabilities of the targets, whether they are the likeliest, and those of all tokens."""
+    """Log-probabilities of the targets, whether each is the likeliest token, and of all tokens."""
     tokens, size = batch["decoder_input_tokens"], model.config.block_size
     state = model.initial_state(params, len(tokens))
     log_p = []
@@ -279,7 +279,7 @@ def make_task_evaluation(**changes):
 
 
 def test_task_scores_equal_a_direct_computation(oracle_params):
-    """Over a last batch that is not full, at a length that ends inside a block."""
+    """The last batch is not full, and the length ends inside a block."""
     task = passkey(split="eval", seed=1)
     whole, first = task.batch(range(10), 53), task.batch(range(4), 53)
     got = make_task_evaluation(health_tokens=1)(MODEL, oracle_params, 0)
@@ -339,7 +339,7 @@ def test_sizes_of_a_task_evaluation_are_at_least_one(name):
     "sizes", [dict(num_layers=2), dict(memory_segments=2, memory=Fam(2, positions="zero"), qkv_bias=True)]
 )
 def test_answers_without_memory_equal_an_obvious_loop(sizes):
-    """Though only what the window can reach is read."""
+    """Equal although only the tokens that the window can reach are read."""
     model = make_model(block_size=BLOCK, tied_embeddings=False, **sizes)
     params = random_params(model.config)
     params["embedding"] = params["embedding"] / 50  # what is attended to decides, not the last token

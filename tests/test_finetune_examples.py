@@ -1,4 +1,4 @@
-"""The smoke examples run as their first lines say, from a tiny model that looks like an imported one."""
+"""The smoke examples run with the command in their header, on a tiny model like an imported one."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Files in the formats in which they are published."""
+    """Small files in the published formats."""
     root = tmp_path_factory.mktemp("data")
 
     def write(name, rows):
@@ -61,7 +61,7 @@ def data(tmp_path_factory):
 
 
 def command(path, pretrained, model_dir, data):
-    """The example's own command with other places."""
+    """The command in the example's header, with the paths replaced."""
     (arguments,) = commands(path.read_text())
     places = {
         "/tmp/famx/smollm2/model.gin": f"{pretrained}/model.gin",

@@ -152,7 +152,7 @@ def test_check_all_used():
 
 
 def test_a_macro_may_be_bound_for_what_another_run_would_call():
-    """As LEARNING_RATE is to every optimiser; what is bound by itself alone must have an effect."""
+    """As LEARNING_RATE is bound to every optimiser; a direct binding must have an effect."""
     gin_utils.parse_gin([], ["RATE = 3", "build_tool.alpha = %RATE", "build_strict.size = %RATE"])
     with pytest.raises(ConfigError, match="has no effect"):
         gin_utils.check_all_used()

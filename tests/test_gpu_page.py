@@ -1,4 +1,4 @@
-"""docs/gpu.md: its flags exist, its gin names too. What a GPU does with them is not tested here."""
+"""Flags and gin names in docs/gpu.md exist. Their effect on a GPU is not tested here."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs" / "gpu.md").read_text()
 
 
 def test_the_flags_are_known_to_the_version_that_is_tested():
-    """An unknown flag ends the process; those of GPUs are known to every build of XLA."""
+    """XLA ends the process at an unknown flag; every build of XLA knows the GPU flags."""
     flags = re.findall(r"`(--xla_\S+?)`", PAGE)
     assert len(flags) >= 6
 

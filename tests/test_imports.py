@@ -1,4 +1,4 @@
-"""What may be missing: the model needs jax and flax alone, training on numpy data no TensorFlow."""
+"""Optional packages: the model needs only jax and flax, training on numpy data no TensorFlow."""
 
 import os
 import subprocess

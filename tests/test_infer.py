@@ -1,4 +1,4 @@
-"""`famx.infer` against the dense model line by line; kills and restarts; every bad input a sentence."""
+"""`famx.infer` compared with the dense model line by line, killed and restarted, and given bad input."""
 
 import functools
 import io
@@ -42,7 +42,7 @@ PROMPTS = ["a", "one block", "A prompt of a few blocks, " * 2, "xy", "seven..", 
 
 @pytest.fixture(autouse=True)
 def double(monkeypatch):
-    """float64, where rounding decides nothing; a decoder is compiled once."""
+    """Use float64, in which rounding decides no comparison, and compile each decoder once."""
     monkeypatch.setattr("famx.inference.lines.Streamer", _streamer)
     with jax.enable_x64(True):
         yield
@@ -75,7 +75,7 @@ def likely(ids, target):
 
 
 def greedy(ids):
-    """The dense model's continuation."""
+    """The greedy continuation by the dense model."""
     new = []
     for _ in range(NEW):
         new.append(int(log_p(ids + new)[-1].argmax()))
@@ -234,7 +234,7 @@ def test_ids_that_are_no_text_leave_the_text():
 
 
 class Echo:
-    """In place of a model: answers at once, and stops like a killed process at batch `fail`."""
+    """Replaces the model: answers at once, and raises like a killed process at batch `fail`."""
 
     def __init__(self, fail=None):
         self.fail, self.batches = fail, []
@@ -409,23 +409,23 @@ def test_progress_is_lines_in_a_file_and_a_bar_on_a_terminal(capsys, monkeypatch
     [
         ("predict", {}, "has no 'inputs'; its fields are: none."),
         ("predict", {"input": "a"}, "has no 'inputs'; its fields are: input."),
-        ("predict", {"inputs": ["a"]}, "has 'inputs' that is not text but a list."),
-        ("predict", {"inputs": None}, "has 'inputs' that is not text but null."),
-        ("predict", {"inputs": ""}, "has an empty prompt: give at least one token."),
-        ("predict", {"inputs": "a", "prediction": 1}, "has a field 'prediction' already, which predict"),
-        ("score", {"inputs": "a", "targets": "b", "score": 1}, "has a field 'score' already"),
+        ("predict", {"inputs": ["a"]}, "has 'inputs' that is a list, not text."),
+        ("predict", {"inputs": None}, "has 'inputs' that is null, not text."),
+        ("predict", {"inputs": ""}, "has an empty prompt: it needs at least one token."),
+        ("predict", {"inputs": "a", "prediction": 1}, "already has a field 'prediction', which mode"),
+        ("score", {"inputs": "a", "targets": "b", "score": 1}, "already has a field 'score'"),
         ("predict", {"inputs": "a", "input_ids": [5]}, "has both 'input_ids' and 'inputs': keep one"),
-        ("predict", {"input_ids": []}, "has an empty prompt: 'input_ids' holds nothing."),
-        ("predict", {"input_ids": [5, 1.5]}, "has 'input_ids' that are no list of whole numbers."),
-        ("predict", {"input_ids": [True]}, "has 'input_ids' that are no list of whole numbers."),
-        ("predict", {"input_ids": "a"}, "has 'input_ids' that are no list of whole numbers."),
+        ("predict", {"input_ids": []}, "has an empty prompt: 'input_ids' is an empty list."),
+        ("predict", {"input_ids": [5, 1.5]}, "has 'input_ids' that are not a list of integers."),
+        ("predict", {"input_ids": [True]}, "has 'input_ids' that are not a list of integers."),
+        ("predict", {"input_ids": "a"}, "has 'input_ids' that are not a list of integers."),
         ("predict", {"input_ids": [5, 259]}, "has the token id 259, which is outside the vocabulary"),
         ("predict", {"input_ids": [-1]}, "has the token id -1, which is outside the vocabulary: ids run"),
-        ("score", {"inputs": "a"}, "has no 'targets', which score needs: give a text or"),
-        ("score", {"inputs": "a", "targets": []}, "has an empty list of 'targets': give at least one"),
-        ("score", {"inputs": "a", "targets": ["b", ""]}, "has an empty target: give at least one token."),
-        ("score", {"inputs": "a", "targets": 5}, "has 'targets' that hold not text but a number."),
-        ("score", {"inputs": "a", "targets": [{}]}, "has 'targets' that hold not text but an object."),
+        ("score", {"inputs": "a"}, "has no 'targets', which mode score needs: add a"),
+        ("score", {"inputs": "a", "targets": []}, "has an empty list of 'targets': add at least one"),
+        ("score", {"inputs": "a", "targets": ["b", ""]}, "has an empty target: it needs at least one"),
+        ("score", {"inputs": "a", "targets": 5}, "has 'targets' that contain a number instead of text."),
+        ("score", {"inputs": "a", "targets": [{}]}, "has 'targets' that contain an object instead of"),
     ],
 )
 def test_a_bad_line_is_named_before_the_model_is_loaded(
@@ -441,7 +441,7 @@ def test_a_bad_line_is_named_before_the_model_is_loaded(
 
 @pytest.fixture
 def bad_input(monkeypatch, capsys, tmp_path, model_dir):
-    """A function that runs famx.infer within this process, and returns its sentence."""
+    """A function that runs famx.infer in this process and returns its error sentence."""
 
     def call(*bindings):
         _forget()
@@ -469,7 +469,7 @@ def bad_input(monkeypatch, capsys, tmp_path, model_dir):
 
 
 def _forget():
-    """gin and the flags as in a new process."""
+    """Reset gin and the flags as in a new process."""
     gin.clear_config()
     gin_config._IMPORTS.clear()
     for name in ("gin_file", "gin_bindings", "gin_search_paths"):
@@ -489,10 +489,10 @@ def _forget():
         ("TEMPERATURE=-1", "temperature must be 0 (greedy) or more, not -1."),
         ("TOP_P=0", "top_p must lie in (0, 1], not 0."),
         ("STOP_TOKENS=(300,)", "STOP_TOKENS (300,) must be ids from 0 to 258."),
-        ("PROMPT_TEMPLATE='{}'", "PROMPT_TEMPLATE '{}' must hold names of fields in braces, as in"),
+        ("PROMPT_TEMPLATE='{}'", "PROMPT_TEMPLATE '{}' must contain names of fields in braces, as in"),
         ("PROMPT_TEMPLATE='{q}'", "has no 'q'; its fields are: inputs."),
         ("INPUT_FILE='/no/such.jsonl'", "INPUT_FILE /no/such.jsonl is not a file."),
-        ("OUTPUT_FILE='/no/such/out'", "/no/such/out cannot be written: /no/such must be a folder that"),
+        ("OUTPUT_FILE='/no/such/out'", "/no/such/out cannot be written: /no/such must be an existing"),
         ("CHECKPOINT_PATH='/no/such'", "There is no checkpoint /no/such: /no/such is not a directory."),
         ("MEMORY_FILE='/no/such.famem'", "There is no memory file /no/such.famem."),
         ("MODE_='score'", "Nothing uses MODE_: it is set, but no binding reads it."),

@@ -1,4 +1,4 @@
-"""`python -m famx.inspect_data`: every token is shown once, with its weight, and only prints."""
+"""`python -m famx.inspect_data` shows every token once, with its weight, and writes nothing else."""
 
 import json
 import os

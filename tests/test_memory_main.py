@@ -67,7 +67,7 @@ def joined(path, vocabulary, size):
 
 
 class Characters:
-    """Every character an id, which shows what was encoded."""
+    """A vocabulary with an id per character, which shows what was encoded."""
 
     def encode(self, text):
         return [ord(character) for character in text]
@@ -279,7 +279,7 @@ def test_a_text_without_text_leaves_the_old_memory(directory, tmp_path):
     pathlib.Path(empty).write_text("")
     make_memory(directory, [good], out)
     before = pathlib.Path(out).read_bytes()
-    with pytest.raises(ConfigError, match="empty holds no text."):
+    with pytest.raises(ConfigError, match="empty contains no text."):
         make_memory(directory, [good, empty], out, overwrite=True)
     assert pathlib.Path(out).read_bytes() == before
     make_memory(directory, [good, good], out, overwrite=True)

@@ -55,7 +55,7 @@ def forward(config=CONFIG):
 
 
 def log_probabilities(batch):
-    """Of the targets `[B, L]`, in numpy, and the logits."""
+    """Log-probabilities of the targets `[B, L]`, in numpy, and the logits."""
     logits = np.asarray(forward()(variables(), batch["decoder_input_tokens"]), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return np.take_along_axis(log_p, batch["decoder_target_tokens"][..., None], -1)[..., 0], logits

@@ -1,4 +1,4 @@
-"""The notebooks: pairs that agree, outputs that were made by them, and every cell runs."""
+"""Notebooks agree with their sources, their outputs are current, and every cell runs."""
 
 import base64
 import getpass
@@ -48,7 +48,7 @@ def pictures(notebook):
 
 
 def texts(notebook):
-    """What the cells print, and what stands for a value that is no picture."""
+    """What the cells print, and the text of values that are not pictures."""
     for cell in code_cells(notebook):
         for output in cell.outputs:
             data = output.get("data", {})

@@ -1,4 +1,4 @@
-"""The benchmark beside other implementations: taking turns, and the command at tiny sizes."""
+"""The benchmark against other implementations: taking turns, and the command at tiny sizes."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def fake(tmp_path, monkeypatch):
 
 
 def test_processes_compute_in_turns(fake):
-    """Warm-up, then forwards and backwards, never two at a time, each going on where it was."""
+    """Warm-up, then in forward and reverse order, one at a time, each from where it was."""
     arguments = lambda name: {"log": str(fake), "name": name}
     with (
         Worker("a", "fake_peer:build", arguments("a")) as a,
@@ -113,7 +113,7 @@ def test_a_folder_that_is_no_clone_of_meliad_is_refused(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot be held to one core")
 def test_famx_and_whoever_is_installed_train_beside_each_other(tmp_path):
-    """On one core: frameworks whose threads wait for each other crawl on a busy machine."""
+    """Runs on one core, since frameworks whose threads wait for each other crawl on a busy machine."""
     page, figures = tmp_path / "page.md", tmp_path / "figures.json"
     shutil.copy(ROOT / "docs" / "benchmarks.md", page)
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

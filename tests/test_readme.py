@@ -1,4 +1,4 @@
-"""What the README shows runs: its Python blocks, and the commands that use a model; examples parse."""
+"""The README's Python blocks and commands run, and the commands of all examples parse."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ def commands(text):
 
 def parses(arguments):
     code = (
-        "import sys; from absl import flags; from famx import gin_utils; gin_utils.define_flags();"
+        "import sys; from absl import flags; from famx.base import gin_utils; gin_utils.define_flags();"
         "flags.FLAGS(gin_utils.rewrite_gin_args(['x', *sys.argv[1:]])); gin_utils.parse_gin_flags()"
     )
     run = subprocess.run(
@@ -48,7 +48,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_commands_that_use_a_model_run(tmp_path):
-    """In the README's order, with a model of random weights in place of the one trained there."""
+    """In the README's order, on a model of random weights instead of the trained one."""
     words = passkey_words()
     model = make_model(vocab_size=128, block_size=32)
     directory = write_model_dir(tmp_path / "model", model, make_params(model.module), words)
@@ -81,7 +81,7 @@ def test_the_commands_that_use_a_model_run(tmp_path):
 def test_every_example_says_its_command_at_the_top(path):
     (arguments,) = commands(path.read_text())
     assert f"--gin_file=gin_configs/examples/{path.name}" in arguments
-    # That of an imported model, whose directory is not there: any model's will do.
+    # The imported model does not exist here; any other model file parses as well.
     parses([x.replace("/tmp/famx/smollm2/model.gin", "gin_configs/models/tiny.gin") for x in arguments])
 
 

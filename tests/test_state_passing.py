@@ -1,4 +1,4 @@
-"""State passing: what an example begins from, and where gradients stop and flow."""
+"""State passing: the state that an example starts from, and where gradients flow."""
 
 import flax.core
 import jax
@@ -24,7 +24,7 @@ def make_batch(tokens):
 
 
 def kept_after(tokens, start_step=0, steps=1):
-    """What RSP keeps after a batch that was read from the start."""
+    """The memory that RSP stores after a batch that was read from the start."""
     random = RandomState(1.0, start_step)
     kept = random.initial(MODEL.config)
     for _ in range(steps):

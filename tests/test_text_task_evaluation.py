@@ -53,7 +53,7 @@ reader = functools.cache(lambda module: jax.jit(module.apply))
 
 
 def log_p(model, params, tokens):
-    """Of every token after the ones before it, from one dense pass over `[bos] + tokens`."""
+    """Log-probability of every token given those before, from one dense pass over `[bos] + tokens`."""
     row = np.zeros((1, WIDTH), np.int32)
     row[0, : len(tokens) + 1] = [1, *tokens]
     logits, _ = reader(model.module)({"params": params}, row)
@@ -211,7 +211,7 @@ def test_a_mixture_has_each_task_and_their_mean(data, model, params, tmp_path):
 
 
 def test_suites_of_gpt3_are_scored_as_they_say(tmp_path, model, params):
-    """Each task on its own split and with its own scoring."""
+    """Each task is scored on its own split by its own rule."""
     option = lambda i: {"option1_normalized": "a", "option2_normalized": "bad", "label": i % 2}
     write(tmp_path / "gpt3" / "wsc273" / "test.jsonl", [
         {"text": f"Dad{i} saw it c", "pronoun_start": 9, "pronoun_end": 11, **option(i)}

@@ -132,7 +132,7 @@ def test_own_text(tmp_path):
 
 @pytest.fixture
 def bad_input(monkeypatch, capsys, tmp_path):
-    """A function that runs famx.train within this process, and returns its sentence."""
+    """A function that runs famx.train in this process and returns its error sentence."""
     monkeypatch.setattr("famx.base.gin_utils.write_operative_config", _never)  # a run begins with it
 
     def call(*args):
@@ -156,7 +156,7 @@ def _never(*args):
 
 
 def _forget():
-    """gin and the flags as in a new process."""
+    """Reset gin and the flags as in a new process."""
     gin.clear_config()
     gin_config._IMPORTS.clear()
     for name in ("gin_file", "gin_bindings", "gin_search_paths"):
@@ -248,7 +248,7 @@ def test_checkpoint_of_another_shape(bad_input, tmp_path):
 
 @pytest.mark.parametrize("place", ["famx.training.loop.make_feed", "famx.modules.config.math.sqrt"])
 def test_a_bug_keeps_its_traceback(bad_input, tmp_path, monkeypatch, place):
-    """Also a ValueError: only what famx itself refuses before the run begins is a sentence."""
+    """Even a ValueError: only errors that famx raises before the run starts become a sentence."""
 
     def broken(*args, **kwargs):
         raise ValueError("a bug")

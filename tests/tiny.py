@@ -1,4 +1,4 @@
-"""The smallest models and tasks of the engine's tests."""
+"""Tiny models and tasks for tests."""
 
 import functools
 
@@ -39,7 +39,7 @@ def make_model(random_position_offset=False, **changes) -> DecoderModel:
 
 @functools.cache
 def make_params(module: Decoder, seed=0):
-    """Random parameters without boxes, the same object for the same arguments; nothing compiles."""
+    """Unboxed random parameters, cached by the arguments and drawn without compiling."""
     tokens = np.zeros((1, module.config.block_size), np.int32)
     shapes = unbox(jax.eval_shape(module.init, jax.random.key(0), tokens)["params"])
     rng = np.random.default_rng(seed)

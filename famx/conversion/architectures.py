@@ -1,7 +1,7 @@
-"""The supported architectures: a table, and the look into a config.json with its defaults.
+"""Table of the supported architectures, and access to a config.json with their defaults.
 
-Names are those of Hugging Face's `transformers`. Fields that a `config.json` leaves out have the
-value that the architecture's own configuration class gives them.
+Names are those of Hugging Face's `transformers`. A field that a `config.json` omits has the default of
+the architecture's configuration class there.
 """
 
 import dataclasses
@@ -45,10 +45,10 @@ class Family:
     """One architecture.
 
     Attributes:
-      model_type: its name in a config.json.
-      defaults: of the fields of its config.json, where the file leaves them out.
-      named: fields of DecoderConfig that its config.json names, beside the sizes.
-      fixed: fields of DecoderConfig that are the same for all its models.
+      model_type: the architecture's `model_type` in a config.json.
+      defaults: values of config.json fields that the file omits.
+      named: fields of DecoderConfig other than `SIZES`, and the config.json fields that set them.
+      fixed: fields of DecoderConfig with the same value for all models of the architecture.
     """
 
     model_type: str
@@ -58,12 +58,12 @@ class Family:
 
     @property
     def gemma(self) -> bool:
-        """Its norms multiply by 1 + weight, and its activation has a name of its own."""
+        """Whether norms multiply by `1 + weight` and the activation is named `hidden_activation`."""
         return self.model_type.startswith("gemma")
 
     @property
     def scaled_queries(self) -> bool:
-        """Whether config.json itself says by what queries are scaled."""
+        """Whether config.json sets the scale of queries (`query_pre_attn_scalar`)."""
         return "query_pre_attn_scalar" in self.defaults
 
 
@@ -147,7 +147,7 @@ SUPPORTED = (*FAMILIES, MULTIMODAL)
 
 
 def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the text model alone: of a multimodal one its text part, else a copy.
+    """The config.json of the text model: the text part of a multimodal one, otherwise a copy.
 
     Raises:
       ConfigError: the architecture is not supported.
@@ -166,28 +166,37 @@ _OUTER_KEYS = (
 
 
 def architecture(hf: Mapping[str, Any]) -> str:
-    """The name of a supported architecture, from `architectures` or else from `model_type`."""
+    """The name of a supported architecture, from `architectures` or `model_type`.
+
+    Raises:
+      ConfigError: there is none, or it is not supported.
+    """
     known = "supported are " + ", ".join(SUPPORTED)
     types = {family.model_type: name for name, family in FAMILIES.items()} | {"gemma3": MULTIMODAL}
     names = hf.get("architectures") or [types.get(hf.get("model_type"), hf.get("model_type"))]
     if not isinstance(names, list) or not names[0]:
-        raise ConfigError(f"This config.json names no architecture; {known}.")
+        raise ConfigError(f"config.json names no architecture; {known}.")
     if names[0] not in SUPPORTED:
         raise ConfigError(f"The architecture {names[0]} is not supported; {known}.")
     return names[0]
 
 
 def open_config(hf: Mapping[str, Any]) -> tuple[Family, Callable[[str], Any]]:
-    """The family and `get(key)`: a value of its config.json or the family's default."""
+    """The architecture of a config.json, and `get(key)`: the value in the file, or else the default.
+
+    Raises:
+      ConfigError: the architecture is not supported, the weights are quantized, or attention is not
+        causal.
+    """
     hf = text_config(hf)
     family = FAMILIES[architecture(hf)]
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", "unknown")
         raise ConfigError(
-            f"The weights are quantized ({method}), which is not supported here: take the model in"
-            " bfloat16, float16 or float32, or a GGUF file."
+            f"The weights are quantized ({method}), which is not supported: use the model in bfloat16,"
+            " float16 or float32, or a GGUF file."
         )
     if hf.get("use_bidirectional_attention"):
-        raise ConfigError("The model attends in both directions; a decoder reads forwards only.")
+        raise ConfigError("The model attends in both directions, which a decoder cannot.")
     defaults = _DEFAULTS | family.defaults
     return family, lambda key: hf[key] if key in hf else defaults.get(key)

@@ -1,7 +1,7 @@
-"""A checkpoint of ours becomes a directory that transformers loads.
+"""Export of a checkpoint to a directory that transformers loads.
 
-The weights are merged, in safetensors files; the FAM prompt and the memory's settings, which
-transformers does not know, lie beside them (`famx.conversion.sidecar`).
+The weights are in safetensors files, with adapters merged. The memory's parameters and settings, which
+transformers does not know, are in files of their own (`famx.conversion.sidecar`).
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ _IDS = ("bos", "eos", "pad")
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What was written.
+    """A finished export.
 
     Attributes:
-      directory: where.
-      architecture: the class of transformers.
+      directory: the directory that was written.
+      architecture: name of the model class of transformers.
       files: names of the weight files.
-      num_bytes: of all weights.
-      notes: what the user should know, a sentence each.
+      num_bytes: size of all weights.
+      notes: what the user should know, one sentence each.
     """
 
     directory: pathlib.Path
@@ -62,25 +62,26 @@ def export(
     source: str | os.PathLike | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Export:
-    """Writes a model for transformers; the directory appears at the end, whole.
+    """Write a model for transformers; the directory appears only when it is complete.
 
     Args:
-      trained: the model, its weights merged.
-      directory: missing or empty.
-      dtype: of the weights in the files; None: that of the parameters. The prompt keeps its own.
-      max_shard_size: bytes of one weight file; a tensor that is larger has a file of its own.
-      source: directory with the config.json and the tokenizer of the model that this one was made
-        from; None: MODEL_DIR/source if it is there, else both are made anew.
-      on_bytes: told how many bytes of weights were written since the last call.
+      trained: the model, with adapters merged.
+      directory: destination; missing or empty.
+      dtype: one of `DTYPES` for the weights; None: that of the parameters. Parameters of the memory keep
+        their dtype.
+      max_shard_size: largest size of a weight file in bytes; a larger tensor has a file to itself.
+      source: directory with the config.json and the tokenizer that the model was imported from; None:
+        MODEL_DIR/source. If it does not exist, both are generated.
+      on_bytes: called with the number of bytes of weights written since the last call.
 
     Raises:
-      ConfigError: the directory is taken or has no room, no architecture can express the model, the
-        dtype is unknown, or a weight is too large for it.
+      ConfigError: the directory is not empty, the disk is too small, no architecture can express the
+        model, the dtype is unknown, or a weight is too large for it.
     """
     config = trained.model.config
     dtype = dtype or config.param_dtype
     if dtype not in DTYPES:
-        raise ConfigError(f"Weights can be written as {', '.join(DTYPES)}, not as {dtype!r}.")
+        raise ConfigError(f"Weights can be written as {', '.join(DTYPES)}, not {dtype!r}.")
     if max_shard_size < 1:
         raise ConfigError(f"A weight file must have at least 1 byte, not {max_shard_size}.")
     source = pathlib.Path(source or trained.directory.parent / "source").expanduser()
@@ -114,26 +115,30 @@ def export(
 
 
 def check_destination(directory: str | os.PathLike) -> pathlib.Path:
-    """The directory, absolute; ConfigError unless it is missing or empty."""
+    """The absolute path of a destination that is missing or empty.
+
+    Raises:
+      ConfigError: it is neither.
+    """
     path = pathlib.Path(directory).expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{directory} is a file: choose another --to.")
     if path.is_dir() and any(path.iterdir()):
-        raise ConfigError(f"{directory} is not empty: choose another --to, or remove what it holds.")
+        raise ConfigError(f"{directory} is not empty: choose another --to, or remove its contents.")
     return path
 
 
 def _differences(config: DecoderConfig, hf: Mapping[str, Any]) -> list[str]:
-    """Where the model reads otherwise in transformers."""
+    """How the model behaves differently in transformers, one sentence each."""
     if config.memory.exists:
         return [
-            "transformers reads without the memory, and tokens see all before them in its place;"
-            " famx.convert takes the memory back."
+            "In transformers the model has no memory; instead, tokens see all tokens before them."
+            " famx.convert restores the memory."
         ]
     past = config.memory_segments * config.block_size
     if config.window_mask and hf.get("model_type") == "mistral" and hf.get("sliding_window") == past + 1:
         return []
-    return ["In transformers tokens see all before them, not the last blocks alone."]
+    return ["In transformers tokens see all tokens before them, not only the last blocks."]
 
 
 def _check_room(directory: pathlib.Path, need_bytes: int) -> None:
@@ -147,15 +152,15 @@ def _check_room(directory: pathlib.Path, need_bytes: int) -> None:
 
 
 def _shards(wanted: list[Tensor], itemsize: int, max_size: int) -> list[list[Tensor]]:
-    """The tensors in order, in as few runs of at most `max_size` bytes as that gives."""
+    """Split the tensors, in order, into runs of at most `max_size` bytes."""
     shards, size = [[]], 0
     for tensor in wanted:
-        own = math.prod(tensor.shape) * itemsize
-        if shards[-1] and size + own > max_size:
+        num_bytes = math.prod(tensor.shape) * itemsize
+        if shards[-1] and size + num_bytes > max_size:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += own
+        size += num_bytes
     return shards
 
 
@@ -167,7 +172,7 @@ def _array(params: Mapping[str, Any], tensor: Tensor, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(tensor.to_theirs(ours), dtype=dtype)
     if dtype == "float16" and not np.isfinite(array).all():
-        raise ConfigError(f"{tensor.name} has values that float16 cannot hold: choose bfloat16.")
+        raise ConfigError(f"{tensor.name} has values that float16 cannot represent: choose bfloat16.")
     return array
 
 
@@ -181,7 +186,7 @@ def _write_side_files(
     source: pathlib.Path,
     vocabulary: Vocabulary | None,
 ) -> list[str]:
-    """config.json, generation_config.json and the tokenizer; returns notes for the user."""
+    """Write config.json, generation_config.json and the tokenizer; return notes for the user."""
     hf = {**hf, **dict.fromkeys({"dtype", "torch_dtype"} & hf.keys() or {"torch_dtype"}, dtype)}
     notes = []
     kept = sorted(source.iterdir()) if source.is_dir() else []
@@ -204,8 +209,8 @@ def _write_side_files(
 def _write_tokenizer(new: pathlib.Path, vocabulary: Vocabulary) -> list[str]:
     if vocabulary.file_name is None:
         return [
-            f"transformers has no tokenizer for a vocabulary of {vocabulary.kind}: texts must be turned"
-            " into ids by famx."
+            f"transformers has no tokenizer for a vocabulary of {vocabulary.kind}: encode texts with"
+            " famx."
         ]
     write_bytes(new / vocabulary.file_name, vocabulary.content)
     text_of = {token: text for text, token in vocabulary.special_tokens.items()}
@@ -223,4 +228,4 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_bytes()) if path.is_file() else None
     except ValueError as error:
-        raise ConfigError(f"{path} is damaged: remove it to do without.") from error
+        raise ConfigError(f"{path} is damaged: remove it to export without it.") from error

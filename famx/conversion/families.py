@@ -1,6 +1,6 @@
-"""The decoder that a config.json describes, and how far it can agree with the original.
+"""The decoder that a config.json describes, and where it differs from the original.
 
-Local attention of the original is not modelled: block sliding window attention stands in its place.
+Sliding window attention of the original is replaced by block sliding window attention.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ def decoder_config(hf: Mapping[str, Any], **memory) -> DecoderConfig:
     """The decoder that a config.json describes.
 
     Args:
-      hf: the dict of config.json, as any version of transformers writes it.
-      **memory: fields of DecoderConfig that config.json does not have, or that shall be others.
+      hf: the content of config.json, as written by any version of transformers.
+      **memory: fields of DecoderConfig that config.json does not have, or that override its values.
 
     Raises:
-      ConfigError: the architecture, its scaling of positions or another thing that the file asks for
-        is not implemented, or sizes do not fit.
+      ConfigError: the file requires something that is not implemented, such as its architecture or its
+        scaling of positions, or sizes are inconsistent.
     """
     family, get = open_config(hf)
     fields = {ours: _size(theirs, get(theirs)) for ours, theirs in SIZES.items()}
@@ -51,7 +51,9 @@ def decoder_config(hf: Mapping[str, Any], **memory) -> DecoderConfig:
     fields |= _rope(family, get)
     known = {field.name for field in dataclasses.fields(DecoderConfig)}
     if unknown := sorted(memory.keys() - known):
-        raise ConfigError(f"A decoder has no {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+        raise ConfigError(
+            f"A decoder has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}."
+        )
     try:
         return DecoderConfig(**{**fields, **memory})
     except (TypeError, ValueError) as error:
@@ -59,7 +61,7 @@ def decoder_config(hf: Mapping[str, Any], **memory) -> DecoderConfig:
 
 
 def notes(hf: Mapping[str, Any], config: DecoderConfig) -> list[str]:
-    """What someone who imports the model should know, a sentence each: where it cannot agree."""
+    """Differences from the original that the user should know, one sentence each."""
     family, get = open_config(hf)
     lines = []
     past = config.memory_segments * config.block_size
@@ -69,41 +71,41 @@ def notes(hf: Mapping[str, Any], config: DecoderConfig) -> list[str]:
         window = get("sliding_window")
         lines.append(
             f"{windowed} of {config.num_layers} layers were trained to see {window} tokens and will"
-            f" see up to {sees}, since sliding windows are not modelled: the two models agree on the"
-            f" first {window} tokens. Smaller blocks or fewer memory segments come closer."
+            f" see up to {sees}, since the block window replaces their sliding window: the two models"
+            f" agree on the first {window} tokens. Smaller blocks or fewer memory segments come closer."
         )
     length = get("max_position_embeddings")
     if length and sees > length:
         lines.append(
-            f"Tokens will see up to {sees} tokens back, and the model was made for {length}: choose"
+            f"Tokens will see up to {sees} tokens back, but the model was trained for {length}: use"
             " smaller blocks or fewer memory segments."
         )
     if family.gemma and config.param_dtype == "bfloat16":
         lines.append(
-            "The scales of norms are kept in bfloat16 as 1 + weight, which rounds them by up to 0.4"
-            " per cent; float32 parameters keep them as they are."
+            "The scales of norms are stored in bfloat16 as 1 + weight, which rounds them by up to 0.4"
+            " per cent; float32 parameters store them exactly."
         )
     if architecture(hf) == MULTIMODAL:
-        lines.append("The text part alone is taken; the tensors of the vision tower are left out.")
+        lines.append("Only the text part is imported; the tensors of the vision tower are ignored.")
     return lines
 
 
 def _size(name: str, value: Any) -> int | None:
-    """A size of config.json; heads and head width may be missing and follow from others."""
+    """Check a size of config.json; only key/value heads and head width may be missing."""
     if value is None and name in ("num_key_value_heads", "head_dim"):
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"config.json gives {name} as {value!r}; it must be a positive whole number.")
+        raise ConfigError(f"config.json sets {name} to {value!r}; it must be a positive integer.")
     return value
 
 
 def _activation(family: Family, get) -> str:
-    if family.model_type == "gemma":  # its files say gelu, and the model was trained with tanh
+    if family.model_type == "gemma":  # config.json says gelu, but the model was trained with tanh
         return "gelu_tanh"
     name = get("hidden_activation" if family.gemma else "hidden_act") or get("hidden_act")
     if name not in ACTIVATIONS:
         raise ConfigError(
-            f"The activation {name!r} is not implemented; there are {', '.join(ACTIVATIONS)}."
+            f"The activation {name!r} is not implemented; choices are {', '.join(ACTIVATIONS)}."
         )
     return ACTIVATIONS[name]
 
@@ -112,12 +114,12 @@ def _activation(family: Family, get) -> str:
 
 
 def _rope(family: Family, get) -> dict[str, Any]:
-    """`rope_base`, `rope_scaling` and what each layer rotates by."""
+    """The fields `rope_base`, `rope_scaling`, `local_rope_base` and `rope_layers`."""
     per_kind = get("rope_parameters") or {}
     kinds = {"full_attention", "sliding_attention"} & per_kind.keys()
     if kinds and family.model_type != "gemma3_text":
-        raise ConfigError("rope_parameters by layer type are supported for Gemma 3 alone.")
-    # transformers 4 says rope_theta and rope_scaling, 5 puts both into rope_parameters.
+        raise ConfigError("rope_parameters by layer type are supported only for Gemma 3.")
+    # transformers 4 writes rope_theta and rope_scaling, 5 puts both into rope_parameters.
     spread = dict(get("rope_scaling") or {}) or (per_kind if not kinds else {})
     parameters = {"rope_theta": get("rope_theta")} | spread | (per_kind.get("full_attention") or {})
     fields = {
@@ -145,7 +147,7 @@ def _rope_scaling(parameters: Mapping[str, Any], get) -> RopeScaling | None:
     partial = parameters.get("partial_rotary_factor") or get("partial_rotary_factor")
     if partial not in (None, 1):
         raise ConfigError(
-            f"The model rotates a part of each head alone (partial_rotary_factor {partial}), which is"
+            f"The model rotates only a part of each head (partial_rotary_factor {partial}), which is"
             " not implemented."
         )
     try:
@@ -163,22 +165,22 @@ def _rope_scaling(parameters: Mapping[str, Any], get) -> RopeScaling | None:
                 or get("max_position_embeddings"),
             )
     except KeyError as error:
-        raise ConfigError(f"The {kind} scaling of rotary positions lacks {error}.") from error
+        raise ConfigError(f"The {kind} scaling of rotary positions has no {error}.") from error
     raise ConfigError(
-        f"The scaling of rotary positions {kind!r} is not implemented; there are default, linear and"
+        f"The scaling of rotary positions {kind!r} is not implemented; choices are default, linear and"
         " llama3."
     )
 
 
 def _layer_types(get) -> list[str]:
-    """Of each layer of Gemma 2 or 3 `sliding_attention` or `full_attention`."""
+    """The kind of each layer of Gemma 2 or 3: `sliding_attention` or `full_attention`."""
     pattern = get("_sliding_window_pattern") or get("sliding_window_pattern") or 2
     kinds = ("full_attention", "sliding_attention")
     return get("layer_types") or [kinds[(i + 1) % pattern != 0] for i in range(get("num_hidden_layers"))]
 
 
 def _windows(family: Family, get) -> int:
-    """How many layers of the original attend to a sliding window."""
+    """Number of layers of the original with a sliding window."""
     layers = get("num_hidden_layers")
     if get("sliding_window") is None:
         return 0

@@ -1,4 +1,4 @@
-"""The config.json of a decoder of ours: written, read back, and held to say the same decoder."""
+"""The config.json of a decoder, checked by reading it back."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from famx.conversion.architectures import (
 from famx.conversion.families import decoder_config
 from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS, DecoderConfig
 
-# In this order: the first that can express a decoder is taken.
+# In order of preference: the first that can express a decoder is used.
 _PREFERRED = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
     "GemmaForCausalLM", "Gemma2ForCausalLM", "SmolLM3ForCausalLM", "Gemma3ForCausalLM",
@@ -23,20 +23,20 @@ _PREFERRED = (
 
 
 def huggingface_config(config: DecoderConfig, source: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config.json of a decoder.
+    """Make the config.json of a decoder.
 
-    Fields that are not weights' business, the memory's and the computation's, are not in it. Without
-    a source the model attends to everything before a token, but for a Mistral whose sliding window is
-    our window mask.
+    It describes the weights; the fields of memory and computation are not in it. Without a source, the
+    described model attends to all tokens before, except for a Mistral, whose sliding window can equal
+    `window_mask`.
 
     Args:
       config: the decoder.
-      source: the config.json that it came from; taken as it is (its text part) where it still says
-        the same decoder, a row for padding apart.
+      source: the config.json that the decoder was imported from. Its text part is used unchanged, apart
+        from `vocab_size`, if it still describes the decoder.
 
     Raises:
-      ConfigError: no supported architecture can express the decoder; the sentence says what is in
-        the way of the closest one.
+      ConfigError: no supported architecture can express the decoder; the sentence says how the closest
+        one differs.
     """
     if source is not None:
         hf = text_config(source) | {"vocab_size": config.vocab_size}
@@ -59,10 +59,10 @@ def huggingface_config(config: DecoderConfig, source: Mapping[str, Any] | None =
 
 
 def _differing(config: DecoderConfig, hf: Mapping[str, Any]) -> list[str]:
-    """Each field in which the decoder of `hf` is another: '`name` = its value, not `config`'s'."""
-    kept = {name: getattr(config, name) for name in (*MEMORY_FIELDS, *COMPUTATION_FIELDS)}
+    """Differences between the decoder of `hf` and `config`: 'name = value in hf, not value in config'."""
+    same = {name: getattr(config, name) for name in (*MEMORY_FIELDS, *COMPUTATION_FIELDS)}
     try:
-        other = decoder_config(hf, **kept)
+        other = decoder_config(hf, **same)
     except ConfigError as error:
         return [str(error)]
     differing = [
@@ -70,7 +70,7 @@ def _differing(config: DecoderConfig, hf: Mapping[str, Any]) -> list[str]:
         for field in dataclasses.fields(config)
         if _meaning(config, field.name) != _meaning(other, field.name)
     ]
-    # transformers refuses such sizes in these classes alone.
+    # Only these classes of transformers reject such sizes.
     odd = config.embed_dim % config.num_heads != 0
     if odd and hf.get("model_type") in ("llama", "gemma2", "gemma3_text"):
         differing.append(
@@ -80,7 +80,7 @@ def _differing(config: DecoderConfig, hf: Mapping[str, Any]) -> list[str]:
 
 
 def _meaning(config: DecoderConfig, name: str) -> Any:
-    """The value of a field, the same for two that make the same decoder."""
+    """The value of a field in a normal form that is equal for equivalent decoders."""
     kinds = config.rope_layers or ("global",) * config.num_layers
     if name == "rope_layers":
         return kinds
@@ -90,7 +90,7 @@ def _meaning(config: DecoderConfig, name: str) -> Any:
 
 
 def _write(name: str, family: Family, config: DecoderConfig) -> dict[str, Any]:
-    """What the family says of the decoder, as transformers 4 and 5 both read it."""
+    """The config.json of the decoder in one architecture, readable by transformers 4 and 5."""
     c = config
     window = (c.memory_segments + 1) * c.block_size
     if c.rope_scaling is not None and c.rope_scaling.original_length:

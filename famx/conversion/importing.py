@@ -1,4 +1,4 @@
-"""A pretrained model becomes a MODEL_DIR: weights, vocabulary, configuration, and a model gin file."""
+"""Import of a pretrained model into a MODEL_DIR: weights, vocabulary, configuration and gin file."""
 
 import dataclasses
 import functools
@@ -38,16 +38,16 @@ _MARK = ".importing"  # in a directory whose import is under way, or was stopped
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An import whose source was found to fit; nothing is written yet.
+    """An import that was checked but not yet written.
 
     Attributes:
-      source: what is imported.
-      config: of the decoder that it becomes.
-      tensors: what is read, and where it belongs.
+      source: the pretrained model.
+      config: config of the decoder that it becomes.
+      tensors: the tensors to read and their places in the parameter tree.
       leaves: the arrays of the checkpoint.
-      vocabulary: of the model, or None.
-      memory: the memory's parameters by path, as an export kept them; empty: they are drawn.
-      notes: what the user should know, a sentence each.
+      vocabulary: the model's vocabulary, or None.
+      memory: the memory's parameters by path, as saved by an export; empty: they are drawn.
+      notes: what the user should know, one sentence each.
     """
 
     source: Source
@@ -60,12 +60,12 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        """Of all arrays."""
+        """Size of all arrays, uncompressed."""
         return sum(leaf.num_bytes for leaf in self.leaves.values())
 
     @property
     def num_parameters(self) -> int:
-        """Of all arrays."""
+        """Number of elements of all arrays."""
         return sum(math.prod(leaf.shape) for leaf in self.leaves.values())
 
 
@@ -76,21 +76,22 @@ def plan_import(
     tokenizer: str | os.PathLike | None = None,
     pad_id: int | None = None,
 ) -> Plan:
-    """Compares a source with the model that it claims to be; reads no tensor.
+    """Check a source against the model that its config describes, without reading a tensor.
 
-    An export of ours brings the fields of its memory, where none are given, and its parameters. Any
-    other model gets a FAM of the paper's length.
+    The export of a famx model brings the settings and parameters of its memory; `fields` override the
+    settings. Any other model gets a FAM of the paper's length.
 
     Args:
       source: the pretrained model.
-      fields: of DecoderConfig, those of the memory and of the computation.
-      mesh: sizes of the mesh axes for which the arrays are cut.
-      tokenizer: in place of the source's own.
-      pad_id: in place of the tokenizer's own; the first id beyond the model's gets a row of zeros.
+      fields: fields of DecoderConfig for memory and computation.
+      mesh: sizes of the mesh axes that the arrays are chunked for.
+      tokenizer: tokenizer file that replaces the source's.
+      pad_id: padding id that replaces the tokenizer's; the first id beyond the model's adds a row of
+        zeros.
 
     Raises:
-      ConfigError: the architecture is not supported, tensors are missing, superfluous or of another
-        shape or type, or the vocabulary does not fit.
+      ConfigError: the architecture is not supported, tensors are missing, unexpected or of a wrong shape
+        or type, or the vocabulary does not fit.
     """
     sidecar = _sidecar(source)
     fields = {"memory": Fam(), **sidecar.fields, **(fields or {})}
@@ -104,9 +105,9 @@ def plan_import(
         if vocabulary.vocab_size > config.vocab_size:
             config = dataclasses.replace(config, vocab_size=vocabulary.vocab_size)
     elif pad_id is not None:
-        raise ConfigError(f"{source.name} has no tokenizer that a pad_id could be for: add --tokenizer.")
+        raise ConfigError(f"{source.name} has no tokenizer for --pad_id to apply to: add --tokenizer.")
     else:
-        notes.append("There is no tokenizer: to read and write text, import again with --tokenizer=FILE.")
+        notes.append("There is no tokenizer: to read and write text, import with --tokenizer=FILE.")
     leaves, memory = leaf_shapes(config, mesh), sidecar.parameters
     shapes = {path: array.shape for path, array in memory.items()}
     if memory and shapes != {"/".join(path): leaves[path].shape for path in _of_memory(leaves)}:
@@ -122,21 +123,21 @@ def write_model(
     seed: int = 0,
     on_bytes: Callable[[int], None] | None = None,
 ) -> pathlib.Path:
-    """Writes what was planned, the checkpoint last, so that half a model is never taken for one.
+    """Write a planned import. The checkpoint comes last, so that half a model is never taken for a model.
 
     Args:
-      plan: what to write.
-      directory: missing, empty, or left by an import that was stopped; that one's files are removed.
-      prompt_start: see `draw_prompt`; None: the memory of the plan, else "normal".
-      seed: of its draw.
-      on_bytes: told how many bytes of arrays were written.
+      plan: the import.
+      directory: destination: missing, empty, or left by an interrupted import, whose files are removed.
+      prompt_start: see `draw_prompt`; None: the memory of the plan, or "normal" if it has none.
+      seed: seed of the draw.
+      on_bytes: called after each chunk with its size in bytes.
 
     Returns:
-      The directory, absolute.
+      The absolute path of the directory.
 
     Raises:
-      ConfigError: the directory holds something else, or has no room.
-      OSError: it cannot be written.
+      ConfigError: the directory contains something else, or the disk is too small.
+      OSError: the directory cannot be written.
     """
     directory = check_destination(directory)
     clear(directory)
@@ -157,14 +158,25 @@ def write_model(
 
 
 def check_tensors(source: Source, tensors: Sequence[families.Tensor]) -> None:
-    """Raises ConfigError, naming the tensors, unless the source has exactly these."""
-    there = _by_standard_name(source)
+    """Check that the source has exactly these tensors.
+
+    Raises:
+      ConfigError: it does not; the sentence names those that are missing, unexpected or of a wrong shape
+        or type.
+    """
+    names_in_source = _by_standard_name(source)
     wanted = {tensor.name: tensor for tensor in tensors}
-    both = [(tensor, source.tensors[there[name]]) for name, tensor in wanted.items() if name in there]
+    both = [
+        (tensor, source.tensors[names_in_source[name]])
+        for name, tensor in wanted.items()
+        if name in names_in_source
+    ]
     problems = {
-        "lacks": [name for name in wanted if name not in there],
+        "lacks": [name for name in wanted if name not in names_in_source],
         "has, beyond the model,": [
-            name for name in there if name not in wanted and not families.ignored(source.config, name)
+            name
+            for name in names_in_source
+            if name not in wanted and not families.ignored(source.config, name)
         ],
         "has in another shape": [
             f"{tensor.name} ({_shape(info.shape)}, not {_shape(tensor.shape)})"
@@ -188,14 +200,14 @@ def _by_standard_name(source: Source) -> dict[str, str]:
 
 
 def _sidecar(source: Source) -> Sidecar:
-    """What an export of ours left in the source's directory."""
+    """What an export by famx saved in the source's directory; empty for other sources."""
     directory = getattr(source, "directory", None)
     return (directory and read_sidecar(directory)) or Sidecar({}, {})
 
 
 def _pieces(plan: Plan, prompt_start: str | None, seed: int) -> dict[LeafPath, Pieces]:
-    there = _by_standard_name(plan.source)
-    read = lambda name: plan.source.read(there[name])
+    name_in_source = _by_standard_name(plan.source)
+    read = lambda name: plan.source.read(name_in_source[name])
     rows = plan.config.vocab_size
 
     def make(tensor: families.Tensor) -> np.ndarray:
@@ -225,23 +237,22 @@ def _of_memory(leaves: Mapping[LeafPath, LeafShape]) -> list[LeafPath]:
 def draw_memory(
     plan: Plan, start: str, seed: int, embedding: Callable[[], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The memory's parameters before training: prompts by `draw_prompt`, others as in a new model.
+    """Draw the memory's parameters, by path: prompts by `draw_prompt`, the others as in a new model.
 
     Raises:
-      ConfigError: `start` is "tokens", and the memory has no prompt.
+      ConfigError: `start` is "tokens", but the memory has no prompt.
     """
     paths = _of_memory(plan.leaves)
     prompts = [path for path in paths if path[-1] in PROMPTS]
     if start == "tokens" and not prompts:
-        kind = plan.config.memory.kind
-        raise ConfigError(f"--prompt=tokens: a memory of the kind {kind!r} has no prompt.")
+        raise ConfigError(f"--prompt=tokens: the memory {plan.config.memory.kind!r} has no prompt.")
     drawn = {}
     for path in prompts:
         shape = plan.leaves[path].shape
         drawn["/".join(path)] = draw_prompt(plan.config, shape, start, seed, embedding)
     rest = ["/".join(path) for path in paths if path not in prompts]
     if rest:
-        # Under jit the compiler leaves out all parameters but these, whatever the size of the model.
+        # Under jit the compiler drops all other parameters, so the size of the model does not matter.
         @jax.jit
         def make(key):
             tokens = jnp.zeros((1, plan.config.block_size), jnp.int32)
@@ -259,15 +270,15 @@ def draw_prompt(
     seed: int,
     embedding: Callable[[], np.ndarray],
 ) -> np.ndarray:
-    """A memory's prompt before training, float32.
+    """Draw a memory's prompt, float32.
 
     Args:
-      config: config of the decoder.
+      config: the decoder's config.
       shape: `[N, D]`, or `[layers, N, D]` of prefixes.
-      start: "normal": of standard deviation `D ** -0.5`, as in a new model; "tokens": embeddings of
-        tokens that are drawn, as the first layer reads them; each token once where there are enough.
-      seed: of the draw.
-      embedding: gives the table of embeddings `[V, D]`; called for "tokens" alone.
+      start: "normal": standard deviation `D ** -0.5`, as in a new model; "tokens": embeddings of random
+        tokens, scaled as the first layer reads them; without repetition if there are enough tokens.
+      seed: seed of the draw.
+      embedding: returns the embedding table `[V, D]`; called only for "tokens".
     """
     rng = np.random.default_rng(seed)
     if start == "normal":
@@ -285,7 +296,11 @@ def draw_prompt(
 
 
 def check_destination(directory: str | os.PathLike) -> pathlib.Path:
-    """The directory, absolute; ConfigError unless missing, empty or of an import that was stopped."""
+    """The absolute path of a destination that is missing, empty, or left by an interrupted import.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
     directory = pathlib.Path(directory).expanduser().absolute()
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file: choose another --to.")
@@ -298,7 +313,7 @@ def check_destination(directory: str | os.PathLike) -> pathlib.Path:
 
 
 def clear(directory: pathlib.Path) -> None:
-    """Removes what an import that was stopped has left; any other file stays."""
+    """Remove the files of an interrupted import; other files stay."""
     if not (directory / _MARK).exists():
         return
     shutil.rmtree(directory / "source", ignore_errors=True)
@@ -309,7 +324,7 @@ def clear(directory: pathlib.Path) -> None:
 
 
 def _keep_side_files(source: Source, folder: pathlib.Path) -> None:
-    """`config.json` and what lies beside it, as they came."""
+    """Copy `config.json` and the other small files of the source, for a later export."""
     folder.mkdir(exist_ok=True)
     origin = getattr(source, "directory", None)
     for name in SIDE_FILES:

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint of theirs: names, shapes, and where each belongs in our tree."""
+"""Tensors of a Hugging Face checkpoint: names, shapes, and the leaves that they become."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import numpy as np
 from famx.conversion.architectures import MULTIMODAL, Family, architecture, open_config
 from famx.modules.config import DecoderConfig
 
-# Prefixes of the text part of a multimodal checkpoint, old and new, and what stands for them.
+# Prefixes of the text part of multimodal checkpoints, old and new, and those of a text model.
 _TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -21,15 +21,15 @@ _VISION = ("vision_tower.", "multi_modal_projector.", "vision_model.")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint of theirs and where it belongs in ours.
+    """One tensor of a Hugging Face checkpoint and its place in the parameter tree.
 
     Attributes:
-      name: theirs, of a text model (see `standard_name`).
-      path: our leaf.
-      layer: index on the leaf's first axis; None: the leaf is this tensor alone.
-      shape: theirs.
-      our_shape: of the leaf, without its axis of layers.
-      one_plus: theirs is a norm's weight that is added to 1.
+      name: name of the tensor in a text model (see `standard_name`).
+      path: path of the leaf.
+      layer: index on the first axis of the leaf; None: the tensor is the whole leaf.
+      shape: shape of the tensor.
+      our_shape: shape of the leaf, without its axis of layers.
+      one_plus: the tensor is the weight of a norm that multiplies by `1 + weight`.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Tensor:
     one_plus: bool = False
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """Their array in our layout, in its own dtype; a norm that is added to 1 in float32."""
+        """Convert the tensor to the leaf's layout, in the same dtype; `one_plus` in at least float32."""
         if self.one_plus:
             return _at_least_float32(array) + 1
         return array if self.path == ("embedding",) else array.T.reshape(self.our_shape)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`."""
+        """Inverse of `to_ours`."""
         if self.one_plus:
             return _at_least_float32(array) - 1
         return array if self.path == ("embedding",) else array.reshape(self.shape[::-1]).T
@@ -57,21 +57,21 @@ def _at_least_float32(array: np.ndarray) -> np.ndarray:
 
 
 def tensors(hf: Mapping[str, Any], config: DecoderConfig) -> list[Tensor]:
-    """Every tensor that a checkpoint of the model has, in the order in which it is read.
+    """All tensors of a checkpoint of the model, in the order in which they are read.
 
-    A tied head is no tensor of its own, and the FAM prompt is not among them.
+    A tied head has no tensor of its own. Parameters of the memory are not among them.
     """
     family, c = open_config(hf)[0], config
     table = (c.vocab_size, c.embed_dim)
-    found = [Tensor("model.embed_tokens.weight", ("embedding",), None, table, table)]
+    expected = [Tensor("model.embed_tokens.weight", ("embedding",), None, table, table)]
     for layer in range(c.num_layers):
-        found += _layer_tensors(family, c, layer)
+        expected += _layer_tensors(family, c, layer)
     width = (c.embed_dim,)
     path = ("final_norm", "scale")
-    found.append(Tensor("model.norm.weight", path, None, width, width, family.gemma))
+    expected.append(Tensor("model.norm.weight", path, None, width, width, family.gemma))
     if not c.tied_embeddings:
-        found.append(Tensor("lm_head.weight", ("head",), None, table, table[::-1]))
-    return found
+        expected.append(Tensor("lm_head.weight", ("head",), None, table, table[::-1]))
+    return expected
 
 
 def _layer_tensors(family: Family, c: DecoderConfig, layer: int):
@@ -110,7 +110,7 @@ def _layer_tensors(family: Family, c: DecoderConfig, layer: int):
 
 
 def standard_name(name: str) -> str:
-    """The name that a text model gives to a tensor, of its name in a multimodal checkpoint."""
+    """The name of a tensor in a text model, given its name in a checkpoint that may be multimodal."""
     for prefix, standard in _TEXT_PREFIXES.items():
         if name.startswith(prefix):
             return standard + name[len(prefix) :]
@@ -118,7 +118,7 @@ def standard_name(name: str) -> str:
 
 
 def ignored(hf: Mapping[str, Any], name: str) -> bool:
-    """Whether a tensor of a checkpoint is none of the model's weights and may be left out."""
+    """Whether a tensor is not a weight of the text model: a buffer, a tied head, a part for images."""
     name = standard_name(name)
     if name.endswith("rotary_emb.inv_freq"):
         return True

@@ -1,4 +1,4 @@
-"""The vocabulary of a pretrained model, with padding that the model has a row for."""
+"""The vocabulary of a pretrained model, with a padding id that its embedding table has."""
 
 import json
 import os
@@ -11,14 +11,19 @@ from famx.data.vocabularies.tokenizer_files import FileVocabulary, TokenizerFile
 def fitting_vocabulary(
     file: str | os.PathLike, vocab_size: int, pad_id: int | None = None
 ) -> FileVocabulary:
-    """The vocabulary of a tokenizer file, padded by a token that a model of `vocab_size` ids has.
+    """The vocabulary of a tokenizer file, with a padding id that the model has.
 
-    Where the file has no pad of its own and the model no row for another id, a control token that
-    nothing else uses is taken: one that is named after padding, or as reserved or unused, or any that
-    the chat template does not hold. A `pad_id` of `vocab_size` makes the vocabulary larger by one.
+    If the file has no padding token and the table has no row for an additional one, an unused control
+    token is used: one named after padding, else a reserved or unused one, else any that the chat
+    template does not contain.
+
+    Args:
+      file: the tokenizer file.
+      vocab_size: number of ids that the model has.
+      pad_id: id of the padding token; None: chosen as above. `vocab_size` adds one id to the vocabulary.
 
     Raises:
-      ConfigError: the file cannot be read, or its ids do not fit into the model.
+      ConfigError: the file cannot be read, or its ids do not fit the model.
     """
     try:
         vocabulary = open_vocabulary(file, pad_id)
@@ -32,19 +37,19 @@ def fitting_vocabulary(
         raise ConfigError(f"The tokenizer cannot be used: {error}") from error
     if vocabulary.vocab_size <= vocab_size or pad_id == vocab_size == vocabulary.vocab_size - 1:
         return vocabulary
-    hint = "give the tokenizer of this model with --tokenizer=FILE."
+    hint = "pass the tokenizer of this model with --tokenizer=FILE."
     if vocabulary.vocab_size - 1 == vocab_size == vocabulary.pad_id:
         hint = (
-            "the last is for padding, which the tokenizer has no token for. Give with --pad_id a control"
-            f" token that no text needs, or --pad_id={vocab_size}, and the model gets a row of zeros."
+            "the last is for padding, for which the tokenizer has no token. Set --pad_id to a control"
+            f" token that no text needs, or to {vocab_size}, for which the model gets a row of zeros."
         )
     raise ConfigError(
-        f"The vocabulary of {file} has {vocabulary.vocab_size} ids and the model {vocab_size}: {hint}"
+        f"The vocabulary of {file} has {vocabulary.vocab_size} ids, the model {vocab_size}: {hint}"
     )
 
 
 def free_tokens(file: TokenizerFile, vocabulary: FileVocabulary) -> list[int]:
-    """Control tokens of a tokenizer file that may stand for padding, the best first."""
+    """Ids of control tokens of a tokenizer file that can be used for padding, best first."""
     if file.kind == "byte_pair":
         added = json.loads(file.content).get("added_tokens") or []
         tokens = {token["id"]: token["content"] for token in added if token.get("special")}

@@ -1,7 +1,7 @@
-"""Writes a checkpoint piece by piece, so that no array need fit in memory.
+"""Writing a checkpoint piece by piece, so that not even one array has to fit in memory.
 
-The result is an orbax checkpoint like any other. Its arrays are zarr arrays, each in chunks of one
-layer, cut as a mesh of devices cuts the array, so that a device reads its own part alone.
+The result is an ordinary orbax checkpoint. Each array is stored in zarr chunks that span one layer and
+follow the shards of a mesh, so that a device reads only its own part.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ Pieces = Iterable[tuple[int | None, Callable[[], np.ndarray]]]
 
 @dataclasses.dataclass(frozen=True)
 class LeafShape:
-    """One array of a checkpoint: its shape, dtype, and the shape in which it is stored and read."""
+    """One array of a checkpoint: its shape, dtype, and the shape of its chunks."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -50,7 +50,7 @@ class LeafShape:
 
     @property
     def num_bytes(self) -> int:
-        """Of the array, not compressed."""
+        """Uncompressed size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -60,11 +60,11 @@ def leaf_shapes(
     """The parameters of a decoder by path, chunked for a mesh.
 
     Args:
-      config: of the decoder.
-      mesh: sizes of mesh axes; others are 1. Axes that it does not divide are kept whole.
+      config: the decoder's config.
+      mesh: sizes of mesh axes, 1 by default. An axis of an array that they do not divide is not cut.
 
     Raises:
-      ConfigError: a name is no mesh axis, or a size is no positive number.
+      ConfigError: a name is not a mesh axis, or a size is not positive.
     """
     sizes = dict.fromkeys(MESH_AXES, 1) | dict(mesh or {})
     if unknown := sorted(sizes.keys() - set(MESH_AXES)):
@@ -89,12 +89,12 @@ def leaf_shapes(
 
 
 def chunk_shape(shape: tuple[int, ...], shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shard, divided until it has `CHUNK_BYTES` at most; chunks never cross a shard's border."""
+    """Divide the shard until it has at most `CHUNK_BYTES`; no chunk crosses a border between shards."""
     chunks = list(shard)
     while math.prod(chunks) * itemsize > CHUNK_BYTES:
         axis = max(range(len(chunks)), key=chunks.__getitem__)
         size = chunks[axis]
-        if shard[axis] == shape[axis]:  # no border within
+        if shard[axis] == shape[axis]:  # there is no other shard along this axis
             chunks[axis] = -(-size // 2)
         else:
             chunks[axis] = size // next(p for p in itertools.count(2) if size % p == 0)
@@ -107,21 +107,21 @@ def write_checkpoint(
     pieces: Mapping[LeafPath, Pieces],
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes `directory/checkpoint_0`, with the parameters alone; it appears when it is complete.
+    """Write `directory/checkpoint_0`, with only the parameters; it appears when it is complete.
 
-    What an earlier call that was killed has left is removed first. One piece is held at a time, and
-    beside it about two chunks.
+    Leftovers of an earlier call that was killed are removed first. One piece and about two chunks are in
+    memory at a time.
 
     Args:
-      directory: absolute, made if missing.
-      leaves: what the checkpoint holds.
-      pieces: of each leaf `(layer, make)`: `make()` gives the values of that index of the first axis,
-        or of the whole leaf where the index is None, in any dtype.
-      on_bytes: told of every chunk how many bytes of the array it was.
+      directory: absolute path; created if missing.
+      leaves: the arrays of the checkpoint.
+      pieces: for each leaf, pairs `(layer, make)`: `make()` returns the values at that index of the first
+        axis, or of the whole leaf if `layer` is None, in any dtype.
+      on_bytes: called after each chunk with its size in bytes.
 
     Raises:
-      ValueError: the pieces of a leaf do not make up the leaf.
-      OSError: it cannot be written.
+      ValueError: the pieces do not make up the leaf.
+      OSError: the checkpoint cannot be written.
     """
     for path, leaf in leaves.items():
         given = [layer for layer, _ in pieces.get(path, ())]
@@ -134,7 +134,7 @@ def write_checkpoint(
     registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamedHandler()))
     options = ocp.CheckpointManagerOptions(step_prefix="checkpoint", enable_async_checkpointing=False)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # orbax misses what only its own arrays have
+    logging.set_verbosity(logging.ERROR)  # orbax warns about attributes that only its own arrays have
     try:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
         with ocp.CheckpointManager(
@@ -148,7 +148,7 @@ def write_checkpoint(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Streamed:
-    """What orbax takes for an array."""
+    """Stands for an array in the tree that orbax saves; `_StreamedHandler` writes it."""
 
     leaf: LeafShape
     pieces: Pieces
@@ -156,16 +156,16 @@ class _Streamed:
 
 
 class _StreamedHandler(ocp.type_handlers.TypeHandler):
-    """Writes a `_Streamed` where and how orbax looks for a numpy array."""
+    """Type handler that writes a `_Streamed` where and as orbax reads a numpy array."""
 
     def typestr(self):
         return "np.ndarray"
 
     async def metadata(self, infos):
-        raise NotImplementedError("This handler writes only.")
+        raise NotImplementedError("This handler only writes.")
 
     async def deserialize(self, infos, args=None):
-        raise NotImplementedError("This handler writes only.")
+        raise NotImplementedError("This handler only writes.")
 
     async def serialize(self, values, infos, args=None):
         for value, info in zip(values, infos, strict=True):
@@ -185,7 +185,7 @@ async def _write(value: _Streamed, path: str) -> None:
             "chunks": leaf.chunks,
             "compressor": {"id": "zstd", "level": 1},
         },
-        "store_data_equal_to_fill_value": True,  # so that a chunk that is missing is noticed
+        "store_data_equal_to_fill_value": True,  # tells a missing chunk from one of zeros
     }
     with _system_errors(path):
         array = await tensorstore.open(spec, create=True)
@@ -197,7 +197,7 @@ async def _write(value: _Streamed, path: str) -> None:
             raise ValueError(f"{path} takes pieces of shape {target.shape}, not {values.shape}.")
         for region in _regions(values.shape, chunks):
             block = np.asarray(values[region], leaf.dtype, order="C")
-            # Nothing changes the block any more, so it need not be copied.
+            # The block is not changed any more, so tensorstore does not have to copy it.
             with _system_errors(path):
                 await target[region].write(block, can_reference_source_data_indefinitely=True)
             if value.on_bytes:
@@ -206,7 +206,7 @@ async def _write(value: _Streamed, path: str) -> None:
 
 @contextlib.contextmanager
 def _system_errors(path: str) -> Iterator[None]:
-    """Raises what the system refused tensorstore as the OSError that it was."""
+    """Turn a ValueError of tensorstore that reports a system error into the OSError."""
     try:
         yield
     except ValueError as error:
@@ -217,7 +217,7 @@ def _system_errors(path: str) -> Iterator[None]:
 
 
 def _regions(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterable[tuple[slice, ...]]:
-    """The chunks of an array, as indices."""
+    """The index of each chunk of an array."""
     cuts = [
         [slice(start, min(start + step, size)) for start in range(0, size, step)]
         for size, step in zip(shape, chunks, strict=True)

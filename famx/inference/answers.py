@@ -1,4 +1,4 @@
-"""What a model answers to a batch of prompts, and how likely it finds their targets."""
+"""Continuations of prompts and log-likelihoods of targets, batch by batch."""
 
 import functools
 from collections.abc import Sequence
@@ -15,16 +15,20 @@ from famx.modules import DecoderState
 
 
 class Answers:
-    """What a model makes of batches of examples; a batch of fewer than `batch_size` is filled up.
+    """Continue or score batches of examples with one model.
+
+    Programs are compiled for `batch_size` rows; a smaller batch is padded.
 
     Args:
-      streamer: of the model's decoder.
-      vocabulary: of the model.
-      memory: `DecoderState` of one example from which every prompt goes on; None: the start.
-      batch_size: examples of a batch at most.
-      sampling: how continuations are chosen and where they end.
-      num_samples: continuations of each prompt.
-      random_seed: a draw follows from it, the line, the sample and the token's number.
+      streamer: runs the model's decoder.
+      vocabulary: the model's vocabulary.
+      memory: `DecoderState` of batch size 1 that every prompt starts from; None: the model's initial
+        state.
+      batch_size: largest number of examples in a batch.
+      sampling: how tokens are chosen and what ends a continuation.
+      num_samples: number of continuations per prompt.
+      random_seed: seed of all draws. The key of a token depends only on the seed, the line, the sample
+        and the token's index, so that a result does not depend on the batch that a line is in.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class Answers:
         self.batch_size, self.sampling, self.num_samples = batch_size, sampling, num_samples
 
         @functools.partial(jax.jit, donate_argnums=2 if num_samples == 1 else ())
-        def write(params, logits, state, lines, room):
+        def write(params, logits, state, lines, max_tokens):
             rows = jnp.repeat(jnp.arange(batch_size), num_samples)
             samples = jnp.tile(jnp.arange(num_samples), batch_size)
             draw = lambda line, sample: jax.random.fold_in(jax.random.fold_in(seed, line), sample)
@@ -49,20 +53,25 @@ class Answers:
             keys = jax.vmap(draw)(lines[rows], samples)
             if num_samples > 1:
                 logits, state = logits[rows], state.take(rows)
-            return generate(self.streamer.module, params, logits, state, sampling, keys, room[rows])
+            return generate(self.streamer.module, params, logits, state, sampling, keys, max_tokens[rows])
 
         self._write = write
 
     def predict(self, params, batch: Sequence[Example]) -> tuple[list[dict[str, Any]], int]:
-        """`prediction` and `aux` of each example, and how many tokens were read and written."""
+        """Continue each prompt.
+
+        Returns:
+          `(answers, num_tokens)`: a dict with `prediction` and `aux` per example, as in the output lines
+          of `famx.inference`, and the number of tokens read and written.
+        """
         prompts = [example.prompt for example in batch]
         logits, state = self.streamer.read(params, self._start(params), *self._pad(prompts))
-        lines, room = np.zeros((2, self.batch_size), np.int32)
+        lines, max_tokens = np.zeros((2, self.batch_size), np.int32)
         lines[: len(batch)] = [example.line for example in batch]
-        room[: len(batch)] = self.sampling.max_new_tokens
-        out = self._write(params, logits, state, lines, room)
+        max_tokens[: len(batch)] = self.sampling.max_new_tokens  # 0 for padding rows: they end at once
+        out = self._write(params, logits, state, lines, max_tokens)
         tokens, lengths, scores = map(np.asarray, (out.tokens, out.lengths, out.log_likelihood))
-        found = []
+        answers = []
         for i in range(len(batch)):
             rows = range(i * self.num_samples, (i + 1) * self.num_samples)
             written = [tokens[row, : lengths[row]].tolist() for row in rows]
@@ -76,12 +85,18 @@ class Answers:
             }
             if self.num_samples == 1:
                 texts, aux = texts[0], {name: value[0] for name, value in aux.items()}
-            found.append({"prediction": texts, "aux": aux})
-        return found, sum(map(len, prompts)) + int(lengths.sum())
+            answers.append({"prediction": texts, "aux": aux})
+        return answers, sum(map(len, prompts)) + int(lengths.sum())
 
     def score(self, params, batch: Sequence[Example]) -> tuple[list[dict[str, Any]], int]:
-        """`score` and `num_tokens` of each example, and how many tokens were read."""
-        # A prompt's last token is read with each candidate, whose first token it foretells.
+        """Score the targets of each example.
+
+        Returns:
+          `(scores, num_tokens)`: a dict with `score` and `num_tokens` per example, as in the output lines
+          of `famx.inference`, and the number of tokens read.
+        """
+        # The prompt is read once without its last token, which predicts the first token of every target
+        # and is therefore read again in front of each.
         state, (prompts, lengths) = self._start(params), self._pad([e.prompt[:-1] for e in batch])
         if lengths.any():
             _, state = self.streamer.read(params, state, prompts, lengths)
@@ -89,21 +104,22 @@ class Answers:
         pairs.sort(key=lambda pair: len(batch[pair[0]].targets[pair[1]]))
         scores = {}
         for i in range(0, len(pairs), self.batch_size):
-            some = pairs[i : i + self.batch_size]
-            targets = [batch[row].targets[k] for row, k in some]
-            inputs = [np.append(batch[row].prompt[-1:], t[:-1]) for (row, _), t in zip(some, targets)]
+            part = pairs[i : i + self.batch_size]
+            targets = [batch[row].targets[k] for row, k in part]
+            inputs = [np.append(batch[row].prompt[-1:], t[:-1]) for (row, _), t in zip(part, targets)]
             rows = np.zeros(self.batch_size, np.int32)
-            rows[: len(some)] = [row for row, _ in some]
+            rows[: len(part)] = [row for row, _ in part]
             (tokens, lengths), (targets, _) = self._pad(inputs), self._pad(targets)
             (log_p, _), _ = self.streamer.score(params, state.take(rows), tokens, targets, lengths)
-            scores |= zip(some, log_p.sum(axis=1, dtype=np.float64).tolist())
-        found = []
+            scores |= zip(part, log_p.sum(axis=1, dtype=np.float64).tolist())
+        results = []
         for row, example in enumerate(batch):
             score = [scores[row, k] for k in range(len(example.targets))]
             count = [len(target) for target in example.targets]
-            one = isinstance(example.fields["targets"], str)
-            found.append({"score": score[0] if one else score, "num_tokens": count[0] if one else count})
-        return found, sum(len(e.prompt) + sum(map(len, e.targets)) for e in batch)
+            if isinstance(example.fields["targets"], str):
+                score, count = score[0], count[0]
+            results.append({"score": score, "num_tokens": count})
+        return results, sum(len(e.prompt) + sum(map(len, e.targets)) for e in batch)
 
     def _start(self, params) -> DecoderState:
         if self.memory is None:
@@ -111,7 +127,7 @@ class Answers:
         return self.memory.take(np.zeros(self.batch_size, np.int32))
 
     def _pad(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int32 `[batch_size, L]` and lengths; rows that are missing have none."""
+        """Pad to `batch_size` rows: tokens int32 `[batch_size, L]`, lengths int64 `[batch_size]`."""
         lengths = np.zeros(self.batch_size, np.int64)
         lengths[: len(rows)] = [len(row) for row in rows]
         tokens = np.zeros((self.batch_size, lengths.max()), np.int32)
@@ -120,5 +136,5 @@ class Answers:
         return tokens, lengths
 
     def _text(self, ids: Sequence[int]) -> str:
-        """A model may have more ids than its vocabulary; such an id is no text."""
+        # A model may have more ids than its vocabulary; those have no text.
         return self.vocabulary.decode([i for i in ids if i < self.vocabulary.vocab_size])

@@ -1,4 +1,4 @@
-"""Chat templates: what an instruct model reads for a message, as the model's own template has it."""
+"""Token ids of chat messages, by the Jinja chat template that comes with an instruct model."""
 
 import datetime
 import json
@@ -8,37 +8,40 @@ from collections.abc import Mapping, Sequence
 from famx.base.errors import ConfigError
 from famx.data.vocabularies.base import Vocabulary, optional_package
 
-# Code points that no text has: one breaks what would be a special token in a message, the others
-# stand for messages that are not known any more.
+# Unicode noncharacters, which valid text does not contain. `_BREAK` splits a special token that a message
+# spells; the others are placeholders for earlier messages, whose text is no longer known.
 _BREAK, _QUESTION, _ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKS = re.compile(f"[{_BREAK}{_QUESTION}{_ANSWER}]")
-_ASKED = {"role": "user", "content": _QUESTION}
+_PLACEHOLDER_QUESTION = {"role": "user", "content": _QUESTION}
 
 
 class ChatTemplate:
-    """Turns messages into ids by the Jinja template of a vocabulary.
+    """Encode messages with a vocabulary's Jinja chat template.
 
-    The template's special tokens become their single ids. A message never does, whatever it says. A
-    conversation is read on without its past: each turn gives what stands behind the last answer, so a
-    template must not write an old turn in another way than it was read.
+    Special tokens that the template writes become single ids; those that a message spells are encoded as
+    ordinary text, so that no message can end a turn or speak for another role.
+
+    A conversation is a state that has read the earlier turns, so only the text after the last answer is
+    encoded. That requires a template that writes an earlier turn as it was written when it was the last
+    one.
 
     Args:
-      vocabulary: with a `chat_template`, of a tokenizer file.
-      system: a system message that opens conversations; None: what the template does without one.
+      vocabulary: a vocabulary of a tokenizer file, with a `chat_template`.
+      system: the system message of every conversation; None: the template's default, if it has one.
 
     Attributes:
-      end_of_turn: the id that ends an answer by the template, or None.
+      end_of_turn: id of the token that the template puts after an answer; None if there is none.
 
     Raises:
-      ConfigError: there is no template, it is damaged, it refuses the system message, or the package
-        `jinja2` is missing.
+      ConfigError: the vocabulary has no template, the template is not valid or rejects the system
+        message, or the package `jinja2` is missing.
     """
 
     def __init__(self, vocabulary: Vocabulary, system: str | None = None):
         source = vocabulary.chat_template
         if not source:
             raise ConfigError(
-                "The model's vocabulary has no chat template: read its messages without CHAT_TEMPLATE."
+                "The model's vocabulary has no chat template: set CHAT_TEMPLATE to False."
             )
         self._vocabulary, self._system = vocabulary, system
         self._jinja = optional_package("jinja2", "Chat templates")
@@ -46,9 +49,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except self._jinja.TemplateError as error:
-            raise ConfigError(f"The chat template of the vocabulary is damaged: {error}.") from error
+            raise ConfigError(f"The chat template of the vocabulary is not valid: {error}.") from error
         special = {text: i for text, i in vocabulary.special_tokens.items() if text}
-        # Tokens in brackets that the template spells may be ordinary ones by the file, as Gemma's are.
+        # Some tokenizer files list tokens such as Gemma's <start_of_turn> as ordinary ones.
         for text in re.findall(r"<[^<>\s]+>", source):
             ids = vocabulary.encode(text)
             if text not in special and len(ids) == 1:
@@ -56,7 +59,7 @@ class ChatTemplate:
         longest_first = sorted(special, key=len, reverse=True)
         spelled = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._starts = re.compile(f"(?=(?:{spelled}))(.)", re.DOTALL)
-        self._ends = re.compile(rf"\s*({spelled})")  # an answer, with spaces before it
+        self._ends = re.compile(rf"\s*({spelled})")  # what ends an answer
         text_of = {i: text for text, i in special.items()}
         self._names = {
             f"{role}_token": text_of.get(getattr(vocabulary, f"{role}_id"), "")
@@ -66,32 +69,33 @@ class ChatTemplate:
         self.end_of_turn = None if end is None else special[end[1]]
 
     def first(self, message: str, begin: bool = True) -> list[int]:
-        """Ids of the first message of a conversation, up to where the answer begins.
+        """Encode the first message of a conversation, up to where the answer starts.
 
         Args:
           message: the user's text.
-          begin: whether nothing was read yet, so that begin of text may stand in front.
+          begin: whether the template may write begin of text; False if the state has read text before.
 
         Raises:
-          ConfigError: the template refuses the message.
+          ConfigError: the template rejects the message.
         """
         return self._encode(self._render([self._user(message)], begin=begin))
 
     def next(self, message: str, ended: bool) -> list[int]:
-        """Ids of a further message: what stands behind the last answer, up to the new one's beginning.
+        """Encode a later message: the text from the end of the last answer to the start of the next.
 
         Args:
           message: the user's text.
-          ended: whether the last answer brought the token that ends it.
+          ended: whether the last answer already includes the token that ends it.
 
         Raises:
-          ConfigError: the template refuses the message, or writes earlier turns in another way.
+          ConfigError: the template rejects the message, or rewrites earlier turns.
         """
         before, after = self._around_answer(self._user(message))
-        if before.rstrip() != self._render([_ASKED]).rstrip():  # a space is the model's to write
+        # Trailing spaces may differ: a template that puts one before an answer leaves it to the model.
+        if before.rstrip() != self._render([_PLACEHOLDER_QUESTION]).rstrip():
             raise ConfigError(
-                "The chat template writes earlier turns in another way than they were read, so that a"
-                " conversation cannot go on: begin anew after each answer, or give --template."
+                "The chat template rewrites earlier turns, so the conversation cannot continue from what"
+                " was read: start over after each answer (/reset), or set --template."
             )
         end = self._ends.match(after) if ended else None
         return self._encode(after if end is None else after[end.end() :])
@@ -100,19 +104,19 @@ class ChatTemplate:
         return {"role": "user", "content": self._break(message)}
 
     def _break(self, text: str) -> str:
-        """`text` with a mark in all that would be a special token."""
+        """Put `_BREAK` into everything in `text` that would be encoded as a special token."""
         text = _MARKS.sub("\N{REPLACEMENT CHARACTER}", text)
-        return self._starts.sub(lambda found: found[1] + _BREAK, text)
+        return self._starts.sub(lambda match: match[1] + _BREAK, text)
 
     def _encode(self, text: str) -> list[int]:
         return [i for part in text.split(_BREAK) for i in self._vocabulary.encode(part, special=True)]
 
     def _around_answer(self, *more: Mapping) -> tuple[str, str]:
-        """What stands before an answer, and behind it with `more` messages."""
-        messages = [_ASKED, {"role": "assistant", "content": _ANSWER}, *more]
+        """Rendered text before and after a placeholder answer that is followed by `more` messages."""
+        messages = [_PLACEHOLDER_QUESTION, {"role": "assistant", "content": _ANSWER}, *more]
         before, answer, after = self._render(messages, prompt=bool(more)).partition(_ANSWER)
         if not answer:
-            raise ConfigError("The chat template leaves answers out: give --template.")
+            raise ConfigError("The chat template drops the answers of earlier turns: set --template.")
         return before, after
 
     def _render(self, messages: Sequence[Mapping], prompt: bool = True, begin: bool = True) -> str:
@@ -124,16 +128,16 @@ class ChatTemplate:
                 messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **names
             )
         except (self._jinja.TemplateError, TypeError, ValueError, LookupError) as error:
-            raise ConfigError(f"The chat template refuses the messages: {error}.") from error
+            raise ConfigError(f"The chat template rejects the messages: {error}.") from error
 
 
 def _environment(jinja2):
-    """Where templates from anywhere may run: nothing of Python can be reached from them."""
+    """Sandboxed Jinja environment, since a template comes from a downloaded file."""
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """Marks that some templates put around answers."""
+        """Drop the tags with which some templates mark answers for training."""
 
         tags = {"generation"}
 

@@ -1,4 +1,4 @@
-"""Reading and answering in turns: whatever was read and said, the state keeps its size."""
+"""A conversation with a model: files and messages are read into one state of constant size."""
 
 import dataclasses
 import os
@@ -17,70 +17,77 @@ from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_model
 from famx.model_dir.memory_file import read_header, restore_memory, save_memory
 
-_FILE_BLOCKS = 64  # blocks that are read between two reports
-_ANSWER_PIECE = 32  # tokens that are written before they are shown
+_FILE_BLOCKS = 64  # blocks read between two progress reports
+_ANSWER_PIECE = 32  # tokens generated before they are shown
 
 
 def load_with_vocabulary(checkpoint: str | None, adapter: str | None = None) -> TrainedModel:
-    """`load_model` for mains that read text.
+    """Load a model that can read text; see `load_model`.
+
+    The vocabulary is checked before the weights are read, which may take minutes.
 
     Raises:
-      ConfigError: also if no checkpoint is named, or if it has no vocabulary or one that is too
-        large for the model; this is known before the weights are read.
+      ConfigError: `checkpoint` is not set or not valid, or it has no vocabulary or one that is too large
+        for the model.
     """
     if not checkpoint:
-        raise ConfigError("No model is named: add --checkpoint=MODEL_DIR or MODEL_DIR/checkpoint_STEP.")
+        raise ConfigError(
+            "--checkpoint is not set: add --checkpoint=MODEL_DIR or MODEL_DIR/checkpoint_<step>."
+        )
     directory, _ = split_checkpoint(checkpoint)
     model = check_model(directory)
     vocabulary = model.input_vocabulary
     if vocabulary is None:
         raise ConfigError(
-            f"{directory} has no vocabulary.json, so text cannot be read: put the vocabulary there with"
-            " famx.data.vocabularies.save_vocabulary."
+            f"{directory} has no vocabulary.json, so text cannot be encoded: save the model's vocabulary"
+            " there with famx.data.vocabularies.save_vocabulary."
         )
     if vocabulary.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"The vocabulary in {directory} has {vocabulary.vocab_size} tokens, the model only"
-            f" {model.config.vocab_size}: put the vocabulary there that it was trained with."
+            f" {model.config.vocab_size}: replace it by the vocabulary that the model was trained with."
         )
     return load_model(checkpoint, adapter=adapter)
 
 
 def check_template(template: str) -> None:
-    """Raises ConfigError unless `template.format(message=...)` works and holds the message."""
+    """Check that `template.format(message=...)` works and contains the message.
+
+    Raises:
+      ConfigError: it does not.
+    """
     mark = "\0message\0"
     try:
-        found = mark in template.format(message=mark)
+        valid = mark in template.format(message=mark)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError):
-        found = False
-    if not found:
+        valid = False
+    if not valid:
         raise ConfigError(
-            f"The template {template!r} cannot be used: it must hold {{message}} and no other field;"
-            " a brace that is text is written twice."
+            f"The template {template!r} is not valid: it must contain {{message}} and no other field;"
+            " write a literal brace twice."
         )
 
 
 class Conversation:
-    """One reader: what it has read, and how it answers.
+    """A model's state and the messages exchanged with it.
 
-    A message is put into the template, encoded and read; then the answer is written, and the state
-    has read both. The first tokens ever read begin with the vocabulary's begin of text, unless a chat
-    template says how a conversation begins. Whatever fails or is interrupted leaves the conversation
-    as it was.
+    A message is formatted, encoded and read, and then an answer is generated; the state has then read
+    both. The first text starts with the vocabulary's begin-of-text token, unless a chat template decides
+    how a conversation starts. An operation that fails or is interrupted leaves the state as it was.
 
     Args:
       trained: the model, with its vocabulary.
-      sampling: how to write; end of text ends an answer besides its stop tokens.
-      template: what is read for a message, a format with the field `message` or the model's own; the
-        latter also ends answers.
-      stop: texts that end an answer, which is cut before them.
-      seed: of the draws. What is drawn depends on it and on the place in the text alone, so the same
+      sampling: how tokens are chosen; an answer ends at its stop tokens and at end of text.
+      template: format of a message: a string with the field `message`, or a chat template, whose
+        end-of-turn token then also ends answers.
+      stop: strings that end an answer; they are not part of it.
+      seed: seed of all draws. A draw depends only on the seed and the position in the text, so the same
         question to the same state gets the same answer.
-      fresh: every message is answered from the same state; neither it nor its answer is kept.
+      fresh: answer every message from the same state; keep neither the message nor the answer.
 
     Attributes:
-      fresh: may be changed between messages.
-      sources: names of the files read.
+      fresh: see above; may be changed between messages.
+      sources: names of the files that the state has read.
     """
 
     def __init__(
@@ -109,158 +116,174 @@ class Conversation:
 
     @property
     def tokens(self) -> int:
-        """How many were read, the answers' own included."""
+        """Number of tokens that the state has read, including its own answers."""
         return int(self._state.position[0])
 
     @property
     def updates(self) -> int:
-        """Of the memory."""
+        """Number of memory updates so far."""
         return int(self._state.updates[0])
 
     @property
     def num_bytes(self) -> int:
-        """Size of the state."""
+        """Size of the state in bytes; it does not depend on how much was read."""
         return self._state.num_bytes()
 
-    # What was read.
+    # ------ The state
 
     def reset(self) -> None:
-        """As if nothing had been read."""
+        """Return to the initial state."""
         self._go_to(None, self._streamer.initial_state(self._trained.params, 1))
         self.sources, self._file = [], None
 
     def load(self, path: str) -> None:
-        """Goes on from a memory file, and forgets all else.
+        """Replace the state by that of a memory file.
 
         Raises:
-          ConfigError: see `restore_memory`; or the file holds several memories.
+          ConfigError: see `restore_memory`; or the file holds more than one memory.
         """
         logits, state = restore_memory(path, self._trained)
         if state.batch_size != 1:
             raise ConfigError(
-                f"{path} holds the memories of {state.batch_size} texts, and one can be gone on from."
+                f"{path} holds {state.batch_size} memories, but a conversation can load only one."
             )
         self._go_to(logits, state)
         self.sources, self._file = read_header(path).sources, os.path.realpath(path)
 
     def save(self, path: str, overwrite: bool = False) -> None:
-        """Writes a memory file.
+        """Write the state to a memory file.
+
+        Args:
+          path: the file. The one that was last loaded or saved may be replaced.
+          overwrite: whether any existing file may be replaced.
 
         Raises:
-          ConfigError: nothing was read, the file cannot be written, or it exists and is neither to be
-            overwritten nor the one that was last loaded or saved.
+          ConfigError: nothing has been read, the file exists and must not be replaced, or it cannot be
+            written.
         """
         if self._logits is None:
-            raise ConfigError("Nothing was read yet, so there is no memory to save.")
+            raise ConfigError("Nothing has been read yet, so there is no memory to save.")
         real = os.path.realpath(path)
         if os.path.exists(path) and not overwrite and real != self._file:
-            raise ConfigError(f"{path} exists: choose another name, or remove it first.")
+            raise ConfigError(f"{path} already exists: choose another name, or remove it first.")
         save_memory(path, self._trained, self._logits, self._state, self.sources)
         self._file = real
 
     def back(self) -> None:
-        """Takes the last exchange back, if nothing came after it; ConfigError if there is none."""
+        """Undo the last exchange.
+
+        Raises:
+          ConfigError: the state has changed since in another way, or there was no exchange.
+        """
         if self._before is None:
-            raise ConfigError("There is no exchange to take back.")
+            raise ConfigError("There is no exchange to undo.")
         self._go_to(*self._before)
 
     def _go_to(self, logits, state, ended=None, before=None) -> None:
-        """`ended`: whether the last answer came to its end; None: there is no answer to go on from."""
-        self._logits, self._state, self._ended, self._before = logits, state, ended, before
-
-    # Reading.
-
-    def read_file(self, path: str, report: Callable[[int, int], None] | None = None) -> int:
-        """Reads a text file of any length, a piece at a time; see `encode_file`.
+        """Set the state.
 
         Args:
-          path: of the file.
-          report: called now and then as `report(bytes encoded, tokens read)`.
+          logits: `[1, V]` after the last token; None if nothing has been read.
+          state: the `DecoderState`.
+          ended: whether the last answer includes its end token; None if the last text is not an answer.
+          before: arguments that `back` returns to; None if there is nothing to undo.
+        """
+        self._logits, self._state, self._ended, self._before = logits, state, ended, before
+
+    # ------ Reading
+
+    def read_file(self, path: str, report: Callable[[int, int], None] | None = None) -> int:
+        """Read a text file of any length; see `encode_file`.
+
+        Args:
+          path: the text file.
+          report: called as `report(bytes encoded, tokens read)` after each piece.
 
         Returns:
-          tokens read.
+          Number of tokens read.
 
         Raises:
-          ConfigError: the file cannot be read, or holds no text.
+          ConfigError: the file cannot be read or contains no text.
         """
         logits, state = self._read([])
         first = position = self.tokens
-        waiting = np.array(self._start(), np.int32)
+        pending = np.array(self._start(), np.int32)
         unit = _FILE_BLOCKS * self._trained.model.config.block_size
         empty = True
         try:
             for done, ids in encode_file(path, self._vocabulary):
                 empty = empty and not ids
-                waiting = np.concatenate([waiting, np.array(ids, np.int32)])
-                count = len(waiting) - (position + len(waiting)) % unit
+                pending = np.concatenate([pending, np.array(ids, np.int32)])
+                count = len(pending) - (position + len(pending)) % unit
                 if count > 0:
-                    logits, state = self._advance(state, waiting[:count])
-                    position, waiting = position + count, waiting[count:]
+                    logits, state = self._advance(state, pending[:count])
+                    position, pending = position + count, pending[count:]
                 if report is not None:
                     report(done, position - first)
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
         if empty:
-            raise ConfigError(f"{path} holds no text.")
-        if waiting.size:
-            logits, state = self._advance(state, waiting)
+            raise ConfigError(f"{path} contains no text.")
+        if pending.size:
+            logits, state = self._advance(state, pending)
         self._go_to(logits, state, self._ended)
         self.sources = [*self.sources, pathlib.Path(path).name]
-        return position + waiting.size - first
+        return position + pending.size - first
 
     def _start(self) -> list[int]:
-        """What comes before the first text."""
+        """Ids before the next text: begin of text if it is the first."""
         bos = self._vocabulary.bos_id
         return [] if self._logits is not None or bos is None else [bos]
 
     def _read(self, ids: list[int]):
-        """`(logits, state)` after `ids`; what this conversation has stays its own."""
+        """`(logits, state)` after `ids`, from a copy of the current state."""
         state = jax.tree.map(jnp.copy, self._state)
         if not ids:
             return self._logits, state
         return self._advance(state, np.array(ids, np.int32))
 
     def _advance(self, state, ids):
-        """`(logits, state)` after `ids [n]`; the state is given away."""
+        """`(logits, state)` after `ids [n]`; the buffers of `state` are donated."""
         try:
             return self._streamer.read(self._trained.params, state, ids[None])
-        except ValueError as error:  # positions end
+        except ValueError as error:  # the last position is reached
             raise ConfigError(str(error)) from error
 
-    # Answering.
+    # ------ Answering
 
     def exchange(
         self, message: str, show: Callable[[str], None], stop: Callable[[], bool] = lambda: False
     ) -> str:
-        """Reads a message and writes the answer; Ctrl-C ends the answer where it is.
+        """Read a message and generate the answer; Ctrl-C ends the answer early.
 
         Args:
-          message: any text; if there is nothing to encode, the text before it is continued.
-          show: called with each further part of the answer as soon as it is written.
-          stop: asked after each part whether the answer ends there.
+          message: the message; if it encodes to no tokens, the text read so far is continued.
+          show: called with each new part of the answer.
+          stop: called after each part; True ends the answer.
 
         Returns:
           The answer.
 
         Raises:
-          ConfigError: nothing was read yet and the message has no token either.
+          ConfigError: the message has no tokens and nothing has been read, the chat template rejects the
+            message, or the last position is reached.
         """
         prompt = self._prompt(message)
         if not prompt and self._logits is None:
-            raise ConfigError("The message has no token, and nothing was read that could be continued.")
+            raise ConfigError("The message has no tokens, and there is no text before it to continue.")
         before = self._logits, self._state, self._ended
         written: list[int] = []
         answer, text, shown, cut, logits, state = [], "", 0, None, None, None
         try:
             logits, state = self._read(prompt)
             for _ in range(0, self._limit, _ANSWER_PIECE):
-                place = self.tokens + len(prompt) + len(written)
-                seed = np.random.SeedSequence((self._seed, place)).generate_state(1)
+                position = self.tokens + len(prompt) + len(written)
+                seed = np.random.SeedSequence((self._seed, position)).generate_state(1)
                 try:
                     out = self._streamer.generate(
                         self._trained.params, logits, state, self._sampling, seed
                     )
-                except ValueError as error:  # positions end
+                except ValueError as error:  # the last position is reached
                     raise ConfigError(str(error)) from error
                 logits, state = out.logits, out.state
                 written = written + np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
@@ -275,18 +298,18 @@ class Conversation:
                 if stop():
                     break
         except KeyboardInterrupt:
-            state = None  # it may have been given away
+            state = None  # its buffers may have been donated
         show(text[shown:cut])
         while cut is not None and len(self._decode(answer)) > cut:
             answer = answer[:-1]
         if not self.fresh and (answer or state is not None):
-            if state is None or answer != written:
+            if state is None or answer != written:  # the state has not read exactly this
                 logits, state = self._read(prompt + answer)
             self._go_to(logits, state, self._is_end(answer), before)
         return text[:cut]
 
     def _prompt(self, message: str) -> list[int]:
-        """What is read for a message."""
+        """Ids that are read for a message."""
         if isinstance(self._template, str):
             return self._start() + self._vocabulary.encode(self._template.format(message=message))
         if self._ended is None:
@@ -294,18 +317,20 @@ class Conversation:
         return self._template.next(message, self._ended)
 
     def _is_end(self, ids: list[int]) -> bool:
-        """Whether the last of `ids` ended an answer."""
+        """Whether the last of `ids` is a token that ends an answer."""
         return bool(ids) and ids[-1] in self._sampling.stop_tokens
 
     def _decode(self, ids: list[int]) -> str:
-        """Text of an answer; what ended it and ids that the model has beyond the vocabulary are left
-        out."""
+        """Text of an answer, without its end token and without ids beyond the vocabulary."""
         ids = ids[:-1] if self._is_end(ids) else ids
         return self._vocabulary.decode([i for i in ids if i < self._vocabulary.vocab_size])
 
 
 def _settled(text: str, stop: Sequence[str]) -> int:
-    """How much of an unfinished answer stays: no half character and no beginning of a stop text."""
+    """Length of the part of an unfinished answer that later tokens cannot change.
+
+    It excludes an incomplete character at the end and the beginning of a stop string.
+    """
     text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    begun = (n for end in stop for n in range(1, len(end)) if text.endswith(end[:n]))
-    return len(text) - max(begun, default=0)
+    partial = (n for end in stop for n in range(1, len(end)) if text.endswith(end[:n]))
+    return len(text) - max(partial, default=0)

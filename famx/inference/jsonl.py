@@ -1,4 +1,4 @@
-"""JSON lines: read one at a time, and written so that a run that was killed goes on where it was."""
+"""Reading JSON lines one at a time, and writing them so that an interrupted run can resume."""
 
 import contextlib
 import fcntl
@@ -14,15 +14,15 @@ from famx.model_dir.identity import differing_fields
 
 
 def read_objects(path: str | os.PathLike, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a JSON-lines file (UTF-8) from line `start` (of 0, 1, ...) on.
+    """Read the objects of a UTF-8 JSON-lines file, one line in memory at a time.
 
-    Only one line at a time is in memory. Empty lines may stand at the end of the file alone.
+    Empty lines are allowed only at the end of the file. Lines before `start` (from 0) are not parsed.
 
     Yields:
-      `(line, object)`, `line` being 0 for the first of the file.
+      `(line, object)`, where `line` is the line number from 0.
 
     Raises:
-      ValueError: a line is empty, is broken JSON or holds no JSON object.
+      ValueError: a line is empty, is not valid JSON or is not a JSON object.
     """
     empty = None
     with open(path, "rb") as file:
@@ -43,16 +43,16 @@ def place(path: str | os.PathLike, line: int) -> str:
 
 def _parse(data: bytes, path: str | os.PathLike, line: int) -> dict[str, Any]:
     try:
-        found = json.loads(data.decode("utf-8" if line else "utf-8-sig"))
+        value = json.loads(data.decode("utf-8" if line else "utf-8-sig"))
         if b"\\u" in data:
-            _encode(found)  # half of a surrogate pair is JSON, but no text
+            _encode(value)  # raises for an unpaired surrogate, which is valid JSON but cannot be encoded
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place(path, line)} is broken JSON: {error}.") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError(
-            f'{place(path, line)} holds no JSON object: write it as {{"field": value, ...}} on one line.'
+            f'{place(path, line)} is not a JSON object: write {{"field": value, ...}} on one line.'
         )
-    return found
+    return value
 
 
 def _encode(value: Mapping[str, Any]) -> bytes:
@@ -60,17 +60,17 @@ def _encode(value: Mapping[str, Any]) -> bytes:
 
 
 class ResumableLines:
-    """Writes a JSON-lines file that appears only when it is complete.
+    """Writer of a JSON-lines file that appears under its name only when it is complete.
 
-    Until then its lines stand in `<path>.partial`, on disk whenever `write` returns. What decides
-    their content stands in `<path>.settings.json`, which stays; a later run with the same settings
-    goes on after the last complete line, and one with others is refused before it touches anything.
+    Until then the lines are in `<path>.partial`, and they are on disk when `write` returns. The settings
+    that determine the content are in `<path>.settings.json`: a later run with the same settings resumes
+    after the last complete line, and a run with other settings is refused before it changes anything.
 
     Args:
-      path: the file; its folder must exist.
+      path: the file; its directory must exist.
 
     Raises:
-      ConfigError: the folder does not exist or cannot be written.
+      ConfigError: the directory does not exist or is not writable, or `path` is a directory.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -81,46 +81,49 @@ class ResumableLines:
         folder = self.path.absolute().parent
         if not folder.is_dir() or not os.access(folder, os.W_OK) or self.path.is_dir():
             raise ConfigError(
-                f"{path} cannot be written: {folder} must be a folder that exists and is writable, and"
-                " the name must be free for a file."
+                f"{path} cannot be written: {folder} must be an existing, writable directory, and"
+                f" {self.path.name} must not be a directory in it."
             )
 
     def finished(self, settings: Mapping[str, Any]) -> bool:
-        """Whether the file is complete, after a comparison of `settings` with those noted.
-
-        Only the names in `settings` are compared. Nothing is written.
-
-        Raises:
-          ConfigError: what lies there was not written by this class, or with other settings.
-        """
-        found = next((file for file in (self.path, self._partial) if file.exists()), None)
-        if found is None:
-            return False
-        way_out = f"choose another file, or remove {found} to begin anew."
-        try:
-            there = json.loads(self._settings.read_bytes())["settings"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{found} exists, and not by a run like this one: {way_out}") from error
-        there = {name: there.get(name) for name in settings}
-        differing = differing_fields(there, json.loads(json.dumps(settings)))
-        if differing:
-            raise ConfigError(
-                f"{found} was made with other settings, differing in {differing}: {way_out}"
-            )
-        return found == self.path
-
-    def open(self, settings: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> int:
-        """Begins to write, or goes on.
+        """Whether the file is complete. Writes nothing.
 
         Args:
-          settings: JSON values that decide the content; see `finished`, which must be False.
-          notes: more to be noted beside them, which may differ from run to run.
-
-        Returns:
-          how many complete lines there are; a line cut off by a kill is removed.
+          settings: compared with those of the run that wrote the file; other settings of that run are
+            ignored, so that a run can check before it knows them all.
 
         Raises:
-          ConfigError: see `finished`; or another run is writing.
+          ConfigError: the file or its partial version exists, but was made with other settings or by
+            something else.
+        """
+        existing = next((file for file in (self.path, self._partial) if file.exists()), None)
+        if existing is None:
+            return False
+        advice = f"choose another file, or remove {existing} to start over."
+        try:
+            saved = json.loads(self._settings.read_bytes())["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{existing} exists, but not from a run like this one: {advice}") from error
+        saved = {name: saved.get(name) for name in settings}
+        differing = differing_fields(saved, json.loads(json.dumps(settings)))
+        if differing:
+            raise ConfigError(
+                f"{existing} was made with other settings, differing in {differing}: {advice}"
+            )
+        return existing == self.path
+
+    def open(self, settings: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> int:
+        """Start writing, or resume.
+
+        Args:
+          settings: JSON values that determine the content; `finished(settings)` must be False.
+          notes: further JSON values for the settings file, which may differ when the run is resumed.
+
+        Returns:
+          Number of complete lines; an incomplete last line is removed.
+
+        Raises:
+          ConfigError: see `finished`; or another run is writing the file.
         """
         self.finished(settings)
         if not self._partial.exists():
@@ -130,7 +133,7 @@ class ResumableLines:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.close()
-            raise ConfigError(f"Another run is writing {self._partial}: wait for its end.") from error
+            raise ConfigError(f"Another run is writing {self._partial}: wait until it ends.") from error
         self._file.seek(0)
         count = end = 0
         for line in self._file:
@@ -140,10 +143,10 @@ class ResumableLines:
         return count
 
     def write(self, objects: Iterable[Mapping[str, Any]]) -> None:
-        """Appends lines; they are on disk on return.
+        """Append lines; they are on disk on return.
 
         Raises:
-          ConfigError: the disk is full, say.
+          ConfigError: they cannot be written, for example because the disk is full.
         """
         try:
             self._file.write(b"".join(map(_encode, objects)))
@@ -151,19 +154,19 @@ class ResumableLines:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise ConfigError(
-                f"{self._partial} cannot be written: {error.strerror}. Make room; the same command goes"
-                " on from the last complete line."
+                f"{self._partial} cannot be written: {error.strerror}. Free some space; the same command"
+                " then resumes after the last complete line."
             ) from error
 
     def finish(self) -> None:
-        """Gives the complete file its name."""
+        """Close the complete file and give it its final name."""
         os.replace(self._partial, self.path)
         self.close()
 
     def close(self) -> None:
-        """Closes the file; safe to call twice."""
+        """Close the file; may be called more than once."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # of a full disk, which `write` has reported
+            with contextlib.suppress(OSError):  # a full disk, which `write` has reported
                 self._file.close()
             self._file = None
 

@@ -1,4 +1,4 @@
-"""The lines of a JSON-lines file as prompts: checked, encoded, and batched by length."""
+"""Prompts from the lines of a JSON-lines file: checking, encoding, batching by length."""
 
 import dataclasses
 import string
@@ -21,13 +21,13 @@ NEW_FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A line as the model reads it.
+    """One line of the input, encoded.
 
     Attributes:
-      line: its number, from 0.
-      fields: the object.
-      prompt: int32 `[n]`, `n >= 1`.
-      targets: for scores, the tokens of each candidate, int32 `[n]` with `n >= 1`.
+      line: line number, from 0.
+      fields: the line's JSON object.
+      prompt: token ids, int32 `[n]` with `n >= 1`.
+      targets: in mode "score", the token ids of each target, int32 `[n]` with `n >= 1`; otherwise empty.
     """
 
     line: int
@@ -37,20 +37,22 @@ class Example:
 
 
 class Lines:
-    """The lines of a file as examples; the file is read again each time, a line at a time.
+    """Examples of a JSON-lines file.
+
+    The file may be larger than the memory: each pass reads it again, one line at a time.
 
     Args:
-      path: JSON lines.
-      mode: one of `NEW_FIELDS`; score needs targets.
-      template: a prompt's text, with fields of the line in braces.
-      vocabulary: turns text into ids.
-      vocab_size: ids of the model.
-      begin: whether begin of text is put in front of prompts.
-      chat: makes each prompt the first message of a conversation, its begin of text included; None:
+      path: the JSON-lines file.
+      mode: a key of `NEW_FIELDS`; "score" requires `targets` in every line.
+      template: format string that makes a prompt of the fields of a line.
+      vocabulary: encodes prompts and targets.
+      vocab_size: number of ids that the model has.
+      begin: whether prompts start with the begin-of-text token.
+      chat: formats each prompt as the first message of a conversation, including begin of text; None:
         prompts are read as they are.
 
     Raises:
-      ConfigError: the template is none.
+      ConfigError: `template` is not valid.
     """
 
     def __init__(
@@ -70,10 +72,10 @@ class Lines:
         self._names = _template_fields(template)
 
     def check(self) -> int:
-        """Looks at every line without encoding it, and counts them.
+        """Check every line without encoding it; return the number of lines.
 
         Raises:
-          ConfigError: there is no line, or one is wrong; it is named.
+          ConfigError: the file is empty or a line is not valid; the sentence names the line.
         """
         count = 0
         for line, fields in self._objects(0):
@@ -87,7 +89,11 @@ class Lines:
         return count
 
     def read(self, first: int = 0) -> Iterator[Example]:
-        """Examples from line `first` on; ConfigError where a text makes no tokens."""
+        """Encode lines from number `first` on, one at a time.
+
+        Raises:
+          ConfigError: while iterating, if a line is not valid or a text encodes to no tokens.
+        """
         return (self._example(line, fields) for line, fields in self._objects(first))
 
     def _objects(self, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -99,7 +105,9 @@ class Lines:
     def _check(self, fields: Mapping[str, Any]) -> None:
         for name in NEW_FIELDS[self.mode]:
             if name in fields:
-                raise ValueError(f"has a field '{name}' already, which {self.mode} writes: rename it.")
+                raise ValueError(
+                    f"already has a field '{name}', which mode {self.mode} writes: rename it."
+                )
         if "input_ids" in fields:
             also = next((name for name in self._names if name in fields), None)
             if also is not None:
@@ -110,26 +118,26 @@ class Lines:
                 if name not in fields:
                     raise ValueError(f"has no '{name}'; its fields are: {', '.join(fields) or 'none'}.")
                 if not isinstance(fields[name], str):
-                    raise ValueError(f"has '{name}' that is not text but {_kind(fields[name])}.")
+                    raise ValueError(f"has '{name}' that is {_kind(fields[name])}, not text.")
             self._check_text("prompt", self.template.format_map(fields))
         if self.mode != "score":
             return
         if "targets" not in fields:
-            raise ValueError("has no 'targets', which score needs: give a text or a list of texts.")
+            raise ValueError("has no 'targets', which mode score needs: add a text or a list of texts.")
         targets = fields["targets"]
         targets = targets if isinstance(targets, list) else [targets]
         if not targets:
-            raise ValueError("has an empty list of 'targets': give at least one text.")
+            raise ValueError("has an empty list of 'targets': add at least one text.")
         for text in targets:
             if not isinstance(text, str):
-                raise ValueError(f"has 'targets' that hold not text but {_kind(text)}.")
+                raise ValueError(f"has 'targets' that contain {_kind(text)} instead of text.")
             self._check_text("target", text)
 
     def _check_ids(self, ids: Any) -> None:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise ValueError("has 'input_ids' that are no list of whole numbers.")
+            raise ValueError("has 'input_ids' that are not a list of integers.")
         if not ids:
-            raise ValueError("has an empty prompt: 'input_ids' holds nothing.")
+            raise ValueError("has an empty prompt: 'input_ids' is an empty list.")
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(
@@ -139,11 +147,11 @@ class Lines:
 
     def _check_text(self, what: str, text: str) -> None:
         if not text or (text.isspace() and not self.vocabulary.encode(text)):
-            raise ValueError(f"has an empty {what}: give at least one token.")
+            raise ValueError(f"has an empty {what}: it needs at least one token.")
 
     def _example(self, line: int, fields: Mapping[str, Any]) -> Example:
         try:
-            self._check(fields)  # again, should the file have been changed
+            self._check(fields)  # again: the file may have changed since `check`
             if "input_ids" in fields:
                 ids = fields["input_ids"]
                 bos = self._bos if ids[:1] != self._bos else []
@@ -160,24 +168,29 @@ class Lines:
     def _prompt(self, text: str) -> list[int]:
         if self._chat is None:
             return self._bos + self._encode("prompt", text)
-        return self._check_made("prompt", self._chat.first(text, self._begin))
+        return self._check_encoded("prompt", self._chat.first(text, self._begin))
 
     def _encode(self, what: str, text: str) -> list[int]:
-        return self._check_made(what, self.vocabulary.encode(text))
+        return self._check_encoded(what, self.vocabulary.encode(text))
 
-    def _check_made(self, what: str, ids: list[int]) -> list[int]:
+    def _check_encoded(self, what: str, ids: list[int]) -> list[int]:
         if not ids:
-            raise ValueError(f"has an empty {what}: its text makes no token.")
+            raise ValueError(f"has an empty {what}: its text encodes to no tokens.")
         if max(ids) >= self.vocab_size:
-            raise ValueError(f"makes the token id {max(ids)}; the model knows only {self.vocab_size}.")
+            raise ValueError(
+                f"encodes to the token id {max(ids)}, but the model has only {self.vocab_size} ids."
+            )
         return ids
 
 
 def batches(examples: Iterable[Example], batch_size: int) -> list[list[Example]]:
-    """Examples of similar length together; the batch with the first of all lines comes first."""
-    ordered = sorted(examples, key=lambda example: len(example.prompt))
-    found = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
-    return sorted(found, key=lambda batch: min(example.line for example in batch))
+    """Group examples of similar prompt length, which need little padding.
+
+    Batches are sorted by their earliest line, so that each batch completes at least one line of output.
+    """
+    by_length = sorted(examples, key=lambda example: len(example.prompt))
+    groups = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    return sorted(groups, key=lambda batch: min(example.line for example in batch))
 
 
 def _template_fields(template: str) -> list[str]:
@@ -187,12 +200,12 @@ def _template_fields(template: str) -> list[str]:
         parts = []
     if not parts or not all(name.isidentifier() and not s and not c for name, s, c in parts):
         raise ConfigError(
-            f"PROMPT_TEMPLATE {template!r} must hold names of fields in braces, as in 'Question:"
-            " {inputs}'; a brace that is text is written twice."
+            f"PROMPT_TEMPLATE {template!r} must contain names of fields in braces, as in 'Question:"
+            " {inputs}'; write a literal brace twice."
         )
     return list(dict.fromkeys(name for name, _, _ in parts))
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
+    names = {dict: "an object", list: "a list", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

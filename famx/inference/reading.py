@@ -1,4 +1,4 @@
-"""Text files of any length: encoded piece by piece, with a report of how far."""
+"""Streaming encoding of text files of any length, and its progress report."""
 
 import codecs
 import os
@@ -10,27 +10,27 @@ from typing import IO
 from famx.base.progress import Progress
 from famx.data.vocabularies import ByteVocabulary, Vocabulary
 
-_FILE_PIECE = 1 << 16  # bytes that are encoded at once
+_FILE_PIECE = 1 << 16  # bytes encoded at a time
 
 
 def encode_file(
     path: str, vocabulary: Vocabulary, size: int = _FILE_PIECE
 ) -> Iterator[tuple[int, list[int]]]:
-    """Encodes a file piece by piece, so that its length does not matter.
+    """Encode a file piece by piece, in memory that does not depend on its length.
 
-    Bytes are taken as they are. For any other vocabulary the file is UTF-8, where bytes that are not
-    become the replacement character, and a piece ends where its last line begins, or else before its
-    last word. There words and byte-level BPE give the same ids as if the file were encoded at once.
-    Only a piece without a single line end or space between two words is cut at any place.
-    SentencePiece models that put a space before a text put one before each piece.
+    A byte vocabulary takes the bytes as they are. For any other, the file is decoded as UTF-8, with the
+    replacement character in place of invalid bytes, and a piece ends at the last line end before a
+    non-space character, or else at the last space between two words. Cut there, word vocabularies and
+    byte-level BPE give the ids of the whole file. A piece without such a place is cut where it ends.
+    SentencePiece models that prepend a space to a text prepend one to every piece.
 
     Args:
-      path: of the file.
-      vocabulary: its ids are made.
-      size: bytes of a piece, about.
+      path: the text file.
+      vocabulary: encodes the text.
+      size: approximate number of bytes per piece.
 
     Yields:
-      `(bytes encoded so far, ids of the piece)`.
+      `(number of bytes encoded so far, ids of the piece)`.
 
     Raises:
       OSError: the file cannot be read.
@@ -44,14 +44,15 @@ def encode_file(
                 yield done, vocabulary.encode(data)
                 continue
             text += decoder.decode(data)
-            found = _LINE.match(text) or _WORD.match(text)
-            cut = found.end() if found else len(text)
+            whole = _LINE.match(text) or _WORD.match(text)
+            cut = whole.end() if whole else len(text)
             yield done, vocabulary.encode(text[:cut])
             text = text[cut:]
         yield done, vocabulary.encode(text + decoder.decode(b"", final=True))
 
 
-# Only single spaces and line ends: of a run of them, byte-level BPE takes the last one apart.
+# Only a single space or line end is a safe place to cut: byte-level BPE splits a run of them before its
+# last one, so a cut inside a run would change the ids.
 _LINE = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 _WORD = re.compile(r".*\S(?= \S)", re.DOTALL)
 

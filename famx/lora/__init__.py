@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA) and int8 weights, added from outside: the decoder's modules know neither.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) and int8 weights, without any code in the decoder's modules.
 
-Adapters are leaves `lora_a` and `lora_b` beside the kernels of the parameter tree, so whatever
-slices, places or saves parameters does so with them:
+Adapters are leaves `lora_a` and `lora_b` next to the kernels of the parameter tree, so scans, sharding
+and checkpoints treat them like any parameter:
 
     tree = combine(params, lora.init(key, params))
     with intercept(lora):

@@ -1,7 +1,7 @@
-"""What is adapted, the adapters' first values, and trees with and without them.
+"""Which kernels have adapters, the adapters' initial values, and merging them into the kernels.
 
 `R` is the rank. A kernel `[layers, *in, *out]` has the adapters `A [layers, *in, R]` and
-`B [layers, R, *out]`; its update is `alpha / R * A B`.
+`B [layers, R, *out]`, which add `alpha / R * A B` to it.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ GROUPS = {
     "feed_forward": ("layers/mlp/gate", "layers/mlp/up", "layers/mlp/down"),
 }
 ADAPTERS = ("lora_a", "lora_b")
-SCALE = "kernel_scale"  # of an int8 kernel, see `famx.lora.int8`
+SCALE = "kernel_scale"  # the leaf next to an int8 kernel, see `famx.lora.int8`
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which projections get adapters, and how large these are.
+    """Settings of the adapters.
 
     Attributes:
-      rank: `R`.
-      alpha: the update is `alpha / rank * A B`; None: equal to `rank`.
-      dropout: probability that a number of the adapters' input is dropped, in training alone.
-      targets: names of groups ("attention", "feed_forward"), or regular expressions that match
-        whole paths such as "layers/query".
+      rank: rank `R` of `A B`.
+      alpha: numerator of the scale `alpha / rank`; None: `rank`, so that the scale is 1.
+      dropout: probability of dropping each element of the adapters' input, only in training.
+      targets: projections that have adapters: names of groups ("attention", "feed_forward"), or regular
+        expressions that match whole paths such as "layers/query".
     """
 
     rank: int = 64
@@ -51,39 +51,40 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What `A B` is multiplied by."""
+        """Factor of `A B`: `alpha / rank`."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def check(self, config: DecoderConfig) -> None:
-        """Whether a decoder of this config can have these adapters.
+        """Check that a decoder of this config can have these adapters.
 
         Raises:
-          ConfigError: rank, alpha, dropout or a target makes no sense.
+          ConfigError: rank, alpha, dropout or a target is not valid.
         """
         tokens = jax.ShapeDtypeStruct((1, config.block_size), jnp.int32)
         self._kernels(jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"])
 
     def init(self, key, params) -> dict[str, Any]:
-        """Adapters that change nothing yet: `A` is normal, `B` zero.
+        """Initialize the adapters: `A` normal with standard deviation `in ** -0.5`, `B` zero.
+
+        Since `A B` is zero, the model computes the same as without adapters.
 
         Args:
-          key: of the random numbers.
+          key: random key.
           params: the decoder's parameters, arrays or ShapeDtypeStructs, boxed or not.
 
         Returns:
-          The leaves `lora_a` and `lora_b` alone, float32, in a tree like that of `params`. They are
-          boxed with the logical axes of their kernel if that is; the axis of the rank is
-          "lora_rank".
+          A tree like `params` with only the leaves `lora_a` and `lora_b`, float32. They are boxed with
+          the logical axes of their kernel if the kernel is boxed; the axis of the rank is "lora_rank".
 
         Raises:
-          ConfigError: rank, alpha, dropout or a target makes no sense.
+          ConfigError: rank, alpha, dropout or a target is not valid.
         """
         adapters = {}
         for path, kernel in self._kernels(params).items():
             shape, n = value(kernel).shape, inputs_end(path)
             std = math.prod(shape[1:n]) ** -0.5
-            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            a = std * jax.random.normal(own, (*shape[:n], self.rank), jnp.float32)
+            path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            a = std * jax.random.normal(path_key, (*shape[:n], self.rank), jnp.float32)
             b = jnp.zeros((shape[0], self.rank, *shape[n:]), jnp.float32)
             if isinstance(kernel, nn.Partitioned):
                 names = kernel.names
@@ -93,15 +94,15 @@ class Lora:
         return unflatten_dict(adapters, sep="/")
 
     def _kernels(self, params) -> dict[str, Any]:
-        """The kernels of the targets by path, after a check of everything."""
+        """Check all settings; return the kernels of the targets by path."""
         if self.rank < 1:
             raise ConfigError(f"The rank of LoRA must be at least 1; it is {self.rank}.")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ConfigError(
-                f"LoRA's alpha is {self.alpha}; it must be positive, or None for the rank itself."
+                f"LoRA's alpha is {self.alpha}; it must be positive, or None to use the rank."
             )
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"LoRA's dropout is {self.dropout}; it must lie in [0, 1).")
+            raise ConfigError(f"LoRA's dropout is {self.dropout}; it must be in [0, 1).")
         kernels = select(params, self.targets)
         for path, kernel in kernels.items():
             shape, n = value(kernel).shape, inputs_end(path)
@@ -116,45 +117,45 @@ class Lora:
 
 
 def inputs_end(path: str) -> int:
-    """Where the input axes of the kernel at `path` end; the first axis is that of the layers."""
-    return 3 if path.endswith("output") else 2  # heads and their width
+    """Index after the last input axis of the stacked kernel at `path`; axis 0 is the layer."""
+    return 3 if path.endswith("output") else 2  # `output` reads two axes, heads and head width
 
 
 def select(params, targets: Iterable[str]) -> dict[str, Any]:
-    """The kernels of the projections that `targets` name, by the projection's path.
+    """Kernels of the projections that `targets` name, by the path of the projection.
 
     Raises:
-      ConfigError: a target fits no projection.
+      ConfigError: a target matches no projection, or there are no targets.
     """
     flat = flatten_dict(params, sep="/")
     kernels = {p.removesuffix("/kernel"): x for p, x in flat.items() if p.endswith("/kernel")}
     chosen = set()
     for target in targets:
         try:
-            found = [p for p in kernels if p in GROUPS.get(target, ()) or re.fullmatch(target, p)]
+            matches = [p for p in kernels if p in GROUPS.get(target, ()) or re.fullmatch(target, p)]
         except re.error as error:
-            raise ConfigError(f"The target {target!r} is no regular expression: {error}.") from None
-        if not found:
+            raise ConfigError(f"The target {target!r} is not a regular expression: {error}.") from None
+        if not matches:
             known = [*GROUPS, *kernels]
             near = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
             raise ConfigError(
-                f"No projection is called {target!r}.{''.join(f' Did you mean {x!r}?' for x in near)}"
-                f" There are the groups {', '.join(GROUPS)} and the paths {', '.join(kernels)}."
+                f"No projection is named {target!r}.{''.join(f' Did you mean {x!r}?' for x in near)}"
+                f" The groups are {', '.join(GROUPS)}; the paths are {', '.join(kernels)}."
             )
-        chosen.update(found)
+        chosen.update(matches)
     if not chosen:
         raise ConfigError(f"LoRA's targets are empty: name groups ({', '.join(GROUPS)}) or paths.")
     return {path: kernel for path, kernel in kernels.items() if path in chosen}
 
 
 def combine(params, adapters) -> dict[str, Any]:
-    """One tree of both: the leaves of `adapters` are put beside, or in the place of, others."""
+    """One tree with the leaves of both; those of `adapters` replace leaves of the same path."""
     flat = {**flatten_dict(params, sep="/"), **flatten_dict(adapters, sep="/")}
     return unflatten_dict(flat, sep="/")
 
 
 def split(tree) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`(params, adapters)` of a combined tree."""
+    """Split a combined tree into `(params, adapters)`."""
     flat = flatten_dict(tree, sep="/")
     parts = {}, {}
     for path, leaf in flat.items():
@@ -164,16 +165,16 @@ def split(tree) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def merged(tree, lora: Lora | None = None, dtype=None):
-    """The parameters of a decoder without adapters and int8 kernels that computes the same.
+    """Merge adapters and int8 scales into plain kernels that compute the same.
 
     Args:
-      tree: combined and unboxed.
-      lora: what the adapters belong to; None if there are none.
-      dtype: of the kernels that change; None: as they are, and float32 for those of int8.
+      tree: parameters with adapters or int8 kernels, unboxed.
+      lora: settings of the adapters; None if there are none.
+      dtype: dtype of the merged kernels; None: that of the kernel, and float32 for int8 kernels.
 
     Returns:
-      `W + alpha / R * A B`, computed in float32 at least, in the place of each kernel; `tree` itself
-      where nothing is to be merged.
+      The tree with `W + alpha / R * A B`, computed in at least float32, in place of each kernel; `tree`
+      itself if there is nothing to merge.
     """
     flat = flatten_dict(tree, sep="/")
     extra = {path for path in flat if path.endswith((*ADAPTERS, SCALE))}
@@ -191,7 +192,7 @@ def merged(tree, lora: Lora | None = None, dtype=None):
 
 
 def dequantized(flat, path: str):
-    """The kernel at `path` of a flat tree, float32 at least."""
+    """The kernel at `path` of a flat tree, in at least float32, times its int8 scale if it has one."""
     kernel = flat[f"{path}/kernel"]
     if f"{path}/{SCALE}" not in flat:
         return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
@@ -200,11 +201,12 @@ def dequantized(flat, path: str):
 
 
 def _product(a, b):
-    """`A B` layer by layer; a GPU or TPU would round the factors without the precision."""
+    """`A B` of each layer."""
+    # At the default precision GPUs and TPUs would round the factors.
     times = lambda a, b: jnp.tensordot(a, b, axes=1, precision="highest")
     return jax.vmap(times)(a, b)
 
 
 def value(leaf):
-    """A leaf without its box."""
+    """The array of a leaf, which may be boxed."""
     return leaf.value if isinstance(leaf, nn.Partitioned) else leaf

@@ -1,4 +1,4 @@
-"""Applying a decoder whose tree holds adapters or int8 kernels."""
+"""Applying a decoder to parameters with adapters or int8 kernels."""
 
 import zlib
 
@@ -11,15 +11,15 @@ from famx.modules.components import Projection, product
 
 
 def intercept(lora: Lora | float | None = None, rng=None):
-    """A context in which projections use the adapters and the int8 scales beside their kernels.
+    """Context manager in which projections use the adapters and int8 scales next to their kernels.
 
-    Enter it inside the function that is jitted: a program that was compiled without it stays as it
-    is. Projections that have nothing beside their kernel compute as ever.
+    Enter it inside the jitted function, since it takes effect when the function is traced. Projections
+    without such leaves compute as usual.
 
     Args:
-      lora: what the adapters belong to, or the scale of `A B` itself; None: 1.
-      rng: key of the dropout in `lora`; None: no dropout. Layers and projections drop different
-        numbers; the steps of the scans over blocks and chunks drop the same ones.
+      lora: settings of the adapters, or the factor of `A B`; None: a factor of 1.
+      rng: key of the dropout in `lora`; None: no dropout. Each layer and projection draws its own mask;
+        all steps of the scans over blocks and chunks share it.
     """
     scale = lora.scale if isinstance(lora, Lora) else 1.0 if lora is None else lora
     rate = lora.dropout if isinstance(lora, Lora) and rng is not None else 0.0
@@ -34,7 +34,7 @@ def intercept(lora: Lora | float | None = None, rng=None):
         if module.has_variable("params", "lora_a"):
             a, b = (module.get_variable("params", name) for name in ("lora_a", "lora_b"))
             if rate:
-                x = _dropout(x, rate, _own_key(rng, module, x, a))
+                x = _dropout(x, rate, _dropout_key(rng, module, x, a))
             low = scale * product(x.astype(dtype), a.astype(dtype), n)
             y = y + product(low, b.astype(dtype), 1)
         return y
@@ -43,7 +43,7 @@ def intercept(lora: Lora | float | None = None, rng=None):
 
 
 def _int8_projection(module: Projection, x):
-    """What `Projection` computes, its int8 kernel multiplied by the scale of each output."""
+    """Compute a `Projection` whose kernel is int8, with a scale per output channel."""
     dtype, n = module.config.dtype, len(module.in_axes)
     leaf = lambda name: module.get_variable("params", name)
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -52,13 +52,14 @@ def _int8_projection(module: Projection, x):
     return y + leaf("bias").astype(dtype) if module.use_bias else y
 
 
-def _own_key(rng, module, x, a):
-    """A key of the projection, of the shape that it reads, and of the layer.
+def _dropout_key(rng, module, x, a):
+    """Random key that depends on the projection, the shape of its input, and the layer.
 
-    Layers are traced once for all: what tells them apart is the first number of their own `A`.
+    All layers share one trace, so the layer is told by data that differs between layers: the first
+    element of its `A`.
     """
-    where = f"{'/'.join(module.path)} {x.shape}"
-    key = jax.random.fold_in(rng, zlib.crc32(where.encode()))
+    place = f"{'/'.join(module.path)} {x.shape}"
+    key = jax.random.fold_in(rng, zlib.crc32(place.encode()))
     first = jax.lax.stop_gradient(a).reshape(-1)[0].astype(jnp.float32)
     return jax.random.fold_in(key, jax.lax.bitcast_convert_type(first, jnp.uint32))
 

@@ -1,8 +1,9 @@
-"""Adapters as small files in PEFT's names and layout, the memory prompt beside them.
+"""Adapter files in the format of PEFT, with the memory's parameters.
 
-A saved adapter is a directory with `adapter_config.json` and `adapter_model.safetensors`. A tensor of
-the latter is `base_model.model.model.layers.<i>.self_attn.q_proj.lora_A.weight [R, in]` (or `lora_B`,
-`[out, R]`), float32; the prompt is `famx.fam`, which PEFT reports as unexpected and leaves aside.
+A saved adapter is a directory with `adapter_config.json` and `adapter_model.safetensors`. The latter has
+float32 tensors `base_model.model.model.layers.<i>.self_attn.q_proj.lora_A.weight [R, in]` and `lora_B`
+`[out, R]`. The memory's parameters have names that begin with `famx.`; PEFT reports these as unexpected
+and ignores them.
 """
 
 import json
@@ -33,7 +34,7 @@ _THEIRS = {
 }
 _OURS = {theirs: ours for ours, theirs in _THEIRS.items()}
 _TENSOR = re.compile(r"base_model\.model\.(?:\w+\.)*?layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
-# What PEFT can do and we cannot, and the values that mean that it is not done.
+# Options of PEFT that are not supported, each with the values that mean that it is off.
 _PLAIN = {
     **dict.fromkeys(("use_dora", "lora_bias", "fan_in_fan_out"), (None, False)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (None, {})),
@@ -51,14 +52,15 @@ def save_adapter(
     base: str | None = None,
     memory: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the adapters of a tree, and its memory prompt if it has one, to a directory.
+    """Save the adapters of a tree, and its memory's parameters, to a directory.
 
     Args:
-      path: the directory; made if it is missing, an adapter in it is replaced.
-      tree: combined, or the adapters alone (with `fam` beside them); unboxed.
-      lora: what the adapters belong to.
-      fingerprint: of the base's weights, by `weights_fingerprint`; `load_adapter` can then refuse others.
-      base: name of the base model, for readers.
+      path: the directory; created if missing. An adapter in it is replaced.
+      tree: unboxed parameters with adapters, or only the adapters and the memory's parameters.
+      lora: settings of the adapters.
+      fingerprint: fingerprint of the base model's weights, by `weights_fingerprint`; with it,
+        `load_adapter` can reject another base model.
+      base: name of the base model, for information.
       memory: fields of the DecoderConfig that the adapters were trained with (`MEMORY_FIELDS`).
 
     Raises:
@@ -69,7 +71,7 @@ def save_adapter(
     flat = flatten_dict(tree, sep="/")
     paths = [ours for ours in _THEIRS if f"{ours}/lora_a" in flat]
     if not paths:
-        raise ConfigError("The parameters have no LoRA adapters that could be saved.")
+        raise ConfigError("The parameters contain no LoRA adapters to save.")
     tensors = {}
     for ours in paths:
         a, b = (np.asarray(flat[f"{ours}/{name}"], np.float32) for name in ("lora_a", "lora_b"))
@@ -104,7 +106,7 @@ def save_adapter(
 
 
 def adapter_memory(path) -> dict[str, Any]:
-    """The fields of the DecoderConfig that an adapter was trained with; empty if PEFT made it.
+    """Fields of the DecoderConfig that an adapter was trained with; empty for an adapter made by PEFT.
 
     Raises:
       ConfigError: there is no adapter, or it is damaged.
@@ -114,32 +116,33 @@ def adapter_memory(path) -> dict[str, Any]:
 
 
 def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str, Any], Lora]:
-    """Reads an adapter, ours or one of PEFT's, for a base model.
+    """Load an adapter, saved by famx or PEFT, for a base model.
 
     Args:
       path: the directory.
-      params: of the base; their shapes alone are looked at.
-      fingerprint: of the base; compared with the one that was saved, if there was one.
+      params: parameters of the base model; only their shapes are used.
+      fingerprint: fingerprint of the base model, compared with the saved one if there is one.
 
     Returns:
-      A tree for `combine`, numpy float32: the adapters, and the memory's parameters if there are any. And
-      the `Lora` that they belong to, its targets as they were found.
+      `(tree, lora)`: the adapters and any parameters of the memory, numpy float32, for `combine`; and the
+      adapters' settings.
 
     Raises:
-      ConfigError: there is no adapter, it is damaged, does what we do not, or fits another base.
+      ConfigError: there is no adapter, it is damaged, it uses unsupported options, or it does not fit the
+        base model.
     """
     path = pathlib.Path(path).expanduser()
     config, tensors, saved = _read(path)
     if fingerprint and saved and fingerprint != saved:
         raise ConfigError(
-            f"The adapter {path} was trained on another base model (fingerprint {saved[:12]}, and"
-            f" this one's is {fingerprint[:12]}): give the model that it was trained on."
+            f"The adapter {path} was trained on another base model (fingerprint {saved[:12]}, this one"
+            f" has {fingerprint[:12]}): load it with the model that it was trained on."
         )
     for name, plain in _PLAIN.items():
         if name in config and config[name] not in plain:
             raise ConfigError(
-                f"The adapter {path} has {name} {config[name]!r} in {CONFIG}: only plain LoRA of one"
-                " rank, without biases and without modules trained beside it, can be loaded."
+                f"The adapter {path} has {name} {config[name]!r} in {CONFIG}: only LoRA with a single"
+                " rank, without biases and without other trained modules, can be loaded."
             )
     kernels, found, adapters = select(params, tuple(GROUPS)), {}, {}
     for name, tensor in tensors.items():
@@ -149,7 +152,7 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
         if match and _OURS.get(match[2]) in kernels:
             found.setdefault(_OURS[match[2]], {})[match[3], int(match[1])] = tensor
         else:
-            raise ConfigError(f"The adapter {path} has {name}, for which the base has no place.")
+            raise ConfigError(f"The adapter {path} has {name}, which the base does not have.")
     rank = config["r"]
     for ours, parts in found.items():
         shape, n = value(kernels[ours]).shape, inputs_end(ours)
@@ -169,20 +172,20 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
 
 
 def _read(path: pathlib.Path):
-    """`(config, tensors, fingerprint)` of a directory."""
+    """`(config, tensors, fingerprint)` of the adapter in a directory; the last is None if not saved."""
     import safetensors
 
     try:
         config = json.loads((path / CONFIG).read_bytes())
         rank, alpha = config["r"], config["lora_alpha"]
         if not (type(rank) is int and rank >= 1 and isinstance(alpha, int | float)):
-            raise ValueError(f"r {rank!r} and lora_alpha {alpha!r} are no rank and scale")
+            raise ValueError(f"r {rank!r} and lora_alpha {alpha!r} are not a rank and a scale")
         with safetensors.safe_open(path / WEIGHTS, "np") as file:
             tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
             fingerprint = (file.metadata() or {}).get(FINGERPRINT)
     except FileNotFoundError:
         raise ConfigError(
-            f"There is no adapter in {path}: it must hold {CONFIG} and {WEIGHTS}."
+            f"There is no adapter in {path}: it must contain {CONFIG} and {WEIGHTS}."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise ConfigError(f"The adapter {path} is damaged and cannot be read: {error!r}.") from None
@@ -190,7 +193,12 @@ def _read(path: pathlib.Path):
 
 
 def _stack(parts, letter: str, layers: int, shape, where: str):
-    """The transposed tensors of all layers, `[layers, *reversed(shape)]`; each must have `shape`."""
+    """Transpose and stack the tensors of all layers: `[layers, *reversed(shape)]`.
+
+    Raises:
+      ConfigError: a layer is missing, there are more layers than in the base, or a tensor is not of
+        `shape`.
+    """
     deepest = max(layer for _, layer in parts) + 1
     if deepest > layers:
         raise ConfigError(f"The adapter {where} is for {deepest} layers, but the base has {layers}.")
@@ -229,7 +237,7 @@ def _of_memory(tensor, name: str, params, path):
 
 
 def _targets(found, kernels) -> tuple[str, ...]:
-    """The groups that were found as a whole, and the paths of the rest."""
+    """`Lora.targets` of the adapted paths: the complete groups, and the other paths."""
     whole = [
         group for group, paths in GROUPS.items() if {p for p in paths if p in kernels} <= set(found)
     ]

@@ -1,4 +1,4 @@
-"""Frozen kernels in int8: a quarter of float32's memory."""
+"""Frozen kernels in int8, which take a quarter of the memory of float32."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,18 +11,19 @@ from famx.lora.adapters import GROUPS, SCALE, inputs_end, select
 
 
 def quantize(params, targets: Iterable[str] = tuple(GROUPS)) -> dict[str, Any]:
-    """The tree with the kernels of `targets` in int8, to be applied under `intercept`.
+    """Quantize the kernels of `targets` to int8; apply the result under `intercept`.
 
-    Each output channel of a layer has a float32 scale of its own, the leaf `kernel_scale [layers, *out]`
-    beside the kernel, so that a weight is off by half its channel's scale at most; the largest of a
-    channel becomes 127. Everything else, adapters too, stays as it is. Boxed leaves stay boxed.
+    Each output channel of each layer has a float32 scale, the leaf `kernel_scale [layers, *out]` next to
+    the kernel, which maps the channel's largest absolute weight to 127. The error of a weight is at most
+    half its channel's scale. All other leaves stay as they are, including adapters and kernels that are
+    int8 already. Boxed leaves stay boxed.
 
     Args:
-      params: the decoder's parameters; under `jax.eval_shape` ShapeDtypeStructs.
-      targets: as in `Lora`. Kernels that are int8 already stay as they are.
+      params: the decoder's parameters; may be ShapeDtypeStructs under `jax.eval_shape`.
+      targets: as in `Lora`.
 
     Raises:
-      ConfigError: a target fits no projection.
+      ConfigError: a target matches no projection.
     """
     flat = flatten_dict(params, sep="/")
     for path, boxed in select(params, targets).items():

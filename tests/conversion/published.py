@@ -1,4 +1,4 @@
-"""Pretrained models as others publish them: tiny, drawn from a seed, written by hand."""
+"""Tiny pretrained models in published formats, drawn from a seed."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Tiny models of every family: a config.json, weights that a seed gives, and what transformers says.
+"""Tiny models of every family: config.json, weights drawn from a seed, and the logits of transformers.
 
     python tests/conversion/reference_models.py
 
@@ -73,7 +73,7 @@ CONFIGS = {
 
 
 def draw(name: str, shape, gemma: bool) -> np.ndarray:
-    """The tensor of a name: every one random, scales and biases too; attention is sharp."""
+    """Draw the tensor of a name. Scales and biases are random too, and attention is sharp."""
     x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(shape))
     if "norm" in name:
         x = 0.3 * x + (not gemma)

@@ -53,7 +53,7 @@ def source(tmp_path_factory):
 
 
 def files(directory) -> dict[str, bytes]:
-    """All files below a directory, but for times and the like that orbax notes."""
+    """All files below a directory, without the times that orbax records."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(pathlib.Path(directory).rglob("*"))
@@ -153,7 +153,7 @@ def test_a_source_that_is_no_directory_leaves_its_config_alone(tmp_path):
 
 
 def planned_sentence(directory, **weights) -> str:
-    """What is said about a Llama with other tensors; None leaves one out."""
+    """The error for a Llama with other tensors; None removes a tensor."""
     changed = {k: v for k, v in {**make_weights(LLAMA), **weights}.items() if v is not None}
     with pytest.raises(ConfigError) as caught:
         plan_import(open_source(write_source(directory / "x", weights=changed)), MEMORY)
@@ -299,7 +299,7 @@ def test_a_sentencepiece_model_without_a_pad_needs_a_row_for_it(tmp_path):
     pytest.importorskip("sentencepiece")
     directory = write_source(tmp_path / "x")
     train_sentencepiece(directory / "tokenizer.model")
-    with pytest.raises(ConfigError, match="has 301 ids and the model 300: the last is for padding"):
+    with pytest.raises(ConfigError, match="has 301 ids, the model 300: the last is for padding"):
         run_convert(directory, tmp_path / "y")
     plan = run_convert(directory, tmp_path / "y", pad_id=300)
     assert plan.config.vocab_size == load_vocabulary(tmp_path / "y").vocab_size == 301
@@ -321,13 +321,13 @@ def test_an_unused_piece_of_sentencepiece_becomes_the_pad(tmp_path):
 
 
 def test_tokenizers_that_do_not_fit(tmp_path, instruct, source):
-    with pytest.raises(ConfigError, match="has 301 ids and the model 299: give the tokenizer of this"):
+    with pytest.raises(ConfigError, match="has 301 ids, the model 299: pass the tokenizer of this"):
         fitting_vocabulary(instruct / "tokenizer.json", 299)
     with pytest.raises(ConfigError, match="The tokenizer cannot be used: pad_id 40 is not free"):
         fitting_vocabulary(instruct / "tokenizer.json", 300, pad_id=40)
     with pytest.raises(ConfigError, match="The tokenizer cannot be used: There is no tokenizer file"):
         plan_import(open_source(source), MEMORY, tokenizer=tmp_path / "x")
-    with pytest.raises(ConfigError, match="llama has no tokenizer that a pad_id could be for"):
+    with pytest.raises(ConfigError, match="llama has no tokenizer for --pad_id"):
         plan_import(open_source(source), MEMORY, pad_id=3)
     given = plan_import(open_source(source), MEMORY, tokenizer=instruct / "tokenizer.json")
     assert given.vocabulary.vocab_size == 300 and not given.notes

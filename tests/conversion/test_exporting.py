@@ -1,4 +1,4 @@
-"""Models go out to transformers and come back; what stops in between leaves nothing."""
+"""Export to transformers and back; an export that fails leaves nothing."""
 
 import io
 import json
@@ -38,7 +38,7 @@ MEMORY = {"block_size": 8, "memory_segments": 3, "memory": Fam(2, positions="flo
 
 
 def tree(hf, config, read):
-    """Our parameters from their tensors, `read(name)`."""
+    """Parameters from the tensors that `read(name)` returns."""
     leaves = {}
     for tensor in families.tensors(hf, config):
         leaves.setdefault(tensor.path, []).append(tensor.to_ours(read(tensor.name)))
@@ -47,7 +47,7 @@ def tree(hf, config, read):
 
 
 def imported(name, tmp_path, dtype=np.float32, vocabulary=None, **memory):
-    """A model of the drawn weights, as an import leaves it, with its `source/`."""
+    """An imported model with drawn weights and its `source/`."""
     hf = CONFIGS[name]
     config = families.decoder_config(hf, **{**MEMORY, **memory})
     shapes = {tensor.name: tensor.shape for tensor in families.tensors(hf, config)}
@@ -104,7 +104,7 @@ def test_import_after_export_is_the_identity_on_every_leaf(name, tmp_path):
 
 
 def convert(source, directory, **fields):
-    """An import as famx.convert does it, and what comes of it."""
+    """Import an export as famx.convert does; return the loaded model."""
     write_model(plan_import(open_source(source), fields), directory)
     return load_model(directory)
 
@@ -221,8 +221,8 @@ def test_how_transformers_reads_otherwise_is_noted(tmp_path):
         return export(trained, folder / "out").notes
 
     assert notes("mistral_window", window_mask=True) == []
-    assert "not the last blocks alone" in notes("mistral_window")[0]
-    assert "not the last blocks alone" in notes("llama", window_mask=True)[0]
+    assert "not only the last blocks" in notes("mistral_window")[0]
+    assert "not only the last blocks" in notes("llama", window_mask=True)[0]
 
 
 def test_a_damaged_sidecar_is_told(tmp_path):
@@ -252,7 +252,7 @@ def test_files_of_the_source_come_back_as_they_came(tmp_path):
         (source / name).write_bytes(content)
     done = export(trained, tmp_path / "out")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
-    assert len(done.notes) == 1 and "without the memory" in done.notes[0]
+    assert len(done.notes) == 1 and "the model has no memory" in done.notes[0]
     assert not (tmp_path / "out/tokenizer_config.json").exists()
 
 
@@ -398,10 +398,10 @@ def test_a_disk_that_is_full_is_told_before_anything_is_written(tmp_path, monkey
 
 def test_dtypes_that_cannot_be_are_refused(tmp_path):
     trained = imported("llama", tmp_path)
-    with pytest.raises(ConfigError, match="as float32, bfloat16, float16, float64, not as 'int4'"):
+    with pytest.raises(ConfigError, match="as float32, bfloat16, float16, float64, not 'int4'"):
         export(trained, tmp_path / "out", "int4")
     trained.params["final_norm"]["scale"][3] = 1e6
-    with pytest.raises(ConfigError, match="model.norm.weight has values that float16 cannot hold"):
+    with pytest.raises(ConfigError, match="model.norm.weight has values that float16 cannot represent"):
         export(trained, tmp_path / "out", "float16")
     assert not (tmp_path / "out").exists()
 

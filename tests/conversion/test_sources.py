@@ -1,4 +1,4 @@
-"""Hugging Face directories: what is read, and the one sentence for each way of being unreadable."""
+"""Hugging Face directories: what is read, and one sentence for each defect."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 def sentence(path) -> str:
-    """What is said about a source that cannot be opened."""
+    """The error for a source that cannot be opened."""
     with pytest.raises(ConfigError) as caught:
         open_source(path)
     text = str(caught.value)

@@ -1,4 +1,4 @@
-"""Checkpoints written piece by piece: the same to every reader, in little memory, or not there."""
+"""Checkpoints written piece by piece: equal to ordinary ones, in little memory, complete or absent."""
 
 import itertools
 import json

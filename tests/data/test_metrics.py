@@ -314,7 +314,7 @@ def test_unicode_tokens_lose_no_letter_and_need_no_form(text):
 
 @st.composite
 def ranked(draw):
-    """Scores, lengths and right choices of a few examples with different numbers of choices."""
+    """Scores, lengths and right choices of examples with different numbers of choices."""
     counts = draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
     number = st.floats(-50, 0) | st.just(-math.inf)
     scores = [draw(st.lists(number, min_size=n, max_size=n)) for n in counts]

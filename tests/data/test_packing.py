@@ -23,7 +23,7 @@ def make_documents(sizes, seed=0):
 
 
 class Counted:
-    """Documents that note what is loaded; with `sizes`, they tell sizes without loading."""
+    """Documents that record which are loaded; with `sizes`, sizes are known without loading."""
 
     def __init__(self, documents, tell_sizes):
         self.documents, self.loaded = documents, []

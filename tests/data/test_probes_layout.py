@@ -1,4 +1,4 @@
-"""All generated probes: pure rows of exact length, weights, batches, texts, insertion, sentences."""
+"""All generated probes: rows are pure and of exact length; weights, batches, texts, errors."""
 
 import dataclasses
 

@@ -275,7 +275,7 @@ def last(items):
 
 
 def answer_by_reading(facts, question):
-    """Looks up every moment anew, from the sentences alone."""
+    """Answer by going through the sentences again for every moment."""
 
     def place(person, now):
         return last([thing for p, verb, thing in facts[: now + 1] if p == person and verb.endswith("to")])

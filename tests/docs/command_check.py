@@ -21,11 +21,11 @@ from famx.base import gin_utils
 
 
 class Parsed(Exception):
-    """Everything was read, and nothing is run."""
+    """Raised when a command was parsed, instead of running it."""
 
 
 def parse(main, gin_flags=True):
-    """In place of `gin_utils.run`."""
+    """Replaces `gin_utils.run`: parse flags and gin, run nothing."""
     from absl import flags
 
     if gin_flags:
@@ -39,7 +39,7 @@ def parse(main, gin_flags=True):
 
 
 def problem(module: str, arguments: list[str]) -> str | None:
-    """What is wrong with a command; None: nothing."""
+    """The error message of a command; None if it parses."""
     gin_utils.run, sys.argv = parse, [module, *arguments]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -1,4 +1,4 @@
-"""The Markdown pages of the repository, their fenced blocks and their links; no part of famx needed."""
+"""The Markdown pages of the repository, their fenced blocks and links, without importing famx."""
 
 import dataclasses
 import pathlib
@@ -54,7 +54,7 @@ def prose(path: pathlib.Path) -> str:
 
 
 def anchors(path: pathlib.Path) -> set[str]:
-    """Names of a page's headings in links, as GitHub and the site make them."""
+    """Anchors of a page's headings, as GitHub and the site make them."""
     found: set[str] = set()
     for title in re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
@@ -66,7 +66,7 @@ def anchors(path: pathlib.Path) -> set[str]:
 
 
 def links(path: pathlib.Path) -> list[str]:
-    """Targets of a page's links and pictures, those to other sites left out."""
+    """Targets of a page's links and pictures, without links to other sites."""
     text = re.sub(r"`[^`\n]*`", "", prose(path))
     found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     return [link for link in found if not re.match(r"[a-z]+:", link)]

@@ -1,7 +1,7 @@
-"""Every command of every page is parsed, or marked with what it needs.
+"""Every command on every page parses, or is marked with what it needs.
 
-Bash itself takes the blocks apart: they run with stand-ins on PATH that note their arguments. Commands of
-famx are then parsed by its own flags and gin. Other programs (pip, git, gcloud) are not ours to check,
+The blocks run in bash with stand-ins on PATH that record their arguments. The recorded commands of famx
+are then parsed by its flags and gin. Other programs (pip, git, gcloud) are not ours to check,
 so a block that has one says what it needs in the line before: `<!-- needs: network -->`.
 """
 

@@ -23,7 +23,7 @@ CLASSES = classes()
 
 
 def inherited(cls: ast.ClassDef, method: str) -> bool:
-    """Whether a class of ours above this one documents the method."""
+    """Whether a base class in famx documents the method."""
     for base in cls.bases:
         above = CLASSES.get(ast.unparse(base).split("[")[0].split(".")[-1])
         if above is not None and (method in documented(above) or inherited(above, method)):

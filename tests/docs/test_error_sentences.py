@@ -1,4 +1,4 @@
-"""Error sentences that pages quote are sentences of the code."""
+"""The code contains every error sentence that a page quotes."""
 
 import ast
 import functools
@@ -13,7 +13,7 @@ _LETTERS = 18  # that a template must have of its own, to count as a sentence
 
 @functools.cache
 def templates() -> tuple[re.Pattern, ...]:
-    """Every string of the sources that reads like a sentence, values being anything."""
+    """Patterns of all strings in the sources that look like sentences; placeholders match anything."""
     found = set()
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -32,7 +32,7 @@ def templates() -> tuple[re.Pattern, ...]:
 
 
 def known(sentence: str) -> bool:
-    """Whether a sentence is one of the code's, alone, behind a prefix, or before a hint."""
+    """Whether the code has the sentence: whole, after a prefix, or before a hint."""
     starts = [m.end() for m in re.finditer(r": ", sentence)]
     hint = re.sub(r" Did you mean \S+\?$", "", sentence)
     whole = {sentence, hint, *(sentence[start:] for start in starts)}

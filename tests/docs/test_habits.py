@@ -1,4 +1,4 @@
-"""What developers rely on: ruff and types pass, the Makefile does what it says, the citation is whole."""
+"""Developer tooling: ruff and mypy pass, the Makefile matches the pages, the citation is complete."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""Links resolve, the site builds and shows every page, and what pages say of the code is so."""
+"""Links resolve, the site builds with every page, and statements about the code are true."""
 
 import ast
 import pathlib
@@ -42,7 +42,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_every_file_of_the_repository_that_a_page_names_exists():
-    """Paths in backticks with a folder of ours in front; those with a wildcard match something."""
+    """Paths in backticks that start with a directory of the repository; wildcards match something."""
     ours = r"`((?:famx|gin_configs|tests|docs|benchmarks|launch)/[\w./*]+)`"
     for page in PAGES:
         for path in re.findall(ours, prose(page)):
@@ -68,7 +68,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 
 def rows(page: pathlib.Path, columns: int):
-    """Cells of the rows of a page's tables that have so many columns, heads left out."""
+    """Cells of all table rows of a page with this number of columns, without separators."""
     for line in page.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("| ") and len(cells) == columns:
@@ -130,7 +130,7 @@ def test_the_paper_map_names_fields_and_defaults_of_the_config():
 
 def test_the_tables_of_macros_are_those_of_the_files():
     text = (DOCS / "gin.md").read_text()
-    first, second = text.split("\n`gin_configs/runs/finetune.gin` has these besides")
+    first, second = text.split("\n`gin_configs/runs/finetune.gin` adds these")
     for part, name in ((first, "pretrain"), (second, "finetune")):
         source = (ROOT / "gin_configs" / "runs" / f"{name}.gin").read_text()
         in_file = dict(re.findall(r"^([A-Z_]+) = (.*?)(?:  #.*)?$", source, re.MULTILINE))
@@ -150,7 +150,7 @@ def test_the_tables_of_macros_are_those_of_the_files():
 @pytest.mark.parametrize("block", blocks(DOCS / "gin.md", "gin"), ids=str)
 def test_the_example_of_a_file_parses(block, tmp_path):
     (tmp_path / "mine.gin").write_text(block.text)
-    code = "import sys; from famx import gin_utils, train; gin_utils.parse_gin(sys.argv[1:])"
+    code = "import sys, famx.train; from famx.base.gin_utils import parse_gin; parse_gin(sys.argv[1:])"
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "mine.gin")], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""Chat templates: the ids that others make of messages, and nothing that a message could spell."""
+"""Chat templates: the ids equal those of transformers, and no message can spell a special token."""
 
 import functools
 import io
@@ -95,7 +95,7 @@ def user(text):
 
 @pytest.fixture(scope="module")
 def theirs(vocabularies, tmp_path_factory):
-    """Per template, the ids that transformers makes of messages."""
+    """For each template, a function that returns the ids by transformers."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("theirs")
 
@@ -179,7 +179,7 @@ def test_system_messages(vocabularies):
     rest = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert text(ChatTemplate(vocabulary)) == f"<|im_start|>system\nBe brief<|im_end|>\n{rest}"
     assert text(ChatTemplate(vocabulary, "Rhyme")) == f"<|im_start|>system\nRhyme<|im_end|>\n{rest}"
-    with pytest.raises(ConfigError, match="template refuses the messages: Roles must alternate user and"):
+    with pytest.raises(ConfigError, match="template rejects the messages: Roles must alternate user and"):
         ChatTemplate(vocabularies["inst"], "Rhyme")
 
 
@@ -192,7 +192,7 @@ def test_begin_of_text_stands_in_front_of_everything_or_nowhere(vocabularies):
 
 
 def test_sentencepiece_with_tokens_in_brackets(tmp_path):
-    """As Gemma's: tokens that the template spells are ordinary pieces, and no message spells them."""
+    """As in Gemma, the template's tokens are ordinary pieces; messages still cannot spell them."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -227,20 +227,20 @@ def test_a_template_that_rewrites_the_past_is_refused_at_the_second_message(tmp_
     thinking = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
     template = make_template(tmp_path, thinking)
     assert template.first("Hi")
-    with pytest.raises(ConfigError, match="writes earlier turns in another way than they were read, so"):
+    with pytest.raises(ConfigError, match="rewrites earlier turns, so the conversation cannot continue"):
         template.next("Hi", True)
 
 
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        (None, "The model's vocabulary has no chat template: read its messages without CHAT_TEMPLATE."),
-        ("{% for %}", "The chat template of the vocabulary is damaged: Expected"),
-        ("{{ messages[9].content }}", "The chat template refuses the messages: "),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "The chat template refuses the messages: "),
-        ("{{ messages.append(1) }}", "The chat template refuses the messages: "),
-        ("{{ 1 + 'x' }}", "The chat template refuses the messages: unsupported operand"),
-        ("{{ messages[0].content }}", "The chat template leaves answers out: give --template."),
+        (None, "The model's vocabulary has no chat template: set CHAT_TEMPLATE to False."),
+        ("{% for %}", "The chat template of the vocabulary is not valid: Expected"),
+        ("{{ messages[9].content }}", "The chat template rejects the messages: "),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "The chat template rejects the messages: "),
+        ("{{ messages.append(1) }}", "The chat template rejects the messages: "),
+        ("{{ 1 + 'x' }}", "The chat template rejects the messages: unsupported operand"),
+        ("{{ messages[0].content }}", "The chat template drops the answers of earlier turns: set"),
     ],
 )
 def test_templates_that_cannot_be_used(tmp_path, text, sentence):
@@ -277,7 +277,7 @@ def talk(conversation, message):
 
 
 def write(trained, ids, count):
-    """What the model writes after `ids`, and what it then has read."""
+    """What the model generates after `ids`, and the ids that it has then read."""
     streamer = shared_streamer(trained.model.module)
     state = streamer.initial_state(trained.params, 1)
     logits, state = streamer.read(trained.params, state, np.array([ids], np.int32))
@@ -388,5 +388,5 @@ def test_answers_to_the_lines_of_a_file_end_with_the_turn(trained, tmp_path, mon
         answer("chat")
     trained.model.input_vocabulary = ByteVocabulary()
     other = write_model_dir(tmp_path / "other", trained.model, trained.params, ByteVocabulary())
-    with pytest.raises(ConfigError, match="vocabulary has no chat template: read its messages without"):
+    with pytest.raises(ConfigError, match="vocabulary has no chat template: set CHAT_TEMPLATE"):
         inference.infer(other, str(tmp_path / "in.jsonl"), str(tmp_path / "x"), chat_template=True)

@@ -1,4 +1,4 @@
-"""JSON lines: every broken line is named, and a file that is written survives any kill."""
+"""JSON lines: errors name the line, and an output file survives a kill at any byte."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ def write(path, objects, settings=SETTINGS):
 
 
 def stop(path, data=b'{"a": 1}\n{"a": 2}\n', settings=SETTINGS):
-    """As a run leaves it that was killed."""
+    """Leave the files of a run that was killed."""
     with ResumableLines(path) as output:
         output.open(settings)
     path.with_name("out.jsonl.partial").write_bytes(data)
@@ -55,7 +55,7 @@ def test_byte_order_mark_and_empty_lines_at_the_end_are_no_lines(path):
     [
         (b'{"a": 1}\n{"a": \n', "Line 2 of {} is broken JSON: Expecting value"),
         (b'{"a": 1}\n\n{"a": 2}\n', "Line 2 of {} is empty: remove it."),
-        (b'{"a": 1}\n[1]\n', "Line 2 of {} holds no JSON object: write it as"),
+        (b'{"a": 1}\n[1]\n', "Line 2 of {} is not a JSON object: write"),
         (b'{"a": "\xff"}\n', "Line 1 of {} is broken JSON: 'utf-8' codec"),
         (b'{"a": "\\ud800"}\n', "Line 1 of {} is broken JSON: 'utf-8' codec"),
         (b'{"a": ' + b"[" * 100_000, "Line 1 of {} is broken JSON: "),
@@ -110,7 +110,7 @@ def test_other_settings_are_refused_and_touch_nothing(path, prepare):
         ResumableLines(path).open({**SETTINGS, "mode": "score"})
     assert str(caught.value) == (
         f"{found} was made with other settings, differing in mode ('predict' there, 'score' here):"
-        f" choose another file, or remove {found} to begin anew."
+        f" choose another file, or remove {found} to start over."
     )
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
 
@@ -119,7 +119,7 @@ def test_other_settings_are_refused_and_touch_nothing(path, prepare):
 def test_a_file_of_something_else_is_refused(path, name):
     found = path.with_name(name)
     found.write_text("mine")
-    with pytest.raises(ConfigError, match=f"{found} exists, and not by a run like this one: choose"):
+    with pytest.raises(ConfigError, match=f"{found} exists, but not from a run like this one: choose"):
         ResumableLines(path).open(SETTINGS)
     assert found.read_text() == "mine"
 
@@ -136,7 +136,7 @@ def test_settings_alone_protect_nothing(path):
 def test_two_runs_at_once(path):
     with ResumableLines(path) as output:
         output.open(SETTINGS)
-        with pytest.raises(ConfigError, match="Another run is writing .*partial: wait for its end."):
+        with pytest.raises(ConfigError, match="Another run is writing .*partial: wait until it ends."):
             ResumableLines(path).open(SETTINGS)
     with ResumableLines(path) as output:
         assert output.open(SETTINGS) == 0
@@ -151,7 +151,7 @@ def test_a_full_disk_is_a_sentence_and_the_lines_before_stay(path, monkeypatch):
         output.write([{"a": 1}])
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(ConfigError, match="cannot be written: No space left on device. Make"):
+            with pytest.raises(ConfigError, match="cannot be written: No space left on device. Free"):
                 output.write([{"a": 2}])
     with ResumableLines(path) as output:
         assert output.open(SETTINGS) >= 1

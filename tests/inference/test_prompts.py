@@ -1,4 +1,4 @@
-"""Lines as prompts: what becomes of each field, which lines are read together, what is refused."""
+"""Prompts: how fields become tokens, which lines are batched together, and what is rejected."""
 
 import json
 
@@ -70,11 +70,11 @@ def test_text_that_makes_no_token(tmp_path):
             Lines(str(path), "predict", "{inputs}", passkey_words(), 128, True).check()
         assert lines(path).check() == 1  # spaces are bytes like others
     put(path, [{"inputs": "key"}])
-    with pytest.raises(ConfigError, match="Line 1 of .* makes the token id .*; the model knows only 5."):
+    with pytest.raises(ConfigError, match="Line 1 of .* encodes to the token id .* has only 5 ids."):
         list(Lines(str(path), "predict", "{inputs}", passkey_words(), 5, True).read())
 
 
 @pytest.mark.parametrize("template", ["", "text", "{}", "{0}", "{a.b}", "{a!r}", "{a:>9}", "{inputs"])
 def test_a_template_that_is_none(tmp_path, template):
-    with pytest.raises(ConfigError, match="PROMPT_TEMPLATE .* must hold names of fields in braces"):
+    with pytest.raises(ConfigError, match="PROMPT_TEMPLATE .* must contain names of fields in braces"):
         lines(tmp_path, template=template)

@@ -1,4 +1,4 @@
-"""Adapters in files: nothing is lost, PEFT's layout, and files that are damaged or of another base."""
+"""Adapter files: round trips, PEFT's layout, and damaged files or those of another base."""
 
 import dataclasses
 import errno
@@ -144,7 +144,7 @@ def test_another_base_is_refused_by_its_fingerprint(tmp_path):
         (dict(num_layers=3), "for layer 2: the base has more layers"),
         (dict(embed_dim=16), r"lora_. of shape .*, where the base needs .*16.*: it belongs to another"),
         (dict(num_kv_heads=4), r"k_proj has a lora_B of shape \[8, 3\].*needs \[16, 3\]"),
-        (dict(gated_mlp=False), "gate_proj.*for which the base has no place"),
+        (dict(gated_mlp=False), "gate_proj.*which the base does not have"),
         (dict(memory=Memory()), "memory/prompt, a parameter of its memory, but the base has no such m"),
         (dict(memory=Fam(4)), r"has shape \[2, 8\], but that of the base \[4, 8\]: give the base"),
     ],
@@ -169,7 +169,7 @@ def test_a_damaged_file_is_refused(tmp_path, file, keep):
 def test_a_missing_file_is_named(tmp_path, file):
     params, _ = saved(tmp_path)
     (tmp_path / file).unlink()
-    with pytest.raises(ConfigError, match="There is no adapter in .* it must hold"):
+    with pytest.raises(ConfigError, match="There is no adapter in .* it must contain"):
         load_adapter(tmp_path, params)
 
 
@@ -177,7 +177,7 @@ def test_a_missing_file_is_named(tmp_path, file):
 def test_nonsense_in_the_config_is_refused(tmp_path, changes):
     params, _ = saved(tmp_path)
     edit(tmp_path, **changes)
-    with pytest.raises(ConfigError, match="damaged.*no rank and scale"):
+    with pytest.raises(ConfigError, match="damaged.*not a rank and a scale"):
         load_adapter(tmp_path, params)
 
 
@@ -188,7 +188,7 @@ def test_nonsense_in_the_config_is_refused(tmp_path, changes):
 def test_what_only_peft_can_do_is_refused(tmp_path, changes):
     params, _ = saved(tmp_path)
     edit(tmp_path, **changes)
-    with pytest.raises(ConfigError, match=f"has {next(iter(changes))}.*only plain LoRA of one rank"):
+    with pytest.raises(ConfigError, match=f"has {next(iter(changes))}.*only LoRA with a single rank"):
         load_adapter(tmp_path, params)
 
 
@@ -200,7 +200,7 @@ def test_a_missing_and_a_superfluous_tensor_are_named(tmp_path):
     with pytest.raises(ConfigError, match="mlp.up_proj has no lora_B for layer 0"):
         load_adapter(tmp_path, params)
     replace_weights(tmp_path, {**tensors, "base_model.model.lm_head.lora_A.weight": tensors[name]})
-    with pytest.raises(ConfigError, match="has base_model.model.lm_head.lora_A.weight, for which"):
+    with pytest.raises(ConfigError, match="has base_model.model.lm_head.lora_A.weight, which"):
         load_adapter(tmp_path, params)
 
 

@@ -1,4 +1,4 @@
-"""What is adapted, the first values, trees with and without adapters, and what is refused."""
+"""Adapters: targets, initial values, trees with and without adapters, and bad settings."""
 
 import flax.linen as nn
 import jax
@@ -160,10 +160,10 @@ def test_only_what_is_targeted_changes():
         (Lora(0), "at least 1; it is 0"),
         (Lora(9), "The rank of LoRA is 9, but layers/.* is only 8 wide"),
         (Lora(2, alpha=0.0), "alpha is 0.0; it must be positive"),
-        (Lora(2, dropout=1.0), r"dropout is 1.0; it must lie in \[0, 1\)"),
+        (Lora(2, dropout=1.0), r"dropout is 1.0; it must be in \[0, 1\)"),
         (Lora(2, targets=("atention",)), "'atention'. Did you mean 'attention'"),
-        (Lora(2, targets=("query",)), "No projection is called 'query'.*layers/query"),
-        (Lora(2, targets=("layers/(query",)), "is no regular expression"),
+        (Lora(2, targets=("query",)), "No projection is named 'query'.*layers/query"),
+        (Lora(2, targets=("layers/(query",)), "is not a regular expression"),
         (Lora(2, targets=()), "targets are empty"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Under `intercept`: every way of reading and writing, gradients, dropout."""
+"""`intercept` in every way of reading and generating; gradients; dropout."""
 
 import dataclasses
 import functools
@@ -90,7 +90,7 @@ class Pair(nn.Module):
 
 
 def kept(rng, first=1.0, rows=512):
-    """How many inputs of each row `(one, two)` do not drop; `first` is the first number of `A`."""
+    """Number of inputs of each row that `(one, two)` do not drop; `first` is the first element of `A`."""
     a, b = np.ones((16, 1), np.float32), np.ones((1, 1), np.float32)
     a[0, 0] = first
     leaves = {"kernel": np.zeros((16, 1), np.float32), "lora_a": a, "lora_b": b}

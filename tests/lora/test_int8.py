@@ -1,4 +1,4 @@
-"""Int8 kernels: how far they are off, what they cost, and that training leaves them alone."""
+"""Int8 kernels: their error and size, and that training does not change them."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""A saved adapter means the same to PEFT: transformers with it gives the logits of our merged model."""
+"""PEFT reads saved adapters: transformers then gives the logits of the merged model."""
 
 import jax
 import numpy as np

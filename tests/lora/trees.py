@@ -39,7 +39,7 @@ def adapted(lora=LORA, **changes):
 
 
 def logits(c, tree, tokens, lora=LORA, rng=None):
-    """Of the combined tree; of a plain one where `lora` is None."""
+    """Logits of the combined tree, or of a plain one if `lora` is None."""
 
     def apply(tree, rng):
         if lora is None:
@@ -52,7 +52,7 @@ def logits(c, tree, tokens, lora=LORA, rng=None):
 
 
 def merged_logits(c, tree, tokens, dtype=None):
-    """Of the merged tree, as a plain decoder computes them."""
+    """Logits of the merged tree by a plain decoder."""
     with precision(c):
         params = merged(tree, LORA, dtype)
     return logits(c, params, tokens, None)

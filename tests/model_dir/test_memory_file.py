@@ -1,4 +1,4 @@
-"""Memory files: what was saved comes back bit for bit, and nothing else is taken for it."""
+"""Memory files: loading returns what was saved bit for bit, and rejects everything else."""
 
 import dataclasses
 import errno
@@ -39,7 +39,7 @@ def make_trained(vocabulary=None, seed=0, **changes) -> TrainedModel:
 
 
 def any_state(trained, batch, seed=0) -> tuple[jax.Array, DecoderState]:
-    """Logits and a state of any bits, not-a-number and minus zero among them."""
+    """Logits and a state of arbitrary bits, including NaN and -0."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda p: trained.model.initial_state(p, batch), trained.params)
     fill = lambda leaf: jnp.asarray(
@@ -74,7 +74,7 @@ def test_a_memory_comes_back_bit_for_bit(tmp_path, dtype, name, batch):
 
 
 def test_a_memory_can_be_used_again_and_again(saved):
-    """It is given away by what reads on; the next one must not notice."""
+    """Reading on donates its buffers, which must not affect the next reader."""
     path, trained = saved
     _, state = restore_memory(path, trained)
     jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
