@@ -52,6 +52,7 @@ setup(
         "seqio>=0.0.20",
         "tensorflow-datasets>=4.9.10",
     ],
+    entry_points={"console_scripts": ["famx = famx.__main__:main"]},
     extras_require={
         # setuptools and wheel: the package tests build without network.
         "test": [

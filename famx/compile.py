@@ -1,9 +1,8 @@
-"""Compiles a run's programs for a slice that need not exist: do they fit, how fast can they be?
+"""Compiles a run's programs for devices that need not exist: do they fit, how fast can they be?
 
     python -m famx.compile --gin_file=gin_configs/examples/pretrain_8b.gin --topology=v5p:4x4x4
 
-The gin files and bindings are those of `famx.train`, of which neither the task, nor MODEL_DIR, nor a
-checkpoint is looked at. See docs/scale.md.
+The gin files and bindings are those of `famx.train`; no data or checkpoint is opened. See docs/scale.md.
 """
 
 import sys
@@ -11,53 +10,50 @@ import sys
 from absl import flags
 
 from famx.base import gin_utils
+from famx.base.command_line import require
 from famx.base.errors import ConfigError
-from famx.scale import main as scale
-from famx.scale import programs
 
-# What a run needs and a compiler does not.
-UNNEEDED = (
-    *("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS"),
-    *("TEXT_FILES", "DATA_DIR"),
-)
-
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "A TPU slice such as v5p:4x4x4 (v4, v5e, v5p, v6e); gpu; or cpu:8."
-)
-_SLICES = flags.DEFINE_integer("num_slices", 1, "So many such slices, joined by the network.")
-_PROGRAMS = flags.DEFINE_list("programs", ["train"], "Of train, prefill, decode.")
-_INFERENCE = flags.DEFINE_integer(
-    "inference_batch_size", None, "Of prefill and decode; a row for each shard of a batch by default."
-)
-_FIND = flags.DEFINE_enum("find", None, ["batch_size"], "Find the largest batch_size that fits.")
-_JSON = flags.DEFINE_string("json", None, "File for the reports.")
-_REPORTS = flags.DEFINE_list("reports", None, "Files of --json; --markdown is filled, nothing compiled.")
-_MARKDOWN = flags.DEFINE_string("markdown", None, "Page whose table --name the reports fill.")
-_NAME = flags.DEFINE_string("name", None, "Of the table in the page, between its markers.")
-_HLO = flags.DEFINE_string("hlo", None, "Folder for the programs as the compiler made them.")
+# Macros that a training needs and a compilation does not.
+_UNNEEDED = "MODEL_DIR MIXTURE_OR_TASK_NAME INITIAL_CHECKPOINT_PATH TRAIN_STEPS TEXT_FILES DATA_DIR"
 
 
-def main():
-    page = (_REPORTS.value, _MARKDOWN.value, _NAME.value)
+def define_flags() -> None:
+    flags.DEFINE_string("topology", None, "TPU slice such as v5p:4x4x4 (or v4, v5e, v6e), gpu, or cpu:8.")
+    flags.DEFINE_integer("num_slices", 1, "Number of slices, joined by the data-centre network.")
+    flags.DEFINE_list("programs", ["train"], "Programs to compile: train, prefill, decode.")
+    flags.DEFINE_integer("inference_batch_size", None, "Rows of prefill and decode; default 1 per shard.")
+    flags.DEFINE_enum("find", None, ["batch_size"], "Search for the largest batch_size that fits.")
+    flags.DEFINE_string("json", None, "JSON file to write the reports to.")
+    flags.DEFINE_list("reports", None, "Files of --json that fill the table --name; compiles nothing.")
+    flags.DEFINE_string("markdown", None, "Markdown page that contains the table --name.")
+    flags.DEFINE_string("name", None, "Name of the table in the page, as its markers give it.")
+    flags.DEFINE_string("hlo", None, "Folder to write the compiled programs to, as HLO text.")
+
+
+def main() -> None:
+    values = flags.FLAGS
+    page = (values.reports, values.markdown, values.name)
     if any(page):
         if not all(page):
             raise ConfigError("--reports, --markdown and --name fill a table of a page: give all three.")
-        scale.fill_page(*page)
-        return
-    if _TOPOLOGY.value is None:
-        raise ConfigError("--topology is not set: name what to compile for, such as --topology=v5e:4x4.")
-    for name in _PROGRAMS.value:
-        if name not in programs.PROGRAMS:
-            known = ", ".join(programs.PROGRAMS)
-            raise ConfigError(f"There is no program {name!r}: choose from {known}.")
-    gin_utils.parse_gin_flags(UNNEEDED)
-    fits = scale.run(
-        _TOPOLOGY.value, _SLICES.value, _PROGRAMS.value, _INFERENCE.value, _FIND.value, _JSON.value,
-        _HLO.value,
+        from famx.scale.compiling import fill_page
+
+        return fill_page(*page)
+    require({"topology": "--topology is not set: name what to compile for, such as --topology=v5e:4x4."})
+
+    from famx.scale.compiling import run
+    from famx.scale.programs import PROGRAMS
+
+    for name in values.programs:
+        if name not in PROGRAMS:
+            raise ConfigError(f"There is no program {name!r}: choose from {', '.join(PROGRAMS)}.")
+    gin_utils.parse_gin_flags(_UNNEEDED.split())
+    fits = run(
+        values.topology, values.num_slices, values.programs, values.inference_batch_size, values.find,
+        values.json, values.hlo,
     )  # fmt: skip
-    if not fits:
-        sys.exit(1)
+    sys.exit(0 if fits else 1)
 
 
 if __name__ == "__main__":
-    gin_utils.run(main)
+    gin_utils.run(main, define_flags)

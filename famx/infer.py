@@ -1,17 +1,18 @@
-"""Continues or scores the prompts of a JSON-lines file.
+"""Completes or scores the prompts of a JSON-lines file.
 
     python -m famx.infer --gin_file=gin_configs/runs/infer.gin \\
         --gin.CHECKPOINT_PATH="'/tmp/famx/passkey_tiny'" \\
         --gin.INPUT_FILE="'prompts.jsonl'" --gin.OUTPUT_FILE="'answers.jsonl'"
 
-The same command goes on where an interrupted run stopped. What lines hold stands in `famx.inference`.
+The same command resumes an interrupted run. `famx.inference.lines` documents the fields of a line.
 """
 
-from famx import inference
 from famx.base import gin_utils
 
 
-def main():
+def main() -> None:
+    from famx import inference
+
     gin_utils.parse_gin_flags()
     gin_utils.call(inference.infer)
 

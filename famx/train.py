@@ -3,36 +3,47 @@
     python -m famx.train --gin_file=gin_configs/examples/passkey_tiny.gin \\
         --gin.MODEL_DIR="'/tmp/famx/passkey_tiny'"
 
-The same command goes on where an interrupted run stopped. On several hosts each runs it with
---multiprocess, see `famx.base.distributed`; `launch/` starts them.
+The same command resumes an interrupted run. With several hosts, each runs it with --multiprocess, see
+`famx.base.distributed`; `launch/` starts the processes.
 """
 
 import sys
 
 from absl import flags
 
-from famx.base import distributed, gin_utils, signals
-from famx.training import loop
-
-_STOPPED = flags.DEFINE_integer(
-    "exit_code_if_stopped", 0, "Exit code of a run that SIGTERM or SIGINT stopped before its end.", 0, 255
-)
-
-_PROFILE = flags.DEFINE_string(
-    "profile_steps", None, "As 10:13, first and last step that a trace in MODEL_DIR/profile is made of."
-)
+from famx.base import gin_utils
 
 
-def main():
-    distributed.initialize()
-    if _PROFILE.value:
-        binding = f"loop.train.profile_steps = {_PROFILE.value!r}"
-        flags.FLAGS.gin_bindings = [*flags.FLAGS.gin_bindings, binding]
+def define_flags() -> None:
+    flags.DEFINE_bool("multiprocess", False, "Join the processes that TPU, GKE or Slurm started.")
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 can be reached.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes that train together.")
+    flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+    flags.DEFINE_integer(
+        "exit_code_if_stopped", 0, "Exit code of a run that SIGTERM or SIGINT stopped early.", 0, 255
+    )
+    flags.DEFINE_string(
+        "profile_steps", None, "First and last step to profile, such as 10:13; the trace goes to"
+        " MODEL_DIR/profile.",
+    )  # fmt: skip
+
+
+def main() -> None:
+    from famx.base import distributed, signals
+    from famx.training import loop
+
+    values = flags.FLAGS
+    distributed.initialize(
+        values.multiprocess, values.coordinator_address, values.num_processes, values.process_id
+    )
+    if values.profile_steps:
+        binding = f"loop.train.profile_steps = {values.profile_steps!r}"
+        values["gin_bindings"].value = [*values.gin_bindings, binding]
     gin_utils.parse_gin_flags()
     gin_utils.call(loop.train)
-    if _STOPPED.value and signals.was_stopped():
-        sys.exit(_STOPPED.value)
+    if values.exit_code_if_stopped and signals.was_stopped():
+        sys.exit(values.exit_code_if_stopped)
 
 
 if __name__ == "__main__":
-    gin_utils.run(main)
+    gin_utils.run(main, define_flags)

@@ -28,9 +28,8 @@ import jax
 import numpy as np
 from IPython.display import HTML, display
 
-from famx.analysis import figures
+from famx.analysis import figures, read_maps
 from famx.analysis.interactive import attention_page
-from famx.attention_maps import read_maps
 from famx.base import gin_utils
 from famx.data import PasskeyTask
 from famx.data.metrics import exact_match

@@ -35,7 +35,7 @@ from famx.data import PasskeyTask
 from famx.data.probes import text_form
 from famx.decoding import Sampling
 from famx.inference.conversation import Conversation
-from famx.memory import describe
+from famx.inference.memorize import describe
 from famx.model_dir.loading import load_model
 from famx.training import loop
 

@@ -11,12 +11,12 @@ import pytest
 from tiny import make_model, make_params
 from trained import write_model_dir
 
-from famx import attention_maps as module
-from famx.analysis import AttentionMaps, attention_maps, interactive
-from famx.attention_maps import make_maps, read_maps
+from famx.analysis import AttentionMaps, attention_maps, interactive, read_maps
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary
+from famx.inference import text_maps
+from famx.inference.text_maps import make_maps
 from famx.model_dir.loading import load_model
 
 MODEL = make_model(num_layers=2)
@@ -80,7 +80,7 @@ def test_what_is_wrong_is_told_before_the_model_is_loaded(tmp_path, path, monkey
     def never(*args):
         raise AssertionError("the model was loaded in spite of bad input")
 
-    monkeypatch.setattr(module, "load_with_vocabulary", never)
+    monkeypatch.setattr(text_maps, "load_with_vocabulary", never)
     full = tmp_path / "full"
     full.mkdir()
     (full / "maps.npz").write_text("")

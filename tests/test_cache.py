@@ -15,10 +15,11 @@ tf = pytest.importorskip("tensorflow")
 
 import famx.data  # noqa: E402
 from famx.base import gin_utils  # noqa: E402
+from famx.base.command_line import json_object  # noqa: E402
 from famx.base.errors import ConfigError  # noqa: E402
-from famx.cache import cache, json_options, seqio_task, shard_of  # noqa: E402
 from famx.data.formats import flan  # noqa: E402, F401, a mixture
 from famx.data.seqio import register_text_task  # noqa: E402
+from famx.data.seqio_cache import cache, seqio_task, shard_of  # noqa: E402
 
 SIZES = {"train": 37, "validation": 3}
 
@@ -133,7 +134,7 @@ def test_an_interrupted_command_keeps_what_is_complete(tmp_path, monkeypatch):
     assert read("scrolls_qasper", "train", True) == read("scrolls_qasper", "train", False)
     messages = []
     assert cache(task, out, ["train"], 3, messages.append)["scrolls_qasper"] == {"train": 37}
-    assert "37 examples are there already" in messages[0]
+    assert "37 examples exist already" in messages[0]
 
 
 def test_other_data_or_settings_in_the_same_place_end_it(tmp_path):
@@ -192,7 +193,7 @@ def test_texts_and_made_examples_are_cached_with_their_weights(tmp_path, name, o
 def test_bad_input_gets_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match="The nearest name is 'scrolls_qasper'"):
         seqio_task("scrols_qasper")
-    with pytest.raises(ConfigError, match="'passkey_bytes' is made, .*: say --length and --examples"):
+    with pytest.raises(ConfigError, match="'passkey_bytes' generates .*: add --length and --examples"):
         seqio_task("passkey_bytes", {"digits": 3}, length=512)
     with pytest.raises(ConfigError, match="unexpected keyword argument 'colour'"):
         seqio_task("scrolls_qasper", {"colour": 1})
@@ -205,7 +206,7 @@ def test_bad_input_gets_a_sentence(tmp_path):
         seqio_task("foreign", {"digits": 3})
     seqio.TaskRegistry.remove("foreign")
     seqio.TaskRegistry.remove("scrolls_qasper")
-    with pytest.raises(ConfigError, match="'passkey_words' cannot be cached: its examples are made"):
+    with pytest.raises(ConfigError, match="'passkey_words' cannot be cached: its examples are generated"):
         cache(seqio.TaskRegistry.get("passkey_words"), str(tmp_path))
     task = register_text_task(
         famx.data.get("scrolls_qasper", data_dir=write_qasper(tmp_path / "data")))
@@ -216,9 +217,9 @@ def test_bad_input_gets_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file/scrolls_qasper cannot be written to"):
         cache(task, str(tmp_path / "file"))
-    for text, sentence in (("{", "--task_options is no JSON"), ("[1]", "must be a JSON object")):
+    for text, sentence in (("{", "--task_options is not JSON"), ("[1]", "must be a JSON object")):
         with pytest.raises(ConfigError, match=sentence):
-            json_options(text, "task_options")
+            json_object(text, "task_options")
 
 
 @pytest.mark.slow

@@ -17,23 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from tiny import assert_close, assert_identical, make_model, make_params
 from trained import write_model_dir
 
 from famx import chat
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
-from famx.chat import converse, unescape
 from famx.data import ByteVocabulary
 from famx.data.probes.passkey_text import passkey_words
 from famx.decoding import Sampling, Streamer
 from famx.inference import conversation as module
 from famx.inference.conversation import Conversation, check_template, load_with_vocabulary
+from famx.inference.terminal import HELP, converse, unescape
 from famx.model_dir.loading import TrainedModel
 from famx.model_dir.memory_file import save_memory
 
 QUESTION = "the grass is green."
+KEPT = "Further messages and answers will be kept."
+NOT_KEPT = "Further messages and answers will not be kept."
 WARM = Sampling(40, temperature=1.5)
 
 
@@ -324,7 +325,7 @@ def test_commands(say, tmp_path):
         "/help",
     )
     size = conversation.num_bytes
-    end = f"{size:,} bytes of state, however much is read."
+    end = f"{size:,} bytes of state, whatever the length of the text."
     begun = f"101 tokens read (a book.txt), 12 memory updates, {end}"
     none = f"0 tokens read, 0 memory updates, {end}"
     lines = out.splitlines()
@@ -332,19 +333,19 @@ def test_commands(say, tmp_path):
     asked = begun.replace("101", "111").replace("12 m", "13 m")
     assert lines[:-11] == [
         f"101 tokens read from {tmp_path / 'a book.txt'}.", f"Saved to {memory}.", answer, begun,
-        "Nothing is kept from now on.", answer, "All is kept from now on.", answer, asked,
+        NOT_KEPT, answer, KEPT, answer, asked,
         none, none, begun, f"Saved to {memory}.",
     ]  # fmt: skip
-    assert "\n".join(lines[-11:]) == chat.HELP and err == ""
+    assert "\n".join(lines[-11:]) == HELP and err == ""
 
 
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ("/nope", "There is no command /nope: /help tells those that there are."),
-        ("/READ x", "There is no command /READ: /help tells those that there are."),
+        ("/nope", "There is no command /nope: /help lists the commands."),
+        ("/READ x", "There is no command /READ: /help lists the commands."),
         ("/read", "/read needs a file."),
-        ("/reset x", "/reset stands alone."),
+        ("/reset x", "/reset takes no argument."),
         ("/read {}/no.txt", "{}/no.txt cannot be read: No such file or directory."),
         ("/read {}", "{} cannot be read: Is a directory."),
         ("/read {}/empty.txt", "{}/empty.txt contains no text."),
@@ -365,7 +366,7 @@ def test_what_cannot_be_done_is_one_sentence_and_changes_nothing(say, tmp_path, 
     save_memory(tmp_path / "two.famem", TRAINED, conversation._logits[jnp.array([0, 0])], twice)
     state = jax.tree.map(jnp.copy, conversation._state)
     out, err = say(conversation, line.format(tmp_path), "/keep")
-    assert (out, err) == ("All is kept from now on.\n", f"famx: {sentence.format(tmp_path)}\n")
+    assert (out, err) == (f"{KEPT}\n", f"famx: {sentence.format(tmp_path)}\n")
     assert_identical(conversation._state, state)
 
 
@@ -463,7 +464,7 @@ def test_a_terminal_has_a_prompt_and_ctrl_c_ends_the_answer_alone(tmp_path):
 
     try:
         found = wait_for("bytes] > ")
-        assert "/help tells the commands." in found and "[0 tokens, " in found
+        assert "/help lists the commands." in found and "[0 tokens, " in found
         os.write(here, f"{QUESTION}\n".encode())
         wait_for("", length=500)  # the line, and more than the first piece of an answer
         process.send_signal(signal.SIGINT)
@@ -488,15 +489,9 @@ def bad_input(monkeypatch, capsys):
     monkeypatch.setattr("famx.inference.conversation.load_model", _never)
 
     def call(*args):
-        if "template" not in flags.FLAGS:
-            chat.define_flags()
-        flags.FLAGS.unparse_flags()
-        for name in ("checkpoint", "memory", "template", "temperature", "gin_bindings"):
-            if name in flags.FLAGS:
-                flags.FLAGS[name].unparse()
         monkeypatch.setattr(sys, "argv", ["chat", *args])
         with pytest.raises(SystemExit) as caught:
-            gin_utils.run(chat.main, gin_flags=False)
+            gin_utils.run(chat.main, chat.define_flags, gin_flags=False)
         *_, last = capsys.readouterr().err.strip().splitlines()
         assert caught.value.code == 2
         return last.removeprefix("famx: error: ")

@@ -11,8 +11,7 @@ import jax
 import pytest
 
 from famx.base.errors import ConfigError
-from famx.scale import main as scale
-from famx.scale import topologies
+from famx.scale import compiling, topologies
 from famx.scale.programs import PROGRAMS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,16 +52,16 @@ def test_eight_virtual_devices(tmp_path):
 
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table: sizes -->\n<!-- end -->\nafter\n")
-    scale.fill_page([out], page, "sizes")
+    compiling.fill_page([out], page, "sizes")
     lines = page.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and len(lines) == 4 + 2 + len(PROGRAMS)
     assert [line.split(" | ")[:3] for line in lines[4:-2]] == [
         ["| tiny", name, "cpu:8"] for name in PROGRAMS
     ]
     with pytest.raises(ConfigError, match="has no place for a table named other"):
-        scale.fill_page([out], page, "other")
+        compiling.fill_page([out], page, "other")
     with pytest.raises(ConfigError, match="page.md holds no reports of famx.compile --json"):
-        scale.fill_page([page], page, "sizes")
+        compiling.fill_page([page], page, "sizes")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -8,17 +8,9 @@ import sys
 
 import jax
 import pytest
-from absl.testing import flagsaver
 
 from famx.base import distributed, gin_utils
 from famx.base.errors import ConfigError
-
-NOBODY = dict(multiprocess=False, coordinator_address=None, num_processes=None, process_id=None)
-
-
-def initialize(**given):
-    with flagsaver.flagsaver(**{**NOBODY, **given}):
-        distributed.initialize()
 
 
 @pytest.fixture
@@ -32,19 +24,19 @@ def joined(monkeypatch):
 
 
 def test_one_process_joins_nobody(joined):
-    initialize()
+    distributed.initialize()
     assert joined == []
 
 
 def test_a_process_that_is_told_all_detects_nothing(joined):
-    initialize(coordinator_address="node7:1234", num_processes=4, process_id=3)
+    distributed.initialize(coordinator_address="node7:1234", num_processes=4, process_id=3)
     assert joined == [(("node7:1234", 4, 3), {"cluster_detection_method": "deactivate"})]
-    initialize(coordinator_address="[::1]:1234", num_processes=1, process_id=0)
+    distributed.initialize(coordinator_address="[::1]:1234", num_processes=1, process_id=0)
     assert joined[1][0] == ("[::1]:1234", 1, 0)
 
 
 def test_a_process_of_a_cluster_detects_all(joined):
-    initialize(multiprocess=True)
+    distributed.initialize(multiprocess=True)
     assert joined == [((), {})]
 
 
@@ -64,7 +56,7 @@ def test_a_process_of_a_cluster_detects_all(joined):
 )
 def test_flags_that_do_not_fit(joined, given, sentence):
     with pytest.raises(ConfigError) as caught:
-        initialize(**given)
+        distributed.initialize(**given)
     assert sentence in str(caught.value) and joined == []
 
 
@@ -77,35 +69,34 @@ def test_no_cluster_around(monkeypatch, text, kind):
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(ValueError) as caught:
-        initialize(multiprocess=True)
+        distributed.initialize(multiprocess=True)
     assert type(caught.value) is kind
     assert ("found no TPU slice, GKE job or Slurm step" in str(caught.value)) == (kind is ConfigError)
 
 
 TWO = """
 import contextlib, sys
-from absl import app
 from famx.base import distributed, signals
-def main(_):
-    distributed.initialize()
+def main(moment, address, index):
+    distributed.initialize(coordinator_address=address, num_processes=2, process_id=int(index))
     context = contextlib.nullcontext(lambda: False)
-    if sys.argv[1] == "training":
+    if moment == "training":
         context = signals.graceful_stop()
     with context as stop:
         print("ready", flush=True)
         sys.stdin.readline()
         print(stop(), signals.was_stopped())
-app.run(main)
+main(*sys.argv[1:])
 """
 
 
-def start_two(*args):
+def start_two(moment):
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        place = [f"--coordinator_address=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+        address = f"localhost:{free.getsockname()[1]}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, *args, *place, f"--process_id={i}"], cwd=gin_utils.gin_root(),
+            [sys.executable, "-c", TWO, moment, address, str(i)], cwd=gin_utils.gin_root(),
             env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         ) for i in range(2)
@@ -142,7 +133,6 @@ import os, signal, sys
 from absl import flags
 from famx import train
 from famx.base import gin_utils, signals
-train.loop.train = None
 gin_utils.parse_gin_flags = lambda: None
 def run(_):
     with signals.graceful_stop() as stop:
@@ -150,7 +140,7 @@ def run(_):
             os.kill(os.getpid(), signal.SIGTERM)
         stop()
 gin_utils.call = run
-gin_utils.run(train.main)
+gin_utils.run(train.main, train.define_flags)
 """
 
 

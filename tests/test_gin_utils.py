@@ -242,7 +242,7 @@ def test_run_parses_flags(tmp_path):
         (["--gin.job.steps=1", "--gin.job.block=11"], "block is too large: use at most 10."),
         (["--gin.job.block=1"], "job.steps is not set: add --gin.job.steps=VALUE."),
         (["--gin.job.stesp=1"], "job has no parameter stesp. Did you mean steps?"),
-        (["--gin.job"], "--gin.job is no gin binding: write it as --gin.NAME=VALUE."),
+        (["--gin.job"], "--gin.job is not a gin binding: write it as --gin.NAME=VALUE."),
     ],
 )
 def test_run_prints_one_sentence(tmp_path, args, sentence):

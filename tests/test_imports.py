@@ -58,7 +58,7 @@ def test_the_model_imports_only_jax_and_flax():
 
 
 def test_the_engine_leaves_tensorflow_alone():
-    run("import sys, famx.train, famx.evaluation, famx.data\n"
+    run("import sys, famx.train, famx.training.loop, famx.evaluation, famx.data\n"
         "assert not {'tensorflow', 'seqio'} & set(sys.modules)\nprint('done')")  # fmt: skip
 
 

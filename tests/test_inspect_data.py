@@ -16,8 +16,8 @@ import famx.data
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.data.formats import gpt3  # noqa: F401, registers its tasks
+from famx.data.tools.inspect import Row, Rows, inspect, numbers, open_rows, plot, render, sizes, visible
 from famx.data.vocabularies import ByteVocabulary
-from famx.inspect_data import Row, Rows, inspect, numbers, open_rows, plot, render, sizes, visible
 
 VOCAB = ByteVocabulary()
 
@@ -173,11 +173,11 @@ def test_bad_input_gets_a_sentence(tmp_path):
         open_rows("gpt3_gen")
     with pytest.raises(ConfigError, match="length is 0"):
         open_rows("passkey_words", length=0)
-    with pytest.raises(ConfigError, match="makes rows of its own; leave out --packed"):
+    with pytest.raises(ConfigError, match="generates its own rows; leave out --packed"):
         open_rows("passkey_words", packed=True)
-    with pytest.raises(ConfigError, match="give --packed for rows of a length"):
+    with pytest.raises(ConfigError, match="add --packed for rows of one length"):
         open_rows("python_stdlib", length=10)
-    with pytest.raises(ConfigError, match="SeqIO's tasks cannot be looked at here"):
+    with pytest.raises(ConfigError, match="SeqIO's tasks cannot be shown here"):
         Rows(object())
     rows = open_rows("own_text", {"files": [__file__, gpt3.__file__], "validation_fraction": 0})
     for options, sentence in ((dict(examples=0), "examples is 0"), (dict(first=-1), "first is -1"),
@@ -203,4 +203,4 @@ def test_the_command(tmp_path):
     assert "<block 1>" in result.stdout and "\\x1b t" in result.stdout and "\\u05e9" in result.stdout
     assert "\x1b[30;42m" in result.stdout and (tmp_path / "x.png").exists()
     result = run("--task=own_text", "--task_options={")
-    assert result.returncode == 2 and "famx: error: --task_options is no JSON" in result.stderr
+    assert result.returncode == 2 and "famx: error: --task_options is not JSON" in result.stderr

@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import assert_close, assert_identical, make_model, make_params
@@ -24,9 +23,10 @@ from famx.data.probes.passkey_text import passkey_words
 from famx.data.vocabularies import open_vocabulary
 from famx.decoding import Streamer
 from famx.inference import conversation as module
+from famx.inference import memorize
 from famx.inference.conversation import Conversation
+from famx.inference.memorize import describe, make_memory
 from famx.inference.reading import ReadProgress, encode_file
-from famx.memory import describe, make_memory
 from famx.model_dir.loading import TrainedModel, load_model
 from famx.model_dir.memory_file import load_memory, read_header, restore_memory
 
@@ -241,7 +241,7 @@ def test_progress_elsewhere_is_a_line_now_and_then(tmp_path, monkeypatch):
 
 
 def test_what_is_wrong_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "load_with_vocabulary", _never)
+    monkeypatch.setattr(memorize, "load_with_vocabulary", _never)
     text, old, link = (tmp_path / name for name in ("x.txt", "old.famem", "link.famem"))
     text.write_text("text")
     old.write_text("not a memory")
@@ -332,17 +332,12 @@ def test_show_and_stray_arguments(directory, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("The grass is green. ")
     make_memory(directory, [str(tmp_path / "a.txt")], str(tmp_path / "x.famem"))
     capsys.readouterr()
-    if "show" not in flags.FLAGS:
-        flags.DEFINE_string("show", None, "")
     monkeypatch.setattr(sys, "argv", ["memory", f"--show={tmp_path / 'x.famem'}"])
-    try:
-        with pytest.raises(SystemExit) as caught:
-            gin_utils.run(memory.main, gin_flags=False)
-        assert not caught.value.code and "  tokens read: 21\n" in capsys.readouterr().out
-        monkeypatch.setattr(sys, "argv", ["memory", "book.txt"])
-        with pytest.raises(SystemExit) as caught:
-            gin_utils.run(memory.main, gin_flags=False)
-        sentence = "famx: error: Unknown argument book.txt: see --help.\n"
-        assert caught.value.code == 2 and capsys.readouterr().err == sentence
-    finally:
-        flags.FLAGS["show"].unparse()
+    with pytest.raises(SystemExit) as caught:
+        gin_utils.run(memory.main, memory.define_flags, gin_flags=False)
+    assert not caught.value.code and "  tokens read: 21\n" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["memory", "book.txt"])
+    with pytest.raises(SystemExit) as caught:
+        gin_utils.run(memory.main, memory.define_flags, gin_flags=False)
+    sentence = "famx: error: Unknown argument book.txt: see --help.\n"
+    assert caught.value.code == 2 and capsys.readouterr().err == sentence

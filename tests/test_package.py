@@ -84,6 +84,10 @@ def test_wheel_finds_its_gin_files_outside_the_repository(tmp_path, checkout):
     assert files(site / "famx", "py") == files(checkout / "famx", "py")
     (metadata,) = site.glob("famx-*.dist-info/METADATA")
     assert f"Version: {VERSION}\n" in metadata.read_text()
+    (entry_points,) = site.glob("famx-*.dist-info/entry_points.txt")
+    assert "[console_scripts]\nfamx = famx.__main__:main\n" in entry_points.read_text()
+    listed = run(sys.executable, str(site / "bin" / "famx"), cwd=elsewhere, PYTHONPATH=str(site))
+    assert listed.startswith("Usage: famx COMMAND") and "\n  train " in listed
 
 
 @needs_checkout

@@ -14,7 +14,7 @@ import famx.data
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.data.formats.xlsum import xlsum
-from famx.prepare import prepare
+from famx.data.tools.prepare import prepare
 
 COUNTS = {"train": 3, "validation": 2, "test": 1}
 
@@ -102,7 +102,7 @@ def test_it_goes_on_where_it_was_interrupted(task, tmp_path, monkeypatch):
     prepare(task, str(archive), str(out), message=messages.append)
     assert os.stat(folder / "train.tfrecord-00000-of-00001").st_mtime_ns == before
     assert len(os.listdir(folder)) == 4 and os.listdir(out) == ["scrolls_qasper"]
-    assert "3 examples are there already" in messages[1]  # and nothing was unpacked again
+    assert "3 examples exist already" in messages[1]  # and nothing was unpacked again
     assert [len(x) for x in read(task, out).values()] == [3, 2, 1]
 
 
@@ -111,15 +111,15 @@ def test_other_counts_and_missing_files_end_it_unless_asked_for(task, tmp_path):
     task = dataclasses.replace(task, counts={**COUNTS, "train": 4})
     with pytest.raises(ConfigError) as error:
         prepare(task, str(official), str(tmp_path / "out"))
-    for part in ("is not the whole of 'scrolls_qasper': the train split of 'scrolls_qasper' holds 3 rows "
-                 "in place of 4; ", "qasper/test.jsonl is missing", "published at https://www.scrolls",
+    for part in ("does not contain all of 'scrolls_qasper': the train split of 'scrolls_qasper' has 3 "
+                 "rows instead of 4; ", "qasper/test.jsonl is missing", "published at https://www.scrolls",
                  "add --allow_partial"):  # fmt: skip
         assert part in str(error.value)
     assert os.listdir(tmp_path / "out") == []
     messages = []
     found = prepare(task, str(official), str(tmp_path / "out"), True, message=messages.append)
     assert found == {"scrolls_qasper": {"train": 3, "validation": 2}}
-    assert any("holds 3 rows in place of 4" in text for text in messages)
+    assert any("has 3 rows instead of 4" in text for text in messages)
 
 
 def test_broken_files_end_it_even_then(task, tmp_path):
@@ -145,7 +145,7 @@ def test_all_languages_of_a_mixture_from_their_archives(tmp_path):
     (tmp_path / "download" / "other.zip").write_bytes(b"no archive")
     source, out = str(tmp_path / "download"), str(tmp_path / "out")
     both = xlsum(["welsh", "thai"])
-    with pytest.raises(ConfigError, match="'xlsum': the train split of 'xlsum_welsh' holds 1 rows"):
+    with pytest.raises(ConfigError, match="'xlsum': the train split of 'xlsum_welsh' has 1 rows"):
         prepare(both, source, out)
     found = prepare(both, source, out, True, message=str)
     sizes = {"train": 1, "validation": 1, "test": 1}
@@ -175,7 +175,7 @@ def test_bad_input_gets_a_sentence(task, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="x.zip cannot be unpacked"):
         prepare(task, str(tmp_path / "x.zip"), place)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="is not the whole of 'scrolls_qasper'.*train.jsonl is missing"):
+    with pytest.raises(ConfigError, match="contain all of 'scrolls_qasper'.*train.jsonl is missing"):
         prepare(task, str(tmp_path / "empty"), place, True)
 
 
@@ -192,7 +192,7 @@ def test_the_command_line(tmp_path):
 
     result = run("--task", "scrolls_qasper", "--source", str(official))
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "famx: error: " in result.stderr and "holds 3 rows in place of 2567" in result.stderr
+    assert "famx: error: " in result.stderr and "has 3 rows instead of 2567" in result.stderr
     result = run("--task=scrolls_qasper", f"--source={official}", "--allow_partial", "--num_shards=2")
     assert result.returncode == 0, result.stderr
     assert "3 examples" in result.stdout and not result.stderr  # a bar is for terminals

@@ -26,8 +26,9 @@ def commands(text):
 
 def parses(arguments):
     code = (
-        "import sys; from absl import flags; from famx.base import gin_utils; gin_utils.define_flags();"
-        "flags.FLAGS(gin_utils.rewrite_gin_args(['x', *sys.argv[1:]])); gin_utils.parse_gin_flags()"
+        "import sys; from absl import flags; from famx.base import gin_utils;"
+        "gin_utils.define_gin_flags(); argv = gin_utils.rewrite_gin_args(['x', *sys.argv[1:]]);"
+        "flags.FLAGS(argv); gin_utils.parse_gin_flags()"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True

@@ -139,7 +139,7 @@ def bad_input(monkeypatch, capsys, tmp_path):
         _forget()
         monkeypatch.setattr(sys, "argv", ["train", *args])
         with pytest.raises(SystemExit) as caught:
-            gin_utils.run(train.main)
+            gin_utils.run(train.main, train.define_flags)
         error = capsys.readouterr().err
         assert caught.value.code == 2, error
         *before, last = error.strip().splitlines()
@@ -173,7 +173,7 @@ def _forget():
         (["DecoderConfig.num_heads=3"], "embed_dim 16 is not a multiple of num_heads 3; set"),
         (["DecoderConfig.num_kv_heads=3"], "num_heads 2 is not a multiple of num_kv_heads 3."),
         (["DecoderConfig.block_size=0"], "block_size must be at least 1, got 0."),
-        (["DecoderConfig.memory_columns=33"], "fam_length 33 exceeds block_size 32"),
+        (["Fam.length=33"], "Fam.length 33 exceeds block_size 32"),
         (["DecoderConfig.activation='slu'"], "activation must be one of silu"),
         (["TASK_FEATURE_LENGTHS={'targets': 100}"], "must be a multiple of the block size 32"),
         (["Curriculum.blocks=(1, 4)"], "The shortest length of the curriculum is 1 blocks"),
@@ -257,7 +257,7 @@ def test_a_bug_keeps_its_traceback(bad_input, tmp_path, monkeypatch, place):
     _forget()
     monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path)])
     with pytest.raises(ValueError, match="a bug") as caught:
-        gin_utils.run(train.main)
+        gin_utils.run(train.main, train.define_flags)
     assert not isinstance(caught.value, ConfigError)
 
 

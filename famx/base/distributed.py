@@ -11,29 +11,33 @@ import re
 import signal
 
 import jax
-from absl import flags
 
 from famx.base.errors import ConfigError
 
-_MULTIPROCESS = flags.DEFINE_bool(
-    "multiprocess", False, "One of several processes that TPU, GKE or Slurm started."
-)
-_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 is reached.")
-_COUNT = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-_INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
+def initialize(
+    multiprocess: bool = False,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the other processes of a run, if there are any; to be called before jax creates its devices.
 
-def initialize() -> None:
-    """Joins the other processes if the flags say that there are any; before jax makes its devices.
+    Args:
+      multiprocess: whether to detect the other processes of a TPU slice, GKE job or Slurm step.
+      coordinator_address: `HOST:PORT` of process 0.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
 
-    Raises ConfigError if the flags do not fit together, or if `--multiprocess` finds no cluster.
+    Raises:
+      ConfigError: the arguments do not fit together, or `multiprocess` detects no cluster.
     """
-    given = (_ADDRESS.value, _COUNT.value, _INDEX.value)
+    given = (coordinator_address, num_processes, process_id)
     if all(value is None for value in given):
-        if _MULTIPROCESS.value:
+        if multiprocess:
             _detect()
         return
-    if _MULTIPROCESS.value:
+    if multiprocess:
         raise ConfigError(
             "--multiprocess finds the other processes by itself: leave out --coordinator_address,"
             " --num_processes and --process_id, or leave out --multiprocess."

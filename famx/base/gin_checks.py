@@ -26,7 +26,7 @@ def check_macros() -> None:
 
 
 def unset_macros(names: Sequence[str]) -> list[str]:
-    """Those of the macros that some binding uses and that have no value."""
+    """Returns the names, of those given, of macros that a binding uses and that have no value."""
     values, used = _macros()
     return [name for name in names if name in used and _is_required(values.get(name, gin.REQUIRED))]
 
@@ -42,21 +42,26 @@ def check_required() -> None:
 
 
 def check_all_used(ignore: Sequence[str] = ()) -> None:
-    """Raises ConfigError if a bound parameter has not been read by any call made so far.
+    """Checks that every bound parameter was used by a call made so far.
 
-    Call it once everything configurable was built. It catches what parsing cannot: a parameter of a
-    function that this run never calls, or that its caller overrides. A macro that another binding
-    reads may be bound to such a parameter too: run files give LEARNING_RATE to every optimiser. So may
-    settings of a class in whose place another of the same base class was made: a file's settings of FAM
-    do no harm where another line chose another memory.
-    `ignore` lists names of configurables that are called only later.
+    To be called once everything configurable has been built. It catches what parsing cannot: a
+    parameter of a function that this run never calls, or that its caller overrides. A parameter that is
+    bound to nothing but a macro is exempt if a parameter in use is bound to the same macro: run files
+    bind LEARNING_RATE for every optimiser. A class that was never built is exempt too if another class
+    with the same base class was: settings of one memory do no harm where another memory was chosen.
+
+    Args:
+      ignore: names of configurables that are called only later.
+
+    Raises:
+      ConfigError: a binding has no effect.
     """
     called = gin_config._OPERATIVE_CONFIG
 
     def used(scope, selector, param):
         return any(
-            selector == other and param in read and scope in _outer(inside)
-            for (inside, other), read in called.items()
+            selector == other and param in params and scope in _outer(inside)
+            for (inside, other), params in called.items()
         )
 
     bindings = [
@@ -72,45 +77,45 @@ def check_all_used(ignore: Sequence[str] = ()) -> None:
                 name = f"{scope}/{short(selector)}" if scope else short(selector)
                 raise ConfigError(
                     f"The binding {name}.{param} has no effect in this run: {short(selector)} is"
-                    " not called with it. Remove the binding, or choose the part that it is for."
+                    " not called with it. Remove the binding, or select the component that it configures."
                 )
 
 
 def _replaced(selector: str, called: Mapping[tuple[str, str], Any]) -> bool:
-    """Whether the class `selector` was never made, and another one with the same base class was."""
+    """Whether the class `selector` was never built, and another one with the same base class was."""
     selectors = {name for _, name in called}
-    made = [_class_of(name) for name in selectors]
-    bases = [base for base in getattr(_class_of(selector), "__mro__", ())[1:-1]]
+    built = [_class_of(name) for name in selectors]
+    bases = getattr(_class_of(selector), "__mro__", ())[1:-1]
     return selector not in selectors and any(
-        cls is not None and issubclass(cls, base) for cls in made for base in bases
+        cls is not None and issubclass(cls, base) for cls in built for base in bases
     )
 
 
 def _class_of(selector: str) -> type | None:
-    found = gin_config._REGISTRY.get(selector)
-    wrapped = getattr(found, "wrapped", None)
+    """Class that a selector names; None: it names a function, or nothing."""
+    wrapped = getattr(gin_config._REGISTRY.get(selector), "wrapped", None)
     return wrapped if isinstance(wrapped, type) else None
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """' Did you mean X?' for the known name nearest to `name`, or nothing if none is near.
+    """Returns ' Did you mean X?' for the known name nearest to `name`, or '' if none is near.
 
     Examples:
       >>> nearest("TRAIN_STEP", ["BATCH_SIZE", "TRAIN_STEPS"])
       ' Did you mean TRAIN_STEPS?'
     """
     lower = {known.lower(): known for known in names}
-    found = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
-    return f" Did you mean {lower[found[0]]}?" if found else ""
+    matches = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
+    return f" Did you mean {lower[matches[0]]}?" if matches else ""
 
 
 def short(selector: str) -> str:
-    """'famx.training.optimizers.adamw' -> 'adamw'."""
+    """Last part of a selector: 'famx.training.optimizers.adamw' -> 'adamw'."""
     return selector.rsplit(".", 1)[-1]
 
 
 def not_set(name: str) -> str:
-    """The sentence for a macro or parameter without a value."""
+    """Sentence for a macro or parameter without a value."""
     example = "VALUE"
     if name.lower().endswith(("_dir", "_path")):
         example = "\"'/some/dir'\""
@@ -132,14 +137,14 @@ def _references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
 
 
 def _macro_name(value: Any) -> str | None:
-    """Of a value that is nothing but a macro."""
+    """Name of the macro if a value is a reference to one and nothing else."""
     if isinstance(value, gin_config.ConfigurableReference) and value.configurable.selector == _MACRO:
         return "/".join(value.scopes)
     return None
 
 
 def _macros() -> tuple[dict[str, Any], dict[str, None]]:
-    """(name -> value of every macro that is set, names that some binding uses, in order)."""
+    """Returns the value of every macro that is set, by name, and the names that bindings use."""
     values = {s: p["value"] for (s, sel), p in gin_config._CONFIG.items() if sel == _MACRO}
     used: dict[str, None] = {}
     for params in gin_config._CONFIG.values():
@@ -157,6 +162,6 @@ def _is_required(value: Any) -> bool:
 
 
 def _outer(scope: str) -> list[str]:
-    """The scopes whose bindings apply inside `scope`: 'a/b' -> ['', 'a', 'a/b']."""
+    """Scopes whose bindings apply inside `scope`: 'a/b' -> ['', 'a', 'a/b']."""
     parts = scope.split("/") if scope else []
     return ["/".join(parts[:n]) for n in range(len(parts) + 1)]

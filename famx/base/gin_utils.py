@@ -1,10 +1,10 @@
-"""gin on the command line with t5x's flags, where every bad binding ends in one plain sentence.
+"""Gin on the command line, with t5x's flags and a plain sentence for every bad binding.
 
     python -m famx.train --gin_file=gin_configs/examples/x.gin --gin.TRAIN_STEPS=100
 
-gin ignores some mistakes and reports others with a traceback. Here an unknown file, configurable,
-parameter or macro, a macro that nothing uses and a value that was never set are `ConfigError`s that
-name the nearest thing that exists.
+Gin ignores some mistakes and reports others with a traceback. Here an unknown file, configurable,
+parameter or macro, a macro that nothing uses, and a value that was never set each raise a
+`ConfigError` that names the nearest existing name.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from absl import app, flags, logging
 from gin import config as gin_config
 from gin.resource_reader import system_path_reader
 
+from famx.base import command_line
 from famx.base.errors import ConfigError
 from famx.base.files import write_text
 from famx.base.gin_checks import check_all_used as check_all_used  # part of this module's interface
@@ -32,7 +33,7 @@ _FLAG = "--gin."
 
 
 def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
-    """Turns each `--gin.NAME=VALUE` into `--gin_bindings=NAME = VALUE`; leaves the rest alone."""
+    """Rewrites each `--gin.NAME=VALUE` to `--gin_bindings=NAME = VALUE` and leaves the rest as it is."""
     return [_rewrite(arg) for arg in argv]
 
 
@@ -41,12 +42,12 @@ def _rewrite(arg: str) -> str:
         return arg
     name, equals, value = arg.removeprefix(_FLAG).partition("=")
     if not equals or not name.strip() or not value.strip():
-        raise ConfigError(f"{arg} is no gin binding: write it as --gin.NAME=VALUE.")
+        raise ConfigError(f"{arg} is not a gin binding: write it as --gin.NAME=VALUE.")
     return f"--gin_bindings={name} = {value}"
 
 
 def gin_root() -> pathlib.Path:
-    """The directory that holds gin_configs/: the package in a wheel, the repository otherwise."""
+    """Directory that contains gin_configs/: the package when it came as a wheel, else the repository."""
     package = pathlib.Path(__file__).resolve().parents[1]
     return package if (package / "gin_configs").is_dir() else package.parent
 
@@ -57,12 +58,18 @@ def parse_gin(
     search_paths: Sequence[str] = (),
     unneeded: Sequence[str] = (),
 ) -> None:
-    """Parses files, then bindings (later ones win), checks them all and locks the configuration.
+    """Parses files, then bindings (later ones win), checks all of them and locks the configuration.
 
-    Files and their includes are looked for in the current directory, in `search_paths` and beside
-    famx's own gin_configs/. Raises ConfigError, naming the nearest known name, for anything
-    unknown, unused or unset. Modules whose functions the files bind must be imported before. Macros
-    that are `unneeded` may be unset: they are None.
+    Args:
+      gin_files: files, looked up with their includes in the current directory, in `search_paths` and
+        in the directory of famx's own gin_configs/. A module whose functions they bind without
+        importing it must have been imported before.
+      gin_bindings: bindings such as `TRAIN_STEPS = 100`.
+      search_paths: further directories.
+      unneeded: macros that may be unset; they become None.
+
+    Raises:
+      ConfigError: something is unknown, unused or unset; the sentence names the nearest known name.
     """
     prefixes = [*search_paths, str(gin_root())]
     for prefix in prefixes:
@@ -83,7 +90,7 @@ def parse_gin(
 
 
 def operative_config() -> str:
-    """The settings that calls have used so far, defaults included, as gin text."""
+    """Settings that calls have used so far, defaults included, as gin text."""
     return gin.operative_config_str()
 
 
@@ -94,52 +101,59 @@ def write_operative_config(model_dir: str) -> None:
     write_text(path, operative_config())
 
 
-def define_flags() -> None:
-    """Defines t5x's gin flags, unless they are defined already."""
+def define_gin_flags() -> None:
+    """Declares t5x's gin flags, unless they are declared already."""
     if "gin_file" in flags.FLAGS:
         return
-    flags.DEFINE_multi_string("gin_file", [], "Gin file; repeat it, later ones win.")
-    flags.DEFINE_multi_string("gin_bindings", [], "One binding, also written --gin.NAME=VALUE.")
-    flags.DEFINE_list("gin_search_paths", [], "Comma-separated directories to look for gin files.")
+    flags.DEFINE_multi_string("gin_file", [], "Gin file; later files win.")
+    flags.DEFINE_multi_string("gin_bindings", [], "Binding NAME = VALUE, also written --gin.NAME=VALUE.")
+    flags.DEFINE_list("gin_search_paths", [], "Further directories to look for gin files in.")
 
 
 def parse_gin_flags(unneeded: Sequence[str] = ()) -> None:
-    """`parse_gin` with the values of the flags."""
+    """Calls `parse_gin` with the values of gin's flags."""
     values = flags.FLAGS
     parse_gin(values.gin_file, values.gin_bindings, values.gin_search_paths, unneeded)
 
 
-def run(main: Callable[[], Any], gin_flags: bool = True) -> None:
-    """Runs `main()` under absl; a ConfigError ends it, exit code 2.
+def run(
+    main: Callable[[], Any], define_flags: Callable[[], None] | None = None, gin_flags: bool = True
+) -> None:
+    """Runs a main under absl; a ConfigError ends it in one sentence, with exit code 2.
 
     Args:
-      main: the main; it finds its flags in `absl.flags.FLAGS`.
-      gin_flags: whether it is set up by gin: defines gin's flags.
+      main: what to run; it takes its flags from `absl.flags.FLAGS`.
+      define_flags: declares the flags of the main; None: it has none, or declared them when imported.
+      gin_flags: whether gin configures the main, so that gin's flags are declared too.
     """
-    if gin_flags:
-        define_flags()
+    command_line.declare(define_gin_flags if gin_flags else None, define_flags)
 
-    def flags_parser(argv):
-        argv = app.parse_flags_with_usage(rewrite_gin_args(argv) if gin_flags else argv)
-        if len(argv) > 1:
-            known = "settings are --gin_file and --gin.NAME=VALUE." if gin_flags else "see --help."
-            raise ConfigError(f"Unknown argument {argv[1]}: {known}")
+    def flags_parser(argv: list[str]) -> list[str]:
+        settings = "settings are --gin_file and --gin.NAME=VALUE." if gin_flags else "see --help."
+        command_line.parse(rewrite_gin_args(argv) if gin_flags else argv, main, settings)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax reports every step of every save
-        if "jax" in sys.modules:
-            cache = os.path.join(os.path.expanduser("~"), ".cache", "famx", "xla")
-            cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
-            sys.modules["jax"].config.update("jax_compilation_cache_dir", cache)
-        return argv
+        _cache_compiled_programs()
+        return argv[:1]
 
     app.run(_exit_on_bad_input(lambda argv: main()), flags_parser=_exit_on_bad_input(flags_parser))
 
 
-def call(configurable: Callable[[], Any]) -> Any:
-    """Calls a configurable whose arguments gin makes; what these refuse is a ConfigError.
+def _cache_compiled_programs() -> None:
+    """Keeps what jax compiles in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR is set."""
+    name = "JAX_COMPILATION_CACHE_DIR"
+    directory = os.environ.get(name, os.path.join(os.path.expanduser("~"), ".cache", "famx", "xla"))
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update(name.lower(), directory)
+    else:  # mains import jax only after their flags are parsed; it then reads the variable
+        os.environ[name] = directory
 
-    That is a ValueError that famx itself raises while the arguments are made, or a parameter that
-    has no value. Every other error, and whatever the call itself raises, stays as it is.
+
+def call(configurable: Callable[[], Any]) -> Any:
+    """Calls a configurable whose arguments gin builds.
+
+    A ValueError that famx raises while the arguments are built becomes a ConfigError, and so does a
+    parameter without a value. Every other error, and whatever the call itself raises, is passed on.
     """
     name = configurable.__name__
     try:
@@ -148,9 +162,9 @@ def call(configurable: Callable[[], Any]) -> Any:
         raise
     except (ValueError, TypeError) as error:
         text = str(error)
-        found = re.match(r"(?:(\w+)\.__init__|(\w+))\(\) missing \d+ required .*?: '(\w+)'", text)
-        if found and f"In call to configurable '{found[1] or found[2]}' " in text:
-            raise ConfigError(not_set(f"{found[1] or found[2]}.{found[3]}")) from error
+        missing = re.match(r"(?:(\w+)\.__init__|(\w+))\(\) missing \d+ required .*?: '(\w+)'", text)
+        if missing and f"In call to configurable '{missing[1] or missing[2]}' " in text:
+            raise ConfigError(not_set(f"{missing[1] or missing[2]}.{missing[3]}")) from error
         inside = f"In call to configurable '{name}' " in text  # gin's note; none for arguments
         if inside or isinstance(error, TypeError) or not _raised_by_famx(error):
             raise
@@ -160,15 +174,15 @@ def call(configurable: Callable[[], Any]) -> Any:
 def call_with(
     configurable: Callable[[], Any], gin_files: Sequence[str], settings: Mapping[str, Any] | None = None
 ) -> Any:
-    """`call` under a configuration of its own, so that one process, such as a notebook, runs several.
+    """Calls a configurable under its own gin configuration, so that a notebook can run several.
 
-    What was configured before is forgotten, and this configuration is when the call ends.
+    Clears what was configured before, and this configuration once the call ends.
 
     Args:
-      configurable: such as `famx.training.loop.train`.
+      configurable: a function such as `famx.training.loop.train`.
       gin_files: see `parse_gin`.
-      settings: bindings by name, as in `{"TRAIN_STEPS": 100, "MODEL_DIR": "/tmp/famx/model"}`: numbers,
-        texts, paths, and lists, tuples and dicts of them.
+      settings: values by name, as in `{"TRAIN_STEPS": 100, "MODEL_DIR": "/tmp/famx/model"}`; numbers,
+        strings, paths, and lists, tuples and dicts of them.
     """
     plain = lambda value: str(value) if isinstance(value, os.PathLike) else value
     bindings = [f"{name} = {plain(value)!r}" for name, value in (settings or {}).items()]
@@ -201,7 +215,7 @@ def _exit_on_bad_input(function):
 
 
 def _call_error_sentence(error: Exception) -> str | None:
-    """The sentence of an error raised in a configured call, without what gin appended to it."""
+    """Sentence of an error raised in a configured call, without the lines that gin appends."""
     text = str(error).split("\n  In call to configurable")[0].split("\n  No values supplied")[0]
     if isinstance(error, ValueError):
         return text
@@ -214,7 +228,7 @@ def _call_error_sentence(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _only_files_on_disk():
-    """Leaves out gin's reader of package paths, which logs an error for every miss."""
+    """Disables gin's reader of package paths, which logs an error for every file it does not find."""
     readers = gin_config._FILE_READERS
     gin_config._FILE_READERS = [pair for pair in readers if pair[0] is not system_path_reader]
     try:
@@ -224,7 +238,7 @@ def _only_files_on_disk():
 
 
 class _PlainErrors:
-    """Context manager: turns what gin raises while parsing into a ConfigError."""
+    """Context manager that turns what gin raises while parsing into a ConfigError."""
 
     def __init__(self, prefixes: Sequence[str], binding: str | None = None):
         self.prefixes, self.binding = prefixes, binding
@@ -245,18 +259,18 @@ class _PlainErrors:
         where = f" (in {place[1]}, line {place[2]})" if place else ""
         if isinstance(error, SyntaxError):
             return self._syntax_sentence(error)
-        if found := re.match(r"Unable to open file: (.+?)\. Searched", text):
+        if match := re.match(r"Unable to open file: (.+?)\. Searched", text):
             names = list(_gin_files(self.prefixes))
-            return f"There is no gin file {found[1]}." + nearest(found[1], names)
+            return f"There is no gin file {match[1]}." + nearest(match[1], names)
         if isinstance(error, ImportError):
             return f"A gin file imports a module that cannot be imported: {text.splitlines()[0]}."
-        if found := re.match(r"No configurable matching (?:reference )?'@?([^'()]+)", text):
+        if match := re.match(r"No configurable matching (?:reference )?'@?([^'()]+)", text):
             names = [short(selector) for selector, _ in gin_config._REGISTRY.items()]
-            name = found[1].rsplit("/", 1)[-1]
+            name = match[1].rsplit("/", 1)[-1]
             return f"Nothing configurable is named {name}{where}." + nearest(name, names)
-        if found := re.match(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", text):
-            names = _parameters(found[1])
-            return f"{found[1]} has no parameter {found[2]}{where}." + nearest(found[2], names)
+        if match := re.match(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", text):
+            names = _parameters(match[1])
+            return f"{match[1]} has no parameter {match[2]}{where}." + nearest(match[2], names)
         if isinstance(error, (ValueError, KeyError, NameError, AttributeError)):
             return f"The gin configuration is wrong{where}: {text.splitlines()[0]}"
         return None

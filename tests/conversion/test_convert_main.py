@@ -24,12 +24,11 @@ from published import LLAMA, MEMORY, make_weights, train_bpe, train_sentencepiec
 from reference_models import CONFIGS
 from tiny import assert_identical
 
-from famx import convert
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.progress import ByteProgress
 from famx.base.text import byte_size
-from famx.conversion import importing
+from famx.conversion import commands, importing
 from famx.conversion.families import SUPPORTED, decoder_config, tensors
 from famx.conversion.gin_file import model_gin
 from famx.conversion.importing import draw_prompt, plan_import, write_model
@@ -62,7 +61,7 @@ def files(directory) -> dict[str, bytes]:
 
 
 def run_convert(source, directory, **options):
-    return convert.convert(str(source), str(directory), MEMORY, **options)
+    return commands.convert(str(source), str(directory), MEMORY, **options)
 
 
 def stored(directory, plan) -> dict[tuple[str, ...], np.ndarray]:
@@ -393,7 +392,7 @@ def test_settings_are_fields_of_the_decoder(data):
     given = {name: values[name] for name in names}
     spell = lambda value: data.draw(st.sampled_from((str(value), repr(value))))
     settings = [f"{name} = {spell(value)}" for name, value in given.items()]
-    assert convert.read_fields(settings) == given
+    assert commands.read_fields(settings) == given
     assert decoder_config(LLAMA, **{"block_size": 16, **given})
 
 
@@ -414,18 +413,18 @@ def test_settings_are_fields_of_the_decoder(data):
 )
 def test_settings_that_make_no_sense(setting, said):
     with pytest.raises(ConfigError) as caught:
-        convert.read_fields([setting])
+        commands.read_fields([setting])
     assert said in str(caught.value)
 
 
 def test_numbers_and_none_where_they_belong():
-    fields = convert.read_fields(["memory_segments=1", "blocks_per_chunk=None"])
+    fields = commands.read_fields(["memory_segments=1", "blocks_per_chunk=None"])
     assert fields == {"memory_segments": 1, "blocks_per_chunk": None}
 
 
 def test_memories_by_kind_and_fields():
-    assert convert.read_memory("none") == Memory() and convert.read_memory("fam") == Fam()
-    gated = convert.read_memory("fam:length=8, update=gated,normalize=True")
+    assert commands.read_memory("none") == Memory() and commands.read_memory("fam") == Fam()
+    gated = commands.read_memory("fam:length=8, update=gated,normalize=True")
     assert gated == Fam(8, update="gated", normalize=True)
     for text, said in (
         ("famm", "is of the kind 'famm', which is not known here"),
@@ -433,14 +432,14 @@ def test_memories_by_kind_and_fields():
         ("fam:8", "8 sets nothing"),
     ):
         with pytest.raises(ConfigError, match=said):
-            convert.read_memory(text)
+            commands.read_memory(text)
 
 
 def test_meshes():
-    assert convert.read_mesh("fsdp=8, tensor=2") == {"fsdp": 8, "tensor": 2}
-    assert convert.read_mesh("") == {}
+    assert commands.read_mesh("fsdp=8, tensor=2") == {"fsdp": 8, "tensor": 2}
+    assert commands.read_mesh("") == {}
     with pytest.raises(ConfigError, match="--mesh=fsdp is not understood"):
-        convert.read_mesh("fsdp")
+        commands.read_mesh("fsdp")
 
 
 def test_progress_is_told_in_bytes(capsys, monkeypatch):
@@ -566,7 +565,7 @@ def test_an_import_that_is_killed_leaves_no_model_and_begins_anew(tmp_path, by, 
     process.send_signal(by)
     _, err = process.communicate()
     assert process.returncode == code
-    assert err == ("Stopped; the same command begins anew.\n" if by == signal.SIGINT else "")
+    assert err == ("Stopped; the same command starts over.\n" if by == signal.SIGINT else "")
     with pytest.raises(ConfigError, match="There is no checkpoint in"):
         load_model(str(model))
     if by == signal.SIGKILL:
@@ -574,5 +573,5 @@ def test_an_import_that_is_killed_leaves_no_model_and_begins_anew(tmp_path, by, 
         assert result.returncode == 0, result.stderr
         assert sorted(os.listdir(model)) == ["checkpoint_0", "model.gin", "model.json", "source"]
         with contextlib.redirect_stdout(None):
-            convert.convert(str(source), str(tmp_path / "other"), {"block_size": 8, "memory": Fam(2)})
+            commands.convert(str(source), str(tmp_path / "other"), {"block_size": 8, "memory": Fam(2)})
         assert files(model) == files(tmp_path / "other")

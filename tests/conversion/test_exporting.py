@@ -18,12 +18,12 @@ from reference_models import CONFIGS, TOKENS, draw, is_gemma, torch_logits, torc
 from famx.base import files
 from famx.base.errors import ConfigError
 from famx.conversion import exporting, families
+from famx.conversion.commands import parse_size
 from famx.conversion.exporting import export
 from famx.conversion.importing import plan_import, write_model
 from famx.conversion.sidecar import Sidecar, read_sidecar
 from famx.conversion.sources import open_source
 from famx.data.vocabularies import ByteVocabulary, open_vocabulary
-from famx.export import parse_size
 from famx.lora import Lora
 from famx.memories import Fam
 from famx.model_dir.checkpointer import Checkpointer
@@ -409,7 +409,7 @@ def test_dtypes_that_cannot_be_are_refused(tmp_path):
 def test_sizes_of_shards():
     assert [parse_size(text) for text in ("5GB", "1.5 mb", "100", "7B")] == [5 * 10**9, 1_500_000, 100, 7]
     for text in ("", "GB", "5 apples", "0", "-1MB"):
-        with pytest.raises(ConfigError, match="is no size: write for example 5GB"):
+        with pytest.raises(ConfigError, match="is not a size: write for example 5GB"):
             parse_size(text)
 
 

@@ -13,34 +13,40 @@ import os
 import runpy
 import sys
 
+from absl import flags
+
 import famx.conversion.importing  # noqa: F401, E402, imported once for all
 import famx.evaluation  # noqa: F401
 import famx.inference  # noqa: F401
 import famx.training.loop  # noqa: F401
-from famx.base import gin_utils
+from famx.base import command_line, gin_utils
 
 
 class Parsed(Exception):
-    """Raised when a command was parsed, instead of running it."""
+    """The command was parsed; it is not run."""
 
 
-def parse(main, gin_flags=True):
-    """Replaces `gin_utils.run`: parse flags and gin, run nothing."""
-    from absl import flags
-
+def parse(main, define_flags=None, gin_flags=True):
+    """Replacement of `gin_utils.run`: a main that gin configures runs up to the end of gin's parsing."""
+    command_line.declare(gin_utils.define_gin_flags if gin_flags else None, define_flags)
+    argv = gin_utils.rewrite_gin_args(sys.argv) if gin_flags else sys.argv
+    command_line.parse(argv, main, "see --help.")
     if gin_flags:
-        gin_utils.define_flags()
-    rest = flags.FLAGS(gin_utils.rewrite_gin_args(sys.argv) if gin_flags else sys.argv)
-    if len(rest) > 1:
-        raise ValueError(f"nothing takes the argument {rest[1]}")
-    if gin_flags:
-        gin_utils.parse_gin_flags(main.__globals__.get("UNNEEDED", ()))
+        main()
+    raise Parsed
+
+
+def parse_gin_flags(unneeded=()):
+    """Replacement of `gin_utils.parse_gin_flags`."""
+    values = flags.FLAGS
+    gin_utils.parse_gin(values.gin_file, values.gin_bindings, values.gin_search_paths, unneeded)
     raise Parsed
 
 
 def problem(module: str, arguments: list[str]) -> str | None:
-    """The error message of a command; None if it parses."""
-    gin_utils.run, sys.argv = parse, [module, *arguments]
+    """What is wrong with a command; None: nothing."""
+    gin_utils.run, gin_utils.parse_gin_flags = parse, parse_gin_flags
+    sys.argv = [module, *arguments]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             runpy.run_module(module, run_name="__main__")

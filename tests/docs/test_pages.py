@@ -130,7 +130,7 @@ def test_the_paper_map_names_fields_and_defaults_of_the_config():
 
 def test_the_tables_of_macros_are_those_of_the_files():
     text = (DOCS / "gin.md").read_text()
-    first, second = text.split("\n`gin_configs/runs/finetune.gin` adds these")
+    first, second = text.split("\n`gin_configs/runs/finetune.gin` has these in addition")
     for part, name in ((first, "pretrain"), (second, "finetune")):
         source = (ROOT / "gin_configs" / "runs" / f"{name}.gin").read_text()
         in_file = dict(re.findall(r"^([A-Z_]+) = (.*?)(?:  #.*)?$", source, re.MULTILINE))
@@ -150,7 +150,7 @@ def test_the_tables_of_macros_are_those_of_the_files():
 @pytest.mark.parametrize("block", blocks(DOCS / "gin.md", "gin"), ids=str)
 def test_the_example_of_a_file_parses(block, tmp_path):
     (tmp_path / "mine.gin").write_text(block.text)
-    code = "import sys, famx.train; from famx.base.gin_utils import parse_gin; parse_gin(sys.argv[1:])"
+    code = "import sys; from famx.base import gin_utils; gin_utils.parse_gin(sys.argv[1:])"
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "mine.gin")], cwd=ROOT, capture_output=True, text=True
     )

@@ -19,7 +19,6 @@ tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 from famx.base.errors import ConfigError  # noqa: E402
-from famx.chat import own_template  # noqa: E402
 from famx.data import ByteVocabulary  # noqa: E402
 from famx.data.vocabularies import BytePairVocabulary, SentencePieceVocabulary  # noqa: E402
 from famx.decoding import Sampling, Streamer  # noqa: E402
@@ -28,6 +27,7 @@ from famx.inference import lines as inference  # noqa: E402
 from famx.inference.chat_template import ChatTemplate  # noqa: E402
 from famx.inference.conversation import Conversation  # noqa: E402
 from famx.inference.prompts import Lines  # noqa: E402
+from famx.inference.terminal import default_template  # noqa: E402
 from famx.model_dir.loading import TrainedModel  # noqa: E402
 
 SPECIAL = ["<|pad|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
@@ -338,13 +338,13 @@ def test_a_conversation_begins_after_a_text(trained, tmp_path):
 
 
 def test_which_template_a_model_is_talked_to_in(trained):
-    template = own_template(trained, "Rhyme")
+    template = default_template(trained, "Rhyme")
     assert isinstance(template, ChatTemplate)
     assert b"Rhyme" in bytes(whole_text(trained.model.input_vocabulary, template.first("x")), "utf-8")
     trained.model.input_vocabulary = ByteVocabulary()
-    assert own_template(trained) == "{message}"
+    assert default_template(trained) == "{message}"
     with pytest.raises(ConfigError, match="This model has no chat template for --system"):
-        own_template(trained, "Rhyme")
+        default_template(trained, "Rhyme")
 
 
 def test_prompts_of_a_file_become_messages(vocabularies, tmp_path):

@@ -10,7 +10,7 @@ import famx.data
 from famx.base.errors import ConfigError
 from famx.data.formats import gpt3
 from famx.data.storage import tfrecord
-from famx.prepare import prepare
+from famx.data.tools.prepare import prepare
 
 NLI = {"premise": "It rains.", "hypothesis": "It is wet"}
 SCHEMA = {

@@ -1,0 +1,148 @@
+"""Flags of the mains: declared when a main starts, explained by `--help`, refused in one sentence."""
+
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from famx.base.errors import ConfigError
+from famx.base.gin_checks import nearest
+
+_HELP = {"-h", "-help", "--help", "-helpshort", "--helpshort"}
+_HELP_FULL = {"-helpfull", "--helpfull"}
+_WIDTH = 100
+
+_declared: list[str] = []  # by the main that runs now
+
+
+def declare(*definitions: Callable[[], None] | None) -> None:
+    """Declares the flags of a main, and removes those of a main that ran before in this process.
+
+    Args:
+      definitions: functions that call `absl.flags.DEFINE_*`; None is skipped.
+    """
+    for name in filter(flags.FLAGS.__contains__, _declared):
+        delattr(flags.FLAGS, name)
+    _declared.clear()
+    before = set(flags.FLAGS)
+    for define in filter(None, definitions):
+        define()
+    _declared.extend(name for name in flags.FLAGS if name not in before)
+
+
+def parse(argv: Sequence[str], main: Callable[[], Any], settings: str) -> None:
+    """Parses the arguments into `absl.flags.FLAGS`; `--help` prints the help text and exits.
+
+    Args:
+      argv: the program, then its arguments.
+      main: the main that runs; its module says what it does.
+      settings: what else the sentence about a stray argument should say.
+
+    Raises:
+      ConfigError: a flag does not exist or has a value that it cannot take, or an argument is no flag.
+    """
+    options = set(argv[1 : argv.index("--")] if "--" in argv else argv[1:])
+    if options & (_HELP | _HELP_FULL):
+        print(_help_text(main))
+        if options & _HELP_FULL:
+            print(f"\nAll flags:\n{flags.FLAGS.get_help()}")
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise ConfigError(_sentence(error)) from error
+    if len(rest) > 1:
+        raise ConfigError(f"Unknown argument {rest[1]}: {settings}")
+
+
+def _sentence(error: flags.Error) -> str:
+    """The sentence for what absl refuses."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = f"--{error.flagname}"
+        return f"There is no flag {name}.{nearest(name, [f'--{known}' for known in flags.FLAGS])}"
+    match = re.match(r"flag --(\w+)=(.*?): ", str(error), re.DOTALL)
+    if match is None:
+        return f"{str(error).rstrip('.')}."
+    parser = flags.FLAGS[match[1]].parser
+    choices = getattr(parser, "enum_values", None)
+    wanted = f"one of {', '.join(choices)}" if choices else parser.syntactic_help or "true or false"
+    return f"--{match[1]} must be {wanted}, not {match[2]}."
+
+
+def _help_text(main: Callable[[], Any]) -> str:
+    """The docstring of the main's module, its usage and its flags."""
+    module = main.__globals__ if main.__module__ == "__main__" else vars(sys.modules["__main__"])
+    spec = module.get("__spec__")
+    program = sys.argv[0] if spec is None or sys.argv[0].startswith("famx ") else f"python -m {spec.name}"
+    names = dict.fromkeys(_declared)
+    for source in (main.__module__, sys.argv[0]):  # absl knows flags of `__main__` by the program's name
+        names |= dict.fromkeys(flag.name for flag in flags.FLAGS.get_key_flags_for_module(source))
+    about = (module.get("__doc__") or "").strip()
+    lines = [about, "", f"Usage: {program} [--FLAG=VALUE ...]", "", "Flags:"]
+    for name in names:
+        flag = flags.FLAGS[name]
+        choices = re.match(r"(<.+?>): ", flag.help)
+        text = flag.help[choices.end() :] if choices else flag.help
+        text = re.sub(r";\s+repeat this option to specify a list of values$", " Repeatable.", text)
+        if flag.default not in (None, "", []):
+            text += f" Default: {str(flag.default_as_str)[1:-1]}."
+        lines.append(f"  --{'[no]' * flag.boolean}{name}" + (f"={choices[1]}" if choices else ""))
+        lines.append(textwrap.indent(textwrap.fill(text, _WIDTH - 6), " " * 6))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- values
+
+
+def require(sentences: Mapping[str, str]) -> None:
+    """Raises ConfigError for the first flag without a value.
+
+    Args:
+      sentences: what to say, by the name of the flag.
+    """
+    for name, sentence in sentences.items():
+        if not flags.FLAGS[name].value:
+            raise ConfigError(sentence)
+
+
+def json_object(text: str, flag: str) -> dict[str, Any]:
+    """The JSON object that a flag was given; empty for an empty text.
+
+    Args:
+      text: value of the flag.
+      flag: its name, for the sentence of an error.
+
+    Raises:
+      ConfigError: the text is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"--{flag} is not JSON: {error}. Write it as '{{\"name\": value}}'.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--{flag} must be a JSON object, such as '{{\"data_dir\": \"/data\"}}'.")
+    return value
+
+
+def integers(values: Sequence[str] | None, flag: str) -> list[int] | None:
+    """The whole numbers that a flag of a comma-separated list was given; None if it was not given.
+
+    Args:
+      values: value of the flag.
+      flag: its name, for the sentence of an error.
+
+    Raises:
+      ConfigError: one of the values is not a whole number.
+    """
+    if values is None:
+        return None
+    try:
+        return [int(value) for value in values]
+    except ValueError:
+        raise ConfigError(
+            f"--{flag}={','.join(values)} cannot be read: write numbers with commas between them."
+        ) from None

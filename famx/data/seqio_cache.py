@@ -1,0 +1,310 @@
+"""Examples of a task in SeqIO's cache layout, without Apache Beam.
+
+What is cached is the output of the task's preprocessors before its `CacheDatasetPlaceholder`. SeqIO
+reads 16 files at a time and takes 16 examples of each in turn; the examples are distributed over the
+files such that, unshuffled, it reads them in the order of the split. An interrupted command leaves
+complete files, which the next one keeps; a cache of other data or settings in the same place is refused.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from famx.base.errors import ConfigError
+from famx.base.files import replacing, write_json, write_text
+from famx.base.progress import Progress
+from famx.data.rows.batches import IndexedDocuments
+from famx.data.storage.records import TFRecordRecords
+from famx.data.tasks import registry
+from famx.data.tasks.mixtures import Mixture
+from famx.data.tasks.text_task import TextTask
+from famx.data.vocabularies import open_vocabulary
+
+_RUN = 16  # files that SeqIO reads at a time, and examples that it takes of each in turn
+
+
+def cache(
+    task: Any,
+    output_dir: str,
+    splits: Sequence[str] | None = None,
+    num_shards: int = 16,
+    message: Callable[[str], None] = print,
+) -> dict[str, dict[str, int]]:
+    """Caches a SeqIO task, or all tasks of a mixture.
+
+    Args:
+      task: `seqio.Task` or `seqio.Mixture`.
+      output_dir: directory that gets a folder for each task.
+      splits: names of splits; None: all splits of the task.
+      num_shards: number of files per split.
+      message: called with each line of the report.
+
+    Returns:
+      The number of examples per task and split.
+
+    Raises:
+      ConfigError: a task cannot be cached or lacks a split, `num_shards` is below 1, or the directory
+        cannot be written to or holds a cache of other data or settings.
+    """
+    import seqio
+
+    if num_shards < 1:
+        raise ConfigError(f"num_shards is {num_shards}; it must be at least 1.")
+    counts: dict[str, dict[str, int]] = {}
+    for one in seqio.get_subtasks(task):
+        if not one.supports_caching:
+            raise ConfigError(
+                f"'{one.name}' cannot be cached: its examples are generated, not read, or it has no "
+                "CacheDatasetPlaceholder; use it without a cache."
+            )
+        for split in splits or ():
+            if split not in one.splits:
+                raise ConfigError(
+                    f"'{one.name}' has no split '{split}' here; it has {', '.join(one.splits)}."
+                )
+        folder = os.path.join(os.path.expanduser(output_dir), seqio.get_task_dir_from_name(one.name))
+        try:
+            os.makedirs(folder, exist_ok=True)
+            counts[one.name] = {
+                split: _cache_split(one, split, folder, num_shards, message)
+                for split in splits or one.splits
+            }
+            write_text(os.path.join(folder, "COMPLETED"), "")
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise ConfigError(f"{folder} cannot be written to: {error.strerror}.") from error
+    return counts
+
+
+def _cache_split(task, split, folder, num_shards, message) -> int:
+    """Writes the missing files of a split; returns the number of its examples."""
+    import seqio
+    import tensorflow as tf
+
+    dataset = task.source.get_dataset(split=split, shuffle=False)
+    preprocessed = lambda x: task.preprocess_precache(x, seed=0).prefetch(tf.data.AUTOTUNE)
+    sources = task.source.num_input_examples(split)
+    if sources is None:
+        sources = sum(1 for _ in dataset)
+    first = next(iter(preprocessed(dataset)), None)
+    if first is None:
+        raise ConfigError(f"The {split} split of '{task.name}' is empty; there is nothing to cache.")
+    begun = {
+        "num_shards": num_shards,
+        "sources": int(sources),
+        "first_example": hashlib.sha256(_serialised(first)).hexdigest(),
+    }
+    name = os.path.join(folder, f"{split}.tfrecord")
+    info_path, begun_path = (os.path.join(folder, f"{x}.{split}.json") for x in ("info", "begun"))
+    _check_same(begun, begun_path, folder, split)
+    paths = [f"{name}-{k:05d}-of-{num_shards:05d}" for k in range(num_shards)]
+    missing = [k for k, path in enumerate(paths) if not os.path.exists(path)]
+    if not missing and os.path.exists(info_path):
+        examples = len(_records(paths))
+        message(f"{name}: {examples} examples exist already.")
+        return examples
+    for left in os.listdir(folder):
+        if left.startswith(f".{split}.tfrecord-"):  # of a command that was killed
+            os.remove(os.path.join(folder, left))
+    owner = shard_of(np.arange(sources), int(sources), num_shards)
+    write_json(begun_path, begun)
+    total = int(np.isin(owner, missing).sum())
+    progress = Progress(f"{task.name} {split}", total)
+    owners = tf.constant(owner)
+    for k in missing:
+        of_file = dataset.enumerate().filter(lambda i, _, k=k: owners[i] == k).map(lambda _, x: x)
+        with replacing(paths[k]) as unfinished, tf.io.TFRecordWriter(str(unfinished)) as writer:
+            for example in preprocessed(of_file):
+                writer.write(_serialised(example))
+                progress.add()
+    progress.close()
+    stats = _stats(task, paths)
+    write_json(os.path.join(folder, f"stats.{split}.json"), stats, sort_keys=True)
+    info = {
+        "num_shards": num_shards,
+        "features": {x: _feature(value) for x, value in first.items()},
+        "seqio_version": seqio.__version__,
+    }
+    write_json(info_path, info, sort_keys=True)
+    message(f"{name}: {stats['examples']} examples.")
+    return stats["examples"]
+
+
+def shard_of(i: np.ndarray, size: int, num_shards: int) -> np.ndarray:
+    """Index of the file of each example, int64, chosen so that SeqIO reads the examples in order.
+
+    Runs of 16 examples go to the files of a group in turn. Every file of a group, but for the last group,
+    gets the same number of runs, so that they end together.
+
+    Args:
+      i: indices of examples, int64.
+      size: number of examples of the split.
+      num_shards: number of files.
+    """
+    groups = -(-num_shards // _RUN)
+    runs = -(-size // _RUN)
+    rounds = -(-runs // num_shards)  # runs of a file
+    group = np.minimum(i // (_RUN * _RUN * rounds), groups - 1)
+    start = group * _RUN
+    files = np.minimum(num_shards - start, _RUN)
+    return start + (i // _RUN - group * _RUN * rounds) % files
+
+
+def _serialised(example: Mapping[str, Any]) -> bytes:
+    import seqio
+
+    return seqio.dict_to_tfexample(example).SerializeToString(deterministic=True)
+
+
+def _feature(value: Any) -> dict[str, Any]:
+    """Shape and dtype of a feature as SeqIO stores them: only the first dimension may vary."""
+    shape = value.shape.as_list()
+    return {"shape": [None, *shape[1:]] if shape else [], "dtype": value.dtype.name}
+
+
+def _check_same(begun: Mapping[str, Any], path: str, folder: str, split: str) -> None:
+    """Raises ConfigError if the folder holds files of this split made from other data or settings."""
+    files = [x for x in os.listdir(folder) if x.startswith(f"{split}.tfrecord-")]
+    if not files and not os.path.exists(path):
+        return
+    before = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            before = json.load(file)
+    if before != begun:
+        changed = next((x for x in begun if before.get(x) != begun[x]), "")
+        was = f" ({changed.replace('_', ' ')}: was {before[changed]})" if changed in before else ""
+        raise ConfigError(
+            f"{folder} holds a cache of the {split} split that was made from other data or settings{was};"
+            " choose another output directory, or delete this one."
+        )
+
+
+def _records(paths: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+    """Cached examples, file by file; empty files are skipped."""
+    return TFRecordRecords([path for path in paths if os.path.getsize(path)])
+
+
+def _stats(task, paths: Sequence[str]) -> dict[str, int]:
+    """Number of examples; for each token feature, the total and the maximum without pad and eos."""
+    records = _records(paths)
+    stats = {"examples": len(records)}
+    for i in range(len(records)):
+        record = records[i]
+        for name, feature in task.output_features.items():
+            value = record.get(name)
+            if isinstance(value, np.ndarray) and value.dtype.kind == "i":
+                special = [feature.vocabulary.eos_id, feature.vocabulary.pad_id]
+                count = int((~np.isin(value, [x for x in special if x is not None])).sum())
+                stats[f"{name}_tokens"] = stats.get(f"{name}_tokens", 0) + count
+                stats[f"{name}_max_tokens"] = max(stats.get(f"{name}_max_tokens", 0), count)
+            elif isinstance(value, bytes):
+                stats[f"{name}_chars"] = stats.get(f"{name}_chars", 0) + len(value.decode())
+    return stats
+
+
+def seqio_task(
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    decoder_only: bool = False,
+    length: int | None = None,
+    examples: int | None = None,
+) -> Any:
+    """SeqIO task or mixture of a name; a task of famx is registered with SeqIO first.
+
+    A mixture of famx becomes a SeqIO mixture of all its tasks. A task that generates its examples becomes
+    documents of one length, under the name `<name>_<length>`.
+
+    Args:
+      name: name known to SeqIO or to `famx.data.tasks.registry`.
+      options: options of a task of famx, as in training.
+      decoder_only: see `famx.data.seqio.register_text_task`.
+      length, examples: tokens per example and number of examples, for a task that generates them.
+
+    Raises:
+      ConfigError: the task does not exist, the options do not fit it, or its files are missing.
+    """
+    import seqio
+
+    from famx.data.seqio import register_documents, register_text_task
+
+    known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    if name in known and name not in registry.names():
+        if options:
+            raise ConfigError(f"'{name}' is a SeqIO task and takes no options, but got {dict(options)}.")
+        return seqio.get_mixture_or_task(name)
+    try:
+        task = registry.get(name, **(options or {}))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    if hasattr(task, "batch"):
+        if not length or not examples:
+            raise ConfigError(
+                f"'{name}' generates examples of any length and number: add --length and --examples."
+            )
+        made = {
+            split: IndexedDocuments(dataclasses.replace(task, split=task_split), length, examples)
+            for split, task_split in (("train", "train"), ("validation", "eval"))
+        }
+        return register_documents(f"{name}_{length}", made, task.vocab)
+    if not isinstance(task, (TextTask, Mixture)):
+        splits = {
+            split: registry.get(name, **{**(options or {}), "split": split})
+            for split in ("train", "validation")
+        }
+        seqio.TaskRegistry.remove(name)
+        return register_documents(name, splits, task.vocab)
+    tasks = task.tasks if isinstance(task, Mixture) else [task]
+    for one in tasks:
+        seqio.TaskRegistry.remove(one.name)  # registered with other settings
+        register_text_task(one, decoder_only=decoder_only)
+    if isinstance(task, Mixture):
+        seqio.MixtureRegistry.remove(name)
+        return seqio.MixtureRegistry.add(name, [one.name for one in tasks], default_rate=1.0)
+    return seqio.TaskRegistry.get(task.name)
+
+
+def cache_by_name(
+    name: str,
+    output_dir: str,
+    options: Mapping[str, Any] | None = None,
+    vocabulary: str | None = None,
+    splits: Sequence[str] | None = None,
+    num_shards: int = 16,
+    decoder_only: bool = False,
+    length: int | None = None,
+    examples: int | None = None,
+    modules: Sequence[str] = (),
+) -> dict[str, dict[str, int]]:
+    """Caches a task by its name, see `seqio_task` and `cache`.
+
+    Args:
+      name, options, decoder_only, length, examples: see `seqio_task`.
+      output_dir, splits, num_shards: see `cache`.
+      vocabulary: tokenizer file that replaces the task's vocabulary.
+      modules: modules to import, which register tasks with SeqIO.
+
+    Returns:
+      The number of examples per task and split.
+
+    Raises:
+      ConfigError: a module, the tokenizer or the task cannot be used, a file is broken, or the disk is
+        full.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"The module {module} cannot be imported: {error}.") from error
+    try:
+        if vocabulary:
+            options = {**(options or {}), "vocabulary": open_vocabulary(vocabulary)}
+        task = seqio_task(name, options, decoder_only, length, examples)
+        return cache(task, output_dir, splits, num_shards)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error

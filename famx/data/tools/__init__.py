@@ -1,0 +1,1 @@
+"""Work on data sets from the command line: prepare them, look at them."""

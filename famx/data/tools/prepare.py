@@ -1,0 +1,203 @@
+"""Records of a task made from the official download of its data set.
+
+The source is a folder or an archive (zip, tar, tar.gz, tar.bz2, tar.xz), or a folder that contains such
+archives. The records are written to DATA_DIR/TASK/SPLIT.tfrecord-00000-of-00001, each split completely or
+not at all; an interrupted preparation resumes at the next split.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+
+from famx.base.errors import ConfigError
+from famx.base.files import new_directory, write_json
+from famx.base.progress import Progress
+from famx.data.formats.texts import EmptySplit
+from famx.data.storage.records import TFRecordRecords, write_tfrecords
+from famx.data.tasks import registry
+from famx.data.tasks.examples import Examples, Records, complete_shards
+from famx.data.tasks.mixtures import Mixture
+from famx.data.tasks.text_task import TextTask
+
+_ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tar\.xz)$", re.IGNORECASE)
+
+
+def prepare(
+    task: str | TextTask | Mixture,
+    source: str,
+    data_dir: str | None = None,
+    allow_partial: bool = False,
+    num_shards: int = 1,
+    message: Callable[[str], None] = print,
+) -> dict[str, dict[str, int]]:
+    """Writes the records of a task, or of all tasks of a mixture, with `prepared.json` next to them.
+
+    Args:
+      task: task, or its name.
+      source: folder or archive of the official files.
+      data_dir: directory of the records; None: FAMX_DATA_DIR.
+      allow_partial: whether splits may be missing, or have other numbers of records than published.
+      num_shards: number of files per split.
+      message: called with each line of the report.
+
+    Returns:
+      The number of examples per task and split.
+
+    Raises:
+      ConfigError: the task is unknown or needs no preparation, the source or the data directory
+        cannot be used, or files are missing or not the published ones.
+      ValueError: a file is broken; the sentence names it and, for a text file, the line.
+    """
+    if isinstance(task, str):
+        try:
+            task = registry.get(task)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error)) from error
+    if not isinstance(task, TextTask | Mixture):
+        raise ConfigError("This task generates its examples; it needs no preparation.")
+    data_dir = data_dir or os.environ.get("FAMX_DATA_DIR")
+    if not data_dir:
+        raise ConfigError("There is no directory for the records; give --data_dir or set FAMX_DATA_DIR.")
+    source, data_dir = (os.path.abspath(os.path.expanduser(x)) for x in (source, data_dir))
+    if not os.path.exists(source):
+        raise ConfigError(f"The source {source} does not exist; give the folder or archive to read.")
+    if num_shards < 1:
+        raise ConfigError(f"num_shards is {num_shards}; it must be at least 1.")
+    tasks = list(task.tasks) if isinstance(task, Mixture) else [task]
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The data directory {data_dir} cannot be made: {error.strerror}.") from error
+    message(f"Reading {source}.")
+    folders = _folders(source, tasks)
+    opened = {one.name: _open(one, folders) for one in tasks}
+    lacking = [one for one in tasks if len(opened[one.name][0]) < len(one.splits)]
+    unpacked = [_unpack(archive, data_dir, message) for archive in _archives(source, lacking)]
+    folders = [place for folder in unpacked for place in _folders(folder, tasks)] + folders
+    if unpacked:
+        opened |= {one.name: _open(one, folders) for one in lacking}
+    problems = [text for _, texts in opened.values() for text in texts]
+    nothing = not any(splits for splits, _ in opened.values())
+    if nothing or (problems and not allow_partial):
+        more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
+        hint = "" if nothing else " To prepare it nevertheless, add --allow_partial."
+        raise ConfigError(
+            f"{source} does not contain all of '{task.name}': {'; '.join(problems[:10])}{more}. It is "
+            f"published at {tasks[0].published}.{hint}"
+        )
+    for text in problems:
+        message(f"Not as published: {text}.")
+    counts = {
+        one.name: _write(one, opened[one.name][0], data_dir, num_shards, message)
+        for one in tasks if opened[one.name][0]
+    }  # fmt: skip
+    for folder in unpacked:
+        shutil.rmtree(folder)
+    return counts
+
+
+def _open(task: TextTask, folders: Sequence[str]) -> tuple[dict[str, Records], list[str]]:
+    """Opens the splits of a task; returns {split: records} and a sentence part for each problem."""
+    splits, problems = {}, []
+    for split in task.splits:
+        missing, empty = None, None
+        for folder in folders:
+            try:
+                splits[split] = task.open_split(folder, split)
+                break
+            except FileNotFoundError as error:
+                missing = missing or error.filename
+            except EmptySplit as error:
+                empty = empty or str(error).rstrip(".")
+        else:
+            problems.append(empty or f"{missing or f'its {split} split'} is missing")
+            continue
+        records = splits[split]
+        rows, wanted = getattr(records, "num_rows", len(records)), task.counts.get(split)
+        lost = getattr(records, "missing", ())
+        if lost:
+            problems.append(f"{len(lost)} files of the {split} split are missing, first {lost[0]}")
+        if wanted is not None and rows != wanted:
+            problems.append(f"the {split} split of '{task.name}' has {rows} rows instead of {wanted}")
+    if not splits:  # one problem says enough
+        problems = [f"'{task.name}' has no split ({problems[0]})"]
+    return splits, problems
+
+
+def _write(task, splits, data_dir, num_shards, message) -> dict[str, int]:
+    folder = os.path.join(data_dir, task.name)
+    os.makedirs(folder, exist_ok=True)
+    for split, records in splits.items():
+        name = task.prepared_name(split, data_dir)
+        shards = complete_shards(name)
+        if shards and len(TFRecordRecords(shards)) == len(records):
+            message(f"{name}: {len(records)} examples exist already; delete them to write them again.")
+            continue
+        examples = Examples(records, task.preprocess)
+        rows = (examples[i] for i in range(len(examples)))
+        with Progress(f"{task.name} {split}", len(examples)) as progress:
+            written = write_tfrecords(name, progress.each(rows), num_shards)
+        for old in set(shards) - set(written):
+            os.remove(old)
+        message(f"{name}: {len(records)} examples.")
+    counts = {split: len(records) for split, records in splits.items()}
+    write_json(os.path.join(folder, "prepared.json"), {"task": task.name, "examples": counts})
+    return counts
+
+
+# ------ The official files
+
+
+def _names(tasks: Sequence[TextTask]) -> set[str]:
+    """Names, in lower case, of the folders and archives of these tasks."""
+    folders = [x for task in tasks for x in task.folders if isinstance(x, str)]
+    return {os.path.basename(folder).lower() for folder in folders} - {""}
+
+
+def _folders(source: str, tasks: Sequence[TextTask]) -> list[str]:
+    """The source, its folders and their folders; those with the name of a task come first."""
+    if os.path.isfile(source):
+        return []
+    folders, level = [source], [source]
+    for _ in range(2):
+        inner = [x.path for place in level for x in os.scandir(place) if x.is_dir()]
+        level = sorted(path for path in inner if not os.path.basename(path).startswith("."))
+        folders += level
+    names = _names(tasks)
+    return sorted(folders, key=lambda path: os.path.basename(path).lower() not in names)
+
+
+def _archives(source: str, tasks: Sequence[TextTask]) -> list[str]:
+    """The source, if it is an archive, or the archives in it whose names contain that of a task."""
+    if os.path.isfile(source):
+        return [source] if tasks else []
+    archives = sorted(name for name in os.listdir(source) if _ARCHIVE.search(name))
+    names = _names(tasks)
+    return [os.path.join(source, x) for x in archives if any(name in x.lower() for name in names)]
+
+
+def _unpack(archive: str, data_dir: str, message: Callable[[str], None]) -> str:
+    """Unpacks an archive; returns the folder, which stays until all records are written, for a resume."""
+    facts = os.stat(archive)
+    key = hashlib.sha256(f"{archive} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = os.path.join(data_dir, f".unpacked-{key}")
+    if os.path.isdir(folder):
+        return folder
+    message(f"Unpacking {archive} into {folder}.")
+    with new_directory(folder, sync=False) as inner:
+        try:
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as file:
+                    file.extractall(inner)
+            else:
+                with tarfile.open(archive) as file:
+                    file.extractall(inner, filter="data")
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ConfigError(
+                f"{archive} cannot be unpacked as zip or tar ({error}); download it again."
+            ) from error
+    return folder
