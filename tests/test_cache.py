@@ -18,7 +18,7 @@ from famx.base import gin_utils  # noqa: E402
 from famx.base.errors import ConfigError  # noqa: E402
 from famx.cache import cache, json_options, seqio_task, shard_of  # noqa: E402
 from famx.data.formats import flan  # noqa: E402, F401, a mixture
-from famx.data.seqio import register_text_task  # noqa: E402
+from famx.data.seqio import register_tasks, register_text_task  # noqa: E402
 
 SIZES = {"train": 37, "validation": 3}
 
@@ -31,6 +31,9 @@ def write_qasper(folder, sizes=SIZES):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "qasper" / f"{split}.jsonl").write_text(text)
     return str(folder)
+
+
+register_tasks()
 
 
 @pytest.fixture(autouse=True)
