@@ -75,7 +75,7 @@ print(textwrap.fill(text, 110))
 
 # %%
 maps = read_maps(trained, text)
-second, last = row["key_positions"][1] // task.block_size, maps.blocks[-1]
+second, last = row["positions"][1] // task.block_size, maps.blocks[-1]
 print(f"kept: blocks {maps.blocks}, layers {maps.layers}, heads {maps.heads}")
 print(f"the second key is in block {second}")
 
