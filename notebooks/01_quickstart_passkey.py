@@ -44,9 +44,10 @@ RUNS = pathlib.Path(tempfile.mkdtemp())  # give a folder of your own to keep the
 # the second replaces the first: a memory that only holds would answer with the wrong one.
 
 # %%
-task = PasskeyTask(digits=3, header=False, filler="random_words", block_size=32, split="eval")
-for second_key in (False, True):
-    row = task.example(0, length=128, second_key=second_key)
+options = dict(digits=3, header=False, filler="random_words", block_size=32, split="eval")
+for second_key in (0.0, 1.0):  # its probability
+    task = PasskeyTask(second_key=second_key, **options)
+    row = task.example(0, length=128)
     print(task.vocab.decode(row["tokens"].tolist()), "\n")
 
 # %% [markdown]

@@ -74,7 +74,7 @@ print(textwrap.fill(text, 110))
 
 # %%
 maps = read_maps(trained, text)
-second, last = row["key_positions"][1] // task.block_size, maps.blocks[-1]
+second, last = row["positions"][1] // task.block_size, maps.blocks[-1]
 print(f"kept: blocks {maps.blocks}, layers {maps.layers}, heads {maps.heads}")
 print(f"the second key is in block {second}")
 
@@ -169,7 +169,8 @@ figures.sources_figure(maps, layer=0, block=second)
 # in the blocks with a key or the question than over filler.
 
 # %%
-print(f"log of {maps.memory_columns + task.block_size} keys: {np.log(maps.memory_columns + task.block_size):.2f}")
+keys = maps.memory_columns + task.block_size
+print(f"log of {keys} keys: {np.log(keys):.2f}")
 figures.entropy_figure(maps.summary)
 
 # %% [markdown]

@@ -18,7 +18,7 @@ from famx.base import gin_utils  # noqa: E402
 from famx.base.command_line import json_object  # noqa: E402
 from famx.base.errors import ConfigError  # noqa: E402
 from famx.data.formats import flan  # noqa: E402, F401, a mixture
-from famx.data.seqio import register_text_task  # noqa: E402
+from famx.data.seqio import register_tasks, register_text_task  # noqa: E402
 from famx.data.seqio_cache import cache, seqio_task, shard_of  # noqa: E402
 
 SIZES = {"train": 37, "validation": 3}
@@ -32,6 +32,9 @@ def write_qasper(folder, sizes=SIZES):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "qasper" / f"{split}.jsonl").write_text(text)
     return str(folder)
+
+
+register_tasks()
 
 
 @pytest.fixture(autouse=True)

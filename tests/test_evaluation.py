@@ -18,7 +18,7 @@ from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, PasskeyTask, TextFiles
 from famx.data.probes import CopyProbe
 from famx.data.probes.passkey_text import passkey_words
-from famx.data.storage.text_files import as_vocabulary
+from famx.data.vocabularies import as_vocabulary
 from famx.evaluation import PROBES, PasskeyEvaluation, TaskEvaluation, TextEvaluation
 from famx.evaluation.common import streamer_of
 from famx.evaluation.passkey import _answers
@@ -78,10 +78,10 @@ def test_probes_are_what_they_are_called():
     rows = {p: probe_task(evaluation, p).batch(range(8), length) for p in PROBES}
     examples = [probe_task(evaluation, "overwrite").example(i, length) for i in range(8)]
     for example in examples:
-        first, second = example["key_positions"]
+        first, second = example["positions"]
         assert first == 0 and BLOCK <= second < length
         assert example["answer"].tolist() != example["tokens"][first + 4 : first + 5].tolist()
-    assert len(probe_task(evaluation, "hold").example(0, length)["key_positions"]) == 1
+    assert len(probe_task(evaluation, "hold").example(0, length)["positions"]) == 1
     filler = rows["hold_repeated"]["decoder_target_tokens"][:, 2 * BLOCK : 4 * BLOCK]
     assert (filler == filler[0]).all()
     filler = rows["hold"]["decoder_target_tokens"][:, 2 * BLOCK : 4 * BLOCK]

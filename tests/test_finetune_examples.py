@@ -12,8 +12,7 @@ import pytest
 from pretrained import write_pretrained
 from test_readme import commands
 
-from famx.data.storage.text_files import as_vocabulary
-from famx.data.vocabularies import load_vocabulary
+from famx.data.vocabularies import as_vocabulary, load_vocabulary
 from famx.model_dir.loading import load_model
 from famx.training.run_log import read_metrics
 

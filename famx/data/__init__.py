@@ -1,34 +1,40 @@
-"""Data of famx: everything imported here needs only numpy. SeqIO: `famx.data.seqio`."""
+"""Data: vocabularies, files, rows, metrics and tasks by name.
 
-import functools
-import sys
+The packages import in one direction: `vocabularies`, `metrics` <- `storage` <- `rows` <- `tasks` <-
+`probes` <- `formats` <- `catalogue` <- `seqio`. All but `famx.data.seqio` need only numpy;
+`famx.data.seqio.register_tasks()` registers the same tasks with SeqIO.
+"""
 
-from famx.data.formats import (  # noqa: F401, each registers its tasks
-    flan,
-    gpt3,
-    isabelle,
-    narrative_qa,
-    offline,
-    own_jsonl,
-    pg19,
-    scrolls,
-    xlsum,
+from famx.data.catalogue import register_tasks
+from famx.data.metrics import digit_accuracy, exact_match
+from famx.data.probes import PasskeyTask
+from famx.data.rows import ContinuousLanes, PackedRows, Prefetch, decoder_batch
+from famx.data.storage import (
+    JsonlRecords,
+    RecordDocuments,
+    TextFiles,
+    TFRecordRecords,
+    stdlib_text_files,
+    write_tfrecords,
 )
-from famx.data.probes import PROBES as _PROBES
-from famx.data.probes.passkey import PasskeyTask, digit_accuracy, exact_match
-from famx.data.rows.batches import IndexedBatches, IndexedDocuments
-from famx.data.rows.lanes import ContinuousLanes
-from famx.data.rows.packing import PackedRows, Prefetch
-from famx.data.storage.records import JsonlRecords, RecordDocuments, TFRecordRecords, write_tfrecords
-from famx.data.storage.text_files import TextFiles, stdlib_text_files
-from famx.data.tasks.mixtures import Mixture
-from famx.data.tasks.registry import get, names, register
-from famx.data.tasks.text_task import TextTask
+from famx.data.tasks import (
+    IndexedDocuments,
+    Kind,
+    Mixture,
+    Suite,
+    TextTask,
+    get,
+    kind_of,
+    names,
+    register,
+    register_task,
+)
 from famx.data.vocabularies import (
     BytePairVocabulary,
     ByteVocabulary,
     SentencePieceVocabulary,
     WordVocabulary,
+    as_vocabulary,
     load_vocabulary,
     open_vocabulary,
     save_vocabulary,
@@ -38,35 +44,34 @@ __all__ = [
     "BytePairVocabulary",
     "ByteVocabulary",
     "ContinuousLanes",
-    "IndexedBatches",
     "IndexedDocuments",
     "JsonlRecords",
+    "Kind",
     "Mixture",
     "PackedRows",
     "PasskeyTask",
     "Prefetch",
     "RecordDocuments",
     "SentencePieceVocabulary",
+    "Suite",
     "TFRecordRecords",
     "TextFiles",
     "TextTask",
     "WordVocabulary",
+    "as_vocabulary",
+    "decoder_batch",
     "digit_accuracy",
     "exact_match",
     "get",
+    "kind_of",
     "load_vocabulary",
     "names",
     "open_vocabulary",
     "register",
+    "register_task",
     "save_vocabulary",
     "stdlib_text_files",
     "write_tfrecords",
 ]
 
-for _name, _factory in _PROBES.items():
-    register(_name, _factory)
-register("python_stdlib", functools.partial(TextFiles, files=None))
-register("own_text", TextFiles)
-
-if sys.modules.get("seqio"):  # its users find the tasks there too; others need no TensorFlow
-    import famx.data.seqio  # noqa: F401
+register_tasks()

@@ -19,11 +19,8 @@ import numpy as np
 from famx.base.errors import ConfigError
 from famx.base.files import replacing, write_json, write_text
 from famx.base.progress import Progress
-from famx.data.rows.batches import IndexedDocuments
 from famx.data.storage.records import TFRecordRecords
-from famx.data.tasks import registry
-from famx.data.tasks.mixtures import Mixture
-from famx.data.tasks.text_task import TextTask
+from famx.data.tasks import IndexedDocuments, Kind, Suite, kind_of, registry
 from famx.data.vocabularies import open_vocabulary
 
 _RUN = 16  # files that SeqIO reads at a time, and examples that it takes of each in turn
@@ -242,7 +239,8 @@ def seqio_task(
         task = registry.get(name, **(options or {}))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
-    if hasattr(task, "batch"):
+    kind = Kind.SCORED if isinstance(task, Suite) else kind_of(task)
+    if kind is Kind.MADE:
         if not length or not examples:
             raise ConfigError(
                 f"'{name}' generates examples of any length and number: add --length and --examples."
@@ -252,21 +250,20 @@ def seqio_task(
             for split, task_split in (("train", "train"), ("validation", "eval"))
         }
         return register_documents(f"{name}_{length}", made, task.vocab)
-    if not isinstance(task, (TextTask, Mixture)):
+    if kind is Kind.DOCUMENTS:
         splits = {
             split: registry.get(name, **{**(options or {}), "split": split})
             for split in ("train", "validation")
         }
         seqio.TaskRegistry.remove(name)
         return register_documents(name, splits, task.vocab)
-    tasks = task.tasks if isinstance(task, Mixture) else [task]
-    for one in tasks:
+    for one in task.tasks:
         seqio.TaskRegistry.remove(one.name)  # registered with other settings
         register_text_task(one, decoder_only=decoder_only)
-    if isinstance(task, Mixture):
-        seqio.MixtureRegistry.remove(name)
-        return seqio.MixtureRegistry.add(name, [one.name for one in tasks], default_rate=1.0)
-    return seqio.TaskRegistry.get(task.name)
+    if task.tasks == (task,):
+        return seqio.TaskRegistry.get(task.name)
+    seqio.MixtureRegistry.remove(name)
+    return seqio.MixtureRegistry.add(name, [one.name for one in task.tasks], default_rate=1.0)
 
 
 def cache_by_name(

@@ -9,7 +9,8 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_json
-from famx.data.probes.passkey import PasskeyTask, exact_match
+from famx.data.metrics import exact_match
+from famx.data.probes.passkey import PasskeyTask
 from famx.evaluation.common import (
     HEALTH_TOKENS,
     check_vocabulary,

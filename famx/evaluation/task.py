@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.data.tasks import registry
+from famx.data.tasks import Kind, has_settings, kind_of, registry
 from famx.decoding import Streamer
 from famx.evaluation.common import (
     HEALTH_TOKENS,
@@ -78,7 +78,7 @@ class TaskEvaluation:
 
     def check(self, model: DecoderModel) -> None:
         """Raises ConfigError if there is no such task, or it fits neither the length nor the model."""
-        shortest = getattr(self._task, "min_length", 1)
+        shortest = self._task.min_length
         if self.length < shortest:
             raise ConfigError(
                 f"TaskEvaluation.length is {self.length}, and the task {self.task!r} needs at least"
@@ -90,10 +90,10 @@ class TaskEvaluation:
     def _task(self):
         try:
             task = registry.get(self.task, **(self.task_options or {}))
+            kind = kind_of(task)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"TaskEvaluation.task {self.task!r}: {error}") from error
-        fields = {f.name for f in dataclasses.fields(task)} if dataclasses.is_dataclass(task) else ()
-        if not hasattr(task, "batch") or not {"split", "seed"} <= set(fields):
+        if kind is not Kind.MADE or not has_settings(task, "split", "seed"):
             raise ConfigError(
                 f"TaskEvaluation.task {self.task!r} is not made by index in a split for evaluation:"
                 " read it with TextEvaluation, or choose another task."

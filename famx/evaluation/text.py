@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from famx.data.rows.lanes import ContinuousLanes
+from famx.data.tasks import vocabulary_of
 from famx.evaluation.common import HEALTH_TOKENS, check_vocabulary, compared, memory_figures
 from famx.models import DecoderModel
 from famx.modules import Decoder
@@ -76,7 +77,7 @@ class TextEvaluation:
 
     def check(self, model: DecoderModel) -> None:
         """Raises ConfigError if the documents are not of the model's vocabulary."""
-        check_vocabulary(getattr(self.documents, "vocab", None), model, "TextEvaluation.documents")
+        check_vocabulary(vocabulary_of(self.documents), model, "TextEvaluation.documents")
 
 
 @functools.lru_cache(maxsize=8)
@@ -125,5 +126,6 @@ def _opening(documents, limit: int) -> np.ndarray:
     return np.insert(longest, 0, _bos_id(documents))[None, :-1].astype(np.int32)
 
 
-def _bos_id(documents) -> int:
-    return getattr(getattr(documents, "vocab", None), "bos_id", 1)
+def _bos_id(documents) -> Any:
+    vocabulary = vocabulary_of(documents)
+    return 1 if vocabulary is None else vocabulary.bos_id

@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from famx.base.files import replacing
-from famx.data.formats.gpt3 import Gpt3Task
-from famx.data.storage.text_files import token_ids
 from famx.data.tasks.examples import Example, cut_tokens, encode_example
 from famx.data.tasks.text_task import TextTask
-from famx.data.vocabularies.base import Vocabulary
+from famx.data.vocabularies import Vocabulary, token_ids
 from famx.decoding import Sampling
 from famx.evaluation.common import streamer_of
 from famx.inference.answers import Answers
@@ -28,24 +26,12 @@ from famx.modules import Decoder
 Write = Callable[[Mapping[str, Any]], None]
 
 
-def ranking_task(task: TextTask, scoring: str | None) -> Gpt3Task:
-    """The task with a way to compare choices; None: its own, or "sum" where it has none.
-
-    Raises:
-      ConfigError: there is no such scoring.
-    """
-    if isinstance(task, Gpt3Task):
-        return dataclasses.replace(task, scoring=scoring or task.scoring)
-    settings = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
-    return Gpt3Task(**settings, scoring=scoring or "sum", answer_context="")
-
-
 @dataclasses.dataclass(frozen=True)
 class TextAnswers:
     """Answers to examples of kind "generation" (greedy, until end of text) or "rank".
 
     Attributes:
-      task: the task; of kind "rank" as `ranking_task` returns it.
+      task: the task.
       model: the model.
       vocabulary: of the model; it has a bos_id, with which each prompt begins.
       batch_size: prompts at once.

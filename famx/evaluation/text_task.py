@@ -11,16 +11,14 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.data.formats.gpt3 import SCORINGS, Gpt3Task
 from famx.data.metrics import bits_per_byte
-from famx.data.tasks import registry
+from famx.data.tasks import Kind, Scored, Suite, TextTask, kind_of, registry
 from famx.data.tasks.examples import Example, Examples, TaskDocuments
-from famx.data.tasks.text_task import TextTask
-from famx.data.vocabularies import ByteVocabulary
-from famx.data.vocabularies.base import Vocabulary
+from famx.data.tasks.ranking import SCORINGS
+from famx.data.vocabularies import ByteVocabulary, Vocabulary
 from famx.evaluation.common import HEALTH_TOKENS, check_vocabulary, is_of_memory
 from famx.evaluation.text import TextEvaluation
-from famx.evaluation.text_answers import TextAnswers, Write, predictions_file, ranking_task
+from famx.evaluation.text_answers import TextAnswers, Write, predictions_file
 from famx.models import DecoderModel
 from famx.training.feeds import check_bos
 
@@ -122,7 +120,7 @@ class TextTaskEvaluation:
             for part in self._parts:
                 score = self._score_documents if part.task.kind == "documents" else self._score_answers
                 scores[part.task.name] = score(part, model, params, vocabulary, write)
-        scores = self._summary(scores)
+        scores = self._made.summary(scores)
         if self.health and model.config.memory.exists:
             scores |= self._health(model, params, vocabulary)
         return scores
@@ -151,10 +149,11 @@ class TextTaskEvaluation:
             raise ConfigError(f"{self._name}: {error}") from error
 
     @functools.cached_property
-    def _made(self) -> Any:
+    def _made(self) -> Scored | Suite:
         with self._config_errors():
             made = registry.get(self.task, **(self.task_options or {}))
-        if not all(isinstance(task, TextTask) for task in getattr(made, "tasks", (made,))):
+            scored = isinstance(made, Suite) or kind_of(made) is Kind.SCORED
+        if not scored:
             raise ConfigError(
                 f"{self._name} is no text task: evaluate it with TaskEvaluation or TextEvaluation, or"
                 " choose another task."
@@ -164,13 +163,11 @@ class TextTaskEvaluation:
     @functools.cached_property
     def _parts(self) -> list[_Part]:
         parts = []
-        for task in getattr(self._made, "tasks", (self._made,)):
-            split = self.split or "validation"
+        for task in self._made.tasks:
+            split = self.split or task.scored_split
+            if self.length_normalize is not None:
+                task = dataclasses.replace(task, scoring=self.length_normalize)
             with self._config_errors():
-                if self.split is None and isinstance(task, Gpt3Task):
-                    split = task.split
-                if task.kind == "rank":
-                    task = ranking_task(task, self.length_normalize)
                 examples = task.examples(split)
             numbers = range(len(examples))
             if self.examples is not None and self.examples < len(examples):
@@ -198,20 +195,6 @@ class TextTaskEvaluation:
         return TaskDocuments(part.examples, part.task.kind, vocabulary, longest, part.task.cut)
 
     # ------ Scores
-
-    def _summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """The scores of all tasks under one name each, and their means."""
-        if not hasattr(self._made, "tasks"):
-            return dict(scores[self._made.name])
-        named = {f"{name}/{metric}": v for name, own in scores.items() for metric, v in own.items()}
-        tasks = self._made.tasks
-        if all(isinstance(task, Gpt3Task) for task in tasks):
-            return named | {"average": float(np.mean([scores[t.name][t.headline] for t in tasks]))}
-        values: dict[str, list[float]] = {}
-        for own in scores.values():
-            for metric, value in own.items():
-                values.setdefault(metric, []).append(value)
-        return named | {metric: float(np.mean(found)) for metric, found in values.items()}
 
     def _score_answers(
         self, part: _Part, model: DecoderModel, params, vocabulary: Vocabulary, write: Write

@@ -14,7 +14,7 @@ from t5x import utils
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_text
-from famx.data.seqio import register_named
+from famx.data.seqio import register_named, register_tasks
 from famx.data.tasks import registry
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.identity import split_checkpoint
@@ -37,6 +37,7 @@ def seqio_task(
     Raises:
       ConfigError: there is no such task, or it does not take these options.
     """
+    register_tasks()
     try:
         options, as_name = task_options(name, options, checkpoint), name
         if options:
@@ -149,6 +150,7 @@ def get_dataset(
     """
     del continue_from_last_checkpoint
     name = cfg.mixture_or_task_name
+    register_tasks()
     if name not in registry.names() or cfg.use_cached:
         dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls, num_epochs)
         return FeedIterator(_PipelineFeed(dataset))

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.data import ByteVocabulary, ContinuousLanes, IndexedDocuments
-from famx.data.rows.packing import PackedRows
+from famx.data import ByteVocabulary, ContinuousLanes, IndexedDocuments, PackedRows
+from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.decoding import Streamer
 from famx.training import state_passing as passing
 from famx.training.curriculum import Curriculum
@@ -295,8 +295,9 @@ def make_feed(
             f"{size} where states are carried from row to row or a curriculum counts blocks: use"
             f" {length // size * size}, or change DecoderConfig.block_size."
         )
-    indexed = hasattr(task, "batch")
-    if not indexed and not hasattr(task, "__getitem__"):
+    kind = kind_of(task)
+    indexed = kind is Kind.MADE
+    if kind is Kind.SEQIO:
         if mode not in ("none", "random") or curriculum is not None:
             raise ConfigError(
                 f"SeqIO's task {task.name} has rows, not documents: set STATE_PASSING to 'none' or "
@@ -324,8 +325,8 @@ def make_feed(
                 f"at least {task.min_length} tokens."
             )
         documents = IndexedDocuments(task, lane_documents.length, lane_documents.count)
-    kind = PackedRows if packed or (packed is None and mode != "continuous") else ContinuousLanes
-    vocabulary = getattr(task, "vocab", None) or ByteVocabulary()
+    rows = PackedRows if packed or (packed is None and mode != "continuous") else ContinuousLanes
+    vocabulary = vocabulary_of(task) or ByteVocabulary()
     bos_id = check_bos(vocabulary.bos_id, "the task")
-    lanes = kind(documents, batch_size, length, seed, *shard, bos_id=bos_id, pad_id=vocabulary.pad_id)
+    lanes = rows(documents, batch_size, length, seed, *shard, bos_id=bos_id, pad_id=vocabulary.pad_id)
     return LaneFeed(lanes)

@@ -17,7 +17,7 @@ from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.files import write_json
 from famx.base.signals import graceful_stop
-from famx.data.tasks import registry
+from famx.data.tasks import Kind, kind_of, registry, vocabulary_of
 from famx.data.vocabularies import save_vocabulary
 from famx.lora import save_adapter
 from famx.mesh import batch_shard, batch_sharding, on_mesh
@@ -329,8 +329,8 @@ def _make_task(name: str, options: Mapping[str, Any], vocabulary: Any):
 
 def _vocabulary(task, model):
     """The task's vocabulary, which the model must have room for; None where it is not ours to save."""
-    vocabulary = getattr(task, "vocab", None)
-    if vocabulary is None and hasattr(task, "output_features"):
+    vocabulary = vocabulary_of(task)
+    if kind_of(task) is Kind.SEQIO:
         from famx.data.seqio import from_seqio_vocabulary
 
         vocabulary = from_seqio_vocabulary(task.output_features["targets"].vocabulary)

@@ -1,51 +1,37 @@
-"""Index-addressed batches: consecutive, sharded, resumable, with a length that may change."""
-
-import json
+"""Batches for a decoder, and examples made by index as documents."""
 
 import numpy as np
 import pytest
 
-from famx.data import IndexedBatches, IndexedDocuments, PasskeyTask
+from famx.data import ByteVocabulary, IndexedDocuments, PasskeyTask, decoder_batch
 
 TASK = PasskeyTask(header=False, filler="random_words")
+BYTES = ByteVocabulary()
 
 
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name])
+def example(tokens, **more):
+    return dict(tokens=np.array(tokens, np.int32), weights=np.ones(len(tokens), np.float32), **more)
 
 
-def test_indices_are_consecutive_and_the_seed_is_used():
-    batches = IndexedBatches(TASK, 3, 64, seed=5, start=7, second_key=True)
-    task = PasskeyTask(header=False, filler="random_words", seed=5)
-    assert_same(next(batches), task.batch([7, 8, 9], 64, second_key=True))
-    batches.length = 80
-    assert_same(next(batches), task.batch([10, 11, 12], 80, second_key=True))
-    assert_same(next(IndexedBatches(TASK, 2, 64)), TASK.batch([0, 1], 64))
+def test_inputs_are_the_targets_shifted_with_bos_at_every_start():
+    batch = decoder_batch([example([5, 6, 7, 8]), example([4, 3, 9, 9], starts=[0, 2])], BYTES)
+    assert batch["decoder_input_tokens"].tolist() == [[1, 5, 6, 7], [1, 4, 1, 9]]
+    assert batch["decoder_target_tokens"].tolist() == [[5, 6, 7, 8], [4, 3, 9, 9]]
+    assert batch["decoder_loss_weights"].tolist() == [[1] * 4] * 2
+    assert {x.dtype.name for x in batch.values()} == {"int32", "float32"} and len(batch) == 3
 
 
-def test_resume_is_exact():
-    batches = IndexedBatches(TASK, 2, 64)
-    next(batches)
-    batches.length = 70
-    next(batches)
-    state = json.loads(json.dumps(batches.get_state()))
-    resumed = IndexedBatches(TASK, 2, 64)
-    resumed.set_state(state)
-    for _ in range(3):
-        assert_same(next(resumed), next(batches))
+def test_answers_are_there_where_examples_tell_them():
+    rows = [example([5, 6, 7, 8], answer_start=2), example([4, 3, 9, 9], answer_start=3)]
+    assert decoder_batch(rows, BYTES)["answer_start"].tolist() == [2, 3]
+    assert "answer" not in decoder_batch(rows, BYTES)
+    answer = decoder_batch(rows, BYTES, answer_width=3)["answer"]
+    assert answer.tolist() == [[7, 8, 0], [9, 0, 0]] and answer.dtype == np.int32
 
 
-def test_shards_are_the_rows_of_the_global_batch():
-    whole = IndexedBatches(TASK, 6, 64)
-    shards = [IndexedBatches(TASK, 6, 64, shard_index=s, num_shards=3) for s in range(3)]
-    for _ in range(3):
-        parts = [next(shard) for shard in shards]
-        joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        assert_same(joined, next(whole))
-    with pytest.raises(ValueError, match="divided evenly"):
-        IndexedBatches(TASK, 5, 64, num_shards=2)
+def test_a_batch_of_nothing_gets_a_sentence():
+    with pytest.raises(ValueError, match="at least one index"):
+        decoder_batch([], BYTES)
 
 
 def test_documents_are_examples():

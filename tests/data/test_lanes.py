@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from famx.data import ContinuousLanes, IndexedDocuments, PasskeyTask, TextFiles
-from famx.data.storage.text_files import ContinuousLanes as same_lanes
 
 
 def make_documents(sizes):
@@ -104,16 +103,16 @@ def test_shards_are_the_rows_of_the_global_batch(sizes, rows, length, num_shards
 
 
 def test_passkey_documents_keep_their_weights():
-    task = PasskeyTask(header=False)
-    documents = IndexedDocuments(task, length=100, count=4, start=10, second_key=True)
+    task = PasskeyTask(header=False, second_key=1.0)
+    documents = IndexedDocuments(task, length=100, count=4, start=10)
     lanes = ContinuousLanes(documents, batch_size=2, length=32)
     steps = [next(lanes) for _ in range(4)]
     assert [s["reset"].tolist() for s in steps] == [[True] * 2] + [[False] * 2] * 3
-    expected = {tuple(task.example(i, 100, second_key=True)["tokens"]): i for i in range(10, 14)}
+    expected = {tuple(task.example(i, 100)["tokens"]): i for i in range(10, 14)}
     for b in range(2):
         tokens = np.concatenate([s["decoder_target_tokens"][b] for s in steps])
         weights = np.concatenate([s["decoder_loss_weights"][b] for s in steps])
-        row = task.example(expected[tuple(tokens[:100])], 100, second_key=True)
+        row = task.example(expected[tuple(tokens[:100])], 100)
         np.testing.assert_array_equal(weights[:100], row["weights"])
         assert not tokens[100:].any() and not weights[100:].any()
 
@@ -121,7 +120,7 @@ def test_passkey_documents_keep_their_weights():
 def test_text_lanes(tmp_path):
     (tmp_path / "a").write_bytes(b"hello world")
     files = TextFiles(str(tmp_path / "a"), validation_fraction=0.0)
-    lanes = same_lanes(files, 1, 8)
+    lanes = ContinuousLanes(files, 1, 8)
     tokens = [next(lanes)["decoder_target_tokens"][0] for _ in range(2)]
     assert [files.vocab.decode(t) for t in tokens] == ["hello wo", "rld"]
 

@@ -87,7 +87,7 @@ def test_bad_mixtures_get_a_sentence():
         Mixture("m", (a, a))
     with pytest.raises(ConfigError, match="needs tasks, each once"):
         Mixture("m", ())
-    with pytest.raises(ConfigError, match="one and the same vocabulary"):
+    with pytest.raises(ConfigError, match="must have the same vocabulary"):
         Mixture("m", (a, dataclasses.replace(b, vocabulary=WordVocabulary(["x"]))))
     with pytest.raises(ConfigError, match="no rate for 'b'"):
         Mixture("m", (a, b), {"a": 1})

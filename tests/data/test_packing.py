@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from famx.data import ContinuousLanes, TextFiles
-from famx.data.rows.packing import PackedRows, Prefetch
+from famx.data.rows import PackedRows, Prefetch
 
 
 def make_documents(sizes, seed=0):

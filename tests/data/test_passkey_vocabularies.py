@@ -15,13 +15,9 @@ from test_passkey import HEADER, QUESTION, statement
 
 from famx.data import ByteVocabulary, PasskeyTask, WordVocabulary, open_vocabulary
 from famx.data.probes import text_form
-from famx.data.probes.passkey_text import (
-    FILLER_WORDS,
-    REPEATED_FILLER,
-    passkey_words,
-    python_docs_sentences,
-)
-from famx.data.storage.text_files import as_vocabulary
+from famx.data.probes.passkey_text import FILLER_WORDS, REPEATED_FILLER, passkey_words
+from famx.data.probes.python_docs import python_docs_sentences
+from famx.data.vocabularies import as_vocabulary
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("sentencepiece")
@@ -63,12 +59,12 @@ def check_row(task, row, length):
     text = vocab.decode(tokens)
     assert text.endswith(QUESTION + key)
     assert text.startswith(HEADER.rstrip()) == task.header
-    assert row["key_positions"] == sorted(row["key_positions"])
+    assert row["positions"] == sorted(row["positions"])
     expected, keys = np.zeros(length, np.float32), []
     expected[row["answer_start"] :] = 1.0
     weighing = np.flatnonzero(weights == 0.5)
     mentions = np.split(weighing, np.flatnonzero(np.diff(weighing) > 1) + 1)
-    for start, mention in zip(row["key_positions"], mentions, strict=True):
+    for start, mention in zip(row["positions"], mentions, strict=True):
         found = re.match(r" ?The pass key is (\d+)\.", vocab.decode(tokens[start : start + 60]))
         keys.append(found[1])
         after = vocab.decode(tokens[start : start + len(statement(keys[-1]))]).lstrip()

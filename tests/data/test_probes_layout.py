@@ -15,9 +15,9 @@ from famx.data.probes.haystacks import (
     insert,
     nearest_places,
     noise_units,
-    python_docs_sentences,
     real_text_units,
 )
+from famx.data.probes.python_docs import python_docs_sentences
 
 NAMES = [name for name in PROBES if not name.startswith("passkey")]
 IN_BYTES = [name for name in NAMES if name.startswith(("ruler", "babilong"))]
@@ -169,10 +169,18 @@ def test_every_probe_has_a_text_form_passkey_included():
         if isinstance(probe, PasskeyTask):
             assert texts["references"][0] in texts["inputs"] and texts["references"][0].isdigit()
             assert texts["inputs"].rstrip().endswith("The pass key is")
-        else:
-            assert isinstance(probe, Probe)
-            row = probe.example(3, length)
-            assert texts == dict(inputs=row["inputs"], references=row["references"])
+        assert isinstance(probe, Probe)
+        row = probe.example(3, length)
+        assert texts == dict(inputs=row["inputs"], references=row["references"])
+
+
+def test_examples_of_all_probes_have_one_shape():
+    shape = {"tokens", "weights", "answer", "answer_start", "positions", "inputs", "references"}
+    for name, factory in PROBES.items():
+        probe = factory()
+        row = probe.example(3, length_of(probe, 100))
+        assert row.keys() >= shape, name
+        assert all(0 <= start < row["answer_start"] for start in row["positions"])
 
 
 @given(
@@ -254,7 +262,7 @@ def test_probes_are_values():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (dict(vocabulary="letters"), "is no vocabulary, and there is no such path; choose"),
+        (dict(vocabulary="letters"), "is not a vocabulary, and no such path exists; choose"),
         (dict(split="test"), "choose one of train, eval"),
         (dict(seed=-1), "at least 0"),
         (dict(answer_weight=-0.5), "must not be negative"),

@@ -161,7 +161,7 @@ def test_bad_options_get_a_sentence(make, options, sentence):
 
 
 def test_a_row_whose_last_block_is_too_short_gets_a_sentence():
-    with pytest.raises(ValueError, match="last block of a row of 70 tokens holds 6.*multiple of"):
+    with pytest.raises(ValueError, match="last block of a row of 70 tokens has 6.*multiple of"):
         CopyProbe(block_size=32).example(0, 70)
 
 

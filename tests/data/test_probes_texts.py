@@ -18,8 +18,8 @@ from famx.data.probes import (
 )
 from famx.data.probes import words as word_lists
 from famx.data.probes.babi import FACTS, Fact, ask, tell
-from famx.data.probes.haystacks import python_docs_sentences
 from famx.data.probes.passkey_text import REPEATED_FILLER
+from famx.data.probes.python_docs import python_docs_sentences
 
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.(?=\s|$)")
 LONGEST_UNIT = 1 + max(len(s) for s in python_docs_sentences(False))
@@ -388,7 +388,7 @@ def test_the_word_lists_hold_different_plain_words():
         (NeedleProbe, dict(num_values=0), "num_values must be at least 1"),
         (NeedleProbe, dict(num_queries=0), "num_queries must be at least 1"),
         (NeedleProbe, dict(num_keys=1001), "more than 1000 needles"),
-        (NeedleProbe, dict(depth=1.5), "depth is 1.5; it must lie between 0 and 1"),
+        (NeedleProbe, dict(depth=1.5), "depth is 1.5; it must be between 0 and 1"),
         (VariableProbe, dict(haystack="needles"), "choose one of noise, python_docs"),
         (VariableProbe, dict(num_chains=0), "num_chains must be at least 1"),
         (VariableProbe, dict(num_hops=0), "num_hops must be at least 1"),
@@ -401,7 +401,7 @@ def test_the_word_lists_hold_different_plain_words():
         (CodedWordsProbe, dict(letters=2), "between 4 and 12"),
         (BabiProbe, dict(task="qa4"), "choose one of qa1, qa2, qa3"),
         (BabiProbe, dict(facts=(1, 5)), "at least 2 facts"),
-        (BabiProbe, dict(facts=(8, 5)), "give the fewest and the most"),
+        (BabiProbe, dict(facts=(8, 5)), "give the smallest and the largest number"),
         (BabiProbe, dict(between=(0.2, 1.2)), "between 0 and 1"),
         (BabiProbe, dict(between=(0.6, 0.4)), "lower fraction first"),
     ],

@@ -80,7 +80,7 @@ def test_columns_can_be_chosen(tmp_path):
     assert records[0] == {"text": "x"} and JsonlRecords(path)[1] == {"id": 2}
     with pytest.raises(ValueError, match=r"Line 3 of .*a.jsonl has no column 'text'; .* are id\."):
         records[1]
-    with pytest.raises(ValueError, match=r"Line 4 of .*a.jsonl holds no JSON object"):
+    with pytest.raises(ValueError, match=r"Line 4 of .*a.jsonl is not a JSON object"):
         records[2]
     with pytest.raises(ValueError, match=r"Line 5 of .*a.jsonl is broken JSON"):
         records[3]
@@ -105,7 +105,7 @@ def test_files_that_are_missing_empty_or_shortened(tmp_path):
         JsonlRecords(path)
     path.write_text("\n \r\n")
     for kind in (JsonlRecords, TFRecordRecords):
-        with pytest.raises(ValueError, match="There is no record in .*; name files that hold data"):
+        with pytest.raises(ValueError, match="There is no record in .*; name files with data"):
             path.write_bytes(b"" if kind is TFRecordRecords else b"\n \r\n")
             kind(path)
     path.write_text('{"a": 1}\n{"a": 2}\n')
@@ -211,9 +211,9 @@ def test_lists_that_are_not_packed_and_features_without_a_list():
 
     ints = delimited(3, field(1, 0, b"\x05") + field(1, 0, b"\xff" * 9 + b"\x01"))
     assert tfrecord.decode_example(example(ints))["x"].tolist() == [5, -1]
-    with pytest.raises(ValueError, match="no tf.train.Example: a number is longer than 10 bytes"):
+    with pytest.raises(ValueError, match="not a tf.train.Example: a number is longer than 10 bytes"):
         tfrecord.decode_example(example(delimited(3, delimited(1, b"\xff" * 10 + b"\x01"))))
-    with pytest.raises(ValueError, match="no tf.train.Example: a number is cut off"):
+    with pytest.raises(ValueError, match="not a tf.train.Example: a number is cut off"):
         tfrecord.decode_example(example(delimited(3, delimited(1, b"\xff"))))
     floats = delimited(2, field(1, 5, np.float32(0.1).tobytes()) + field(1, 5, bytes(4)))
     assert tfrecord.decode_example(example(floats))["x"].tolist() == [float(np.float32(0.1)), 0]
@@ -261,7 +261,7 @@ def test_damaged_files_get_a_sentence(tmp_path):
         TFRecordRecords(damaged(whole[:-1]))
     with pytest.raises(ValueError, match="is cut off in the record at byte"):
         TFRecordRecords(damaged(whole + b"12345"))
-    with pytest.raises(ValueError, match="is no TFRecord file"):
+    with pytest.raises(ValueError, match="is not a TFRecord file"):
         TFRecordRecords(damaged(b'{"text": "this is a line of JSON"}\n'))
     flipped = bytearray(whole)
     flipped[100] ^= 1
@@ -276,7 +276,7 @@ def test_damaged_files_get_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=f"damaged at byte {second}"):
         TFRecordRecords(path, check_crc=True)
     for data in (b"\x0a\x05ab", b"\x0f", b"\xff" * 11):
-        with pytest.raises(ValueError, match="byte 0: The record is no tf.train.Example"):
+        with pytest.raises(ValueError, match="byte 0: The record is not a tf.train.Example"):
             TFRecordRecords(damaged(tfrecord.frame(data)))[0]
 
 
@@ -309,6 +309,6 @@ def test_bad_documents_get_a_sentence():
     with pytest.raises(ValueError, match="is text; give the vocabulary"):
         read({"x": "text"})
     for bad in ([0.5], [-1], [2**31], [[1]], 3, None, [None]):
-        with pytest.raises(ValueError, match="holds no token ids"):
+        with pytest.raises(ValueError, match="is not a list of token ids"):
             read({"x": bad})
     assert read({"x": []}).tolist() == []

@@ -11,8 +11,10 @@ tf = pytest.importorskip("tensorflow")
 
 from famx.data import ByteVocabulary, PasskeyTask  # noqa: E402
 from famx.data.probes.passkey_text import passkey_words  # noqa: E402
-from famx.data.seqio import FamFeatureConverter, as_seqio_vocabulary  # noqa: E402
+from famx.data.seqio import FamFeatureConverter, as_seqio_vocabulary, register_tasks  # noqa: E402
 from famx.data.vocabularies import SentencePieceVocabulary  # noqa: E402
+
+register_tasks()
 
 
 def dataset(name="passkey_words", split="train", length=128, **kwargs):
@@ -122,7 +124,7 @@ def assert_same_rows(actual, expected):
      ([0, 5, 0, 0], 1, 3), ([0, 0], 4, 3), ([], 4, 3), ([4, 5] * 40, 7, 64)],
 )  # fmt: skip
 def test_packed_rows_are_the_naive_ones(sizes, length, at_once, monkeypatch):
-    monkeypatch.setattr("famx.data.seqio._EXAMPLES_PACKED_AT_ONCE", at_once)
+    monkeypatch.setattr("famx.data.seqio.packed_rows.EXAMPLES_AT_ONCE", at_once)
     rng = np.random.default_rng(len(sizes))
     tokens = [rng.integers(0, 100, size, np.int32) for size in sizes]  # zeros are tokens like others
     weights = [rng.random(size, np.float32) for size in sizes]

@@ -13,8 +13,8 @@ from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, ContinuousLanes, TextTask, WordVocabulary
 from famx.data.metrics import token_f1
 from famx.data.rows.packing import PackedRows
-from famx.data.storage.records import write_tfrecords
-from famx.data.tasks.examples import CUTS, complete_shards, cut_tokens, encode_example
+from famx.data.storage import complete_shards, write_tfrecords
+from famx.data.tasks.examples import CUTS, cut_tokens, encode_example
 
 
 class Folder:
@@ -169,7 +169,7 @@ def test_bad_settings_get_a_sentence(folder):
         task.examples("valid")
     for option, sentence in (
         ({"kind": "x"}, "no kind of task"), ({"max_tokens": 0}, "at least 1"), ({"cut": "right"}, "cut"),
-        ({"split": "x"}, "no split 'x'"), ({"vocabulary": "x"}, "no vocabulary"),
+        ({"split": "x"}, "no split 'x'"), ({"vocabulary": "x"}, "is not a vocabulary"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=sentence):
             dataclasses.replace(task, **option)

@@ -9,8 +9,8 @@ from pretrained import TOKENIZERS, write_byte_pair, write_tokenizer
 import famx.data
 from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, TextFiles, WordVocabulary, save_vocabulary, stdlib_text_files
-from famx.data.storage.text_files import as_vocabulary
 from famx.data.tasks import registry
+from famx.data.vocabularies import as_vocabulary
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_bad_input_gets_a_sentence(folder):
         TextFiles(str(folder / "*.md"), split="validation", validation_fraction=0.0)
     with pytest.raises(ValueError, match="below 1"):
         TextFiles(str(folder / "*.md"), validation_fraction=1.0)
-    with pytest.raises(ValueError, match="no vocabulary"):
+    with pytest.raises(ValueError, match="is not a vocabulary"):
         TextFiles(str(folder / "*.md"), vocabulary="letters")
 
 
@@ -125,9 +125,9 @@ def test_names_of_vocabularies():
     assert as_vocabulary("words", words=lambda: WORDS) is WORDS
     assert as_vocabulary(WORDS) is WORDS
     for value in ("words", "letters"):
-        with pytest.raises(ConfigError, match=f"'{value}' is no vocabulary, and there is no such path"):
+        with pytest.raises(ConfigError, match=f"'{value}' is not a vocabulary, and no such path exists"):
             as_vocabulary(value)
-    with pytest.raises(ConfigError, match="None is no vocabulary; 'bytes', the directory of a model"):
+    with pytest.raises(ConfigError, match="None is not a vocabulary; give 'bytes', the directory of"):
         as_vocabulary(None)
 
 
@@ -142,7 +142,7 @@ def test_a_saved_vocabulary_is_found_in_a_model_dir_and_in_its_checkpoints(tmp_p
     assert as_vocabulary(tmp_path) == other
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ConfigError, match="empty' holds no vocabulary, none of vocabulary.json, "):
+    with pytest.raises(ConfigError, match="empty' has no vocabulary, none of vocabulary.json, "):
         as_vocabulary(empty)
     (tmp_path / "vocabulary.json").write_text("{")
     with pytest.raises(ConfigError, match="is damaged; copy it again"):
@@ -158,7 +158,7 @@ def test_a_tokenizer_file_is_a_vocabulary_and_so_is_its_folder(tmp_path, name):
     text = "The grass is green.\nIs it? 12345"
     assert file.decode(file.encode(text)) == text
     (tmp_path / kind).write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="is no tokenizer file"):
+    with pytest.raises(ValueError, match="is not a tokenizer file"):
         as_vocabulary(folder)
 
 
@@ -182,7 +182,7 @@ def test_every_task_takes_the_directory_of_a_model(tmp_path):
         task = famx.data.get(name, vocabulary=str(tmp_path / "model"), **options)
         for part in getattr(task, "tasks", (task,)):
             assert part.vocab == vocabulary, name
-        with pytest.raises(ConfigError, match="'/none' is no vocabulary, and there is no such path"):
+        with pytest.raises(ConfigError, match="'/none' is not a vocabulary, and no such path exists"):
             famx.data.get(name, vocabulary="/none", **options)
         if hasattr(task, "batch") and name != "flan_packed":
             rows = task.batch([3, 4], -(-task.min_length // 128) * 128)["decoder_target_tokens"]

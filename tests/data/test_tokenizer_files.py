@@ -336,7 +336,7 @@ def test_ids_that_collide_are_refused(pieces, bpe, bpe_gguf, tmp_path):
             SentencePieceVocabulary(pieces[1], pad_id=bad)
     with pytest.raises(ValueError, match="eos_id 100 is not free"):
         SentencePieceVocabulary(pieces[1], eos_id=100)
-    with pytest.raises(ValueError, match=r"Free are 300, .* of the file's own \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"Free are 300, .* of the file's ids \[0, 1, 2\]"):
         BytePairVocabulary(bpe[1], pad_id=100)
     shared = {**bpe_gguf, "ids": {"bos": 1, "eos": 2, "unk": 0, "pad": 2}}
     path = write_gguf(tmp_path / "a.gguf", "gpt2", pre="smollm", **shared)
@@ -379,7 +379,7 @@ def test_files_that_are_no_tokenizer_get_a_sentence(tmp_path, pieces, bpe, bpe_g
 
     with pytest.raises(ValueError, match="There is no tokenizer file"):
         open_vocabulary(tmp_path / "none")
-    refused(open_vocabulary, b"hello", "is no tokenizer file; give a SentencePiece model")
+    refused(open_vocabulary, b"hello", "is not a tokenizer file; give a SentencePiece model")
     refused(open_vocabulary, b"\nhello", "not a whole SentencePiece model")
     refused(open_vocabulary, pieces[1].read_bytes()[:-50], "not a whole SentencePiece model")
     for json_text in (b"{", b"{}", b'{"model": 1, "pre_tokenizer": 1, "decoder": 1}', b'{"\xff": 1}'):
@@ -402,7 +402,7 @@ def test_files_that_are_no_tokenizer_get_a_sentence(tmp_path, pieces, bpe, bpe_g
     bad_gguf("pre-tokenizer None; known are", pre=None)
     bad_gguf("is of kind 'bert'", model="bert")
     bad_gguf("is of kind None", model=None)
-    bad_gguf("holds no merges", merges=None)
+    bad_gguf("has no merges", merges=None)
     bad_gguf("300 tokens and 4 token types", types=[1] * 4)
     bad_gguf("token 'a' twice", tokens=["a", "b", "a"], types=None)
     bad_gguf("300 tokens and 0 scores", model="llama")

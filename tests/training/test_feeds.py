@@ -151,6 +151,9 @@ class Spy:
     def __post_init__(self):
         self.asked = []
 
+    def example(self, index, length):
+        return self.task.example(index, length)
+
     def batch(self, indices, length):
         self.asked.append((indices, length // BLOCK))
         return self.task.batch(indices, length)

@@ -204,6 +204,9 @@ class Poisoned:
     def __init__(self, steps):
         self.steps = steps
 
+    def example(self, index, length):
+        return passkey().example(index, length)
+
     def batch(self, indices, length):
         batch = passkey().batch(indices, length)
         if indices[0] // BATCH in self.steps:

@@ -16,7 +16,7 @@ NAME, LENGTH = "passkey_for_the_feed", 96
 
 @pytest.fixture(scope="module")
 def task():
-    seqio_tasks.register_passkey(NAME, PasskeyTask(header=False))
+    seqio_tasks.register_made(NAME, PasskeyTask(header=False))
     return registry.get(NAME)
 
 

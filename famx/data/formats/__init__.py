@@ -1,1 +1,1 @@
-"""Readers of published data sets in their official formats; importing one registers its tasks."""
+"""Published and user-supplied data sets, each in a module with its tasks in a table `TASKS`."""

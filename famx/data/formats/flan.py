@@ -1,9 +1,9 @@
-"""Flan v2 (Longpre et al., 2023): instructions in packed rows, as TransformerFAM was finetuned on.
+"""Flan v2 (Longpre et al., 2023): instructions in packed rows, on which TransformerFAM was finetuned.
 
-Files: the public dumps of the five submixtures, as unpacked JSON lines or as TFRecords, anywhere below
-DATA_DIR/flan or DATA_DIR/flan_v2. Which submixture a file belongs to is read from its name or its
-nearest folder's, such as `cot/part-0.jsonl`, `niv2_submix_original/train.jsonl` or
-`t0_zs_opt_train.jsonl`; in other files every record says it in `task_source`.
+Files: the public dumps of the five submixtures, as uncompressed JSON lines or as TFRecords, anywhere
+below DATA_DIR/flan or DATA_DIR/flan_v2. A file belongs to the submixture named by the file or its nearest
+folder, such as `cot/part-0.jsonl`, `niv2_submix_original/train.jsonl` or `t0_zs_opt_train.jsonl`; in
+other files each record names it in `task_source`.
 
 | submixture | weight | names | task_source |
 |---|---|---|---|
@@ -13,11 +13,11 @@ nearest folder's, such as `cot/part-0.jsonl`, `niv2_submix_original/train.jsonl`
 | cot | 0.05 | cot | CoT |
 | dialog | 0.03 | dialog | Dialog |
 
-A record holds `inputs` and `targets`, or `inputs_pretokenized` and `targets_pretokenized`; what else it
-holds is not read. Few-shot examples are part of its inputs. A space is put between inputs that do not
-end with white space and targets.
+A record has `inputs` and `targets`, or `inputs_pretokenized` and `targets_pretokenized`; other columns
+are ignored. Few-shot examples are part of the inputs. If inputs do not end with white space, a space is
+put between inputs and targets.
 
-Each submixture is a text task, `flan_cot` and so on, and `flan` is the mixture of them, which is what
+Each submixture is a text task, such as `flan_cot`, and `flan` is their mixture, which
 `python -m famx.prepare` takes. `flan_packed` makes the rows to train on, see `FlanRows`.
 """
 
@@ -32,35 +32,34 @@ from typing import Any
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.data.probes.passkey import SPLITS
-from famx.data.storage.records import JsonlRecords, TFRecordRecords
-from famx.data.storage.text_files import as_vocabulary, token_ids
-from famx.data.tasks import registry
+from famx.data.rows import decoder_batch
+from famx.data.storage import JsonlRecords, TFRecordRecords
 from famx.data.tasks.examples import Example, Examples, Records, encode_example
+from famx.data.tasks.kinds import SPLITS
 from famx.data.tasks.mixtures import Mixture
-from famx.data.tasks.text_task import TextTask, register_task
-from famx.data.vocabularies.base import Vocabulary
+from famx.data.tasks.text_task import TextTask, task_factories
+from famx.data.vocabularies import Vocabulary, as_vocabulary, token_ids
 
 PUBLISHED = "https://github.com/google-research/FLAN/tree/main/flan/v2"
 WEIGHTS = {"flan2021": 0.4, "t0": 0.32, "niv2": 0.2, "cot": 0.05, "dialog": 0.03}
 REPEAT_PROMPT = " [repeat random segment]: "
-HELD_OUT = 100  # of so many records, the last is kept for evaluation
+HELD_OUT = 100  # of every 100 records, the last is held out for evaluation
 
 _SOURCES = {"flan": "flan2021", "p3": "t0", "dialogue": "dialog", **{name: name for name in WEIGHTS}}
-# The start of a file's or folder's name; "flan_v2" and "flan_2022" stand for the whole collection.
+# The start of a file's or folder's name; "flan_v2" and "flan_2022" name the whole collection.
 _NAME = re.compile(
     r"(flan2021|flan(?![_-]?(?:v?2|collection))|t0|p3|niv2|cot|dialog(?:ue)?)(?![a-z0-9])", re.IGNORECASE)
-_PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet")
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet")
 
 
 # ------ The records of a submixture
 
 
 class JoinedRecords:
-    """Chosen records of several files, one file after another.
+    """Chosen records of several files, concatenated.
 
     Args:
-      parts: pairs (records, int64 numbers of the chosen ones, or None for all).
+      parts: pairs (records, int64 `[n]` indices of the chosen ones, or None for all).
     """
 
     def __init__(self, parts: Sequence[tuple[Records, np.ndarray | None]]):
@@ -81,19 +80,19 @@ class JoinedRecords:
 
 
 def open_submix(submix: str, folder: str, split: str) -> JoinedRecords:
-    """The records of a submixture below `folder`; files that tell nothing by name are read through.
+    """Open the records of a submixture below `folder`; files of other names are read to find them.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: all files are packed, or a record tells no submixture.
+      FileNotFoundError: there is no record.
+      ValueError: all files are compressed, or a record does not name its submixture.
     """
-    parts, packed, empty = [], None, True
+    parts, compressed, empty = [], None, True
     for place, inner, names in os.walk(folder):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in sorted(names):
             path = os.path.join(place, name)
-            if not (name.endswith(".jsonl") or ".tfrecord" in name) or name.endswith(_PACKED):
-                packed = packed or (path if name.endswith(_PACKED) else None)
+            if not (name.endswith(".jsonl") or ".tfrecord" in name) or name.endswith(_COMPRESSED):
+                compressed = compressed or (path if name.endswith(_COMPRESSED) else None)
                 continue
             empty = False
             named = _submix_of_path(os.path.relpath(path, folder))
@@ -101,12 +100,14 @@ def open_submix(submix: str, folder: str, split: str) -> JoinedRecords:
                 parts.append((_open(path), None))
             elif named is None:
                 facts = os.stat(path)
-                found = _submixes_of_records(path, folder, facts.st_size, facts.st_mtime_ns)
-                chosen = np.flatnonzero(found == list(WEIGHTS).index(submix))
+                submixes = _submixes_of_records(path, folder, facts.st_size, facts.st_mtime_ns)
+                chosen = np.flatnonzero(submixes == list(WEIGHTS).index(submix))
                 if len(chosen):
                     parts.append((_open(path), chosen))
-    if empty and packed:
-        raise ValueError(f"{packed} is packed; unpack the files of Flan to JSON lines (.jsonl) first.")
+    if empty and compressed:
+        raise ValueError(
+            f"{compressed} is compressed; decompress the files of Flan to JSON lines (.jsonl) first."
+        )
     if not parts:
         raise FileNotFoundError(None, "missing", os.path.join(folder, submix, "*.jsonl"))
     return JoinedRecords(parts)
@@ -118,17 +119,17 @@ def _open(path: str) -> Records:
 
 def _submix_of_path(path: str) -> str | None:
     for name in reversed(path.split(os.sep)):
-        found = _NAME.match(name)
-        if found:
-            return _SOURCES[found[1].lower()]
+        match = _NAME.match(name)
+        if match:
+            return _SOURCES[match[1].lower()]
     return None
 
 
 @functools.lru_cache(maxsize=64)
 def _submixes_of_records(path: str, folder: str, size: int, changed: int) -> np.ndarray:
-    """int8 [n]: which submixture each record of a file names; read once for all five."""
-    del size, changed  # part of the key alone
-    records, found = _open(path), []
+    """Int8 `[n]`: the submixture that each record of a file names; read once for all five."""
+    del size, changed  # only part of the cache key: a changed file is read again
+    records, submixes = _open(path), []
     of_folder = _submix_of_path(os.path.basename(os.path.normpath(folder)))
     for i in range(len(records)):
         record = records[i]
@@ -137,18 +138,18 @@ def _submixes_of_records(path: str, folder: str, size: int, changed: int) -> np.
         name = _SOURCES.get(said.lower(), of_folder)
         if name is None:
             raise ValueError(
-                f"Record {i} of {path} says in no column 'task_source' which of {', '.join(WEIGHTS)} "
-                "it belongs to; put the file into a folder of that name."
+                f"Record {i} of {path} has no column 'task_source' that names its submixture, one of "
+                f"{', '.join(WEIGHTS)}; put the file into a folder of that name."
             )
-        found.append(list(WEIGHTS).index(name))
-    return np.array(found, np.int8)
+        submixes.append(list(WEIGHTS).index(name))
+    return np.array(submixes, np.int8)
 
 
 def preprocess(record: Mapping[str, Any]) -> Example:
-    """A record as an example.
+    """Make an example of a record.
 
     Raises:
-      ValueError: a column is missing or holds no text.
+      ValueError: a column is missing or is not text.
     """
     inputs, targets = _text(record, "inputs"), _text(record, "targets")
     gap = " " if inputs and not inputs[-1].isspace() else ""
@@ -170,28 +171,28 @@ def _text(record: Mapping[str, Any], column: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FlanRows:
-    """Rows of `length` tokens; each is a function of `(seed, split, index, length)` and the files.
+    """A task made by index: rows of examples, with a repeated segment at the end.
 
-    A row is, in tokens,
+    A row is a function of `(seed, split, index, length)` and the files. In tokens:
 
-        example, example, ..., example cut off | repeat_prompt | a segment of what stands before
+        example, example, ..., example (cut off) | repeat_prompt | a segment of the examples
 
-    The examples are drawn one by one: the submixture by its weight, then one of its records, all alike.
-    Targets and the eos after them weigh 1, inputs 0, and nothing masks one example from the next. An
-    example longer than the room loses the middle of its inputs. The segment, `repeat_tokens`
-    consecutive tokens from a random place, weighs `repeat_weight` (the paper's self-supervision), its
-    prompt 0. So of 8 704 tokens 256 repeat a segment, and examples and prompt fill 8 448.
+    Examples are drawn independently: the submixture by its weight, then one of its records, uniformly.
+    Targets and the eos after them have weight 1, inputs 0, and nothing masks one example from the next.
+    An example that is too long for the row loses the middle of its inputs. The segment, `repeat_tokens`
+    consecutive tokens from a random place, has weight `repeat_weight` (the paper's self-supervision),
+    its prompt 0. Of 8 704 tokens 256 repeat a segment, and examples and prompt fill 8 448.
 
-    Training draws from all records but every hundredth of a submixture; "eval" draws from these.
+    Training draws from all records except every hundredth of a submixture; "eval" draws from those.
 
     Attributes:
-      data_dir: as of text tasks.
-      vocabulary: see `famx.data.storage.text_files.as_vocabulary`; it must have a bos_id.
-      weights: weight of each submixture, of any sum; those that are not named have none. None: `WEIGHTS`.
-      allow_partial: whether submixtures may be missing; the others keep their weights.
+      data_dir: as for text tasks.
+      vocabulary: see `famx.data.vocabularies.as_vocabulary`; it must have a bos_id.
+      weights: weight of each submixture, with any sum; unnamed ones have weight 0. None: `WEIGHTS`.
+      allow_partial: train without submixtures that are missing; the others keep their weights.
       repeat_tokens: length of the segment; 0 leaves it and its prompt out.
-      repeat_weight: loss weight of its tokens.
-      repeat_prompt: the text in front of it.
+      repeat_weight: loss weight of the tokens of the segment.
+      repeat_prompt: the text before the segment.
       seed: seed of all rows, at least 0.
       split: "train" or "eval".
 
@@ -239,18 +240,22 @@ class FlanRows:
 
     @property
     def min_length(self) -> int:
-        """The shortest row: a segment, its prompt, and as many tokens to draw it from."""
+        """The shortest row: a segment, its prompt, and the same number of tokens to draw it from."""
         return max(1, len(self._prompt) + 2 * self.repeat_tokens)
 
     def example(self, index: int, length: int) -> dict[str, Any]:
-        """Row `index`: `tokens` int32 [length], `weights` float32 [length], and where what begins.
+        """Make row `index` with `length` tokens.
 
-        `starts` are the places where examples begin, `segment_start` that of the repeated segment (None
-        where none is repeated), and `submixes` tells which submixture each example is of.
+        Returns:
+          tokens int32 `[length]`: the targets.
+          weights float32 `[length]`: their loss weights.
+          starts list of int: where the examples begin.
+          segment_start int: where the repeated segment begins; None without one.
+          submixes list of str: the submixture of each example.
 
         Raises:
           ValueError: the row is too short, the index is negative, or a file is broken.
-          ConfigError: files are missing; the sentence says which and where they are published.
+          ConfigError: files are missing; the sentence names them and where they are published.
         """
         if index < 0:
             raise ValueError(f"Rows of Flan are numbered from 0, but index is {index}.")
@@ -285,24 +290,14 @@ class FlanRows:
             tokens=tokens, weights=weights, starts=starts, segment_start=segment, submixes=drawn)
 
     def batch(self, indices: Sequence[int], length: int) -> dict[str, np.ndarray]:
-        """Rows `indices` as a batch for a decoder.
+        """Make the rows `indices` as a batch for a decoder.
 
         Returns:
-          decoder_input_tokens int32 [B, L] (the targets one step later, bos first in every example),
-          decoder_target_tokens int32 [B, L] and decoder_loss_weights float32 [B, L].
+          decoder_input_tokens int32 `[B, L]`: the targets shifted by one, bos first in every example.
+          decoder_target_tokens int32 `[B, L]`.
+          decoder_loss_weights float32 `[B, L]`.
         """
-        if not len(indices):
-            raise ValueError("A batch of Flan's rows needs at least one index.")
-        rows = [self.example(int(i), length) for i in indices]
-        targets = np.stack([row["tokens"] for row in rows])
-        inputs = np.roll(targets, 1, axis=1)
-        for row, starts in zip(inputs, (row["starts"] for row in rows)):
-            row[starts] = self.vocab.bos_id
-        return dict(
-            decoder_input_tokens=inputs,
-            decoder_target_tokens=targets,
-            decoder_loss_weights=np.stack([row["weights"] for row in rows]),
-        )
+        return decoder_batch([self.example(int(i), length) for i in indices], self.vocab)
 
     @functools.cached_property
     def _prompt(self) -> np.ndarray:
@@ -312,13 +307,14 @@ class FlanRows:
 
     @functools.cached_property
     def _submixes(self) -> tuple[list[str], np.ndarray, list[Examples]]:
-        """Names, shares that sum to 1, and examples of the submixtures that are drawn from."""
+        """Names, shares that sum to 1, and examples of the submixtures with a weight."""
         names, weights, examples = [], [], []
         for name, weight in (self.weights or WEIGHTS).items():
             if not weight:
                 continue
             try:
-                found = registry.get(f"flan_{name}", data_dir=self.data_dir).examples("train")
+                task = _SUBMIX_TASKS[f"flan_{name}"](data_dir=self.data_dir)
+                examples_of_submix = task.examples("train")
             except ConfigError as error:
                 if not self.allow_partial:
                     raise ConfigError(
@@ -328,40 +324,40 @@ class FlanRows:
                 continue
             names.append(name)
             weights.append(weight)
-            examples.append(found)
+            examples.append(examples_of_submix)
         if not names:
             raise absent
         return names, np.array(weights, np.float64) / sum(weights), examples
 
     def _draw(self, rng: np.random.Generator, count: int, name: str) -> int:
-        held = count // HELD_OUT
+        """The index of a record of the split, out of `count` records."""
+        held_out = count // HELD_OUT
         if self.split == "train":
-            i = int(rng.integers(count - held))
+            i = int(rng.integers(count - held_out))
             return i + i // (HELD_OUT - 1)
-        if not held:
+        if not held_out:
             raise ConfigError(
                 f"flan_{name} has {count} records; evaluation takes every {HELD_OUT}th and needs one."
             )
-        return int(rng.integers(held)) * HELD_OUT + HELD_OUT - 1
+        return int(rng.integers(held_out)) * HELD_OUT + HELD_OUT - 1
 
 
 def flan(vocabulary: str | Vocabulary = "bytes", **options: Any) -> Mixture:
-    """All submixtures at their weights; options are those of each text task."""
-    tasks = tuple(registry.get(f"flan_{name}", vocabulary=vocabulary, **options) for name in WEIGHTS)
+    """Make the mixture of all submixtures at their weights; `options` go to each text task."""
+    tasks = tuple(_SUBMIX_TASKS[f"flan_{x}"](vocabulary=vocabulary, **options) for x in WEIGHTS)
     return Mixture("flan", tasks, {f"flan_{name}": weight for name, weight in WEIGHTS.items()})
 
 
-for _name in WEIGHTS:
-    register_task(
-        TextTask(
-            name=f"flan_{_name}",
-            kind="generation",
-            open_split=functools.partial(open_submix, _name),
-            preprocess=preprocess,
-            splits=("train",),
-            folders=("flan", "flan_v2"),
-            published=PUBLISHED,
-        )
+_SUBMIX_TASKS = task_factories(
+    TextTask(
+        name=f"flan_{name}",
+        kind="generation",
+        open_split=functools.partial(open_submix, name),
+        preprocess=preprocess,
+        splits=("train",),
+        folders=("flan", "flan_v2"),
+        published=PUBLISHED,
     )
-registry.register("flan", flan)
-registry.register("flan_packed", FlanRows)
+    for name in WEIGHTS
+)
+TASKS = {**_SUBMIX_TASKS, "flan": flan, "flan_packed": FlanRows}

@@ -1,7 +1,7 @@
 """Records of the GPT-3 suite as examples, in the zero-shot formats of the GPT-3 paper (appendix G).
 
-Each function takes one record with the field names of TensorFlow Datasets. Texts of answers begin with
-the space that parts them from the prompt; `references` are without it.
+Each function takes a record with the field names of TensorFlow Datasets. Answers begin with the space
+between prompt and answer; `references` do not have it.
 """
 
 import re
@@ -14,12 +14,12 @@ Record = Mapping[str, Any]
 
 
 def many(value: Any) -> list[Any]:
-    """A list of one comes from TensorFlow Datasets as its item."""
+    """The value as a list; TensorFlow Datasets stores a list of one item as the item."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _label(value: Any, names: Sequence[str]) -> list[int]:
-    """The index of a label, given as index or name; none where it is not published."""
+    """The index of a label given as index or name, in a list; empty if it is not published."""
     if isinstance(value, str):
         if value and value not in names:
             raise ValueError(f"'{value}' is no label; it must be one of {', '.join(names)}.")
@@ -40,7 +40,7 @@ def _ranked(inputs: str, choices: Sequence[str], answer: Sequence[int], **more: 
 
 
 def _placed(before: str, options: Sequence[str], after: str, answer: Sequence[int]) -> Example:
-    """Two contexts and what follows both: it is judged after which of them that is more likely."""
+    """Contexts with the same ending: the answer is the context after which the ending is likelier."""
     contexts = [before + option for option in options]
     return {
         "inputs": contexts[answer[0]] if answer else contexts[0],
@@ -124,14 +124,14 @@ def _lower_first(text: str) -> str:
 
 
 def hellaswag(record: Record) -> Example:
-    """HellaSwag: which ending goes on."""
+    """HellaSwag: which ending continues the text."""
     endings = [f" {ending.strip()}" for ending in many(record["endings"])]
     answer = _label(record["label"], [str(k) for k in range(len(endings))])
     return _ranked(f"{record['activity_label']}: {record['context'].strip()}", endings, answer)
 
 
 def multirc(record: Record) -> Example:
-    """One answer of a question; the examples of one question share their `id`."""
+    """MultiRC: one answer to a question; all examples of a question have the same `id`."""
     inputs = f"READING COMPREHENSION ANSWER KEY\n\n{record['paragraph']}\n\n{record['question']}\n"
     choices = [f"- [{name}] {record['answer']}" for name in ("False", "True")]
     place = f"{record['idx']['paragraph']}/{record['idx']['question']}"
@@ -152,7 +152,7 @@ def piqa(record: Record) -> Example:
 
 
 def race(record: Record) -> Example:
-    """Question number `k` of an article; those before it are in the prompt, with their answers."""
+    """RACE: question `k` of an article; earlier questions are in the prompt, with their answers."""
     options = record["options"]
     if isinstance(options, Mapping):  # as TensorFlow Datasets stores lists of lists
         flat = iter(many(options["ragged_flat_values"]))
@@ -168,7 +168,7 @@ def race(record: Record) -> Example:
 
 
 def record_cloze(record: Record) -> Example:
-    """ReCoRD: the query with each entity in the place of what is left out; several may be right."""
+    """ReCoRD: the query with each entity in place of the blank; several may be right."""
     passage = re.sub(r"\s*@highlight\s*", "\n- ", record["passage"].strip())
     entities = list(dict.fromkeys(many(record["entities"])))
     choices = [f"- {record['query'].replace('@placeholder', entity)}" for entity in entities]
@@ -185,7 +185,7 @@ def rte(record: Record) -> Example:
 
 
 def story_cloze(record: Record) -> Example:
-    """Its labels count from 1, as published."""
+    """StoryCloze: which ending fits; published labels are 1 and 2."""
     endings = [f" {ending.strip()}" for ending in many(record["endings"])]
     label = int(record["label"])
     return _ranked(record["context"].strip(), endings, _label(label - 1 if label > 0 else -1, "12"))
@@ -199,7 +199,7 @@ def wic(record: Record) -> Example:
 
 
 def winogrande(record: Record) -> Example:
-    """Winogrande: each option in the place of the gap."""
+    """Winogrande: each option in place of the blank."""
     before, gap, after = record["sentence"].partition("_")
     if not gap:
         raise ValueError(f"The sentence '{before[:60]}' has no gap _; use the published files.")
@@ -208,7 +208,7 @@ def winogrande(record: Record) -> Example:
 
 
 def winograd(record: Record) -> Example:
-    """A Winograd schema: each option in the place of the pronoun."""
+    """A Winograd schema: each option in place of the pronoun."""
     options = [record[f"option{k}_normalized"] for k in (1, 2)]
     text, start, end = record["text"], record["pronoun_start"], record["pronoun_end"]
     return _placed(text[:start], options, text[end:], _label(record["label"], ("0", "1")))
@@ -218,7 +218,7 @@ def winograd(record: Record) -> Example:
 
 
 def lambada(record: Record) -> Example:
-    """The passage up to its last word, without the blank that GPT-3 puts there with examples."""
+    """LAMBADA: the passage without its last word, and without the blank of GPT-3's few-shot format."""
     words = record["passage"].strip().rsplit(None, 1)
     if len(words) < 2:
         raise ValueError(f"The passage '{record['passage'].strip()}' has fewer than two words.")
@@ -226,13 +226,13 @@ def lambada(record: Record) -> Example:
 
 
 def closed_book(record: Record) -> Example:
-    """Natural Questions and WebQuestions."""
+    """Natural Questions and WebQuestions: a question without a passage."""
     answers = record["answers"] if "answers" in record else record["answer"]
     return _generated(f"Q: {_question(record['question'])}\n\nA:", many(answers))
 
 
 def trivia_qa(record: Record) -> Example:
-    """TriviaQA without its documents; every alias is right."""
+    """TriviaQA without documents; every alias is right."""
     answer = record["answer"]
     names = [answer["value"], *many(answer["aliases"]), *many(answer["normalized_aliases"])]
     references = [name for name in names if name and name != "<unk>"]
@@ -240,7 +240,7 @@ def trivia_qa(record: Record) -> Example:
 
 
 def squad_v2(record: Record) -> Example:
-    """A question without answer is answered rightly by `none` or by nothing, which is our choice."""
+    """SQuAD 2: for a question without an answer, `none` and the empty text are right; our choice."""
     title = record["title"].replace("_", " ")
     inputs = f"Title: {title}\n\nBackground: {record['context']}\n\nQ: {record['question'].strip()}\n\nA:"
     return _generated(inputs, many(record["answers"]["text"]) or ["none", ""])

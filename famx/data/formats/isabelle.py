@@ -1,10 +1,10 @@
 """Isabelle: formal proofs of the Archive of Formal Proofs, for language modelling.
 
-Official files: `thys/<entry>/**/*.thy`, the archive unpacked or a clone of it. A document is an
-entry: its theories one after another, each after those that it imports. Theories of other entries
-are not repeated. Which entries are for validation and for testing follows from a hash of their
-names; the paper (TransformerFAM) does not say which 16 it took, so these are not the same. It cut
-documents at 256k tokens (`max_tokens`) and reports next-token accuracy.
+Official files: `thys/<entry>/**/*.thy`, the unpacked archive or a clone of it. A document is an entry:
+its theories, each after those that it imports. Theories of other entries are not repeated. A hash of its
+name decides whether an entry is for training, validation or testing. The TransformerFAM paper does not
+say which 16 entries it took, so these are others; it cuts documents at 256k tokens (`max_tokens`) and
+reports next-token accuracy.
 """
 
 import os
@@ -12,11 +12,11 @@ import re
 from typing import Any
 
 from famx.data.formats.texts import EmptySplit, preprocess_text
-from famx.data.storage.text_files import validation_names
-from famx.data.tasks.text_task import TextTask, register_task
+from famx.data.storage import validation_names
+from famx.data.tasks.text_task import TextTask, task_factories
 
 PUBLISHED = "https://www.isa-afp.org/download/"
-FRACTION = 0.05  # about what share of the entries is for validation, and for testing
+FRACTION = 0.05  # approximate share of the entries for validation, and for testing
 _COMMENT = re.compile(r"\(\*|\*\)")
 _HEADER = re.compile(
     r"^\s*theory\s+\S+\s+(?:imports\s+(.*?)\s)??\s*(?:(?:keywords|abbrevs)\b.*?)?\bbegin\b",
@@ -27,7 +27,7 @@ _NAME = re.compile(r'"([^"]*)"|‹([^›]*)›|\\<open>(.*?)\\<close>|([^\s"‹\
 
 
 class IsabelleRecords:
-    """Entries of one split as records with `name` and `text`, each read when it is asked for."""
+    """Entries of a split as records with `name` and `text`, each read at access."""
 
     def __init__(self, folder: str, split: str):
         root = folder if os.path.basename(folder) == "thys" else os.path.join(folder, "thys")
@@ -41,7 +41,7 @@ class IsabelleRecords:
         self.root, self.names = root, [name for name in entries if name in places[split]]
         if not self.names:
             raise EmptySplit(
-                f"The {split} split of the {len(entries)} entries in {root} holds none; add entries."
+                f"The {split} split of the {len(entries)} entries in {root} has none; add entries."
             )
 
     def __len__(self) -> int:
@@ -66,29 +66,29 @@ def _entries(root: str) -> list[str]:
 
 
 def _theories(folder: str) -> list[str]:
-    found = []
+    paths = []
     for place, _, names in os.walk(folder):
-        found += [os.path.join(place, name) for name in names if name.endswith(".thy")]
-    return sorted(found)
+        paths += [os.path.join(place, name) for name in names if name.endswith(".thy")]
+    return sorted(paths)
 
 
 def _sessions(folder: str) -> set[str]:
     """The sessions that an entry's ROOT files define."""
-    found = set()
+    sessions = set()
     for place, _, names in os.walk(folder):
         if "ROOT" in names:
             with open(os.path.join(place, "ROOT"), encoding="utf-8", errors="replace") as file:
-                found.update(_SESSION.findall(_without_comments(file.read())))
-    return found
+                sessions.update(_SESSION.findall(_without_comments(file.read())))
+    return sessions
 
 
 def import_order(texts: dict[str, str], sessions: set[str] | None = None) -> list[str]:
-    """The paths of theories, each after those among them that it imports, else in sorted order.
+    """Sort theories so that each comes after those that it imports, otherwise by path.
 
     Args:
-      texts: path of a theory to its text.
-      sessions: the sessions that these theories belong to; `HOL-Library.Tree` is then not taken for
-        a `Tree` among them. Empty or None: names of any session count.
+      texts: maps the path of a theory to its text.
+      sessions: the sessions of these theories, so that `HOL-Library.Tree` is not mistaken for a `Tree`
+        among them. Empty or None: a name of any session may refer to them.
 
     Raises:
       ValueError: theories import each other in a circle.
@@ -98,9 +98,9 @@ def import_order(texts: dict[str, str], sessions: set[str] | None = None) -> lis
         by_name.setdefault(os.path.splitext(os.path.basename(path))[0], []).append(path)
 
     def resolve(path: str, name: str) -> str | None:
-        beside = os.path.normpath(os.path.join(os.path.dirname(path), f"{name}.thy"))
-        if beside in texts:
-            return beside
+        relative = os.path.normpath(os.path.join(os.path.dirname(path), f"{name}.thy"))
+        if relative in texts:
+            return relative
         session, dot, _ = name.rpartition(".")
         if sessions and dot and "/" not in name and session not in sessions:
             return None
@@ -115,14 +115,14 @@ def import_order(texts: dict[str, str], sessions: set[str] | None = None) -> lis
         while pending and first not in done:
             path, names = pending[-1]
             for name in names:
-                found = resolve(path, name)
-                if found in walked:
-                    circle = [*walked[walked.index(found) :], found]
+                imported = resolve(path, name)
+                if imported in walked:
+                    circle = [*walked[walked.index(imported) :], imported]
                     names = " imports ".join(os.path.basename(x) for x in circle)
                     raise ValueError(f"Theories import each other in a circle: {names}.")
-                if found is not None and found not in done:
-                    pending.append((found, iter(imports_of(texts[found]))))
-                    walked.append(found)
+                if imported is not None and imported not in done:
+                    pending.append((imported, iter(imports_of(texts[imported]))))
+                    walked.append(imported)
                     break
             else:
                 pending.pop()
@@ -132,7 +132,7 @@ def import_order(texts: dict[str, str], sessions: set[str] | None = None) -> lis
 
 
 def imports_of(text: str) -> list[str]:
-    """The names that a theory imports, as it writes them."""
+    """The names that a theory imports, as they are written."""
     header = _HEADER.search(_without_comments(text))
     if header is None or header[1] is None:
         return []
@@ -141,16 +141,16 @@ def imports_of(text: str) -> list[str]:
 
 def _without_comments(text: str) -> str:
     """Text without (* comments (* also nested *) *)."""
-    kept, depth, end = [], 0, 0
+    pieces, depth, end = [], 0, 0
     for mark in _COMMENT.finditer(text):
         if not depth:
-            kept.append(text[end : mark.start()])
+            pieces.append(text[end : mark.start()])
         depth = depth + 1 if mark[0] == "(*" else max(0, depth - 1)
         end = mark.end()
-    return "".join([*kept, "" if depth else text[end:]])
+    return "".join([*pieces, "" if depth else text[end:]])
 
 
-register_task(
+TASKS = task_factories([
     TextTask(
         name="isabelle",
         kind="documents",
@@ -159,4 +159,4 @@ register_task(
         folders=("isabelle", "afp", ""),
         published=PUBLISHED,
     )
-)
+])  # fmt: skip

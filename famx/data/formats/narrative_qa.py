@@ -1,12 +1,12 @@
 """NarrativeQA (Kocisky et al., 2018) over full stories: questions about books and film scripts.
 
-Official files: `documents.csv`, `qaps.csv` and the stories `tmp/<document_id>.content`, which the
-data set's own `download_stories.sh` fetches: plain text of books, HTML of scripts. `summaries.csv`
-is not read. (SCROLLS' version of the task is `scrolls_narrative_qa`.)
+Official files: `documents.csv`, `qaps.csv` and the stories `tmp/<document_id>.content`, which the data
+set's script `download_stories.sh` fetches: books as plain text, film scripts as HTML. `summaries.csv` is
+not used. (SCROLLS' version of the task is `scrolls_narrative_qa`.)
 
-Inputs are the question, a blank line, the story and a blank line; the two answers are references.
-The story is what lies between the words `story_start` and `story_end` of `documents.csv`, where they
-are found. The TransformerFAM paper cut examples at 256k tokens: `max_tokens`.
+Inputs are the question, a blank line, the story and a blank line; the two answers are the references.
+The story is the text between the words `story_start` and `story_end` of `documents.csv`, if they occur.
+The TransformerFAM paper cuts examples at 256k tokens: `max_tokens`.
 """
 
 import csv
@@ -20,7 +20,7 @@ from typing import Any
 from famx.data.formats.texts import EmptySplit
 from famx.data.metrics import rouge, token_f1
 from famx.data.tasks.examples import Example
-from famx.data.tasks.text_task import TextTask, register_task
+from famx.data.tasks.text_task import TextTask, task_factories
 
 PUBLISHED = "https://github.com/google-deepmind/narrativeqa"
 _HTML = re.compile(rb"<(?:html|!doctype|head|body|pre)\b", re.IGNORECASE)
@@ -28,9 +28,9 @@ _BLOCKS = {"br", "p", "div", "tr", "li", "table", "h1", "h2", "h3", "h4", "hr"}
 
 
 class NarrativeQaRecords:
-    """Questions of one split; a story is read when one of its questions is asked for.
+    """Questions of a split; a story is read when one of its questions is accessed.
 
-    Questions whose story is not there are left out; `missing` names the files.
+    Questions whose story is missing are skipped; `missing` names the files.
     """
 
     def __init__(self, folder: str, split: str):
@@ -105,7 +105,7 @@ def _story(path: str, start: str, end: str) -> str:
 
 
 def _places(text: str, words: str):
-    """Where the words stand, whatever space is between them: the marks were cut into tokens."""
+    """Find the words with any white space between them: in `documents.csv` they are tokenized."""
     pattern = r"\s*".join(re.escape(word) for word in words.split())
     return re.finditer(pattern, text) if pattern else iter(())
 
@@ -136,7 +136,7 @@ def _text_of_html(text: str) -> str:
 
 
 def preprocess(record: Mapping[str, Any]) -> Example:
-    """A record as an example; an empty or repeated answer is no reference of its own."""
+    """Make an example of a record; empty and repeated answers are not references."""
     references = list(dict.fromkeys(answer for answer in record["answers"] if answer.strip()))
     return {
         "id": record["document_id"],
@@ -146,7 +146,7 @@ def preprocess(record: Mapping[str, Any]) -> Example:
     }
 
 
-register_task(
+TASKS = task_factories([
     TextTask(
         name="narrative_qa",
         kind="generation",
@@ -157,4 +157,4 @@ register_task(
         published=PUBLISHED,
         counts={"train": 32747, "validation": 3461, "test": 10557},
     )
-)
+])  # fmt: skip

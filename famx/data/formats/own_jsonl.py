@@ -1,4 +1,4 @@
-"""A user's own JSON lines as a task: whole texts, or inputs and targets.
+"""JSON-lines files of yours as a task: whole texts, or inputs and targets.
 
     from __gin__ import dynamic_registration
     from famx import modules
@@ -11,9 +11,9 @@
     modules.DecoderConfig.vocab_size = 259
     loop.train.task_options = {"files": "/data/*.jsonl", "max_tokens": 8192}
 
-MODEL_DIR, BATCH_SIZE and TRAIN_STEPS are given on the command line. A line of the files is
-`{"text": ...}`, or `{"inputs": ..., "targets": ...}`, where targets may be a list of references; the
-loss is on the targets alone.
+Give MODEL_DIR, BATCH_SIZE and TRAIN_STEPS on the command line. A line of the files is `{"text": ...}`,
+or `{"inputs": ..., "targets": ...}`, where targets may be a list of references; only the targets have a
+loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,9 @@ from typing import Any
 from famx.data.formats.texts import Part
 from famx.data.metrics import accuracy, rouge, token_f1
 from famx.data.storage.records import JsonlRecords
-from famx.data.tasks import registry
 from famx.data.tasks.examples import Example
 from famx.data.tasks.text_task import TextTask
-from famx.data.vocabularies.base import Vocabulary
+from famx.data.vocabularies import Vocabulary
 
 
 def own_jsonl(
@@ -40,17 +39,17 @@ def own_jsonl(
     vocabulary: str | Vocabulary = "bytes",
     **options: Any,
 ) -> TextTask:
-    """The task of JSON-lines files. Its kind follows from the columns of the first record.
+    """Make the task of JSON-lines files; the columns of the first record decide its kind.
 
     Args:
       files: paths or glob patterns of the records for training.
-      text, inputs, targets: names of the columns; either `text` or the other two are needed.
-      validation_files: those for validation; None: a part of `files`.
-      validation_fraction: about what share of `files` is then kept for validation, by record number,
-        so that it stays the same when records are appended.
-      seed: changes which records these are.
+      text, inputs, targets: names of the columns; either `text` or the other two must exist.
+      validation_files: paths or glob patterns of the records for validation; None: a part of `files`.
+      validation_fraction: approximate share of `files` that is then held out for validation, chosen by
+        record number, so that it does not change when records are appended.
+      seed: selects which records are held out.
       name: name for messages.
-      vocabulary: see `famx.data.storage.text_files.as_vocabulary`.
+      vocabulary: see `famx.data.vocabularies.as_vocabulary`.
       **options: other settings of the task, such as `max_tokens` and `metrics`.
 
     Raises:
@@ -112,4 +111,4 @@ def _string(value: Any, column: str) -> str:
     return value
 
 
-registry.register("own_jsonl", own_jsonl)
+TASKS = {"own_jsonl": own_jsonl}

@@ -1,8 +1,8 @@
 """PG-19 (Rae et al., 2019): books published before 1919, for language modelling.
 
 Official files: `{train,validation,test}/<book id>.txt`; `metadata.csv`, with titles and dates, is not
-read. A document is a book. The TransformerFAM paper cut books at 256k tokens (`max_tokens`) and
-reports next-token accuracy.
+used. A document is a book. The TransformerFAM paper cuts books at 256k tokens (`max_tokens`) and reports
+next-token accuracy.
 """
 
 import os
@@ -11,13 +11,13 @@ from typing import Any
 
 from famx.data.formats.texts import TextFolder, preprocess_text
 from famx.data.tasks.examples import Records
-from famx.data.tasks.text_task import TextTask, register_task
+from famx.data.tasks.text_task import TextTask, task_factories
 
 PUBLISHED = "https://github.com/google-deepmind/pg19"
 
 
 def open_split(folder: str, split: str) -> TextFolder:
-    """The books of `folder/{split}`, in the order of their numbers."""
+    """Open the books of `folder/{split}`, in the order of their numbers."""
     books = os.path.join(folder, split)
     if not os.path.isdir(books):
         raise FileNotFoundError(None, "missing", os.path.join(books, "*.txt"))
@@ -40,7 +40,7 @@ class _TfdsBooks:
         return {"name": str(int(record["book_id"][0])), "text": record["book_text"].decode()}
 
 
-register_task(
+TASKS = task_factories([
     TextTask(
         name="pg19",
         kind="documents",
@@ -52,4 +52,4 @@ register_task(
         open_tfds=_TfdsBooks,
         counts={"train": 28602, "validation": 50, "test": 100},
     )
-)
+])  # fmt: skip

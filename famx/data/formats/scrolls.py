@@ -1,8 +1,8 @@
 """SCROLLS (Shaham et al., 2022): seven tasks over long English texts.
 
 Official files: `<task>/{train,validation,test}.jsonl`, each line with `id`, `pid`, `input` and
-`output`. Several lines of one `id` are one example with several references, as in SCROLLS' own
-evaluator; the test split has no outputs.
+`output`. Lines with the same `id` are one example with several references, as in SCROLLS' evaluator; the
+test split has no outputs.
 
 | task | kind | metrics, the first as in the TransformerFAM paper |
 |---|---|---|
@@ -11,8 +11,8 @@ evaluator; the test split has no outputs.
 | scrolls_contract_nli | generation | exact match of SCROLLS |
 | scrolls_gov_report, scrolls_summ_screen_fd, scrolls_qmsum | generation | ROUGE of SCROLLS |
 
-An example's inputs are the official input (a question, if any, stands in front of the text) and a
-blank line.
+The inputs of an example are the official input (a question, if any, comes before the text) and a blank
+line.
 """
 
 import os
@@ -26,17 +26,17 @@ import numpy as np
 from famx.data.metrics import rouge, text_exact_match, token_f1
 from famx.data.storage.records import JsonlRecords
 from famx.data.tasks.examples import Example, Records
-from famx.data.tasks.text_task import TextTask, register_task
+from famx.data.tasks.text_task import TextTask, task_factories
 
 PUBLISHED = "https://www.scrolls-benchmark.com"
 _COLUMNS = ("id", "pid", "input", "output")
-# The choices as SCROLLS writes them, each on its line; a choice may name another, "(B) not (A)".
+# The choices as SCROLLS writes them, each on a line; a choice may refer to another, "(B) not (A)".
 _CHOICES = re.compile(
     r"^ *\(A\)(.*?)^ *\(B\)(.*?)^ *\(C\)(.*?)^ *\(D\)(.*?)(?:\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
 class GroupedRecords:
-    """Rows that share an `id` as one record with a list `outputs`; in the order of their first rows."""
+    """Rows with the same `id` as one record with a list `outputs`, in the order of their first rows."""
 
     def __init__(self, rows: Records):
         self.rows, self.num_rows = rows, len(rows)
@@ -61,7 +61,7 @@ def _each(rows: Records):
 
 
 def open_split(folder: str, split: str) -> GroupedRecords:
-    """The examples of `folder/{split}.jsonl`; reads the file once to find rows of one id."""
+    """Open the examples of `folder/{split}.jsonl`; reads the file once to group its rows."""
     path = os.path.join(folder, f"{split}.jsonl")
     if not os.path.isfile(path):
         raise FileNotFoundError(None, "missing", path)
@@ -69,7 +69,7 @@ def open_split(folder: str, split: str) -> GroupedRecords:
 
 
 class _TfdsRows:
-    """Rows as TensorFlow Datasets keeps them: bytes, and no output as an empty one."""
+    """Rows as TensorFlow Datasets stores them: texts as bytes, a missing output as an empty one."""
 
     def __init__(self, records: Records, split: str):
         self.records, self.split = records, split
@@ -84,7 +84,7 @@ class _TfdsRows:
 
 
 def preprocess(record: Mapping[str, Any]) -> Example:
-    """A record with its `outputs` as an example."""
+    """Make an example of a record with its `outputs`."""
     outputs = record["outputs"]
     return {
         "id": record["id"],
@@ -95,18 +95,18 @@ def preprocess(record: Mapping[str, Any]) -> Example:
 
 
 def preprocess_quality(record: Mapping[str, Any]) -> Example:
-    """As `preprocess`, with the choices (A) to (D) that stand between question and text.
+    """Like `preprocess`, with the choices (A) to (D) that are between question and text.
 
     Raises:
-      ValueError: the input has not four choices, or an output is none of them.
+      ValueError: the input does not have four choices, or an output is none of them.
     """
-    found = _CHOICES.search(record["input"].replace("\r\n", "\n"))
-    if found is None:
+    match = _CHOICES.search(record["input"].replace("\r\n", "\n"))
+    if match is None:
         raise ValueError(
-            f"The QuALITY question '{record['id']}' has not the four choices (A) to (D) in front of "
-            "its text; use SCROLLS' own files."
+            f"The QuALITY question '{record['id']}' does not have the four choices (A) to (D) before its "
+            "text; use SCROLLS' own files."
         )
-    choices = [" ".join(choice.split()) for choice in found.groups()]
+    choices = [" ".join(choice.split()) for choice in match.groups()]
     outputs = [" ".join(output.split()) for output in record["outputs"]]
     for output in outputs:
         if output not in choices:
@@ -118,7 +118,7 @@ def preprocess_quality(record: Mapping[str, Any]) -> Example:
     return {**preprocess(record), "choices": choices, "answer": answer}
 
 
-_TASKS = {  # name: metrics, rows of train, validation and test
+_MEMBERS = {  # name: metrics, rows of train, validation and test
     "qasper": ((rouge, token_f1), (2567, 1726, 1399)),
     "narrative_qa": ((rouge, token_f1), (55003, 5878, 10306)),
     "quality": ((text_exact_match,), (2523, 2086, 2128)),
@@ -128,18 +128,18 @@ _TASKS = {  # name: metrics, rows of train, validation and test
     "qmsum": ((rouge,), (1257, 272, 281)),
 }
 
-for _name, (_metrics, _counts) in _TASKS.items():
-    register_task(
-        TextTask(
-            name=f"scrolls_{_name}",
-            kind="rank" if _name == "quality" else "generation",
-            open_split=open_split,
-            preprocess=preprocess_quality if _name == "quality" else preprocess,
-            metrics=_metrics,
-            folders=(os.path.join("scrolls", _name), _name),
-            published=PUBLISHED,
-            tfds=f"scrolls/{_name}",
-            open_tfds=lambda records, split: GroupedRecords(_TfdsRows(records, split)),
-            counts=dict(zip(("train", "validation", "test"), _counts)),
-        )
+TASKS = task_factories(
+    TextTask(
+        name=f"scrolls_{name}",
+        kind="rank" if name == "quality" else "generation",
+        open_split=open_split,
+        preprocess=preprocess_quality if name == "quality" else preprocess,
+        metrics=metrics,
+        folders=(os.path.join("scrolls", name), name),
+        published=PUBLISHED,
+        tfds=f"scrolls/{name}",
+        open_tfds=lambda records, split: GroupedRecords(_TfdsRows(records, split)),
+        counts=dict(zip(("train", "validation", "test"), counts)),
     )
+    for name, (metrics, counts) in _MEMBERS.items()
+)

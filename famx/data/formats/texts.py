@@ -1,20 +1,20 @@
-"""What several formats share: text files as records, and a part of records for each split."""
+"""Shared by several formats: text files as records, and the records of a split."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from famx.data.storage.text_files import validation_names
+from famx.data.storage import validation_names
 from famx.data.tasks.examples import Example, Records
 
 
 class EmptySplit(ValueError):
-    """The files hold records, but none of this split."""
+    """The files have records, but none of this split."""
 
 
 class TextFolder:
-    """Text files as records with `name` and `text`, each read when it is asked for.
+    """Text files as records with `name` and `text`, each read at access.
 
     Args:
       paths: the files, in order.
@@ -34,7 +34,7 @@ class TextFolder:
             return {"name": self.names[i], "text": self.decode(file.read(), i)}
 
     def decode(self, data: bytes, i: int) -> str:
-        """The text of file `i`; raises ValueError if it is not UTF-8."""
+        """Decode the text of file `i`; raises ValueError if it is not UTF-8."""
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -44,22 +44,24 @@ class TextFolder:
 
 
 class Part:
-    """The records of one split, "train" or "validation", chosen by a hash of their names.
+    """The records of a split, "train" or "validation", chosen by a hash of their names.
 
     Raises:
-      EmptySplit: the split holds none.
+      EmptySplit: the split has no record.
     """
 
     def __init__(
         self, records: Records, names: Sequence[str], split: str, fraction: float = 0.05, seed: int = 0
     ):
-        kept = validation_names(names, fraction, seed)
+        held_out = validation_names(names, fraction, seed)
         self.records = records
         self._numbers = np.array(
-            [i for i, name in enumerate(names) if (name in kept) == (split == "validation")], np.int64)
+            [i for i, name in enumerate(names) if (name in held_out) == (split == "validation")],
+            np.int64,
+        )
         if not len(self._numbers):
             raise EmptySplit(
-                f"The {split} split holds none of {len(names)} records; it needs more of them."
+                f"The {split} split has none of {len(names)} records; add more of them."
             )
 
     def __len__(self) -> int:
@@ -72,5 +74,5 @@ class Part:
 
 
 def preprocess_text(record: Mapping[str, Any]) -> Example:
-    """A record with `name` and `text` as an example of kind "documents"."""
+    """Make an example of kind "documents" from a record with `name` and `text`."""
     return {"id": record["name"], "inputs": "", "targets": record["text"], "references": []}

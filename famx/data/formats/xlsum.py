@@ -1,11 +1,12 @@
 """XL-Sum (Hasan et al., 2021), version 2: BBC articles and their summaries in 45 languages.
 
 Official files: `<language>_{train,val,test}.jsonl`, each line with `id`, `url`, `title`, `summary`
-and `text`, packed as tar.bz2 per language or for all. Every language is a task `xlsum_<language>`;
-`xlsum` is the mixture of all, each at the rate of its number of examples.
+and `text`, in a tar.bz2 archive per language or for all. Every language is a task `xlsum_<language>`;
+`xlsum` is the mixture of all languages in proportion to their numbers of examples.
 
-ROUGE is that of `famx.data.metrics.rouge.unicode_tokens`: the English tokenizer finds nothing in most of
-these scripts. Its scores compare with each other, not with published ones; that module says why.
+ROUGE uses the tokens of `famx.data.metrics.unicode_tokens`, because the English tokenizer finds no tokens
+in most of these scripts. The scores are comparable with each other but not with published ones;
+`famx.data.metrics.text_tokens` explains why.
 """
 
 import difflib
@@ -14,19 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from famx.base.errors import ConfigError
-from famx.data.metrics import rouge
-from famx.data.metrics.rouge import unicode_tokens
+from famx.data.metrics import rouge, unicode_tokens
 from famx.data.storage.records import JsonlRecords
-from famx.data.tasks import registry
 from famx.data.tasks.examples import Example
 from famx.data.tasks.mixtures import Mixture
-from famx.data.tasks.text_task import TextTask, register_task
-from famx.data.vocabularies.base import Vocabulary
+from famx.data.tasks.text_task import TextTask, task_factories
+from famx.data.vocabularies import Vocabulary
 
 PUBLISHED = "https://github.com/csebuetnlp/xl-sum"
 _COLUMNS = ("id", "url", "title", "summary", "text")
 
-LANGUAGES: dict[str, tuple[int, int, int]] = {  # examples of train, validation and test
+LANGUAGES: dict[str, tuple[int, int, int]] = {  # number of examples for train, validation, test
     "amharic": (5761, 719, 719),
     "arabic": (37519, 4689, 4689),
     "azerbaijani": (6478, 809, 809),
@@ -76,12 +75,12 @@ LANGUAGES: dict[str, tuple[int, int, int]] = {  # examples of train, validation 
 
 
 def unicode_rouge(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
-    """`famx.data.metrics.rouge` on `unicode_tokens`."""
+    """`famx.data.metrics.rouge` with `unicode_tokens`."""
     return rouge(targets, predictions, tokenize=unicode_tokens)
 
 
 def preprocess(record: Mapping[str, Any]) -> Example:
-    """The text and a blank line, and the summary; the title is not used."""
+    """Make an example of a record: the text and a blank line, and the summary, without the title."""
     summary = record["summary"]
     return {
         "id": record["id"],
@@ -112,12 +111,12 @@ def xlsum(
     vocabulary: str | Vocabulary = "bytes",
     **options: Any,
 ) -> Mixture:
-    """The mixture of languages.
+    """Make the mixture of languages.
 
     Args:
       languages: names in `LANGUAGES`; None: all.
-      rates, size, seed, split: as `Mixture`; rates may name languages without `xlsum_`.
-      vocabulary: see `famx.data.storage.text_files.as_vocabulary`.
+      rates, size, seed, split: as for `Mixture`; rates may name languages without `xlsum_`.
+      vocabulary: see `famx.data.vocabularies.as_vocabulary`.
       **options: other settings of every task, such as `data_dir` and `max_tokens`.
 
     Raises:
@@ -133,21 +132,21 @@ def xlsum(
             )
     if isinstance(rates, Mapping):
         rates = {f"xlsum_{name.removeprefix('xlsum_')}": rate for name, rate in rates.items()}
-    tasks = tuple(registry.get(f"xlsum_{name}", vocabulary=vocabulary, **options) for name in names)
+    tasks = tuple(_LANGUAGE_TASKS[f"xlsum_{x}"](vocabulary=vocabulary, **options) for x in names)
     return Mixture("xlsum", tasks, rates, size, seed, split)
 
 
-for _language, _counts in LANGUAGES.items():
-    register_task(
-        TextTask(
-            name=f"xlsum_{_language}",
-            kind="generation",
-            open_split=_open_split(_language),
-            preprocess=preprocess,
-            metrics=(unicode_rouge,),
-            folders=("xlsum", "XLSum_complete_v2.0", f"{_language}_XLSum_v2.0", ""),
-            published=PUBLISHED,
-            counts=dict(zip(("train", "validation", "test"), _counts)),
-        )
+_LANGUAGE_TASKS = task_factories(
+    TextTask(
+        name=f"xlsum_{language}",
+        kind="generation",
+        open_split=_open_split(language),
+        preprocess=preprocess,
+        metrics=(unicode_rouge,),
+        folders=("xlsum", "XLSum_complete_v2.0", f"{language}_XLSum_v2.0", ""),
+        published=PUBLISHED,
+        counts=dict(zip(("train", "validation", "test"), counts)),
     )
-registry.register("xlsum", xlsum)
+    for language, counts in LANGUAGES.items()
+)
+TASKS = {**_LANGUAGE_TASKS, "xlsum": xlsum}

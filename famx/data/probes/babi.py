@@ -1,8 +1,8 @@
 """Stories like those of bAbI's first three tasks, scattered in a long text as in BABILong.
 
-The simulator is our own. People walk between places, take objects and put them down; people, places,
-objects and verbs are those of the bAbI tasks (arXiv 1502.05698), the layout is that of BABILong
-(arXiv 2406.10149): all facts in their order between the sentences of a long text, the question last.
+The stories come from a simulator: people walk between places, take objects and put them down. People,
+places, objects and verbs are those of the bAbI tasks (arXiv 1502.05698). The layout is that of BABILong
+(arXiv 2406.10149): all facts in order between the sentences of a long text, and the question last.
 """
 
 import dataclasses
@@ -10,14 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from famx.data.probes.layout import (
-    CONTENT,
-    PLACES,
-    HaystackProbe,
-    Parts,
-    check_choice,
-    check_fraction,
-)
+from famx.data.probes.checks import check_choice, check_fraction
+from famx.data.probes.haystack_probe import HaystackProbe
+from famx.data.probes.probe import CONTENT, PLACES, Parts
 
 PEOPLE = ("Mary", "John", "Daniel", "Sandra")
 LOCATIONS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
@@ -25,7 +20,7 @@ OBJECTS = ("football", "milk", "apple")
 MOVES = ("moved to", "went to", "journeyed to", "travelled to", "went back to")
 TAKES = ("took", "got", "grabbed", "picked up")
 DROPS = ("dropped", "discarded", "left", "put down")
-FACTS = {"qa1": (2, 10), "qa2": (4, 16), "qa3": (6, 24)}  # fewest and most facts of a story
+FACTS = {"qa1": (2, 10), "qa2": (4, 16), "qa3": (6, 24)}  # smallest and largest number in a story
 
 
 class Fact(NamedTuple):
@@ -45,16 +40,16 @@ class Question(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BabiProbe(HaystackProbe):
-    """Where is somebody, where is an object, where was an object before it was somewhere else?
+    """Where is a person or an object, or where was an object before it was somewhere else?
 
-    The story of an index is the same at every length. The answer is one place; a right output contains
-    it and no other.
+    The story of an index is the same at every length. The answer is a place; a right output contains
+    it and no other place.
 
     Attributes:
       task: "qa1" (one supporting fact: where a person is), "qa2" (two: where an object is) or "qa3"
-        (three: where an object was before the place at which it is).
-      facts: fewest and most facts of a story; None takes those of `FACTS`.
-      between: fractions of the filler between which all facts lie.
+        (three: where an object was before its present place).
+      facts: smallest and largest number of facts of a story; None takes those of `FACTS`.
+      between: fractions of the filler between which all facts are placed.
       haystack: "python_docs" or "noise".
     """
 
@@ -70,7 +65,7 @@ class BabiProbe(HaystackProbe):
         if not FACTS[self.task][0] <= fewest <= most:
             raise ValueError(
                 f"A story of {self.task} has at least {FACTS[self.task][0]} facts, but facts is "
-                f"{(fewest, most)}; give the fewest and the most."
+                f"{(fewest, most)}; give the smallest and the largest number."
             )
         for value in self.between:
             check_fraction("between", value)
@@ -116,10 +111,10 @@ class BabiProbe(HaystackProbe):
 
 
 def tell(rng: np.random.Generator, number: int, objects: bool) -> list[Fact]:
-    """A story of `number` facts. Nobody acts before it is known where they are.
+    """Tell a story of `number` facts, in which people act only after their place was told.
 
-    An object that nobody has touched lies wherever it is first taken; later it is where it was
-    dropped, or with whom has it. With `objects` half of the facts are about objects where that can be.
+    An object is first wherever somebody takes it; later it is where it was dropped, or with the person
+    who has it. With `objects`, half of the facts are about objects, as far as possible.
     """
     where: dict[str, str] = {}  # of people, and of objects that were dropped
     holder: dict[str, str] = {}
@@ -145,7 +140,7 @@ def tell(rng: np.random.Generator, number: int, objects: bool) -> list[Fact]:
 
 
 def ask(task: str, story: list[Fact]) -> list[Question]:
-    """All questions of the task that the story answers without doubt."""
+    """All questions of the task that the story answers unambiguously."""
     where, visited = _follow(story)
     if task == "qa1":
         return [Question(f"Where is {p}?", where[p]) for p in PEOPLE if p in where]
@@ -154,12 +149,12 @@ def ask(task: str, story: list[Fact]) -> list[Question]:
     return [
         Question(f"Where was the {o} before the {places[-1]}?", places[-2])
         for o, places in visited.items()
-        if places.index(places[-1]) == len(places) - 1 > 0  # it was there once only
+        if places.index(places[-1]) == len(places) - 1 > 0  # it has been there only once
     ]
 
 
 def _follow(story: list[Fact]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Where every person is, and the places of every object that was taken, one after another."""
+    """The place of every person, and the successive places of every object that was taken."""
     where: dict[str, str] = {}
     holder: dict[str, str] = {}
     visited: dict[str, list[str]] = {}
@@ -177,7 +172,7 @@ def _follow(story: list[Fact]) -> tuple[dict[str, str], dict[str, list[str]]]:
 
 
 def sentence(rng: np.random.Generator, fact: Fact) -> str:
-    """The fact in words, with a verb drawn from those that bAbI uses."""
+    """The fact as a sentence, with a random verb of those that bAbI uses."""
     verbs = {"move": MOVES, "take": TAKES, "drop": DROPS}[fact.action]
     verb = verbs[rng.integers(len(verbs))]
     there = " there" if fact.action != "move" and rng.random() < 0.5 else ""

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from famx.data.probes import words
-from famx.data.probes.layout import CONTENT, FILLER, PLACES, Parts, Probe, check_counts
+from famx.data.probes.checks import check_counts
+from famx.data.probes.probe import CONTENT, FILLER, PLACES, Parts, Probe
 from famx.data.vocabularies import ByteVocabulary
 
 COMMON_HEADER = (
@@ -35,23 +36,23 @@ LETTERS = np.array([*string.ascii_lowercase])
 
 @dataclasses.dataclass(frozen=True)
 class CountingProbe(Probe):
-    """As much text as the row holds; dots before the question fill what is left of its tokens."""
+    """As much text as fits into the row; dots before the question fill the remaining tokens."""
 
     def _parts(self, index: int, length: int, size: int) -> Parts:
-        """The example of a row of `length` tokens at a size: the larger, the more context."""
+        """The example for a row of `length` tokens; a larger `size` has more context."""
         raise NotImplementedError
 
     def _has_one_answer(self, size: int) -> bool:
-        """Whether those asked for, and their order, follow from the words' frequency."""
+        """Whether the frequencies of the words determine the answer and its order."""
         return True
 
     @property
     def _sizes(self) -> range:
-        """The sizes that there are; the first has one answer."""
+        """All sizes; the first has one answer."""
         raise NotImplementedError
 
     def _widest(self) -> Parts:
-        """The smallest size's parts, each at least as long as in any example of that size."""
+        """Parts of the smallest size, each at least as long as in any example of that size."""
         raise NotImplementedError
 
     @functools.cached_property
@@ -106,15 +107,15 @@ class CommonWordsProbe(CountingProbe):
     """A numbered list in which ten words appear more often than all others: which are they?
 
     The texts are RULER's, and so is the metric (`string_match_all`). A longer row has more uncommon
-    words; the answer of an index is the same at every length. All words are an adjective, a hyphen and a
-    noun, where RULER has single words: of those there are too few here.
+    words; the answer of an index is the same at every length. Every word is an adjective, a hyphen and a
+    noun, because the word lists here are too short for single words, which RULER has.
 
     Attributes:
-      num_common: common words.
-      repeats: how often each common word and each other word appears.
-      short_repeats: the same in rows below `short_below`.
-      short_below: length of the first row that is not short; None: RULER's 4096 tokens, or 16384 bytes.
-      demonstration: whether a solved example on a short list stands in front, as in RULER.
+      num_common: number of common words.
+      repeats: number of times that each common word and each other word appears.
+      short_repeats: the same for rows shorter than `short_below`.
+      short_below: length from which rows are not short; None: RULER's 4096 tokens, or 16384 bytes.
+      demonstration: whether a solved example with a short list comes first, as in RULER.
     """
 
     num_common: int = 10
@@ -168,7 +169,7 @@ class CommonWordsProbe(CountingProbe):
         return self._write(shown, [word] * self._sizes[0], self.short_repeats, rng)
 
     def _write(self, shown: str, drawn: Sequence[str], repeats, rng: np.random.Generator) -> Parts:
-        """A list of the words `drawn`, the common ones first, in random order."""
+        """Write a list of the words `drawn`, whose first ones are the common ones, in random order."""
         common, others = list(drawn[: self.num_common]), list(drawn[self.num_common :])
         listed = common * repeats[0] + others * repeats[1]
         order = rng.permutation(len(listed))
@@ -186,13 +187,13 @@ class CodedWordsProbe(CountingProbe):
     """Coded words whose frequency falls with their rank: which are the three most frequent?
 
     The texts are RULER's, and so is the metric (`string_match_all`). The word of rank k appears
-    `floor(n k ** -alpha)` times, n as large as the row allows; rank 1 is the noise `...`, ranks 2 to 4
-    are the answer, which is the same at every length. Where rounding would make two of the first five
+    `floor(n k ** -alpha)` times, with n as large as the row allows; rank 1 is the noise `...`, ranks 2
+    to 4 are the answer, which is the same at every length. If rounding would make two of the first five
     ranks equally frequent, n is smaller.
 
     Attributes:
       alpha: exponent of the zeta distribution, above 1.
-      letters: letters of a coded word.
+      letters: number of letters of a coded word.
     """
 
     alpha: float = 2.0
@@ -203,7 +204,7 @@ class CodedWordsProbe(CountingProbe):
         if not 1 < self.alpha <= 6:
             raise ValueError(f"A probe's alpha is {self.alpha}; it must be above 1 and at most 6.")
         if not 4 <= self.letters <= 12:
-            raise ValueError(f"A probe's letters is {self.letters}; it must lie between 4 and 12.")
+            raise ValueError(f"A probe's letters is {self.letters}; it must be between 4 and 12.")
         self._encode(self._widest().context)
 
     @functools.cached_property
@@ -214,7 +215,7 @@ class CodedWordsProbe(CountingProbe):
         return bool(np.all(np.diff(self._counts(size, 5))))
 
     def _counts(self, size: int, ranks: int) -> np.ndarray:
-        """How often the word of each rank appears, int64 [ranks]."""
+        """Number of times that the word of each rank appears, int64 `[ranks]`."""
         return np.floor(size * np.arange(1, ranks + 1) ** -self.alpha).astype(int)
 
     def _parts(self, index, length, size):
@@ -248,7 +249,7 @@ def _words(rng: np.random.Generator, count: int) -> list[str]:
 
 def _distinct(rng: np.random.Generator, bound: int, count: int) -> list[int]:
     """The first `count` different numbers below `bound` of the generator's stream."""
-    found: dict[int, None] = {}
-    while len(found) < count:
-        found.update(dict.fromkeys(rng.integers(bound, size=count).tolist()))
-    return list(found)[:count]
+    numbers: dict[int, None] = {}
+    while len(numbers) < count:
+        numbers.update(dict.fromkeys(rng.integers(bound, size=count).tolist()))
+    return list(numbers)[:count]

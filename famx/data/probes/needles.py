@@ -8,17 +8,10 @@ from typing import ClassVar
 import numpy as np
 
 from famx.data.probes import words
+from famx.data.probes.checks import check_choice, check_counts, check_fraction
+from famx.data.probes.haystack_probe import HaystackProbe
 from famx.data.probes.haystacks import join_units
-from famx.data.probes.layout import (
-    CONTENT,
-    FILLER,
-    PLACES,
-    HaystackProbe,
-    Parts,
-    check_choice,
-    check_counts,
-    check_fraction,
-)
+from famx.data.probes.probe import CONTENT, FILLER, PLACES, Parts
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 SEVERAL = (
@@ -42,17 +35,17 @@ class NeedleProbe(HaystackProbe):
 
     The texts are RULER's, and so is the metric: the share of the references that the output contains
     (`string_match_all`). Unlike RULER's, keys and values of one example never repeat, not even in a
-    haystack of needles (whose keys may repeat among themselves), and Python's documentation stands for
-    its essays. Keys and values of an index are the same at every length.
+    haystack of needles (whose keys may repeat among themselves), and the essays are replaced by
+    Python's documentation. Keys and values of an index are the same at every length.
 
     Attributes:
       haystack: "noise", "python_docs", or "needles": other keys with other values.
       keys, values: "words" (an adjective, a hyphen, a noun), "numbers" (seven digits) or "uuids".
-      num_keys: keys in the haystack; there are at least `num_queries`.
-      num_values: values of each key.
-      num_queries: keys that the question asks for.
-      depth: fraction of the haystack before a needle that is asked for; None draws it. Where there are
-        more needles, their depths are drawn.
+      num_keys: number of keys in the haystack; there are at least `num_queries`.
+      num_values: number of values of each key.
+      num_queries: number of keys that the question asks for.
+      depth: fraction of the haystack before a needle that is asked for; None draws it. The depths of
+        other needles are drawn.
     """
 
     keys: str = "words"
@@ -89,22 +82,22 @@ class NeedleProbe(HaystackProbe):
         order = np.argsort(depths, kind="stable")
         needles = [needles[i] for i in order]
         asked = [keys[i] for i in queried]
-        found = [value for key in asked for k, value in needles if k == key]
-        return self._write(needles, depths[order], asked, found)
+        answers = [value for key in asked for k, value in needles if k == key]
+        return self._write(needles, depths[order], asked, answers)
 
     def _widest(self):
         key, value = _widest_word(self.keys), _widest_word(self.values)
         asked = [key] * self.num_queries
         needles = [(key, value)] * (self._num_keys * self.num_values)
-        found = [value] * (self.num_queries * self.num_values)
-        return self._write(needles, np.zeros(len(needles)), asked, found)
+        answers = [value] * (self.num_queries * self.num_values)
+        return self._write(needles, np.zeros(len(needles)), asked, answers)
 
     @property
     def _num_keys(self) -> int:
         return max(self.num_keys, self.num_queries)
 
     def _content(self, index: int) -> tuple[list[str], list[list[str]], list[int]]:
-        """Keys, the values of each, and the numbers of the keys that are asked for, as asked."""
+        """Keys, the values of each, and the indices of the keys that are asked for, in that order."""
         rng = self._rng(index, CONTENT)
         keys = distinct(rng, self.keys, self._num_keys)
         values = distinct(rng, self.values, self._num_keys * self.num_values, keys)
@@ -112,9 +105,9 @@ class NeedleProbe(HaystackProbe):
         grouped = [values[i : i + self.num_values] for i in range(0, len(values), self.num_values)]
         return keys, grouped, queried
 
-    def _write(self, needles, depths, asked: Sequence[str], found: Sequence[str]) -> Parts:
-        header, question = SINGLE if len(found) == 1 else SEVERAL
-        kind = self.values[:-1] if len(found) == 1 else self.values
+    def _write(self, needles, depths, asked: Sequence[str], answers: Sequence[str]) -> Parts:
+        header, question = SINGLE if len(answers) == 1 else SEVERAL
+        kind = self.values[:-1] if len(answers) == 1 else self.values
         query = ", and ".join(filter(None, [", ".join(asked[:-1]), asked[-1]]))
         gap = "\n" if self.separator == " " else ""
         return Parts(
@@ -122,8 +115,8 @@ class NeedleProbe(HaystackProbe):
             hidden=[NEEDLE.format(kind=self.values, key=key, value=value) for key, value in needles],
             depths=depths,
             question=question.format(kind=kind, query=query),
-            answer=" " + ", ".join(found),
-            references=list(found),
+            answer=" " + ", ".join(answers),
+            references=list(answers),
         )
 
     def _units(self, index, count):
@@ -144,13 +137,13 @@ class NeedleProbe(HaystackProbe):
 def distinct(
     rng: np.random.Generator, kind: str, number: int, taken: Collection[str] = ()
 ) -> list[str]:
-    """`number` different words, numbers or uuids, none of them in `taken`."""
-    found: dict[str, None] = {}
-    while len(found) < number:
+    """Draw `number` different words, numbers or uuids, none of them in `taken`."""
+    chosen: dict[str, None] = {}
+    while len(chosen) < number:
         drawn = _draw(rng, kind)
         if drawn not in taken:
-            found[drawn] = None
-    return list(found)
+            chosen[drawn] = None
+    return list(chosen)
 
 
 def _draw(rng: np.random.Generator, kind: str) -> str:

@@ -1,20 +1,25 @@
 """The texts of the PassKey task: its sentences, its word vocabulary and its fillers, as tokens."""
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from famx.data.vocabularies import ByteVocabulary, WordVocabulary
-from famx.data.vocabularies.base import Vocabulary
+from famx.data.probes.python_docs import python_docs, python_docs_sentences
+from famx.data.vocabularies import (
+    ByteVocabulary,
+    Vocabulary,
+    WordVocabulary,
+    encode_after,
+    token_ids,
+)
 
 HEADER = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
 )
-STATEMENT = ("The pass key is", ". Remember it.", "is the pass key.")  # a key after 1st, 2nd part
+STATEMENT = ("The pass key is", ". Remember it.", "is the pass key.")  # the key follows parts 1 and 2
 QUESTION = "What is the pass key? The pass key is"
 REPEATED_FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -28,41 +33,42 @@ FILLER_WORDS = (
 
 @functools.cache
 def passkey_words() -> WordVocabulary:
-    """The word vocabulary of the task: digits, punctuation, the words of its texts, the filler."""
+    """The word vocabulary of the task: digits, punctuation, and the words of its texts and fillers."""
     text = " ".join((HEADER, *STATEMENT, QUESTION, REPEATED_FILLER, *FILLER_WORDS))
     words = [w.strip(".,?") for w in text.split()]
     return WordVocabulary([*"0123456789.,?", *dict.fromkeys(w for w in words if w)])
 
 
 class Filler(NamedTuple):
-    """Filler tokens int32 [n], and where its words begin, bool [n]; None: at every token."""
+    """Filler tokens, int32 `[n]`, and where its words begin, bool `[n]` (None: at every token)."""
 
     tokens: np.ndarray
     starts: np.ndarray | None = None
 
 
 class PasskeyTexts:
-    """The parts of a PassKey row as tokens of one vocabulary.
+    """The parts of a PassKey row as tokens of a vocabulary.
 
     The parts are encoded one by one, and a row is their concatenation.
 
-    Words and bytes: a digit is a token, and a part ends in the space that parts it from the next.
+    Words and bytes: a digit is a token, and a part ends with the space between it and the next part.
 
-    Any other vocabulary: a part begins with that space, as the tokens of such vocabularies do, and is
-    encoded as it stands behind a full stop, a key's end likewise behind a digit. Filler is encoded word
-    by word and cut between words; where a gap's last word does not fit, a short word fills up. So the
-    row's tokens are those of its whole text, wherever no token reaches over a space that follows other
-    letters, nor from a digit to punctuation: byte-level BPE with the usual splitting into words, and
-    SentencePiece that splits at spaces and digits. With another one the text is right, but encoded as
-    a whole it may become other tokens.
+    Any other vocabulary: a part begins with that space, as the tokens of such vocabularies do. A part
+    is encoded as it would be after a full stop, and the text after a key as it would be after a digit.
+    Filler is encoded word by word and cut between words; if the last word of a gap does not fit, a
+    short word fills the rest. The tokens of the row are then those of its whole text, provided that no
+    token continues over a space after other letters, or from a digit to punctuation. That is so for
+    byte-level BPE with the usual splitting into words, and for SentencePiece that splits at spaces and
+    digits. With other vocabularies the text is right, but may get other tokens if it is encoded whole.
 
     Args:
       vocabulary: the vocabulary.
-      digits: of a key.
+      digits: number of digits of a key.
 
     Attributes:
-      header, statement_width, key_width, question: int32 [n] header, most tokens of a key statement and
-        of an answer, int32 [n] question.
+      header, question: int32 `[n]` ids.
+      statement_width: largest number of tokens of a key statement.
+      key_width: largest number of tokens of a key.
 
     Raises:
       ValueError: the vocabulary cannot spell the texts.
@@ -78,7 +84,7 @@ class PasskeyTexts:
             self._sentence = [self._encode(x) for x in (f"{opening} ", f"{middle} ", f" {closing} ")]
             self.question = self._encode(f"{QUESTION} ")
         else:
-            self.key_width = digits + 1  # a token spells at least one letter
+            self.key_width = digits + 1  # a token spells at least one character
             self.header = self._encode(HEADER)
             self._sentence = [
                 self._encode(f" {opening}", "."),
@@ -90,11 +96,11 @@ class PasskeyTexts:
         self.statement_width = sum(map(len, self._sentence)) + 2 * self.key_width
 
     def key(self, digits: str) -> np.ndarray:
-        """int32 [n] ids of a key, which follows the question or stands in a statement."""
+        """Int32 `[n]` ids of a key, in a statement or after the question."""
         return self._encode(digits) if self._digit_is_token else self._encode(f" {digits}", ".")
 
     def statement(self, key: np.ndarray) -> tuple[np.ndarray, slice]:
-        """int32 [n] statement of a key's ids, and the place of its second mention."""
+        """The statement of a key given as ids, int32 `[n]`, and the place of its second mention."""
         opening, middle, closing = self._sentence
         mention = len(opening) + len(key) + len(middle)
         ids = np.concatenate([opening, key, middle, key, closing])
@@ -103,13 +109,13 @@ class PasskeyTexts:
     # ------ Filler
 
     def filler(self, rng: np.random.Generator, kind: str, count: int, evaluation: bool) -> Filler:
-        """Filler for gaps of `count` tokens in all.
+        """Make filler for gaps of `count` tokens in total.
 
         Args:
           rng: draws the words, or the place where real text begins.
-          kind: "repeated", "random_words" or "python_stdlib" (real text: the documentation of Python).
+          kind: "repeated", "random_words" or "python_stdlib" (real text: Python's documentation).
           count: number of tokens.
-          evaluation: whether to read real text's last fifth, in place of the rest.
+          evaluation: read the last fifth of the real text, not the rest.
         """
         if self._digit_is_token:
             if kind == "repeated":
@@ -128,12 +134,12 @@ class PasskeyTexts:
         return words.read_on(first, count + 1)
 
     def fill(self, gap: np.ndarray, filler: Filler, used: int) -> int:
-        """Writes filler from token `used` on into int32 `gap`; returns where the next gap's begins."""
+        """Write filler from token `used` on into int32 `gap`; return where the next gap's begins."""
         size = len(gap)
         gap[:] = filler.tokens[used : used + size]
         if filler.starts is None:
             if size and isinstance(self.vocab, ByteVocabulary):
-                gap[-1] = self._encode(" ")[0]  # what follows begins a new word
+                gap[-1] = self._encode(" ")[0]  # the next part begins a new word
             return used + size
         if self._short_word is None:
             return used + size
@@ -145,10 +151,10 @@ class PasskeyTexts:
 
     @functools.cached_property
     def _short_word(self) -> int | None:
-        """A word of the filler that is one token; None: there is none, and words are cut."""
+        """A filler word that is a single token; None if there is none, and then words are cut."""
         words = [*REPEATED_FILLER.split(), *FILLER_WORDS]
-        found = [encode_after(self.vocab, f" {word}", ".") for word in words if word.isalpha()]
-        return next((ids[0] for ids in found if len(ids) == 1 and ids[0] != self.vocab.unk_id), None)
+        encoded = [encode_after(self.vocab, f" {word}", ".") for word in words if word.isalpha()]
+        return next((ids[0] for ids in encoded if len(ids) == 1 and ids[0] != self.vocab.unk_id), None)
 
     def _encode(self, text: str, before: str = "") -> np.ndarray:
         ids = encode_after(self.vocab, text, before)
@@ -160,18 +166,8 @@ class PasskeyTexts:
         return np.array(ids, np.int32)
 
 
-def encode_after(vocabulary: Vocabulary, text: str, before: str) -> list[int]:
-    """Ids of `text` as it stands behind `before`; alone where the two cannot be told apart."""
-    if before:
-        first = vocabulary.encode(before)
-        ids = vocabulary.encode(before + text)
-        if ids[: len(first)] == first:
-            return ids[len(first) :]
-    return vocabulary.encode(text)
-
-
 class _Words:
-    """Words as tokens, to be written one after another in any order."""
+    """Words as tokens, to be joined in any order."""
 
     def __init__(self, encoded: Sequence[list[int]]):
         self._tokens = np.concatenate([np.array(ids, np.int32) for ids in encoded])
@@ -191,7 +187,7 @@ class _Words:
         return self._filler(places[:count])
 
     def read_on(self, first: int, count: int) -> Filler:
-        """`count` tokens from word `first` on, round and round."""
+        """`count` tokens from word `first` on, read cyclically."""
         return self._filler((self._offsets[first] + np.arange(count)) % len(self._tokens))
 
     def _filler(self, places: np.ndarray) -> Filler:
@@ -200,8 +196,8 @@ class _Words:
 
 @functools.lru_cache(maxsize=8)
 def _encoded_words(vocabulary: Vocabulary, words: tuple[str, ...]) -> _Words:
-    known = {word: encode_after(vocabulary, f" {word}", ".") for word in dict.fromkeys(words)}
-    return _Words([known[word] for word in words])
+    ids_of = {word: encode_after(vocabulary, f" {word}", ".") for word in dict.fromkeys(words)}
+    return _Words([ids_of[word] for word in words])
 
 
 @functools.lru_cache(maxsize=8)
@@ -213,47 +209,11 @@ def _documentation_words(vocabulary: Vocabulary, evaluation: bool) -> _Words:
 def random_words(
     rng: np.random.Generator, count: int, vocabulary: WordVocabulary | ByteVocabulary
 ) -> np.ndarray:
-    """int32 [count] tokens of words drawn uniformly from `FILLER_WORDS`."""
+    """Int32 `[count]` tokens of words drawn uniformly from `FILLER_WORDS`."""
     if isinstance(vocabulary, WordVocabulary):
         ids = np.array(vocabulary.encode(" ".join(FILLER_WORDS)), np.int32)
         return ids[rng.integers(0, len(ids), count, np.uint8)]
     shortest = min(len(word) for word in FILLER_WORDS) + 1
     draws = rng.integers(0, len(FILLER_WORDS), -(-count // shortest), np.uint8)
     text = " ".join([FILLER_WORDS[i] for i in draws.tolist()]) + " "
-    return _byte_ids(text.encode("ascii")[:count])
-
-
-def python_docs(rng: np.random.Generator, count: int, evaluation: bool) -> np.ndarray:
-    """int32 [count] byte ids of Python's own documentation, from a random place, wrapping round.
-
-    Evaluation reads the last fifth of it, training the rest.
-    """
-    part = _documentation(evaluation)
-    start = int(rng.integers(len(part)))
-    rounds = part[start:] + part * (-(-count // len(part)))
-    return _byte_ids(rounds[:count])
-
-
-@functools.cache
-def python_docs_sentences(evaluation: bool) -> tuple[str, ...]:
-    """Sentences, headings and lines of code of Python's documentation, in order, in ASCII.
-
-    Evaluation reads the last fifth of it, training the rest.
-    """
-    text = _documentation(evaluation).decode("ascii", errors="ignore")
-    paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
-    sentences = [s for paragraph in paragraphs for s in re.split(r"(?<=[.!?:]) ", paragraph)]
-    return tuple(s for s in sentences if re.search("[a-z]{2}", s))
-
-
-@functools.cache
-def _documentation(evaluation: bool) -> bytes:
-    from pydoc_data.topics import topics
-
-    data = "\n".join(topics[name] for name in sorted(topics)).encode("utf-8")
-    cut = len(data) * 4 // 5
-    return data[cut:] if evaluation else data[:cut]
-
-
-def _byte_ids(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, np.uint8).astype(np.int32) + ByteVocabulary.num_special_ids
+    return token_ids(text.encode("ascii")[:count], vocabulary)

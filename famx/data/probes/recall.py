@@ -1,4 +1,4 @@
-"""Copying and associative recall at an exact distance in blocks, of letters and names."""
+"""Copying letters and recalling associations at an exact distance in blocks."""
 
 import dataclasses
 import functools
@@ -8,18 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from famx.data.probes.layout import (
-    CONTENT,
-    FILLER,
-    PLACES,
-    Probe,
-    check_choice,
-    check_counts,
-    check_fraction,
-)
-from famx.data.probes.passkey_text import FILLER_WORDS, encode_after
-from famx.data.storage.text_files import as_vocabulary
-from famx.data.vocabularies import Vocabulary, WordVocabulary
+from famx.data.probes.checks import check_choice, check_counts, check_fraction
+from famx.data.probes.passkey_text import FILLER_WORDS
+from famx.data.probes.probe import CONTENT, FILLER, PLACES, Probe
+from famx.data.vocabularies import Vocabulary, WordVocabulary, as_vocabulary, encode_after
 
 SYMBOLS = tuple(string.ascii_lowercase)
 KEYS = tuple(
@@ -37,18 +29,18 @@ def recall_words() -> WordVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class DistanceProbe(Probe):
-    """Something is written within one block and asked for within the last block of the row.
+    """A statement within one block, and a question about it within the last block of the row.
 
-    A writing lies within one block both as targets and as inputs (one position later); so do question
-    and answer, which end the row. What is written does not depend on length or distance.
+    A statement is within one block both as targets and as inputs (one position later); so are question
+    and answer, which end the row. The statement does not depend on length or distance.
 
     Attributes:
-      vocabulary: "words" (`recall_words()`), or any that `as_vocabulary` takes, has a bos_id and can
-        spell these words. Each word is encoded with the space in front of it.
-      block_size: tokens of a block.
-      distance: blocks from the block of the writing to that of the answer, at least 1; None: the
-        writing is in the row's first block, so that longer rows ask over a longer distance.
-      filler: "random_words", or "repeated": one word again and again.
+      vocabulary: "words" (`recall_words()`), or anything that `as_vocabulary` takes, that has a bos_id
+        and can spell these words. Each word is encoded with the space before it.
+      block_size: number of tokens of a block.
+      distance: number of blocks from that of the statement to that of the answer, at least 1; None: the
+        statement is in the row's first block, so that longer rows ask over a longer distance.
+      filler: "random_words", or "repeated": one word, repeated.
     """
 
     vocabulary: str | Vocabulary = dataclasses.field(default_factory=recall_words)
@@ -62,11 +54,11 @@ class DistanceProbe(Probe):
         check_choice("filler", self.filler, FILLERS)
         if self.distance is not None:
             check_counts(distance=self.distance)
-        needed = max(self._written_size + 1, self._asked_size)
+        needed = max(self._statement_size + 1, self._question_size)
         if self.block_size < needed:
             raise ValueError(
-                f"{type(self).__name__} writes {self._written_size} tokens within a block, or asks "
-                f"{self._asked_size}, and does not fit into a block of {self.block_size}; use a "
+                f"{type(self).__name__} has statements of {self._statement_size} tokens and questions of "
+                f"{self._question_size} and does not fit into a block of {self.block_size}; use a "
                 f"block_size of at least {needed}."
             )
 
@@ -82,24 +74,24 @@ class DistanceProbe(Probe):
         return np.array(ids, np.int32)
 
     def _width(self, words: Sequence[str]) -> int:
-        """Most tokens of one of the words."""
+        """Largest number of tokens of one of the words."""
         return max(len(self._encode(word)) for word in words)
 
     @functools.cached_property
     def _filler_ids(self) -> np.ndarray:
-        """Tokens to draw filler from: its words, those of one token where there are such."""
+        """Tokens to draw filler from: words of one token, or those of all words if there are none."""
         words = FILLER_WORDS if self.filler == "random_words" else FILLER_WORDS[:1]
         encoded = [self._encode(word) for word in words]
         return np.concatenate([ids for ids in encoded if len(ids) == 1] or encoded)
 
     @property
-    def _written_size(self) -> int:
-        """Tokens of the longest writing."""
+    def _statement_size(self) -> int:
+        """Number of tokens of the longest statement."""
         raise NotImplementedError
 
     @property
-    def _asked_size(self) -> int:
-        """Tokens of question and answer."""
+    def _question_size(self) -> int:
+        """Number of tokens of question and answer."""
         raise NotImplementedError
 
     @property
@@ -107,28 +99,28 @@ class DistanceProbe(Probe):
         return 1
 
     def _content(self, index: int) -> tuple[list[str], str, str, dict[str, Any]]:
-        """One or two writings, the question, the answer, and what else the example tells."""
+        """One or two statements, the question, the answer, and additional entries of the example."""
         raise NotImplementedError
 
     @property
     def min_length(self) -> int:
-        return (self.distance or self._min_distance) * self.block_size + self._asked_size
+        return (self.distance or self._min_distance) * self.block_size + self._question_size
 
     def _row(self, index, length):
         size, last = self.block_size, (length - 1) // self.block_size
-        if length - last * size < self._asked_size:
+        if length - last * size < self._question_size:
             raise ValueError(
-                f"The last block of a row of {length} tokens holds {length - last * size} of them, but "
-                f"question and answer take {self._asked_size}; use a multiple of the block size, {size}."
+                f"The last block of a row of {length} tokens has {length - last * size} of them, but "
+                f"question and answer need {self._question_size}; use a multiple of the block, {size}."
             )
-        written, question, answer, more = self._content(index)
+        statements, question, answer, more = self._content(index)
         filler = self._filler_ids
         tokens = filler[self._rng(index, FILLER).integers(0, len(filler), length)]
         draw = self._rng(index, PLACES).random(3)
         first = 0 if self.distance is None else last - self.distance
-        between = first + 1 + int(draw[2] * (last - first - 1))  # the second writing's block
+        between = first + 1 + int(draw[2] * (last - first - 1))  # the second statement's block
         starts = []
-        for block, text, place in zip((first, between), written, draw):
+        for block, text, place in zip((first, between), statements, draw):
             ids = self._encode(text)
             starts.append(block * size + int(place * (size - len(ids))))
             tokens[starts[-1] : starts[-1] + len(ids)] = ids
@@ -140,10 +132,10 @@ class DistanceProbe(Probe):
 
 @dataclasses.dataclass(frozen=True)
 class CopyProbe(DistanceProbe):
-    """`remember q f z .` is written; some blocks later the row ends in `recall q f z`.
+    """The statement is `remember q f z .`; some blocks later the row ends with `recall q f z`.
 
     Attributes:
-      num_symbols: letters to copy, drawn one by one.
+      num_symbols: number of letters to copy, drawn independently.
     """
 
     num_symbols: int = 8
@@ -157,11 +149,11 @@ class CopyProbe(DistanceProbe):
         return self.num_symbols * self._width(SYMBOLS)
 
     @functools.cached_property
-    def _written_size(self):
+    def _statement_size(self):
         return len(self._encode("remember .")) + self.answer_width
 
     @functools.cached_property
-    def _asked_size(self):
+    def _question_size(self):
         return len(self._encode("recall")) + self.answer_width
 
     def _content(self, index):
@@ -172,15 +164,16 @@ class CopyProbe(DistanceProbe):
 
 @dataclasses.dataclass(frozen=True)
 class RecallProbe(DistanceProbe):
-    """`remember Ada is q , Bo is z .` is written; some blocks later the row ends in `recall Bo is z`.
+    """The statement is `remember Ada is q , Bo is z .`; the row ends with `recall Bo is z`.
 
-    An example also tells `overwritten`: whether the key that is asked for was written a second time.
+    An example also has `overwritten`: whether a second statement changed the letter of the key that is
+    asked for.
 
     Attributes:
-      num_pairs: keys, each with a letter.
-      overwrite: probability that one key is written again, with another letter, in a block between the
-        pairs and the question; the distance must then be at least 2. With several pairs it is the key
-        that is asked for in half of these examples.
+      num_pairs: number of keys, each with a letter.
+      overwrite: probability of a second statement that gives one key another letter, in a block between
+        the pairs and the question; the distance must then be at least 2. With several pairs, it is the
+        key that is asked for in half of these examples.
     """
 
     num_pairs: int = 4
@@ -193,7 +186,7 @@ class RecallProbe(DistanceProbe):
         check_fraction("overwrite", self.overwrite)
         if self.overwrite and self.distance == 1:
             raise ValueError(
-                "A key is overwritten in a block between writing and question; set distance to 2 or "
+                "A key is overwritten in a block between statement and question; set distance to 2 or "
                 "more, or overwrite to 0."
             )
         super().__post_init__()
@@ -207,12 +200,12 @@ class RecallProbe(DistanceProbe):
         return self._width(KEYS) + len(self._encode("is")) + self.answer_width
 
     @functools.cached_property
-    def _written_size(self):
+    def _statement_size(self):
         commas = (self.num_pairs - 1) * len(self._encode(","))
         return len(self._encode("remember .")) + self.num_pairs * self._pair_size + commas
 
     @functools.cached_property
-    def _asked_size(self):
+    def _question_size(self):
         return len(self._encode("recall")) + self._pair_size
 
     @property
@@ -228,11 +221,11 @@ class RecallProbe(DistanceProbe):
         # Every draw is made in every case, so that no option shifts the draws of another.
         other = (asked + 1 + int(rng.integers(max(self.num_pairs - 1, 1)))) % self.num_pairs
         step = 1 + int(rng.integers(len(SYMBOLS) - 1))
-        written = ["remember " + " , ".join(f"{k} is {v}" for k, v in zip(keys, values)) + " ."]
+        statements = ["remember " + " , ".join(f"{k} is {v}" for k, v in zip(keys, values)) + " ."]
         overwritten = bool(again < self.overwrite and (same < 0.5 or self.num_pairs == 1))
         if again < self.overwrite:
             target = asked if overwritten else other
             values[target] = SYMBOLS[(SYMBOLS.index(values[target]) + step) % len(SYMBOLS)]
-            written.append(f"remember {keys[target]} is {values[target]} .")
+            statements.append(f"remember {keys[target]} is {values[target]} .")
         question = f"recall {keys[asked]} is"
-        return written, question, values[asked], dict(overwritten=overwritten)
+        return statements, question, values[asked], dict(overwritten=overwritten)

@@ -5,8 +5,10 @@ import string
 
 import numpy as np
 
-from famx.data.probes.layout import CONTENT, PLACES, HaystackProbe, Parts, check_counts
+from famx.data.probes.checks import check_counts
+from famx.data.probes.haystack_probe import HaystackProbe
 from famx.data.probes.passkey_text import REPEATED_FILLER
+from famx.data.probes.probe import CONTENT, PLACES, Parts
 
 HEADER = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n"
 QUESTION = (
@@ -19,16 +21,16 @@ LETTERS = np.array([*string.ascii_uppercase])
 
 @dataclasses.dataclass(frozen=True)
 class VariableProbe(HaystackProbe):
-    """`VAR A = 12345`, later `VAR B = VAR A`, and so on: which variables have the value 12345?
+    """`VAR A = 12345`, later `VAR B = VAR A`, etc.: which variables have the value 12345?
 
-    The texts are RULER's, and so is the metric (`string_match_all`). The statements of a chain stand in
-    their order; several chains interleave at random. The question asks for the first chain's value;
-    the references are its variables in the order of the chain.
+    The texts are RULER's, and so is the metric (`string_match_all`). The statements of a chain are in
+    order; several chains are interleaved at random. The question asks for the variables with the first
+    chain's value; the references are its variables in the order of the chain.
 
     Attributes:
-      num_chains: chains, each with a value of its own.
-      num_hops: assignments of a variable to the next one in each chain.
-      demonstration: whether a solved example of its own with short names stands in front, as in RULER.
+      num_chains: number of chains, each with a different value.
+      num_hops: number of assignments from one variable to the next in each chain.
+      demonstration: whether a solved example with short names comes first, as in RULER.
     """
 
     num_chains: int = 1
@@ -72,7 +74,7 @@ class VariableProbe(HaystackProbe):
         )
 
     def _content(self, rng: np.random.Generator) -> tuple[str, list[list[str]], list[str]]:
-        """The demonstration, the names of each chain in order, and the value of each chain."""
+        """The demonstration, the variables of each chain in order, and the value of each chain."""
         names, few = self._names(rng, 5), self._names(rng, 3)
         drawn = 10_000 + rng.choice(90_000, 2 * self.num_chains, replace=False)
         values, others = np.split(drawn.astype(str), 2)
@@ -80,7 +82,7 @@ class VariableProbe(HaystackProbe):
         return shown, names, values.tolist()
 
     def _names(self, rng: np.random.Generator, letters: int) -> list[list[str]]:
-        """Different names of so many letters for each chain."""
+        """Different names of `letters` letters for the variables of each chain."""
         count = self.num_hops + 1
         numbers = rng.choice(26**letters, self.num_chains * count, replace=False)
         spelled = LETTERS[numbers[:, None] // 26 ** np.arange(letters) % 26]
@@ -88,14 +90,14 @@ class VariableProbe(HaystackProbe):
         return [names[i : i + count] for i in range(0, len(names), count)]
 
     def _demonstration(self, names: list[list[str]], values: list[str]) -> str:
-        """A short solved example: every statement, each followed by a line of noise."""
+        """A short solved example in which a line of noise follows every statement."""
         lines = [f"\n{text}\n{REPEATED_FILLER}" for text in _statements(names, values)]
         question = QUESTION.format(value=values[0], number=self.num_hops + 1)
         return HEADER + "".join(lines) + question + " " + " ".join(names[0]) + "\n\n"
 
 
 def _statements(names: list[list[str]], values: list[str]) -> list[str]:
-    """The assignments of all chains, one chain after another."""
+    """The assignments of all chains, chain by chain."""
     texts = []
     for chain, value in zip(names, values):
         texts.append(f"VAR {chain[0]} = {value}")

@@ -1,4 +1,4 @@
-"""Common English words, from which the probes draw keys and lists: nothing here is read from files."""
+"""Common English words from which probes draw keys and lists."""
 
 ADJECTIVES = tuple(
     """
@@ -57,7 +57,7 @@ NOUNS = tuple(
 
 
 def compound(index: int) -> str:
-    """The `index`-th of all `NUM_COMPOUNDS` words of an adjective, a hyphen and a noun."""
+    """Word number `index` of the `NUM_COMPOUNDS` words made of an adjective, a hyphen and a noun."""
     adjective, noun = divmod(int(index), len(NOUNS))
     return f"{ADJECTIVES[adjective]}-{NOUNS[noun]}"
 

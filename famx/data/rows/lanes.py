@@ -1,40 +1,29 @@
-"""Continuous lanes: each row of the batch reads one whole document over many steps."""
+"""Continuous lanes: each row of the batch reads a whole document over several steps."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from famx.data.rows.batches import check_shards
-
-
-class Documents(Protocol):
-    """What lanes read: item i is int32 [n] tokens, or a pair (tokens, float32 [n] loss weights).
-
-    With an optional method `num_tokens(i)` no host loads documents of other hosts' lanes; without it,
-    every host loads every document to learn its size.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Any: ...
+from famx.data.rows.documents import CountedDocuments, Documents, tokens_and_weights
 
 
 class ContinuousLanes:
     """An endless iterator of batches whose lanes each read one document, piece by piece.
 
     Each epoch shuffles the documents into one queue; a lane whose document has ended takes the next
-    one. Every step yields, for the rows of this shard (B = batch_size / num_shards):
+    document. Every step yields, for the rows of this shard (B = batch_size / num_shards):
 
-      decoder_input_tokens int32 [B, L]: bos first in a new document; first in a later piece is the
-        last target of the piece before
-      decoder_target_tokens int32 [B, L]: pad after the end of the document
-      decoder_loss_weights float32 [B, L]: 1, or the document's own weights; 0 on padding
-      reset bool [B]: True where the lane begins a new document at this step
+      decoder_input_tokens int32 [B, L]: the targets shifted by one; the first token is bos in a new
+        document, and the last target of the previous piece in a later piece
+      decoder_target_tokens int32 [B, L]: tokens of the document, with padding after its end
+      decoder_loss_weights float32 [B, L]: 1, or the weights of the document; 0 on padding
+      reset bool [B]: True if the lane begins a new document at this step
     """
 
-    # What famx.data.rows.packing.PackedRows changes.
-    _several_documents = False  # may a row go on with the next document?
-    _whole_documents = False  # does a document that would not fit into the rest wait for a new row?
+    # famx.data.rows.packing.PackedRows overrides these.
+    _several_documents = False  # a row may continue with the next document
+    _whole_documents = False  # a document that does not fit into the rest waits for the next row
 
     def __init__(
         self,
@@ -49,16 +38,17 @@ class ContinuousLanes:
     ):
         """
         Args:
-          documents: see `Documents`; none may be empty.
-          batch_size: number of lanes over all shards.
-          length: tokens of a piece; may be changed between steps.
+          documents: see `famx.data.rows.Documents`; none may be empty.
+          batch_size: number of lanes of all shards together.
+          length: number of tokens of a piece; may be changed between steps.
           seed: seed of the order of the documents.
-          shard_index, num_shards: this host reads the rows from shard_index * B on; all hosts
-            follow one global schedule.
-          bos_id, pad_id: ids in front of a document and after its end.
+          shard_index, num_shards: this host yields rows `shard_index * B` to
+            `(shard_index + 1) * B - 1` of the global batch; all hosts follow one global schedule.
+          bos_id, pad_id: ids before a document and after its end.
 
         Raises:
-          ValueError: there is no document, or a size is out of range or does not divide.
+          ValueError: there is no document, a size is out of range, or the batch does not divide among
+            the shards.
         """
         check_shards(batch_size, shard_index, num_shards)
         if length < 1:
@@ -69,21 +59,21 @@ class ContinuousLanes:
             documents, batch_size, length, seed)
         self.bos_id, self.pad_id = bos_id, pad_id
         rows = batch_size // num_shards
-        self._own = range(shard_index * rows, (shard_index + 1) * rows)
-        self._epoch, self._taken = 0, 0  # how many of this epoch's documents were handed out
+        self._shard = range(shard_index * rows, (shard_index + 1) * rows)  # lanes of this host
+        self._epoch, self._taken = 0, 0  # number of this epoch's documents that lanes have taken
         self._lanes = [None] * batch_size  # [document, offset, size] of every lane of all shards
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, its order of the documents)
-        self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # own lane -> its document
+        self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # lane of this host -> document
 
     def __iter__(self) -> "ContinuousLanes":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        shape = (len(self._own), self.length)
+        shape = (len(self._shard), self.length)
         inputs = np.full(shape, self.pad_id, np.int32)
         targets = np.full(shape, self.pad_id, np.int32)
         weights = np.zeros(shape, np.float32)
-        reset = np.zeros(len(self._own), bool)
+        reset = np.zeros(len(self._shard), bool)
         for lane in range(self.batch_size):
             used = 0
             while used < self.length:
@@ -95,8 +85,8 @@ class ContinuousLanes:
                     break
                 n = min(room, size - offset)
                 start, end, stop = used, used + n, offset + n
-                if lane in self._own:
-                    row = lane - self._own.start
+                if lane in self._shard:
+                    row = lane - self._shard.start
                     tokens, token_weights = self._load(lane, document, size)
                     targets[row, start:end] = tokens[offset:stop]
                     inputs[row, start] = tokens[offset - 1] if offset else self.bos_id
@@ -118,7 +108,7 @@ class ContinuousLanes:
         )
 
     def get_state(self) -> dict[str, Any]:
-        """The position of all lanes of all shards, as plain numbers that JSON can hold."""
+        """The position of all lanes of all shards, as JSON values."""
         return dict(
             epoch=self._epoch,
             taken=self._taken,
@@ -128,14 +118,14 @@ class ContinuousLanes:
         )
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `get_state` was called, on any number of shards.
+        """Resume from the position of `get_state`, exactly, on any number of shards.
 
         Raises:
-          ValueError: the state is of other documents, another batch size or another seed.
+          ValueError: the number of documents, the batch size or the seed has changed.
         """
-        here = (len(self.documents), self.batch_size, self.seed)
-        there = (state["num_documents"], len(state["lanes"]), state["seed"])
-        for name, now, then in zip(("number of documents", "batch size", "seed"), here, there):
+        current = (len(self.documents), self.batch_size, self.seed)
+        saved = (state["num_documents"], len(state["lanes"]), state["seed"])
+        for name, now, then in zip(("number of documents", "batch size", "seed"), current, saved):
             if now != then:
                 raise ValueError(
                     f"These lanes cannot resume: the {name} was {then} and is now {now}; resume "
@@ -146,24 +136,24 @@ class ContinuousLanes:
         self._loaded = {}
 
     def _take(self, lane: int) -> list[int]:
-        """The next document of the queue for this lane, as [document, offset 0, size]."""
+        """Take the next document of the queue, as [document, offset 0, size]."""
         if self._taken == len(self.documents):
             self._epoch, self._taken = self._epoch + 1, 0
         document = int(self._queue()[self._taken])
         self._taken += 1
-        if hasattr(self.documents, "num_tokens"):
+        if isinstance(self.documents, CountedDocuments):
             size = int(self.documents.num_tokens(document))
         else:
             loaded = tokens_and_weights(self.documents[document])
             size = len(loaded[0])
-            if lane in self._own:
+            if lane in self._shard:
                 self._loaded[lane] = loaded
         if not size:
             raise ValueError(f"Document {document} is empty; leave empty documents out.")
         return [document, 0, size]
 
     def _queue(self) -> np.ndarray:
-        """Order of all documents in this epoch."""
+        """The order of the documents in this epoch."""
         if self._order is None or self._order[0] != self._epoch:
             rng = np.random.default_rng([self.seed, self._epoch])
             self._order = (self._epoch, rng.permutation(len(self.documents)))
@@ -184,11 +174,3 @@ class ContinuousLanes:
                 "token one weight."
             )
         return tokens, weights
-
-
-def tokens_and_weights(document: Any) -> tuple[np.ndarray, np.ndarray]:
-    """int32 tokens and float32 weights of a document; weights are 1 where it names none."""
-    if isinstance(document, tuple):
-        return document
-    tokens = np.asarray(document, np.int32)
-    return tokens, np.ones(len(tokens), np.float32)

@@ -1,1 +1,24 @@
-"""Files that examples and texts are read from."""
+"""Files of text and of records, read by number without loading them whole."""
+
+from famx.data.storage.paths import matching_files, stdlib_text_files, validation_names
+from famx.data.storage.records import (
+    JsonlRecords,
+    RecordDocuments,
+    TFRecordRecords,
+    write_tfrecords,
+)
+from famx.data.storage.shards import complete_shards, tfds_shards
+from famx.data.storage.text_files import TextFiles
+
+__all__ = [
+    "JsonlRecords",
+    "RecordDocuments",
+    "TFRecordRecords",
+    "TextFiles",
+    "complete_shards",
+    "matching_files",
+    "stdlib_text_files",
+    "tfds_shards",
+    "validation_names",
+    "write_tfrecords",
+]

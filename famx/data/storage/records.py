@@ -1,6 +1,6 @@
-"""Records of JSON-lines and TFRecord files by number: `len(records)`, and `records[i]` -> dict.
+"""Records of JSON-lines and TFRecord files by number: `records[i]` is a dict.
 
-Only where records begin is kept in memory; a record is read when it is asked for.
+Only the offsets of the records are in memory; a record is read from its file at each access.
 """
 
 import json
@@ -14,13 +14,14 @@ import numpy as np
 
 from famx.base.files import move_into_place, scratch_directory
 from famx.data.storage import tfrecord
-from famx.data.storage.text_files import matching_files, token_ids
+from famx.data.storage.paths import matching_files
+from famx.data.vocabularies import token_ids
 
 _OPEN_FILES = 64
 
 
 class _Records:
-    """Records of several files, numbered through. A subclass finds them and decodes one."""
+    """Records of several files, numbered consecutively. Subclasses index a file and decode a record."""
 
     def __init__(self, paths: str | os.PathLike | Sequence[str | os.PathLike]):
         several = [paths] if isinstance(paths, str | os.PathLike) else paths
@@ -30,7 +31,7 @@ class _Records:
         self._spans = np.concatenate(spans)  # [records, (first byte, byte after the last)]
         self._files: dict[str, Any] = {}
         if not len(self._spans):
-            raise ValueError(f"There is no record in {_listed(self.paths)}; name files that hold data.")
+            raise ValueError(f"There is no record in {_listed(self.paths)}; name files with data.")
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -46,7 +47,7 @@ class _Records:
         return self._decode(data, path, start)
 
     def _file(self, path: str) -> Any:
-        """The open file; the one opened first is given up when there are too many."""
+        """The open file; when too many are open, the one opened first is dropped."""
         file = self._files.get(path)
         if file is None:
             if len(self._files) >= _OPEN_FILES:
@@ -62,7 +63,7 @@ class _Records:
 
 
 class JsonlRecords(_Records):
-    """Lines of JSON-lines files (UTF-8), each a JSON object, as dicts. Empty lines are left out."""
+    """Lines of JSON-lines files (UTF-8), each a JSON object, as dicts. Empty lines are skipped."""
 
     def __init__(
         self,
@@ -72,11 +73,11 @@ class JsonlRecords(_Records):
         """
         Args:
           paths: path or glob pattern, or several; files are read in sorted order.
-          fields: columns that every record must have; the others are left out. None: all.
+          fields: columns to read, which every record must have; None: all columns.
 
         Raises:
-          ValueError: a pattern matches no file, there is no record, or the first has no such column.
-            Reading a record raises it where a line is broken; the message names file and line.
+          ValueError: a pattern matches no file, there is no record, or the first record lacks a
+            column. Reading a record raises it for a broken line, with the file and the line number.
         """
         self.fields = fields
         super().__init__(paths)
@@ -99,7 +100,7 @@ class JsonlRecords(_Records):
             raise ValueError(f"{_line(path, start)} is broken JSON: {error}.") from error
         if not isinstance(record, dict):
             raise ValueError(
-                f"{_line(path, start)} holds no JSON object; write every record as "
+                f"{_line(path, start)} is not a JSON object; write every record as "
                 '{"column": value, ...} on one line.'
             )
         if self.fields is None:
@@ -116,8 +117,8 @@ class JsonlRecords(_Records):
 class TFRecordRecords(_Records):
     """Records of TFRecord files, each a `tf.train.Example`, as dicts.
 
-    A list of numbers is an int64 or float32 array [n]; bytes are bytes, or a list of bytes where
-    the Example has not exactly one.
+    A list of numbers is an int64 or float32 array `[n]`. A list of bytes is `bytes` if it has one
+    item, and a list otherwise.
     """
 
     def __init__(
@@ -126,12 +127,11 @@ class TFRecordRecords(_Records):
         """
         Args:
           paths: path or glob pattern, or several; files are read in sorted order.
-          check_crc: whether to compare the checksums of every length, at once, and of every record
-            when it is read.
+          check_crc: compare the checksums of all lengths now, and that of a record when it is read.
 
         Raises:
-          ValueError: a pattern matches no file, there is no record, a file is cut off or no TFRecord
-            file, or a checksum is wrong. Reading a record raises it where that is no Example.
+          ValueError: a pattern matches no file, there is no record, a file is truncated or not a
+            TFRecord file, or a checksum is wrong. Reading raises it for a record that is no Example.
         """
         self.check_crc = check_crc
         super().__init__(paths)
@@ -148,8 +148,8 @@ class TFRecordRecords(_Records):
                 length, crc = tfrecord.HEADER.unpack(head)
                 if (self.check_crc or not start) and tfrecord.masked_crc(head[:8]) != crc:
                     raise ValueError(
-                        f"{path} is no TFRecord file, or damaged at byte {start}: the checksum of the "
-                        "record's length is wrong. Compressed files must be unpacked first."
+                        f"{path} is not a TFRecord file, or damaged at byte {start}: the checksum of the "
+                        "record's length is wrong. Decompress compressed files first."
                     )
                 stop = start + tfrecord.HEADER.size + length + tfrecord.FOOTER.size
                 if stop > size:
@@ -174,18 +174,18 @@ class TFRecordRecords(_Records):
 def write_tfrecords(
     name: str | os.PathLike, records: Iterable[Mapping[str, Any]], num_shards: int = 1
 ) -> list[str]:
-    """Writes `name-00000-of-00010` and so on; record i goes to shard `i % num_shards`.
+    """Write `name-00000-of-00010` etc.; record `i` goes to shard `i % num_shards`.
 
-    The files appear under their names only when all are complete.
+    The files get their names only when all of them are complete.
 
     Args:
       name: path of the shards without their numbers; its folder must exist.
-      records: dicts of text, bytes, lists of these, or numbers: whole numbers are written as int64,
-        others as float32, which is all that the format has.
+      records: dicts of text, bytes, lists of these, or numbers. Whole numbers are written as int64,
+        others as float32, the only types of the format.
       num_shards: number of files.
 
     Returns:
-      their paths.
+      the paths of the shards.
 
     Raises:
       ValueError: the folder does not exist, `num_shards` is below 1, or a value cannot be written.
@@ -210,9 +210,9 @@ def write_tfrecords(
 
 
 class RecordDocuments:
-    """Records as documents of lanes and packed rows: item i is the tokens of record i.
+    """Records as documents for lanes and packed rows: item `i` is int32 `[n]`, the ids of record `i`.
 
-    Where `weights` is given, it is the pair (tokens int32 [n], loss weights float32 [n]).
+    With `weights`, it is the pair (ids int32 `[n]`, loss weights float32 `[n]`).
     """
 
     def __init__(
@@ -221,12 +221,12 @@ class RecordDocuments:
         """
         Args:
           records: `JsonlRecords`, `TFRecordRecords`, or any sequence of dicts.
-          tokens: column of the token ids, or of the text.
-          weights: column of the loss weights of the tokens.
-          vocabulary: turns text into ids; not needed for token ids.
+          tokens: column with the token ids, or with the text.
+          weights: column with the loss weights of the tokens; None: every weight is 1.
+          vocabulary: encodes the text; not needed for token ids.
 
-        Reading a document raises ValueError where a column is missing, or is text and there is no
-        vocabulary, or holds what are no token ids.
+        Reading a document raises ValueError if a column is missing, is text without a vocabulary to
+        encode it, or is not a list of token ids.
         """
         self.records, self.tokens, self.weights, self.vocab = records, tokens, weights, vocabulary
 
@@ -249,22 +249,21 @@ class RecordDocuments:
         if isinstance(value, str | bytes):
             if self.vocab is None:
                 raise ValueError(
-                    f"Column '{self.tokens}' of record {i} is text; give the vocabulary that turns it "
-                    "into token ids."
+                    f"Column '{self.tokens}' of record {i} is text; give the vocabulary that encodes it."
                 )
             return token_ids(value, self.vocab)
         ids = np.asarray(value)
         fits = ids.ndim == 1 and (ids.dtype.kind in "iu" or not ids.size)
         if not fits or (ids.size and (ids.min() < 0 or ids.max() >= 2**31)):
             raise ValueError(
-                f"Column '{self.tokens}' of record {i} holds no token ids; they must be whole numbers "
-                "from 0 to 2147483647."
+                f"Column '{self.tokens}' of record {i} is not a list of token ids; they must be whole "
+                "numbers from 0 to 2147483647."
             )
         return ids.astype(np.int32)
 
 
 def _line(path: str, start: int) -> str:
-    """Which line begins at this byte, for a message."""
+    """Name of the line that begins at byte `start`, for a message."""
     with open(path, "rb") as file:
         number = 1
         while start:

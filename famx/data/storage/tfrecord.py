@@ -1,4 +1,4 @@
-"""The bytes of TFRecord files and of the `tf.train.Example` in them, without TensorFlow.
+"""Encoding of TFRecord files and of the `tf.train.Example`s in them, without TensorFlow.
 
 A record is its length (uint64), the masked CRC-32C of the length, the data, and the masked CRC-32C
 of the data; all numbers are little endian. An Example is a protocol buffer that maps names to lists
@@ -16,14 +16,14 @@ HEADER = struct.Struct("<QI")
 FOOTER = struct.Struct("<I")
 _POLYNOMIAL = 0x82F63B78  # CRC-32C, reflected
 _BLOCK = 1024
-_BYTES, _FLOAT, _INT64 = 1, 2, 3  # which field of a Feature holds its list
+_BYTES, _FLOAT, _INT64 = 1, 2, 3  # field numbers of the lists in a Feature
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
 # ---------------------------------------------------------------- checksums
 @functools.cache
 def _crc_tables() -> tuple[np.ndarray, list[int]]:
-    """uint32 [_BLOCK, 256]: what a byte at a place of a block adds; and the start after n bytes."""
+    """uint32 [_BLOCK, 256]: contribution of a byte by its place in a block; and starts after n bytes."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = (table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
@@ -39,9 +39,10 @@ def _crc_tables() -> tuple[np.ndarray, list[int]]:
 
 
 def masked_crc(data: bytes) -> int:
-    """Masked CRC-32C of `data`, as TFRecord files hold it.
+    """Masked CRC-32C of `data`, as TFRecord files store it.
 
-    A CRC is linear: a block's is the exclusive or of what its bytes add, each looked up by place.
+    A CRC is linear: that of a block is the exclusive or of the contributions of its bytes, which a
+    table lists by byte and place.
     """
     places, starts = _crc_tables()
     values = np.frombuffer(data, np.uint8)
@@ -66,13 +67,13 @@ def frame(data: bytes) -> bytes:
 
 # ------------------------------------------------------------------ varints
 def _encode_varints(values: np.ndarray) -> bytes:
-    """int64 values, each as groups of seven bits, lowest first; all but the last have bit 8 set."""
+    """Encode int64 values as groups of seven bits, lowest first; all but the last have bit 8 set."""
     values = values.astype(np.uint64)
     width = max(1, -(-int(values.max(initial=0)).bit_length() // 7))
     groups = values[:, None] >> (7 * np.arange(width + 1, dtype=np.uint64))
-    more, kept = groups[:, 1:] != 0, groups[:, :-1] != 0
-    kept[:, 0] = True  # a zero takes a byte too
-    return ((groups[:, :-1] & 127) | more * np.uint64(128)).astype(np.uint8)[kept].tobytes()
+    more, written = groups[:, 1:] != 0, groups[:, :-1] != 0
+    written[:, 0] = True  # a zero takes a byte too
+    return ((groups[:, :-1] & 127) | more * np.uint64(128)).astype(np.uint8)[written].tobytes()
 
 
 def _decode_varints(data: bytes) -> np.ndarray:
@@ -96,7 +97,7 @@ def _decode_varints(data: bytes) -> np.ndarray:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at this place, and the place after it."""
+    """The number that begins at offset `at`, and the offset after it."""
     value = shift = 0
     while shift < 70:
         byte = data[at]
@@ -109,7 +110,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 # ----------------------------------------------------------------- Examples
 def _fields(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """(field number, wire type, bytes of the value) of a message."""
+    """Yield (field number, wire type, bytes of the value) of a message."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -130,10 +131,12 @@ def _fields(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def decode_example(data: bytes) -> dict[str, Any]:
-    """Names to lists: int64 and float32 arrays [n]; a list of bytes, or the bytes if it is one alone.
+    """Decode a serialised Example into a dict.
+
+    Numbers are int64 or float32 arrays `[n]`. A list of bytes with one item is `bytes`, else a list.
 
     Raises:
-      ValueError: `data` is no Example.
+      ValueError: `data` is not an Example.
     """
     example = {}
     try:
@@ -143,7 +146,7 @@ def decode_example(data: bytes) -> dict[str, Any]:
                     pair = {n: value for n, _, value in _fields(entry)}
                     example[pair.get(1, b"").decode()] = _decode_feature(pair.get(2, b""))
     except (ValueError, IndexError) as error:
-        raise ValueError(f"The record is no tf.train.Example: {error}.") from error
+        raise ValueError(f"The record is not a tf.train.Example: {error}.") from error
     return example
 
 
@@ -163,14 +166,14 @@ def _decode_feature(data: bytes) -> Any:
 
 
 def encode_example(record: Mapping[str, Any]) -> bytes:
-    """`record` as a serialised Example; names are sorted.
+    """Serialise `record` as an Example with sorted names.
 
     Args:
-      record: names to text, bytes, a list of these, or numbers (scalar or array [n]): whole numbers
-        and truth values become int64, others float32.
+      record: maps names to text, bytes, a list of these, or numbers (scalar or array `[n]`). Whole
+        numbers and truth values become int64, others float32.
 
     Raises:
-      ValueError: a value is of none of these kinds.
+      ValueError: a value has none of these types.
     """
     entries = []
     for name in sorted(record):

@@ -1,25 +1,32 @@
 """Examples of text tasks: by number, as prepared records, and as documents with loss weights."""
 
-import glob
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.data.storage.text_files import token_ids
-from famx.data.vocabularies.base import Vocabulary
+from famx.data.vocabularies import Vocabulary, token_ids
 
 CUTS = ("left", "middle")
 
-Records = Sequence[Mapping[str, Any]]
+Item = TypeVar("Item", covariant=True)
+
+
+class Numbered(Protocol[Item]):
+    """Items by number: a length, and `[i]`, which may read or make the item."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Item: ...
+
+
 Example = dict[str, Any]
+Records = Numbered[Mapping[str, Any]]
 
 
 class Examples:
-    """Examples of a split by number, made when they are asked for."""
+    """The examples of a split by number, each made from its record at access."""
 
     def __init__(self, records: Records, preprocess: Callable[[Mapping[str, Any]], Example]):
         self.records, self.preprocess = records, preprocess
@@ -38,7 +45,7 @@ class TaskDocuments:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Numbered[Example],
         kind: str,
         vocabulary: Vocabulary,
         max_tokens: int | None = None,
@@ -67,9 +74,9 @@ def encode_example(
     max_tokens: int | None = None,
     cut: str = "middle",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One document (tokens int32 [n], loss weights float32 [n]) of an example.
+    """Encode an example as a document: tokens int32 `[n]` and loss weights float32 `[n]`.
 
-    Also what a choice is scored with: put it in the place of the targets.
+    To score a choice, pass it as `targets`.
     """
     prompt = token_ids(inputs, vocabulary)
     answer = _with_eos(token_ids(targets, vocabulary), vocabulary)
@@ -80,7 +87,7 @@ def encode_example(
 
 
 def cut_tokens(tokens: np.ndarray, size: int, cut: str) -> np.ndarray:
-    """At most `size` of the tokens: without the first ones ("left") or without the middle."""
+    """Shorten to `size` tokens by removing the first ones ("left") or those in the middle."""
     if len(tokens) <= size:
         return tokens
     head = (size + 1) // 2 if cut == "middle" else 0
@@ -88,61 +95,15 @@ def cut_tokens(tokens: np.ndarray, size: int, cut: str) -> np.ndarray:
 
 
 def check_cut(max_tokens: int | None, cut: str) -> None:
-    """Raises ConfigError unless the settings of `TextTask.documents` are possible."""
+    """Raise ConfigError unless these settings of `TextTask.documents` are possible."""
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1, or None.")
     if cut not in CUTS:
         raise ConfigError(f"'{cut}' cannot be cut from the inputs; choose one of {', '.join(CUTS)}.")
 
 
-def _with_eos(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    if vocabulary.eos_id is None:
-        return tokens
-    return np.append(tokens, np.int32(vocabulary.eos_id))
-
-
-def _without_lone_surrogates(example: Example) -> Example:
-    """Halves of surrogate pairs, which JSON can hold and UTF-8 cannot, become replacement characters."""
-
-    def valid(value: Any) -> Any:
-        if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return [valid(x) for x in value] if isinstance(value, list) else value
-
-    return {name: valid(value) for name, value in example.items()}
-
-
-# ------ Prepared records
-
-
-def complete_shards(name: str) -> list[str]:
-    """Paths of the shards `name-00000-of-00010` and so on, if all of one set are there, else []."""
-    numbered = re.compile(re.escape(name) + r"-(\d{5})-of-(\d{5})$")
-    sets: dict[int, list[str]] = {}
-    for path in sorted(glob.glob(f"{glob.escape(name)}-*")):
-        found = numbered.match(path)
-        if found:
-            sets.setdefault(int(found[2]), []).append(path)
-    return next((paths for size, paths in sorted(sets.items()) if len(paths) == size), [])
-
-
-def tfds_shards(name: str, split: str) -> list[str]:
-    """The files of the newest version that TensorFlow Datasets has prepared."""
-    root = os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
-    versions = glob.glob(os.path.join(glob.escape(root), name, "[0-9]*"))
-    version = lambda path: [int(x) for x in re.findall(r"\d+", os.path.basename(path))]
-    for folder in sorted(versions, key=version, reverse=True):
-        paths = complete_shards(os.path.join(folder, f"{name.split('/')[0]}-{split}.tfrecord"))
-        if paths:
-            return paths
-    return []
-
-
 def example_of_record(record: Mapping[str, Any]) -> Example:
-    """A prepared record as an example; lists of one text come as the text alone."""
+    """Turn a prepared record into an example; a list of one text is stored as the text alone."""
     text = lambda value: value.decode() if isinstance(value, bytes) else ""
     texts = lambda value: [x.decode() for x in ([value] if isinstance(value, bytes) else value)]
     example = {
@@ -153,4 +114,26 @@ def example_of_record(record: Mapping[str, Any]) -> Example:
     }
     if "choices" in record:
         example |= {"choices": texts(record["choices"]), "answer": [int(x) for x in record["answer"]]}
+    if "contexts" in record:
+        example["contexts"] = texts(record["contexts"])
     return example
+
+
+def _with_eos(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    if vocabulary.eos_id is None:
+        return tokens
+    return np.append(tokens, np.int32(vocabulary.eos_id))
+
+
+def _without_lone_surrogates(example: Example) -> Example:
+    """Replace halves of surrogate pairs, which JSON allows and UTF-8 cannot encode."""
+
+    def valid(value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return [valid(x) for x in value] if isinstance(value, list) else value
+
+    return {name: valid(value) for name, value in example.items()}

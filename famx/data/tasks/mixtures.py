@@ -1,4 +1,4 @@
-"""Mixtures: several text tasks as one, each at its rate, in an order that follows from the seed."""
+"""Mixtures: several text tasks as one, each at its rate, in an order given by a seed."""
 
 import dataclasses
 import difflib
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.data.tasks.examples import Example
+from famx.data.tasks.examples import Example, Numbered
+from famx.data.tasks.suites import named_scores
 from famx.data.tasks.text_task import TextTask
-from famx.data.vocabularies.base import Vocabulary
+from famx.data.vocabularies import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,21 +20,21 @@ class Mixture:
     """Text tasks as one task, with the same `examples`, `documents` and `evaluate`.
 
     Without rates, every example of every task occurs once. With rates, the mixture is long enough
-    that every example occurs, and examples of the other tasks come again, each pass over a task in
-    another order. Item i is the same in every process; lanes shuffle the items once more.
+    that every example occurs; examples of tasks with a higher rate are repeated, in a new order for each
+    pass over a task. Item `i` is the same in every process; lanes shuffle the items again.
 
     Args:
       name: name for messages.
       tasks: the tasks; their vocabulary and lengths are those of the mixture.
-      rates: a rate above 0 for the name of each task, or a function from its number of examples to
-        the rate, such as `lambda count: min(count, 3000)`; None: the number of examples.
-      size: number of items of a split, in place of the length above.
-      seed: of the order.
-      split: the split whose documents the mixture itself is.
+      rates: a positive rate for the name of each task, or a function from its number of examples to
+        its rate, such as `lambda count: min(count, 3000)`; None: the number of examples.
+      size: number of items of a split; None: the length described above.
+      seed: seed of the order.
+      split: the split whose documents the mixture is.
 
     Raises:
-      ConfigError: on construction, there is no task, two have one name, their vocabularies differ,
-        a setting is out of range, or the rates name other tasks.
+      ConfigError: on construction, there is no task, two have the same name, their vocabularies
+        differ, a setting is out of range, or the rates name other tasks.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Mixture:
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"Mixture '{self.name}' needs tasks, each once, but has {names}.")
         if any(task.vocab != self.vocab for task in self.tasks):
-            raise ConfigError(f"The tasks of mixture '{self.name}' need one and the same vocabulary.")
+            raise ConfigError(f"The tasks of mixture '{self.name}' must have the same vocabulary.")
         if self.size is not None and self.size < 1:
             raise ConfigError(f"The size of mixture '{self.name}' is {self.size}; it must be at least 1.")
         if self.seed < 0:
@@ -71,10 +72,10 @@ class Mixture:
         return self.tasks[0].vocab
 
     def order(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [n] task and int64 [n] example of every item of a split.
+        """Task, int32 `[n]`, and example, int64 `[n]`, of every item of a split.
 
         Raises:
-          ConfigError, ValueError: as `TextTask.examples`, or a rate is not above 0.
+          ConfigError, ValueError: as `TextTask.examples`, or a rate is not positive.
         """
         counts = np.array([len(task.examples(split)) for task in self.tasks])
         rates = counts.astype(np.float64)
@@ -84,8 +85,8 @@ class Mixture:
             rates = np.array([float(self.rates(int(count))) for count in counts])
         if not (np.isfinite(rates) & (rates > 0)).all():
             raise ConfigError(
-                f"The rates of mixture '{self.name}' are {rates.tolist()}; each must be above 0. Leave "
-                "out a task that is not wanted."
+                f"The rates of mixture '{self.name}' are {rates.tolist()}; each must be above 0. "
+                "To leave out a task, remove it."
             )
         shares = rates / rates.sum()
         whole = int(counts.sum()) if self.rates is None else int(np.ceil((counts / shares).max() - 1e-6))
@@ -98,7 +99,7 @@ class Mixture:
             examples[tasks == k] = np.concatenate([*passes, np.zeros(0, np.int64)])[:wanted]
         return tasks, examples
 
-    def examples(self, split: str) -> Sequence[Example]:
+    def examples(self, split: str) -> Numbered[Example]:
         """The examples of a split, in the order of the mixture."""
         return _Mixed([task.examples(split) for task in self.tasks], self.order(split))
 
@@ -108,7 +109,7 @@ class Mixture:
         vocabulary: str | Vocabulary | None = None,
         max_tokens: int | None = None,
         cut: str | None = None,
-    ) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+    ) -> Numbered[tuple[np.ndarray, np.ndarray]]:
         """The examples of a split as documents; see `TextTask.documents`."""
         parts = [task.documents(split, vocabulary, max_tokens, cut) for task in self.tasks]
         return _Mixed(parts, self.order(split))
@@ -116,11 +117,11 @@ class Mixture:
     def evaluate(
         self, split: str, predictions: Sequence[Any], indices: Sequence[int] | None = None
     ) -> dict[str, float]:
-        """Scores of each task as `task/metric`, and their means over the items as `metric`.
+        """Score each task as `task/metric`, and average over all items as `metric`.
 
         Args:
           split: name of the split.
-          predictions: one per item, as the item's task takes them.
+          predictions: one per item, of the type that the item's task takes.
           indices: which items these are; None: all, in order.
 
         Raises:
@@ -133,33 +134,42 @@ class Mixture:
                 f"{len(predictions)} predictions were given for {len(indices)} items of the {split} "
                 f"split of '{self.name}'; give one per item."
             )
-        scores: dict[str, float] = {}
+        scores: dict[str, dict[str, float]] = {}
         sums: dict[str, np.ndarray] = {}  # metric -> (sum over items, items)
         for k, task in enumerate(self.tasks):
-            own = np.flatnonzero(tasks[indices] == k)
-            if not len(own):
+            items = np.flatnonzero(tasks[indices] == k)
+            if not len(items):
                 continue
-            found = task.evaluate(split, [predictions[i] for i in own], examples[indices[own]])
-            for metric, value in found.items():
-                scores[f"{task.name}/{metric}"] = value
-                sums[metric] = sums.get(metric, 0) + np.array([value * len(own), len(own)])
+            scores[task.name] = task.evaluate(
+                split, [predictions[i] for i in items], examples[indices[items]])
+            for metric, value in scores[task.name].items():
+                sums[metric] = sums.get(metric, 0) + np.array([value * len(items), len(items)])
         if not scores:
             raise ValueError(f"No predictions of '{self.name}' were given; give at least one.")
-        return scores | {metric: float(total / count) for metric, (total, count) in sums.items()}
+        means = {metric: float(total / count) for metric, (total, count) in sums.items()}
+        return named_scores(scores) | means
+
+    def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """`task/metric` of every task, and the unweighted mean over the tasks as `metric`."""
+        values: dict[str, list[float]] = {}
+        for of_task in scores.values():
+            for metric, value in of_task.items():
+                values.setdefault(metric, []).append(value)
+        return named_scores(scores) | {metric: float(np.mean(x)) for metric, x in values.items()}
 
     @functools.cached_property
-    def _own_documents(self) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+    def _training_documents(self) -> Numbered[tuple[np.ndarray, np.ndarray]]:
         return self.documents(self.split)
 
     def __len__(self) -> int:
-        return len(self._own_documents)
+        return len(self._training_documents)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._own_documents[i]
+        return self._training_documents[i]
 
 
 class _Mixed:
-    """Items of several sequences in one order."""
+    """Items of several sequences in a given order."""
 
     def __init__(self, parts: Sequence[Any], order: tuple[np.ndarray, np.ndarray]):
         self.parts, self.order = parts, order
@@ -174,7 +184,7 @@ class _Mixed:
 
 
 def _apportion(size: int, shares: np.ndarray) -> np.ndarray:
-    """Whole numbers that sum to `size`, nearest to the shares (largest remainder)."""
+    """Divide `size` into whole numbers in proportion to the shares (largest remainders)."""
     exact = size * shares
     whole = np.floor(exact + 1e-9).astype(np.int64)
     rest = np.argsort(whole - exact, kind="stable")[: size - whole.sum()]

@@ -1,4 +1,4 @@
-"""Names of tasks and texts. Needs no TensorFlow.
+"""Tasks by name.
 
 Examples:
   >>> import famx.data
@@ -10,30 +10,38 @@ Examples:
 import difflib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-_FACTORIES: dict[str, Callable[..., Any]] = {}
+Factory = Callable[..., Any]
+
+_FACTORIES: dict[str, Factory] = {}
 
 
-def register(name: str, factory: Callable[..., Any]) -> None:
+def register(name: str, factory: Factory) -> None:
     """Let `get(name, **options)` return `factory(**options)`.
 
     Raises:
-      ValueError: the name is taken by another factory.
+      ValueError: another factory has this name.
     """
     if _FACTORIES.get(name, factory) is not factory:
         raise ValueError(f"A task named '{name}' is registered already; choose another name.")
     _FACTORIES[name] = factory
 
 
+def register_all(factories: Mapping[str, Factory]) -> None:
+    """Register every factory of a table under its name; see `register`."""
+    for name, factory in factories.items():
+        register(name, factory)
+
+
 def names() -> list[str]:
-    """Sorted names of all registered tasks (those of SeqIO not included)."""
+    """Sorted names of all registered tasks, SeqIO's not included."""
     return sorted(_FACTORIES)
 
 
 def takes(name: str, option: str) -> bool:
-    """Whether the factory of a task of ours takes `option`, and has not been given it already."""
+    """Whether `name` is a registered task whose factory takes `option` and has not bound it."""
     factory = _FACTORIES.get(name)
     if factory is None or option in getattr(factory, "keywords", ()):
         return False
@@ -41,20 +49,20 @@ def takes(name: str, option: str) -> bool:
 
 
 def needs_options(name: str) -> bool:
-    """Whether a task of ours cannot be made by its name alone."""
+    """Whether a registered task cannot be made without options."""
     parameters = inspect.signature(_FACTORIES[name]).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return any(p.default is p.empty and p.kind in named for p in parameters)
 
 
 def get(name: str, **options: Any) -> Any:
-    """The task of that name; if the name is not ours, SeqIO's task or mixture of that name.
+    """Make the task of this name; if it is not registered here, return SeqIO's of this name.
 
-    SeqIO is looked into only where it has been imported: before that it holds no tasks.
+    SeqIO is searched only if it has been imported; before that it has no tasks.
 
     Args:
       name: a registered name.
-      **options: handed to the factory; SeqIO's tasks take none.
+      **options: passed to the factory; SeqIO's tasks take none.
 
     Raises:
       ValueError: no task has this name, or options were given for a SeqIO task.

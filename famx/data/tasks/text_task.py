@@ -1,22 +1,25 @@
-"""Text tasks: published or own data sets as examples, as documents to train on, and as scores.
+"""Text tasks: a data set as examples, as documents to train on, and as scores of answers.
 
-A `TextTask` knows where its records are published and how one becomes an example. An example is a
+A `TextTask` knows where its records are published and how a record becomes an example. An example is a
 dict:
 
-  inputs str: the whole prompt, what follows it is the answer; empty where whole texts are learnt
-  targets str: the answer to learn, the first of the references; empty where none is published
-  references list[str]: the answers that count as right, maybe none
-  choices list[str], answer list[int]: for kind "rank", the answers to choose from, and which of them
-    are right
-  id str: what the data set calls it, if it does
+  inputs str: the whole prompt, which the answer follows; empty if whole texts are learnt
+  targets str: the answer to learn, the first of the references; empty if none is published
+  references list[str]: the answers that count as right, possibly none
+  choices list[str], answer list[int]: for kind "rank", the candidates and the indices of the right ones
+  contexts list[str]: for kind "rank", if the candidates differ in the prompt: a prompt for each, which
+    `targets` follows; `inputs` is not used then
+  id str: the identifier in the data set, if there is one
 
-Kinds: "generation" (the model writes the answer), "rank" (the choice of the highest likelihood is the
-answer) and "documents" (the whole text is the target: language modelling).
+Kinds: "generation" (the model writes the answer), "rank" (the candidate with the highest score is the
+answer, see `famx.data.tasks.ranking`) and "documents" (the whole text is the target: language modelling).
 
-The records of a task lie, in this order, in
-  DATA_DIR/NAME/SPLIT.tfrecord-* as `python -m famx.prepare` writes them,
-  the official files in one of the task's folders of DATA_DIR,
-  TensorFlow Datasets' own folder, where that has prepared the task.
+The records of a task are looked for in this order:
+
+1. `DATA_DIR/NAME/SPLIT.tfrecord-*`, which `python -m famx.prepare` writes,
+2. the official files, in one of the task's folders of DATA_DIR,
+3. the folder of TensorFlow Datasets, if it has prepared the task.
+
 DATA_DIR is the task's `data_dir`, else the environment variable FAMX_DATA_DIR. Nothing is downloaded.
 
     task = famx.data.get("scrolls_qasper", data_dir="/data", vocabulary="bytes")
@@ -30,27 +33,24 @@ import difflib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.data.metrics import next_token_accuracy, rank_accuracy
-from famx.data.storage.records import TFRecordRecords
-from famx.data.storage.text_files import as_vocabulary
-from famx.data.tasks import registry
+from famx.data.storage import TFRecordRecords, complete_shards, tfds_shards
+from famx.data.tasks import ranking, registry
 from famx.data.tasks.examples import (
     Example,
     Examples,
     Records,
     TaskDocuments,
     check_cut,
-    complete_shards,
     example_of_record,
-    tfds_shards,
 )
-from famx.data.vocabularies.base import Vocabulary
+from famx.data.vocabularies import Vocabulary, as_vocabulary
 
 KINDS = ("generation", "rank", "documents")
 
@@ -59,33 +59,36 @@ Metric = Callable[[Sequence[list[str]], Sequence[str]], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-    """A data set with its format, its metrics and where its files lie.
+    """A data set with its format, its metrics and the places of its files.
 
-    The task itself is also the documents of its `split`: lanes, packed rows and the training engine
-    take it as it is. `dataclasses.replace(task, ...)` changes settings, as `famx.data.get` does.
+    The task is also the documents of its `split`: lanes, packed rows and the training engine take it as
+    it is. `dataclasses.replace(task, ...)` changes settings, as `famx.data.get` does.
 
     Args:
-      name: name in the registry and of the folder of prepared records.
+      name: name in the registry, and of the folder of prepared records.
       kind: "generation", "rank" or "documents".
-      open_split: `open_split(folder, split)` opens the official records, by number and not all in
-        memory; raises FileNotFoundError with the name of the first file that is not there. Records
-        may have `num_rows`, how many rows of the official files they come from, and `missing`, the
-        names of files without which some records were left out.
-      preprocess: record to example; called for one record at a time.
+      open_split: `open_split(folder, split)` opens the official records, by number and without loading
+        them all; it raises FileNotFoundError with the name of the first missing file. Records may have
+        the attributes `num_rows`, their number of rows in the official files, and `missing`, the names
+        of missing files because of which records were skipped.
+      preprocess: makes an example of a record; called for one record at a time.
       metrics: functions `(references, predictions) -> {name: 0..100}`, the paper's first.
       splits: names of the splits.
-      folders: where the official files may lie: relative to the data directory, absolute, or a
-        function that returns a path or None.
+      folders: where the official files may be: relative to the data directory, absolute, or a function
+        that returns a path or None.
       published: where the data set is published, for error sentences.
-      package: the package that installs the files, in place of a download.
+      package: the package that installs the files, if they are not downloaded.
       tfds: name in TensorFlow Datasets, such as "scrolls/qasper", or None.
       open_tfds: `open_tfds(records, split)` turns TensorFlow Datasets' records into official ones.
-      counts: number of rows of the official files per split, where known.
+      counts: number of rows of the official files per split, if known.
       data_dir: the data directory; None: FAMX_DATA_DIR.
-      vocabulary: see `famx.data.storage.text_files.as_vocabulary`.
-      split: the split whose documents the task itself is.
+      vocabulary: see `famx.data.vocabularies.as_vocabulary`.
+      split: the split whose documents the task is.
       max_tokens, cut: settings of `documents`.
-      allow_partial: whether records may be left out because their files are missing.
+      allow_partial: skip records whose files are missing, in place of an error.
+      evaluation_split: the split that evaluation scores by default; None: `split`.
+      scoring: for "rank", how choices are compared, one of `famx.data.tasks.ranking.SCORINGS`.
+      answer_context: for the scoring "unconditional", the prompt without its question.
 
     Raises:
       ConfigError: on construction, a setting is unknown or out of range.
@@ -109,16 +112,20 @@ class TextTask:
     max_tokens: int | None = None
     cut: str = "middle"
     allow_partial: bool = False
+    evaluation_split: str | None = "validation"
+    scoring: str = "sum"
+    answer_context: str = ""
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ConfigError(f"'{self.kind}' is no kind of task; choose one of {', '.join(KINDS)}.")
         self.check_split(self.split)
         check_cut(self.max_tokens, self.cut)
+        ranking.check_scoring(self.scoring)
         as_vocabulary(self.vocabulary)
 
     def check_split(self, split: str) -> None:
-        """Raises ConfigError, with the nearest name, unless the task has this split."""
+        """Raise ConfigError, with the nearest name, unless the task has this split."""
         if split not in self.splits:
             near = difflib.get_close_matches(str(split), self.splits, n=1, cutoff=0.0)[0]
             raise ConfigError(
@@ -126,11 +133,11 @@ class TextTask:
                 f"{', '.join(self.splits)}."
             )
 
-    # ------ Where the records lie
+    # ------ Places of the records
 
     @property
     def root(self) -> str | None:
-        """The data directory, or None where none is set."""
+        """The data directory; None if none is set."""
         place = self.data_dir or os.environ.get("FAMX_DATA_DIR")
         return os.path.expanduser(place) if place else None
 
@@ -139,11 +146,11 @@ class TextTask:
         return os.path.join(data_dir or self.root or "", self.name, f"{split}.tfrecord")
 
     def examples(self, split: str) -> Examples:
-        """The examples of a split: `len(examples)`, and `examples[i]` makes one.
+        """Open the examples of a split: `len(examples)`, and `examples[i]` makes one.
 
         Raises:
-          ConfigError: there is no such split, or its files are not found; the sentence names the
-            file, where it is published and how to prepare it.
+          ConfigError: there is no such split, or its files are missing; the sentence names the file,
+            where it is published and how to prepare it.
           ValueError: a file is broken or empty, here or when an example is made.
         """
         self.check_split(split)
@@ -161,7 +168,7 @@ class TextTask:
         return Examples(records, self.preprocess)
 
     def open_official(self, split: str) -> Records:
-        """The official records of a split, from the task's folders or TensorFlow Datasets' own.
+        """Open the official records of a split, from the task's folders or TensorFlow Datasets'.
 
         Raises:
           ConfigError, ValueError: as `examples`.
@@ -201,7 +208,7 @@ class TextTask:
             if folder is not None and (self.root or os.path.isabs(folder))
         ]
 
-    # ------ What training reads
+    # ------ Documents for training
 
     def documents(
         self,
@@ -210,19 +217,18 @@ class TextTask:
         max_tokens: int | None = None,
         cut: str | None = None,
     ) -> TaskDocuments:
-        """The examples of a split as documents: item i is (tokens int32 [n], loss weights float32 [n]).
+        """The examples of a split as documents: (tokens int32 `[n]`, loss weights float32 `[n]`).
 
         A document is the inputs (weight 0), the targets (weight 1) and eos (weight 1), if the
-        vocabulary has one. Arguments that are None are the task's own settings.
+        vocabulary has one. Arguments that are None default to the task's settings.
 
         Args:
           split: name of the split.
-          vocabulary: see `famx.data.storage.text_files.as_vocabulary`.
-          max_tokens: longest document. Of inputs and targets, the inputs are cut, never the targets:
-            a document whose targets alone are longer stays longer. Of kind "documents", the end is
-            cut off, together with eos.
-          cut: which part of the inputs goes: "left", or "middle", which keeps a question in front
-            and the end.
+          vocabulary: see `famx.data.vocabularies.as_vocabulary`.
+          max_tokens: longest document. Inputs are cut and targets never, so a document whose targets
+            alone are longer stays longer. For kind "documents", the end is cut off, eos included.
+          cut: which part of the inputs is removed: "left", or "middle", which keeps their end and a
+            question at their beginning.
 
         Raises:
           ConfigError, ValueError: as `examples`, or an argument is out of range.
@@ -239,16 +245,26 @@ class TextTask:
         return as_vocabulary(self.vocabulary)
 
     @functools.cached_property
-    def _own_documents(self) -> TaskDocuments:
+    def _training_documents(self) -> TaskDocuments:
         return self.documents(self.split)
 
     def __len__(self) -> int:
-        return len(self._own_documents)
+        return len(self._training_documents)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._own_documents[i]
+        return self._training_documents[i]
 
     # ------ Scores
+
+    @property
+    def tasks(self) -> tuple["TextTask"]:
+        """The task itself; mixtures and suites have several."""
+        return (self,)
+
+    @property
+    def scored_split(self) -> str:
+        """The split that is scored by default."""
+        return self.evaluation_split or self.split
 
     def evaluate(
         self,
@@ -257,19 +273,19 @@ class TextTask:
         indices: Sequence[int] | None = None,
         lengths: Sequence[Sequence[float]] | None = None,
     ) -> dict[str, float]:
-        """Scores of predictions, 0..100, under the names of the task's metrics.
+        """Score predictions; returns 0..100 under the names of the task's metrics.
 
         Args:
           split: name of the split.
-          predictions: one per example. Kind "generation": strings. Kind "rank": the log-likelihoods
-            of its choices, scored by accuracy; or strings, scored by the metrics. Kind "documents":
-            pairs (number of tokens predicted right, number of tokens), scored by next-token accuracy.
+          predictions: one per example. For kind "generation", strings. For "rank", the scores of the
+            choices, measured by accuracy; or strings, scored by the metrics. For "documents", pairs
+            (number of tokens predicted right, number of tokens), scored by next-token accuracy.
           indices: which examples these are; None: all, in order.
-          lengths: for "rank", lengths by which the log-likelihoods are divided.
+          lengths: for "rank", lengths by which the scores of the choices are divided.
 
         Raises:
           ConfigError: there is no such split, or its answers are not published.
-          ValueError: the predictions are not of the right number or kind.
+          ValueError: the predictions are not of the right number or type.
         """
         examples = self.examples(split)
         indices = range(len(examples)) if indices is None else indices
@@ -297,14 +313,58 @@ class TextTask:
             scores |= metric(answers, predictions)
         return scores
 
+    def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """The scores of the task out of the scores by name of the task."""
+        return dict(scores[self.name])
+
+    def requests(self, example: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Pairs (inputs, targets) whose log-likelihoods `choice_scores` needs, in its order."""
+        return ranking.requests(example, self.scoring, self.answer_context)
+
+    def choice_scores(
+        self, example: Mapping[str, Any], scored: Sequence[tuple[float, int]]
+    ) -> list[float]:
+        """A score for each choice; the highest is the model's answer.
+
+        Args:
+          example: the example.
+          scored: (log-likelihood, number of tokens) of each of its `requests`.
+
+        Raises:
+          ValueError: there are more or fewer of them.
+        """
+        wanted = len(self.requests(example))
+        if len(scored) != wanted:
+            raise ValueError(
+                f"An example of '{self.name}' has {wanted} requests, but {len(scored)} scores were given."
+            )
+        return ranking.choice_scores(example, scored, self.scoring)
+
+
+class TaskFactory:
+    """A factory for the registry: called with settings, it returns the task with these changed."""
+
+    def __init__(self, task: TextTask):
+        self._task = task
+
+    def __call__(self, **settings: Any) -> TextTask:
+        return dataclasses.replace(self._task, **settings)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # lists the settings, which `registry.takes` looks up
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        fields = {field.name: getattr(self._task, field.name) for field in dataclasses.fields(self._task)}
+        return inspect.Signature(
+            [inspect.Parameter(name, keyword, default=value) for name, value in fields.items()]
+        )
+
+
+def task_factories(tasks: Iterable[TextTask]) -> dict[str, TaskFactory]:
+    """The factories of several tasks, by name, for `registry.register_all`."""
+    return {task.name: TaskFactory(task) for task in tasks}
+
 
 def register_task(task: TextTask) -> TextTask:
     """Let `famx.data.get(task.name, data_dir=..., vocabulary=...)` return the task so changed."""
-    factory = functools.partial(dataclasses.replace, task)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    settings = [(field.name, getattr(task, field.name)) for field in dataclasses.fields(task)]
-    factory.__signature__ = inspect.Signature(  # else only `**changes`
-        [inspect.Parameter(name, keyword, default=value) for name, value in settings]
-    )
-    registry.register(task.name, factory)
+    registry.register(task.name, TaskFactory(task))
     return task

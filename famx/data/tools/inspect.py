@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.data.rows.packing import PackedRows
-from famx.data.tasks import registry
-from famx.data.vocabularies import open_vocabulary
-from famx.data.vocabularies.base import Vocabulary
+from famx.data.rows import PackedRows, tokens_and_weights
+from famx.data.tasks import Kind, has_settings, kind_of, registry
+from famx.data.vocabularies import Vocabulary, open_vocabulary
 
 _DEFAULT_LENGTH = 1024
 _PLOTTED = 1000  # examples of a histogram at most
@@ -50,13 +49,11 @@ class Rows:
     """
 
     def __init__(self, task: Any, length: int | None = None, packed: bool = False, seed: int = 0):
-        self.task, self.packed, self.made = task, packed, hasattr(task, "batch")
+        kind = kind_of(task)
+        self.task, self.packed, self.made = task, packed, kind is Kind.MADE
         if length is not None and length < 1:
             raise ConfigError(f"The length is {length}; it must be at least 1.")
-        if hasattr(task, "tasks") and not hasattr(task, "documents"):
-            names = ", ".join(one.name for one in task.tasks)
-            raise ConfigError(f"'{task.name}' is a suite; show one of its tasks: {names}.")
-        if not self.made and not hasattr(task, "__getitem__"):
+        if kind is Kind.SEQIO:
             raise ConfigError(
                 "SeqIO's tasks cannot be shown here; read their datasets, or choose a task of famx."
             )
@@ -87,10 +84,7 @@ class Rows:
                 self._rows.append(
                     Row(batch["decoder_target_tokens"][0], batch["decoder_loss_weights"][0]))
             return self._rows[i]
-        example = self.task[i]
-        if isinstance(example, tuple):
-            return Row(*example)
-        return Row(example, np.ones(len(example), np.float32))
+        return Row(*tokens_and_weights(self.task[i]))
 
 
 # ------ Text
@@ -301,11 +295,10 @@ def open_rows(
     try:
         task = registry.get(name, **options)
         if split is not None:
-            is_setting = dataclasses.is_dataclass(task) and hasattr(task, "split")
-            task = (
-                dataclasses.replace(task, split=split) if is_setting
-                else registry.get(name, **{**options, "split": split})
-            )  # fmt: skip
+            if has_settings(task, "split"):
+                task = dataclasses.replace(task, split=split)
+            else:
+                task = registry.get(name, **{**options, "split": split})
         return Rows(task, length, packed, seed)
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error

@@ -17,11 +17,9 @@ from famx.base.errors import ConfigError
 from famx.base.files import new_directory, write_json
 from famx.base.progress import Progress
 from famx.data.formats.texts import EmptySplit
-from famx.data.storage.records import TFRecordRecords, write_tfrecords
-from famx.data.tasks import registry
-from famx.data.tasks.examples import Examples, Records, complete_shards
-from famx.data.tasks.mixtures import Mixture
-from famx.data.tasks.text_task import TextTask
+from famx.data.storage import TFRecordRecords, complete_shards, write_tfrecords
+from famx.data.tasks import Mixture, TextTask, registry
+from famx.data.tasks.examples import Examples, Records
 
 _ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tar\.xz)$", re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""What all vocabularies share: the special ids, and a description by which they are compared."""
+"""The base class of vocabularies, and the import of optional tokenizer packages."""
 
 import functools
 import hashlib
@@ -12,22 +12,22 @@ from famx.base.errors import ConfigError
 
 
 class Vocabulary:
-    """Turns text into ids and back.
+    """Converts text to token ids and back.
 
-    Two vocabularies are equal if their descriptions are. A new kind sets the attributes, defines
+    Vocabularies are equal if their descriptions are equal. A new kind sets the attributes, defines
     `encode`, `decode`, `description` and `restore`, and gets an entry in
     `famx.data.vocabularies.KINDS`.
 
     Attributes:
       kind: name of the kind in saved vocabularies.
-      vocab_size: ids run from 0 to `vocab_size - 1`.
-      pad_id: id after the end of a text; never the id of anything else.
-      bos_id, eos_id, unk_id: ids of begin, end and unknown; None where there is none.
-      special_tokens: ids by the text that stands for each in a chat template; no plain text encodes
-        to them.
+      vocab_size: number of ids, which are 0 to `vocab_size - 1`.
+      pad_id: id of padding after the end of a text; nothing else has this id.
+      bos_id, eos_id, unk_id: ids of begin, end and unknown; None if the vocabulary has none.
+      special_tokens: ids of special tokens by the text that a chat template writes for them; no plain
+        text encodes to these ids.
       chat_template: the Jinja template that came with the vocabulary, or None.
-      file_name: name of the tokenizer file that is saved beside the description, or None.
-      content: the bytes of this file, or None.
+      file_name: name of the tokenizer file that is saved next to the description, or None.
+      content: the bytes of that file, or None.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Vocabulary:
     content: bytes | None = None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos."""
+        """Ids of `text`, without bos and eos."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -50,13 +50,13 @@ class Vocabulary:
         raise NotImplementedError
 
     def description(self) -> dict[str, Any]:
-        """What tells this vocabulary from others, as JSON can hold it."""
+        """Everything that distinguishes this vocabulary from others, as JSON values."""
         names = ("kind", "vocab_size", "pad_id", "bos_id", "eos_id", "unk_id")
         return {name: getattr(self, name) for name in names}
 
     @classmethod
     def restore(cls, description: Mapping[str, Any], content: bytes | None) -> Self:
-        """The vocabulary that has this `description()` and this `content`."""
+        """Make the vocabulary that has this `description()` and `content`."""
         return cls()
 
     @functools.cached_property
@@ -81,7 +81,7 @@ class Vocabulary:
 
 
 def optional_package(name: str, what: str) -> ModuleType:
-    """The package `name`, which `what` needs; raises ConfigError where it is not installed."""
+    """Import the package `name`, which `what` need; raise ConfigError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Tokenizers that lie inside GGUF files, rewritten as the file that their own library reads."""
+"""Tokenizers of GGUF files, converted to the file format that the tokenizer's library reads."""
 
 import json
 import os
@@ -7,17 +7,17 @@ from typing import Any
 
 from famx.data.vocabularies.base import optional_package
 
-# GGUF's token types, which are also SentencePiece's types of pieces.
+# Token types of GGUF; SentencePiece numbers its types of pieces the same way.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours -> GGUF's
 
 
 def open_gguf(path: str | os.PathLike) -> Any:
-    """A `gguf.GGUFReader`, which maps the file into memory.
+    """Open a `gguf.GGUFReader`, which maps the file into memory.
 
     Raises:
       ConfigError: the package `gguf` is missing.
-      ValueError: there is no such file, or it is damaged.
+      ValueError: the file does not exist or is damaged.
     """
     gguf = optional_package("gguf", "GGUF files")
     try:
@@ -27,26 +27,26 @@ def open_gguf(path: str | os.PathLike) -> Any:
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         if "GGMLQuantizationType" in str(error):
             raise ValueError(
-                f"'{path}' holds tensors of an unknown type ({error}); take a file with tensors of "
-                "type Q8_0, or a newer package gguf."
+                f"'{path}' holds tensors of an unknown type ({error}); use a file with tensors of type "
+                "Q8_0, or a newer package gguf."
             ) from error
         raise ValueError(f"'{path}' is not a whole GGUF file ({error}); fetch it again.") from error
 
 
 def read_gguf(path: str | os.PathLike) -> tuple[str, bytes, dict[str, Any]]:
-    """The tokenizer of a GGUF file; the weights are not read.
+    """Read the tokenizer of a GGUF file, without the weights.
 
     Args:
       path: a GGUF file whose `tokenizer.ggml.model` is "gpt2" (byte-level BPE) or "llama"
         (SentencePiece).
 
     Returns:
-      the kind, "byte_pair" or "sentencepiece"; the bytes of a `tokenizer.json` or of a SentencePiece
-      model; and what a `tokenizer_config.json` says: `bos_token` and so on, `chat_template`.
+      the kind, "byte_pair" or "sentencepiece"; the bytes of a `tokenizer.json` or a SentencePiece
+      model; and the entries of a `tokenizer_config.json`: `bos_token` etc. and `chat_template`.
 
     Raises:
       ConfigError: the package `gguf` is missing.
-      ValueError: the file is damaged, lacks a tokenizer, or has one of another kind.
+      ValueError: the file is damaged, has no tokenizer, or one of another kind.
     """
     reader = open_gguf(path)
 
@@ -57,16 +57,16 @@ def read_gguf(path: str | os.PathLike) -> tuple[str, bytes, dict[str, Any]]:
     model = get("ggml.model")
     if model not in _WRITERS:
         raise ValueError(
-            f"The tokenizer of '{path}' is of kind {model!r}; of GGUF files, 'gpt2' (byte-level BPE) "
-            "and 'llama' (SentencePiece) can be read."
+            f"The tokenizer of '{path}' is of kind {model!r}; GGUF files with 'gpt2' (byte-level BPE) "
+            "and 'llama' (SentencePiece) tokenizers can be read."
         )
     kind, write = _WRITERS[model]
     tokens = get("ggml.tokens", [])
     types = get("ggml.token_type", [NORMAL] * len(tokens))
     if not tokens or len(types) != len(tokens):
         raise ValueError(
-            f"'{path}' holds {len(tokens)} tokens and {len(types)} token types; there must be a type "
-            "for each of at least one token."
+            f"'{path}' has {len(tokens)} tokens and {len(types)} token types; there must be at least "
+            "one token, and a type for each."
         )
     config = {"chat_template": get("chat_template")}
     for role, name in _ROLES.items():
@@ -81,7 +81,7 @@ def _split(pattern: str) -> dict[str, Any]:
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
-    """Bytes as characters; `use_regex` also splits into GPT-2's words."""
+    """The step that writes bytes as characters; `use_regex` also splits into the words of GPT-2."""
     return {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -91,7 +91,7 @@ def _byte_level(use_regex: bool) -> dict[str, Any]:
 
 
 def _words(digits: str) -> list[dict[str, Any]]:
-    """Llama 3's words: a break ends a word; `digits` is how many digits stay together."""
+    """The steps of Llama 3: a line break ends a word; `digits` is the regex count of joined digits."""
     return [
         _split(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
@@ -102,7 +102,7 @@ def _words(digits: str) -> list[dict[str, Any]]:
 
 
 _LLAMA3 = {"steps": _words("{1,3}"), "ignore_merges": True}
-# `tokenizer.ggml.pre` -> how text is normalised and split before merging.
+# Name in `tokenizer.ggml.pre` -> normalisation and splitting of a text before merging.
 PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "gpt-2": {"steps": [_byte_level(True)]},
     "llama-bpe": _LLAMA3,
@@ -120,21 +120,21 @@ def _byte_pair_file(
     config: dict[str, Any],
     get: Callable,
 ) -> bytes:
-    """A `tokenizer.json`; tokens that are not text become its special tokens."""
+    """Make a `tokenizer.json`; tokens that are not text become special tokens."""
     name = get("ggml.pre")
     if name not in PRE_TOKENIZERS:
         raise ValueError(
             f"'{path}' splits text with the pre-tokenizer {name!r}; known are "
-            f"{', '.join(PRE_TOKENIZERS)}. Use the model's own tokenizer.json instead."
+            f"{', '.join(PRE_TOKENIZERS)}. Use the model's tokenizer.json instead."
         )
     rule = PRE_TOKENIZERS[name]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise ValueError(f"'{path}' holds the token {twice!r} twice; each must have one id.")
+        raise ValueError(f"'{path}' has the token {twice!r} twice; every token must have one id.")
     merges = get("ggml.merges")
     if merges is None:
-        raise ValueError(f"'{path}' holds no merges (tokenizer.ggml.merges); fetch another file.")
+        raise ValueError(f"'{path}' has no merges (tokenizer.ggml.merges); fetch another file.")
     added = [
         {
             "id": i,
@@ -172,14 +172,14 @@ def _sentencepiece_file(
     config: dict[str, Any],
     get: Callable,
 ) -> bytes:
-    """A SentencePiece model of kind BPE with the pieces, scores and types of the GGUF file."""
+    """Make a SentencePiece BPE model with the pieces, scores and types of the GGUF file."""
     optional_package("sentencepiece", "SentencePiece vocabularies")
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     scores = get("ggml.scores", [])
     if len(scores) != len(tokens):
         raise ValueError(
-            f"'{path}' holds {len(tokens)} tokens and {len(scores)} scores; each token needs one."
+            f"'{path}' has {len(tokens)} tokens and {len(scores)} scores; each token needs one."
         )
     model = proto.ModelProto()
     for token, score, kind in zip(tokens, scores, types):

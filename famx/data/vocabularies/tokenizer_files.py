@@ -2,12 +2,13 @@
 
 Their libraries, `sentencepiece` and `tokenizers`, are imported when a vocabulary is made.
 
-The special ids come from the file. An id that is given must be one that no text encodes to: a
+The special ids come from the file. An id given by the caller must be one that no text encodes to: a
 control or unused token of the file, or the first id after the file's last one, which is then
-appended. The pad id is never shared: where the file has none, or gives it to begin, end, unknown or
-a token of text, and none is given, an id is appended, and `vocab_size` is larger by one than the
-file says. A pretrained model has no row for it: give such a model a `pad_id` out of its control
-tokens. Begin, end and unknown may share an id, as in GPT-2, if the file says so.
+appended. Padding always has an id that nothing else has. If no `pad_id` is given, and the file has
+none or uses it for begin, end, unknown or a token of text, then an id is appended and `vocab_size` is
+larger by one than the file says. A pretrained model has no row for this id in its embedding: for such
+a model give one of its control tokens as `pad_id`. Begin, end and unknown may share an id, as in GPT-2,
+if the file says so.
 """
 
 import functools
@@ -27,7 +28,7 @@ _IDS = ("pad_id", "bos_id", "eos_id", "unk_id")
 
 
 class TokenizerFile(NamedTuple):
-    """What was read from a tokenizer file and from a `tokenizer_config.json` beside it."""
+    """Content of a tokenizer file and of the `tokenizer_config.json` next to it."""
 
     path: str | os.PathLike
     kind: str
@@ -56,14 +57,14 @@ def read_tokenizer_file(path: str | os.PathLike) -> TokenizerFile:
         kind = "sentencepiece"
     else:
         raise ValueError(
-            f"'{path}' is no tokenizer file; give a SentencePiece model, a tokenizer.json or a GGUF "
+            f"'{path}' is not a tokenizer file; give a SentencePiece model, a tokenizer.json or a GGUF "
             "file."
         )
     return TokenizerFile(path, kind, content, _read_config(file.parent))
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """`tokenizer_config.json` of the folder; its chat template may lie in a file of its own."""
+    """Read `tokenizer_config.json` of the folder; the chat template may be in a separate file."""
     file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = {}
     if file.is_file():
@@ -80,12 +81,12 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 class FileVocabulary(Vocabulary):
-    """What both kinds share: `content` is the file that is saved, whatever file was read.
+    """Base of both kinds. `content` is the file to save, whichever kind of file was read.
 
-    A vocabulary is pickled with its content, so the file may be gone when it is read back.
+    A vocabulary is pickled with its content, so unpickling does not need the file.
     """
 
-    _size: int  # of the file, without appended ids
+    _size: int  # number of ids of the file, without appended ones
     _unspelled: set[int]  # ids of the file that no text encodes to
 
     def __init__(
@@ -97,12 +98,12 @@ class FileVocabulary(Vocabulary):
     ):
         """
         Args:
-          file: the tokenizer file, or what `read_tokenizer_file` made of it.
-          pad_id, bos_id, eos_id: used in place of the file's; the rule is given above.
+          file: the tokenizer file, or the result of `read_tokenizer_file`.
+          pad_id, bos_id, eos_id: override the file's ids; the module's docstring has the rules.
 
         Raises:
           ConfigError: a package is missing.
-          ValueError: the file cannot be read or is of another kind, or an id is taken.
+          ValueError: the file cannot be read or is of another kind, or a given id is taken.
         """
         if not isinstance(file, TokenizerFile):
             file = read_tokenizer_file(file)
@@ -124,11 +125,11 @@ class FileVocabulary(Vocabulary):
         )
 
     def _open(self, content: bytes) -> None:
-        """Set `content`, `_size`, `_unspelled` and what is needed to encode."""
+        """Set `content`, `_size`, `_unspelled` and the library's tokenizer."""
         raise NotImplementedError
 
     def _named_ids(self, config: Mapping[str, Any]) -> dict[str, int | None]:
-        """The special ids by name, as the file and its config give them."""
+        """The special ids of the file and its config, by name."""
         raise NotImplementedError
 
     def _set_ids(self, named: Mapping[str, int | None], given: Mapping[str, int | None]) -> None:
@@ -138,14 +139,14 @@ class FileVocabulary(Vocabulary):
         if "pad_id" in given and ids["pad_id"] in owner:
             raise ValueError(
                 f"pad_id {ids['pad_id']} is also {owner[ids['pad_id']]}; padding would be read as that "
-                "token. Give no pad_id, and one is appended."
+                "token. Leave out pad_id, and one is appended."
             )
         for name, i in given.items():
             if i < self._size and i not in self._unspelled:
                 free = sorted(self._unspelled - {ids[other] for other in _IDS if other != name})
                 raise ValueError(
                     f"{name} {i} is not free: no text may encode to it. Free are {self._size}, which "
-                    f"is then appended, and of the file's own {free[:8] or 'none'}."
+                    f"is then appended, and of the file's ids {free[:8] or 'none'}."
                 )
         if "pad_id" not in given and (ids["pad_id"] in owner or ids["pad_id"] not in self._unspelled):
             ids["pad_id"] = max(self._size, *(i + 1 for i in owner), 0)
@@ -183,7 +184,7 @@ class FileVocabulary(Vocabulary):
 class SentencePieceVocabulary(FileVocabulary):
     """A SentencePiece model, or a GGUF file whose `tokenizer.ggml.model` is "llama".
 
-    Ids are the file's. Control pieces are never read out of text.
+    Ids are those of the file. No text encodes to control pieces.
     """
 
     kind = "sentencepiece"
@@ -207,7 +208,7 @@ class SentencePieceVocabulary(FileVocabulary):
         return {name: None if i < 0 else i for name, i in ids.items()}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of `text`, without bos or eos; what no piece spells becomes `unk_id` or bytes.
+        """Ids of `text`, without bos and eos; characters without a piece become `unk_id` or bytes.
 
         Args:
           text: any text.
@@ -224,7 +225,7 @@ class SentencePieceVocabulary(FileVocabulary):
         """Text of `ids`; pad, bos, eos and other control pieces are left out.
 
         Raises:
-          ValueError: an id lies outside the vocabulary.
+          ValueError: an id is outside the vocabulary.
         """
         return self._processor.decode(self._visible(ids)) or ""
 
@@ -232,10 +233,10 @@ class SentencePieceVocabulary(FileVocabulary):
 class BytePairVocabulary(FileVocabulary):
     """Byte-level BPE: a `tokenizer.json`, or a GGUF file whose `tokenizer.ggml.model` is "gpt2".
 
-    Beside a `tokenizer.json`, `tokenizer_config.json` names bos, eos, pad and unknown and holds the
-    chat template; without it these are None. Truncation and padding that a `tokenizer.json` asks for
-    are switched off. Of GGUF's pre-tokenizers those of GPT-2, Llama 3, Qwen 2 and SmolLM are known;
-    Qwen's normalises text to NFC.
+    A `tokenizer_config.json` next to the `tokenizer.json` names bos, eos, pad and unknown and has the
+    chat template; without it these are None. Truncation and padding settings of a `tokenizer.json` are
+    ignored. The pre-tokenizers of GPT-2, Llama 3, Qwen 2 and SmolLM are known in GGUF files; that of
+    Qwen normalises text to NFC.
     """
 
     kind = "byte_pair"
@@ -258,7 +259,7 @@ class BytePairVocabulary(FileVocabulary):
                 )
 
     def _tokenizer(self, special: bool):
-        """The library's tokenizer, which finds special tokens in text or does not."""
+        """The library's tokenizer; `special`: whether it recognises special tokens in a text."""
         library = optional_package("tokenizers", "Byte-level BPE vocabularies")
         try:
             spec = json.loads(self.content)
@@ -296,23 +297,23 @@ class BytePairVocabulary(FileVocabulary):
             if token is not None and ids[name] is None:
                 raise ValueError(
                     f"tokenizer_config.json names {token!r} as {key}, which the tokenizer does not "
-                    "hold; correct one of the two files."
+                    "have; correct one of the two files."
                 )
         return ids
 
     @functools.cached_property
     def missing_bytes(self) -> frozenset[int]:
-        """Bytes that no token spells: text that holds them loses them, as with the library."""
+        """Bytes that no token spells; the library drops them from texts."""
         vocab = self._text.get_vocab()
         return frozenset(i for i, token in enumerate(_byte_tokens()) if token not in vocab)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of `text`, without bos or eos.
+        """Ids of `text`, without bos and eos.
 
         Args:
           text: any text.
-          special: read special tokens, such as those of a chat template, as their single ids;
-            otherwise they are text like any other. Never set it for text from outside.
+          special: encode special tokens, such as those of a chat template, as single ids; otherwise
+            they are plain text. Never set it for text from outside, such as a user's message.
         """
         tokenizer = self._text_and_special if special else self._text
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -321,13 +322,13 @@ class BytePairVocabulary(FileVocabulary):
         """Text of `ids`, without pad, bos and eos; bytes that are not UTF-8 are replaced.
 
         Raises:
-          ValueError: an id lies outside the vocabulary.
+          ValueError: an id is outside the vocabulary.
         """
         return self._text.decode(self._visible(ids), skip_special_tokens=False)
 
 
 def _byte_tokens() -> list[str]:
-    """The character that stands for each byte: itself where it can be seen, else one above 255."""
+    """The character that represents each byte: itself if it is visible, else one above 255."""
     seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = [b for b in range(256) if b not in seen]
     return [chr(b) if b in seen else chr(256 + hidden.index(b)) for b in range(256)]

@@ -8,8 +8,8 @@ import pytest
 
 import famx.data
 from famx.base.errors import ConfigError
-from famx.data.formats import gpt3
 from famx.data.storage import tfrecord
+from famx.data.tasks.ranking import SCORINGS
 from famx.data.tools.prepare import prepare
 
 NLI = {"premise": "It rains.", "hypothesis": "It is wet"}
@@ -261,7 +261,7 @@ def test_what_follows_the_option_decides_a_winograd_schema(tmp_path):
     write(tmp_path, "winogrande", [CASES["winogrande"][0]])
     task = get("winogrande", tmp_path)
     score = lambda pairs: [(-1.0 - ("nuts" in context), 4) for context, _ in pairs]
-    for scoring in gpt3.SCORINGS:
+    for scoring in SCORINGS:
         task = dataclasses.replace(task, scoring=scoring)
         assert measured(task, score) == {"accuracy": 100.0}
         assert task.requests(task.examples("validation")[0]) == [

@@ -130,5 +130,5 @@ def test_a_missing_or_small_tree_gets_a_sentence(tmp_path):
         task.examples("train")
     (tmp_path / "thys" / "One").mkdir(parents=True)
     (tmp_path / "thys" / "One" / "A.thy").write_text(theory("A"))
-    with pytest.raises(ValueError, match="validation split of the 1 entries in .* holds none"):
+    with pytest.raises(ValueError, match="validation split of the 1 entries in .* has none"):
         task.examples("validation")

@@ -63,7 +63,7 @@ def test_bad_records_get_a_sentence(tmp_path):
         own_jsonl(str(tmp_path / "none*"))
     with pytest.raises(ValueError, match="below 1"):
         own_jsonl(path, validation_fraction=1.0)
-    with pytest.raises(ValueError, match="validation split holds none of 1 records"):
+    with pytest.raises(ValueError, match="validation split has none of 1 records"):
         own_jsonl(write(tmp_path / "b.jsonl", [{"text": "x"}])).examples("validation")
 
 

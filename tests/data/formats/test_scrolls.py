@@ -112,7 +112,7 @@ def test_quality_without_choices_gets_a_sentence(tmp_path):
     write(tmp_path / "quality" / "validation.jsonl",
           [row("a", "x", "No choices\n\ntext"), row("b", "absent", QUESTION)])
     examples = task("quality", tmp_path).examples("validation")
-    with pytest.raises(ValueError, match="'a' has not the four choices"):
+    with pytest.raises(ValueError, match="'a' does not have the four choices"):
         examples[0]
     with pytest.raises(ValueError, match="answer 'absent' of the QuALITY question 'b' is none of its"):
         examples[1]

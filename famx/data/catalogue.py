@@ -1,0 +1,40 @@
+"""All tasks that come with famx, by name: the one place where they are registered."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from famx.data.formats import (
+    flan,
+    gpt3,
+    isabelle,
+    narrative_qa,
+    offline,
+    own_jsonl,
+    pg19,
+    scrolls,
+    xlsum,
+)
+from famx.data.probes.catalogue import PROBES
+from famx.data.storage import TextFiles
+from famx.data.tasks import registry
+
+TASKS: dict[str, Callable[..., Any]] = {
+    **PROBES,
+    **flan.TASKS,
+    **gpt3.TASKS,
+    **isabelle.TASKS,
+    **narrative_qa.TASKS,
+    **offline.TASKS,
+    **pg19.TASKS,
+    **scrolls.TASKS,
+    **xlsum.TASKS,
+    "python_stdlib": functools.partial(TextFiles, files=None),
+    "own_text": TextFiles,
+    **own_jsonl.TASKS,
+}
+
+
+def register_tasks() -> None:
+    """Register `TASKS`; `import famx.data` does it."""
+    registry.register_all(TASKS)

@@ -1,0 +1,184 @@
+"""The base class of generated probes: rows that are a pure function of `(seed, split, index, length)`.
+
+A probe hides something in a long row and asks for it at the end. Layout, in tokens:
+
+    header, context that fills the row, question, answer
+
+The parts are encoded one by one, so a prompt as text (`inputs`) is the decoded prompt ids. With bytes
+both are the same text; another vocabulary may split the text differently when it encodes it as a whole.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from famx.data.probes.checks import check_choice
+from famx.data.rows import decoder_batch
+from famx.data.tasks.kinds import SPLITS
+from famx.data.vocabularies import ByteVocabulary, Vocabulary, as_vocabulary, token_ids
+
+CONTENT, PLACES, FILLER = range(3)  # random streams of an example: what is hidden, where, in what
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A task made by index; subclasses define what is hidden.
+
+    Attributes:
+      vocabulary: see `famx.data.vocabularies.as_vocabulary`; it must have a bos_id.
+      answer_weight: loss weight of the tokens of the answer. Unless a subclass says otherwise, all
+        other tokens have weight 0.
+      seed: seed of all examples, at least 0.
+      split: "train" or "eval"; examples of the two are drawn from disjoint random streams.
+
+    Raises:
+      ValueError: on construction, a setting makes no sense.
+    """
+
+    vocabulary: str | Vocabulary = "bytes"
+    answer_weight: float = 1.0
+    seed: int = 0
+    split: str = "train"
+
+    _too_short: ClassVar[str] = "make the rows longer"  # the advice if a row is too short
+
+    def __post_init__(self):
+        if self.vocab.bos_id is None:
+            raise ValueError(
+                "The vocabulary has no bos_id, with which the inputs of every row begin; open it with "
+                "one, such as its eos_id."
+            )
+        check_choice("split", self.split, SPLITS)
+        if self.answer_weight < 0:
+            raise ValueError(f"A probe's answer_weight is {self.answer_weight}; it must not be negative.")
+        if self.seed < 0:
+            raise ValueError(f"A probe's seed must be at least 0, but it is {self.seed}.")
+
+    @functools.cached_property
+    def vocab(self) -> Vocabulary:
+        """The vocabulary object of the rows."""
+        return as_vocabulary(self.vocabulary)
+
+    @property
+    def min_length(self) -> int:
+        """The shortest row that holds every example of the probe."""
+        raise NotImplementedError
+
+    @property
+    def answer_width(self) -> int:
+        """Number of tokens that every answer fits in."""
+        raise NotImplementedError
+
+    def _row(self, index: int, length: int) -> dict[str, Any]:
+        """Make example `index`: `tokens`, `answer_start`, `positions`, `references`, and more if wanted.
+
+        Loss weights of other tokens than the answer's are given as `weights` float32 `[length]`.
+        """
+        raise NotImplementedError
+
+    def example(self, index: int, length: int) -> dict[str, Any]:
+        """Make row `index` with `length` tokens.
+
+        Args:
+          index: number of the example, at least 0.
+          length: exact number of tokens of the row.
+
+        Returns:
+          tokens int32 `[length]`: the targets.
+          weights float32 `[length]`: their loss weights.
+          answer int32 `[n]`: ids of the answer, which ends the row.
+          answer_start int: where it begins.
+          positions list of int: where each hidden part begins, in the order of the row.
+          inputs str: the prompt.
+          references list of str: what a right answer names.
+          A subclass may add more.
+
+        Raises:
+          ValueError: the row is too short for the probe, or the index is negative.
+        """
+        row = self._weighted_row(index, length)
+        return {**row, "inputs": self.vocab.decode(row["tokens"][: row["answer_start"]])}
+
+    def _weighted_row(self, index: int, length: int) -> dict[str, Any]:
+        """An example without the prompt as text, which batches do not need."""
+        if index < 0:
+            raise ValueError(f"Probe examples are numbered from 0, but index is {index}.")
+        if length < self.min_length:
+            raise ValueError(
+                f"A row of {type(self).__name__} needs at least {self.min_length} tokens, but the "
+                f"length is {length}; {self._too_short}."
+            )
+        row = self._row(index, length)
+        answer_start = row["answer_start"]
+        row["answer"] = row["tokens"][answer_start:]
+        weights = row.setdefault("weights", np.zeros(length, np.float32))
+        weights[answer_start:] = self.answer_weight
+        return row
+
+    def batch(self, indices: Sequence[int], length: int) -> dict[str, np.ndarray]:
+        """Make the rows `indices` as a batch for a decoder.
+
+        Returns:
+          decoder_input_tokens int32 `[B, L]`: the targets shifted by one, with bos first.
+          decoder_target_tokens int32 `[B, L]`.
+          decoder_loss_weights float32 `[B, L]`.
+          answer int32 `[B, answer_width]`: padded at the end.
+          answer_start int32 `[B]`.
+
+        Raises:
+          ValueError: there is no index, or as `example`.
+        """
+        rows = [self._weighted_row(int(i), length) for i in indices]
+        return decoder_batch(rows, self.vocab, self.answer_width)
+
+    def _rng(self, index: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, SPLITS.index(self.split), index, stream])
+
+    def _encode(self, text: str) -> np.ndarray:
+        """Int32 `[n]` ids of `text`; raises ValueError if one of them is the unknown id."""
+        ids = token_ids(text, self.vocab)
+        self._check_known(ids, text)
+        return ids
+
+    def _check_known(self, ids: np.ndarray | Sequence[int], text: str) -> None:
+        if self.vocab.unk_id is not None and self.vocab.unk_id in ids:
+            raise ValueError(
+                f"The vocabulary cannot spell '{text.strip()[:60]}', which {type(self).__name__} needs; "
+                "leave it at its default, or give one that knows these words."
+            )
+
+    def _bound(self, text: str) -> int:
+        """An upper bound on the number of tokens of a text that is not longer than `text`."""
+        size = len(text.encode("utf-8"))
+        # Every token spells at least a byte, except the space that some vocabularies put first.
+        return size if isinstance(self.vocab, ByteVocabulary) else size + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The texts of an example. The answer begins with the space that separates it from the question.
+
+    Attributes:
+      header, question, answer: see the module's docstring.
+      references: what a right answer names.
+      hidden: texts to insert, in the order of their depths.
+      depths: for each of them, the fraction of the filler that precedes it.
+      context: for probes without filler, everything between header and question.
+    """
+
+    header: str
+    question: str
+    answer: str
+    references: list[str]
+    hidden: Sequence[str] = ()
+    depths: Sequence[float] = ()
+    context: str = ""
+
+
+def text_form(probe: Probe, index: int, length: int) -> dict[str, Any]:
+    """An example as text: `inputs` str, the prompt, and `references` list of str."""
+    example = probe.example(index, length)
+    return {name: example[name] for name in ("inputs", "references")}

@@ -1,0 +1,39 @@
+"""What lanes and packed rows are made of: documents, by number."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+
+@runtime_checkable
+class Documents(Protocol):
+    """Documents by number.
+
+    Item `i` is int32 `[n]`, the token ids of a document, or a pair of these and float32 `[n]` loss
+    weights. No document may be empty, and none may change during a run.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Any: ...
+
+
+@runtime_checkable
+class CountedDocuments(Documents, Protocol):
+    """Documents whose sizes are known without reading them.
+
+    With `num_tokens`, a host does not read the documents of other hosts' lanes; without it, every host
+    reads every document to learn its size.
+    """
+
+    def num_tokens(self, i: int) -> int:
+        """Number of tokens of document `i`."""
+        ...
+
+
+def tokens_and_weights(document: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Int32 `[n]` ids and float32 `[n]` loss weights of a document; weights default to 1."""
+    if isinstance(document, tuple):
+        return document
+    tokens = np.asarray(document, np.int32)
+    return tokens, np.ones(len(tokens), np.float32)

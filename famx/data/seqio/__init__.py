@@ -1,0 +1,26 @@
+"""SeqIO: vocabularies, tasks, and the feature converter of FAM decoders.
+
+The only package of `famx.data` that needs SeqIO and TensorFlow. Importing it registers nothing;
+`register_tasks()` registers the tasks of famx under their names, and the other functions single tasks.
+"""
+
+from famx.data.seqio.feature_converter import FamFeatureConverter
+from famx.data.seqio.registration import (
+    register_documents,
+    register_made,
+    register_named,
+    register_tasks,
+    register_text_task,
+)
+from famx.data.seqio.vocabularies import as_seqio_vocabulary, from_seqio_vocabulary
+
+__all__ = [
+    "FamFeatureConverter",
+    "as_seqio_vocabulary",
+    "from_seqio_vocabulary",
+    "register_documents",
+    "register_made",
+    "register_named",
+    "register_tasks",
+    "register_text_task",
+]

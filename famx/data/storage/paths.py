@@ -1,0 +1,66 @@
+"""Paths of text and record files: glob patterns, validation splits, Python's own sources."""
+
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Sequence
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+
+
+def matching_files(patterns: str | Sequence[str]) -> list[str]:
+    """Sorted absolute paths of the files that match one or several paths or glob patterns.
+
+    Raises:
+      ValueError: a pattern matches no file, or there is no pattern.
+    """
+    paths = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        pattern = os.path.expanduser(pattern)
+        # A name that exists is not expanded, even if it has characters of glob patterns.
+        matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        files = [os.path.abspath(path) for path in matches if os.path.isfile(path)]
+        if not files:
+            raise ValueError(
+                f"No file matches '{pattern}' (seen from {os.getcwd()}); check the path, and write "
+                "'**' to look into folders of any depth."
+            )
+        paths.update(files)
+    if not paths:
+        raise ValueError("No text files were named; give at least one path or glob pattern.")
+    return sorted(paths)
+
+
+def stdlib_text_files() -> list[str]:
+    """Sorted paths of the sources of Python's standard library, without its tests.
+
+    Raises:
+      ValueError: this Python was installed without its sources.
+    """
+    paths = []
+    for folder, subfolders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    if not paths:
+        raise ValueError("This Python was installed without its sources; name text files of your own.")
+    return sorted(paths)
+
+
+def validation_names(names: Sequence[str], fraction: float, seed: int = 0) -> set[str]:
+    """Choose the names for validation by a hash of each name and the seed.
+
+    A name keeps its split when others are added. At least one name and not all are chosen, unless
+    `fraction` is 0.
+    """
+    if not fraction:
+        return set()
+
+    def place(name: str) -> float:
+        digest = hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    places = {name: place(name) for name in names}
+    ranked = sorted(names, key=lambda name: places[name])
+    count = sum(x < fraction for x in places.values())
+    return set(ranked[: min(max(count, 1), len(ranked) - 1)])
