@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from famx.analysis.attention_reader import AttentionReader
 from famx.analysis.maps import AttentionMaps, AttentionSummary
 from famx.base.errors import ConfigError
+from famx.mesh import make_mesh, make_rules, on_mesh
 
 __all__ = ["AttentionMaps", "AttentionReader", "AttentionSummary", "read_maps", "token_text"]
 
@@ -69,10 +70,11 @@ def read_maps(
             yield piece
 
     try:
-        return reader.read(
-            trained.params, begun(), layers, heads, blocks,
-            label=lambda token: token_text(vocabulary, token),
-        )  # fmt: skip
+        with on_mesh(make_mesh(), make_rules()):
+            return reader.read(
+                trained.params, begun(), layers, heads, blocks,
+                label=lambda token: token_text(vocabulary, token),
+            )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -13,6 +13,7 @@ from famx.base.errors import ConfigError
 from famx.decoding import Sampling, Streamer
 from famx.inference.chat_template import ChatTemplate
 from famx.inference.reading import encode_file
+from famx.mesh import make_mesh, make_rules, on_mesh
 from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_model
 from famx.model_dir.memory_file import read_header, restore_memory, save_memory
@@ -102,6 +103,7 @@ class Conversation:
         if isinstance(template, str):
             check_template(template)
         self._trained, self._vocabulary = trained, trained.model.input_vocabulary
+        self._mesh, self._rules = make_mesh(), make_rules()
         self._streamer = Streamer(trained.model.module)
         self._template, self._stop, self._seed = template, tuple(filter(None, stop)), seed
         ends = {self._vocabulary.eos_id, getattr(template, "end_of_turn", None)} - {None}
@@ -133,7 +135,9 @@ class Conversation:
 
     def reset(self) -> None:
         """Return to the initial state."""
-        self._go_to(None, self._streamer.initial_state(self._trained.params, 1))
+        with on_mesh(self._mesh, self._rules):
+            state = self._streamer.initial_state(self._trained.params, 1)
+        self._go_to(None, state)
         self.sources, self._file = [], None
 
     def load(self, path: str) -> None:
@@ -245,7 +249,8 @@ class Conversation:
     def _advance(self, state, ids):
         """`(logits, state)` after `ids [n]`; the buffers of `state` are donated."""
         try:
-            return self._streamer.read(self._trained.params, state, ids[None])
+            with on_mesh(self._mesh, self._rules):
+                return self._streamer.read(self._trained.params, state, ids[None])
         except ValueError as error:  # the last position is reached
             raise ConfigError(str(error)) from error
 
@@ -280,9 +285,10 @@ class Conversation:
                 position = self.tokens + len(prompt) + len(written)
                 seed = np.random.SeedSequence((self._seed, position)).generate_state(1)
                 try:
-                    out = self._streamer.generate(
-                        self._trained.params, logits, state, self._sampling, seed
-                    )
+                    with on_mesh(self._mesh, self._rules):
+                        out = self._streamer.generate(
+                            self._trained.params, logits, state, self._sampling, seed
+                        )
                 except ValueError as error:  # the last position is reached
                     raise ConfigError(str(error)) from error
                 logits, state = out.logits, out.state
