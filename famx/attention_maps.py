@@ -97,7 +97,7 @@ def make_maps(
 
     def pieces(progress) -> Iterator[list[int]]:
         read = 0
-        for done, ids in encode_file(text, trained.model.input_vocabulary):
+        for done, ids in encode_file(text, trained.model.vocabulary):
             yield ids
             read += len(ids)
             progress(done, read)

@@ -86,7 +86,7 @@ def own_template(trained: TrainedModel, system: str | None = None) -> str | Chat
     Raises:
       ConfigError: there is no template for the system message, or it cannot be used.
     """
-    vocabulary = trained.model.input_vocabulary
+    vocabulary = trained.model.vocabulary
     if vocabulary.chat_template:
         return ChatTemplate(vocabulary, system)
     if system is not None:

@@ -51,7 +51,7 @@ def main():
             known = ", ".join(programs.PROGRAMS)
             raise ConfigError(f"There is no program {name!r}: choose from {known}.")
     gin_utils.parse_gin_flags(UNNEEDED)
-    fits = scale.run(
+    fits = scale.compile_programs(
         _TOPOLOGY.value, _SLICES.value, _PROGRAMS.value, _INFERENCE.value, _FIND.value, _JSON.value,
         _HLO.value,
     )  # fmt: skip

@@ -3,7 +3,7 @@
     python -m famx.train --gin_file=gin_configs/examples/passkey_tiny.gin \\
         --gin.MODEL_DIR="'/tmp/famx/passkey_tiny'"
 
-The same command goes on where an interrupted run stopped. On several hosts each runs it with
+The same command resumes an interrupted run. On several hosts each runs it with
 --multiprocess, see `famx.base.distributed`; `launch/` starts them.
 """
 
@@ -26,7 +26,7 @@ _PROFILE = flags.DEFINE_string(
 def main():
     distributed.initialize()
     if _PROFILE.value:
-        binding = f"loop.train.profile_steps = {_PROFILE.value!r}"
+        binding = f"Run.profile_steps = {_PROFILE.value!r}"
         flags.FLAGS.gin_bindings = [*flags.FLAGS.gin_bindings, binding]
     gin_utils.parse_gin_flags()
     with distributed.noting_signals() as stopped:

@@ -99,7 +99,7 @@ def export(
                 on_bytes(sum(array.nbytes for array in arrays.values()))
         if len(shards) > 1:
             _write_json(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-        notes = _write_side_files(new, hf, dtype, source, trained.model.input_vocabulary)
+        notes = _write_side_files(new, hf, dtype, source, trained.model.vocabulary)
         prompt = np.asarray(trained.params["fam"]) if config.fam_length else None
         write_sidecar(new, config, prompt, trained.step)
         mode = (new / "config.json").stat().st_mode  # the library's own would be for us alone

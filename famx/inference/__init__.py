@@ -106,7 +106,7 @@ def infer(
         raise ConfigError(f"INPUT_FILE {input_file} is not a file.")
     output = ResumableLines(output_file)
     definition = check_model(split_checkpoint(checkpoint_path)[0], model)
-    vocabulary = definition.input_vocabulary
+    vocabulary = definition.vocabulary
     if vocabulary is None:
         raise ConfigError(
             f"{checkpoint_path} has no vocabulary: put the vocabulary.json of its training beside"

@@ -31,7 +31,7 @@ def load_with_vocabulary(checkpoint: str | None, adapter: str | None = None) -> 
         raise ConfigError("No model is named: add --checkpoint=MODEL_DIR or MODEL_DIR/checkpoint_STEP.")
     directory, _ = split_checkpoint(checkpoint)
     model = check_model(directory)
-    vocabulary = model.input_vocabulary
+    vocabulary = model.vocabulary
     if vocabulary is None:
         raise ConfigError(
             f"{directory} has no vocabulary.json, so text cannot be read: put the vocabulary there with"
@@ -93,7 +93,7 @@ class Conversation:
     ):
         if isinstance(template, str):
             check_template(template)
-        self._trained, self._vocabulary = trained, trained.model.input_vocabulary
+        self._trained, self._vocabulary = trained, trained.model.vocabulary
         self._streamer = Streamer(trained.model.module)
         self._template, self._stop, self._seed = template, tuple(filter(None, stop)), seed
         ends = {self._vocabulary.eos_id, getattr(template, "end_of_turn", None)} - {None}

@@ -36,6 +36,11 @@ class Curriculum:
                 raise ValueError(f"The curriculum's {name} must lie in [0, 1].")
         self.stage, self.level = 0, 0.0
 
+    @property
+    def newest_blocks(self) -> int:
+        """The length that was unlocked last, in blocks."""
+        return self.blocks[self.stage]
+
     def draw(self, rng: np.random.Generator) -> int:
         """A length in blocks."""
         if self.stage == 0 or rng.random() < self.newest:
@@ -57,5 +62,5 @@ class Curriculum:
         return {"stage": self.stage, "level": self.level}
 
     def set_state(self, state: dict):
-        """Goes on from what `get_state` gave."""
+        """Resumes from what `get_state` gave."""
         self.stage, self.level = int(state["stage"]), float(state["level"])
