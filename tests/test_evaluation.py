@@ -7,11 +7,10 @@ import math
 
 import jax
 import numpy as np
-import optax
 import pytest
 from modules.helpers import random_params
 from pretrained import write_tokenizer
-from tiny import make_model, make_params, make_tokens, passkey
+from tiny import make_model, make_params, make_run, make_tokens, passkey
 
 from famx.analysis import MemoryMonitor
 from famx.base.errors import ConfigError
@@ -434,10 +433,7 @@ def test_blocks_too_small_for_the_probes_are_refused_before_the_run():
 
 
 def test_training_logs_the_memory_and_shows_the_scores(tmp_path, capsys):
-    loop.train(
-        str(tmp_path), make_model(), "passkey_words", {"targets": 32}, 1, 2, optax.sgd(0.1),
-        task_options={"digits": 1, "header": False},
-        evaluation=lambda model, params, step: {"score": 0.5, "memory/zeroed/score": 0.25},
-    )  # fmt: skip
+    scores = {"score": 0.5, "memory/zeroed/score": 0.25}
+    loop.train(make_run(model_dir=str(tmp_path), evaluation=lambda model, params, step: scores))
     assert "Step 1: score 0.5\n" in capsys.readouterr().err
     assert read_metrics(str(tmp_path), "eval")[0]["memory/zeroed/score"] == 0.25

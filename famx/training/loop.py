@@ -234,7 +234,7 @@ def _begin_or_resume(
         data.feed.set_state(position["feed"])
     step = int(state.step)
     log = stack.enter_context(
-        RunLog(str(directory), total_steps=run.steps, start_step=step, enabled=first)
+        RunLog(str(directory), steps=run.steps, start_step=step, enabled=first)
     )
     if first:
         gin_utils.write_operative_config(str(directory))
@@ -375,7 +375,7 @@ def _finish(session: _Session) -> dict[str, float]:
         session.save()
     session.checkpointer.wait()
     if step < run.steps:
-        log.message(f"Stopped at step {step}; the same command resumes the run.")
+        log.message(f"Stopped at step {step}; the same command resumes from there.")
         return session.scalars
     scalars = session.scalars | session.evaluate()
     if jax.process_index() == 0:

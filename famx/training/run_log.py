@@ -24,7 +24,7 @@ class RunLog:
     Args:
         model_dir: existing directory.
         name: names the TensorBoard run `MODEL_DIR/tensorboard/<name>` and the progress bar.
-        total_steps: for the bar's end and the remaining time; None if unknown.
+        steps: for the bar's end and the remaining time; None if unknown.
         start_step: the step the run starts after; 0 for a new run.
         stream: where progress goes; standard error by default. A terminal gets a bar.
         enabled: False makes every method do nothing (processes other than the first).
@@ -34,7 +34,7 @@ class RunLog:
         self,
         model_dir: str,
         name: str = "train",
-        total_steps: int | None = None,
+        steps: int | None = None,
         start_step: int = 0,
         stream: IO[str] | None = None,
         enabled: bool = True,
@@ -43,7 +43,7 @@ class RunLog:
         if not enabled:
             return
         self._stream = sys.stderr if stream is None else stream
-        self._name, self._total, self._first = name, total_steps, start_step
+        self._name, self._total, self._first = name, steps, start_step
         self._began = _now()
         path = pathlib.Path(model_dir) / _FILE
         _drop_later_lines(path, start_step)
@@ -56,7 +56,7 @@ class RunLog:
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm.tqdm(
-                total=total_steps, initial=start_step, desc=name, file=self._stream
+                total=steps, initial=start_step, desc=name, file=self._stream
             )
 
     def write(self, step: int, scalars: Mapping[str, float], split: str = "train") -> None:
