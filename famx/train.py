@@ -19,7 +19,7 @@ _STOPPED = flags.DEFINE_integer(
 )
 
 _PROFILE = flags.DEFINE_string(
-    "profile_steps", None, "As 10:13, first and last step that a trace in MODEL_DIR/profile is made of."
+    "profile_steps", None, "First and last step of a trace in MODEL_DIR/profile, written as 10:13."
 )
 
 

@@ -64,7 +64,7 @@ class DecoderModel:
         return self.module.config
 
     def describe(self) -> dict[str, Any]:
-        """What the model is, as JSON can hold it; `from_description` makes it again."""
+        """The model as JSON can hold it; `from_description` makes it again."""
         described = json.loads(json.dumps(self.config.to_dict()))
         if self.lora is not None:
             described["lora"] = json.loads(json.dumps(dataclasses.asdict(self.lora)))
@@ -116,15 +116,15 @@ class DecoderModel:
         normalizer=None,
         aligned: bool = True,
     ):
-        """The training objective from any state on.
+        """The training objective of a batch, from any state.
 
         Args:
           params: parameters, unboxed.
           batch: see the module.
           rng: for the random position offset and the adapters' dropout; None: neither.
-          state: where each example goes on; None: from its start.
+          state: the state that each example continues from; None: before the first token.
           normalizer: what the weighted sum of losses is divided by; None: the sum of the weights.
-          aligned: a promise that every example of `state` stands at a block boundary.
+          aligned: a promise that every example of `state` is at a block boundary.
 
         Returns:
           `(loss, metrics, state)` with float32 scalar loss and the `DecoderState` after the batch.

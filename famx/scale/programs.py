@@ -25,12 +25,12 @@ class Program:
 
     Attributes:
       lowered: to be compiled.
-      arguments: what it is given, by kind, as ShapeDtypeStructs with shardings.
-      parameters: how many the model has.
+      arguments: its arguments by kind, as ShapeDtypeStructs with shardings.
+      parameters: number of parameters of the model.
       batch: rows of the global batch.
       length: tokens of a row that it reads, or writes.
       model_flops: operations that the result depends on, of all devices; None: not counted.
-      config: of the model.
+      config: configuration of the model.
     """
 
     name: str
@@ -90,8 +90,8 @@ def read_and_write(run: Run, batch_size: int) -> tuple[Program, Program]:
         reading, length = streamer.lower_read(params, state, rows)
         writing = streamer.lower_write(params, state, sampling, rows)
     arguments = {"parameters": params, "states": state}
-    # Further tokens in the midst of a text, whose last block updates the memory too; no logits. A
-    # training step is three such passes.
+    # Tokens in the middle of a text, whose last block updates the memory too; no logits. A training step
+    # is three such passes.
     whole, first = (train_flops(config, batch_size, n * length, from_start=False) for n in (2, 1))
     flops = sum(whole[kind] - first[kind] for kind in whole if kind != "head") // 3
     return (

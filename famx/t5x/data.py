@@ -1,4 +1,4 @@
-"""Our tasks for t5x: under a name of SeqIO's, and as the iterator that t5x trains on."""
+"""Tasks of famx for t5x: under a name of SeqIO's, and as the iterator that t5x trains on."""
 
 import hashlib
 import json
@@ -124,8 +124,8 @@ class FeedIterator(DatasetIterator):
     def restore(self, filename):
         """Goes to the position that `save` wrote for this checkpoint."""
         path = pathlib.Path(filename)
-        found = path if path.exists() else _engine_file(path)
-        self._go_to(_step_of(path), json.loads(found.read_text())["feed"])
+        file = path if path.exists() else _engine_file(path)
+        self._go_to(_step_of(path), json.loads(file.read_text())["feed"])
 
 
 def get_dataset(
@@ -139,12 +139,12 @@ def get_dataset(
     options: Mapping[str, Any] | None = None,
     checkpoint: str | None = None,
 ) -> FeedIterator:
-    """What t5x trains on: the very batches of our engine, or those of any task of SeqIO's.
+    """The batches that t5x trains on: those of our engine, or those of any task of SeqIO's.
 
     The arguments up to `continue_from_last_checkpoint` are t5x's.
 
     Args:
-      model: whose block size rows are made for.
+      model: the model, for the size of its blocks.
       options, checkpoint: see `seqio_task`.
 
     Raises:

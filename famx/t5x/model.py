@@ -95,14 +95,14 @@ class T5xModel:
     def _set_vocabulary(self, task_name: str) -> None:
         """Takes the task's vocabulary, of SeqIO's kind; it must be the model's if that has one."""
         vocabulary = seqio.get_mixture_or_task(task_name).output_features["targets"].vocabulary
-        size, own = self.model.config.vocab_size, self.model.vocabulary
+        size, given = self.model.config.vocab_size, self.model.vocabulary
         if vocabulary.vocab_size > size:
             raise ConfigError(
                 f"The task's vocabulary has {vocabulary.vocab_size} tokens, the model's only"
                 f" {size}: raise DecoderConfig.vocab_size."
             )
-        own = as_seqio_vocabulary(own) if isinstance(own, Vocabulary) else own
-        if own not in (None, vocabulary):
+        given = as_seqio_vocabulary(given) if isinstance(given, Vocabulary) else given
+        if given not in (None, vocabulary):
             raise ConfigError(
                 f"The vocabulary of the task {task_name} is not that of the model: give it to the task"
                 " with TASK_OPTIONS, or take a task for that vocabulary."

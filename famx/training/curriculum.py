@@ -13,7 +13,8 @@ class Curriculum:
 
     Attributes:
       blocks: lengths in the order in which they unlock.
-      unlock: smoothed metric at which the next length unlocks.
+      unlock: smoothed metric at which the next length unlocks. In a run the metrics of a step take
+        effect `famx.training.ahead.OBSERVED_DELAY` steps later.
       metric: name of the metric, computed on batches of the newest length alone.
       smoothing: weight of the past in the smoothed metric, per step of the newest length.
       newest: share of the draws that go to the newest length.

@@ -204,7 +204,7 @@ class IndexedFeed(Feed):
                 " TASK_FEATURE_LENGTHS."
             )
         curriculum = source.curriculum or Curriculum((self.blocks,))
-        self.curriculum = dataclasses.replace(curriculum)  # its progress is the feed's own
+        self.curriculum = dataclasses.replace(curriculum)  # a copy: the feed changes its progress
         shortest, longest = min(curriculum.blocks), max(curriculum.blocks)
         needed = math.ceil(task.min_length / size)
         if shortest < needed:
@@ -364,7 +364,7 @@ def _put_group(pool, state, group):
 
 
 def fresh_feed(source: Source) -> Feed:
-    """The feed whose examples all begin anew: packed rows of documents, or rows by index.
+    """The feed whose examples begin before the first token: packed rows of documents, or rows by index.
 
     Raises:
       ConfigError: the task, the curriculum and the lengths do not fit.

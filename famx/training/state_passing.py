@@ -18,6 +18,7 @@ import os
 import pathlib
 from typing import Any, ClassVar
 
+import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
@@ -154,8 +155,8 @@ class Random(StatePassing):
 
     def shardings(self, model, kept, mesh, rules):
         """The memory is cut as that of one example's state; the counts are whole."""
-        params = jax.eval_shape(model.module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-        state = jax.eval_shape(lambda p: model.initial_state(p["params"], 1), params)
+        params = nn.unbox(model.abstract_params())
+        state = jax.eval_shape(lambda params: model.initial_state(params, 1), params)
         no_batch = lambda x: NamedSharding(mesh, PartitionSpec(*x.spec[:1], *x.spec[2:]))
         memory = jax.tree.map(no_batch, state_sharding(state, mesh, rules).memory)
         whole = NamedSharding(mesh, PartitionSpec())
