@@ -138,17 +138,19 @@ class _Begins(Exception):
 def opened(monkeypatch, capsys):
     """A function that runs famx.train up to its first step: the run, its training task, and its log."""
 
+    begun = []
+
     def begin(run, data, *args):
-        raise _Begins(run, data)
+        begun.append((run, data.feed.source.task, data.notes))
+        raise _Begins
 
     def call(*args):
         _forget()
         monkeypatch.setattr(loop, "_begin_or_resume", begin)
         monkeypatch.setattr(sys, "argv", ["train", *args])
-        with pytest.raises(_Begins) as caught:
+        with pytest.raises(_Begins):
             gin_utils.run(train.main)
-        run, data = caught.value.args
-        return run, data.feed.source.task, data.notes
+        return begun.pop()
 
     yield call
     _forget()
@@ -161,7 +163,8 @@ def opened(monkeypatch, capsys):
     ("MIXTURE_OR_TASK_NAME='passkey'", "digits", 5),
 ])  # fmt: skip
 def test_a_change_of_the_task_changes_training_and_evaluation(opened, tmp_path, binding, field, value):
-    run, task, notes = opened(*arguments(tmp_path, binding))
+    longer = "Curriculum.blocks=(4, 8)"  # the header takes room
+    run, task, notes = opened(*arguments(tmp_path, binding, longer))
     assert not notes and getattr(task, field) == value
     assert task.filler == "mixed" and task.second_key == 0.7
     evaluated = run.evaluation._task(32, {})
@@ -180,7 +183,7 @@ def test_an_evaluation_with_a_task_of_its_own_says_so(opened, tmp_path):
 
 
 def test_a_binding_that_an_option_overrides_is_refused(bad_input, tmp_path):
-    sentence = bad_input(*arguments(tmp_path, "TASK_OPTIONS={'header': True}"))
+    sentence = bad_input(*arguments(tmp_path, "TASK_OPTIONS={'header': False}"))
     assert sentence.startswith("The binding PasskeyTask.header has no effect in this run")
 
 
