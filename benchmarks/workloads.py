@@ -15,10 +15,11 @@ import numpy as np
 from flax.linen import unbox
 
 from benchmarks.full_attention import full_attention
-from famx.mesh import batch_sharding, make_mesh, make_rules, on_mesh
+from famx.mesh import batch_sharding
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig, layer
 from famx.training import optimizers
+from famx.training.run import Data, Run
 from famx.training.step import make_initializer, make_train_step
 
 
@@ -39,37 +40,35 @@ def train_step(
     Every call goes on from the parameters that the last one left, which all steps of models with the
     same parameters share, so that several fit into the device.
     """
-    model, optimizer, mesh, rules = _training(config, loss_chunk)
+    run = _training(config, batch, length, loss_chunk)
     rows = random_tokens(config, batch, length + 1)
     inputs = {"decoder_input_tokens": rows[:, :-1], "decoder_target_tokens": rows[:, 1:]}
-    _, abstract = make_initializer(model, optimizer, "none", batch, mesh, rules)
+    _, abstract = make_initializer(run)
     kept = _training_state(
         dataclasses.replace(config, blocks_per_chunk=None, remat="none", attention_backend="auto")
     )
-    inputs = jax.device_put(inputs, batch_sharding(mesh))
-    with on_mesh(mesh, rules):
-        step = make_train_step(model, optimizer, "none", 0, abstract)
-        compiled = step.lower(kept[0], inputs).compile()
+    inputs = jax.device_put(inputs, batch_sharding(run.mesh))
+    with run.on_mesh():
+        compiled = make_train_step(run, abstract).lower(kept[0], inputs).compile()
 
-    def run():
+    def step():
         kept[0], metrics = compiled(kept[0], inputs)
         return kept[0], metrics
 
-    return Workload(run, _temp_bytes(compiled))
+    return Workload(step, _temp_bytes(compiled))
 
 
-def _training(config: DecoderConfig, loss_chunk: int | None = None):
-    """Model, optimiser, and a mesh of one device with its rules."""
-    mesh = make_mesh(devices=jax.devices()[:1])
+def _training(config: DecoderConfig, batch: int, length: int, loss_chunk: int | None = None) -> Run:
+    """A run on one device, without a task."""
     model = DecoderModel(Decoder(config), loss_chunk=loss_chunk)
-    return model, optimizers.adamw(1e-4), mesh, make_rules()
+    data = Data(None, {"targets": length}, batch)
+    return Run(model, data, optimizers.adamw(1e-4), steps=1).ready(jax.devices()[:1])
 
 
 @functools.cache
 def _training_state(config: DecoderConfig) -> list:
     """The one training state of this config, in a list whose owner replaces it at every step."""
-    model, optimizer, mesh, rules = _training(config)
-    initialize, _ = make_initializer(model, optimizer, "none", 1, mesh, rules)
+    initialize, _ = make_initializer(_training(config, 1, config.block_size))
     return [initialize(jax.random.key(0))]
 
 

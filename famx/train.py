@@ -37,7 +37,7 @@ def main() -> None:
         values.multiprocess, values.coordinator_address, values.num_processes, values.process_id
     )
     if values.profile_steps:
-        binding = f"loop.train.profile_steps = {values.profile_steps!r}"
+        binding = f"Run.profile_steps = {values.profile_steps!r}"
         values["gin_bindings"].value = [*values.gin_bindings, binding]
     gin_utils.parse_gin_flags()
     gin_utils.call(loop.train)

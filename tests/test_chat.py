@@ -48,14 +48,14 @@ shared_streamer = functools.cache(Streamer)
 
 
 def make_trained(vocabulary=None) -> TrainedModel:
-    """A model of random weights with more ids than its vocabulary."""
-    model = make_model(vocab_size=128)
-    model.input_vocabulary = passkey_words() if vocabulary is None else vocabulary
-    return TrainedModel(model, make_params(model.module, seed=1), 1, pathlib.Path("/model/checkpoint_1"))
+    """Of random weights; the model has more ids than the vocabulary."""
+    vocabulary = passkey_words() if vocabulary is None else vocabulary
+    model = make_model(vocab_size=128, vocabulary=vocabulary)
+    return TrainedModel(model, make_params(model.module), 1, pathlib.Path("/model/checkpoint_1"))
 
 
 TRAINED = make_trained()
-VOCABULARY = TRAINED.model.input_vocabulary
+VOCABULARY = TRAINED.model.vocabulary
 
 
 def talk(conversation, message=QUESTION):

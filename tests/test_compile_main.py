@@ -1,5 +1,6 @@
 """`python -m famx.compile`: on virtual CPU devices, with the TPU compiler where it is, on bad input."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -7,12 +8,16 @@ import pathlib
 import subprocess
 import sys
 
+import gin
 import jax
 import pytest
 
+from famx.base import gin_utils
 from famx.base.errors import ConfigError
-from famx.scale import compiling, topologies
+from famx.scale import compiling, programs, topologies
 from famx.scale.programs import PROGRAMS
+from famx.training import loop
+from famx.training.step import make_initializer, make_train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
 RUN = ["--gin_file=gin_configs/runs/pretrain.gin", "--gin_file=gin_configs/models/tiny.gin"]
@@ -62,6 +67,44 @@ def test_eight_virtual_devices(tmp_path):
         compiling.fill_page([out], page, "other")
     with pytest.raises(ConfigError, match="page.md holds no reports of famx.compile --json"):
         compiling.fill_page([page], page, "sizes")
+
+
+class _Begins(Exception):
+    """Raised where training would begin."""
+
+
+@pytest.mark.parametrize("example", ["passkey_tiny", "own_text"])
+def test_what_is_compiled_is_the_run_that_trains(example, tmp_path, monkeypatch):
+    begun = []
+
+    def begin(run, *args):
+        begun.append(run)
+        raise _Begins
+
+    monkeypatch.setattr(loop, "_begin_or_resume", begin)
+    bindings = [f"MODEL_DIR='{tmp_path}'", "DecoderConfig.num_layers=1"]
+    gin.clear_config()
+    try:
+        gin_utils.parse_gin([f"gin_configs/examples/{example}.gin"], bindings)
+        given = compiling.run_from_gin()
+        with pytest.raises(_Begins):
+            gin_utils.call(loop.train)
+    finally:
+        gin.clear_config()
+    (trained,) = begun
+    devices = jax.devices()
+
+    def comparable(run):
+        """Without what a compiler does not need; two optax transformations are never equal."""
+        model = dataclasses.replace(run.model, vocabulary=None)
+        changes = dict(model=model, model_dir=None, evaluation=None, optimizer=None)
+        return dataclasses.replace(run, **changes)
+
+    assert comparable(given.ready(devices)) == comparable(trained)
+    _, abstract = make_initializer(trained)
+    with trained.on_mesh():
+        step = make_train_step(trained, abstract).lower(abstract, trained.abstract_batch())
+    assert programs.train(compiling.run_on(given, devices)).lowered.as_text() == step.as_text()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -7,11 +7,10 @@ import math
 
 import jax
 import numpy as np
-import optax
 import pytest
 from modules.helpers import random_params
 from pretrained import write_tokenizer
-from tiny import make_model, make_params, make_tokens, passkey
+from tiny import make_model, make_params, make_run, make_tokens, passkey
 
 from famx.analysis import MemoryMonitor
 from famx.base.errors import ConfigError
@@ -19,13 +18,20 @@ from famx.data import ByteVocabulary, PasskeyTask, TextFiles
 from famx.data.probes import CopyProbe
 from famx.data.probes.passkey_text import passkey_words
 from famx.data.vocabularies import as_vocabulary
-from famx.evaluation import PROBES, PasskeyEvaluation, TaskEvaluation, TextEvaluation
+from famx.evaluation import (
+    PROBES,
+    PasskeyEvaluation,
+    TaskEvaluation,
+    TextEvaluation,
+    TextTaskEvaluation,
+)
 from famx.evaluation.common import streamer_of
 from famx.evaluation.passkey import _answers
 from famx.memories import Fam
 from famx.models import DecoderModel
 from famx.modules import Memory
 from famx.training import loop
+from famx.training.run import Data
 from famx.training.run_log import read_metrics
 
 BLOCK = 16  # room for a statement
@@ -437,10 +443,39 @@ def test_blocks_too_small_for_the_probes_are_refused_before_the_run():
 
 
 def test_training_logs_the_memory_and_shows_the_scores(tmp_path, capsys):
-    loop.train(
-        str(tmp_path), make_model(), "passkey_words", {"targets": 32}, 1, 2, optax.sgd(0.1),
-        task_options={"digits": 1, "header": False},
-        evaluation=lambda model, params, step: {"score": 0.5, "memory/zeroed/score": 0.25},
-    )  # fmt: skip
+    scores = {"score": 0.5, "memory/zeroed/score": 0.25}
+    loop.train(make_run(model_dir=str(tmp_path), evaluation=lambda model, params, step: scores))
     assert "Step 1: score 0.5\n" in capsys.readouterr().err
     assert read_metrics(str(tmp_path), "eval")[0]["memory/zeroed/score"] == 0.25
+
+
+# ---------------------------------------------------------------- the task of a run
+
+
+def test_an_evaluation_without_a_task_takes_that_of_the_run(tmp_path):
+    options = {"digits": 1, "header": False}
+    keys = Data("passkey_words", {"targets": 32}, 2, options=options).make_task
+    assert PasskeyEvaluation().with_task(keys).task == passkey(filler="repeated")
+    task = TaskEvaluation(length=40).with_task(keys)._task
+    assert (task.digits, task.split, task.seed) == (1, "eval", 1)
+    for evaluation in (
+        PasskeyEvaluation(passkey(digits=2)), TaskEvaluation("passkey_words", 40),
+        TextTaskEvaluation("own_jsonl"), TextEvaluation(Documents([make_tokens(5)])),
+    ):  # fmt: skip
+        assert evaluation.with_task(keys) is evaluation
+
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text(f"Text {i}.")
+    texts = Data("own_text", {"targets": 32}, 2, options={"files": str(tmp_path / "*.txt")}).make_task
+    held_out = TextEvaluation().with_task(texts).documents
+    assert held_out.paths and not set(held_out.paths) & set(texts().paths)
+    with pytest.raises(ConfigError, match="measures PassKey, but the run trains on TextFiles: set"):
+        PasskeyEvaluation().with_task(texts)
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'splt'"):
+        keys(splt="eval")
+
+
+@pytest.mark.parametrize("evaluation", [TaskEvaluation(length=8), TextTaskEvaluation(), TextEvaluation()])
+def test_an_evaluation_without_any_task_is_refused(evaluation):
+    with pytest.raises(ConfigError, match=r"(task|documents) is not set: name the"):
+        evaluation.check(make_model(vocabulary=passkey().vocab))

@@ -41,13 +41,15 @@ for name in ("tensorflow", "seqio", "t5x", "tensorflow_datasets", "clu"):
     sys.modules[name] = None
 import optax
 from famx import memories, models, modules
-from famx.training import loop
+from famx.training import loop, state_passing
+from famx.training.run import Data, Run
 config = modules.DecoderConfig(vocab_size=128, num_layers=1, embed_dim=8, num_heads=2, block_size=8,
                                memory_segments=0, memory=memories.Fam(2))
-scalars = loop.train(
-    sys.argv[1], models.DecoderModel(modules.Decoder(config)), "passkey_words", {"targets": 32},
-    2, 2, optax.sgd(0.1), {"digits": 1, "header": False}, state_passing_mode="continuous",
-)
+scalars = loop.train(Run(
+    models.DecoderModel(modules.Decoder(config)),
+    Data("passkey_words", {"targets": 32}, batch_size=2, options={"digits": 1, "header": False}),
+    optax.sgd(0.1), steps=2, model_dir=sys.argv[1], state_passing=state_passing.Lanes(),
+))
 assert scalars["loss"] > 0
 print("done")
 """

@@ -188,7 +188,7 @@ def test_scores_equal_score_batch_and_the_dense_model():
 
 @functools.cache
 def _score_batch():
-    return jax.jit(MODEL.score_batch)
+    return jax.jit(MODEL.score)
 
 
 def test_a_memory_stands_before_every_prompt():

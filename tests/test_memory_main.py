@@ -42,8 +42,7 @@ def compile_once(monkeypatch):
 
 
 def make_trained(vocabulary) -> TrainedModel:
-    model = make_model()
-    model.input_vocabulary = vocabulary
+    model = make_model(vocabulary=vocabulary)
     return TrainedModel(model, PARAMS, 1, pathlib.Path("/model/checkpoint_1"))
 
 

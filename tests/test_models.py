@@ -1,9 +1,9 @@
-"""The model definition: losses, predictions, scores, and the signatures that t5x relies on."""
+"""The model definition: a value with losses, predictions and scores."""
 
+import dataclasses
 import functools
 import types
 
-import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from famx.memories import Fam
 from famx.models import DecoderModel, loss_weights
 from famx.models.metrics import Mean
 from famx.modules import Decoder, DecoderConfig
-from famx.training import state_passing
 
 VOCAB, BATCH, LENGTH = 13, 3, 11
 CONFIG = DecoderConfig(
@@ -25,7 +24,6 @@ CONFIG = DecoderConfig(
 # These tests compile much and compute little: four times faster to compile.
 COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
-SHAPES = {"decoder_input_tokens": (BATCH, LENGTH)}
 
 
 def make_model(**options):
@@ -34,8 +32,7 @@ def make_model(**options):
 
 @functools.cache
 def variables():
-    init = jit(lambda rng: unbox(make_model().get_initial_variables(rng, SHAPES)))
-    params = init(jax.random.key(3))["params"]
+    params = jit(lambda key: unbox(make_model().init_params(key)))(jax.random.key(3))
     return jax.tree.map(lambda x: 2 * x, params)  # less uniform predictions
 
 
@@ -169,7 +166,7 @@ def test_loss_chunk_must_be_positive():
         make_model(loss_chunk=0)
 
 
-# Random position offsets and random state passing.
+# Random position offsets.
 
 
 def test_offsets_are_drawn_only_where_nothing_was_read_and_asked_for():
@@ -184,64 +181,25 @@ def test_offsets_are_drawn_only_where_nothing_was_read_and_asked_for():
     assert not np.any(loss_call()(variables(), batch, rng)[2].offset)
 
 
-def test_random_state_passing_keeps_the_first_examples_memory():
-    model = make_model(random_state=state_passing.RandomState(probability=1.0))
-    batch = make_batch()
-    mutables = make_mutables(model)
-    run = jit(jax.value_and_grad(model.loss_fn, has_aux=True))
-    (loss, (_, after)), _ = run(variables(), batch, jax.random.key(0), mutables)
-    plain, _, end = loss_call()(variables(), batch)
-    np.testing.assert_allclose(loss, plain, rtol=1e-6)  # nothing kept yet: from the prompt
-    assert isinstance(after, flax.core.FrozenDict)
-    kept = after["state_passing"]
-    np.testing.assert_allclose(kept["memory"], end.memory[:, 0], rtol=1e-6)
-    assert kept["updates"] == LENGTH // CONFIG.block_size and kept["steps"] == 1
-    assert jax.tree.structure(after) == jax.tree.structure(mutables)
-    (other, (_, later)), _ = run(variables(), batch, jax.random.key(0), after)
-    assert abs(other - plain) > 1e-4  # every example starts from the kept memory
-    assert later["state_passing"]["updates"] == 2 * (LENGTH // CONFIG.block_size)
-    # Without randomness (t5x's evaluation) nothing is passed on.
-    (loss, (_, same)), _ = run(variables(), batch, None, after)
-    np.testing.assert_allclose(loss, plain, rtol=1e-6)
-    np.testing.assert_array_equal(same["state_passing"]["memory"], kept["memory"])
+# A value.
 
 
-def make_mutables(model):
-    shape = (CONFIG.num_layers, CONFIG.memory_columns, CONFIG.embed_dim)
-    kept = model.random_state.initial(CONFIG)
-    assert kept["memory"].shape == shape
-    return flax.core.freeze({"state_passing": kept})
-
-
-# The contract of t5x.
-
-
-def test_initial_variables_come_from_a_bound_method_without_types():
-    make = make_model(random_state=state_passing.RandomState()).get_initial_variables
-    fresh = jax.eval_shape(lambda rng: make(rng, SHAPES), jax.random.key(0))
-    assert isinstance(fresh, flax.core.FrozenDict) and set(fresh) == {"params", "state_passing"}
-    boxed = jax.tree.leaves(fresh["params"], is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+def test_initial_parameters_are_boxed_with_their_axes():
+    fresh = make_model().abstract_params()
+    boxed = jax.tree.leaves(fresh, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    assert type(fresh) is dict
     assert all(isinstance(leaf, nn.LogicallyPartitioned) for leaf in boxed)
-    typed = jax.eval_shape(lambda rng: make(rng, SHAPES, {"decoder_input_tokens": jnp.int32}),
-                           jax.random.key(0))  # fmt: skip
-    assert jax.tree.structure(typed) == jax.tree.structure(fresh)
-    assert set(make_model().get_initial_variables(jax.random.key(0), SHAPES)) == {"params"}
 
 
-def test_loss_fn_takes_three_and_four_arguments():
-    model, batch = make_model(), make_batch()
-    loss = loss_call()(variables(), batch)[0]
-    three, metrics = jit(model.loss_fn)(variables(), batch, jax.random.key(0))
-    np.testing.assert_allclose(three, loss, rtol=1e-6)
-    assert all(isinstance(metric, Mean) for metric in metrics.values())
-    empty = flax.core.freeze({})
-    four, (metrics, mutables) = jit(model.loss_fn)(variables(), batch, None, empty)
-    np.testing.assert_allclose(four, loss, rtol=1e-6)
-    assert mutables == empty and "loss" in metrics
-    evaluated, metrics = jit(model.eval_fn)(variables(), batch, empty)
-    np.testing.assert_allclose(evaluated, loss, rtol=1e-6)
-    assert "accuracy" in metrics
-    assert model.optimizer_def is None and model.input_vocabulary is model.output_vocabulary is None
+def test_a_model_is_never_changed():
+    model = make_model()
+    for field in dataclasses.fields(model):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(model, field.name, None)
+    with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
+        model.config = CONFIG
+    assert model == make_model() and model.config is CONFIG
+    assert dataclasses.replace(model, z_loss=0.1) != model
 
 
 # Scores and predictions.
@@ -250,12 +208,10 @@ def test_loss_fn_takes_three_and_four_arguments():
 def test_scores_are_sums_of_log_probabilities():
     model, batch = make_model(), make_batch()
     log_p, _ = log_probabilities(batch)
-    scores = jit(model.score_batch)(variables(), batch)
+    scores = jit(model.score)(variables(), batch)
     assert scores.shape == (BATCH,) and scores.dtype == jnp.float32
     expected = (log_p * batch["decoder_loss_weights"]).sum(1)
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="Intermediates"):
-        model.score_batch(variables(), batch, return_intermediates=True)
 
 
 def greedy(prompt, steps):
@@ -275,19 +231,18 @@ def test_predictions_are_greedy_for_prompts_of_different_lengths():
     tokens = make_batch(seed=1)["decoder_input_tokens"]
     tokens[:, 0] = 0
     sizes = [LENGTH - 7, 1, LENGTH]
-    # The prompt is marked one place further than it is long: see `predict_batch_with_aux`.
+    # The prompt is marked one place further than it is long: see `predict`.
     causal = (np.arange(LENGTH) < np.array(sizes)[:, None]).astype(np.int32)
     batch = {"decoder_input_tokens": tokens, "decoder_causal_attention": causal}
     model = make_model()
-    out, aux = jit(model.predict_batch_with_aux)(variables(), batch)
+    out, scores = jit(model.predict)(variables(), batch)
     assert out.shape == (BATCH, LENGTH) and out.dtype == jnp.int32
     for row, size in enumerate(sizes):
         room = LENGTH - size + 1
         expected, score = greedy(tokens[row, :size], room)
         np.testing.assert_array_equal(out[row, :room], expected)
         assert not np.any(out[row, room:])
-        np.testing.assert_allclose(aux["scores"][row], score, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(jit(model.predict_batch)(variables(), batch), out)
+        np.testing.assert_allclose(scores[row], score, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_without_marks_is_a_prompt_up_to_its_padding():
@@ -295,7 +250,7 @@ def test_a_batch_without_marks_is_a_prompt_up_to_its_padding():
     tokens[:, 0] = 0
     tokens[1, 5:] = 0
     model = make_model()
-    out = jit(model.predict_batch)(variables(), {"decoder_input_tokens": tokens})
+    out, _ = jit(model.predict)(variables(), {"decoder_input_tokens": tokens})
     expected, _ = greedy(tokens[1, :5], LENGTH - 4)
     np.testing.assert_array_equal(out[1, : LENGTH - 4], expected)
     np.testing.assert_array_equal(out[0, :1], greedy(tokens[0], 1)[0])
@@ -310,17 +265,8 @@ def test_the_vocabularys_eos_ends_a_prediction_and_its_padding_follows():
     batch = {"decoder_input_tokens": tokens}
     batch["decoder_causal_attention"] = (np.arange(LENGTH) < 3).astype(np.int32)[None]
     model = make_model(vocabulary=types.SimpleNamespace(bos_id=9, eos_id=eos, pad_id=VOCAB + 1))
-    out = jit(model.predict_batch)(variables(), batch)
+    out, _ = jit(model.predict)(variables(), batch)
     assert out[0].tolist() == expected[:end] + [VOCAB + 1] * (LENGTH - end)
-
-
-def test_the_converter_begins_and_pads_as_the_vocabulary_does():
-    pytest.importorskip("seqio")
-    vocabulary = types.SimpleNamespace(bos_id=9, eos_id=8, pad_id=7)
-    converter = make_model(vocabulary=vocabulary).FEATURE_CONVERTER_CLS(pack=True)
-    assert (converter.bos_id, converter.pad_id, converter.pack) == (9, 7, True)
-    converter = make_model().FEATURE_CONVERTER_CLS(pack=False, use_custom_packing_ops=False)
-    assert (converter.bos_id, converter.pad_id, converter.pack) == (1, 0, False)
 
 
 # Metrics.

@@ -10,9 +10,8 @@ import sys
 
 import jax
 import numpy as np
-import optax
 import pytest
-from tiny import make_model, make_params
+from tiny import make_model, make_params, make_run
 from trained import write_model_dir
 
 import famx.data
@@ -34,9 +33,7 @@ QUESTION = "Who{}?\n\n (A) red\n (B) a cat\n (C) not (A)\n (D) both of these\n\n
 
 @pytest.fixture(scope="module")
 def model():
-    made = make_model()
-    made.input_vocabulary = BYTES
-    return made
+    return make_model(vocabulary=BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -320,8 +317,7 @@ def test_a_model_is_compiled_once(data, model, params):
     assert answers.streamer is streamer_of(model.module)
     before = answers._write._cache_size(), answers.streamer._read_part._cache_size()
     assert before[0] == 1
-    again = make_model()
-    again.input_vocabulary = ByteVocabulary()
+    again = make_model(vocabulary=ByteVocabulary())
     make(data, "scrolls_qasper")(again, params, 1)
     assert (answers._write._cache_size(), answers.streamer._read_part._cache_size()) == before
 
@@ -370,8 +366,7 @@ def test_a_mixture_has_one_memory_and_a_model_without_has_none(data, model, para
     options = {"data_dir": data, "languages": ["french", "hausa"]}
     found = make(data, "xlsum", task_options=options, health=True, examples=1)(model, params, 0)
     assert "memory/kept/bits_per_token" in found and not any("/memory/" in name for name in found)
-    plain = make_model(memory=Memory())
-    plain.input_vocabulary = BYTES
+    plain = make_model(memory=Memory(), vocabulary=BYTES)
     found = make(data, "scrolls_qasper", health=True, examples=1)(plain, make_params(plain.module), 0)
     assert not any("memory" in name for name in found)
 
@@ -401,15 +396,14 @@ def test_checkpoints_are_evaluated_and_their_predictions_written(data, model, pa
 
 
 def test_it_is_the_evaluation_of_a_training_run(data, tmp_path):
-    made = make_model()
-    made.input_vocabulary = BYTES
+    made = make_model(vocabulary=BYTES)
     write(tmp_path / "own.jsonl", [{"inputs": "ab? ", "targets": ["abba", "baab"]}] * 40)
     options = {"files": str(tmp_path / "own.jsonl")}
     evaluation = make("", "own_jsonl", task_options=options, max_new_tokens=4)
-    loop.train(
-        str(tmp_path / "run"), made, "own_jsonl", {"targets": 16}, 1, 2, optax.sgd(0.1), options,
-        evaluation=evaluation,
-    )  # fmt: skip
+    loop.train(make_run(
+        model_dir=str(tmp_path / "run"), model=made, task="own_jsonl", lengths={"targets": 16},
+        options=options, evaluation=evaluation,
+    ))  # fmt: skip
     from famx.training.run_log import read_metrics
 
     lines = [line for line in read_metrics(str(tmp_path / "run")) if line.get("split") == "eval"]
@@ -440,15 +434,14 @@ def test_vocabularies_that_do_not_fit_are_refused(data):
     with pytest.raises(ConfigError, match="needs a vocabulary, and the model has none: name one in"):
         evaluation.check(plain)
     make(data, "scrolls_qasper", task_options={"data_dir": data, "vocabulary": "bytes"}).check(plain)
-    small = make_model(vocab_size=258)
-    small.input_vocabulary = BYTES
+    small = make_model(vocab_size=258, vocabulary=BYTES)
     with pytest.raises(ConfigError, match="has 259 tokens, the model's only 258"):
         evaluation.check(small)
 
     class WithoutBegin(ByteVocabulary):
         bos_id = None
 
-    plain.input_vocabulary = WithoutBegin()
+    plain = make_model(vocabulary=WithoutBegin())
     with pytest.raises(ConfigError, match="has no token that begins a text"):
         evaluation.check(plain)
 

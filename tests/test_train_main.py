@@ -15,7 +15,7 @@ from famx import train
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.model_dir.identity import check_same_model
-from famx.training import speed
+from famx.training import loop, speed
 from famx.training.run_log import read_metrics
 
 ROOT = gin_utils.gin_root()
@@ -30,8 +30,8 @@ SMALL = (
     "DecoderConfig.mlp_dim=32",
     "warmup_stable_decay.warmup_steps=2",
     "warmup_stable_decay.decay_steps=20",
-    "loop.train.log_period=10",
-    "loop.train.eval_period=100",
+    "Every.log=10",
+    "Every.evaluation=100",
     "PasskeyEvaluation.blocks=(4,)",
     "PasskeyEvaluation.report_blocks=(4, 8)",
     "PasskeyEvaluation.examples=4",
@@ -73,8 +73,8 @@ def test_the_main_job_whole_and_interrupted(tmp_path):
     assert result["block_size"] == 32 and set(result["exact_match"]) == set(table[1].split()[2:])
     assert set(result["exact_match"]["hold"]) == {"4", "8"}
     assert (whole / "passkey.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert "loop.train:\n" in (whole / "config.gin").read_text()
-    assert "total_steps = " in (whole / "config.gin").read_text()
+    assert "run.Run:\n" in (whole / "config.gin").read_text()
+    assert "steps = " in (whole / "config.gin").read_text()
 
     process = start(*arguments(cut))
     for line in process.stderr:
@@ -83,14 +83,14 @@ def test_the_main_job_whole_and_interrupted(tmp_path):
     process.send_signal(signal.SIGTERM)
     text = process.stderr.read()
     assert process.wait() == 0, text
-    assert "the same command goes on from there" in text, "ended before the signal came"
+    assert "the same command resumes from there" in text, "ended before the signal came"
     stopped = int(text.split("Stopped at step ")[1].split(";")[0])
     assert 20 <= stopped < STEPS and (cut / f"checkpoint_{stopped}" / "state").is_dir()
     assert not (cut / "passkey.json").exists()
 
     process = start(*arguments(cut))
     _, text = process.communicate()
-    assert process.returncode == 0 and f"Going on from step {stopped} of {cut}." in text, text
+    assert process.returncode == 0 and f"Resuming from step {stopped} of {cut}." in text, text
     assert history(cut) == history(whole)
     assert json.loads((cut / "passkey.json").read_text()) == result
 
@@ -103,7 +103,7 @@ def test_the_twin_without_memory(tmp_path):
     _, text = process.communicate()
     assert process.returncode == 0, text
     result = json.loads((tmp_path / "passkey.json").read_text())
-    assert result["fam_length"] == 0 and result["memory_segments"] == 2
+    assert result["memory_config"] == {"kind": "none"} and result["memory_segments"] == 2
     assert (tmp_path / "checkpoint_22" / "state").is_dir()
 
 
@@ -125,6 +125,66 @@ def test_own_text(tmp_path):
     assert process.returncode == 0, text
     last = read_metrics(str(tmp_path / "run"), "eval")[-1]
     assert last["step"] == 55 and 0 < last["bits_per_token"] < 8.5 and 0 <= last["accuracy"] <= 1
+
+
+# ---------------------------------------------------------------- the task is given once
+
+
+class _Begins(Exception):
+    """Raised where training would begin."""
+
+
+@pytest.fixture
+def opened(monkeypatch, capsys):
+    """A function that runs famx.train up to its first step: the run, its training task, and its log."""
+
+    begun = []
+
+    def begin(run, data, *args):
+        begun.append((run, data.feed.source.task, data.notes))
+        raise _Begins
+
+    def call(*args):
+        _forget()
+        monkeypatch.setattr(loop, "_begin_or_resume", begin)
+        monkeypatch.setattr(sys, "argv", ["train", *args])
+        with pytest.raises(_Begins):
+            gin_utils.run(train.main)
+        return begun.pop()
+
+    yield call
+    _forget()
+
+
+@pytest.mark.parametrize("binding, field, value", [
+    ("PasskeyTask.header=True", "header", True),
+    ("PasskeyTask.digits=3", "digits", 3),
+    ("TASK_OPTIONS={'digits': 2}", "digits", 2),
+    ("MIXTURE_OR_TASK_NAME='passkey'", "digits", 5),
+])  # fmt: skip
+def test_a_change_of_the_task_changes_training_and_evaluation(opened, tmp_path, binding, field, value):
+    longer = "Curriculum.blocks=(4, 8)"  # the header takes room
+    run, task, notes = opened(*arguments(tmp_path, binding, longer))
+    assert not notes and getattr(task, field) == value
+    assert task.filler == "mixed" and task.second_key == 0.7
+    evaluated = run.evaluation._task(32, {})
+    assert getattr(evaluated, field) == value and evaluated.header == task.header
+    assert run.evaluation.task == task
+
+
+def test_an_evaluation_with_a_task_of_its_own_says_so(opened, tmp_path):
+    own = "PasskeyEvaluation.task=@own/PasskeyTask()"
+    run, task, (note,) = opened(*arguments(tmp_path, own, "own/PasskeyTask.digits=2"))
+    assert (task.digits, run.evaluation.task.digits) == (5, 2)
+    assert note == (
+        "PasskeyEvaluation has a task of its own: settings of the task that is trained on do not"
+        " change it."
+    )
+
+
+def test_a_binding_that_an_option_overrides_is_refused(bad_input, tmp_path):
+    sentence = bad_input(*arguments(tmp_path, "TASK_OPTIONS={'header': False}"))
+    assert sentence.startswith("The binding PasskeyTask.header has no effect in this run")
 
 
 # ---------------------------------------------------------------- bad input
@@ -168,7 +228,7 @@ def _forget():
     "bindings, sentence",
     [
         (["TRAIN_STPES=5"], "Nothing uses TRAIN_STPES"),
-        (["loop.train.log_perod=5"], "train has no parameter log_perod. Did you mean log_period?"),
+        (["run.Every.checkpont=5"], "Every has no parameter checkpont. Did you mean checkpoint?"),
         (["DecoderConfg.num_layers=1"], "DecoderConfg. Did you mean DecoderConfig?"),
         (["DecoderConfig.num_heads=3"], "embed_dim 16 is not a multiple of num_heads 3; set"),
         (["DecoderConfig.num_kv_heads=3"], "num_heads 2 is not a multiple of num_kv_heads 3."),
@@ -246,7 +306,9 @@ def test_checkpoint_of_another_shape(bad_input, tmp_path):
     assert f"{tmp_path}/checkpoint_5 holds another model" in sentence
 
 
-@pytest.mark.parametrize("place", ["famx.training.loop.make_feed", "famx.modules.config.math.sqrt"])
+@pytest.mark.parametrize(
+    "place", ["famx.training.state_passing.aged_feed", "famx.modules.config.math.sqrt"]
+)
 def test_a_bug_keeps_its_traceback(bad_input, tmp_path, monkeypatch, place):
     """Even a ValueError: only errors that famx raises before the run starts become a sentence."""
 

@@ -1,16 +1,19 @@
 """Tiny models and tasks for tests."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.linen import unbox
 
 from famx.data import PasskeyTask
 from famx.memories import Fam
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig, Memory
+from famx.training.run import Data, Run
 
 BLOCK = 8  # S
 BLOCKS = 4  # the fewest that hold a row of `passkey`
@@ -21,8 +24,10 @@ def fam(length: int) -> Memory:
     return Fam(length) if length else Memory()
 
 
-def make_model(random_position_offset=False, **changes) -> DecoderModel:
-    """A decoder of one layer, width 16 and blocks of 8 tokens."""
+def make_model(
+    random_position_offset=False, lora=None, vocabulary=None, loss_chunk=None, **changes
+) -> DecoderModel:
+    """A decoder of one layer, width 16 and blocks of 8 tokens; `changes` are of its sizes."""
     sizes = dict(
         vocab_size=260,  # enough for words and for bytes
         num_layers=1,
@@ -34,7 +39,25 @@ def make_model(random_position_offset=False, **changes) -> DecoderModel:
         memory=Fam(2),
     )
     module = Decoder(DecoderConfig(**{**sizes, **changes}))
-    return DecoderModel(module, random_position_offset=random_position_offset)
+    return DecoderModel(
+        module, vocabulary, random_position_offset, lora=lora, loss_chunk=loss_chunk
+    )
+
+
+def make_run(**changes) -> Run:
+    """A run of the tiny model on PassKey; `changes` are of `Run` and of its `Data`."""
+    of_data = {field.name for field in dataclasses.fields(Data)}
+    data = dict(
+        task="passkey_words",
+        lengths={"targets": BLOCKS * BLOCK},
+        batch_size=2,
+        options={"digits": 1, "header": False, "filler": "random_words"},
+    )
+    settings = dict(model=None, optimizer=optax.sgd(0.1), steps=1)
+    for name, value in changes.items():
+        (data if name in of_data else settings)[name] = value
+    settings["model"] = settings["model"] or make_model()
+    return Run(**{"data": Data(**data), **settings})
 
 
 @functools.cache

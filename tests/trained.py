@@ -27,7 +27,7 @@ def write_model_dir(
     if vocabulary is not None:
         save_vocabulary(vocabulary, directory)
     optimizer = optax.sgd(0.1, momentum=0.9)
-    state = TrainState(jnp.int32(step), params, optimizer.init(params), {}, None)
+    state = TrainState(jnp.int32(step), params, optimizer.init(params))
     data = {"feed": {"step": step}, "pending": []}
     with Checkpointer(directory, keep=None, async_=False) as checkpointer:
         checkpointer.save(step, state.to_checkpoint(), data, force=True)

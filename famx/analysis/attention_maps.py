@@ -42,7 +42,7 @@ def read_maps(
       ConfigError: there is nothing to read, or something that is to be kept does not exist or is
         too large; or the model has no vocabulary.
     """
-    vocabulary, reader = trained.model.input_vocabulary, AttentionReader(trained.model.module)
+    vocabulary, reader = trained.model.vocabulary, AttentionReader(trained.model.module)
     if vocabulary is None:
         raise ConfigError("The model has no vocabulary to read a text with: use an AttentionReader.")
     chosen = [None if which is None else len(which) for which in (layers, heads)]

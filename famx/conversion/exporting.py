@@ -104,7 +104,7 @@ def export(
                 on_bytes(sum(array.nbytes for array in arrays.values()))
         if len(shards) > 1:
             write_json(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-        notes = _write_side_files(new, hf, dtype, source, trained.model.input_vocabulary)
+        notes = _write_side_files(new, hf, dtype, source, trained.model.vocabulary)
         memory = flatten_dict(split_memory(trained.params)[1], sep="/")
         write_sidecar(new, config, {path: np.asarray(x) for path, x in memory.items()}, trained.step)
         mode = (new / "config.json").stat().st_mode  # safetensors writes files for their owner alone

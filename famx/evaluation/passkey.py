@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class PasskeyEvaluation:
 
     Attributes:
       task: its header, vocabulary and digits are kept; its split becomes "eval". An answer is right if
-        all its tokens are.
+        all its tokens are. None: the task that the run trains on, else the paper's.
       blocks: lengths of the documents, in blocks, during training.
       report_blocks: lengths at the end.
       train_blocks: longest document seen in training, to be marked; None: not marked.
@@ -48,7 +49,7 @@ class PasskeyEvaluation:
       health_tokens: how much is read at most for the memory's figures.
     """
 
-    task: PasskeyTask = PasskeyTask()
+    task: PasskeyTask | None = None
     blocks: Sequence[int] = (4, 16, 64)
     report_blocks: Sequence[int] = (4, 16, 64, 256, 1024, 4096)
     train_blocks: int | None = None
@@ -56,6 +57,22 @@ class PasskeyEvaluation:
     seed: int = 1
     health: bool = True
     health_tokens: int = HEALTH_TOKENS
+
+    def with_task(self, make_task: Callable[..., Any]) -> "PasskeyEvaluation":
+        """This evaluation with the task of a run, unless it has its own; see `famx.evaluation`.
+
+        Raises:
+          ConfigError: the run's task is another one.
+        """
+        if self.task is not None:
+            return self
+        task = make_task()
+        if not isinstance(task, PasskeyTask):
+            raise ConfigError(
+                f"PasskeyEvaluation measures PassKey, but the run trains on {type(task).__name__}: set"
+                " PasskeyEvaluation.task, or choose another evaluation."
+            )
+        return dataclasses.replace(self, task=task)
 
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
         """`{"<probe>/<blocks>": exact match}`, and what `health` adds."""
@@ -98,11 +115,18 @@ class PasskeyEvaluation:
                 self._task(model.config.block_size, options)
             except ValueError as error:
                 raise ConfigError(str(error)) from error
-        check_vocabulary(self.task.vocab, model, "PasskeyEvaluation.task")
+        check_vocabulary(self._base_task.vocab, model, "PasskeyEvaluation.task")
+
+    @property
+    def _base_task(self) -> PasskeyTask:
+        return PasskeyTask() if self.task is None else self.task
 
     def _task(self, block_size: int, options) -> PasskeyTask:
-        common = dict(split="eval", seed=self.seed, depth=0.0, block_size=block_size)
-        return dataclasses.replace(self.task, **common, **options)
+        common = dict(
+            split="eval", seed=self.seed, depth=0.0, block_size=block_size, second_key_depth=None,
+            second_key_recent=False,
+        )  # fmt: skip
+        return dataclasses.replace(self._base_task, **{**common, **options})
 
     def _measure(self, model, params, lengths) -> dict[str, float]:
         size = model.config.block_size

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,20 +29,21 @@ class TaskEvaluation:
     says where the answer starts: everything from there on must be right.
 
     Attributes:
-      task: the name of a task that is made by index, see `famx.data.tasks.registry`.
+      task: a task that is made by index, or its name, see `famx.data.tasks.registry`; None: the task that
+        the run trains on.
       length: tokens of an example, any number that the task can fill.
-      task_options: as in training; split and seed are set here.
-      examples: how many.
-      batch_size: how many at once.
-      seed: of the examples; they are of the split "eval".
+      task_options: settings of a named task; split and seed are set here.
+      examples: number of examples.
+      batch_size: number of examples that are read at once.
+      seed: seed of the examples; they are of the split "eval".
       health: whether the memory is looked at, see `famx.evaluation`. The scores with the memory zeroed
         are of the first batches, of about `health_tokens` tokens, and stand beside those of the same
         examples with it (`memory/kept/`).
       health_tokens: how much is read at most for the memory's figures.
     """
 
-    task: str
-    length: int
+    task: Any = None
+    length: int = 0
     task_options: Mapping[str, Any] | None = None
     examples: int = 64
     batch_size: int = 16
@@ -54,6 +55,10 @@ class TaskEvaluation:
         for name in ("length", "examples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TaskEvaluation.{name} must be at least 1, not {getattr(self, name)}.")
+
+    def with_task(self, make_task: Callable[..., Any]) -> "TaskEvaluation":
+        """This evaluation with the task of a run, unless it has its own; see `famx.evaluation`."""
+        return self if self.task is not None else dataclasses.replace(self, task=make_task())
 
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
         """`loss`, `bits_per_token`, `accuracy` and `exact_match`, and what `health` adds."""
@@ -81,21 +86,32 @@ class TaskEvaluation:
         shortest = self._task.min_length
         if self.length < shortest:
             raise ConfigError(
-                f"TaskEvaluation.length is {self.length}, and the task {self.task!r} needs at least"
+                f"TaskEvaluation.length is {self.length}, and the task {self._shown} needs at least"
                 f" {shortest} tokens: raise it."
             )
-        check_vocabulary(self._task.vocab, model, f"TaskEvaluation.task {self.task!r}")
+        check_vocabulary(self._task.vocab, model, self._name)
+
+    @property
+    def _shown(self) -> str:
+        return repr(self.task if isinstance(self.task, str) else type(self.task).__name__)
+
+    @property
+    def _name(self) -> str:
+        return f"TaskEvaluation.task {self._shown}"
 
     @functools.cached_property
     def _task(self):
-        try:
-            task = registry.get(self.task, **(self.task_options or {}))
-            kind = kind_of(task)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"TaskEvaluation.task {self.task!r}: {error}") from error
-        if kind is not Kind.MADE or not has_settings(task, "split", "seed"):
+        task = self.task
+        if task is None:
+            raise ConfigError("TaskEvaluation.task is not set: name the task to evaluate.")
+        if isinstance(task, str):
+            try:
+                task = registry.get(task, **(self.task_options or {}))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{self._name}: {error}") from error
+        if kind_of(task) is not Kind.MADE or not has_settings(task, "split", "seed"):
             raise ConfigError(
-                f"TaskEvaluation.task {self.task!r} is not made by index in a split for evaluation:"
+                f"{self._name} is not made by index in a split for evaluation:"
                 " read it with TextEvaluation, or choose another task."
             )
         return dataclasses.replace(task, split="eval", seed=self.seed)

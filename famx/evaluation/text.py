@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.errors import ConfigError
 from famx.data.rows.lanes import ContinuousLanes
-from famx.data.tasks import vocabulary_of
+from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.evaluation.common import HEALTH_TOKENS, check_vocabulary, compared, memory_figures
 from famx.models import DecoderModel
 from famx.modules import Decoder
-from famx.training.state_passing import continue_lanes
 
 
 @dataclasses.dataclass
@@ -24,22 +25,39 @@ class TextEvaluation:
     With bytes as tokens, bits per token are bits per byte.
 
     Attributes:
-      documents: held-out documents, such as `TextFiles(split="validation")`.
-      batch_size: lanes at most.
+      documents: held-out documents, such as `TextFiles(split="validation")`; None: those of the split
+        "validation" of the task that the run trains on.
+      batch_size: number of lanes, at most.
       length: tokens per call, rounded down to whole blocks.
-      max_tokens: how much is read at most; None: every document to its end.
+      max_tokens: number of tokens that are read, at most; None: every document to its end.
       health: whether the memory is looked at, see `famx.evaluation`. The scores with the memory zeroed
         are of the first `health_tokens` tokens and stand beside those of the same tokens with it
         (`memory/kept/`); the memory's figures are of a single document.
       health_tokens: how much is read at most for either of them.
     """
 
-    documents: Any
+    documents: Any = None
     batch_size: int = 8
     length: int = 2048
     max_tokens: int | None = 200_000
     health: bool = True
     health_tokens: int = HEALTH_TOKENS
+
+    def with_task(self, make_task: Callable[..., Any]) -> "TextEvaluation":
+        """This evaluation with held-out documents of a run's task, unless it has its own documents.
+
+        Raises:
+          ConfigError: the task has no documents, or no split "validation".
+        """
+        if self.documents is not None:
+            return self
+        documents = make_task(split="validation")
+        if kind_of(documents) not in (Kind.DOCUMENTS, Kind.SCORED):
+            raise ConfigError(
+                f"TextEvaluation reads documents, but the run trains on {type(documents).__name__}: set"
+                " TextEvaluation.documents, or choose another evaluation."
+            )
+        return dataclasses.replace(self, documents=documents)
 
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
         """`bits_per_token` and `accuracy`, and what `health` adds."""
@@ -76,7 +94,9 @@ class TextEvaluation:
         return scores
 
     def check(self, model: DecoderModel) -> None:
-        """Raises ConfigError if the documents are not of the model's vocabulary."""
+        """Raises ConfigError if there are no documents, or they are not of the model's vocabulary."""
+        if self.documents is None:
+            raise ConfigError("TextEvaluation.documents is not set: name the documents to read.")
         check_vocabulary(vocabulary_of(self.documents), model, "TextEvaluation.documents")
 
 
@@ -94,7 +114,7 @@ def _lane_step(module: Decoder, loss_chunk: int | None, zero_memory: bool):
     @jax.jit
     def run(params, state, batch):
         initial = model.initial_state(params, batch["reset"].shape[0])
-        state = continue_lanes(state, initial, batch["reset"])
+        state = initial.select(batch["reset"], state)
         if not zero_memory:
             return read(params, state, batch)
         rows, size = batch["reset"].shape[0], module.config.block_size

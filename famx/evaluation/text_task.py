@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -51,8 +51,9 @@ class TextTaskEvaluation:
     predictions alone.
 
     Attributes:
-      task: the name of a text task or a mixture of them, see `famx.data.tasks.registry`.
-      task_options: as in training. The vocabulary is the model's, unless it is named here.
+      task: a text task or a mixture of them, or its name, see `famx.data.tasks.registry`; None: the task
+        that the run trains on.
+      task_options: settings of a named task. The vocabulary is the model's, unless it is named here.
       split: the split, whose answers must be known; None: the one on which GPT-3 was scored, for its
         suites, and "validation" for all other tasks.
       examples: how many of each task at most, drawn with `seed`; None: all.
@@ -70,7 +71,7 @@ class TextTaskEvaluation:
       health_tokens: how much is read at most for the memory, unless an answer alone is longer.
     """
 
-    task: str
+    task: Any = None
     task_options: Mapping[str, Any] | None = None
     split: str | None = None
     examples: int | None = None
@@ -96,6 +97,10 @@ class TextTaskEvaluation:
             )
         if self.seed < 0:
             raise ValueError(f"TextTaskEvaluation.seed must be at least 0, not {self.seed}.")
+
+    def with_task(self, make_task: Callable[..., Any]) -> "TextTaskEvaluation":
+        """This evaluation with the task of a run, unless it has its own; see `famx.evaluation`."""
+        return self if self.task is not None else dataclasses.replace(self, task=make_task())
 
     def __call__(
         self, model: DecoderModel, params, step: int, folder: str | os.PathLike | None = None
@@ -136,7 +141,9 @@ class TextTaskEvaluation:
 
     @property
     def _name(self) -> str:
-        return f"TextTaskEvaluation.task {self.task!r}"
+        is_name = self.task is None or isinstance(self.task, str)
+        shown = self.task if is_name else getattr(self.task, "name", type(self.task).__name__)
+        return f"TextTaskEvaluation.task {shown!r}"
 
     @contextlib.contextmanager
     def _config_errors(self) -> Iterator[None]:
@@ -150,8 +157,13 @@ class TextTaskEvaluation:
 
     @functools.cached_property
     def _made(self) -> Scored | Suite:
+        made = self.task
+        if made is None:
+            raise ConfigError("TextTaskEvaluation.task is not set: name the task to evaluate.")
+        if isinstance(made, str):
+            with self._config_errors():
+                made = registry.get(made, **(self.task_options or {}))
         with self._config_errors():
-            made = registry.get(self.task, **(self.task_options or {}))
             scored = isinstance(made, Suite) or kind_of(made) is Kind.SCORED
         if not scored:
             raise ConfigError(
@@ -177,7 +189,7 @@ class TextTaskEvaluation:
         return parts
 
     def _vocabulary(self, model: DecoderModel) -> Vocabulary:
-        vocabulary = model.input_vocabulary
+        vocabulary = model.vocabulary
         if (self.task_options or {}).get("vocabulary") is not None:
             vocabulary = self._parts[0].task.vocab
         if vocabulary is None:

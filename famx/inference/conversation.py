@@ -37,7 +37,7 @@ def load_with_vocabulary(checkpoint: str | None, adapter: str | None = None) -> 
         )
     directory, _ = split_checkpoint(checkpoint)
     model = check_model(directory)
-    vocabulary = model.input_vocabulary
+    vocabulary = model.vocabulary
     if vocabulary is None:
         raise ConfigError(
             f"{directory} has no vocabulary.json, so text cannot be encoded: save the model's vocabulary"
@@ -102,7 +102,7 @@ class Conversation:
     ):
         if isinstance(template, str):
             check_template(template)
-        self._trained, self._vocabulary = trained, trained.model.input_vocabulary
+        self._trained, self._vocabulary = trained, trained.model.vocabulary
         self._mesh, self._rules = make_mesh(), make_rules()
         self._streamer = Streamer(trained.model.module)
         self._template, self._stop, self._seed = template, tuple(filter(None, stop)), seed

@@ -202,11 +202,11 @@ def _check_numbers(
 
 
 def _vocabulary(model: DecoderModel, checkpoint: str) -> Vocabulary:
-    if model.input_vocabulary is None:
+    if model.vocabulary is None:
         raise ConfigError(
             f"{checkpoint} has no vocabulary: put the vocabulary.json of its training beside model.json."
         )
-    return model.input_vocabulary
+    return model.vocabulary
 
 
 def _with_stops(

@@ -91,7 +91,7 @@ def default_template(trained: TrainedModel, system: str | None = None) -> str | 
     Raises:
       ConfigError: the chat template cannot be used, or there is none to put a system message into.
     """
-    vocabulary = trained.model.input_vocabulary
+    vocabulary = trained.model.vocabulary
     if vocabulary.chat_template:
         return ChatTemplate(vocabulary, system)
     if system is not None:

@@ -58,7 +58,7 @@ def make_maps(
 
     def pieces(progress) -> Iterator[list[int]]:
         tokens = 0
-        for done, ids in encode_file(text, trained.model.input_vocabulary):
+        for done, ids in encode_file(text, trained.model.vocabulary):
             yield ids
             tokens += len(ids)
             progress(done, tokens)

@@ -76,7 +76,7 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
     if unknown:
         raise ConfigError(f"The adapter {adapter} has a memory of another version of famx: {unknown}.")
     model = DecoderModel(
-        Decoder(config.with_fields(memory)), trained.model.input_vocabulary
+        Decoder(config.with_fields(memory)), trained.model.vocabulary
     )
     base, prompt = split_memory(trained.params)
     abstract = without_boxes(model.abstract_params())
@@ -102,16 +102,15 @@ def check_model(directory: pathlib.Path, model: DecoderModel | None = None) -> D
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{directory} holds a model that is not known here: {error}") from error
-    model = noted if model is None else model
-    model.lora = noted.lora
+    model = dataclasses.replace(noted if model is None else model, lora=noted.lora)
     differing = differing_fields(noted.describe(), model.describe())
     if differing:
         raise ConfigError(
             f"{directory} holds another model, differing in {differing}: give the model that was"
             " trained, or leave it out, and the checkpoint's own is taken."
         )
-    if model.input_vocabulary is None and (directory / "vocabulary.json").exists():
-        model.input_vocabulary = model.output_vocabulary = load_vocabulary(directory)
+    if model.vocabulary is None and (directory / "vocabulary.json").exists():
+        model = dataclasses.replace(model, vocabulary=load_vocabulary(directory))
     return model
 
 

@@ -80,7 +80,7 @@ def save_memory(
       ConfigError: the file cannot be written.
     """
     arrays = {**_named(state), "logits": np.asarray(logits)}
-    vocabulary = trained.model.input_vocabulary
+    vocabulary = trained.model.vocabulary
     header = Header(
         famx=famx.__version__,
         model=json.loads(json.dumps(trained.model.config.to_dict())),
@@ -162,7 +162,7 @@ def restore_memory(path: str | os.PathLike, trained: TrainedModel) -> tuple[jax.
             f"{path} is the memory of this model with other weights: load the checkpoint that made it,"
             " or read the text again."
         )
-    vocabulary = model.input_vocabulary
+    vocabulary = model.vocabulary
     if None not in (vocabulary, header.vocabulary_fingerprint):
         if header.vocabulary_fingerprint != fingerprint(vocabulary):
             raise ConfigError(

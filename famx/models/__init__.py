@@ -1,5 +1,5 @@
 """The model definition that an engine drives."""
 
-from famx.models.decoder_model import MEMORY_COLLECTION, Batch, DecoderModel, loss_weights
+from famx.models.decoder_model import Batch, DecoderModel, loss_weights
 
-__all__ = ["MEMORY_COLLECTION", "Batch", "DecoderModel", "loss_weights"]
+__all__ = ["Batch", "DecoderModel", "loss_weights"]

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary: few logits at once, and weights that travel once.
+"""Cross-entropy over a large vocabulary: few logits at once, one exchange of the output matrix.
 
 On a mesh each device takes the logits of its own tokens, from an output matrix that is gathered
 before the loop over chunks; its gradient is exchanged after the loop, once.
@@ -14,16 +14,16 @@ from jax.sharding import PartitionSpec
 from famx.modules import Decoder
 from famx.modules.weights import mesh_axes
 
-_MATRICES = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab")}  # of which logits are made
+_MATRICES = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab")}  # that logits are made with
 
 
 def cross_entropy(
     module: Decoder, params, hidden, targets, weights, z_loss: float, chunk: int | None
 ):
-    """Weighted sum of the losses, and which arg-max is right.
+    """Weighted sum of the losses, and where the arg-max is right.
 
     Args:
-      module: whose `logits` are scored.
+      module: the decoder whose `logits` are scored.
       params: its parameters.
       hidden: what `read` returned, `[B, L, D]`.
       targets: int32 `[B, L]`.
@@ -76,10 +76,9 @@ def _on_mesh() -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _whole(matrix, axes, dtype):
-    """All of a matrix of which this device has a part. It travels in the compute dtype.
+    """The whole of a matrix of which this device has a part, gathered in the compute dtype.
 
-    It comes back in the dtype that it is kept in, in which the chunks' gradients are summed, and those
-    of the devices.
+    The result has the dtype of the part, in which the gradients of chunks and devices are summed.
     """
     kept, matrix = matrix.dtype, matrix.astype(dtype)
     for axis, names in enumerate(axes):

@@ -1,14 +1,12 @@
-"""The model definition that an engine drives: losses, predictions, scores.
+"""The model definition that an engine drives: loss, scores, predictions.
 
-One object serves our engine and t5x (whose contract it keeps without importing it). A batch is a
-mapping with `decoder_input_tokens` and `decoder_target_tokens`, int32 `[B, L]`, and optionally
-`decoder_loss_weights` float32 `[B, L]` (default: 1 where the target is not padding),
-`decoder_causal_attention` int32 `[B, L]` (1 on the prompt, for `predict_batch`) and `answer_start`
-int32 `[B]` (targets from there on count together as one exact match).
+A batch is a mapping with `decoder_input_tokens` and `decoder_target_tokens`, int32 `[B, L]`, and
+optionally `decoder_loss_weights` float32 `[B, L]` (default: 1 where the target is not padding),
+`decoder_causal_attention` int32 `[B, L]` (1 on the prompt, for `predict`) and `answer_start` int32 `[B]`
+(targets from that place on count together as one exact match).
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import flax.core
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import famx.memories  # noqa: F401, model.json names a memory by its kind
 from famx.decoding import Sampling, generate
@@ -24,56 +23,50 @@ from famx.models.cross_entropy import cross_entropy
 from famx.models.metrics import Mean
 from famx.modules import Decoder, DecoderConfig, DecoderState
 from famx.modules.memory import COLLECTION
-from famx.training import state_passing
 
 Batch = Mapping[str, jax.Array]
-MEMORY_COLLECTION = "state_passing"
 
 
+@dataclasses.dataclass(frozen=True)
 class DecoderModel:
-    """A `Decoder` with its training objective.
+    """A `Decoder` with its training objective. A value: change it with `dataclasses.replace`.
 
-    Args:
+    Attributes:
       module: the decoder.
-      vocabulary: what t5x and the mains decode with; None for training on bare ids.
-      optimizer_def: t5x's optimizer, None elsewhere.
-      random_state: how random state passing is done in `loss_fn`; None: not at all.
-      random_position_offset: RPO, in training alone.
+      vocabulary: what the mains encode and decode with; None for training on bare ids.
+      random_position_offset: draw random position offsets (RPO), in training alone.
       z_loss: coefficient of the squared log-partition.
-      loss_chunk: tokens of the batch whose logits exist at once in training; None: all of them.
-      lora: low-rank adapters, leaves of the parameters beside the kernels; None: none.
-      context_shards: shards of the length that `loss` reads side by side, see `Decoder.read`.
+      loss_chunk: number of tokens whose logits exist at once in training; None: the whole batch.
+      lora: low-rank adapters, leaves of the parameters next to the kernels; None: no adapters.
+      context_shards: shards of the length that `loss` reads in parallel, see `Decoder.read`.
 
-    Parameters, wherever they are asked for, may hold adapters and int8 kernels (`famx.lora`).
+    Parameters, wherever a method takes them, may hold adapters and int8 kernels (`famx.lora`).
+
+    Raises:
+      ValueError: on construction, if `loss_chunk` is below 1.
     """
 
-    def __init__(
-        self,
-        module: Decoder,
-        vocabulary: Any = None,
-        optimizer_def: Any = None,
-        random_state: state_passing.RandomState | None = None,
-        random_position_offset: bool = False,
-        z_loss: float = 0.0,
-        loss_chunk: int | None = None,
-        lora: Lora | None = None,
-        context_shards: int = 1,
-    ):
-        if loss_chunk is not None and loss_chunk < 1:
-            raise ValueError(f"loss_chunk must be at least 1, or None for no limit; got {loss_chunk}.")
-        self.module = module
-        self.config = module.config
-        self.optimizer_def = optimizer_def
-        self.input_vocabulary = self.output_vocabulary = vocabulary
-        self.random_state = random_state
-        self.random_position_offset = random_position_offset
-        self.z_loss = z_loss
-        self.loss_chunk = loss_chunk
-        self.lora = lora
-        self.context_shards = context_shards
+    module: Decoder
+    vocabulary: Any = None
+    random_position_offset: bool = False
+    z_loss: float = 0.0
+    loss_chunk: int | None = None
+    lora: Lora | None = None
+    context_shards: int = 1
+
+    def __post_init__(self):
+        if self.loss_chunk is not None and self.loss_chunk < 1:
+            raise ValueError(
+                f"loss_chunk must be at least 1, or None for no limit; got {self.loss_chunk}."
+            )
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Sizes and options of the decoder."""
+        return self.module.config
 
     def describe(self) -> dict[str, Any]:
-        """What the model is, as JSON can hold it; `from_description` makes it again."""
+        """The model as JSON can hold it; `from_description` makes it again."""
         described = json.loads(json.dumps(self.config.to_dict()))
         if self.lora is not None:
             described["lora"] = json.loads(json.dumps(dataclasses.asdict(self.lora)))
@@ -87,40 +80,23 @@ class DecoderModel:
         return cls(Decoder(DecoderConfig.from_dict(fields)), lora=lora and Lora(**lora))
 
     @property
-    def FEATURE_CONVERTER_CLS(self):  # noqa: N802, t5x's name
-        """SeqIO's feature converter for this model; t5x's name. Needs seqio."""
-        from famx.data.seqio import FamFeatureConverter  # needs seqio, so only on demand
-
-        bos_id = getattr(self.output_vocabulary, "bos_id", 1)
-        return functools.partial(FamFeatureConverter, bos_id=bos_id, pad_id=self.pad_id)
-
-    @property
     def pad_id(self) -> int:
-        """The vocabulary's padding; 0 where there is no vocabulary."""
-        return getattr(self.input_vocabulary, "pad_id", 0)
+        """Padding id of the vocabulary; 0 without a vocabulary."""
+        return getattr(self.vocabulary, "pad_id", 0)
 
-    # Variables.
+    # Parameters and states.
 
-    def get_initial_variables(self, rng, input_shapes, input_types=None):
-        """Fresh variables: `params` (boxed with their logical axes), and what state passing keeps.
-
-        With `lora`, the adapters are among the parameters.
-        """
-        del input_types
-        shape = (input_shapes["decoder_input_tokens"][0], self.config.block_size)
-        variables = dict(self.module.init(rng, jnp.zeros(shape, jnp.int32)))
+    def init_params(self, key) -> dict[str, Any]:
+        """Fresh parameters, boxed with their logical axes; adapters are among them with `lora`."""
+        tokens = jnp.zeros((1, self.config.block_size), jnp.int32)
+        params = flax.core.unfreeze(self.module.init(key, tokens)["params"])
         if self.lora is not None:
-            adapters = self.lora.init(jax.random.fold_in(rng, 1), variables["params"])
-            variables["params"] = combine(variables["params"], adapters)
-        if self.random_state is not None:
-            variables[MEMORY_COLLECTION] = self.random_state.initial(self.config)
-        return flax.core.freeze(variables)
+            params = combine(params, self.lora.init(jax.random.fold_in(key, 1), params))
+        return params
 
     def abstract_params(self) -> dict[str, Any]:
-        """The parameters as boxed ShapeDtypeStructs; nothing is computed."""
-        shapes = {"decoder_input_tokens": (1, self.config.block_size)}
-        init = lambda key: DecoderModel.get_initial_variables(self, key, shapes)["params"]
-        return flax.core.unfreeze(jax.eval_shape(init, jax.random.key(0)))
+        """`init_params` as boxed ShapeDtypeStructs; nothing is computed."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))
 
     def initial_state(self, params, batch_size: int) -> DecoderState:
         """The decoder's state before the first token; a function of the parameters."""
@@ -142,15 +118,15 @@ class DecoderModel:
         normalizer=None,
         aligned: bool = True,
     ):
-        """The training objective from any state on.
+        """The training objective of a batch, from any state.
 
         Args:
           params: parameters, unboxed.
           batch: see the module.
           rng: for the random position offset and the adapters' dropout; None: neither.
-          state: where each example goes on; None: from its start.
+          state: the state that each example continues from; None: before the first token.
           normalizer: what the weighted sum of losses is divided by; None: the sum of the weights.
-          aligned: a promise that every example of `state` stands at a block boundary.
+          aligned: a promise that every example of `state` is at a block boundary.
 
         Returns:
           `(loss, metrics, state)` with float32 scalar loss and the `DecoderState` after the batch.
@@ -159,7 +135,7 @@ class DecoderModel:
         if state is None:
             state = self.initial_state(params, tokens.shape[0])
         if rng is not None and self.random_position_offset:
-            offset = state_passing.random_offset(rng, tokens.shape[0], self.config.rope_base)
+            offset = random_offset(rng, tokens.shape[0], self.config.rope_base)
             state = state.replace(offset=jnp.where(state.position == 0, offset, state.offset))
         variables = {"params": params}
         dropout = None if rng is None else jax.random.fold_in(rng, 1)
@@ -186,42 +162,10 @@ class DecoderModel:
             metrics[f"memory_{name}"] = Mean.of(jax.lax.stop_gradient(value))
         return loss, metrics, state
 
-    def loss_fn(
-        self, params, batch: Batch, dropout_rng, flax_mutables=None, normalizer=None, microbatch=None
-    ):
-        """t5x's training loss: with random state passing where there are `flax_mutables`.
-
-        Our engine also gives what the sum of losses is divided by, and which part of its batch this
-        is (int32 scalar): parts draw on their own, but for whether they begin from the kept memory.
-        """
-        own = lambda rng: rng if microbatch is None else jax.random.fold_in(rng, microbatch)
-        if self.random_state is None or not flax_mutables:
-            rng = None if dropout_rng is None else own(dropout_rng)
-            loss, metrics, _ = self.loss(params, batch, rng, normalizer=normalizer)
-            return (loss, metrics) if flax_mutables is None else (loss, (metrics, flax_mutables))
-        state = self.initial_state(params, batch["decoder_input_tokens"].shape[0])
-        if dropout_rng is None:
-            loss, metrics, _ = self.loss(params, batch, None, state)
-            return loss, (metrics, flax_mutables)
-        coin, rng = jax.random.split(dropout_rng)
-        kept = flax_mutables[MEMORY_COLLECTION]
-        state = self.random_state.start(kept, state, coin)
-        loss, metrics, state = self.loss(params, batch, own(rng), state, normalizer)
-        kept = self.random_state.keep(kept, state)
-        return loss, (metrics, flax_mutables.copy({MEMORY_COLLECTION: flax.core.freeze(kept)}))
-
-    def eval_fn(self, params, batch: Batch, flax_mutables=None):
-        """`(loss, metrics)` from the start of each example, without any training technique."""
-        del flax_mutables
-        return self.loss(params, batch)[:2]
-
     # Inference.
 
-    def score_batch(self, params, batch: Batch, return_intermediates=False, flax_mutables=None):
+    def score(self, params, batch: Batch):
         """Log-likelihood of the weighted targets, float32 `[B]`."""
-        del flax_mutables
-        if return_intermediates:
-            raise ValueError("Intermediates are not kept while scoring; use capture_intermediates.")
         params = self.merged(params)
         logits, _ = self.module.apply({"params": params}, batch["decoder_input_tokens"])
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -229,23 +173,18 @@ class DecoderModel:
         picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(picked * loss_weights(batch, self.pad_id), axis=1)
 
-    def predict_batch(self, params, batch: Batch, rng=None, flax_mutables=None):
-        """Greedy continuations of the prompts, int32 `[B, L]`: see `predict_batch_with_aux`."""
-        return self.predict_batch_with_aux(params, batch, rng, flax_mutables)[0]
+    def predict(self, params, batch: Batch):
+        """Greedy continuations of the prompts and their log-likelihood.
 
-    def predict_batch_with_aux(self, params, batch: Batch, rng=None, flax_mutables=None):
-        """Greedy continuations and their log-likelihood.
-
-        The prompt is where `decoder_causal_attention` is 1, less its last place (in an input row,
-        shifted by one, that place holds the prompt's last token and predicts the first target); a
-        batch without that feature is a prompt as a whole up to its padding. The vocabulary's eos, if
-        there is one, ends a continuation and belongs to it.
+        The prompt is where `decoder_causal_attention` is 1, without its last place (in an input row,
+        shifted by one, that place holds the prompt's last token and predicts the first target). In a
+        batch without that feature the whole row, up to its padding, is the prompt. The vocabulary's eos,
+        if it has one, ends a continuation and is part of it.
 
         Returns:
           int32 `[B, L]`, the first new token first, padding after the end or where the row has no
-          more room; and `{"scores": float32 [B]}`.
+          more room; and the log-likelihoods, float32 `[B]`.
         """
-        del rng, flax_mutables
         tokens = batch["decoder_input_tokens"]
         length = tokens.shape[1]
         if "decoder_causal_attention" in batch:
@@ -260,13 +199,20 @@ class DecoderModel:
         last = jnp.take_along_axis(hidden, (size - 1)[:, None, None], axis=1)
         logits = self.module.apply(variables, last, method="logits")[:, 0]
 
-        eos_id = getattr(self.output_vocabulary, "eos_id", None)
+        eos_id = getattr(self.vocabulary, "eos_id", None)
         stops = () if eos_id is None else (eos_id,)
         sampling, room = Sampling(length, stop_tokens=stops), length - size + 1
         out = generate(self.module, params, logits, state, sampling, room=room)
         written = jnp.arange(length) < out.lengths[:, None]
         tokens = jnp.where(written, out.tokens, self.pad_id)
-        return tokens, {"scores": out.log_likelihood}
+        return tokens, out.log_likelihood
+
+
+def random_offset(rng, batch_size: int, rope_base: float):
+    """Random position offsets (RPO), int32 `[B]`: `U(0, 2 pi base)`, or 0 half of the time."""
+    size, coin = jax.random.split(rng)
+    offset = jax.random.uniform(size, (batch_size,), maxval=2 * np.pi * rope_base)
+    return jnp.where(jax.random.bernoulli(coin, 0.5, (batch_size,)), offset, 0).astype(jnp.int32)
 
 
 def loss_weights(batch: Batch, pad_id: int = 0):

@@ -4,14 +4,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-try:  # t5x accepts only subclasses of clu's Metric; famx itself needs nothing of clu.
-    from clu.metrics import Metric as _Base
-except ImportError:
-    _Base = object
-
 
 @flax.struct.dataclass
-class Mean(_Base):
+class Mean:
     """A weighted mean: float32 scalars `total` and `count`."""
 
     total: jax.Array

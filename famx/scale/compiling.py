@@ -1,14 +1,11 @@
 """From gin files to reports: the work of `python -m famx.compile`."""
 
-import copy
 import dataclasses
-import inspect
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
-import gin
+import jax
 
 from famx.base import gin_utils, tables
 from famx.base.errors import ConfigError
@@ -17,11 +14,10 @@ from famx.modules import Decoder
 from famx.modules.backends import resolve_backend
 from famx.scale import fit, programs, topologies
 from famx.scale.report import Report, compile_report
-from famx.training import loop
-from famx.training.setup import Setup, prepare
+from famx.training.run import Run
 
 
-def run(
+def compile_programs(
     topology: str,
     num_slices: int = 1,
     wanted: Sequence[str] = ("train",),
@@ -38,16 +34,18 @@ def run(
     devices, chip = topologies.devices(topology, num_slices)
     where = topology if num_slices == 1 else f"{num_slices} x {topology}"
 
-    def compiled(name: str, **changes) -> Report:
-        setup = setup_from_gin(devices, **changes)
-        made = _lower(setup, name, inference_batch_size)
-        return compile_report(made, setup.mesh, where, chip, hlo_dir and pathlib.Path(hlo_dir))
+    given = run_from_gin()
+
+    def compiled(name: str, batch_size: int | None = None) -> Report:
+        run = run_on(given, devices, batch_size)
+        made = _lower(run, name, inference_batch_size)
+        return compile_report(made, run.mesh, where, chip, hlo_dir and pathlib.Path(hlo_dir))
 
     if find is not None:
-        setup = setup_from_gin(devices)
-        parts = setup.num_microbatches * setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
-        attempt = lambda size: compiled("train", batch_size=size)
-        reports = [fit.largest_batch(attempt, setup.batch_size, parts, print)]
+        run = run_on(given, devices)
+        parts = run.microbatches * run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        attempt = lambda size: compiled("train", size)
+        reports = [fit.largest_batch(attempt, run.data.batch_size, parts, print)]
     else:
         reports = []
         for name in wanted:
@@ -81,31 +79,30 @@ def fill_page(json_files: Sequence[str], markdown_file: str, table_name: str) ->
     tables.fill_markdown(page, tables.Table(table_name, "", (), rows))
 
 
-def setup_from_gin(devices, **changes: Any) -> Setup:
-    """`prepare` with what gin binds `loop.train` to, and with `changes`."""
-    names = [name for name in inspect.signature(prepare).parameters if name != "devices"]
-    bound = gin.get_bindings(loop.train, resolve_references=False)
-    found = {name: bound[name] for name in names if name in bound} | changes
-    for name, parameter in inspect.signature(prepare).parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in found:
-            raise ConfigError(f"loop.train.{name} is not set: the gin files are not those of a training.")
+def run_from_gin() -> Run:
+    """The run that gin describes, without what a compiler does not need: evaluation and directory.
 
-    def make():
-        # gin makes what a reference stands for when the reference is copied.
-        setup = prepare(**copy.deepcopy(found), devices=devices)
-        # "auto" would be the way of this machine, not of the devices compiled for.
-        config = setup.model.config
-        backend = resolve_backend(config, devices[0].platform, len(devices))
-        setup.model.config = dataclasses.replace(config, attention_backend=backend)
-        setup.model.module = Decoder(setup.model.config)
-        return setup
-
-    return gin_utils.call(make)
+    Raises:
+      ConfigError: the gin files are not those of a training run.
+    """
+    return gin_utils.call(lambda: Run(model_dir=None, evaluation=None))
 
 
-def _lower(setup: Setup, name: str, inference_batch_size: int | None) -> programs.Program:
+def run_on(run: Run, devices: Sequence[jax.Device], batch_size: int | None = None) -> Run:
+    """`run`, ready for `devices`, which need not exist; with another batch size if one is given."""
+    if batch_size is not None:
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=batch_size))
+    run = run.ready(devices)
+    # "auto" would be resolved for this machine, not for the devices that are compiled for.
+    config = run.model.config
+    backend = resolve_backend(config, devices[0].platform, len(devices))
+    module = Decoder(dataclasses.replace(config, attention_backend=backend))
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, module=module))
+
+
+def _lower(run: Run, name: str, inference_batch_size: int | None) -> programs.Program:
     if name == "train":
-        return programs.train(setup)
-    size = inference_batch_size or setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
-    reading, writing = programs.read_and_write(setup, size)
+        return programs.train(run)
+    size = inference_batch_size or run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    reading, writing = programs.read_and_write(run, size)
     return reading if name == "prefill" else writing

@@ -83,7 +83,7 @@ def advice(report: Report) -> str:
             "a smaller loss_chunk",
             "remat 'full'",
             "a smaller blocks_per_chunk",
-            "loop.train.num_microbatches",
+            "Run.microbatches",
             "a smaller BATCH_SIZE (--find=batch_size)",
         ]
     else:

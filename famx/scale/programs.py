@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from famx.decoding import Sampling, Streamer
-from famx.mesh import BATCH_AXES, check_batch_size, logical_to_sharding, on_mesh, state_sharding
+from famx.mesh import BATCH_AXES, check_batch_size, logical_to_sharding, state_sharding
 from famx.modules import DecoderConfig
 from famx.training.flops import train_flops
-from famx.training.setup import Setup
+from famx.training.run import Run
+from famx.training.step import make_initializer, make_train_step
 
 PROGRAMS = ("train", "prefill", "decode")
 
@@ -24,12 +25,12 @@ class Program:
 
     Attributes:
       lowered: to be compiled.
-      arguments: what it is given, by kind, as ShapeDtypeStructs with shardings.
-      parameters: how many the model has.
+      arguments: its arguments by kind, as ShapeDtypeStructs with shardings.
+      parameters: number of parameters of the model.
       batch: rows of the global batch.
       length: tokens of a row that it reads, or writes.
       model_flops: operations that the result depends on, of all devices; None: not counted.
-      config: of the model.
+      config: configuration of the model.
     """
 
     name: str
@@ -46,33 +47,29 @@ class Program:
         return {kind: sum(map(_bytes, jax.tree.leaves(x))) for kind, x in self.arguments.items()}
 
 
-def train(setup: Setup) -> Program:
-    """The step that `famx.train` runs."""
-    _, abstract = setup.initializer()
-    batch = setup.abstract_batch()
-    with on_mesh(setup.mesh, setup.rules):
-        lowered = setup.train_step(abstract).lower(abstract, batch)
-    states = [abstract.flax_mutables, abstract.lanes, abstract.start]
+def train(run: Run) -> Program:
+    """The step that `famx.train` runs, of a run that is `ready`."""
+    _, abstract = make_initializer(run)
+    batch = run.abstract_batch()
+    with run.on_mesh():
+        lowered = make_train_step(run, abstract).lower(abstract, batch)
     arguments = {
         "parameters": abstract.params,
         "optimiser": abstract.opt_state,
-        "states": states,
+        "states": abstract.kept,
         "batch": batch,
     }
-    from_start = setup.mode in ("none", "random") and not setup.with_start
+    config, rows, length = run.model.config, run.data.batch_size, run.data.length
     flops = None
-    if setup.learns.name == "all":  # otherwise parts of the backward pass are spared
-        flops = sum(
-            train_flops(setup.model.config, setup.batch_size, setup.length, from_start).values()
-        )
+    if run.trainable.name == "all":  # otherwise parts of the backward pass are spared
+        flops = sum(train_flops(config, rows, length, run.state_passing.from_prompt).values())
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    config = setup.model.config
-    return Program("train", lowered, arguments, count, setup.batch_size, setup.length, flops, config)
+    return Program("train", lowered, arguments, count, rows, length, flops, config)
 
 
-def read_and_write(setup: Setup, batch_size: int) -> tuple[Program, Program]:
+def read_and_write(run: Run, batch_size: int) -> tuple[Program, Program]:
     """Prefill, the step that reads most of a long prompt, and decode, a block written token by token."""
-    model, mesh = setup.model, setup.mesh
+    model, mesh = run.model, run.mesh
     check_batch_size(batch_size, mesh)
     config = model.config
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -80,21 +77,21 @@ def read_and_write(setup: Setup, batch_size: int) -> tuple[Program, Program]:
         lambda key: model.module.init(key, jnp.zeros((1, config.block_size), jnp.int32))["params"],
         jax.random.key(0),
     )
-    shardings = logical_to_sharding(boxed, mesh, setup.rules)
+    shardings = logical_to_sharding(boxed, mesh, run.rules)
     params = jax.tree.map(place, nn.unbox(boxed), shardings)
     apply = lambda params: model.module.apply({"params": params}, batch_size, method="initial_state")
     state = jax.eval_shape(apply, params)
-    state = jax.tree.map(place, state, state_sharding(state, config, mesh, setup.rules))
+    state = jax.tree.map(place, state, state_sharding(state, config, mesh, run.rules))
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     streamer = Streamer(model.module)
     sampling = Sampling(max_new_tokens=config.block_size)
-    with on_mesh(setup.mesh, setup.rules):
+    with run.on_mesh():
         reading, length = streamer.lower_read(params, state, rows)
         writing = streamer.lower_write(params, state, sampling, rows)
     arguments = {"parameters": params, "states": state}
-    # Further tokens in the midst of a text, whose last block updates the memory too; no logits. A
-    # training step is three such passes.
+    # Tokens in the middle of a text, whose last block updates the memory too; no logits. A training step
+    # is three such passes.
     whole, first = (train_flops(config, batch_size, n * length, from_start=False) for n in (2, 1))
     flops = sum(whole[kind] - first[kind] for kind in whole if kind != "head") // 3
     return (

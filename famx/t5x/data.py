@@ -1,4 +1,4 @@
-"""Our tasks for t5x: under a name of SeqIO's, and as the iterator that t5x trains on."""
+"""Tasks of famx for t5x: under a name of SeqIO's, and as the iterator that t5x trains on."""
 
 import hashlib
 import json
@@ -20,7 +20,8 @@ from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import check_model
 from famx.models import DecoderModel
-from famx.training.feeds import Feed, SeqioFeed, make_feed
+from famx.training.feeds import Feed, SeqioFeed, Source, fresh_feed
+from famx.training.run import bound_options
 
 
 def seqio_task(
@@ -52,10 +53,14 @@ def seqio_task(
 
 
 def task_options(name: str, options: Mapping[str, Any] | None, checkpoint: str | None) -> dict[str, Any]:
-    """`options`, with the vocabulary of a checkpoint where the task can take it; see `seqio_task`."""
-    options = dict(options or {})
+    """`options`, what gin binds to the task's class, and the vocabulary of a checkpoint.
+
+    `options` win over gin; the vocabulary is for a task that can take any and is given none, see
+    `seqio_task`.
+    """
+    options = {**bound_options(name), **(options or {})}
     if checkpoint is not None and "vocabulary" not in options and registry.takes(name, "vocabulary"):
-        vocabulary = check_model(split_checkpoint(checkpoint)[0]).input_vocabulary
+        vocabulary = check_model(split_checkpoint(checkpoint)[0]).vocabulary
         if vocabulary not in (None, registry.get(name, **options).vocab):
             options["vocabulary"] = vocabulary
     return options
@@ -75,7 +80,7 @@ def latest_checkpoint(path: str) -> str:
 class FeedIterator(DatasetIterator):
     """A feed of our engine, with its position saved as our engine saves it.
 
-    So either engine goes on where the other stopped, batch for batch.
+    So either engine resumes where the other stopped, batch for batch.
     """
 
     def __init__(self, feed: Feed):
@@ -87,7 +92,7 @@ class FeedIterator(DatasetIterator):
         self.reset()
 
     def _batch(self):
-        batch, _ = self._feed.next(self._step)
+        batch = self._feed.next(self._step).batch
         return {name: x for name, x in batch.items() if name != "answer"}
 
     def __next__(self):
@@ -102,7 +107,7 @@ class FeedIterator(DatasetIterator):
         self._step, self._states = step, {step: state}
 
     def reset(self):
-        """Goes back to the beginning."""
+        """Returns to the beginning."""
         self._go_to(0, self._beginning)
 
     @property
@@ -122,8 +127,8 @@ class FeedIterator(DatasetIterator):
     def restore(self, filename):
         """Goes to the position that `save` wrote for this checkpoint."""
         path = pathlib.Path(filename)
-        found = path if path.exists() else _engine_file(path)
-        self._go_to(_step_of(path), json.loads(found.read_text())["feed"])
+        file = path if path.exists() else _engine_file(path)
+        self._go_to(_step_of(path), json.loads(file.read_text())["feed"])
 
 
 def get_dataset(
@@ -137,12 +142,12 @@ def get_dataset(
     options: Mapping[str, Any] | None = None,
     checkpoint: str | None = None,
 ) -> FeedIterator:
-    """What t5x trains on: the very batches of our engine, or those of any task of SeqIO's.
+    """The batches that t5x trains on: those of our engine, or those of any task of SeqIO's.
 
     The arguments up to `continue_from_last_checkpoint` are t5x's.
 
     Args:
-      model: whose block size rows are made for.
+      model: the model, for the size of its blocks.
       options, checkpoint: see `seqio_task`.
 
     Raises:
@@ -158,12 +163,10 @@ def get_dataset(
         task = registry.get(name, **task_options(name, options, checkpoint))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"MIXTURE_OR_TASK_NAME {name!r}: {error}") from error
-    return FeedIterator(make_feed(
-        task=task, mode="none", model=model, batch_size=cfg.batch_size,
-        length=cfg.task_feature_lengths["targets"], curriculum=None, seed=cfg.seed,
-        shard=(shard_id, num_shards), place=None, pool_groups=0, pool_refresh=0,
-        lane_documents=None, packed=cfg.pack,
-    ))  # fmt: skip
+    return FeedIterator(fresh_feed(Source(
+        task, cfg.batch_size, cfg.task_feature_lengths["targets"], model.config.block_size, cfg.seed,
+        (shard_id, num_shards), packed=cfg.pack,
+    )))  # fmt: skip
 
 
 class _PipelineFeed(SeqioFeed):

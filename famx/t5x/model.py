@@ -1,5 +1,7 @@
-"""`DecoderModel` with what t5x alone asks of a model."""
+"""A `DecoderModel` behind the contract of t5x's models."""
 
+import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,36 +16,38 @@ from t5x import utils
 from t5x.optimizers import OptimizerDef
 
 from famx.base.errors import ConfigError
-from famx.data.seqio import as_seqio_vocabulary, from_seqio_vocabulary
+from famx.data.seqio import FamFeatureConverter, as_seqio_vocabulary, from_seqio_vocabulary
 from famx.data.vocabularies import save_vocabulary
 from famx.data.vocabularies.base import Vocabulary
 from famx.model_dir.checkpointer import check_model_dir
 from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import check_model, load_pretrained
-from famx.models import MEMORY_COLLECTION, DecoderModel
+from famx.models import Batch, DecoderModel
 from famx.t5x.data import seqio_task
+from famx.t5x.metrics import as_t5x
 from famx.t5x.optimizers import OptaxOptimizer
-from famx.training import state_passing
+from famx.training.state_passing import MUTABLES, RANDOM, Fresh, Random, StatePassing
 from famx.training.trainable import Trainable
 
-_MEMORY_AXES = {"memory": ("layers", "fam", "embed"), "updates": (), "steps": ()}
 
-
-class T5xModel(DecoderModel):
+class T5xModel:
     """A model as t5x drives it.
 
     Args:
       model: what our engine trains too; None: what `checkpoint` holds.
       mixture_or_task_name: the data, whose vocabulary is the model's unless it has one.
-      task_options: of a task of `famx.data`.
+      task_options: settings of a task of `famx.data`.
       optimizer: an optax transformation or an optimizer of t5x's; None to evaluate and infer.
       model_dir: where training saves; model and vocabulary are noted there, as our engine does.
-      state_passing_mode: none or random; see `famx.training.state_passing`.
-      random_state: settings of random state passing.
+      state_passing: `Fresh` or `Random`, see `famx.training.state_passing`.
       random_seed: parameters start as in our engine; None: t5x draws them.
       checkpoint: a `MODEL_DIR`, or one `checkpoint_<step>` in it: what is evaluated, or begun from.
-      trainable: what learns, see `famx.training.trainable`.
-      frozen_dtype: None; t5x cannot train with narrow weights.
+      trainable: which parameters learn, without `frozen_dtype`: t5x cannot train with narrow weights.
+
+    Attributes:
+      model: the `DecoderModel`, with the adapters that `trainable` asks for.
+      input_vocabulary, output_vocabulary: the task's, as SeqIO has it, or the model's.
+      optimizer_def: t5x's optimizer.
 
     Raises:
       ConfigError: with one sentence, if the settings do not fit.
@@ -56,95 +60,156 @@ class T5xModel(DecoderModel):
         task_options: Mapping[str, Any] | None = None,
         optimizer: Any = None,
         model_dir: str | None = None,
-        state_passing_mode: str = "none",
-        random_state: state_passing.RandomState | None = None,
+        state_passing: StatePassing = Fresh(),
         random_seed: int | None = None,
         checkpoint: str | None = None,
-        trainable: str = "all",
-        frozen_dtype: str | None = None,
+        trainable: Trainable = Trainable(),
     ):
         if model is None and checkpoint is None:
             raise ConfigError("MODEL is not set: add a model file such as gin_configs/models/tiny.gin.")
         if model is None or (checkpoint is not None and optimizer is None):
             model = check_model(split_checkpoint(checkpoint)[0], model)
-        self.__dict__.update(vars(model))
-        if state_passing_mode not in ("none", "random"):
+        if not isinstance(state_passing, (Fresh, Random)):
             raise ConfigError(
-                f"Under t5x STATE_PASSING is 'none' or 'random', not {state_passing_mode!r}:"
-                " t5x carries no states from row to row. Train with famx.train for the others."
+                f"Under t5x STATE_PASSING is 'none' or 'random', which {type(state_passing).__name__} is"
+                " not: t5x carries no states from row to row. Train with famx.train for the others."
             )
-        self.random_state = None
-        if state_passing_mode == "random" and self.config.fam_length:
-            self.random_state = random_state or state_passing.RandomState()
-        if frozen_dtype is not None:
+        if trainable.frozen_dtype is not None:
             raise ConfigError("Under t5x FROZEN_DTYPE is None: t5x differentiates every parameter.")
-        self.random_seed, self.trainable = random_seed, Trainable(trainable)
+        self.state_passing, self.random_seed, self.trainable = state_passing, random_seed, trainable
         self.optimizer_def = optimizer
         if optimizer is not None:
-            if trainable != "lora":
-                self.lora = None
-            self.trainable.check(self.abstract_params())
+            if trainable.name != "lora":
+                model = dataclasses.replace(model, lora=None)
+            trainable.check(model.abstract_params())
             if not isinstance(optimizer, OptimizerDef):
-                self.optimizer_def = OptaxOptimizer(optimizer, self.trainable)
+                self.optimizer_def = OptaxOptimizer(optimizer, trainable)
+        self.model = model
+        self.input_vocabulary = self.output_vocabulary = model.vocabulary
         if mixture_or_task_name is not None:
             self._set_vocabulary(seqio_task(mixture_or_task_name, task_options, checkpoint))
         if model_dir is not None:
             self._note(check_model_dir(model_dir))
 
     def _set_vocabulary(self, task_name: str) -> None:
-        """Takes the task's vocabulary where the model has none; t5x wants one of SeqIO's kind."""
+        """Takes the task's vocabulary, of SeqIO's kind; it must be the model's if that has one."""
         vocabulary = seqio.get_mixture_or_task(task_name).output_features["targets"].vocabulary
-        if vocabulary.vocab_size > self.config.vocab_size:
+        size, given = self.model.config.vocab_size, self.model.vocabulary
+        if vocabulary.vocab_size > size:
             raise ConfigError(
                 f"The task's vocabulary has {vocabulary.vocab_size} tokens, the model's only"
-                f" {self.config.vocab_size}: raise DecoderConfig.vocab_size."
+                f" {size}: raise DecoderConfig.vocab_size."
             )
-        own = self.output_vocabulary
-        own = as_seqio_vocabulary(own) if isinstance(own, Vocabulary) else own
-        if own not in (None, vocabulary):
+        given = as_seqio_vocabulary(given) if isinstance(given, Vocabulary) else given
+        if given not in (None, vocabulary):
             raise ConfigError(
                 f"The vocabulary of the task {task_name} is not that of the model: give it to the task"
                 " with TASK_OPTIONS, or take a task for that vocabulary."
             )
+        self.model = dataclasses.replace(self.model, vocabulary=vocabulary)
         self.input_vocabulary = self.output_vocabulary = vocabulary
 
     def _note(self, directory: pathlib.Path) -> None:
-        check_same_model(directory, self.describe())
+        check_same_model(directory, self.model.describe())
         vocabulary = self.output_vocabulary and from_seqio_vocabulary(self.output_vocabulary)
         if vocabulary is not None and jax.process_index() == 0:
             save_vocabulary(vocabulary, directory)
 
+    @property
+    def FEATURE_CONVERTER_CLS(self):  # noqa: N802, t5x's name
+        """SeqIO's feature converter for this model."""
+        bos_id = getattr(self.output_vocabulary, "bos_id", 1)
+        return functools.partial(FamFeatureConverter, bos_id=bos_id, pad_id=self.model.pad_id)
+
+    @property
+    def module(self):
+        """The decoder, whose parameters t5x prints."""
+        return self.model.module
+
+    # Variables.
+
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         """Fresh variables without boxes; their logical axes are in `params_axes`, as t5x wants them."""
+        del input_shapes, input_types  # no parameter depends on them
         if self.random_seed is not None:
             rng = jax.random.key(self.random_seed)
-        variables = super().get_initial_variables(rng, input_shapes, input_types)
-        boxed = flatten_dict(flax.core.unfreeze(variables["params"]))
+        boxed = flatten_dict(self.model.init_params(rng))
         axes = {(*path[:-1], f"{path[-1]}_axes"): AxisMetadata(box.names) for path, box in boxed.items()}
-        params = {path: box.value for path, box in boxed.items()}
-        made = {"params": unflatten_dict(params), "params_axes": unflatten_dict(axes)}
-        if MEMORY_COLLECTION in variables:
-            made[MEMORY_COLLECTION] = variables[MEMORY_COLLECTION]
-            made[f"{MEMORY_COLLECTION}_axes"] = {
-                f"{name}_axes": AxisMetadata(names) for name, names in _MEMORY_AXES.items()
-            }
+        params = unflatten_dict({path: box.value for path, box in boxed.items()})
+        made = {"params": params, "params_axes": unflatten_dict(axes)}
+        if self._keeps_memory:
+            kept = self.state_passing.initial(self.model, params)[MUTABLES]
+            cut = lambda leaf, names: AxisMetadata(("layers", *names))
+            memory = jax.tree.map(cut, kept[RANDOM]["memory"], self.model.config.memory.axes())
+            axes = {"memory": memory, "updates": AxisMetadata(()), "steps": AxisMetadata(())}
+            named = {(*path[:-1], f"{path[-1]}_axes"): x for path, x in flatten_dict(axes).items()}
+            made |= kept | {f"{RANDOM}_axes": unflatten_dict(named)}
         return flax.core.freeze(made)
 
-    def loss_fn(self, params, batch, dropout_rng, flax_mutables=None):
-        """As `DecoderModel.loss_fn`, without gradients for what does not learn."""
+    @property
+    def _keeps_memory(self) -> bool:
+        return isinstance(self.state_passing, Random) and self.model.config.memory.exists
+
+    # Training.
+
+    def loss_fn(self, params, batch: Batch, dropout_rng, flax_mutables=None):
+        """t5x's training loss, without gradients for what does not learn.
+
+        With `flax_mutables` of random state passing, examples may begin from the kept memory; without a
+        random key they do not, and it stays as it is.
+
+        Returns:
+          `(loss, metrics)`, or `(loss, (metrics, flax_mutables))` where these are given.
+        """
         if self.trainable.name != "all":
             flat = flatten_dict(flax.core.unfreeze(params), sep="/")
             for path in flat:
                 if not self.trainable.learns(path):
                     flat[path] = jax.lax.stop_gradient(flat[path])
             params = unflatten_dict(flat, sep="/")
-        return super().loss_fn(params, batch, dropout_rng, flax_mutables)
+        state = self.model.initial_state(params, batch["decoder_input_tokens"].shape[0])
+        passing = self.state_passing if self._keeps_memory and flax_mutables else Fresh()
+        kept = {MUTABLES: flax_mutables}
+        if dropout_rng is not None:
+            state, dropout_rng = passing.start(kept, state, None, dropout_rng)
+        loss, metrics, end = self.model.loss(params, batch, dropout_rng, state)
+        if flax_mutables is None:
+            return loss, as_t5x(metrics)
+        end = None if dropout_rng is None else passing.end(kept, end)
+        if end is not None:
+            flax_mutables = flax_mutables.copy(flax.core.freeze(end[MUTABLES]))
+        return loss, (as_t5x(metrics), flax_mutables)
+
+    def eval_fn(self, params, batch: Batch, flax_mutables=None):
+        """`(loss, metrics)` from the start of each example, without any training technique."""
+        del flax_mutables
+        loss, metrics, _ = self.model.loss(params, batch)
+        return loss, as_t5x(metrics)
+
+    # Inference.
+
+    def score_batch(self, params, batch: Batch, return_intermediates=False, flax_mutables=None):
+        """Log-likelihood of the weighted targets, float32 `[B]`."""
+        del flax_mutables
+        if return_intermediates:
+            raise ValueError("Intermediates are not kept while scoring; use capture_intermediates.")
+        return self.model.score(params, batch)
+
+    def predict_batch(self, params, batch: Batch, rng=None, flax_mutables=None):
+        """Greedy continuations of the prompts, int32 `[B, L]`: see `DecoderModel.predict`."""
+        return self.predict_batch_with_aux(params, batch, rng, flax_mutables)[0]
+
+    def predict_batch_with_aux(self, params, batch: Batch, rng=None, flax_mutables=None):
+        """Greedy continuations, and `{"scores": float32 [B]}`: see `DecoderModel.predict`."""
+        del rng, flax_mutables
+        tokens, scores = self.model.predict(params, batch)
+        return tokens, {"scores": scores}
 
 
 class Initializer(utils.TrainStateInitializer):
     """t5x's, but a run that begins takes its parameters from a checkpoint, as our engine does.
 
-    The model may differ from the one there in its memory; steps and optimizer begin anew.
+    The model may differ from the one there in its memory; steps and optimizer state start at zero.
     """
 
     def __init__(self, *args, initial_checkpoint_path: str, **kwargs):
@@ -154,7 +219,7 @@ class Initializer(utils.TrainStateInitializer):
           *args, **kwargs: t5x's.
         """
         super().__init__(*args, **kwargs)
-        self._initial, self._model = initial_checkpoint_path, kwargs["init_fn"].__self__
+        self._initial, self._model = initial_checkpoint_path, kwargs["init_fn"].__self__.model
 
     def from_scratch(self, init_rng):
         """A fresh state whose parameters are those of the initial checkpoint."""

@@ -13,7 +13,8 @@ class Curriculum:
 
     Attributes:
       blocks: lengths in the order in which they unlock.
-      unlock: smoothed metric at which the next length unlocks.
+      unlock: smoothed metric at which the next length unlocks. In a run the metrics of a step take
+        effect `famx.training.ahead.OBSERVED_DELAY` steps later.
       metric: name of the metric, computed on batches of the newest length alone.
       smoothing: weight of the past in the smoothed metric, per step of the newest length.
       newest: share of the draws that go to the newest length.
@@ -36,6 +37,11 @@ class Curriculum:
                 raise ValueError(f"The curriculum's {name} must lie in [0, 1].")
         self.stage, self.level = 0, 0.0
 
+    @property
+    def newest_blocks(self) -> int:
+        """The length that was unlocked last, in blocks."""
+        return self.blocks[self.stage]
+
     def draw(self, rng: np.random.Generator) -> int:
         """A length in blocks."""
         if self.stage == 0 or rng.random() < self.newest:
@@ -57,5 +63,5 @@ class Curriculum:
         return {"stage": self.stage, "level": self.level}
 
     def set_state(self, state: dict):
-        """Goes on from what `get_state` gave."""
+        """Resumes from what `get_state` gave."""
         self.stage, self.level = int(state["stage"]), float(state["level"])

@@ -1,56 +1,136 @@
-"""Where a training step's batch comes from, and from which states its examples go on.
+"""Where a training step's batch comes from.
 
-A feed has `next(step) -> (batch, blocks)` (numpy rows of this host; `blocks` is the length of the
-documents, or None), `observe(blocks, value) -> bool` for a curriculum, `prepare(step, params, lanes)
--> lanes` for states made before the step, and `get_state`/`set_state` for exact resumption.
+A feed has `next(step) -> Rows`, `observe(blocks, value)` for a curriculum, `prepare(rows, params, kept)
+-> kept` for states that are made before the step, and `get_state`/`set_state` for exact resumption.
+`next` and `observe` are called in the order of the steps and use numpy alone, so a thread can call them
+before the steps begin (`famx.training.ahead`); `prepare` needs the parameters of its step.
 """
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, ContinuousLanes, IndexedDocuments, PackedRows
-from famx.data.tasks import Kind, kind_of, vocabulary_of
+from famx.data.tasks import Kind, kind_of
 from famx.decoding import Streamer
-from famx.training import state_passing as passing
+from famx.models import DecoderModel
 from famx.training.curriculum import Curriculum
 
 
-class Feed:
-    """What a feed does unless it says otherwise: no curriculum, no states of its own."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a feed is made from: a task, and the rows that are wanted of it.
 
-    def next(self, step: int):
-        """`(batch, blocks)` of the step: this host's rows, and the documents' length or None."""
+    Attributes:
+      task: rows by index, documents, or a task of SeqIO.
+      batch_size: rows of the global batch.
+      length: tokens of a row.
+      block_size: tokens of a block.
+      random_seed: seed of the order of documents and of the draws of a curriculum.
+      shard: index of this host, and number of hosts.
+      curriculum: lengths to draw from; None: rows as long as they are.
+      packed: whether rows hold several documents; None: as the feed chooses.
+    """
+
+    task: Any
+    batch_size: int
+    length: int
+    block_size: int
+    random_seed: int = 0
+    shard: tuple[int, int] = (0, 1)
+    curriculum: Curriculum | None = None
+    packed: bool | None = None
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the task makes rows by index."""
+        return kind_of(self.task) is Kind.MADE
+
+    @property
+    def is_seqio(self) -> bool:
+        """Whether the task is one of SeqIO's, neither rows by index nor documents."""
+        return kind_of(self.task) is Kind.SEQIO
+
+    def check_length(self, whole_blocks: bool) -> None:
+        """Raises ConfigError if a row is shorter than a block, or must hold whole blocks and does not."""
+        size, length = self.block_size, self.length
+        if length < size:
+            raise ConfigError(
+                f"The row length {length} of TASK_FEATURE_LENGTHS is shorter than a block of {size}"
+                f" tokens: use at least {size} or change DecoderConfig.block_size."
+            )
+        if length % size and (whole_blocks or self.curriculum is not None):
+            raise ConfigError(
+                f"The row length {length} of TASK_FEATURE_LENGTHS must be a multiple of the block size "
+                f"{size} where states are carried from row to row or a curriculum counts blocks: use"
+                f" {length // size * size}, or change DecoderConfig.block_size."
+            )
+
+
+class Refresh(NamedTuple):
+    """A group of the aged-state pool that is made before a step.
+
+    Attributes:
+      group: index of the group.
+      prefix: tokens that its states have read, int32 `[rows, L]`, this host's rows.
+    """
+
+    group: int
+    prefix: np.ndarray
+
+
+class Rows(NamedTuple):
+    """What a feed gives a step.
+
+    Attributes:
+      batch: this host's rows.
+      blocks: length of the documents in blocks; None without a curriculum's draws.
+      longest: longest length that the curriculum has unlocked, in blocks; None without a curriculum.
+      refresh: see `Feed.prepare`; None: nothing to prepare.
+    """
+
+    batch: dict[str, np.ndarray]
+    blocks: int | None = None
+    longest: int | None = None
+    refresh: Refresh | None = None
+
+
+class Feed:
+    """A feed without curriculum and without states; the base of the others."""
+
+    def next(self, step: int) -> Rows:
+        """This host's rows of the step; called once for each step, in order."""
         raise NotImplementedError
 
     def get_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps to go on exactly here, as JSON can hold it."""
+        """What a checkpoint keeps to resume exactly here: a copy, as JSON can hold it."""
         raise NotImplementedError
 
     def set_state(self, state) -> None:
-        """Goes on from what `get_state` gave."""
+        """Resumes from what `get_state` gave."""
         raise NotImplementedError
 
-    def observe(self, blocks, value):
-        """Takes a batch's metric; True if that unlocked longer documents."""
-        return False
+    def observe(self, blocks: int | None, value: float) -> None:
+        """Takes the metric of a batch of `blocks` into account."""
 
-    def prepare(self, step, params, lanes):
-        """The lanes' states before the step."""
-        return lanes
+    def prepare(self, rows: Rows, params, kept):
+        """What the training state keeps, with the states that `rows` needs."""
+        del rows, params
+        return kept
 
 
 class LaneFeed(Feed):
-    """Documents read by continuous lanes. The engine carries the states, unless told not to."""
+    """Documents read by lanes: continuous ones, or packed rows."""
 
     def __init__(self, lanes: ContinuousLanes):
         self.lanes = lanes
 
     def next(self, step):
-        return next(self.lanes), None
+        return Rows(next(self.lanes))
 
     def get_state(self):
         return self.lanes.get_state()
@@ -65,103 +145,106 @@ class LaneFeed(Feed):
 class SeqioFeed(Feed):
     """Rows of a SeqIO task or mixture; needs seqio, which the task's own module has imported."""
 
-    def __init__(self, task, batch_size, length, seed, shard, packed=False):
+    def __init__(self, source: Source):
         import seqio
 
         from famx.data.seqio import FamFeatureConverter
 
+        task, packed = source.task, bool(source.packed)
         vocabulary = task.output_features["targets"].vocabulary
         bos_id = check_bos(getattr(vocabulary, "bos_id", 1), task.name)
         dataset = seqio.get_dataset(
             task.name,
-            {"targets": length},
+            {"targets": source.length},
             dataset_split="train",
             shuffle=True,
             num_epochs=None,
-            seed=seed,
-            shard_info=seqio.ShardInfo(*shard),
+            seed=source.random_seed,
+            shard_info=seqio.ShardInfo(*source.shard),
             trim_output_features=not packed,
             feature_converter=FamFeatureConverter(
                 pack=packed, bos_id=bos_id, pad_id=vocabulary.pad_id
             ),
         )
-        self._dataset = dataset.batch(batch_size // shard[1], drop_remainder=True)
+        self._dataset = dataset.batch(source.batch_size // source.shard[1], drop_remainder=True)
         self.set_state({"batches": 0})
 
     def next(self, step):
         self._taken += 1
-        return next(self._batches), None
+        return Rows(next(self._batches))
 
     def get_state(self):
         return {"batches": self._taken}
 
     def set_state(self, state):
-        """Goes on after so many batches of the same, seeded order."""
+        """Skips the batches that were taken, of the same seeded order."""
         self._taken = int(state["batches"])
         self._batches = self._dataset.skip(self._taken).as_numpy_iterator()
 
 
 class IndexedFeed(Feed):
-    """Rows of a task that is a pure function of an index; step `s` has indices `s * B` and on.
+    """Rows of a task that is a pure function of an index; step `s` has the indices from `s * B` on.
 
     Args:
-      task: an object with `batch(indices, length)`, such as `PasskeyTask`.
-      batch_size: rows of the global batch.
-      block_size: tokens of a block.
-      blocks: blocks through which the gradient goes; longer documents need an `AgedFeed`.
-      length: tokens of a row of `blocks` blocks, if its last block is not whole; None: whole blocks.
-      curriculum: draws the lengths; None: always `blocks`.
-      seed: of the draws.
-      shard: this host's index, and how many hosts there are.
+      source: its task has `batch(indices, length)`, such as `PasskeyTask`. A curriculum draws the
+        lengths of the rows, and is copied; without one every row has the source's length.
+
+    Raises:
+      ConfigError: the rows are too short for the task, or for the curriculum.
     """
 
-    def __init__(
-        self, task, batch_size, block_size, blocks, curriculum, seed, shard=(0, 1), length=None
-    ):
-        self.length = length or blocks * block_size
-        self.task, self.batch_size, self.block_size, self.blocks = task, batch_size, block_size, blocks
-        self.curriculum = curriculum or Curriculum((blocks,))
-        self.seed, self.shard = seed, shard
-        if curriculum is None and self.length < task.min_length:
+    _longer_documents = False  # than a row
+
+    def __init__(self, source: Source):
+        self.source, task, size = source, source.task, source.block_size
+        self.blocks = -(-source.length // size)
+        if source.curriculum is None and source.length < task.min_length:
             raise ConfigError(
-                f"The rows hold {self.length} tokens, but the task needs {task.min_length}: raise"
+                f"The rows hold {source.length} tokens, but the task needs {task.min_length}: raise"
                 " TASK_FEATURE_LENGTHS."
             )
-        shortest, longest = min(self.curriculum.blocks), max(self.curriculum.blocks)
-        needed = math.ceil(task.min_length / block_size)
+        curriculum = source.curriculum or Curriculum((self.blocks,))
+        self.curriculum = dataclasses.replace(curriculum)  # a copy: the feed changes its progress
+        shortest, longest = min(curriculum.blocks), max(curriculum.blocks)
+        needed = math.ceil(task.min_length / size)
         if shortest < needed:
             raise ConfigError(
-                f"The shortest length of the curriculum is {shortest} blocks of {block_size} tokens, "
+                f"The shortest length of the curriculum is {shortest} blocks of {size} tokens, "
                 f"but the task needs {task.min_length} tokens, {needed} blocks."
             )
-        if longest > blocks and type(self) is IndexedFeed:
+        if longest > self.blocks and not self._longer_documents:
             raise ConfigError(
-                f"The curriculum goes to {longest} blocks, but the rows hold {blocks}: raise "
+                f"The curriculum goes to {longest} blocks, but the rows hold {self.blocks}: raise "
                 "TASK_FEATURE_LENGTHS, or set STATE_PASSING to 'aged'."
             )
 
+    @property
+    def longest(self) -> int | None:
+        """Longest unlocked length in blocks; None without a curriculum."""
+        return None if self.source.curriculum is None else self.curriculum.newest_blocks
+
     def rng(self, step, stream):
         """The draws of a step, a stream for each purpose."""
-        return np.random.default_rng([self.seed, step, stream])
+        return np.random.default_rng([self.source.random_seed, step, stream])
 
     def next(self, step):
         blocks = self.curriculum.draw(self.rng(step, 0))
-        return self.fresh(step, blocks), blocks
+        return Rows(self.fresh(step, blocks), blocks, self.longest)
 
     def fresh(self, step, blocks):
-        """A batch of whole documents of so many blocks."""
-        return self.rows(step * self.batch_size, blocks)
+        """A batch of whole documents of `blocks` blocks."""
+        return self.rows(step * self.source.batch_size, blocks)
 
     def rows(self, first, blocks):
         """The documents from index `first` on: this host's part of a global batch."""
-        index, count = self.shard
-        rows = self.batch_size // count
+        source, (index, count) = self.source, self.source.shard
+        rows = source.batch_size // count
         start = first + index * rows
-        length = self.length if blocks == self.blocks else blocks * self.block_size
-        return self.task.batch(range(start, start + rows), length)
+        length = source.length if blocks == self.blocks else blocks * source.block_size
+        return source.task.batch(range(start, start + rows), length)
 
     def observe(self, blocks, value):
-        return self.curriculum.observe(blocks, value)
+        self.curriculum.observe(blocks, value)
 
     def get_state(self) -> dict[str, Any]:
         return {"curriculum": self.curriculum.get_state()}
@@ -173,20 +256,30 @@ class IndexedFeed(Feed):
 class AgedFeed(IndexedFeed):
     """Rows that end documents longer than the gradient reaches: the aged-state pool.
 
-    The pool has `groups` groups of a batch each. Every `refresh_period` steps one group is made
-    anew: fresh documents, all of one length, are read up to their last `blocks` blocks under the
-    current weights without gradient, and their states are kept. A step on a group trains the rest.
+    The pool has `groups` groups of a batch each. Every `refresh_period` steps one group is replaced: new
+    documents, all of one length, are read up to their last row under the current weights without
+    gradient, and their states are kept. A step on a group trains the rest of its documents.
+
+    Args:
+      source: see `IndexedFeed`; its curriculum may draw documents longer than a row.
+      model: reads the documents.
+      groups, refresh_period: see above.
+      place: puts this host's rows on the devices.
     """
 
-    def __init__(self, *args, model, groups=8, refresh_period=8, place=lambda batch: batch, **kwargs):
-        super().__init__(*args, **kwargs)
+    _longer_documents = True
+
+    def __init__(
+        self, source: Source, model: DecoderModel, groups: int, refresh_period: int, place=lambda x: x
+    ):
+        super().__init__(source)
         if groups < 1 or refresh_period < 1:
             raise ConfigError("The aged-state pool needs groups and refresh_period of at least 1.")
         aged = sum(b > self.blocks for b in set(self.curriculum.blocks))
         if groups < aged:
             raise ConfigError(
                 f"The curriculum has {aged} lengths beyond the {self.blocks} blocks of a row, but "
-                f"the aged-state pool only {groups} groups: raise pool_groups to at least {aged}."
+                f"the aged-state pool only {groups} groups: raise Aged.groups to at least {aged}."
             )
         self.model, self.refresh_period, self.place = model, refresh_period, place
         self.streamer = Streamer(model.module)
@@ -196,55 +289,64 @@ class AgedFeed(IndexedFeed):
 
     @property
     def pool_size(self) -> int:
-        """States in the pool."""
-        return len(self.lengths) * self.batch_size
+        """Number of states in the pool."""
+        return len(self.lengths) * self.source.batch_size
 
     def next(self, step):
+        refresh = self._refresh(step)
         blocks = self.curriculum.draw(self.rng(step, 0))
         if blocks > self.blocks:
             groups = [g for g, length in enumerate(self.lengths) if length == blocks]
             groups = groups or [g for g, length in enumerate(self.lengths) if length]
             if groups:
-                return self._group(int(self.rng(step, 1).choice(groups)))
+                batch, blocks = self._group(int(self.rng(step, 1).choice(groups)))
+                return Rows(batch, blocks, self.longest, refresh)
             blocks = self.blocks
         batch = self.fresh(step, blocks)
         rows = len(batch["decoder_input_tokens"])
-        return {**batch, "lane": np.full(rows, -1, np.int32)}, blocks
+        lane = np.full(rows, -1, np.int32)
+        return Rows({**batch, "lane": lane}, blocks, self.longest, refresh)
 
-    def prepare(self, step, params, lanes):
-        """Makes a group anew where one is due."""
+    def _refresh(self, step) -> Refresh | None:
+        """Decides whether a group is replaced before the step, and makes what its states read."""
         unlocked = [b for b in self.curriculum.blocks[: self.curriculum.stage + 1] if b > self.blocks]
         missing = [b for b in unlocked if b not in self.lengths]
         if not unlocked or (step % self.refresh_period and not missing):
-            return lanes
+            return None
         blocks = missing[-1] if missing else int(self.rng(step, 2).choice(unlocked))
         group = self.made % len(self.lengths)
         # The indices of pool documents never meet those of the fresh ones.
-        self.lengths[group], self.firsts[group] = blocks, 2**40 + self.made * self.batch_size
+        self.lengths[group], self.firsts[group] = blocks, 2**40 + self.made * self.source.batch_size
         self.made += 1
         prefix = self.rows(self.firsts[group], blocks)["decoder_input_tokens"]
-        prefix = prefix[:, : (blocks - self.blocks) * self.block_size]
+        return Refresh(group, prefix[:, : (blocks - self.blocks) * self.source.block_size])
+
+    def prepare(self, rows, params, kept):
+        """Reads the documents of the group that is replaced, if any."""
+        if rows.refresh is None:
+            return kept
+        pool, (group, prefix) = kept["lanes"], rows.refresh
         params = self.model.merged(params)
-        state = self.streamer.initial_state(params, self.batch_size)
+        state = self.streamer.initial_state(params, self.source.batch_size)
         _, state = self.streamer.read(params, state, self.place(prefix), aligned=True)
-        where = jax.tree.map(lambda x: x.sharding, lanes)  # and there they stay
-        return jax.device_put(self._put(lanes, state, group), where)
+        shardings = jax.tree.map(lambda x: x.sharding, pool)  # the pool's placement must not change
+        return {**kept, "lanes": jax.device_put(self._put(pool, state, group), shardings)}
 
     def _group(self, group):
-        blocks = self.lengths[group]
+        source, blocks = self.source, self.lengths[group]
         rows = self.rows(self.firsts[group], blocks)
-        start = (blocks - self.blocks) * self.block_size
+        start = (blocks - self.blocks) * source.block_size
         batch = {k: v[:, start:] for k, v in rows.items() if k.startswith("decoder_")}
-        index, count = self.shard
-        size = self.batch_size // count
+        index, count = source.shard
+        size = source.batch_size // count
         if "answer_start" in rows:
             batch["answer_start"] = rows["answer_start"] - start
-        batch["lane"] = (group * self.batch_size + index * size + np.arange(size)).astype(np.int32)
+        batch["lane"] = (group * source.batch_size + index * size + np.arange(size)).astype(np.int32)
         return batch, blocks
 
     def get_state(self):
-        state = super().get_state()
-        return {**state, "lengths": self.lengths, "firsts": self.firsts, "made": self.made}
+        lengths, firsts = list(self.lengths), list(self.firsts)
+        return {**super().get_state(), "lengths": lengths, "firsts": firsts, "made": self.made}
 
     def set_state(self, state):
         super().set_state(state)
@@ -258,6 +360,79 @@ def _put_group(pool, state, group):
     return pool.map_examples(put, state)
 
 
+# ---------------------------------------------------------------- the feed of a source
+
+
+def fresh_feed(source: Source) -> Feed:
+    """The feed whose examples begin before the first token: packed rows of documents, or rows by index.
+
+    Raises:
+      ConfigError: the task, the curriculum and the lengths do not fit.
+    """
+    source.check_length(whole_blocks=False)
+    if source.is_seqio:
+        if source.curriculum is not None:
+            raise _no_documents(source.task)
+        return SeqioFeed(source)
+    if source.indexed:
+        return IndexedFeed(source)
+    if source.curriculum is not None:
+        raise _not_indexed("A curriculum")
+    return _lanes(source, source.task, packed=source.packed is not False)
+
+
+def lane_feed(source: Source, document_length: int, num_documents: int) -> Feed:
+    """The feed whose rows continue documents: continuous lanes.
+
+    Args:
+      source: rows to make; of a task by index documents are cut.
+      document_length: tokens of such a document.
+      num_documents: number of such documents.
+
+    Raises:
+      ConfigError: the task, the curriculum and the lengths do not fit.
+    """
+    source.check_length(whole_blocks=True)
+    if source.is_seqio:
+        raise _no_documents(source.task)
+    if source.curriculum is not None:
+        raise _not_indexed("A curriculum")
+    documents = source.task
+    if source.indexed:
+        if document_length < source.task.min_length:
+            raise ConfigError(
+                f"Lanes.document_length is {document_length}, but the task needs documents of "
+                f"at least {source.task.min_length} tokens."
+            )
+        documents = IndexedDocuments(source.task, document_length, num_documents)
+    return _lanes(source, documents, packed=bool(source.packed))
+
+
+def aged_feed(
+    source: Source, model: DecoderModel, groups: int, refresh_period: int, place
+) -> AgedFeed:
+    """The feed of the aged-state pool, see `AgedFeed`.
+
+    Raises:
+      ConfigError: the task, the curriculum and the lengths do not fit.
+    """
+    source.check_length(whole_blocks=True)
+    if source.is_seqio:
+        raise _no_documents(source.task)
+    if not source.indexed:
+        raise _not_indexed("The aged-state pool")
+    return AgedFeed(source, model, groups, refresh_period, place)
+
+
+def _lanes(source: Source, documents, packed: bool) -> LaneFeed:
+    vocabulary = getattr(source.task, "vocab", None) or ByteVocabulary()
+    lanes = (PackedRows if packed else ContinuousLanes)(
+        documents, source.batch_size, source.length, source.random_seed, *source.shard,
+        bos_id=check_bos(vocabulary.bos_id, "the task"), pad_id=vocabulary.pad_id,
+    )  # fmt: skip
+    return LaneFeed(lanes)
+
+
 def check_bos(bos_id: int | None, name: str) -> int:
     """`bos_id`, or ConfigError where the vocabulary of the task `name` has none."""
     if bos_id is None:
@@ -268,65 +443,15 @@ def check_bos(bos_id: int | None, name: str) -> int:
     return bos_id
 
 
-def make_feed(
-    task, mode, model, batch_size, length, curriculum, seed, shard, place, pool_groups, pool_refresh,
-    lane_documents, packed=None,
-):  # fmt: skip
-    """The feed of a task under a state-passing mode; `length` tokens are one training row.
+def _no_documents(task) -> ConfigError:
+    return ConfigError(
+        f"SeqIO's task {task.name} has rows, not documents: set STATE_PASSING to 'none' or "
+        "'random', and no curriculum."
+    )
 
-    `packed` fills rows of documents with several of them; None: unless lanes carry states.
 
-    Raises:
-      ConfigError: the task, the mode and the lengths do not go together.
-    """
-    size = model.config.block_size
-    if mode not in passing.MODES:
-        raise ConfigError(
-            f"STATE_PASSING is {mode!r}; choose one of {', '.join(passing.MODES)}."
-        )
-    if length < size:
-        raise ConfigError(
-            f"The row length {length} of TASK_FEATURE_LENGTHS is shorter than a block of {size} tokens:"
-            f" use at least {size} or change DecoderConfig.block_size."
-        )
-    if length % size and (mode in ("continuous", "aged") or curriculum is not None):
-        raise ConfigError(
-            f"The row length {length} of TASK_FEATURE_LENGTHS must be a multiple of the block size "
-            f"{size} where states are carried from row to row or a curriculum counts blocks: use"
-            f" {length // size * size}, or change DecoderConfig.block_size."
-        )
-    kind = kind_of(task)
-    indexed = kind is Kind.MADE
-    if kind is Kind.SEQIO:
-        if mode not in ("none", "random") or curriculum is not None:
-            raise ConfigError(
-                f"SeqIO's task {task.name} has rows, not documents: set STATE_PASSING to 'none' or "
-                "'random', and no curriculum."
-            )
-        return SeqioFeed(task, batch_size, length, seed, shard, bool(packed))
-    if indexed and mode != "continuous":
-        common = (task, batch_size, size, -(-length // size), curriculum, seed, shard, length)
-        if mode != "aged":
-            return IndexedFeed(*common)
-        return AgedFeed(
-            *common, model=model, groups=pool_groups, refresh_period=pool_refresh, place=place
-        )
-    if mode == "aged" or curriculum is not None:
-        what = "The aged-state pool" if mode == "aged" else "A curriculum"
-        raise ConfigError(
-            f"{what} needs a task whose examples are made by index, such as 'passkey_words', and "
-            "state passing other than 'continuous'."
-        )
-    documents = task
-    if indexed:
-        if lane_documents.length < task.min_length:
-            raise ConfigError(
-                f"LaneDocuments.length is {lane_documents.length}, but the task needs documents of "
-                f"at least {task.min_length} tokens."
-            )
-        documents = IndexedDocuments(task, lane_documents.length, lane_documents.count)
-    rows = PackedRows if packed or (packed is None and mode != "continuous") else ContinuousLanes
-    vocabulary = vocabulary_of(task) or ByteVocabulary()
-    bos_id = check_bos(vocabulary.bos_id, "the task")
-    lanes = rows(documents, batch_size, length, seed, *shard, bos_id=bos_id, pad_id=vocabulary.pad_id)
-    return LaneFeed(lanes)
+def _not_indexed(what: str) -> ConfigError:
+    return ConfigError(
+        f"{what} needs a task whose examples are made by index, such as 'passkey_words', and "
+        "state passing other than 'continuous'."
+    )

@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step has to do, counted from the configuration.
+"""Number of floating-point operations of a training step, counted from the configuration.
 
 Only what the loss depends on is counted: pairs of a query and a key that it sees, no masked ones;
 real tokens, no padding; updates of the memory that a later block reads; nothing twice, whatever is
@@ -16,11 +16,11 @@ from famx.modules.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """What learns, which decides how much of a backward pass there is.
+    """What learns, which decides how much of a backward pass is computed.
 
     Attributes:
-      paths: of the parameters that learn, such as "layers/query/kernel"; None: all.
-      rank: of the low-rank adapters, those of `paths` that are called so.
+      paths: paths of the parameters that learn, such as "layers/query/kernel"; None: all.
+      rank: rank of the low-rank adapters among `paths`.
     """
 
     paths: Collection[str] | None = None
@@ -80,7 +80,7 @@ def train_flops(
       config: sizes of the model.
       batch: examples.
       length: tokens of each example.
-      from_start: whether the examples begin with the prompt. If not, they go on from a state at a
+      from_start: whether the examples begin with the prompt. If not, they continue from a state at a
         block boundary that has read at least `memory_segments` blocks.
       learning: what learns.
 

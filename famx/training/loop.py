@@ -1,114 +1,44 @@
-"""The training loop, read from top to bottom."""
+"""The training loop: check, open the data, begin or resume, step through, finish."""
 
-import collections
 import contextlib
 import dataclasses
-import json
+import functools
 import pathlib
-import shutil
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
 import jax
-from jax.experimental import multihost_utils
 
+from famx import mesh as meshes
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
-from famx.base.files import write_json
 from famx.base.signals import graceful_stop
-from famx.data.tasks import Kind, kind_of, registry, vocabulary_of
+from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.data.vocabularies import save_vocabulary
-from famx.lora import save_adapter
-from famx.mesh import batch_shard, batch_sharding, on_mesh
-from famx.model_dir import memory_file
 from famx.model_dir.checkpointer import Checkpointer, check_model_dir
-from famx.model_dir.identity import check_same_model, split_checkpoint, weights_fingerprint
+from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
-from famx.models import DecoderModel
-from famx.models.metrics import Mean
-from famx.training import state_passing
-from famx.training.curriculum import Curriculum
-from famx.training.feeds import make_feed
+from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY, BatchesAhead
+from famx.training.feeds import Feed
+from famx.training.metrics import RecentMetrics, mean
+from famx.training.run import Run
 from famx.training.run_log import RunLog
-from famx.training.setup import prepare
+from famx.training.saving import RunWriter
 from famx.training.speed import Profile, SpeedMeter
-from famx.training.trainable import Trainable
+from famx.training.step import TrainState, make_initializer, make_train_step
 
-_BASE_FILE = "base.json"  # what a run began from
 _MAX_SKIPPED = 20  # steps in a row whose gradient was not finite
-
-
-@dataclasses.dataclass(frozen=True)
-class LaneDocuments:
-    """How continuous lanes cut documents from a task that is made by index."""
-
-    length: int = 16384  # tokens of a document
-    count: int = 1_000_000
+_STOP_PERIOD = 10  # steps after which several processes agree on a stop: that waits for the devices
 
 
 @gin.configurable
-def train(
-    model_dir: str,
-    model: DecoderModel,
-    mixture_or_task_name: str,
-    task_feature_lengths: Mapping[str, int],
-    total_steps: int,
-    batch_size: int,
-    optimizer: Any,
-    task_options: Mapping[str, Any] | None = None,
-    random_seed: int = 0,
-    state_passing_mode: str = "none",
-    random_state: state_passing.RandomState | None = None,
-    curriculum: Curriculum | None = None,
-    pool_groups: int = 8,
-    pool_refresh_period: int = 8,
-    lane_documents: LaneDocuments = LaneDocuments(),
-    packed: bool | None = None,
-    evaluation: Any = None,
-    eval_period: int = 0,
-    log_period: int = 10,
-    checkpoint_period: int = 1000,
-    checkpoints_to_keep: int | None = 3,
-    initial_checkpoint_path: str | None = None,
-    initial_memory_file: str | None = None,
-    trainable: str = "all",
-    frozen_dtype: str | None = None,
-    num_microbatches: int = 1,
-    profile_steps: str | None = None,
-) -> dict[str, float]:
-    """Trains a model, or goes on where the last run in `model_dir` stopped, bit for bit.
+def train(run: Run) -> dict[str, float]:
+    """Trains a model, or resumes where the last run in `run.model_dir` stopped, bit for bit.
 
-    Args:
-      model_dir: absolute directory of checkpoints and logs.
-      model: what to train.
-      mixture_or_task_name: a task of `famx.data`, made with `task_options`.
-      task_feature_lengths: `{"targets": L}`, the tokens of a row through which gradients go.
-      total_steps: steps of the whole run, earlier parts included.
-      batch_size: rows of the global batch.
-      optimizer: an optax transformation.
-      random_seed: of parameters, data and everything else that is drawn.
-      state_passing_mode: none, random, continuous or aged; see `famx.training.state_passing`.
-      random_state: settings of random state passing.
-      curriculum: lengths in blocks that unlock on accuracy; those beyond a row need `aged`.
-      pool_groups, pool_refresh_period: the aged-state pool, see `AgedFeed`.
-      lane_documents: documents that continuous lanes cut from a task made by index.
-      packed: fill rows with several documents; None: unless `continuous` lanes read them.
-      evaluation: called as `evaluation(model, params, step) -> scalars` every `eval_period` steps;
-        its `report(model, params, model_dir)`, if any, ends the run; its `check(model)`, if any,
-        raises ConfigError before the run begins.
-      eval_period, log_period, checkpoint_period: in steps; `eval_period` 0: at the end alone.
-      checkpoints_to_keep: the newest so many; None: all.
-      initial_checkpoint_path: where a run that begins takes its parameters from, a `MODEL_DIR` or one
-        `checkpoint_<step>` of it. The model may differ from the one there in its memory. The task's
-        vocabulary is then the one there.
-      initial_memory_file: what `famx.memory` wrote with that checkpoint: every example begins from it,
-        and its memory is what `trainable="memory"` trains.
-      trainable: which parameters learn, see `famx.training.trainable`.
-      frozen_dtype: of matrices that do not learn: "bfloat16" or "int8"; None: as they are.
-      num_microbatches: parts of the batch that are read one after another, to need less memory; the
-        step is the same.
-      profile_steps: "10:13" traces these steps to `MODEL_DIR/profile`, see `Profile`.
+    The host does not wait for the devices but to log, save and evaluate: batches are made ahead on a
+    thread, and metrics are read `METRICS_DELAY` steps late. A curriculum therefore sees the metrics of a
+    step `OBSERVED_DELAY` steps later, and gradients that are not finite end the run `METRICS_DELAY` steps
+    later than they could; after a resume just as in an uninterrupted run.
 
     Returns:
       The last logged scalars.
@@ -116,251 +46,300 @@ def train(
     Raises:
       ConfigError: with one sentence, before anything is compiled, if the settings do not fit.
     """
-    # ---------------------------------------------------------------- checks
-    directory = check_model_dir(model_dir)
-    for name, value in (("TRAIN_STEPS", total_steps), ("log_period", log_period)):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, not {value}.")
-    profile = Profile(profile_steps, directory)
-    setup = prepare(
-        model, optimizer, task_feature_lengths, batch_size, random_seed, state_passing_mode,
-        random_state, pool_groups, initial_memory_file, trainable, frozen_dtype, num_microbatches,
-    )  # fmt: skip
-    mesh, learns = setup.mesh, setup.learns
-    _check_start(initial_memory_file, initial_checkpoint_path, learns, state_passing_mode, evaluation)
-    initial_vocabulary = None
-    if initial_checkpoint_path is not None:
-        initial = split_checkpoint(initial_checkpoint_path)[0]
-        initial_vocabulary = check_model(initial).input_vocabulary
-    task = _make_task(mixture_or_task_name, task_options or {}, initial_vocabulary)
-    vocabulary = _vocabulary(task, model)
-    if initial_vocabulary is not None and vocabulary not in (None, initial_vocabulary):
-        raise ConfigError(
-            f"The vocabulary of the task {mixture_or_task_name} is not that of {initial}: give it with"
-            f" TASK_OPTIONS={{'vocabulary': {str(initial)!r}}}, or take a task for that vocabulary."
-        )
-    if model.input_vocabulary is None:
-        model.input_vocabulary = model.output_vocabulary = vocabulary
-    if hasattr(evaluation, "check"):
-        evaluation.check(model)
+    run, directory, profile = _check(run)
+    run, data = _open_data(run, directory)
+    with contextlib.ExitStack() as stack:
+        session = _begin_or_resume(run, data, directory, profile, stack)
+        _step_through(session, stack.enter_context(graceful_stop()))
+        return _finish(session)
 
-    # ---------------------------------------------------------------- data
-    sharding = batch_sharding(mesh)
 
-    def place(batch):
-        make = lambda x: jax.make_array_from_process_local_data(sharding, x)
+# ---------------------------------------------------------------- check
+
+
+def _check(run: Run) -> tuple[Run, pathlib.Path, Profile]:
+    """The run, ready for its devices; its directory; and the trace that is asked for."""
+    if run.model_dir is None:
+        raise ConfigError("MODEL_DIR is not set: training needs a directory for its checkpoints.")
+    directory = check_model_dir(run.model_dir)
+    if run.steps < 1:
+        raise ConfigError(f"TRAIN_STEPS must be at least 1, not {run.steps}.")
+    profile = Profile(run.profile_steps, directory)
+    run = run.ready()
+    run.state_passing.check(run)
+    return run, directory, profile
+
+
+# ---------------------------------------------------------------- open the data
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """The opened data of a run.
+
+    Attributes:
+      feed: rows for each step.
+      sharding: of a batch.
+      initial_dir: `MODEL_DIR` of the checkpoint that the run begins from, or None.
+      notes: sentences for the log.
+    """
+
+    feed: Feed
+    sharding: Any
+    initial_dir: pathlib.Path | None
+    notes: tuple[str, ...]
+
+    def place(self, batch):
+        """This host's rows as arrays of the global batch."""
+        make = lambda x: jax.make_array_from_process_local_data(self.sharding, x)
         return jax.tree.map(make, batch)
 
-    shard = batch_shard(setup.mesh, jax.process_index())
-    feed = make_feed(
-        task, state_passing_mode, model, batch_size, task_feature_lengths["targets"], curriculum,
-        random_seed, shard, place, pool_groups, pool_refresh_period, lane_documents, packed,
-    )  # fmt: skip
+
+def _open_data(run: Run, directory: pathlib.Path) -> tuple[Run, _Data]:
+    """The run with vocabulary and evaluation, and its data; then nothing is left to be checked."""
+    initial_dir = initial_vocabulary = None
+    if run.initial_checkpoint_path is not None:
+        initial_dir = split_checkpoint(run.initial_checkpoint_path)[0]
+        initial_vocabulary = check_model(initial_dir).vocabulary
+    make_task = functools.partial(run.data.make_task, initial_vocabulary)
+    task = make_task()
+    vocabulary = _vocabulary(task, run)
+    if initial_vocabulary is not None and vocabulary not in (None, initial_vocabulary):
+        raise ConfigError(
+            f"The vocabulary of the task {run.data.task} is not that of {initial_dir}: give it with"
+            f" TASK_OPTIONS={{'vocabulary': {str(initial_dir)!r}}}, or take a task for that vocabulary."
+        )
+    if run.model.vocabulary is None:
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocabulary=vocabulary))
+    evaluation, notes = run.evaluation, []
+    if hasattr(evaluation, "with_task"):
+        evaluation = evaluation.with_task(make_task)
+        if evaluation is run.evaluation:
+            notes.append(
+                f"{type(evaluation).__name__} has a task of its own: settings of the task that is"
+                " trained on do not change it."
+            )
+        run = dataclasses.replace(run, evaluation=evaluation)
+    if hasattr(evaluation, "check"):
+        evaluation.check(run.model)
+
+    data = _Data(None, meshes.batch_sharding(run.mesh), initial_dir, tuple(notes))
+    feed = run.state_passing.feed(run.source(task), run.model, data.place)
     gin_utils.check_all_used()
-    check_same_model(directory, model.describe())  # last: it notes the model
+    check_same_model(directory, run.model.describe())  # last: it notes the model
     if jax.process_index() == 0 and vocabulary is not None:
         save_vocabulary(vocabulary, directory)
-
-    # ---------------------------------------------------------------- state
-    first = jax.process_index() == 0
-    with contextlib.ExitStack() as stack:
-        initialize, abstract = setup.initializer()
-        check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
-        checkpointer = stack.enter_context(Checkpointer(directory, keep=checkpoints_to_keep))
-        pending: list[list] = []  # metrics of steps since the last log line
-        if checkpointer.latest_step() is None:
-            pretrained, start, notes = {}, None, []
-            if initial_checkpoint_path is not None:
-                pretrained, notes = load_pretrained(initial_checkpoint_path, model)
-                base = {
-                    "checkpoint": str(initial_checkpoint_path),
-                    "weights": weights_fingerprint(pretrained),
-                }
-                if first:
-                    write_json(directory / _BASE_FILE, base)
-                    if (initial / "source").is_dir():  # of an imported model, for the export
-                        shutil.copytree(initial / "source", directory / "source", dirs_exist_ok=True)
-            if setup.with_start:
-                trained = TrainedModel(model, pretrained, 0, initial)
-                start = memory_file.restore_memory(initial_memory_file, trained)[1]
-            state = initialize(jax.random.key(random_seed), pretrained, start)
-            del pretrained  # given away
-        else:
-            tree, data, last = checkpointer.restore(None, abstract.to_checkpoint())
-            if data is None:
-                raise ConfigError(
-                    f"{directory}/checkpoint_{last} does not tell the position in the data: t5x saves it"
-                    " with SaveCheckpointConfig.save_dataset=True."
-                )
-            state = type(abstract).from_checkpoint(tree)
-            feed.set_state(data["feed"])
-            pending = data["pending"]
-        step = int(state.step)
-        log = stack.enter_context(
-            RunLog(str(directory), total_steps=total_steps, start_step=step, enabled=first)
-        )
-        if first:
-            gin_utils.write_operative_config(str(directory))
-        if step == 0:
-            count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-            learning = "" if trainable == "all" else f", {count(learns.part(state)):,} of them learn"
-            devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-            log.message(f"{count(state.params):,} parameters{learning}; {devices}")
-            for note in notes:
-                log.message(note)
-        else:
-            log.message(f"Going on from step {step} of {directory}.")
-
-        # ------------------------------------------------------------ loop
-        stack.enter_context(on_mesh(mesh, setup.rules))
-        train_step = setup.train_step(abstract)
-        merge = jax.jit(model.merged)
-        stop = stack.enter_context(graceful_stop())
-        scalars: dict[str, float] = {}
-        saved, skipped = step, 0
-        from_start = state_passing_mode in ("none", "random") and not setup.with_start
-        speed = SpeedMeter(model.config, from_start, setup.learning)
-        stack.callback(profile.close)
-
-        def save():
-            data = {"feed": feed.get_state(), "pending": pending}
-            checkpointer.save(step, state.to_checkpoint(), data, force=True)
-            if model.lora is not None:
-                small = multihost_utils.process_allgather(learns.part(state), tiled=True)
-                if first:
-                    memory = model.config.memory_fields()
-                    base = _read_base(directory)
-                    save_adapter(
-                        directory / "adapter", small, model.lora, base.get("weights"),
-                        base.get("checkpoint"), memory,
-                    )  # fmt: skip
-
-        def evaluate():
-            if evaluation is None:
-                return {}
-            found = evaluation(model, merge(state.params), step)
-            log.write(step, found, split="eval")
-            scores = {k: v for k, v in found.items() if not k.startswith("memory/")}  # health is logged
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            log.message(f"Step {step}: {shown}")
-            return found
-
-        while step < total_steps and not stop():
-            state = state.replace(lanes=feed.prepare(step, state.params, state.lanes))
-            with speed.waiting():
-                batch, blocks = feed.next(step)
-                batch.pop("answer", None)
-                batch = place(batch)
-            profile.before(step + 1)
-            state, metrics = train_step(state, batch)
-            step += 1
-            speed.count(*batch["decoder_target_tokens"].shape)
-            if profile.after(step, metrics):
-                log.message(f"The trace of steps {profile_steps} is in {profile.directory}.")
-            values = {k: [float(m.total), float(m.count)] for k, m in jax.device_get(metrics).items()}
-            pending.append([blocks, values])
-            skipped = skipped + 1 if values["skipped"][0] else 0
-            _check_finite(skipped, step, checkpointer)
-            if feed.observe(blocks, _mean(values, getattr(curriculum, "metric", "loss"))):
-                log.message(f"Step {step}: {curriculum.blocks[curriculum.stage]} blocks unlocked.")
-            if step % log_period == 0 or step == total_steps:
-                scalars = _summary(pending)
-                scalars |= speed.report()
-                if curriculum is not None:
-                    scalars["blocks"] = curriculum.blocks[curriculum.stage]
-                pending = []
-                log.write(step, scalars)
-                log.progress(step, scalars)
-            if step % checkpoint_period == 0:
-                save()
-                saved = step
-            if eval_period and step % eval_period == 0 and step < total_steps:
-                evaluate()
-                speed.restart()
-
-        # ------------------------------------------------------------ end
-        if step != saved or checkpointer.latest_step() is None:
-            save()
-        checkpointer.wait()
-        if step < total_steps:
-            log.message(f"Stopped at step {step}; the same command goes on from there.")
-            return scalars
-        scalars |= evaluate()
-        if first and hasattr(evaluation, "report"):
-            log.message(evaluation.report(model, merge(state.params), str(directory)))
-        if setup.with_start and first:
-            path = directory / f"memory_{step}.famem"
-            memory_file.with_memory(initial_memory_file, path, state.start.memory)
-            log.message(f"The memory that was trained is in {path}.")
-    return scalars
+    return run, dataclasses.replace(data, feed=feed)
 
 
-def _check_start(memory, checkpoint, learns: Trainable, mode: str, evaluation: Any) -> None:
-    if memory is None:
-        return
-    if memory_file.read_header(memory).position[1:]:
-        raise ConfigError(f"INITIAL_MEMORY_FILE {memory} holds several memories: give a file of one.")
-    if checkpoint is None:
-        raise ConfigError("INITIAL_MEMORY_FILE needs INITIAL_CHECKPOINT_PATH, the model that made it.")
-    if learns.name != "memory":
-        raise ConfigError(
-            f"INITIAL_MEMORY_FILE needs TRAINABLE='memory', not {learns.name!r}: it is what learns."
-        )
-    if mode != "none":
-        raise ConfigError(
-            f"INITIAL_MEMORY_FILE needs STATE_PASSING='none', not {mode!r}: every example begins from it."
-        )
-    if evaluation is not None:
-        raise ConfigError(
-            "An evaluation begins from nothing, not from INITIAL_MEMORY_FILE: leave it out, and give the"
-            " memory that is trained to famx.infer as MEMORY_FILE."
-        )
-
-
-def _make_task(name: str, options: Mapping[str, Any], vocabulary: Any):
-    """The task; one that can take any vocabulary, and is given none, takes `vocabulary`."""
-    if vocabulary is not None and "vocabulary" not in options and registry.takes(name, "vocabulary"):
-        options = {**options, "vocabulary": vocabulary}
-    try:
-        return registry.get(name, **options)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"MIXTURE_OR_TASK_NAME {name!r}: {error}") from error
-
-
-def _vocabulary(task, model):
+def _vocabulary(task, run: Run):
     """The task's vocabulary, which the model must have room for; None where it is not ours to save."""
-    vocabulary = vocabulary_of(task)
+    vocabulary, size = vocabulary_of(task), run.model.config.vocab_size
     if kind_of(task) is Kind.SEQIO:
         from famx.data.seqio import from_seqio_vocabulary
 
         vocabulary = from_seqio_vocabulary(task.output_features["targets"].vocabulary)
-    if vocabulary is not None and vocabulary.vocab_size > model.config.vocab_size:
+    if vocabulary is not None and vocabulary.vocab_size > size:
         raise ConfigError(
             f"The task's vocabulary has {vocabulary.vocab_size} tokens, the model's only "
-            f"{model.config.vocab_size}: raise DecoderConfig.vocab_size."
+            f"{size}: raise DecoderConfig.vocab_size."
         )
     return vocabulary
 
 
-def _read_base(directory: pathlib.Path) -> dict[str, str]:
-    path = directory / _BASE_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+# ---------------------------------------------------------------- begin or resume
 
 
-def _mean(values: Mapping[str, Sequence[float]], name: str) -> float:
-    total, count = values.get(name, (0.0, 0.0))
-    return total / count if count else 0.0
+@dataclasses.dataclass
+class _Session:
+    """A run that has begun: everything that changes from step to step, and where it is written.
+
+    Attributes:
+      step: steps taken.
+      metrics: of steps that are not logged or not yet observed.
+      logged: steps taken at the last line of the log.
+      skipped: steps in a row without a finite gradient, among those whose metrics were read.
+      saved: steps taken at the last checkpoint.
+      longest: length in blocks that the curriculum unlocked last.
+      scalars: those of the last line of the log.
+    """
+
+    run: Run
+    data: _Data
+    directory: pathlib.Path
+    profile: Profile
+    checkpointer: Checkpointer
+    writer: RunWriter
+    log: RunLog
+    abstract: TrainState
+    state: TrainState
+    step: int
+    metrics: RecentMetrics
+    logged: int
+    skipped: int
+    ahead: BatchesAhead
+    speed: SpeedMeter
+    saved: int
+    longest: int | None = None
+    scalars: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def merge(self):
+        """Jitted: the decoder's own parameters of those that are trained."""
+        return jax.jit(self.run.model.merged)
+
+    def save(self) -> None:
+        """Writes a checkpoint from which the run resumes exactly."""
+        self.metrics.drop(min(self.logged, self.step - OBSERVED_DELAY))
+        position = {
+            "feed": self.ahead.state(),
+            "pending": self.metrics.to_json(),
+            "logged": self.logged,
+            "skipped": self.skipped,
+        }
+        self.writer.save(self.step, self.state, position)
+        self.saved = self.step
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates and logs; the scores."""
+        run = self.run
+        if run.evaluation is None:
+            return {}
+        scores = run.evaluation(run.model, self.merge(self.state.params), self.step)
+        self.log.write(self.step, scores, split="eval")
+        shown = {name: value for name, value in scores.items() if not name.startswith("memory/")}
+        text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self.log.message(f"Step {self.step}: {text}")
+        return scores
 
 
-def _summary(pending) -> dict[str, float]:
-    sums: dict[str, Mean] = collections.defaultdict(lambda: Mean(0.0, 0.0))
-    for _, values in pending:
-        for name, (total, count) in values.items():
-            sums[name] = Mean(sums[name].total + total, sums[name].count + count)
-    return {k: float(m.total / m.count) if m.count else 0.0 for k, m in sums.items()}
+def _begin_or_resume(
+    run: Run, data: _Data, directory: pathlib.Path, profile: Profile, stack: contextlib.ExitStack
+) -> _Session:
+    """The session of a new run, or of the newest checkpoint; `stack` closes what it opens."""
+    first = jax.process_index() == 0
+    initialize, abstract = make_initializer(run)
+    check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
+    checkpointer = stack.enter_context(Checkpointer(directory, keep=run.checkpoints_to_keep))
+    writer = RunWriter(run, directory, checkpointer)
+    notes, position = list(data.notes), {}
+    if checkpointer.latest_step() is None:
+        state = _new_state(run, data, initialize, writer, notes)
+    else:
+        tree, position, last = checkpointer.restore(None, abstract.to_checkpoint())
+        if position is None:
+            raise ConfigError(
+                f"{directory}/checkpoint_{last} does not tell the position in the data: t5x saves it"
+                " with SaveCheckpointConfig.save_dataset=True."
+            )
+        state = TrainState.from_checkpoint(tree)
+        data.feed.set_state(position["feed"])
+    step = int(state.step)
+    log = stack.enter_context(
+        RunLog(str(directory), steps=run.steps, start_step=step, enabled=first)
+    )
+    if first:
+        gin_utils.write_operative_config(str(directory))
+    log.message(_opening(run, state) if step == 0 else f"Resuming from step {step} of {directory}.")
+    for note in notes:
+        log.message(note)
+
+    metrics = RecentMetrics(position.get("pending", ()))
+    ahead = BatchesAhead(data.feed, run.steps)
+    stack.callback(ahead.close)
+    stack.callback(profile.close)
+    ahead.ask(step)  # its state has observed all that it may
+    for later in range(step + 1, step + BATCHES_AHEAD):
+        ahead.ask(later, _observation(run, metrics.read(later - 1 - OBSERVED_DELAY)))
+    stack.enter_context(run.on_mesh())
+    speed = SpeedMeter(run.model.config, run.state_passing.from_prompt, run.learning)
+    return _Session(
+        run, data, directory, profile, checkpointer, writer, log, abstract, state, step, metrics,
+        position.get("logged", step), position.get("skipped", 0), ahead, speed, step,
+    )  # fmt: skip
 
 
-def _check_finite(skipped: int, step: int, checkpointer: Checkpointer):
+def _new_state(run: Run, data: _Data, initialize, writer: RunWriter, notes: list[str]) -> TrainState:
+    """The first state; what is left out of an initial checkpoint is said in `notes`."""
+    pretrained, loaded = {}, None
+    if run.initial_checkpoint_path is not None:
+        pretrained, more = load_pretrained(run.initial_checkpoint_path, run.model)
+        notes += more
+        writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
+        trained = TrainedModel(run.model, pretrained, 0, data.initial_dir)
+        loaded = run.state_passing.load(trained)
+    return initialize(jax.random.key(run.random_seed), pretrained, loaded)
+
+
+def _opening(run: Run, state: TrainState) -> str:
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    learning = ""
+    if run.trainable.name != "all":
+        part = run.state_passing.part(run.trainable, state.params, state.kept)
+        learning = f", {count(part):,} of them learn"
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    return f"{count(state.params):,} parameters{learning}; {devices}"
+
+
+# ---------------------------------------------------------------- step through
+
+
+def _step_through(session: _Session, stop) -> None:
+    """Takes the steps that are left, until `stop()`."""
+    run, every, log, profile = session.run, session.run.every, session.log, session.profile
+    train_step = make_train_step(run, session.abstract)
+    session.speed.restart()
+    while session.step < run.steps and not _stopped(stop, session.step):
+        _observe(session)
+        with session.speed.waiting():
+            rows = session.ahead.take()
+        if session.longest not in (None, rows.longest):
+            log.message(f"Step {session.step}: {rows.longest} blocks unlocked.")
+        session.longest = rows.longest
+        state = session.state
+        state = state.replace(kept=session.data.feed.prepare(rows, state.params, state.kept))
+        batch = {name: x for name, x in rows.batch.items() if name != "answer"}
+        batch = session.data.place(batch)
+        profile.before(session.step + 1)
+        session.state, metrics = train_step(state, batch)
+        session.metrics.add(session.step, rows.blocks, metrics)
+        session.step += 1
+        session.speed.count(*batch["decoder_target_tokens"].shape)
+        if profile.after(session.step, metrics):
+            log.message(f"The trace of steps {run.profile_steps} is in {profile.directory}.")
+        if session.step % every.log == 0 or session.step == run.steps:
+            _log(session)
+        if session.step % every.checkpoint == 0:
+            session.save()
+        if every.evaluation and session.step % every.evaluation == 0 and session.step < run.steps:
+            session.evaluate()
+            session.speed.restart()
+
+
+def _stopped(stop, step: int) -> bool:
+    return (jax.process_count() == 1 or step % _STOP_PERIOD == 0) and stop()
+
+
+def _observe(session: _Session) -> None:
+    """Reads the metrics of `METRICS_DELAY` steps ago, and lets the next batch be made."""
+    seen = session.step - 1 - METRICS_DELAY
+    entry = session.metrics.read(seen)
+    if entry is not None:
+        session.skipped = _skipped(session.skipped, entry, seen + 1, session.checkpointer)
+    session.ahead.ask(session.step + BATCHES_AHEAD, _observation(session.run, entry))
+
+
+def _observation(run: Run, entry) -> tuple[int | None, float] | None:
+    """What a feed observes of a step's `(blocks, sums)`."""
+    if entry is None:
+        return None
+    blocks, sums = entry
+    return blocks, mean(sums, getattr(run.data.curriculum, "metric", "loss"))
+
+
+def _skipped(skipped: int, entry, step: int, checkpointer: Checkpointer) -> int:
+    """Steps in a row without a finite gradient, up to `step`; too many end the run."""
+    skipped = skipped + 1 if entry[1]["skipped"][0] else 0
     if skipped >= _MAX_SKIPPED:
         last = checkpointer.latest_step()
         good = f"The last checkpoint, of step {last}, is good."
@@ -368,3 +347,44 @@ def _check_finite(skipped: int, step: int, checkpointer: Checkpointer):
             f"The gradient was not finite in the {skipped} steps before step {step}: lower the "
             f"learning rate. {'There is no checkpoint yet.' if last is None else good}"
         )
+    return skipped
+
+
+def _log(session: _Session) -> None:
+    """Writes a line of the log, the means since the last one; waits for the last step."""
+    scalars = session.metrics.means(session.logged) | session.speed.report()
+    if session.longest is not None:
+        scalars["blocks"] = session.longest
+    session.scalars, session.logged = scalars, session.step
+    session.metrics.drop(session.step - OBSERVED_DELAY)
+    session.log.write(session.step, scalars)
+    session.log.progress(session.step, scalars)
+
+
+# ---------------------------------------------------------------- finish
+
+
+def _finish(session: _Session) -> dict[str, float]:
+    """Saves; a run that is complete is evaluated and reported. Returns the last logged scalars."""
+    run, step, log = session.run, session.step, session.log
+    if step == run.steps:
+        skipped = session.skipped
+        for late in range(step - 1 - METRICS_DELAY, step):
+            entry = session.metrics.read(late)
+            if entry is not None:
+                skipped = _skipped(skipped, entry, late + 1, session.checkpointer)
+    if step != session.saved or session.checkpointer.latest_step() is None:
+        session.save()
+    session.checkpointer.wait()
+    if step < run.steps:
+        log.message(f"Stopped at step {step}; the same command resumes from there.")
+        return session.scalars
+    scalars = session.scalars | session.evaluate()
+    if jax.process_index() == 0:
+        if hasattr(run.evaluation, "report"):
+            params = session.merge(session.state.params)
+            log.message(run.evaluation.report(run.model, params, str(session.directory)))
+        sentence = run.state_passing.export(session.state.kept, session.directory, step)
+        if sentence is not None:
+            log.message(sentence)
+    return scalars

@@ -62,7 +62,7 @@ def adafactor(
 ) -> optax.GradientTransformation:
     """Adafactor with momentum `beta1` and second-moment decay `beta2`, as in the paper.
 
-    The decay starts at 0 and grows as `1 - (step + 1) ** -0.8` up to `beta2`, which stands in for a
+    The decay starts at 0 and grows as `1 - (step + 1) ** -0.8` up to `beta2`, which replaces a
     bias correction. Each parameter's update is clipped to a root mean square of 1.
 
     Second moments of matrices are kept as a row and a column (factored); vectors and matrices

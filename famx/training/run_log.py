@@ -26,7 +26,7 @@ class RunLog:
     Args:
         model_dir: existing directory.
         name: names the TensorBoard run `MODEL_DIR/tensorboard/<name>` and the progress bar.
-        total_steps: for the bar's end and the remaining time; None if unknown.
+        steps: for the bar's end and the remaining time; None if unknown.
         start_step: the step the run starts after; 0 for a new run.
         stream: where progress goes; standard error by default. A terminal gets a bar.
         enabled: False makes every method do nothing (processes other than the first).
@@ -36,7 +36,7 @@ class RunLog:
         self,
         model_dir: str,
         name: str = "train",
-        total_steps: int | None = None,
+        steps: int | None = None,
         start_step: int = 0,
         stream: IO[str] | None = None,
         enabled: bool = True,
@@ -45,7 +45,7 @@ class RunLog:
         if not enabled:
             return
         self._name = name
-        self._progress = Progress(name, total_steps, start_step, line_seconds=0, stream=stream)
+        self._progress = Progress(name, steps, start_step, line_seconds=0, stream=stream)
         path = pathlib.Path(model_dir) / _FILE
         _drop_later_lines(path, start_step)
         self._file = path.open("a", encoding="utf-8")

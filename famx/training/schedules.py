@@ -25,22 +25,22 @@ def constant_rate(learning_rate: float, warmup_steps: int = 0) -> optax.Schedule
 
 @gin.configurable
 def warmup_cosine(
-    learning_rate: float, total_steps: int, warmup_steps: int = 0, floor: float = 0.0
+    learning_rate: float, steps: int, warmup_steps: int = 0, floor: float = 0.0
 ) -> optax.Schedule:
-    """Half a cosine from `learning_rate` at the end of the warm-up to `floor` at `total_steps`.
+    """Half a cosine from `learning_rate` at the end of the warm-up to `floor` at `steps`.
 
-    `floor` is a rate, not a fraction; it holds from `total_steps` on.
+    `floor` is a rate, not a fraction; it holds from `steps` on.
 
     Examples:
-      >>> rate = warmup_cosine(1e-3, total_steps=100, warmup_steps=10)
+      >>> rate = warmup_cosine(1e-3, steps=100, warmup_steps=10)
       >>> [round(float(rate(step)), 6) for step in (10, 55, 100)]
       [0.001, 0.0005, 0.0]
     """
-    _check(learning_rate, warmup_steps, total_steps, floor)
+    _check(learning_rate, warmup_steps, steps, floor)
     low = floor / learning_rate
 
     def rate(step):
-        progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
+        progress = jnp.clip((step - warmup_steps) / (steps - warmup_steps), 0.0, 1.0)
         return low + (1 - low) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
     return _warmed_up(learning_rate, warmup_steps, rate)
@@ -62,22 +62,22 @@ def warmup_rsqrt(learning_rate: float, warmup_steps: int) -> optax.Schedule:
 @gin.configurable
 def warmup_stable_decay(
     learning_rate: float,
-    total_steps: int,
+    steps: int,
     decay_steps: int,
     warmup_steps: int = 0,
     floor: float = 0.0,
 ) -> optax.Schedule:
     """`learning_rate`, then a straight line to `floor` over the last `decay_steps` of the run."""
-    _check(learning_rate, warmup_steps, total_steps, floor)
-    if not 1 <= decay_steps <= total_steps - warmup_steps:
+    _check(learning_rate, warmup_steps, steps, floor)
+    if not 1 <= decay_steps <= steps - warmup_steps:
         raise ConfigError(
-            f"decay_steps must be between 1 and total_steps - warmup_steps"
-            f" ({total_steps - warmup_steps}), not {decay_steps}."
+            f"decay_steps must be between 1 and steps - warmup_steps"
+            f" ({steps - warmup_steps}), not {decay_steps}."
         )
     low = floor / learning_rate
 
     def rate(step):
-        left = jnp.clip((total_steps - step) / decay_steps, 0.0, 1.0)
+        left = jnp.clip((steps - step) / decay_steps, 0.0, 1.0)
         return low + (1 - low) * left
 
     return _warmed_up(learning_rate, warmup_steps, rate)
@@ -93,15 +93,15 @@ def _warmed_up(learning_rate: float, warmup_steps: int, rate: _Rate) -> optax.Sc
 
 
 def _check(
-    learning_rate: float, warmup_steps: int, total_steps: int | None = None, floor: float = 0.0
+    learning_rate: float, warmup_steps: int, steps: int | None = None, floor: float = 0.0
 ) -> None:
     if learning_rate <= 0:
         raise ConfigError(f"learning_rate must be above 0, not {learning_rate}.")
     if warmup_steps < 0:
         raise ConfigError(f"warmup_steps must not be negative, but is {warmup_steps}.")
-    if total_steps is not None and total_steps <= warmup_steps:
+    if steps is not None and steps <= warmup_steps:
         raise ConfigError(
-            f"total_steps ({total_steps}) must be larger than warmup_steps ({warmup_steps})."
+            f"steps ({steps}) must be larger than warmup_steps ({warmup_steps})."
         )
     if not 0 <= floor <= learning_rate:
         raise ConfigError(f"floor must be between 0 and learning_rate, not {floor}.")

@@ -1,4 +1,4 @@
-"""What a run reports of its speed, and traces of some of its steps."""
+"""Speed of a run, and traces of some of its steps."""
 
 import contextlib
 import pathlib
@@ -23,9 +23,9 @@ class SpeedMeter:
     """Tokens, steps and waiting between two reports.
 
     Args:
-      config: of the model.
+      config: configuration of the model.
       from_start: whether examples begin with the prompt, see `train_flops`.
-      learning: what learns, on which the operations of the backward pass depend.
+      learning: what learns; the operations of the backward pass depend on it.
     """
 
     def __init__(self, config: DecoderConfig, from_start: bool, learning: Learning = Learning()):
@@ -34,19 +34,19 @@ class SpeedMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Begins anew from now on, as after an evaluation."""
+        """Starts a new report now, as after an evaluation."""
         self._began = time.monotonic()
         self._tokens, self._steps, self._flops, self._waited = 0, 0, 0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """While the next batch is made."""
+        """Context in which the loop waits for the next batch."""
         began = time.monotonic()
         yield
         self._waited += time.monotonic() - began
 
     def count(self, batch: int, length: int) -> None:
-        """A step over `batch` examples of `length` tokens on all devices together is done."""
+        """Counts a step over `batch` examples of `length` tokens, on all devices together."""
         self._tokens += batch * length
         self._steps += 1
         if self._peak is not None:
@@ -54,28 +54,30 @@ class SpeedMeter:
             self._flops += sum(done.values())
 
     def report(self) -> dict[str, float]:
-        """Since the last report: the names of `NAMES` that apply here.
+        """The figures of `NAMES` that apply here, since the last report.
 
-        `data_wait` is the share of the time in which the devices had no batch; `mfu` is the share of
-        the devices' peak that went into the operations of `train_flops`; `memory_gb` the most that
-        this process's first device ever held, or on CPUs the process itself.
+        Call it once the counted steps are done. `data_wait` is the share of the time that the loop waited
+        for batches; the devices may have had earlier steps to compute meanwhile, so it bounds the share
+        in which they were idle for want of a batch. `mfu` is the share of the devices' peak that went
+        into the operations of `train_flops`; `memory_gb` is the most that this process's first device
+        ever held, or on CPUs the process itself.
         """
         elapsed = time.monotonic() - self._began
-        found = {
+        figures = {
             "tokens_per_second": self._tokens / elapsed,
             "step_seconds": elapsed / max(self._steps, 1),
             "data_wait": self._waited / elapsed,
         }
         if self._peak is not None:
-            found["mfu"] = self._flops / elapsed / (self._peak * jax.device_count())
+            figures["mfu"] = self._flops / elapsed / (self._peak * jax.device_count())
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
-            found["memory_gb"] = memory["peak_bytes_in_use"] / 1e9
+            figures["memory_gb"] = memory["peak_bytes_in_use"] / 1e9
         elif jax.default_backend() == "cpu":
             unit = 1 if sys.platform == "darwin" else 1024
-            found["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+            figures["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
         self.restart()
-        return found
+        return figures
 
 
 class Profile:
@@ -93,19 +95,19 @@ class Profile:
         self._running = False
         if steps is None:
             return
-        found = re.fullmatch(r"(\d+):(\d+)", str(steps))
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        match = re.fullmatch(r"(\d+):(\d+)", str(steps))
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
             raise ConfigError(f"The steps to profile are written as 10:13, first:last; not {steps!r}.")
-        self.first, self.last = int(found[1]), int(found[2])
+        self.first, self.last = int(match[1]), int(match[2])
 
     def before(self, step: int) -> None:
-        """Before step `step`, counted from 1."""
+        """Call before step `step`, counted from 1."""
         if step == self.first:
             jax.profiler.start_trace(str(self.directory))
             self._running = True
 
     def after(self, step: int, result) -> bool:
-        """After it; whether the trace has been written. `result` is what the step gave."""
+        """Call after it; whether the trace has been written. `result` is what the step returned."""
         if not self._running or step < self.last:
             return False
         jax.block_until_ready(result)
@@ -113,7 +115,7 @@ class Profile:
         return True
 
     def close(self) -> None:
-        """Ends a trace that is being made, as at the end of a run."""
+        """Ends a running trace, as at the end of a run."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

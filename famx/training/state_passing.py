@@ -1,34 +1,141 @@
-"""Training-only techniques that decide from which state an example begins.
+"""From which state the examples of a training step begin, and what is kept of the states they end in.
 
-| `state_passing` | an example begins from | paper |
-|---|---|---|
-| `none` | the prompt | |
-| `random` | with a probability, the memory that the last step's first example ended with | RSP |
-| `continuous` | where its lane's document was left by the last step | named as the ideal |
-| `aged` | a state of a pool that has read a random number of blocks | ours |
+| STATE_PASSING | class | an example begins from | paper |
+|---|---|---|---|
+| `none` | `Fresh` | the state before the first token | |
+| `random` | `Random` | with a probability, the memory that the last step's first example left | RSP |
+| `continuous` | `Lanes` | the state in which its lane's last row ended | named as the ideal |
+| `aged` | `Aged` | a state of a pool that has read a document up to its last row | ours |
+| `none`, INITIAL_MEMORY_FILE | `FromMemoryFile` | a saved memory, which learns | |
 
-Gradients never cross the step boundary. `random` lives here because t5x does it too; `continuous`
-and `aged` belong to `famx.training`.
+Gradients never cross the step boundary. What is kept is a dict of pytrees under the names that
+checkpoints give them. A `DecoderState` is opaque here but for its batch axes: its memory may be any
+pytree of leaves `[layers, B, ...]`.
 """
 
 import dataclasses
+import os
+import pathlib
+from typing import Any, ClassVar
 
+import flax.linen as nn
+import gin
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from famx.modules import Decoder, DecoderConfig, DecoderState
+from famx.base.errors import ConfigError
+from famx.mesh import Rules, state_sharding
+from famx.model_dir import memory_file as memory_files
+from famx.models import DecoderModel
+from famx.modules import DecoderState
+from famx.training.feeds import Feed, Source, aged_feed, fresh_feed, lane_feed
+from famx.training.trainable import Trainable
 
-MODES = ("none", "random", "continuous", "aged")
+MUTABLES, RANDOM = "flax_mutables", "state_passing"  # as t5x names what it keeps
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomState:
+class StatePassing:
+    """A way to choose the states that examples begin from; the base of the others keeps nothing.
+
+    Attributes:
+      from_prompt: whether examples begin before the first token, or so that it costs as much.
+      aligned: whether every example begins at a block boundary.
+    """
+
+    from_prompt: ClassVar[bool] = True
+    aligned: ClassVar[bool] = True
+
+    def check(self, run) -> None:
+        """Raises ConfigError if the other settings of the `famx.training.run.Run` do not fit."""
+
+    def feed(self, source: Source, model: DecoderModel, place) -> Feed:
+        """The feed of a task; `place` puts this host's rows on the devices."""
+        del model, place
+        return fresh_feed(source)
+
+    def batch_spec(self) -> dict[str, Any]:
+        """Name and dtype of what the feed's batches hold for each example besides rows."""
+        return {}
+
+    # ------ What the training state keeps
+
+    def load(self, trained) -> DecoderState | None:
+        """The state that `initial` takes, read with the `TrainedModel` that the run begins from."""
+        del trained
+
+    def initial(
+        self, model: DecoderModel, params, batch_size: int, loaded: DecoderState | None = None
+    ) -> dict[str, Any]:
+        """What is kept before the first step."""
+        del model, params, batch_size, loaded
+        return {}
+
+    def shardings(self, model: DecoderModel, kept, mesh: Mesh, rules: Rules) -> dict[str, Any]:
+        """A sharding for each array of `kept` (arrays or ShapeDtypeStructs)."""
+        config = model.config
+        return {name: state_sharding(state, config, mesh, rules) for name, state in kept.items()}
+
+    def export(self, kept, directory: pathlib.Path, step: int) -> str | None:
+        """Writes what is of use after the run; a sentence that says where, or None."""
+        del kept, directory, step
+
+    # ------ Within a step
+
+    def start(self, kept, fresh: DecoderState, batch, rng) -> tuple[DecoderState, Any]:
+        """The states that the batch begins from, and the random key for the rest of the step.
+
+        Args:
+          kept: what the training state keeps.
+          fresh: states before the first token.
+          batch: as the feed made it.
+          rng: random key of the step.
+        """
+        del kept, batch
+        return fresh, rng
+
+    def end(self, kept, state: DecoderState) -> dict[str, Any] | None:
+        """What is kept of the states after the batch; None: what was kept before, unchanged."""
+        del kept, state
+
+    def cut(self, kept, parts: int) -> dict[str, Any] | None:
+        """What each of `parts` parts of the batch begins with, on a new first axis; None: all of it."""
+        del kept, parts
+
+    def join(self, kept, ends) -> dict[str, Any] | None:
+        """What `end` is for the batch, from the stacked results of `end` for its parts."""
+        del kept, ends
+
+    # ------ What learns
+
+    def part(self, trainable: Trainable, params, kept) -> dict[str, Any]:
+        """The part of parameters and kept states that learns."""
+        del kept
+        return trainable.part(params)
+
+    def put(self, trainable: Trainable, params, kept, part) -> tuple[Any, dict[str, Any]]:
+        """`(params, kept)` with `part` in place of what learns."""
+        return trainable.put(params, part), kept
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Fresh(StatePassing):
+    """Every example begins before the first token."""
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Random(StatePassing):
     """Random state passing (RSP).
 
     Attributes:
-      probability: that a step's examples all begin from the kept memory.
-      start_step: first step that does so; from scratch, RSP at step 0 keeps a model from learning.
+      probability: probability that all examples of a step begin from the kept memory.
+      start_step: first step that may; from scratch, RSP at step 0 keeps a model from learning.
+
+    Raises:
+      ValueError: on construction, if `probability` is outside [0, 1].
     """
 
     probability: float = 0.8
@@ -38,46 +145,212 @@ class RandomState:
         if not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"RSP's probability must lie in [0, 1], got {self.probability}.")
 
-    def initial(self, config: DecoderConfig) -> dict[str, jax.Array]:
-        """Nothing kept yet: `memory`, leaves `[layers, ...]`, `updates` and `steps` int32 scalars."""
-        module, key = Decoder(config), jax.random.key(0)
-        make = lambda: module.init_with_output(key, 1, method="initial_state")[0].memory
+    def initial(self, model, params, batch_size=1, loaded=None):
+        """Zeros in place of a memory, and no update yet (`updates`, `steps`: int32 scalars)."""
+        del batch_size, loaded
+        state = jax.eval_shape(lambda params: model.initial_state(params, 1), params)
         zeros = lambda x: jnp.zeros(x.shape[:1] + x.shape[2:], x.dtype)
-        memory = jax.tree.map(zeros, jax.eval_shape(make))
-        return {"memory": memory, "updates": jnp.int32(0), "steps": jnp.int32(0)}
+        memory = jax.tree.map(zeros, state.memory)
+        return self._dict({"memory": memory, "updates": jnp.int32(0), "steps": jnp.int32(0)})
 
-    def start(self, kept, state: DecoderState, rng) -> DecoderState:
-        """`state` (nothing read), or for the whole batch one that begins with the kept memory."""
-        use = jax.random.bernoulli(rng, float(self.probability))
+    def shardings(self, model, kept, mesh, rules):
+        """The memory is cut as that of one example's state; the counts are whole."""
+        params = nn.unbox(model.abstract_params())
+        state = jax.eval_shape(lambda params: model.initial_state(params, 1), params)
+        no_batch = lambda x: NamedSharding(mesh, PartitionSpec(*x.spec[:1], *x.spec[2:]))
+        memory = jax.tree.map(no_batch, state_sharding(state, model.config, mesh, rules).memory)
+        whole = NamedSharding(mesh, PartitionSpec())
+        return self._dict({"memory": memory, "updates": whole, "steps": whole})
+
+    def start(self, kept, fresh, batch, rng):
+        del batch
+        coin, rng = jax.random.split(rng)
+        kept = kept[MUTABLES][RANDOM]
+        use = jax.random.bernoulli(coin, float(self.probability))
         use &= (kept["updates"] > 0) & (kept["steps"] >= self.start_step)
-        choose = lambda old, new: jnp.where(use, jax.lax.stop_gradient(new)[:, None], old)
-        return state.replace(
-            memory=jax.tree.map(choose, state.memory, kept["memory"]),
-            updates=jnp.where(use, kept["updates"], state.updates),
-        )
+        choose = lambda kept, fresh: jnp.where(use, jax.lax.stop_gradient(kept)[:, None], fresh)
+        return fresh.replace(
+            memory=jax.tree.map(choose, kept["memory"], fresh.memory),
+            updates=jnp.where(use, kept["updates"], fresh.updates),
+        ), rng
 
-    def keep(self, kept, state: DecoderState) -> dict[str, jax.Array]:
-        """What is kept of the final state: the memory of the batch's first example."""
-        return {
-            "memory": jax.tree.map(lambda x: jax.lax.stop_gradient(x[:, 0]), state.memory),
+    def end(self, kept, state):
+        """The memory of the batch's first example."""
+        first = lambda x: jax.lax.stop_gradient(x[:, 0])
+        return self._dict({
+            "memory": jax.tree.map(first, state.memory),
             "updates": state.updates[0],
-            "steps": kept["steps"] + 1,
-        }
+            "steps": kept[MUTABLES][RANDOM]["steps"] + 1,
+        })  # fmt: skip
+
+    def join(self, kept, ends):
+        del kept
+        return jax.tree.map(lambda x: x[0], ends)
+
+    def _dict(self, kept):
+        return {MUTABLES: {RANDOM: kept}}
 
 
-def random_offset(rng, batch_size: int, rope_base: float):
-    """Random position offsets (RPO), int32 `[B]`: `U(0, 2 pi base)`, or 0 half of the time."""
-    size, coin = jax.random.split(rng)
-    offset = jax.random.uniform(size, (batch_size,), maxval=2 * np.pi * rope_base)
-    return jnp.where(jax.random.bernoulli(coin, 0.5, (batch_size,)), offset, 0).astype(jnp.int32)
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Lanes(StatePassing):
+    """Every example begins from the state in which its lane's last row ended.
+
+    Attributes:
+      document_length: tokens of a document, for tasks whose examples are made by index.
+      num_documents: number of such documents.
+    """
+
+    from_prompt: ClassVar[bool] = False
+    document_length: int = 16384
+    num_documents: int = 1_000_000
+
+    def feed(self, source, model, place):
+        del model, place
+        return lane_feed(source, self.document_length, self.num_documents)
+
+    def batch_spec(self):
+        return {"reset": jnp.bool_}
+
+    def initial(self, model, params, batch_size, loaded=None):
+        del loaded
+        return {"lanes": model.initial_state(params, batch_size)}
+
+    def start(self, kept, fresh, batch, rng):
+        """The lane's state without gradient, or a fresh one where `reset`."""
+        return fresh.select(batch["reset"], jax.lax.stop_gradient(kept["lanes"])), rng
+
+    def end(self, kept, state):
+        del kept
+        return {"lanes": jax.lax.stop_gradient(state)}
+
+    def cut(self, kept, parts):
+        return {"lanes": kept["lanes"].map_examples(lambda x, axis: cut(x, parts, axis))}
+
+    def join(self, kept, ends):
+        return {"lanes": kept["lanes"].map_examples(lambda _, x, axis: join(x, axis), ends["lanes"])}
 
 
-def continue_lanes(lanes: DecoderState, initial: DecoderState, reset) -> DecoderState:
-    """Where each lane reads on: its last state without gradient, or the start where `reset`."""
-    return initial.select(reset, jax.lax.stop_gradient(lanes))
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Aged(StatePassing):
+    """Every example begins before the first token, or from a state of the aged-state pool.
+
+    Attributes:
+      groups: groups of the pool, each of a batch of states.
+      refresh_period: steps after which a group is replaced, see `famx.training.feeds.AgedFeed`.
+    """
+
+    from_prompt: ClassVar[bool] = False
+    groups: int = 8
+    refresh_period: int = 8
+
+    def feed(self, source, model, place):
+        return aged_feed(source, model, self.groups, self.refresh_period, place)
+
+    def batch_spec(self):
+        return {"lane": jnp.int32}
+
+    def initial(self, model, params, batch_size, loaded=None):
+        del loaded
+        return {"lanes": model.initial_state(params, batch_size * self.groups)}
+
+    def start(self, kept, fresh, batch, rng):
+        """State `lane` (int32 `[B]`) of the pool without gradient, or a fresh one where it is -1."""
+        lane = batch["lane"]
+        aged = jax.lax.stop_gradient(kept["lanes"].take(jnp.maximum(lane, 0)))
+        return fresh.select(lane < 0, aged), rng
 
 
-def continue_aged(pool: DecoderState, initial: DecoderState, lane) -> DecoderState:
-    """State `lane` (int32 `[B]`) of the pool without gradient, or the start where it is -1."""
-    aged = jax.lax.stop_gradient(pool.take(jnp.maximum(lane, 0)))
-    return initial.select(lane < 0, aged)
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class FromMemoryFile(StatePassing):
+    """Every example begins from the memory of a file (`famx.memory`), which is all that learns.
+
+    Attributes:
+      path: a memory file of one text, made by the checkpoint that the run begins from.
+    """
+
+    from_prompt: ClassVar[bool] = False
+    aligned: ClassVar[bool] = False
+    path: str | os.PathLike
+
+    def check(self, run):
+        if memory_files.read_header(self.path).position[1:]:
+            raise ConfigError(
+                f"INITIAL_MEMORY_FILE {self.path} holds several memories: give a file of one."
+            )
+        if run.initial_checkpoint_path is None:
+            raise ConfigError(
+                "INITIAL_MEMORY_FILE needs INITIAL_CHECKPOINT_PATH, the model that made it."
+            )
+        if run.trainable.name != "memory":
+            raise ConfigError(
+                f"INITIAL_MEMORY_FILE needs TRAINABLE='memory', not {run.trainable.name!r}: it is what"
+                " learns."
+            )
+        if run.evaluation is not None:
+            raise ConfigError(
+                "An evaluation begins from nothing, not from INITIAL_MEMORY_FILE: leave it out, and give"
+                " the memory that is trained to famx.infer as MEMORY_FILE."
+            )
+
+    def load(self, trained):
+        return memory_files.restore_memory(self.path, trained)[1]
+
+    def initial(self, model, params, batch_size, loaded=None):
+        del batch_size
+        return {"start": model.initial_state(params, 1) if loaded is None else loaded}
+
+    def export(self, kept, directory, step):
+        path = directory / f"memory_{step}.famem"
+        memory_files.with_memory(self.path, path, kept["start"].memory)
+        return f"The memory that was trained is in {path}."
+
+    def start(self, kept, fresh, batch, rng):
+        del batch
+        return kept["start"].take(jnp.zeros((fresh.batch_size,), jnp.int32)), rng
+
+    def part(self, trainable, params, kept):
+        del trainable, params
+        return {"memory": kept["start"].memory}
+
+    def put(self, trainable, params, kept, part):
+        del trainable
+        return params, {"start": kept["start"].replace(memory=part["memory"])}
+
+
+BY_NAME = {"none": Fresh, "random": Random, "continuous": Lanes, "aged": Aged}
+
+
+@gin.configurable
+def named(name: str = "none", memory_file: str | None = None) -> StatePassing:
+    """The state passing that STATE_PASSING names; its own settings come from gin.
+
+    Args:
+      name: "none", "random", "continuous" or "aged".
+      memory_file: INITIAL_MEMORY_FILE; every example then begins from it.
+
+    Raises:
+      ConfigError: there is no such name, or it does not go with a memory file.
+    """
+    if name not in BY_NAME:
+        raise ConfigError(f"STATE_PASSING is {name!r}; choose one of {', '.join(BY_NAME)}.")
+    if memory_file is None:
+        return BY_NAME[name]()
+    if name != "none":
+        raise ConfigError(
+            f"INITIAL_MEMORY_FILE needs STATE_PASSING='none', not {name!r}: every example begins from it."
+        )
+    return FromMemoryFile(memory_file)
+
+
+def cut(x, parts: int, axis: int = 0):
+    """`x` in `parts` parts along `axis`, on a new first axis; part `i` has the rows `i`, `i + n`, ..."""
+    shape = (*x.shape[:axis], -1, parts, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
+
+
+def join(x, axis: int = 0):
+    """The inverse of `cut`."""
+    return jnp.moveaxis(x, 0, axis + 1).reshape(*x.shape[1 : axis + 1], -1, *x.shape[axis + 2 :])

@@ -1,8 +1,7 @@
-"""The training state, where its arrays live, and one jitted step."""
+"""The training state, where its arrays are placed, and one jitted step."""
 
 from typing import Any
 
-import flax.core
 import flax.linen as nn
 import flax.struct
 import jax
@@ -11,221 +10,152 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from famx.lora import combine
-from famx.mesh import (
-    Rules,
-    logical_to_sharding,
-    moment_sharding,
-    state_sharding,
-)
-from famx.models import MEMORY_COLLECTION, DecoderModel, loss_weights
+from famx.mesh import logical_to_sharding, moment_sharding
+from famx.models import loss_weights
 from famx.models.metrics import Mean
-from famx.modules import DecoderState
 from famx.training import state_passing as passing
-from famx.training.trainable import Trainable
+from famx.training.run import Run
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run needs to go on, beside the position of its data.
+    """All that a run needs to resume, apart from the position of its data.
 
     Attributes:
       step: int32 scalar, steps taken.
       params: the decoder's parameters.
       opt_state: optax state.
-      flax_mutables: the memory kept by random state passing, empty otherwise.
-      lanes: states of the continuous lanes, or the aged-state pool; None otherwise.
-      start: the saved state of one text from which every example begins; None: they begin anew.
+      kept: what state passing keeps between steps, see `famx.training.state_passing`.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
-    flax_mutables: Any
-    lanes: DecoderState | None
-    start: DecoderState | None = None
+    kept: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     def to_checkpoint(self) -> dict[str, Any]:
         """The tree that is saved; its first entries are named as t5x names them."""
         tree = {
             "target": self.params,
             "state": {"step": self.step, "param_states": self.opt_state},
-            "flax_mutables": flax.core.unfreeze(self.flax_mutables),
+            passing.MUTABLES: {},
         }
-        states = {"lanes": self.lanes, "start": self.start}
-        return tree | {name: state for name, state in states.items() if state is not None}
+        return tree | self.kept
 
     @classmethod
     def from_checkpoint(cls, tree) -> "TrainState":
         """The state of a tree that `to_checkpoint` made."""
-        state = tree["state"]
-        mutables = flax.core.freeze(tree["flax_mutables"])
-        states = tree.get("lanes"), tree.get("start")
-        return cls(state["step"], tree["target"], state["param_states"], mutables, *states)
+        kept = {name: part for name, part in tree.items() if name not in ("target", "state")}
+        if not kept[passing.MUTABLES]:
+            del kept[passing.MUTABLES]
+        return cls(tree["state"]["step"], tree["target"], tree["state"]["param_states"], kept)
 
 
-def make_initializer(
-    model: DecoderModel,
-    optimizer,
-    mode: str,
-    num_lanes: int,
-    mesh,
-    rules: Rules,
-    trainable: Trainable = Trainable(),
-    with_start: bool = False,
-):
-    """How a training state is made.
+def make_initializer(run: Run):
+    """How the training state of a run that is `ready` is made.
 
     Returns:
-      `(initialize, abstract)`: a jitted function `(key, pretrained, start)` that makes a `TrainState`
+      `(initialize, abstract)`: a jitted function `(key, pretrained, loaded)` that makes a `TrainState`
       in place, and that state as ShapeDtypeStructs with shardings. `pretrained`, a tree of some of the
-      parameters, takes their place and is given away; it may be empty. `start` is a `DecoderState` of
-      one text, or None.
+      parameters, takes their place and is donated; it may be empty. `loaded` is what
+      `run.state_passing.load` gave, or None.
     """
-    shapes = {"decoder_input_tokens": (1, model.config.block_size)}
+    model, states, trainable = run.model, run.state_passing, run.trainable
+    mesh, rules, optimizer = run.mesh, run.rules, run.optimizer
 
-    def initialize(key, pretrained={}, start=None, unbox=True):  # noqa: B006, nothing changes it
-        variables = model.get_initial_variables(key, shapes)
-        boxed = flax.core.unfreeze(variables["params"])
-        taken = combine(nn.unbox(boxed), pretrained)
-        boxed = trainable.freeze(nn.meta.replace_boxed(boxed, taken))
+    def initialize(key, pretrained={}, loaded=None, unbox=True):  # noqa: B006, nothing changes it
+        boxed = model.init_params(key)
+        pretrained_and_fresh = combine(nn.unbox(boxed), pretrained)
+        boxed = trainable.freeze(nn.meta.replace_boxed(boxed, pretrained_and_fresh))
         params = nn.unbox(boxed)
-        mutables = {k: v for k, v in variables.items() if k == MEMORY_COLLECTION}
-        lanes = None
-        if mode in ("continuous", "aged"):
-            lanes = model.initial_state(params, num_lanes)
-        state = TrainState(jnp.int32(0), params, None, flax.core.freeze(mutables), lanes, start)
-        state = state.replace(opt_state=optimizer.init(trainable.part(state)))
+        kept = states.initial(model, params, run.data.batch_size, loaded)
+        opt_state = optimizer.init(states.part(trainable, params, kept))
+        state = TrainState(jnp.int32(0), params, opt_state, kept)
         return state if unbox else (state, boxed)
 
-    start, key = None, jax.random.key(0)
-    if with_start:
-        params = nn.unbox(model.abstract_params())
-        start = jax.eval_shape(lambda params: model.initial_state(params, 1), params)
-    abstract, boxed = jax.eval_shape(lambda key: initialize(key, {}, start, unbox=False), key)
+    key = jax.random.key(0)
+    abstract, boxed = jax.eval_shape(lambda key: initialize(key, unbox=False), key)
     whole = NamedSharding(mesh, PartitionSpec())
     params = logical_to_sharding(boxed, mesh, rules)
-    start, lanes = (
-        state and state_sharding(state, model.config, mesh, rules)
-        for state in (abstract.start, abstract.lanes)
-    )
+    kept = states.shardings(model, abstract.kept, mesh, rules)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     like = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        trainable.part(abstract),
-        trainable.part(abstract.replace(params=params, start=start)),
+        place,
+        states.part(trainable, abstract.params, abstract.kept),
+        states.part(trainable, params, kept),
     )
     opt_state = optax.tree_utils.tree_map_params(
         optimizer, moment_sharding, abstract.opt_state, like, transform_non_params=lambda _: whole
     )
-    mutables = flax.core.unfreeze(abstract.flax_mutables)
-    if MEMORY_COLLECTION in mutables:
-        kept = mutables[MEMORY_COLLECTION]
-        box = lambda leaf, names: nn.LogicallyPartitioned(leaf, ("layers", *names))
-        memory = jax.tree.map(box, kept["memory"], model.config.memory.axes())
-        mutables = {MEMORY_COLLECTION: {**kept, "memory": memory}}
-    mutables = flax.core.freeze(logical_to_sharding(mutables, mesh, rules))
-    shardings = TrainState(whole, params, opt_state, mutables, lanes, start)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract, shardings,
-    )  # fmt: skip
+    shardings = TrainState(whole, params, opt_state, kept)
+    abstract = jax.tree.map(place, abstract, shardings)
     return jax.jit(initialize, out_shardings=shardings, donate_argnums=1), abstract
 
 
-def make_train_step(
-    model: DecoderModel,
-    optimizer,
-    mode: str,
-    seed: int,
-    abstract: TrainState,
-    trainable: Trainable = Trainable(),
-    num_microbatches: int = 1,
-):
-    """The jitted `train_step(state, batch) -> (state, metrics)`; `state`, as `abstract`, is given away.
+def make_train_step(run: Run, abstract: TrainState):
+    """The jitted `train_step(state, batch) -> (state, metrics)`; `state`, as `abstract`, is donated.
 
-    With several microbatches, the gradient of the batch is summed over so many parts of it, read one
-    after another; losses are divided by the weights of the whole batch, so the step is the same.
+    With several microbatches, the gradient of the batch is summed over its parts, read one after
+    another; losses are divided by the weights of the whole batch, so the step is the same.
 
     What does not learn comes back as it is, without a copy. A step whose gradient is not finite
     changes nothing but the step number, and counts in the metric `skipped`.
     """
+    model, states, trainable = run.model, run.state_passing, run.trainable
 
     def objective(part, state: TrainState, batch, rng, normalizer=None, microbatch=None):
-        state = trainable.put(state, part)
-        own = rng if microbatch is None else jax.random.fold_in(rng, microbatch)
-        params, examples = state.params, batch["decoder_input_tokens"].shape[0]
-        if state.start is not None:
-            start = state.start.take(jnp.zeros((examples,), jnp.int32))
-            loss, metrics, _ = model.loss(params, batch, own, start, normalizer, aligned=False)
-            return loss, (metrics, state.flax_mutables, None)
-        if mode in ("none", "random"):
-            loss, (metrics, mutables) = model.loss_fn(
-                params, batch, rng, state.flax_mutables, normalizer, microbatch
-            )
-            return loss, (metrics, mutables, None)
-        initial = model.initial_state(params, examples)
-        if mode == "continuous":
-            start = passing.continue_lanes(state.lanes, initial, batch["reset"])
-        else:
-            start = passing.continue_aged(state.lanes, initial, batch["lane"])
-        loss, metrics, end = model.loss(params, batch, own, start, normalizer)
-        lanes = jax.lax.stop_gradient(end) if mode == "continuous" else state.lanes
-        return loss, (metrics, state.flax_mutables, lanes)
+        params, kept = states.put(trainable, state.params, state.kept, part)
+        fresh = model.initial_state(params, batch["decoder_input_tokens"].shape[0])
+        start, rng = states.start(kept, fresh, batch, rng)
+        if microbatch is not None:  # parts draw on their own, but for the states that they begin from
+            rng = jax.random.fold_in(rng, microbatch)
+        loss, metrics, end = model.loss(params, batch, rng, start, normalizer, aligned=states.aligned)
+        return loss, (metrics, states.end(kept, end))
 
     gradient = jax.grad(objective, has_aux=True)
 
     def accumulated(part, state: TrainState, batch, rng):
-        """`gradient` of the whole batch, by parts; part `i` has the rows `i`, `i + n`, ..."""
-        n = num_microbatches
+        """`gradient` of the whole batch, by parts."""
+        n = run.microbatches
         normalizer = jnp.sum(loss_weights(batch, model.pad_id))
-        cut = lambda x, axis=0: jnp.moveaxis(
-            x.reshape(*x.shape[:axis], -1, n, *x.shape[axis + 1 :]), axis + 1, 0
-        )
-        join = lambda x, axis: jnp.moveaxis(x, 0, axis + 1).reshape(
-            *x.shape[1 : axis + 1], -1, *x.shape[axis + 2 :]
-        )
 
         def one(xs):
-            index, batch, lanes = xs
-            here = state.replace(lanes=lanes) if mode == "continuous" else state
-            grads, (metrics, mutables, lanes) = gradient(part, here, batch, rng, normalizer, index)
-            return (grads, metrics), (mutables, lanes if mode == "continuous" else None)
+            index, batch, kept = xs
+            here = state if kept is None else state.replace(kept=kept)
+            grads, (metrics, end) = gradient(part, here, batch, rng, normalizer, index)
+            return (grads, metrics), end
 
         def step(total, xs):
-            new, kept = one(xs)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, new), kept
+            new, end = one(xs)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, new), end
 
-        lanes = state.lanes.map_examples(cut) if mode == "continuous" else None
-        xs = (jnp.arange(n, dtype=jnp.int32), jax.tree.map(cut, batch), lanes)
+        batch = jax.tree.map(lambda x: passing.cut(x, n), batch)
+        xs = (jnp.arange(n, dtype=jnp.int32), batch, states.cut(state.kept, n))
         shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], xs))[0]
         wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-        (grads, metrics), (mutables, lanes) = jax.lax.scan(step, jax.tree.map(wide, shapes), xs)
+        (grads, metrics), ends = jax.lax.scan(step, jax.tree.map(wide, shapes), xs)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, part)
-        if mode == "continuous":
-            lanes = state.lanes.map_examples(lambda _, parts, axis: join(parts, axis), lanes)
-        else:
-            lanes = state.lanes
-        return grads, (metrics, jax.tree.map(lambda x: x[0], mutables), lanes)
+        return grads, (metrics, states.join(state.kept, ends))
 
     def train_step(state: TrainState, batch):
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        part = trainable.part(state)
-        compute = gradient if num_microbatches == 1 else accumulated
-        grads, (metrics, mutables, lanes) = compute(part, state, batch, rng)
+        rng = jax.random.fold_in(jax.random.key(run.random_seed), state.step)
+        part = states.part(trainable, state.params, state.kept)
+        compute = gradient if run.microbatches == 1 else accumulated
+        grads, (metrics, end) = compute(part, state, batch, rng)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, part)
-        new = (optax.apply_updates(part, updates), opt_state, mutables, lanes)
-        old = (part, state.opt_state, state.flax_mutables, state.lanes)
-        part, opt_state, mutables, lanes = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        updates, opt_state = run.optimizer.update(grads, state.opt_state, part)
+        new = (optax.apply_updates(part, updates), opt_state, end)
+        old = (part, state.opt_state, None if end is None else state.kept)
+        part, opt_state, end = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        kept = state.kept if end is None else end
+        params, kept = states.put(trainable, state.params, kept, part)
         metrics = {
             **jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics),
             "gradient_norm": Mean.of(jnp.where(finite, norm, 0), finite),
             "skipped": Mean.of(1 - finite),
         }
-        state = trainable.put(state, part).replace(
-            step=state.step + 1, opt_state=opt_state, flax_mutables=mutables, lanes=lanes
-        )
-        return state, metrics
+        return TrainState(state.step + 1, params, opt_state, kept), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

@@ -29,12 +29,15 @@ _WIDE = ("kernel", "embedding", "head")  # what a narrower dtype is for; norms a
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """What learns, and how the rest is kept.
+    """Which parameters learn, and how the others are stored.
 
     Attributes:
       name: see the module.
-      frozen_dtype: of matrices that do not learn; "int8" holds for the projections, the others are
-        then bfloat16. None: as they are.
+      frozen_dtype: dtype of matrices that do not learn: "float32", "bfloat16", or "int8" for projections
+        with bfloat16 for the other matrices; None: as they are.
+
+    Raises:
+      ConfigError: on construction, if a value makes no sense.
     """
 
     name: str = "all"
@@ -92,19 +95,13 @@ class Trainable:
         params = unflatten_dict(flat, sep="/")
         return quantize(params, map(re.escape, int8)) if self.frozen_dtype == "int8" and int8 else params
 
-    # Of a training state: the part that learns, and the state with another part.
-
-    def part(self, state) -> dict[str, Any]:
-        """What learns of a `TrainState`: parameters, or the memory of its `start`."""
-        if state.start is not None:
-            return {"memory": state.start.memory}
+    def part(self, params) -> dict[str, Any]:
+        """The parameters that learn."""
         if self.name == "all":
-            return state.params
-        flat = flatten_dict(state.params, sep="/")
+            return params
+        flat = flatten_dict(params, sep="/")
         return unflatten_dict({p: leaf for p, leaf in flat.items() if self.learns(p)}, sep="/")
 
-    def put(self, state, part):
-        """`state` with `part` in the place of what learns."""
-        if state.start is not None:
-            return state.replace(start=state.start.replace(memory=part["memory"]))
-        return state.replace(params=part if self.name == "all" else combine(state.params, part))
+    def put(self, params, part):
+        """`params` with `part` in place of the parameters that learn."""
+        return part if self.name == "all" else combine(params, part)

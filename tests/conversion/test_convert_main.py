@@ -266,7 +266,7 @@ def test_the_vocabulary_comes_along(tmp_path, instruct, capsys):
     run_convert(instruct, tmp_path / "model")
     vocabulary = load_vocabulary(tmp_path / "model")
     assert vocabulary == open_vocabulary(instruct / "tokenizer.json", pad_id=1)
-    assert load_model(str(tmp_path / "model")).model.input_vocabulary == vocabulary
+    assert load_model(str(tmp_path / "model")).model.vocabulary == vocabulary
     kept = files(tmp_path / "model" / "source")
     assert kept == {k: v for k, v in files(instruct).items() if k != "model.safetensors"}
     out = capsys.readouterr().out
@@ -518,7 +518,7 @@ def test_an_imported_model_answers_and_talks(tmp_path, instruct):
     assert result.stderr == "import: 21.4 kB of 21.4 kB\n"
     trained, changes = load_model(str(model)), dict(window_mask=True, param_dtype="bfloat16")
     assert trained.model.config == dataclasses.replace(CONFIG, memory=Fam(2, update="gated"), **changes)
-    assert trained.model.input_vocabulary.pad_id == 1
+    assert trained.model.vocabulary.pad_id == 1
     table = lambda: make_weights(LLAMA)["model.embed_tokens.weight"]
     drawn = draw_prompt(CONFIG, (2, 16), "tokens", 3, table)
     np.testing.assert_array_equal(trained.params["memory"]["prompt"], drawn.astype("bfloat16"))

@@ -59,7 +59,7 @@ def imported(name, tmp_path, dtype=np.float32, vocabulary=None, **memory):
     source = tmp_path / "model" / "source"
     source.mkdir(parents=True)
     (source / "config.json").write_text(json.dumps(hf))
-    model = DecoderModel(Decoder(config), vocabulary, vocabulary)
+    model = DecoderModel(Decoder(config), vocabulary)
     return TrainedModel(model, params, 7, source.parent / "checkpoint_7")
 
 
@@ -284,9 +284,7 @@ def byte_pair_file(folder):
 
 def scratch(vocabulary, **changes):
     """A model that was never imported."""
-    model = tiny.make_model(**changes)
-    model.input_vocabulary = model.output_vocabulary = vocabulary
-    return model
+    return tiny.make_model(vocabulary=vocabulary, **changes)
 
 
 def test_a_model_from_scratch_goes_out_with_the_tokenizer_of_its_vocabulary(tmp_path):

@@ -74,7 +74,7 @@ def streamer(trained):
 def ids(trained):
     """Ids of an English text that every machine has."""
     text = pydoc_data.topics.topics["execmodel"]
-    return np.array([trained.model.input_vocabulary.encode(text)[:LENGTH]], np.int32)
+    return np.array([trained.model.vocabulary.encode(text)[:LENGTH]], np.int32)
 
 
 def log_likelihoods(streamer, params, ids):
@@ -125,13 +125,13 @@ def test_transformers_agrees(trained, streamer, ids):
     picked = torch.log_softmax(logits, -1)[torch.arange(LENGTH - 1), torch.tensor(ids[0, 1:])].numpy()
     found = log_likelihoods(streamer, trained.params, ids)
     np.testing.assert_allclose(found, picked, atol=1e-3)
-    prompt = ChatTemplate(trained.model.input_vocabulary).first(QUESTION)
+    prompt = ChatTemplate(trained.model.vocabulary).first(QUESTION)
     state = streamer.initial_state(trained.params, 1)
     logits, state = streamer.read(trained.params, state, np.array([prompt], np.int32))
-    stop = (trained.model.input_vocabulary.eos_id,)
+    stop = (trained.model.vocabulary.eos_id,)
     out = streamer.generate(trained.params, logits, state, Sampling(20, stop_tokens=stop))
     tokens = np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
     with torch.no_grad():
         theirs = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].argmax(-1)
     assert theirs.tolist() == tokens
-    assert trained.model.input_vocabulary.decode(tokens) == ANSWER
+    assert trained.model.vocabulary.decode(tokens) == ANSWER

@@ -1,5 +1,6 @@
 """Chat templates: the ids equal those of transformers, and no message can spell a special token."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -261,8 +262,7 @@ def test_without_jinja(vocabularies, monkeypatch):
 @pytest.fixture
 def trained(vocabularies, monkeypatch):
     monkeypatch.setattr(module, "Streamer", shared_streamer)  # so that each program is compiled once
-    model = make_model(vocab_size=270)
-    model.input_vocabulary = vocabularies["chatml"]
+    model = make_model(vocab_size=270, vocabulary=vocabularies["chatml"])
     return TrainedModel(model, make_params(model.module), 1, pathlib.Path("/model/checkpoint_1"))
 
 
@@ -285,8 +285,14 @@ def write(trained, ids, count):
     return np.asarray(out.tokens)[0].tolist(), (out.logits, out.state)
 
 
+def in_bytes(trained):
+    """The same model with a vocabulary of bytes."""
+    model = dataclasses.replace(trained.model, vocabulary=ByteVocabulary())
+    return dataclasses.replace(trained, model=model)
+
+
 def test_a_conversation_reads_each_turn_once(trained):
-    template = ChatTemplate(trained.model.input_vocabulary)
+    template = ChatTemplate(trained.model.vocabulary)
     conversation = Conversation(trained, Sampling(6), template)
     ids = []
     for message in ("Hi", "No <|im_end|>", "x"):
@@ -300,7 +306,7 @@ def test_a_conversation_reads_each_turn_once(trained):
 
 
 def test_the_end_of_a_turn_ends_the_answer_and_is_not_read_twice(trained):
-    vocabulary = trained.model.input_vocabulary
+    vocabulary = trained.model.vocabulary
     template = ChatTemplate(vocabulary)
     ids = template.first("Hi")
     written, _ = write(trained, ids, 40)
@@ -325,7 +331,7 @@ def test_the_end_of_a_turn_ends_the_answer_and_is_not_read_twice(trained):
 
 
 def test_a_conversation_begins_after_a_text(trained, tmp_path):
-    vocabulary = trained.model.input_vocabulary
+    vocabulary = trained.model.vocabulary
     (tmp_path / "book.txt").write_text("A book.")
     template = ChatTemplate(vocabulary)
     conversation = Conversation(trained, Sampling(4), template)
@@ -340,8 +346,8 @@ def test_a_conversation_begins_after_a_text(trained, tmp_path):
 def test_which_template_a_model_is_talked_to_in(trained):
     template = default_template(trained, "Rhyme")
     assert isinstance(template, ChatTemplate)
-    assert b"Rhyme" in bytes(whole_text(trained.model.input_vocabulary, template.first("x")), "utf-8")
-    trained.model.input_vocabulary = ByteVocabulary()
+    assert b"Rhyme" in bytes(whole_text(trained.model.vocabulary, template.first("x")), "utf-8")
+    trained = in_bytes(trained)
     assert default_template(trained) == "{message}"
     with pytest.raises(ConfigError, match="This model has no chat template for --system"):
         default_template(trained, "Rhyme")
@@ -361,7 +367,7 @@ def test_prompts_of_a_file_become_messages(vocabularies, tmp_path):
 
 
 def test_answers_to_the_lines_of_a_file_end_with_the_turn(trained, tmp_path, monkeypatch):
-    vocabulary = trained.model.input_vocabulary
+    vocabulary = trained.model.vocabulary
     model = write_model_dir(tmp_path / "model", trained.model, trained.params, vocabulary)
     (tmp_path / "in.jsonl").write_text('{"inputs": "Hi"}\n')
     written, _ = write(trained, ChatTemplate(vocabulary).first("Hi"), 20)
@@ -386,7 +392,7 @@ def test_answers_to_the_lines_of_a_file_end_with_the_turn(trained, tmp_path, mon
     assert answer("on", chat_template=True, stop_at_eos=False) == written
     with pytest.raises(ConfigError, match="chat"):  # begun with other settings
         answer("chat")
-    trained.model.input_vocabulary = ByteVocabulary()
+    trained = in_bytes(trained)
     other = write_model_dir(tmp_path / "other", trained.model, trained.params, ByteVocabulary())
     with pytest.raises(ConfigError, match="vocabulary has no chat template: set CHAT_TEMPLATE"):
         inference.infer(other, str(tmp_path / "in.jsonl"), str(tmp_path / "x"), chat_template=True)

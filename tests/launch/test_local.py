@@ -20,7 +20,7 @@ STEPS = 20
 GIN = f"""
 from __gin__ import dynamic_registration
 from famx import modules
-from famx.training import loop
+from famx.training import run
 
 include "gin_configs/runs/pretrain.gin"
 include "gin_configs/models/tiny.gin"
@@ -30,9 +30,8 @@ BATCH_SIZE = 4
 MIXTURE_OR_TASK_NAME = "passkey_words"
 TASK_FEATURE_LENGTHS = {{"targets": 32}}
 TASK_OPTIONS = {{"digits": 1, "header": False, "filler": "random_words"}}
-loop.train.task_options = %TASK_OPTIONS
-loop.train.log_period = 1
-loop.train.checkpoint_period = 1  # slow enough to be stopped between two steps
+run.Every.log = 1
+run.Every.checkpoint = 1  # slow enough to be stopped between two steps
 modules.DecoderConfig:
   num_layers = 1
   embed_dim = 16
@@ -76,13 +75,13 @@ def test_two_processes_stop_resume_and_equal_one(tmp_path, gin_file):
             break
     text = "".join(lines) + process.stdout.read()
     assert process.wait() == 0, text
-    assert "the same command goes on from there" in text, text
+    assert "the same command resumes from there" in text, text
     assert "--process_id=1" in text
 
     process = start("launch.local", gin_file, tmp_path / "two")
     text, _ = process.communicate()
     assert process.returncode == 0, text
-    assert "[0] Going on from step " in text
+    assert "[0] Resuming from step " in text
     first, _ = alone.communicate()
     assert alone.returncode == 0, first
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3)

@@ -33,8 +33,7 @@ from famx.modules import DecoderState
 
 
 def make_trained(vocabulary=None, seed=0, **changes) -> TrainedModel:
-    model = make_model(**changes)
-    model.input_vocabulary = vocabulary
+    model = make_model(vocabulary=vocabulary, **changes)
     return TrainedModel(model, make_params(model.module, seed), 1, pathlib.Path("/model/checkpoint_1"))
 
 

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import pytest
-from tiny import BLOCK, BLOCKS, make_model
+from tiny import BLOCK, BLOCKS, make_model, make_run
 
 pytest.importorskip(
     "t5x.trainer",
@@ -16,6 +16,7 @@ from t5x import partitioning, train, trainer, utils  # noqa: E402
 
 from famx import t5x as famx_t5x  # noqa: E402
 from famx.training import loop, optimizers  # noqa: E402
+from famx.training.run import Every  # noqa: E402
 from famx.training.run_log import read_metrics  # noqa: E402
 
 TASK, BATCH, LENGTH = "passkey_words", 4, BLOCKS * BLOCK
@@ -33,16 +34,16 @@ def run_ours(model_dir, steps, model=None, optimizer="adamw", **changes):
     """`loop.train`; the loss of each of its steps."""
     settings = dict(
         model_dir=str(model_dir),
-        model=model or make_model(),
-        mixture_or_task_name=TASK,
-        task_options=OPTIONS,
-        task_feature_lengths={"targets": LENGTH},
-        total_steps=steps,
+        model=model,
+        task=TASK,
+        options=OPTIONS,
+        lengths={"targets": LENGTH},
+        steps=steps,
         batch_size=BATCH,
         optimizer=make_optimizer(optimizer),
-        log_period=1,
+        every=Every(log=1),
     )
-    loop.train(**{**settings, **changes})
+    loop.train(make_run(**{**settings, **changes}))
     return {line["step"]: line["loss"] for line in read_metrics(str(model_dir))}
 
 

@@ -21,8 +21,9 @@ from famx.data.seqio import as_seqio_vocabulary
 from famx.data.tasks import registry
 from famx.lora import Lora
 from famx.t5x.data import FeedIterator
-from famx.training.feeds import IndexedFeed, SeqioFeed, make_feed
-from famx.training.state_passing import RandomState
+from famx.training.feeds import IndexedFeed, SeqioFeed, Source, fresh_feed
+from famx.training.state_passing import Aged, Random
+from famx.training.trainable import Trainable
 
 pytestmark = pytest.mark.t5x
 SHAPES = {"decoder_input_tokens": (BATCH, LENGTH)}
@@ -30,8 +31,7 @@ SHAPES = {"decoder_input_tokens": (BATCH, LENGTH)}
 
 def axes_of(optimizer, **options):
     """Path -> logical axes of what t5x keeps in training."""
-    model = make_model()
-    model.lora = Lora(rank=2)
+    model = make_model(lora=Lora(rank=2))
     model = famx_t5x.T5xModel(model, optimizer=optimizer, **options)
     make = lambda: FlaxOptimTrainState.create(
         model.optimizer_def, model.get_initial_variables(jax.random.key(0), SHAPES)
@@ -47,7 +47,7 @@ def axes_of(optimizer, **options):
 
 @pytest.mark.parametrize("trainable", ["all", "lora", "layers/query/.*"])
 def test_moments_are_cut_as_their_parameters(trainable):
-    axes, _ = axes_of(make_optimizer("adamw"), trainable=trainable, state_passing_mode="random")
+    axes, _ = axes_of(make_optimizer("adamw"), trainable=Trainable(trainable), state_passing=Random())
     assert tuple(axes["target/layers/query/kernel"]) == ("layers", "embed", "heads", "kv")
     assert tuple(axes["target/embedding"]) == ("vocab", "embed")
     assert tuple(axes["flax_mutables/state_passing/memory"]) == ("layers", "memory", "embed")
@@ -75,7 +75,7 @@ MASKED = optax.masked(optax.adafactor(1.0), kernels)
 
 @pytest.mark.parametrize("optimizer", [optax.lion(1.0), optax.adafactor(1.0), MASKED, optax.sgd(1, 0.9)])
 def test_other_transformations_are_known_too(optimizer):
-    axes_of(optimizer, trainable="lora")
+    axes_of(optimizer, trainable=Trainable("lora"))
 
 
 def test_an_optimizer_of_t5x_is_taken_as_it_is():
@@ -89,22 +89,20 @@ def test_the_logged_learning_rate_is_the_optimizers():
 
 
 def test_parameters_begin_as_in_our_engine():
-    ours = make_model().get_initial_variables(jax.random.key(3), SHAPES)["params"]
+    ours = make_model().init_params(jax.random.key(3))
     model = famx_t5x.T5xModel(make_model(), random_seed=3)
     theirs = model.get_initial_variables(jax.random.key(99), SHAPES)["params"]
     assert_identical(jax.tree.leaves(ours), jax.tree.leaves(theirs))
 
 
 def test_evaluation_reads_the_kept_memory_without_a_change():
-    model = famx_t5x.T5xModel(
-        make_model(), state_passing_mode="random", random_state=RandomState(1.0), random_seed=0
-    )
+    model = famx_t5x.T5xModel(make_model(), state_passing=Random(1.0), random_seed=0)
     variables = model.get_initial_variables(None, SHAPES)
     kept = {"state_passing": variables["state_passing"]}
     batch = registry.get(TASK, **OPTIONS).batch(range(BATCH), LENGTH)
     batch = {k: v for k, v in batch.items() if k.startswith("decoder")}
     loss, metrics = model.eval_fn(variables["params"], batch, kept)
-    plain = make_model().eval_fn(variables["params"], batch)[0]
+    plain = make_model().loss(variables["params"], batch)[0]
     assert loss == plain and metrics["loss"].count > 0
 
 
@@ -121,7 +119,7 @@ def test_rules_cut_our_axes_and_keep_what_may_be_whole():
 
 
 def make_iterator():
-    return FeedIterator(IndexedFeed(registry.get(TASK, **OPTIONS), BATCH, 8, LENGTH // 8, None, 0))
+    return FeedIterator(IndexedFeed(Source(registry.get(TASK, **OPTIONS), BATCH, LENGTH, 8)))
 
 
 def test_the_position_is_that_of_the_checkpoint_though_a_batch_was_looked_at(tmp_path):
@@ -168,9 +166,9 @@ def test_texts_are_packed_as_in_our_engine_and_the_position_is_saved(tmp_path):
     cfg = dataset(mixture_or_task_name="own_text")
     theirs = famx_t5x.get_dataset(cfg, 0, 1, None, model=make_model(), options=options)
     documents = registry.get("own_text", **options)
-    ours = make_feed(documents, "none", make_model(), BATCH, LENGTH, None, 0, (0, 1), None, 8, 8, None)
+    ours = fresh_feed(Source(documents, BATCH, LENGTH, make_model().config.block_size))
     for step in range(3):
-        assert_identical(next(theirs), ours.next(step)[0])
+        assert_identical(next(theirs), ours.next(step).batch)
     folder = tmp_path / "checkpoint_3" / "dataset"
     folder.mkdir(parents=True)
     theirs.save(str(folder / "train_ds-000-of-001"))
@@ -195,10 +193,9 @@ def test_any_task_of_seqios_is_read_through_t5xs_own_pipeline():
 
 def test_a_task_takes_the_vocabulary_of_the_checkpoint_unless_it_is_its_own(tmp_path):
     texts = {"files": __file__}
-    model = make_model()
     for kind, folder in (("passkey_words", "words"), ("passkey_bytes", "bytes")):
-        model.input_vocabulary = model.output_vocabulary = registry.get(kind).vocab
-        write_model_dir(tmp_path / folder, model, make_params(model.module), model.input_vocabulary)
+        model = make_model(vocabulary=registry.get(kind).vocab)
+        write_model_dir(tmp_path / folder, model, make_params(model.module), model.vocabulary)
     for folder, same in (("bytes", True), ("words", False)):
         name = famx_t5x.seqio_task("own_text", texts, str(tmp_path / folder))
         vocabulary = seqio.get_mixture_or_task(name).output_features["targets"].vocabulary
@@ -218,9 +215,9 @@ def test_the_vocabulary_is_the_tasks():
     "options, sentence",
     [
         ({"model": None}, "MODEL is not set"),
-        ({"state_passing_mode": "aged"}, "STATE_PASSING is 'none' or 'random', not 'aged'"),
-        ({"frozen_dtype": "bfloat16"}, "FROZEN_DTYPE is None"),
-        ({"trainable": "lora"}, "the model has no adapters"),
+        ({"state_passing": Aged()}, "STATE_PASSING is 'none' or 'random', which Aged is not"),
+        ({"trainable": Trainable(frozen_dtype="bfloat16")}, "FROZEN_DTYPE is None"),
+        ({"trainable": Trainable("lora")}, "the model has no adapters"),
         ({"mixture_or_task_name": "passkey_wrods"}, "The nearest name is 'passkey_words'"),
         ({"mixture_or_task_name": TASK, "task_options": {"digit": 1}}, "MIXTURE_OR_TASK_NAME"),
         ({"model": make_model(vocab_size=50), "mixture_or_task_name": TASK}, "the model's only 50"),
@@ -234,8 +231,7 @@ def test_what_does_not_fit_gets_a_sentence(options, sentence):
 
 
 def test_a_vocabulary_that_is_not_the_tasks_gets_a_sentence():
-    model = make_model()
-    model.input_vocabulary = model.output_vocabulary = registry.get("passkey_bytes").vocab
+    model = make_model(vocabulary=registry.get("passkey_bytes").vocab)
     with pytest.raises(ConfigError, match="is not that of the model"):
         famx_t5x.T5xModel(model, mixture_or_task_name=TASK)
 

@@ -13,10 +13,11 @@ from tiny import assert_identical, make_model
 
 from famx.lora import Lora
 from famx.modules import Memory
-from famx.training.state_passing import RandomState
+from famx.training.state_passing import Random
+from famx.training.trainable import Trainable
 
 pytestmark = [pytest.mark.slow, pytest.mark.t5x]
-RANDOM = {"state_passing_mode": "random", "random_state": RandomState(1.0, start_step=3)}
+RANDOM = {"state_passing": Random(1.0, start_step=3)}
 
 
 def saved(model_dir, step):
@@ -58,7 +59,7 @@ def test_either_engine_goes_on_from_the_others_checkpoint(tmp_path):
 def test_adapters_learn_from_a_checkpoint_and_nothing_else_changes(tmp_path):
     base = str(tmp_path / "base")
     run_ours(base, 2, model=make_model(memory=Memory()))
-    settings = dict(model=with_adapters(), trainable="lora")
+    settings = dict(model=make_model(lora=Lora(rank=2)), trainable=Trainable("lora"))
     ours = run_ours(tmp_path / "ours", 8, initial_checkpoint_path=base, **settings)
     theirs = run_t5x(tmp_path / "t5x", 4, initial=base, **settings)
     assert_same_losses(ours, theirs.losses, range(1, 5))
@@ -75,12 +76,6 @@ def test_adapters_learn_from_a_checkpoint_and_nothing_else_changes(tmp_path):
     assert sorted(theirs.losses) == [5, 6]  # from its own checkpoint, not from the base's
     again = run_ours(tmp_path / "t5x", 8, initial_checkpoint_path=base, **settings)
     assert_same_losses(ours, theirs.losses | again, range(5, 9))
-
-
-def with_adapters():
-    model = make_model()
-    model.lora = Lora(rank=2)
-    return model
 
 
 def test_a_run_goes_on_bit_for_bit_also_from_its_first_checkpoint(tmp_path):

@@ -1,10 +1,8 @@
 """Feeds: which rows a step gets, and that carried and pooled states are what reading gives."""
 
-import copy
 import dataclasses
 import json
 
-import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +15,16 @@ from tiny import (
     assert_identical,
     make_model,
     make_params,
+    make_run,
     make_tokens,
     passkey,
 )
 
 from famx.base.errors import ConfigError
 from famx.data import ContinuousLanes
-from famx.mesh import make_mesh, make_rules
 from famx.training.curriculum import Curriculum
-from famx.training.feeds import AgedFeed, IndexedFeed, LaneFeed, make_feed
-from famx.training.loop import LaneDocuments
+from famx.training.feeds import AgedFeed, IndexedFeed, LaneFeed, Source
+from famx.training.state_passing import Aged, Lanes, named
 from famx.training.step import TrainState, make_initializer, make_train_step
 
 MODEL = make_model()
@@ -41,13 +39,12 @@ def read(rows, count):
     return MODEL.module.apply({"params": PARAMS}, rows, valid=valid)
 
 
-def feed_of(task, mode="none", curriculum=None, length=BLOCKS * BLOCK, **changes):
-    arguments = dict(
-        task=task, mode=mode, model=MODEL, batch_size=2, length=length, curriculum=curriculum,
-        seed=0, shard=(0, 1), place=lambda batch: batch, pool_groups=3, pool_refresh=4,
-        lane_documents=LaneDocuments(64, 10),
-    )  # fmt: skip
-    return make_feed(**{**arguments, **changes})
+def feed_of(task, mode="none", curriculum=None, length=BLOCKS * BLOCK, states=None, **changes):
+    source = Source(task, **{"batch_size": 2, **changes}, length=length, block_size=BLOCK,
+                    curriculum=curriculum)  # fmt: skip
+    modes = {"continuous": Lanes(64, 10), "aged": Aged(3, 4)}
+    states = states or modes.get(mode) or named(mode)
+    return states.feed(source, MODEL, lambda batch: batch)
 
 
 # ---------------------------------------------------------------- continuous lanes
@@ -59,14 +56,15 @@ def test_lanes_equal_one_long_sequence_read_at_once():
     documents = [make_tokens(size, seed=size) for size in sizes]
     feed = feed_of(documents, "continuous", length=length)
     assert isinstance(feed, LaneFeed)
-    mesh = make_mesh(devices=jax.devices()[:1])
     optimizer = optax.sgd(0.0)
-    rules = make_rules()
-    _, abstract = make_initializer(MODEL, optimizer, "continuous", 2, mesh, rules)
-    train_step = make_train_step(MODEL, optimizer, "continuous", 0, abstract)
-    params = jax.tree.map(jnp.copy, PARAMS)  # the step gives them away
+    run = make_run(
+        model=MODEL, optimizer=optimizer, lengths={"targets": length}, state_passing=Lanes()
+    ).ready(jax.devices()[:1])
+    _, abstract = make_initializer(run)
+    train_step = make_train_step(run, abstract)
+    params = jax.tree.map(jnp.copy, PARAMS)  # the step donates them
     nothing = jax.tree.map(jnp.zeros_like, initial(PARAMS, 2))  # every lane is reset at first
-    state = TrainState(jnp.int32(0), params, optimizer.init(params), flax.core.freeze({}), nothing)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), {"lanes": nothing})
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
     # Every document as one row, padded to the longest.
@@ -79,8 +77,8 @@ def test_lanes_equal_one_long_sequence_read_at_once():
     place = [None, None]  # which document each lane reads, and how far it has come
     seen = []
     for step in range(9):
-        batch, blocks = feed.next(step)
-        assert blocks is None
+        batch, blocks, longest, refresh = feed.next(step)
+        assert blocks is longest is refresh is None
         nats = hits = 0
         for lane in range(2):
             targets = batch["decoder_target_tokens"][lane]
@@ -100,7 +98,7 @@ def test_lanes_equal_one_long_sequence_read_at_once():
         assert float(metrics["accuracy"].total) == hits
         for lane, (index, end) in enumerate(place):
             if end < sizes[index]:  # not padded yet
-                assert_close(state.lanes.take([lane]), prefixes[end].take([index]), 1e-4)
+                assert_close(state.kept["lanes"].take([lane]), prefixes[end].take([index]), 1e-4)
     assert sorted(seen[:4]) == [0, 1, 2, 3] and len(seen) > 5
     assert_identical(state.params, PARAMS)
 
@@ -118,13 +116,15 @@ def test_lane_feed_refuses_the_state_of_other_documents():
 
 def test_indexed_feed_is_a_pure_function_of_the_step():
     curriculum = Curriculum((4, 5), unlock=0.0)
-    feed, other = (feed_of(passkey(), curriculum=copy.copy(curriculum), length=40) for _ in "ab")
+    feed, other = (feed_of(passkey(), curriculum=curriculum, length=40) for _ in "ab")
     for one in (feed, other):
-        assert one.observe(4, 1.0)
-    later, blocks = feed.next(7)
+        one.observe(4, 1.0)
+        assert one.longest == 5
+    assert curriculum.stage == 0  # each feed has a copy
+    later, blocks = feed.next(7)[:2]
     for step in (3, 8, 0):
         other.next(step)
-    again, same = other.next(7)
+    again, same = other.next(7)[:2]
     assert blocks == same and later["decoder_target_tokens"].shape == (2, blocks * BLOCK)
     assert_identical(later, again)
     assert_identical(later, passkey().batch(range(14, 16), blocks * BLOCK))
@@ -132,8 +132,8 @@ def test_indexed_feed_is_a_pure_function_of_the_step():
 
 
 def test_hosts_share_one_global_batch():
-    whole = feed_of(passkey(), batch_size=4).next(3)[0]
-    parts = [feed_of(passkey(), batch_size=4, shard=(i, 2)).next(3)[0] for i in range(2)]
+    whole = feed_of(passkey(), batch_size=4).next(3).batch
+    parts = [feed_of(passkey(), batch_size=4, shard=(i, 2)).next(3).batch for i in range(2)]
     for name in whole:
         np.testing.assert_array_equal(whole[name], np.concatenate([p[name] for p in parts]))
 
@@ -169,12 +169,14 @@ def test_the_pool():
     made_at, aged, drawn = [], 0, set()
     for step in range(30):
         before = (list(feed.lengths), list(feed.firsts), feed.made)
-        pool = feed.prepare(step, PARAMS, pool)
+        rows = feed.next(step)
+        batch, blocks = rows[:2]
+        assert (rows.refresh is None) == (feed.made == before[2])
+        pool = feed.prepare(rows, PARAMS, {"lanes": pool})["lanes"]
         if feed.made > before[2]:
             made_at.append(step)
             changed = [g for g in range(3) if feed.firsts[g] != before[1][g]]
             assert changed == [before[2] % 3]  # the oldest
-        batch, blocks = feed.next(step)
         drawn.add(blocks)
         if blocks == 4:
             np.testing.assert_array_equal(batch["lane"], [-1] * size)
@@ -212,22 +214,21 @@ def test_the_pool():
 def test_the_pools_position_is_saved_apart_from_later_changes():
     feed, other = (feed_of(passkey(), "aged", Curriculum((4, 6), unlock=0.0)) for _ in "ab")
     feed.observe(4, 1.0)
-    pool = initial(PARAMS, feed.pool_size)
-    pool = feed.prepare(1, PARAMS, pool)
+    assert feed.next(1).refresh.group == 0
     state = json.loads(json.dumps(feed.get_state()))
     assert state == {"curriculum": {"stage": 1, "level": 0.0}, "lengths": [6, 0, 0],
                      "firsts": [2**40, 0, 0], "made": 1}  # fmt: skip
     other.set_state(state)
     assert other.get_state() == state
     for step in range(2, 12):
-        assert_identical(feed.next(step), other.next(step))
+        assert_identical(feed.next(step).batch, other.next(step).batch)
 
 
 def test_hosts_make_their_own_rows_of_the_pool():
     def feed(shard, batch_size=4):
         feed = feed_of(passkey(), "aged", Curriculum((6,)), shard=shard, batch_size=batch_size)
         feed.lengths, feed.firsts = [0, 6, 0], [0, 2**40 + 8, 0]
-        return feed.next(0)[0]
+        return feed.next(1).batch  # 1: no group is replaced
 
     whole, parts = feed((0, 1)), [feed((i, 2)) for i in range(2)]
     assert whole["lane"].tolist() == [4, 5, 6, 7]
@@ -274,7 +275,7 @@ def test_curricula_that_make_no_sense(changes):
 
 def test_rows_need_not_fill_their_last_block():
     feed = feed_of(task=passkey(), length=36)
-    batch, _ = feed.next(0)
+    batch = feed.next(0).batch
     assert batch["decoder_input_tokens"].shape[1] == 36
     assert (batch["decoder_loss_weights"][:, -1] == 1).all()  # the answer is the last token
 
@@ -293,28 +294,28 @@ def test_rows_need_not_fill_their_last_block():
         (dict(length=25), "The rows hold 25 tokens, but the task needs 26: raise TASK_FEATURE"),
         (dict(curriculum=Curriculum((4, 6))), "goes to 6 blocks, but the rows hold 4: raise"),
         (dict(curriculum=Curriculum((2, 4))), "shortest length of the curriculum is 2 blocks"),
-        (dict(mode="aged", pool_groups=0), "needs groups and refresh_period of at least 1"),
-        (dict(mode="aged", pool_refresh=0), "needs groups and refresh_period of at least 1"),
-        (dict(mode="aged", curriculum=Curriculum((4, 5, 6, 7)), pool_groups=2),
+        (dict(states=Aged(groups=0)), "needs groups and refresh_period of at least 1"),
+        (dict(states=Aged(refresh_period=0)), "needs groups and refresh_period of at least 1"),
+        (dict(states=Aged(groups=2), curriculum=Curriculum((4, 5, 6, 7))),
          "has 3 lengths beyond the 4 blocks of a row, but the aged-state pool only 2 groups"),
         (dict(task=[make_tokens(9)], mode="aged"), "The aged-state pool needs a task .* by index"),
         (dict(task=[make_tokens(9)], curriculum=Curriculum((4,))), "A curriculum needs a task"),
         (dict(mode="continuous", curriculum=Curriculum((4,))), "A curriculum needs a task"),
-        (dict(mode="continuous", lane_documents=LaneDocuments(16, 4)),
-         "LaneDocuments.length is 16, but the task needs documents of at least"),
+        (dict(states=Lanes(16, 4)),
+         "Lanes.document_length is 16, but the task needs documents of at least"),
     ],
 )  # fmt: skip
 def test_sentences(changes, sentence):
     with pytest.raises(ConfigError, match=sentence) as caught:
         feed_of(**{"task": passkey(), **changes})
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value).split("\n  In call to configurable")[0]  # gin's note
 
 
 def test_documents_are_read_by_lanes_under_every_other_mode():
     for mode in ("none", "random", "continuous"):
         feed = feed_of([make_tokens(40)] * 3, mode)
         assert isinstance(feed.lanes, ContinuousLanes)
-        assert feed.next(0)[0]["decoder_input_tokens"].shape == (2, BLOCKS * BLOCK)
+        assert feed.next(0).batch["decoder_input_tokens"].shape == (2, BLOCKS * BLOCK)
     assert type(feed_of(passkey(), "random")) is IndexedFeed
     documents = feed_of(passkey(), "continuous").lanes.documents
     assert len(documents) == 10 and len(documents[0][0]) == 64

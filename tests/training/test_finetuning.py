@@ -11,7 +11,16 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 from test_loop import history, run, saved
-from tiny import BLOCK, assert_close, assert_identical, make_model, make_params, make_tokens, passkey
+from tiny import (
+    BLOCK,
+    assert_close,
+    assert_identical,
+    make_model,
+    make_params,
+    make_run,
+    make_tokens,
+    passkey,
+)
 from trained import write_model_dir
 
 from famx.base.errors import ConfigError
@@ -21,11 +30,12 @@ from famx.inference.conversation import load_with_vocabulary
 from famx.lora import Lora, combine
 from famx.lora.adapters import ADAPTERS, SCALE
 from famx.memories import Fam
-from famx.mesh import make_mesh, make_rules
 from famx.model_dir.loading import load_model
 from famx.model_dir.memory_file import load_memory, save_memory
 from famx.models import DecoderModel
 from famx.modules import Memory
+from famx.training.run import Every
+from famx.training.state_passing import named
 from famx.training.step import make_initializer, make_train_step
 from famx.training.trainable import Trainable
 
@@ -41,12 +51,13 @@ def base(tmp_path_factory):
 
 
 def finetune(model_dir, base, lora=Lora(rank=3), steps=STEPS, model=None, **changes):
-    model = model or make_model()
-    model.lora = lora
     settings = dict(
-        total_steps=steps, model=model, initial_checkpoint_path=base, trainable="lora",
-        checkpoint_period=2, log_period=1,
+        steps=steps, model=dataclasses.replace(model or make_model(), lora=lora),
+        initial_checkpoint_path=base, every=Every(log=1, checkpoint=2),
     )  # fmt: skip
+    trainable = Trainable(changes.pop("trainable", "lora"), changes.pop("frozen_dtype", None))
+    memory, mode = changes.pop("initial_memory_file", None), changes.pop("mode", "none")
+    settings |= dict(trainable=trainable, state_passing=named(mode, memory))
     return run(model_dir, **{**settings, **changes})
 
 
@@ -92,17 +103,16 @@ def test_the_first_loss_is_that_of_the_base(base, tmp_path):
 
 
 def test_learning_lowers_the_loss_of_a_fixed_batch():
-    model = make_model()
-    model.lora = Lora(rank=4)
+    model = make_model(lora=Lora(rank=4))
     losses = train_steps(model, Trainable("lora"), steps=30)
     assert losses[-1] < 0.7 * losses[0]
 
 
 def one_step(model, trainable):
     optimizer = optax.adam(3e-2)
-    mesh, rules = make_mesh(), make_rules()
-    initialize, abstract = make_initializer(model, optimizer, "none", 2, mesh, rules, trainable)
-    step = make_train_step(model, optimizer, "none", 0, abstract, trainable)
+    ready = make_run(model=model, optimizer=optimizer, trainable=trainable).ready()
+    initialize, abstract = make_initializer(ready)
+    step = make_train_step(ready, abstract)
     batch = {"decoder_input_tokens": TOKENS[:, :-1], "decoder_target_tokens": TOKENS[:, 1:]}
     return initialize, step, batch
 
@@ -121,8 +131,7 @@ def test_only_what_learns_takes_memory_for_gradients_and_moments():
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     def measure(trainable):
-        model = make_model(**wide)
-        model.lora = Lora(rank=2) if trainable.name == "lora" else None
+        model = make_model(**wide, lora=Lora(rank=2) if trainable.name == "lora" else None)
         initialize, step, batch = one_step(model, trainable)
         state = jax.eval_shape(initialize, jax.random.key(0))
         compiled = step.lower(state, batch).compile().memory_analysis()
@@ -194,20 +203,20 @@ def test_a_model_may_differ_from_its_checkpoint_in_its_memory(base, tmp_path):
         "bswa": dict(memory=Memory()), "longer": dict(memory=Fam(4), block_size=16, memory_segments=0),
     }.items():  # fmt: skip
         run(
-            tmp_path / name, model=make_model(**changes), initial_checkpoint_path=base, total_steps=1,
-            optimizer=optax.sgd(0.0), task_feature_lengths={"targets": 64},
+            tmp_path / name, model=make_model(**changes), initial_checkpoint_path=base, steps=1,
+            optimizer=optax.sgd(0.0), lengths={"targets": 64},
         )  # fmt: skip
         taken = flat(load_model(str(tmp_path / name)).params)
         assert ("memory/prompt" in taken) == (name == "longer")
         for path in params.keys() - {"memory/prompt"}:
             assert np.array_equal(params[path], taken[path]), path
     back = tmp_path / "back"
-    run(back, initial_checkpoint_path=str(tmp_path / "bswa"), total_steps=1)
+    run(back, initial_checkpoint_path=str(tmp_path / "bswa"), steps=1)
     assert load_model(str(back)).params["memory"]["prompt"].shape == params["memory"]["prompt"].shape
 
 
 def test_the_prompt_is_taken_where_it_fits(base, tmp_path):
-    run(tmp_path, initial_checkpoint_path=base, total_steps=1, optimizer=optax.sgd(0.0))
+    run(tmp_path, initial_checkpoint_path=base, steps=1, optimizer=optax.sgd(0.0))
     prompt = lambda directory: load_model(str(directory)).params["memory"]["prompt"]
     assert np.array_equal(prompt(tmp_path), prompt(base))
 
@@ -295,7 +304,7 @@ def test_the_loss_from_a_memory_is_that_of_reading_on(base, memory):
     (dict(frozen_dtype="int4"), "FROZEN_DTYPE must be None or one of float32, bfloat16, int8; got"),
     (dict(model=make_model(mlp_dim=48)), "holds another model, differing in mlp_dim (32 there, 48 h"),
     (dict(initial_checkpoint_path="/nowhere"), "There is no checkpoint /nowhere: /nowhere is not a"),
-    (dict(mixture_or_task_name="passkey_bytes"), "is not that of {base}: give it with TASK_OPTIONS"),
+    (dict(task="passkey_bytes"), "is not that of {base}: give it with TASK_OPTIONS"),
     (dict(initial_memory_file="{memory}"), "INITIAL_MEMORY_FILE needs TRAINABLE='memory', not 'l"),
     (dict(initial_memory_file="{memory}", initial_checkpoint_path=None), "needs INITIAL_CHECKPOINT_"),
     (dict(initial_memory_file="{base}/none", trainable="memory"), "There is no memory file"),

@@ -12,7 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from memories_table import REMEMBERING
-from tiny import BLOCK, BLOCKS, assert_identical, make_model, passkey
+from tiny import BLOCK, BLOCKS, assert_identical, make_model, make_run, passkey
 
 from famx.base.errors import ConfigError
 from famx.data import TextFiles
@@ -21,11 +21,18 @@ from famx.model_dir.identity import check_same_model
 from famx.model_dir.loading import check_model
 from famx.training import loop, speed
 from famx.training.curriculum import Curriculum
+from famx.training.run import Every
 from famx.training.run_log import read_metrics
-from famx.training.state_passing import RandomState
+from famx.training.state_passing import Aged, Lanes, Random, named
 
-STEPS, BATCH = 9, 4
+STEPS, BATCH = 12, 4
 TIMES = ("time", *speed.NAMES)
+MODES = {
+    "none": named("none"),
+    "random": Random(0.5, start_step=2),
+    "continuous": Lanes(document_length=9 * BLOCK, num_documents=10),
+    "aged": Aged(groups=2, refresh_period=3),  # two groups: the pool is replaced within the run
+}
 
 
 @dataclasses.dataclass
@@ -50,32 +57,20 @@ class Probe:
 
 
 def run(model_dir, mode="none", seed=0, probe=None, **changes):
-    """One call of `train`, as the same command would make it."""
+    """One call of `train`, as the same command would make it; `changes` as of `make_run`."""
     settings = dict(
         model_dir=str(model_dir),
-        model=make_model(),
-        mixture_or_task_name="passkey_words",
-        task_options={"digits": 1, "header": False, "filler": "random_words"},
-        task_feature_lengths={"targets": BLOCKS * BLOCK},
-        total_steps=STEPS,
+        steps=STEPS,
         batch_size=BATCH,
         optimizer=optax.adam(1e-2),
         random_seed=seed,
-        state_passing_mode=mode,
         evaluation=probe,
-        eval_period=1 if probe else 0,
-        log_period=4,
-        checkpoint_period=5,
+        every=Every(log=5, checkpoint=5, evaluation=1 if probe else 0),
     )
-    if mode == "random":
-        settings["random_state"] = RandomState(0.5, start_step=2)
-    if mode == "continuous":
-        settings["lane_documents"] = loop.LaneDocuments(length=9 * BLOCK, count=10)
-    if mode == "aged":
-        # Unlocks at once; two groups, so that the pool is made anew within the run.
+    settings["state_passing"] = MODES[mode] if mode in MODES else named(mode)
+    if mode == "aged":  # unlocks at once
         settings["curriculum"] = Curriculum((4, 5, 7), unlock=0.0, newest=0.6)
-        settings |= dict(pool_groups=2, pool_refresh_period=3)
-    return loop.train(**{**settings, **changes})
+    return loop.train(make_run(**{**settings, **changes}))
 
 
 def history(model_dir, split="train"):
@@ -159,13 +154,13 @@ def test_the_losses_of_the_modes_differ(whole):
 
 def test_a_run_leaves_logs_config_and_checkpoints(whole, tmp_path):
     folder = whole("none")
-    assert "train.pool_groups = 8" in (folder / "config.gin").read_text()
+    assert "Run.checkpoints_to_keep = 3" in (folder / "config.gin").read_text()
     assert json.loads((folder / "model.json").read_text())["block_size"] == BLOCK
     assert list((folder / "tensorboard" / "train").glob("events.out.tfevents.*"))
     assert (folder / f"checkpoint_{STEPS}" / "state").is_dir()
-    assert sorted(p.name for p in folder.glob("checkpoint_*")) == ["checkpoint_5", "checkpoint_9"]
+    assert {p.name for p in folder.glob("checkpoint_*")} == {f"checkpoint_{i}" for i in (5, 10, 12)}
     lines = history(folder)
-    assert [line["step"] for line in lines] == [4, 8, 9]
+    assert [line["step"] for line in lines] == [5, 10, 12]
     assert {"loss", "accuracy", "exact_match", "memory_rms", "gradient_norm"} <= set(lines[0])
     assert lines[0]["skipped"] == 0 and lines[0]["gradient_norm"] > 0
     assert [line["step"] for line in history(folder, "eval")][:STEPS] == list(range(1, STEPS + 1))
@@ -173,19 +168,19 @@ def test_a_run_leaves_logs_config_and_checkpoints(whole, tmp_path):
 
 def test_same_seed_same_run_other_seed_other_run(whole, tmp_path, capsys):
     probe = Probe()
-    scalars = run(tmp_path / "same", probe=probe, eval_period=4)
+    scalars = run(tmp_path / "same", probe=probe, every=Every(5, 5, 4))
     assert_identical(saved(tmp_path / "same"), saved(whole("none")))
     run(tmp_path / "other", seed=1)
     assert history(tmp_path / "other")[0]["loss"] != history(whole("none"))[0]["loss"]
     # The first of the two: evaluated every 4 steps and at the end, with the report once, at last.
-    assert [step for step, _ in probe.calls] == [4, 8, 9] and probe.reports == 1
+    assert [step for step, _ in probe.calls] == [4, 8, 12] and probe.reports == 1
     assert scalars["calls"] == 3 and np.isfinite(scalars["loss"])
     assert_identical(probe.calls[-1][1], saved(tmp_path / "same")["target"])
     assert "the report of 260 ids" in capsys.readouterr().err
 
 
 def test_a_finished_run_reports_again_and_trains_no_more(whole, tmp_path):
-    run(tmp_path, probe=Probe(), total_steps=STEPS)
+    run(tmp_path, probe=Probe(), steps=STEPS)
     before, probe = saved(tmp_path), Probe()
     run(tmp_path, probe=probe)
     assert [step for step, _ in probe.calls] == [STEPS] and probe.reports == 1
@@ -221,8 +216,7 @@ def poisoned(monkeypatch):
 
 @pytest.mark.usefixtures("poisoned")
 def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
-    run(tmp_path, mixture_or_task_name="poisoned", task_options={"steps": (1,)}, total_steps=3,
-        log_period=1, checkpoint_period=1)  # fmt: skip
+    run(tmp_path, task="poisoned", options={"steps": (1,)}, steps=3, every=Every(log=1, checkpoint=1))
     one, two, three = (saved(tmp_path, step) for step in (1, 2, 3))
     assert int(two["state"].pop("step")) == 2 and int(one["state"].pop("step")) == 1
     assert_identical(one, two)
@@ -233,10 +227,10 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
 
 @pytest.mark.usefixtures("poisoned")
 def test_twenty_such_steps_in_a_row_end_the_run(tmp_path):
-    broken = dict(mixture_or_task_name="poisoned", total_steps=50, checkpoint_period=3)
+    broken = dict(task="poisoned", steps=50, every=Every(log=4, checkpoint=3))
     sentence = "not finite in the 20 steps before step 23: lower the learning rate. The last"
     with pytest.raises(ConfigError, match=sentence):
-        run(tmp_path, **broken, task_options={"steps": (0, *range(3, 50))})
+        run(tmp_path, **broken, options={"steps": (0, *range(3, 50))})
     assert np.isfinite(saved(tmp_path, 21)["target"]["embedding"]).all()
 
 
@@ -247,24 +241,22 @@ def test_text_of_files_is_read_by_lanes(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.txt").write_text(f"Document {i}. " + "abcdefgh " * (5 + 3 * i))
     registry.register("loop_texts", lambda: TextFiles(str(tmp_path / "*.txt")))
-    scalars = run(
-        tmp_path / "run", "continuous", mixture_or_task_name="loop_texts", task_options=None,
-    )  # fmt: skip
+    scalars = run(tmp_path / "run", "continuous", task="loop_texts", options=None)
     assert 0 < scalars["loss"] < 20
 
 
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(total_steps=0), "TRAIN_STEPS must be at least 1, not 0"),
-        (dict(log_period=0), "log_period must be at least 1"),
+        (dict(steps=0), "TRAIN_STEPS must be at least 1, not 0"),
+        (dict(every=dict(log=0)), "Every.log must be at least 1"),
         (dict(batch_size=0), "BATCH_SIZE 0"),
-        (dict(task_feature_lengths={"inputs": 8}), "must name a length for 'targets'"),
-        (dict(task_feature_lengths={"targets": 7}), "row length 7 .* is shorter than a block of 8"),
-        (dict(mixture_or_task_name="passkey_wrods"), "The nearest name is 'passkey_words'"),
-        (dict(task_options={"digit": 1}), "passkey_words.*digit"),
-        (dict(task_options={"digits": 0}), "needs at least 1 digit"),
-        (dict(state_passing_mode="rsp"), "STATE_PASSING is 'rsp'; choose one of none, random"),
+        (dict(lengths={"inputs": 8}), "must name a length for 'targets'"),
+        (dict(lengths={"targets": 7}), "row length 7 .* is shorter than a block of 8"),
+        (dict(task="passkey_wrods"), "The nearest name is 'passkey_words'"),
+        (dict(options={"digit": 1}), "passkey_words.*digit"),
+        (dict(options={"digits": 0}), "needs at least 1 digit"),
+        (dict(mode="rsp"), "STATE_PASSING is 'rsp'; choose one of none, random"),
         (dict(model=dict(vocab_size=16)), "raise DecoderConfig.vocab_size"),
         (
             dict(model=dict(block_size=128, attention_backend="splash")),
@@ -276,6 +268,8 @@ def test_settings_that_do_not_fit(tmp_path, changes, sentence):
     if "model" in changes:
         changes = {"model": make_model(**changes["model"])}
     with pytest.raises(ConfigError, match=sentence):
+        if "every" in changes:
+            changes = {"every": Every(**changes["every"])}
         run(tmp_path, **changes)
     assert not list(tmp_path.iterdir())  # nothing that would stand in the way of the next try
 

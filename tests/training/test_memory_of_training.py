@@ -8,13 +8,11 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
-import optax
 import pytest
-from tiny import BLOCK, make_model
+from tiny import BLOCK, make_model, make_run
 
 import famx
-from famx.mesh import batch_sharding, make_mesh, make_rules, on_mesh
+from famx.mesh import make_rules
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig, Memory
 from famx.training.step import make_initializer, make_train_step
@@ -27,11 +25,11 @@ ONE_B = """
 import jax, math, sys
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
-from famx.training.state_passing import RandomState
+from famx.training.state_passing import named
 from famx.training import optimizers
-from famx.mesh import batch_sharding, make_mesh, make_rules, on_mesh
 from famx.mesh import make_mesh, make_rules
 from test_memory_of_training import compile_step, shapes_of
+from tiny import make_run
 
 config = DecoderConfig(
     vocab_size=256_000, num_layers=18, embed_dim=1536, num_heads=12, mlp_dim=8 * 1536, block_size=16,
@@ -41,15 +39,16 @@ size = lambda leaf: leaf.size * leaf.dtype.itemsize
 shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 def state_on(mesh, optimizer, mode):
-    model = DecoderModel(Decoder(config), loss_chunk=128)
-    model.random_state = RandomState() if mode == "random" else None
-    abstract = make_initializer(model, optimizer, mode, 8, mesh, make_rules())[1]
-    return model, abstract
+    run = make_run(
+        model=DecoderModel(Decoder(config), loss_chunk=128), optimizer=optimizer, mesh=mesh,
+        batch_size=8, lengths={"targets": 64}, state_passing=named(mode),
+    ).ready()
+    return run, make_initializer(run)[1]
 
 def check_cut(state, parts):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path)
-        heads = name.startswith((".lanes.keys", ".lanes.values"))
+        heads = name.startswith((".kept['lanes'].keys", ".kept['lanes'].values"))
         if size(leaf) > 2**20:
             assert size(leaf) == (8 if heads else parts) * shard(leaf), (name, leaf.sharding.spec)
 
@@ -63,14 +62,14 @@ for mode in ("random", "continuous"):
     row, column = moments.v_row["layers"]["mlp"]["up"], moments.v_col["layers"]["key"]
     for leaf in (row["kernel"], column["kernel"]):
         assert leaf.ndim > 1 and size(leaf) == 8 * shard(leaf), leaf
-    for leaf in jax.tree.leaves(state.flax_mutables):
+    for leaf in jax.tree.leaves(state.kept.get('flax_mutables', {})):
         assert size(leaf) == (8 if leaf.ndim else 1) * shard(leaf), leaf
 mixed = make_mesh(data=2, fsdp=2, tensor=2)
 check_cut(state_on(mixed, adafactor, "continuous")[1], 4)
 
 # Compiled.
-model, abstract = state_on(mesh, optimizers.adamw(1e-3), "none")
-compiled = compile_step(model, optimizers.adamw(1e-3), mesh, abstract, 8, 64)
+run, abstract = state_on(mesh, optimizers.adamw(1e-3), "none")
+compiled = compile_step(run, abstract)
 memory, total = compiled.memory_analysis(), sum(map(size, jax.tree.leaves(abstract)))
 for found in (memory.argument_size_in_bytes, memory.output_size_in_bytes):
     assert total / 8 <= found < 1.01 * total / 8, (found, total)
@@ -86,14 +85,12 @@ print("done")
 """
 
 
-def compile_step(model, optimizer, mesh, abstract, batch, length):
-    """The compiled step over `batch` rows; nothing is materialised."""
-    rules, sharding = make_rules(), batch_sharding(mesh)
-    names = ("decoder_input_tokens", "decoder_target_tokens")
-    rows = {name: jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding) for name in names}
-    with on_mesh(mesh, rules):
-        step = make_train_step(model, optimizer, "none", 0, abstract)
-        return step.lower(abstract, rows).compile()
+def compile_step(run, abstract):
+    """The compiled step of a run that is ready; nothing is materialised."""
+    rows = run.abstract_batch()
+    del rows["decoder_loss_weights"]
+    with run.on_mesh():
+        return make_train_step(run, abstract).lower(abstract, rows).compile()
 
 
 def shapes_of(compiled):
@@ -120,19 +117,18 @@ def test_nothing_large_of_1b_is_whole_on_each_of_eight_devices():
 
 
 def step_on_one_device(model, batch, length):
-    optimizer, mesh = optax.sgd(0.1), make_mesh(devices=jax.devices()[:1])
-    abstract = make_initializer(model, optimizer, "none", batch, mesh, make_rules())[1]
-    return compile_step(model, optimizer, mesh, abstract, batch, length)
+    run = make_run(model=model, batch_size=batch, lengths={"targets": length}).ready(jax.devices()[:1])
+    return compile_step(run, make_initializer(run)[1])
 
 
 def test_all_logits_never_exist_where_the_loss_is_cut_into_chunks():
     vocabulary, batch, length = 256_000, 2, 8 * BLOCK
-    model = make_model(vocab_size=vocabulary, embed_dim=8, num_heads=1)
     found = {}
-    for model.loss_chunk in (None, 2 * BLOCK):
+    for chunk in (None, 2 * BLOCK):
+        model = make_model(vocab_size=vocabulary, embed_dim=8, num_heads=1, loss_chunk=chunk)
         compiled = step_on_one_device(model, batch, length)
         largest = max(math.prod(shape) for _, shape in shapes_of(compiled))
-        found[model.loss_chunk] = largest, compiled.memory_analysis().temp_size_in_bytes
+        found[chunk] = largest, compiled.memory_analysis().temp_size_in_bytes
     table = batch * length * vocabulary
     assert found[None][0] >= table and found[None][1] >= 4 * table  # it is seen where it exists
     assert found[2 * BLOCK][0] < table / 2 and found[2 * BLOCK][1] < 4 * table / 2
@@ -150,9 +146,11 @@ def test_offloaded_layer_inputs_lie_in_the_memory_of_a_tpu_s_host(monkeypatch):
         vocab_size=128, num_layers=3, embed_dim=128, num_heads=1, mlp_dim=128, block_size=128,
         memory_segments=0, memory=Memory(), dtype="bfloat16", remat="offload", attention_backend="xla",
     )  # fmt: skip
-    mesh, batch, length = make_mesh(devices=devices), 4, 512
-    model, optimizer = DecoderModel(Decoder(config)), optax.sgd(0.1)
-    abstract = make_initializer(model, optimizer, "none", batch, mesh, make_rules("data"))[1]
-    memory = compile_step(model, optimizer, mesh, abstract, batch, length).memory_analysis()
+    batch, length = 4, 512
+    run = make_run(
+        model=DecoderModel(Decoder(config)), batch_size=batch, lengths={"targets": length},
+        rules=make_rules("data"),
+    ).ready(devices)  # fmt: skip
+    memory = compile_step(run, make_initializer(run)[1]).memory_analysis()
     inputs = config.num_layers * batch // 4 * length * config.embed_dim * 2
     assert memory.host_temp_size_in_bytes == inputs

@@ -55,7 +55,7 @@ def test_decay_alone_shrinks_only_masked_weights(make):
 @pytest.mark.parametrize("make", ALL)
 def test_learns_and_follows_the_schedule(make):
     target = jnp.asarray([[1.0, -2.0], [0.5, 3.0]])
-    optimizer = make(schedules.warmup_stable_decay(0.1, total_steps=200, decay_steps=150))
+    optimizer = make(schedules.warmup_stable_decay(0.1, steps=200, decay_steps=150))
     loss = lambda p: jnp.mean((p["w"] - target) ** 2)  # noqa: E731
 
     @jax.jit

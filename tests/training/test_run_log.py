@@ -82,7 +82,7 @@ def test_plain_lines(tmp_path, monkeypatch):
     clock = iter([100.0, 100.0 + 75])
     monkeypatch.setattr("famx.base.progress._monotonic", lambda: next(clock))
     stream = io.StringIO()
-    with RunLog(tmp_path, total_steps=40, start_step=10, stream=stream) as log:
+    with RunLog(tmp_path, steps=40, start_step=10, stream=stream) as log:
         log.progress(20, {"loss": 1.23456, "tokens/s": 20480.0})
     assert stream.getvalue() == (
         "train step 20/40  loss 1.235  tokens/s 2.048e+04  elapsed 1:15  eta 2:30\n"
@@ -91,7 +91,7 @@ def test_plain_lines(tmp_path, monkeypatch):
 
 def test_bar_on_a_terminal(tmp_path):
     stream = Terminal()
-    with RunLog(tmp_path, total_steps=40, start_step=10, stream=stream) as log:
+    with RunLog(tmp_path, steps=40, start_step=10, stream=stream) as log:
         log.progress(20, {"loss": 1.5})
         log.message("saved")
     assert "20/40" in stream.getvalue() and "loss=1.5" in stream.getvalue()

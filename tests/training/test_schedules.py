@@ -27,9 +27,9 @@ def test_constant():
     "schedule",
     [
         schedules.constant_rate(RATE, warmup_steps=4),
-        schedules.warmup_cosine(RATE, total_steps=100, warmup_steps=4),
+        schedules.warmup_cosine(RATE, steps=100, warmup_steps=4),
         schedules.warmup_rsqrt(RATE, warmup_steps=4),
-        schedules.warmup_stable_decay(RATE, total_steps=100, decay_steps=10, warmup_steps=4),
+        schedules.warmup_stable_decay(RATE, steps=100, decay_steps=10, warmup_steps=4),
     ],
 )
 def test_warmup_is_a_line_that_never_is_zero(schedule):
@@ -39,7 +39,7 @@ def test_warmup_is_a_line_that_never_is_zero(schedule):
 
 
 def test_cosine():
-    schedule = schedules.warmup_cosine(RATE, total_steps=110, warmup_steps=10, floor=1e-3)
+    schedule = schedules.warmup_cosine(RATE, steps=110, warmup_steps=10, floor=1e-3)
     want = [RATE, 1e-3 + 2e-3 * 0.5 * (1 + math.cos(math.pi / 4)), 2e-3, 1e-3, 1e-3]
     np.testing.assert_allclose(values(schedule, [10, 35, 60, 110, 500]), want, rtol=1e-5)
 
@@ -52,7 +52,7 @@ def test_rsqrt():
 
 
 def test_stable_then_a_line_to_the_floor():
-    schedule = schedules.warmup_stable_decay(RATE, total_steps=100, decay_steps=20, floor=1e-3)
+    schedule = schedules.warmup_stable_decay(RATE, steps=100, decay_steps=20, floor=1e-3)
     want = [RATE, RATE, RATE, 2e-3, 1e-3, 1e-3]
     np.testing.assert_allclose(values(schedule, [0, 50, 80, 90, 100, 1000]), want, rtol=1e-5)
 

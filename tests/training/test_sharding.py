@@ -30,13 +30,15 @@ MESHES = (  # data x fsdp x tensor x context
 COMMON = """
 import gin, jax, json, numpy as np, optax, pathlib, sys
 from famx.lora import Lora
-from famx.training.state_passing import RandomState
+from famx.training.state_passing import Fresh, Lanes, Random
+from famx.training.trainable import Trainable
+from famx.training.run import Every
 from famx.training import loop, optimizers
 from famx.mesh import make_mesh, make_rules
 from famx.model_dir.checkpointer import Checkpointer
 from famx.training.step import make_initializer
 from famx.memories import Infini
-from tiny import fam, make_model, BLOCK, BLOCKS
+from tiny import fam, make_model, make_run, BLOCK, BLOCKS
 
 # Matrices of the tiny model are factored too, and plain gradients show in what SGD leaves.
 OPTIMIZERS = {
@@ -52,10 +54,22 @@ class Look:
         }
         return {}
 
-def model_of(kind):
+STATES = {"random": Random(0.9), "continuous": Lanes(document_length=7 * BLOCK, num_documents=20)}
+
+def run_of(kind, **changes):
     memory = {"infini": Infini(), "delta": Infini(delta=True)}.get(kind)
     memory = memory or fam(0 if kind in ("bswa", "frozen") else 2)
-    return make_model(memory=memory, num_heads=8, num_kv_heads=4, memory_segments=2)
+    lora = kind in ("lora", "frozen")
+    model = make_model(
+        memory=memory, num_heads=8, num_kv_heads=4, memory_segments=2,
+        lora=Lora(rank=2) if lora else None,
+    )
+    trainable = Trainable("lora" if lora else "all", "bfloat16" if kind == "frozen" else None)
+    return make_run(
+        model=model, trainable=trainable, steps=STEPS, batch_size=8,
+        optimizer=OPTIMIZERS.get(kind, optax.adam(1e-2)), state_passing=STATES.get(kind, Fresh()),
+        **changes,
+    )
 
 def set_mesh(data=1, fsdp=1, tensor=1, context=1, devices=None):
     gin.clear_config()
@@ -64,22 +78,11 @@ def set_mesh(data=1, fsdp=1, tensor=1, context=1, devices=None):
         gin.bind_parameter(f"mesh.make_mesh.{name}", value)
 
 def run(folder, kind, **changes):
-    look, model = Look(), model_of(kind)
-    lora = kind in ("lora", "frozen")
-    model.lora = Lora(rank=2) if lora else None
-    loop.train(
-        model_dir=folder,
-        model=model,
-        mixture_or_task_name="passkey_words",
-        task_options={"digits": 1, "header": False, "filler": "random_words"},
-        task_feature_lengths={"targets": BLOCKS * BLOCK},
-        total_steps=STEPS, batch_size=8, optimizer=OPTIMIZERS.get(kind, optax.adam(1e-2)),
-        state_passing_mode=kind if kind in ("random", "continuous") else "none",
-        random_state=RandomState(0.9),
-        lane_documents=loop.LaneDocuments(length=7 * BLOCK, count=20),
-        trainable="lora" if lora else "all", frozen_dtype="bfloat16" if kind == "frozen" else None,
-        evaluation=look, log_period=1, checkpoint_period=2, checkpoints_to_keep=None, **changes,
-    )
+    look = Look()
+    loop.train(run_of(
+        kind, model_dir=folder, evaluation=look, every=Every(log=1, checkpoint=2),
+        checkpoints_to_keep=None, **changes,
+    ))
     return look.shards
 """
 
@@ -97,11 +100,7 @@ json.dump(out, open(f"{folder}/shards.json", "w"))
 
 # A checkpoint that one mesh wrote, read on others.
 def moved(name, kind, mesh):
-    mode, rules = kind if kind in ("random", "continuous") else "none", make_rules()
-    model = model_of(kind)
-    model.random_state = RandomState(0.9) if mode == "random" else None
-    optimizer = OPTIMIZERS.get(kind, optax.adam(1e-2))
-    abstract = make_initializer(model, optimizer, mode, 8, mesh, rules)[1]
+    abstract = make_initializer(run_of(kind, mesh=mesh).ready())[1]
     with Checkpointer(pathlib.Path(folder) / name) as checkpointer:
         tree = checkpointer.restore(None, abstract.to_checkpoint())[0]
     wanted = jax.tree.leaves(abstract.to_checkpoint())
@@ -221,6 +220,6 @@ def test_processes_equal_one(folder, count):
     texts = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, "\n".join(texts)
     assert all(text.endswith("done\n") for text in texts)
-    assert ("Going on from step 2 of" in texts[0]) == (count == 4)
+    assert ("Resuming from step 2 of" in texts[0]) == (count == 4)
     for kind in ("fam", "random", "continuous"):
         assert_same_run(folder, f"{kind}_processes_{count}", f"{kind}_1")

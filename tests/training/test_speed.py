@@ -17,8 +17,10 @@ from famx.base.errors import ConfigError
 from famx.lora import Lora
 from famx.training import speed
 from famx.training.flops import Learning, train_flops
+from famx.training.run import Every
 from famx.training.run_log import read_metrics
 from famx.training.speed import SpeedMeter
+from famx.training.trainable import Trainable
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -67,7 +69,7 @@ def test_the_report_counts_tokens_steps_waiting_and_operations(monkeypatch):
 def test_a_run_reports_its_speed_and_traces_the_steps_that_are_asked_for(tmp_path, capsys, monkeypatch):
     """All five figures, in the lines of progress, in TensorBoard and in metrics.jsonl."""
     monkeypatch.setattr(speed, "peak_flops", lambda kind: 1e12)
-    run(tmp_path, total_steps=4, log_period=2, profile_steps="2:3")
+    run(tmp_path, steps=4, every=Every(log=2), profile_steps="2:3")
     lines = read_metrics(str(tmp_path), "train")
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
@@ -94,9 +96,8 @@ def test_a_run_that_trains_adapters_counts_the_operations_of_its_backward_pass(t
     counted = []
     monkeypatch.setattr(speed, "peak_flops", lambda kind: 1e12)
     monkeypatch.setattr(speed, "train_flops", lambda *args: counted.append(args) or {"all": 1})
-    model = make_model()
-    model.lora = Lora(rank=2, targets=("layers/query",))
-    run(tmp_path, total_steps=1, model=model, trainable="lora")
+    model = make_model(lora=Lora(rank=2, targets=("layers/query",)))
+    run(tmp_path, steps=1, model=model, trainable=Trainable("lora"))
     learning = counted[0][-1]
     assert sorted(learning.paths) == ["layers/query/lora_a", "layers/query/lora_b", "memory/prompt"]
     assert learning.rank == 2 and counted[0][1:4] == (4, BLOCKS * BLOCK, True)

@@ -9,7 +9,7 @@
     TASK_FEATURE_LENGTHS = {"targets": 1024}
     STATE_PASSING = "continuous"
     modules.DecoderConfig.vocab_size = 259
-    loop.train.task_options = {"files": "/data/*.jsonl", "max_tokens": 8192}
+    TASK_OPTIONS = {"files": "/data/*.jsonl", "max_tokens": 8192}
 
 Give MODEL_DIR, BATCH_SIZE and TRAIN_STEPS on the command line. A line of the files is `{"text": ...}`,
 or `{"inputs": ..., "targets": ...}`, where targets may be a list of references; only the targets have a

@@ -40,12 +40,17 @@ def names() -> list[str]:
     return sorted(_FACTORIES)
 
 
+def factory(name: str) -> Callable[..., Any] | None:
+    """What makes a registered task; None for any other name."""
+    return _FACTORIES.get(name)
+
+
 def takes(name: str, option: str) -> bool:
     """Whether `name` is a registered task whose factory takes `option` and has not bound it."""
-    factory = _FACTORIES.get(name)
-    if factory is None or option in getattr(factory, "keywords", ()):
+    made = _FACTORIES.get(name)
+    if made is None or option in getattr(made, "keywords", ()):
         return False
-    return option in inspect.signature(factory).parameters
+    return option in inspect.signature(made).parameters
 
 
 def needs_options(name: str) -> bool:

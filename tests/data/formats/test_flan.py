@@ -14,7 +14,7 @@ from famx.data.formats import flan
 from famx.data.formats.flan import WEIGHTS, FlanRows
 from famx.data.storage.records import write_tfrecords
 from famx.data.vocabularies import ByteVocabulary
-from famx.training.feeds import make_feed
+from famx.training.feeds import Source, fresh_feed
 from tests.tiny import make_model
 
 SOURCES = {"flan2021": "Flan2021", "t0": "P3", "niv2": "NIv2", "cot": "CoT", "dialog": "Dialog"}
@@ -193,9 +193,8 @@ def test_hosts_make_their_parts_of_a_batch(folder):
 def test_the_training_engine_takes_it(folder):
     model = make_model()
     length = 16 * model.config.block_size
-    feed = make_feed(rows(folder, repeat_tokens=8), "none", model, 2, length, None, 0, (0, 1), None, 1, 1,
-                     None)  # fmt: skip
-    batch, blocks = feed.next(3)
+    feed = fresh_feed(Source(rows(folder, repeat_tokens=8), 2, length, model.config.block_size))
+    batch, blocks = feed.next(3)[:2]
     expected = rows(folder, repeat_tokens=8).batch([6, 7], length)
     assert blocks == 16 and all(np.array_equal(batch[name], expected[name]) for name in expected)
 

@@ -1,0 +1,78 @@
+"""Batches that are made on a thread before their steps begin.
+
+What a batch holds may depend on metrics (`famx.training.curriculum`). So that every run, resumed or not,
+draws the same batches, the batch of step `s` is made after the metrics of all steps up to
+`s - 1 - OBSERVED_DELAY` were observed, and of no later one: metrics are read `METRICS_DELAY` steps after
+their step began, and the batch that is made then is that of `BATCHES_AHEAD` steps later.
+"""
+
+import queue
+from typing import Any
+
+from famx.data.rows import Prefetch
+from famx.training.feeds import Feed, Rows
+
+METRICS_DELAY = 2  # steps that may be under way on the devices while the host reads older metrics
+BATCHES_AHEAD = 2  # batches that are made while earlier steps are under way
+OBSERVED_DELAY = METRICS_DELAY + BATCHES_AHEAD
+
+
+class BatchesAhead:
+    """A feed on a thread; until `close` the feed belongs to the thread.
+
+    Ask for batches in the order of their steps, and take them in that order.
+
+    Args:
+      feed: at the position of the first step that is asked for.
+      steps: steps of the run; for later ones no batch is made.
+    """
+
+    def __init__(self, feed: Feed, steps: int):
+        self._requests: queue.SimpleQueue = queue.SimpleQueue()
+        self._made = Prefetch(_Requested(feed, steps, self._requests), BATCHES_AHEAD + 1)
+        self._next: tuple[Any, Rows | None] | None = None
+
+    def ask(self, step: int, observed: tuple[int | None, float] | None = None) -> None:
+        """Lets the batch of `step` be made, once the feed has observed `(blocks, metric)`."""
+        self._requests.put((step, observed))
+
+    def state(self) -> Any:
+        """The feed's state before the batch that `take` returns next; waits for that batch.
+
+        Raises:
+          Exception: whatever the feed raised, as `take` does.
+        """
+        if self._next is None:
+            self._next = next(self._made)
+        return self._next[0]
+
+    def take(self) -> Rows:
+        """The next batch; waits until it is made."""
+        self.state()
+        (_, rows), self._next = self._next, None
+        return rows
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._requests.put(None)
+        self._made.close()
+
+
+class _Requested:
+    """The iterator that the thread runs: one item `(state before the batch, batch)` per request."""
+
+    def __init__(self, feed: Feed, steps: int, requests: queue.SimpleQueue):
+        self._feed, self._steps, self._requests = feed, steps, requests
+
+    def __next__(self):
+        request = self._requests.get()
+        if request is None:
+            raise StopIteration
+        step, observed = request
+        if observed is not None:
+            self._feed.observe(*observed)
+        state = self._feed.get_state()
+        return state, self._feed.next(step) if step < self._steps else None
+
+    def get_state(self):
+        return None  # each item has its own

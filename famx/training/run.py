@@ -1,0 +1,252 @@
+"""A training run as one value: what training, compiling, benchmarks and tests have in common.
+
+    run = Run(
+        model=DecoderModel(Decoder(config)),
+        data=Data("passkey_words", lengths={"targets": 128}, batch_size=16, options={"header": False}),
+        optimizer=optimizers.adamw(1e-3),
+        steps=1000,
+        model_dir="/tmp/famx/passkey",
+    )
+    loop.train(run)
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from famx import mesh as meshes
+from famx.base.errors import ConfigError
+from famx.data.tasks import registry
+from famx.models import DecoderModel
+from famx.modules.backends import resolve_backend
+from famx.training.curriculum import Curriculum
+from famx.training.feeds import Source
+from famx.training.flops import Learning
+from famx.training.state_passing import Fresh, StatePassing
+from famx.training.trainable import Trainable
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run trains on.
+
+    Attributes:
+      task: the name of a task of `famx.data` or of SeqIO, or a task object.
+      lengths: `{"targets": L}`, the tokens of a row, through which gradients go.
+      batch_size: rows of the global batch.
+      options: settings of the task. For a name they win over what gin binds to the class that makes the
+        task; for an object, a dataclass, they replace its fields.
+      curriculum: lengths in blocks that unlock on accuracy; those beyond a row need `aged` states.
+      packed: fill rows with several documents; None: unless continuous lanes read them.
+    """
+
+    task: Any
+    lengths: Mapping[str, int]
+    batch_size: int
+    options: Mapping[str, Any] | None = None
+    curriculum: Curriculum | None = None
+    packed: bool | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row; ConfigError if `lengths` does not say."""
+        if "targets" not in self.lengths:
+            raise ConfigError(
+                "TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}."
+            )
+        return self.lengths["targets"]
+
+    def make_task(self, vocabulary: Any = None, **changes: Any) -> Any:
+        """The task object.
+
+        Args:
+          vocabulary: for a named task that can take any vocabulary and is given none; None: its own.
+          **changes: options that win over all others, such as `split="validation"`.
+
+        Raises:
+          ConfigError: there is no such task, or it does not take its options.
+        """
+        options = {**(self.options or {}), **changes}
+        try:
+            if not isinstance(self.task, str):
+                return dataclasses.replace(self.task, **options) if options else self.task
+            given = {**bound_options(self.task), **options}
+            if vocabulary is not None and "vocabulary" not in given:
+                if registry.takes(self.task, "vocabulary"):
+                    options["vocabulary"] = vocabulary
+            factory = registry.factory(self.task)
+            if factory is None:
+                return registry.get(self.task, **options)
+            return _configured(factory)(**options)
+        except ConfigError:
+            raise
+        except (ValueError, TypeError) as error:
+            sentence = str(error).split("\n  In call to configurable")[0]
+            raise ConfigError(f"MIXTURE_OR_TASK_NAME {self.task!r}: {sentence}") from error
+
+
+def bound_options(name: str) -> dict[str, Any]:
+    """What gin binds to the class or function that makes the task `name`, apart from fixed options."""
+    factory = registry.factory(name)
+    fixed = getattr(factory, "keywords", {})
+    target = getattr(factory, "func", factory)
+    with contextlib.suppress(ValueError):
+        if target is not None:
+            bound = gin.get_bindings(target)
+            return {option: value for option, value in bound.items() if option not in fixed}
+    return {}
+
+
+def _configured(factory):
+    """`factory`, called with what gin binds to its class or function."""
+    if isinstance(factory, functools.partial):
+        return functools.partial(_configured(factory.func), *factory.args, **factory.keywords)
+    try:
+        return gin.get_configurable(factory)
+    except ValueError:  # gin does not know it
+        return factory
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """Periods in steps.
+
+    Attributes:
+      log: steps between two lines of the log.
+      checkpoint: steps between two checkpoints.
+      evaluation: steps between two evaluations; 0: one at the end.
+
+    Raises:
+      ConfigError: on construction, if a period is out of range.
+    """
+
+    log: int = 10
+    checkpoint: int = 1000
+    evaluation: int = 0
+
+    def __post_init__(self):
+        for name, least in (("log", 1), ("checkpoint", 1), ("evaluation", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"Every.{name} must be at least {least}, not {getattr(self, name)}."
+                )
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+      model: what is trained.
+      data: the task and the shape of its batches.
+      optimizer: an optax transformation.
+      steps: steps of the whole run, earlier parts included.
+      model_dir: absolute directory of checkpoints and logs; None only where nothing is written.
+      random_seed: seed of parameters, data and everything else that is drawn.
+      state_passing: from which states examples begin, see `famx.training.state_passing`.
+      trainable: which parameters learn, see `famx.training.trainable`.
+      initial_checkpoint_path: where a new run takes its parameters from, a `MODEL_DIR` or one
+        `checkpoint_<step>` in it. The model may differ from the one there in its memory. A named task
+        takes the vocabulary there.
+      microbatches: parts of the batch that are read one after another, to need less memory; the step
+        is the same.
+      evaluation: called as `evaluation(model, params, step) -> scalars`; its `report(model, params,
+        model_dir)`, if any, ends the run; its `check(model)`, if any, raises ConfigError before the run
+        begins; its `with_task(make_task)`, if any, gives it the task of the run (`make_task` is
+        `Data.make_task`).
+      every: periods of logs, checkpoints and evaluations.
+      checkpoints_to_keep: number of checkpoints to keep, the newest; None keeps all.
+      mesh: devices; None: `famx.mesh.make_mesh()`.
+      rules: which logical axes are cut over which mesh axes; None: `famx.mesh.make_rules()`.
+      profile_steps: "10:13" traces these steps to `MODEL_DIR/profile`, see `Profile`.
+    """
+
+    model: DecoderModel
+    data: Data
+    optimizer: Any
+    steps: int
+    model_dir: str | None = None
+    random_seed: int = 0
+    state_passing: StatePassing = Fresh()
+    trainable: Trainable = Trainable()
+    initial_checkpoint_path: str | None = None
+    microbatches: int = 1
+    evaluation: Any = None
+    every: Every = Every()
+    checkpoints_to_keep: int | None = 3
+    mesh: Mesh | None = None
+    rules: meshes.Rules | None = None
+    profile_steps: str | None = None
+
+    def ready(self, devices: Sequence[jax.Device] | None = None) -> "Run":
+        """This run with a mesh, rules, and its model as it is computed on them.
+
+        Without `TRAINABLE="lora"` the model has no adapters.
+
+        Args:
+          devices: for a mesh that is not given; None: all devices.
+
+        Raises:
+          ConfigError: with one sentence, before anything is compiled, if the settings do not fit.
+        """
+        length, batch_size = self.data.length, self.data.batch_size
+        mesh, rules = self.mesh, self.rules or meshes.make_rules()
+        if mesh is None:
+            mesh = meshes.make_mesh() if devices is None else meshes.make_mesh(devices=devices)
+        meshes.check_batch_size(batch_size, mesh, self.microbatches)
+        meshes.check_blocks(length, self.model.config, mesh)
+        resolve_backend(self.model.config, mesh.devices.flat[0].platform, mesh.size)  # or refuses
+        model = dataclasses.replace(
+            self.model,
+            lora=self.model.lora if self.trainable.name == "lora" else None,
+            context_shards=mesh.shape["context"],
+        )
+        params = model.abstract_params()
+        self.trainable.check(params)
+        meshes.logical_to_sharding(params, mesh, rules)  # refuses what cannot be cut
+        return dataclasses.replace(self, model=model, mesh=mesh, rules=rules)
+
+    @contextlib.contextmanager
+    def on_mesh(self) -> Iterator[None]:
+        """Context in which JAX traces for the mesh of a run that is `ready`."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules.pairs()):
+            yield
+
+    @property
+    def learning(self) -> Learning:
+        """What learns, for the count of operations."""
+        paths = flatten_dict(self.model.abstract_params(), sep="/")
+        rank = 0 if self.model.lora is None else self.model.lora.rank
+        return Learning({path for path in paths if self.trainable.learns(path)}, rank)
+
+    def source(self, task: Any) -> Source:
+        """What the feed of this process is made from."""
+        return Source(
+            task, self.data.batch_size, self.data.length, self.model.config.block_size,
+            self.random_seed, meshes.batch_shard(self.mesh, jax.process_index()),
+            self.data.curriculum, self.data.packed,
+        )  # fmt: skip
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of a step, as far as the step needs it, with shardings and without data."""
+        sharding = meshes.batch_sharding(self.mesh)
+        rows, length = self.data.batch_size, self.data.length
+        make = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+        batch = {
+            "decoder_input_tokens": make(jnp.int32, length),
+            "decoder_target_tokens": make(jnp.int32, length),
+            "decoder_loss_weights": make(jnp.float32, length),
+        }
+        return batch | {name: make(dtype) for name, dtype in self.state_passing.batch_spec().items()}

@@ -1,0 +1,61 @@
+"""What a run writes to its directory besides logs: checkpoints, adapters, what it began from."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from famx.base.files import write_json
+from famx.lora import save_adapter
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.identity import weights_fingerprint
+from famx.training.run import Run
+from famx.training.step import TrainState
+
+_BASE_FILE = "base.json"  # what a run began from
+
+
+class RunWriter:
+    """Writes the checkpoints of a run that is `ready`; adapters also as files of their own.
+
+    Args:
+      run: the run.
+      directory: its `MODEL_DIR`.
+      checkpointer: of that directory.
+    """
+
+    def __init__(self, run: Run, directory: pathlib.Path, checkpointer: Checkpointer):
+        self._run, self._directory, self._checkpointer = run, directory, checkpointer
+        self._first = jax.process_index() == 0
+
+    def note_base(self, checkpoint: str, initial_dir: pathlib.Path, params: Any) -> None:
+        """Notes the checkpoint that the run begins from, and copies what its export needs."""
+        if not self._first:
+            return
+        base = {"checkpoint": str(checkpoint), "weights": weights_fingerprint(params)}
+        write_json(self._directory / _BASE_FILE, base)
+        source = initial_dir / "source"  # files of an imported model
+        if source.is_dir():
+            shutil.copytree(source, self._directory / "source", dirs_exist_ok=True)
+
+    def save(self, step: int, state: TrainState, data: Any) -> None:
+        """Saves a checkpoint with the position in the data, and the adapters if there are any."""
+        self._checkpointer.save(step, state.to_checkpoint(), data, force=True)
+        if self._run.model.lora is not None:
+            self._save_adapter(state)
+
+    def _save_adapter(self, state: TrainState) -> None:
+        part = self._run.trainable.part(state.params)
+        part = multihost_utils.process_allgather(part, tiled=True)
+        if not self._first:
+            return
+        model, path = self._run.model, self._directory / _BASE_FILE
+        base = json.loads(path.read_text()) if path.exists() else {}
+        memory = model.config.memory_fields()
+        save_adapter(
+            self._directory / "adapter", part, model.lora, base.get("weights"), base.get("checkpoint"),
+            memory,
+        )  # fmt: skip
