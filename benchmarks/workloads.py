@@ -1,6 +1,6 @@
-"""What is measured: training steps of the engine and forward passes, compiled ahead of time.
+"""Workloads to measure: training steps and forward passes, compiled ahead of time.
 
-Workloads are kept, so that sections that measure the same thing compile it once.
+They are cached, so that sections that measure the same workload compile it once.
 """
 
 import dataclasses
@@ -24,7 +24,12 @@ from famx.training.step import make_initializer, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A compiled function without arguments, and the bytes it needs beside inputs and outputs."""
+    """A compiled function.
+
+    Attributes:
+      run: calls it, without arguments, and returns its outputs.
+      temp_bytes: memory it allocates in addition to inputs and outputs.
+    """
 
     run: Callable[[], Any]
     temp_bytes: int
@@ -34,32 +39,33 @@ class Workload:
 def train_step(
     config: DecoderConfig, batch: int, length: int, loss_chunk: int | None = None
 ) -> Workload:
-    """The engine's own step on one device: loss, gradient, and an update by AdamW.
+    """The step of `famx.training.step` on one device: loss, gradient, and an AdamW update.
 
-    Every call goes on from the parameters that the last one left, which all steps of models with the
-    same parameters share, so that several fit into the device.
+    Every call continues from the parameters of the previous call. Workloads whose models have the same
+    parameters share one training state, so that several workloads fit on the device.
     """
     model, optimizer, mesh, rules = _training(config, loss_chunk)
     rows = random_tokens(config, batch, length + 1)
     inputs = {"decoder_input_tokens": rows[:, :-1], "decoder_target_tokens": rows[:, 1:]}
     _, abstract = make_initializer(model, optimizer, "none", batch, mesh, rules)
-    kept = _training_state(
+    # Settings that do not change the parameters are reset, so that such configs share a cell.
+    state_cell = _training_state(
         dataclasses.replace(config, blocks_per_chunk=None, remat="none", attention_backend="auto")
     )
     inputs = jax.device_put(inputs, batch_sharding(mesh))
     with on_mesh(mesh, rules):
         step = make_train_step(model, optimizer, "none", 0, abstract)
-        compiled = step.lower(kept[0], inputs).compile()
+        compiled = step.lower(state_cell[0], inputs).compile()
 
     def run():
-        kept[0], metrics = compiled(kept[0], inputs)
-        return kept[0], metrics
+        state_cell[0], metrics = compiled(state_cell[0], inputs)
+        return state_cell[0], metrics
 
     return Workload(run, _temp_bytes(compiled))
 
 
 def _training(config: DecoderConfig, loss_chunk: int | None = None):
-    """Model, optimiser, and a mesh of one device with its rules."""
+    """Model, optimiser, and a mesh of one device with its sharding rules."""
     mesh = make_mesh(devices=jax.devices()[:1])
     model = DecoderModel(Decoder(config), loss_chunk=loss_chunk)
     return model, optimizers.adamw(1e-4), mesh, make_rules()
@@ -67,7 +73,10 @@ def _training(config: DecoderConfig, loss_chunk: int | None = None):
 
 @functools.cache
 def _training_state(config: DecoderConfig) -> list:
-    """The one training state of this config, in a list whose owner replaces it at every step."""
+    """A one-element list with the training state of this config; each step replaces the element.
+
+    The step donates its state, so only the newest one exists, and all workloads must share it.
+    """
     model, optimizer, mesh, rules = _training(config)
     initialize, _ = make_initializer(model, optimizer, "none", 1, mesh, rules)
     return [initialize(jax.random.key(0))]
@@ -77,14 +86,19 @@ def _training_state(config: DecoderConfig) -> list:
 def forward(
     config: DecoderConfig, batch: int, length: int, logits: bool, full: bool = False
 ) -> Workload:
-    """Reads `length` tokens; returns the state after them and, if asked for, the last logits.
+    """Forward pass over `length` tokens.
 
-    Without logits, what a block-outer order holds does not grow with the length. With `full`, token
-    attention is `benchmarks.full_attention`, for a `config` of one block and no memory.
+    Args:
+      config: the model.
+      batch: number of examples.
+      length: number of tokens.
+      logits: also return the last token's logits. Without them, the memory of reading block by block
+        does not grow with the length.
+      full: use `benchmarks.full_attention`; `config` must have one block and no memory.
     """
     decoder = Decoder(config)
     tokens = jnp.asarray(random_tokens(config, batch, length))
-    # The parameters do not depend on how blocks are cut, and a short block is traced soon.
+    # Parameters do not depend on the block size, and initialisation compiles faster with short blocks.
     params = parameters(
         dataclasses.replace(config, block_size=max(1, config.memory_columns), blocks_per_chunk=None)
     )
@@ -101,7 +115,7 @@ def forward(
 
 
 def matrix_product(size: int) -> tuple[Workload, int]:
-    """A float32 product of two square matrices, and its operations."""
+    """A float32 product of two `[size, size]` matrices, and its number of operations."""
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.float32)
     compiled = jax.jit(jnp.matmul).lower(a, b).compile()
     return Workload(lambda: compiled(a, b), _temp_bytes(compiled)), 2 * size**3
@@ -109,13 +123,13 @@ def matrix_product(size: int) -> tuple[Workload, int]:
 
 @functools.cache
 def parameters(config: DecoderConfig):
-    """Random parameters, unboxed."""
+    """Randomly initialised parameters, without sharding boxes."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return unbox(jax.jit(Decoder(config).init)(jax.random.key(0), tokens))["params"]
 
 
 def random_tokens(config: DecoderConfig, batch: int, length: int) -> np.ndarray:
-    """Random tokens without padding, int32 `[batch, length]`."""
+    """Random token ids other than padding, int32 `[batch, length]`."""
     rng = np.random.default_rng(0)
     return rng.integers(1, config.vocab_size, (batch, length), dtype=np.int32)
 

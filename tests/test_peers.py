@@ -82,7 +82,7 @@ def test_processes_compute_in_turns(fake):
         ("missing", {}, "x: the package no_such_package is not installed."),
         ("broken", {}, "x: it failed with ValueError: two lines"),
         ("unasked", {}, "x: give it a path."),
-        ("dying", {}, "x: its process ended; its last words: gone"),
+        ("dying", {}, "x: its process ended; last line of its error output: gone"),
         ("build", {"log": os.devnull, "name": "x", "falls": False}, "x: its loss does not fall"),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_folder_that_is_no_clone_of_meliad_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         peers.main(["--quick", f"--meliad={tmp_path}"])
     assert error.value.code == 2
-    assert "no clone of google-research/meliad" in capsys.readouterr().err
+    assert "is not a clone of google-research/meliad" in capsys.readouterr().err
 
 
 @pytest.mark.slow
