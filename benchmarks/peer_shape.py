@@ -15,7 +15,7 @@ class Shape:
     heads: int
     feed_forward: int  # hidden width of a gated feed-forward, which has three matrices
     block: int  # S, tokens per block
-    fam_length: int  # N, memory tokens
+    memory_length: int  # N, memory tokens
     batch: int
     length: int  # tokens per example
 

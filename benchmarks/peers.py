@@ -32,11 +32,11 @@ class Sizes:
     """
 
     small: Shape = Shape(
-        vocabulary=512, layers=4, width=256, heads=4, feed_forward=1024, block=256, fam_length=16,
+        vocabulary=512, layers=4, width=256, heads=4, feed_forward=1024, block=256, memory_length=16,
         batch=2, length=4096,
     )  # fmt: skip
     large: Shape = Shape(
-        vocabulary=512, layers=8, width=512, heads=8, feed_forward=2048, block=512, fam_length=32,
+        vocabulary=512, layers=8, width=512, heads=8, feed_forward=2048, block=512, memory_length=32,
         batch=1, length=4096,
     )  # fmt: skip
     steps: int = 1
@@ -44,7 +44,7 @@ class Sizes:
 
 
 _TINY = Shape(
-    vocabulary=32, layers=2, width=16, heads=2, feed_forward=32, block=16, fam_length=4, batch=1,
+    vocabulary=32, layers=2, width=16, heads=2, feed_forward=32, block=16, memory_length=4, batch=1,
     length=128,
 )  # fmt: skip
 QUICK = Sizes(small=_TINY, large=_TINY, steps=2)
@@ -116,7 +116,7 @@ def _measure(name, segments, shape: Shape, builds, steps, repeats, notes) -> Tab
     ]
     versions = sorted({worker.facts["version"] for worker in workers.values()})
     sizes = (
-        f"S {shape.block}, M {segments}, N {shape.fam_length}; {shape.layers} layers, width"
+        f"S {shape.block}, M {segments}, N {shape.memory_length}; {shape.layers} layers, width"
         f" {shape.width}, {shape.heads} heads of {shape.head_dim}, gated feed-forward"
         f" {shape.feed_forward}, vocabulary {shape.vocabulary}; batch {shape.batch}, {shape.length}"
         f" tokens; float32, AdamW; {repeats} rounds of {steps} steps; {', '.join(versions)}"

@@ -17,7 +17,7 @@ def build(shape: dict, segments: int, memory: bool, kv_heads: int | None = None)
         vocab_size=shape.vocabulary, num_layers=shape.layers, embed_dim=shape.width,
         num_heads=shape.heads, num_kv_heads=kv_heads, mlp_dim=shape.feed_forward,
         block_size=shape.block, memory_segments=segments,
-        memory=Fam(shape.fam_length) if memory else Memory(), tied_embeddings=False,
+        memory=Fam(shape.memory_length) if memory else Memory(), tied_embeddings=False,
         unroll_layers=shape.layers,
     )  # fmt: skip
     params = workloads.parameters(config)

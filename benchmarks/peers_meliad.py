@@ -90,7 +90,7 @@ def _model(shape: Shape, path: str):
     layer = functools.partial(
         transformer_layer.TransformerLayer, num_heads=shape.heads, head_size=shape.head_dim,
         mlp_dim=shape.feed_forward * 3 // 2, window_length=shape.block,
-        relative_position_type="rotary", recurrent_num_states=shape.fam_length,
+        relative_position_type="rotary", recurrent_num_states=shape.memory_length,
         recurrent_skip_ffn=True,
     )  # fmt: skip
     task = language_model.TransformerTaskConfig(

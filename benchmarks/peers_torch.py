@@ -24,7 +24,7 @@ def block_recurrent(shape: dict) -> Peer:
     model = BlockRecurrentTransformer(
         num_tokens=shape.vocabulary, dim=shape.width, depth=shape.layers, heads=shape.heads,
         dim_head=shape.head_dim, ff_mult=_multiple(shape), max_seq_len=shape.length,
-        block_width=shape.block, num_state_vectors=shape.fam_length, use_flash_attn=True,
+        block_width=shape.block, num_state_vectors=shape.memory_length, use_flash_attn=True,
     )  # fmt: skip
     return _peer(model, lambda tokens: model(tokens)[0], shape)
 
@@ -41,7 +41,7 @@ def recurrent_memory(shape: dict) -> Peer:
         RecurrentMemoryTransformer(
             dim=shape.width, num_tokens=shape.vocabulary, depth=shape.layers, heads=shape.heads,
             dim_head=shape.head_dim, ff_mult=_multiple(shape), seq_len=shape.block,
-            num_memory_tokens=shape.fam_length, use_flash_attn=True, num_residual_streams=1,
+            num_memory_tokens=shape.memory_length, use_flash_attn=True, num_residual_streams=1,
         )
     )  # fmt: skip
     return _peer(model, lambda tokens: model(tokens)[0], shape)

@@ -133,7 +133,7 @@ def test_famx_and_whoever_is_installed_train_beside_each_other(tmp_path):
         assert rows["famx FAM"]["tokens/s, FAM / this"]["median"] == 1
         # The whole prompt of N vectors is all that FAM has more than BSWA.
         more = rows["famx FAM"]["parameters"] - rows["famx BSWA"]["parameters"]
-        assert more == peers.QUICK.small.fam_length * peers.QUICK.small.width
+        assert more == peers.QUICK.small.memory_length * peers.QUICK.small.width
         assert float(rows["famx FAM"]["gradient"]) > 0 == float(rows["famx BSWA"]["gradient"])
         for name, row in rows.items():
             first, last = map(float, row["loss"].split(" to "))
