@@ -77,7 +77,6 @@ def evaluate(
       ConfigError: the settings do not fit (raised before anything is compiled), or "wait" timed out
         before the first checkpoint.
     """
-    # ---------------------------------------------------------------- checks
     _check_evaluations(evaluations)
     if checkpoints not in MODES:
         raise ConfigError(
@@ -99,78 +98,40 @@ def evaluate(
 
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(directory, read_only=True))
-        _check_there(checkpointer, only, checkpoints)
-        out, boards = _output_dir(output_dir, directory)
-        writers = {
-            name: stack.enter_context(contextlib.closing(tensorboardX.SummaryWriter(boards(name))))
-            for name in evaluations
-        }
+        _check_exists(checkpointer, only, checkpoints)
+        output = _Output(stack, evaluations, output_dir, directory)
         stop = stack.enter_context(graceful_stop())
-        results: Results = {name: {} for name in evaluations}
-
-        # ------------------------------------------------------------ work
         wait = checkpoints == "wait"
         if wait:
             steps = _wait(checkpointer, stop_at_step, timeout, poll_seconds, stop)
+        elif only is not None:
+            steps = [only]
         else:
-            there = checkpointer.all_steps()
-            steps = [only] if only is not None else there[-1:] if checkpoints == "latest" else there
+            steps = checkpointer.all_steps()[-1 if checkpoints == "latest" else 0 :]
         for count, step in enumerate(steps, 1):
             if stop():
                 break
-            left = {}
-            for name, evaluation in evaluations.items():
-                done = None if re_evaluate else _read_result(out / name / f"{step}.json")
-                if done is None:
-                    left[name] = evaluation
-                    continue
-                results[name][step] = done["scalars"]
-                other = done.get("settings") != describe(evaluation)
-                hint = " with other settings; set RE_EVALUATE=True to repeat it" if other else ""
-                _say(f"Checkpoint {step}: {name} has already been evaluated{hint}.")
-            if not left:
+            reused = set() if re_evaluate else output.reuse(evaluations, step)
+            pending = {name: x for name, x in evaluations.items() if name not in reused}
+            if not pending:
                 continue
             params = _restore(checkpointer, model, step)
             if params is None:
                 _say(f"Checkpoint {step} was deleted in the meantime: skipped.")
                 continue
             place = f"{count}" if wait else f"{count} of {len(steps)}"
-            for number, (name, evaluation) in enumerate(left.items(), 1):
+            for number, (name, evaluation) in enumerate(pending.items(), 1):
                 if stop():
                     break
-                _say(f"Checkpoint {step} ({place}): {name} ({number} of {len(left)}) ...")
-                began = time.monotonic()
-                # An evaluation that writes more than scalars gets its result folder.
-                extra = {"folder": out / name} if getattr(evaluation, "writes_predictions", False) else {}
+                _say(f"Checkpoint {step} ({place}): {name} ({number} of {len(pending)}) ...")
                 with on_mesh(mesh, rules):
-                    found = evaluation(model, params, step, **extra)
-                scalars = {k: float(v) for k, v in found.items()}
-                seconds = time.monotonic() - began
-                _write_result(
-                    out / name / f"{step}.json",
-                    {
-                        "name": name,
-                        "step": step,
-                        "scalars": scalars,
-                        "settings": describe(evaluation),
-                        "checkpoint": str(directory / f"checkpoint_{step}"),
-                        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                        "seconds": round(seconds, 3),
-                        "famx": famx.__version__,
-                    },
-                )
-                for key, value in scalars.items():
-                    writers[name].add_scalar(f"eval/{key}", value, step)
-                writers[name].flush()
-                results[name][step] = scalars
-                shown = ", ".join(f"{k} {v:.4g}" for k, v in scalars.items() if not is_of_memory(k))
-                _say(f"Checkpoint {step}: {name}: {shown} ({seconds:.1f} s)")
+                    output.run(name, evaluation, model, params, step)
         if stop():
             _say("Stopped. Run the same command to resume.")
-        elif wait and not any(results.values()):
+        elif wait and not any(output.results.values()):
             raise ConfigError(f"No checkpoint appeared in {directory} within {timeout:g} seconds.")
-        _say(f"Results are in {out}.")
-    return results
+        _say(f"Results are in {output.directory}.")
+    return output.results
 
 
 def table(results: Results) -> str:
@@ -207,14 +168,14 @@ def describe(value: Any) -> Any:
 # ---------------------------------------------------------------- checkpoints
 
 
-def _check_there(checkpointer: Checkpointer, only: int | None, mode: str) -> None:
-    there = checkpointer.all_steps()
-    if only is not None and only not in there:
-        names = ", ".join(map(str, there)) or "none"
+def _check_exists(checkpointer: Checkpointer, only: int | None, mode: str) -> None:
+    steps = checkpointer.all_steps()
+    if only is not None and only not in steps:
+        available = ", ".join(map(str, steps)) or "none"
         raise ConfigError(
-            f"{checkpointer.model_dir} has no checkpoint of step {only}; available steps: {names}."
+            f"{checkpointer.model_dir} has no checkpoint of step {only}; available steps: {available}."
         )
-    if mode != "wait" and not there:
+    if mode != "wait" and not steps:
         raise ConfigError(f"There is no checkpoint in {checkpointer.model_dir}.")
 
 
@@ -296,26 +257,102 @@ def _check_evaluations(evaluations: Any) -> None:
             )
 
 
-def _output_dir(output_dir: str | None, model_dir: pathlib.Path):
-    """Creates the result directory and checks that it is writable.
+class _Output:
+    """The results of all evaluations, in memory, in files and in TensorBoard.
 
-    Returns:
-      The directory of results, and a function from an evaluation's name to its TensorBoard directory.
+    Args:
+      stack: closes the TensorBoard writers.
+      evaluations: evaluations by name.
+      output_dir: directory of the results; None for `<model_dir>/eval`.
+      model_dir: directory of the checkpoints.
+
+    Attributes:
+      directory: directory of the results.
+      results: `{name: {step: scalars}}` of new and reused results.
 
     Raises:
       ConfigError: a directory cannot be written to.
     """
-    out = model_dir / "eval" if output_dir is None else pathlib.Path(output_dir).expanduser().absolute()
-    boards = (model_dir if output_dir is None else out) / "tensorboard"
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        evaluations: Mapping[str, Any],
+        output_dir: str | None,
+        model_dir: pathlib.Path,
+    ):
+        self.results: Results = {name: {} for name in evaluations}
+        self._model_dir = model_dir
+        self.directory, tensorboard = _output_directories(output_dir, model_dir)
+        self._writers = {}
+        for name in evaluations:
+            writer = tensorboardX.SummaryWriter(str(tensorboard / f"eval_{name}"))
+            self._writers[name] = stack.enter_context(contextlib.closing(writer))
+
+    def reuse(self, evaluations: Mapping[str, Any], step: int) -> set[str]:
+        """Takes over earlier results of the checkpoint of a step; returns the names that have one."""
+        reused = set()
+        for name, evaluation in evaluations.items():
+            earlier = _read_result(self._file(name, step))
+            if earlier is None:
+                continue
+            reused.add(name)
+            self.results[name][step] = earlier["scalars"]
+            differs = earlier.get("settings") != describe(evaluation)
+            hint = " with other settings; set RE_EVALUATE=True to repeat it" if differs else ""
+            _say(f"Checkpoint {step}: {name} has already been evaluated{hint}.")
+        return reused
+
+    def run(self, name: str, evaluation: Any, model: DecoderModel, params, step: int) -> None:
+        """Runs one evaluation of the checkpoint of a step and writes its result."""
+        began = time.monotonic()
+        # An evaluation that writes more than scalars gets its result folder.
+        writes_files = getattr(evaluation, "writes_predictions", False)
+        extra = {"folder": self.directory / name} if writes_files else {}
+        scalars = {k: float(v) for k, v in evaluation(model, params, step, **extra).items()}
+        seconds = time.monotonic() - began
+        _write_result(
+            self._file(name, step),
+            {
+                "name": name,
+                "step": step,
+                "scalars": scalars,
+                "settings": describe(evaluation),
+                "checkpoint": str(self._model_dir / f"checkpoint_{step}"),
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 3),
+                "famx": famx.__version__,
+            },
+        )
+        for key, value in scalars.items():
+            self._writers[name].add_scalar(f"eval/{key}", value, step)
+        self._writers[name].flush()
+        self.results[name][step] = scalars
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in scalars.items() if not is_of_memory(k))
+        _say(f"Checkpoint {step}: {name}: {shown} ({seconds:.1f} s)")
+
+    def _file(self, name: str, step: int) -> pathlib.Path:
+        return self.directory / name / f"{step}.json"
+
+
+def _output_directories(
+    output_dir: str | None, model_dir: pathlib.Path
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Creates the directories of results and of TensorBoard files, and checks that they are writable."""
+    if output_dir is None:
+        results, tensorboard = model_dir / "eval", model_dir / "tensorboard"
+    else:
+        results = pathlib.Path(output_dir).expanduser().absolute()
+        tensorboard = results / "tensorboard"
     try:
-        for directory in (out, boards):
+        for directory in (results, tensorboard):
             check_writable(directory)
     except OSError as error:
         raise ConfigError(
             f"Cannot write results to {directory}: {error.strerror}. Set EVAL_OUTPUT_DIR to a writable"
             " directory."
         ) from error
-    return out, lambda name: str(boards / f"eval_{name}")
+    return results, tensorboard
 
 
 def _read_result(path: pathlib.Path) -> dict[str, Any] | None:
