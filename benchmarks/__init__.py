@@ -1,1 +1,1 @@
-"""Measurements of speed and memory; see docs/benchmarks.md. Not part of the installed package."""
+"""Benchmarks of speed and memory; see docs/benchmarks.md. Not part of the installed package."""

@@ -1,4 +1,4 @@
-"""The command line that all benchmarks share."""
+"""The command line shared by all benchmarks."""
 
 import argparse
 import dataclasses
@@ -22,25 +22,27 @@ def run(
     argv: list[str] | None = None,
     options: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> None:
-    """Runs the sections asked for, printing and writing each as soon as it is measured.
+    """Runs the selected sections; prints and writes each table as soon as it is measured.
 
     Args:
-      module: name after `python -m`.
-      description: one line.
-      sections: by name; each is called with the sizes and the number of rounds.
-      full, quick: sizes, without and with `--quick`.
-      repeats: rounds, if none are asked for.
-      argv: arguments; None: those of the process.
-      options: more arguments, each a field of the sizes; name -> keywords of `add_argument`.
+      module: module name for the usage message, as after `python -m`.
+      description: one-line description for `--help`.
+      sections: `{name: function(sizes, repeats) -> Table}`.
+      full: sizes of a real measurement.
+      quick: sizes with `--quick`.
+      repeats: default number of rounds.
+      argv: command-line arguments; None takes those of the process.
+      options: additional arguments, each of which sets the field of `full` or `quick` with its name:
+        `{name: keyword arguments of add_argument}`.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    parser.add_argument("--only", help=f"sections, separated by commas: {','.join(sections)}")
+    parser.add_argument("--only", help=f"comma-separated sections to run: {','.join(sections)}")
     parser.add_argument(
-        "--repeats", type=int, help=f"rounds of each section ({repeats}; with --quick 3)"
+        "--repeats", type=int, help=f"rounds per section (default {repeats}; 3 with --quick)"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: a test, no measurement")
-    parser.add_argument("--markdown", type=pathlib.Path, help="page to fill tables into")
-    parser.add_argument("--json", type=pathlib.Path, help="file to write all figures to")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test that everything runs")
+    parser.add_argument("--markdown", type=pathlib.Path, help="Markdown page whose tables are replaced")
+    parser.add_argument("--json", type=pathlib.Path, help="file for all figures, unrounded")
     for name, keywords in options.items():
         parser.add_argument(f"--{name}", **keywords)
     args = parser.parse_args(argv)
@@ -50,42 +52,42 @@ def run(
     repeats = (3 if args.quick else repeats) if args.repeats is None else args.repeats
     _check(parser, sections, names, repeats, args.markdown, args.json)
 
-    done = []
+    measured = []
     for name in names:
-        before = machine()
+        host = machine()  # before the measurement, which itself raises the load
         table = sections[name](sizes, repeats)
         warning = ("tiny sizes: a test, not a measurement",) if args.quick else ()
-        notes = (*table.notes, _line(before), *warning)
+        notes = (*table.notes, _machine_note(host), *warning)
         table = dataclasses.replace(table, notes=notes)
-        done.append(table)
+        measured.append(table)
         print(table.text(), end="\n\n", flush=True)
         if args.markdown:
             tables.fill_markdown(args.markdown, table)
         if args.json:
-            tables.write_json(args.json, before, done)
+            tables.write_json(args.json, host, measured)
 
 
 def _check(parser, sections, names, repeats, markdown, json):
-    """Ends with one sentence, before anything is compiled, if the run could not succeed."""
+    """Exits with a one-sentence error, before anything is compiled, if an argument is invalid."""
     for name in names:
         if name not in sections:
             near = difflib.get_close_matches(name, sections, n=1, cutoff=0)[0]
-            parser.error(f"there is no section {name!r}; did you mean {near!r}?")
+            parser.error(f"unknown section {name!r}; did you mean {near!r}?")
     if repeats < 1:
         parser.error(f"--repeats must be at least 1, got {repeats}.")
     if json and not json.parent.is_dir():
-        parser.error(f"the folder of --json {json} does not exist; make it first.")
+        parser.error(f"the directory of --json {json} does not exist; create it first.")
     if markdown:
         if not markdown.is_file():
-            parser.error(f"--markdown {markdown} is no file; copy docs/benchmarks.md there first.")
+            parser.error(f"--markdown {markdown} is not a file; copy docs/benchmarks.md there first.")
         missing = tables.missing_markers(markdown, names)
         if missing:
             parser.error(
-                f"{markdown} has no place for {missing[0]}: add the lines"
+                f"{markdown} has no markers for table {missing[0]}: add the lines"
                 f" '<!-- table: {missing[0]} -->' and '<!-- end -->'."
             )
 
 
-def _line(found) -> str:
-    load = "" if found["load"] is None else f"; load {found['load']} before"
-    return f"{found['cpu']}, {found['cores']} cores; {found['device']}; jax {found['jax']}{load}"
+def _machine_note(host) -> str:
+    load = "" if host["load"] is None else f"; load {host['load']} before"
+    return f"{host['cpu']}, {host['cores']} cores; {host['device']}; jax {host['jax']}{load}"

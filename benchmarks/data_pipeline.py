@@ -1,7 +1,7 @@
-"""Measures the making of packed rows: `python -m benchmarks.data_pipeline`.
+"""Benchmark of packing documents into rows: `python -m benchmarks.data_pipeline`.
 
-Every pipeline reads the same documents in a process of its own, in turns; pin it to one core with
-`taskset -c 1`. The documents are random bytes, a token each, of log-normal sizes.
+All pipelines read the same documents, each in its own process, in turns. Pin the benchmark to one core
+with `taskset -c 1`. Documents are random bytes, one token each, with log-normally distributed sizes.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ REFERENCE = "seqio.trim_and_pack_dataset"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Everything that `--quick` makes small.
+    """Sizes of the benchmark; `--quick` uses `QUICK`.
 
     Attributes:
-      documents: how many there are.
-      median: of their sizes.
-      length: tokens of a row.
-      seconds: for how long rows are taken after the first batch.
+      documents: number of documents.
+      median: median document size in tokens.
+      length: tokens per row.
+      seconds: duration of the measurement after the first batch.
     """
 
     documents: int = 5000
@@ -46,7 +46,7 @@ _BATCH = 8
 
 
 def make_documents(sizes: Sizes) -> list[np.ndarray]:
-    """int32 token ids of small letters, the same in every process."""
+    """Random documents of lower-case letters, int32 token ids, identical in every process."""
     rng = np.random.default_rng(0)
     counts = 1 + (sizes.median * rng.lognormal(0, 1, sizes.documents)).astype(int)
     tokens = rng.integers(97, 123, counts.sum(), np.int32) + 3
@@ -54,7 +54,8 @@ def make_documents(sizes: Sizes) -> list[np.ndarray]:
 
 
 # ---------------------------------------------------------------- pipelines
-# Each takes the documents and returns a function that makes the iterator: its time counts.
+# Each takes documents and sizes and returns a function that creates the iterator over batches. Only the
+# time of that function is measured, not that of preparing the documents.
 
 
 def _packed_rows(documents, sizes, **kwargs):
@@ -82,7 +83,7 @@ def _jsonl(documents, sizes):
 
     def start():
         records = JsonlRecords(path)
-        records.folder = folder  # which is removed together with them
+        records.folder = folder  # keeps the temporary directory alive as long as the records
         texts = RecordDocuments(records, "text", vocabulary=ByteVocabulary())
         return PackedRows(texts, _BATCH, sizes.length)
 
@@ -129,7 +130,7 @@ PIPELINES: dict[str, Callable] = {
 
 # -------------------------------------------------------------- measurement
 def measure(name: str, sizes: Sizes) -> dict[str, float]:
-    """Figures of one pipeline in this process. Tokens are those of documents, not of padding."""
+    """Measures one pipeline in this process. Padding does not count as tokens."""
     start = PIPELINES[name](make_documents(sizes), sizes)
     before = peak_memory(forget=True)
     began = time.perf_counter()
@@ -146,8 +147,8 @@ def measure(name: str, sizes: Sizes) -> dict[str, float]:
 
 
 def section(sizes: Sizes, repeats: int) -> tables.Table:
-    """Every pipeline in a process of its own, `repeats` times in turns."""
-    found = {name: [] for name in PIPELINES}
+    """Table of all pipelines, each measured `repeats` times in a new process, in turns."""
+    figures = {name: [] for name in PIPELINES}
     for turn in range(repeats):
         for name in PIPELINES if turn % 2 == 0 else reversed(PIPELINES):
             command = [sys.executable, "-m", "benchmarks.data_pipeline", f"--measure={name}"]
@@ -155,8 +156,8 @@ def section(sizes: Sizes, repeats: int) -> tables.Table:
                 command + ["--quick"] * (sizes == QUICK), stdout=subprocess.PIPE, text=True, check=True,
                 env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"},
             )  # fmt: skip
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    column = lambda name, key, scale=1: np.array([x[key] for x in found[name]]) * scale
+            figures[name].append(json.loads(done.stdout.splitlines()[-1]))
+    column = lambda name, key, scale=1: np.array([x[key] for x in figures[name]]) * scale
     rows = [
         {
             "pipeline": name,
@@ -171,16 +172,16 @@ def section(sizes: Sizes, repeats: int) -> tables.Table:
     notes = (
         f"rows of {sizes.length} tokens, batches of {_BATCH}; {sizes.documents} documents of"
         f" {total} bytes, median {sizes.median}",
-        f"{repeats} processes each; time to the first batch and what it"
-        f" added to the memory, then {sizes.seconds:g} s of batches",
+        f"{repeats} processes each; time and additional memory of the first batch, then"
+        f" {sizes.seconds:g} s of batches",
     )
     return tables.Table("data_pipeline", "Packed rows on the host", notes, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints, and writes what was asked for."""
+    """Runs the benchmark's command line, or measures one pipeline in a subprocess of it."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0].startswith("--measure="):  # a process of its own
+    if argv and argv[0].startswith("--measure="):  # started by `section`
         sizes = QUICK if "--quick" in argv else Sizes()
         print(json.dumps(measure(argv[0].removeprefix("--measure="), sizes)))
         return

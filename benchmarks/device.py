@@ -1,6 +1,6 @@
-"""Measures training steps at real sizes on one GPU or TPU: `python -m benchmarks.device`.
+"""Benchmark of training steps at realistic sizes on one GPU or TPU: `python -m benchmarks.device`.
 
-FAM and BSWA by attention backend, in turns in one process. See docs/gpu.md.
+FAM and BSWA with every attention backend of the device, timed in turns in one process. See docs/gpu.md.
 """
 
 import dataclasses
@@ -20,16 +20,17 @@ from famx.training.flops import train_flops
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Everything that `--quick` makes small.
+    """Sizes of the benchmark; `--quick` uses `QUICK`.
 
     Attributes:
-      small: those of SmolLM2-135M.
-      large: the paper's 1B.
-      memory: S, M and N.
-      length: tokens of an example.
-      small_batch, large_batch: examples.
-      remat: what the backward pass recomputes; it does not count as work.
-      loss_chunk: tokens of a device whose logits exist at once.
+      small: DecoderConfig fields of SmolLM2-135M.
+      large: DecoderConfig fields of the paper's 1B model.
+      memory: block size S, memory segments M and memory length N.
+      length: tokens per example.
+      small_batch: examples per step of the small model.
+      large_batch: examples per step of the large model.
+      remat: rematerialisation policy; recomputed operations do not count as work.
+      loss_chunk: number of tokens whose logits are materialised at once.
     """
 
     small: tuple[tuple[str, int], ...] = (
@@ -48,6 +49,7 @@ class Sizes:
     loss_chunk: int = 1024
 
     def config(self, model: tuple[tuple[str, int], ...], **changes) -> DecoderConfig:
+        """Config of `model` in bfloat16 with these sizes, and with `changes` applied last."""
         size, segments, length = self.memory
         memory = Fam(length) if length else Memory()
         fields = dict(block_size=size, memory_segments=segments, memory=memory, remat=self.remat)
@@ -59,7 +61,7 @@ QUICK = Sizes(_TINY, _TINY, (16, 1, 4), length=40, small_batch=1, loss_chunk=16)
 
 
 def backends(config: DecoderConfig, platform: str) -> list[str]:
-    """The attention backends that this model has on `platform`."""
+    """Attention backends that can compute this model on `platform`."""
 
     def runs(backend):
         if backend == "auto" or refusal(config, backend):
@@ -74,7 +76,7 @@ def backends(config: DecoderConfig, platform: str) -> list[str]:
 
 
 def section(name: str, title: str, sizes: Sizes, model, batch: int, repeats: int) -> Table:
-    """Training steps of FAM and BSWA with each backend, and the share of the device's peak."""
+    """Table of training steps of FAM and BSWA with each backend, and of the share of the peak rate."""
     device = jax.devices()[0]
     peak, platform = peak_flops(device.device_kind), jax.default_backend()
     steps, configs = {}, {}
@@ -101,25 +103,25 @@ def section(name: str, title: str, sizes: Sizes, model, batch: int, repeats: int
             "temp MiB": steps[key].temp_bytes / 2**20,
         })  # fmt: skip
     c = next(iter(configs.values()))
-    told = "not known" if peak is None else f"{peak / 1e12:g} TFLOP/s in bfloat16, dense"
+    shown_peak = "not known" if peak is None else f"{peak / 1e12:g} TFLOP/s in bfloat16, dense"
     notes = (
         f"S {c.block_size}, M {c.memory_segments}, N {c.memory_columns}; {c.num_layers} layers, width"
         f" {c.embed_dim}, {c.num_heads} heads of {c.head_dim}, gated feed-forward {c.mlp_dim}, vocabulary"
         f" {c.vocab_size}; batch {batch}, {sizes.length} tokens; bfloat16, remat {c.remat}, logits of"
         f" {sizes.loss_chunk} tokens at once; AdamW; {repeats} repeats",
-        f"one device, {device.device_kind}; its peak: {told}",
+        f"one device, {device.device_kind}; its peak: {shown_peak}",
     )
     return Table(name, title, notes, rows)
 
 
 def small(sizes: Sizes, repeats: int) -> Table:
-    """At the sizes of SmolLM2-135M."""
+    """Training steps at the sizes of SmolLM2-135M."""
     title = "Training step of 135M on one device"
     return section("device_135m", title, sizes, sizes.small, sizes.small_batch, repeats)
 
 
 def large(sizes: Sizes, repeats: int) -> Table:
-    """At those of the paper's 1B."""
+    """Training steps at the sizes of the paper's 1B model."""
     title = "Training step of 1B on one device"
     return section("device_1b", title, sizes, sizes.large, sizes.large_batch, repeats)
 
@@ -128,7 +130,7 @@ SECTIONS = {"device_135m": small, "device_1b": large}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints, and writes what was asked for."""
+    """Runs the benchmark's command line."""
     command.run("benchmarks.device", __doc__.splitlines()[0], SECTIONS, Sizes(), QUICK, 10, argv)
 
 

@@ -1,8 +1,8 @@
-"""Full causal attention for comparison: the forward pass in tiles, without a table of all scores.
+"""Full causal attention as a baseline: a tiled forward pass that never holds all scores.
 
-A block of the whole sequence is no size that the model's own backends are made for: one holds all
-scores, the other compiles every tile apart. Here tiles above the diagonal are skipped, and memory
-is linear in the length, so that the comparison does full attention no wrong.
+The model's own CPU backends are not made for a block as long as the sequence: `xla` materialises all
+scores, and `blockwise` would compile each tile separately. This implementation skips the tiles above the
+diagonal and needs memory linear in the length, so that the comparison is fair to full attention.
 """
 
 import math
@@ -13,31 +13,34 @@ import jax.numpy as jnp
 from famx.modules.attention import softcap
 from famx.modules.config import DecoderConfig
 
-TILE = 512  # rows and columns
+TILE = 512  # rows and columns of a tile
 
 
 def full_attention(
     q, keys, values, memory_keys, memory_values, first_block, config: DecoderConfig, examples="batch"
 ):
-    """Takes and returns what `famx.modules.attention.token_attention` does; no gradient.
+    """Replacement for `famx.modules.attention.token_attention`, without a gradient.
+
+    Arguments and result are those of `token_attention`; `memory_keys`, `memory_values`, `first_block`
+    and `examples` are ignored.
 
     Raises:
-      ValueError: unless there is one block, and neither past blocks nor a memory.
+      ValueError: there is more than one block, or the config has memory segments or FAM.
     """
     del memory_keys, memory_values, first_block, examples
     if q.shape[1] != 1 or config.memory_segments or config.memory_columns:
-        raise ValueError("Full attention is one block without memory segments and without FAM.")
+        raise ValueError("Full attention needs one block without memory segments and without FAM.")
     batch, _, length, heads, width = q.shape
     tile = math.gcd(TILE, length)
     wide = jnp.promote_types(q.dtype, jnp.float32)
 
     def tiles(x):
-        """`[B, 1, L, K * G, Dh]` to `[L / tile, B, K, G * tile, Dh]`, `K` key heads."""
+        """Reshapes `[B, 1, L, K * G, Dh]` to `[L / tile, B, K, G * tile, Dh]` for `K` key heads."""
         x = x.reshape(batch, length // tile, tile, config.num_kv_heads, -1, width)
         return x.transpose(1, 0, 3, 4, 2, 5).reshape(*x.shape[1::-1], x.shape[3], -1, width)
 
     q, keys, values = tiles(q), tiles(keys), tiles(values)
-    slots = jnp.arange(q.shape[3]) % tile  # of each row: heads of a group stand in turn
+    slots = jnp.arange(q.shape[3]) % tile  # position within the tile of each row: G heads, one by one
 
     def rows(index):
         def column(j, carry):

@@ -1,6 +1,7 @@
-"""Measures reading without end and writing token by token: `python -m benchmarks.inference`.
+"""Benchmark of streaming long inputs and of generation: `python -m benchmarks.inference`.
 
-Ratios of functions that take turns in one process, medians with quartiles. See docs/benchmarks.md.
+Functions are timed in turns in one process and compared by ratios within a round; tables show medians
+with quartiles. See docs/benchmarks.md.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from famx.memories import Fam
 from famx.modules import Decoder, DecoderConfig, Memory
 
 TINY = (("vocab_size", 128), ("num_layers", 2), ("embed_dim", 64), ("num_heads", 4), ("mlp_dim", 128))
-_FEW = 32  # tokens that full attention writes
+_FULL_TOKENS = 32  # tokens generated with full attention, which is slow
 
 SMALL = (
     ("vocab_size", 512), ("num_layers", 4), ("embed_dim", 256), ("num_heads", 4), ("mlp_dim", 1024),
@@ -27,15 +28,15 @@ SMALL = (
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Everything that `--quick` makes small.
+    """Sizes of the benchmark; `--quick` uses `QUICK`.
 
     Attributes:
-      tiny: the model of `passkey_tiny.gin`, and its S, M and N.
-      small: a wider model, and S, M and N.
-      lengths: tokens to read.
-      batches: examples to write at once.
-      contexts: tokens that full attention has read before it writes; one example at a time, whose
-        cache is as large as those of many examples of bounded state.
+      tiny: the model of `passkey_tiny.gin`: DecoderConfig fields, and `(S, M, N)`.
+      small: a wider model, likewise.
+      lengths: input lengths in tokens.
+      batches: batch sizes for generation.
+      contexts: tokens that full attention has read before it generates. It is measured at batch size 1
+        only, because its cache for one example is as large as the states of many FAM examples.
     """
 
     tiny: tuple = (TINY, (32, 0, 8))
@@ -55,13 +56,14 @@ QUICK = Sizes(
 
 
 def make_config(model: tuple, memory: tuple[int, int, int]) -> DecoderConfig:
+    """Config from DecoderConfig fields and `(S, M, N)`."""
     size, segments, length = memory
     memory = Fam(length) if length else Memory()
     return DecoderConfig(**dict(model), block_size=size, memory_segments=segments, memory=memory)
 
 
 def reading(sizes: Sizes, repeats: int) -> Table:
-    """Seconds per token and peak memory of reading, as the length grows."""
+    """Table of time per token and peak memory of streaming, over the input length."""
     config = make_config(*sizes.tiny)
     streamer, params = Streamer(Decoder(config)), parameters(config)
     chunk = random_tokens(config, 1, sizes.lengths[0])
@@ -72,7 +74,8 @@ def reading(sizes: Sizes, repeats: int) -> Table:
             logits, state = streamer.read(params, state, chunk)
         return logits, state
 
-    def texts(length):  # as many as make the longest one, so that all take equally long
+    def texts(length):
+        # Each timing reads the same number of tokens, so that all are equally exposed to noise.
         return [read(length) for _ in range(sizes.lengths[-1] // length)]
 
     times = interleave({str(n): functools.partial(texts, n) for n in sizes.lengths}, repeats)
@@ -92,49 +95,50 @@ def reading(sizes: Sizes, repeats: int) -> Table:
     reading, _ = streamer.lower_read(params, streamer.initial_state(params, 1))
     step = reading.compile().memory_analysis()
     notes = (
-        f"batch 1, read {sizes.lengths[0]} tokens at a time; peak: the most that the process held"
-        f" while it read; every time is of {sizes.lengths[-1]} tokens, in texts of the length",
-        f"memory_analysis() of the compiled step, which is the same at every length:"
-        f" {step.temp_size_in_bytes / 2**10:.1f} KiB of temporaries",
+        f"batch 1, read {sizes.lengths[0]} tokens at a time; peak: maximum memory of the process while"
+        f" reading; every timing covers {sizes.lengths[-1]} tokens, in texts of the given length",
+        f"temporaries of the compiled step, the same at every length:"
+        f" {step.temp_size_in_bytes / 2**10:.1f} KiB",
     )
     notes = (_shape(config, repeats), *notes)
     return Table("reading", "Reading with a state of constant size", notes, rows)
 
 
 def writing(sizes: Sizes, repeats: int) -> Table:
-    """Seconds per generated token: FAM over BSWA, and full attention with a growing cache."""
+    """Table of generation speed: FAM, BSWA, and full attention with a growing cache."""
     rows, notes = [], []
     for model, memory in (sizes.tiny, sizes.small):
         fam = make_config(model, memory)
         bswa = dataclasses.replace(fam, memory=Memory())
         notes.append(_shape(fam, repeats))
-        block = max(fam.block_size, 256 // fam.block_size * fam.block_size)  # whole blocks
+        # A whole number of blocks, so that the memory updates are counted in full.
+        block_tokens = max(fam.block_size, 256 // fam.block_size * fam.block_size)
         for batch in sizes.batches:
-            runs = {"FAM": (fam, block, 0), "BSWA": (bswa, block, 0)}
+            runs = {"FAM": (fam, block_tokens, 0), "BSWA": (bswa, block_tokens, 0)}
             for context in sizes.contexts if batch == 1 else ():
-                full = dataclasses.replace(bswa, memory_segments=0, block_size=context + _FEW)
-                runs[f"full, {context} read"] = (full, _FEW, context)
-            written = {name: tokens for name, (_, tokens, _) in runs.items()}
+                full = dataclasses.replace(bswa, memory_segments=0, block_size=context + _FULL_TOKENS)
+                runs[f"full, {context} read"] = (full, _FULL_TOKENS, context)
+            num_tokens = {name: tokens for name, (_, tokens, _) in runs.items()}
             functions = {name: _write(c, batch, *rest) for name, (c, *rest) in runs.items()}
             times = interleave(functions, repeats)
-            for name, tokens in written.items():
+            for name, tokens in num_tokens.items():
                 rows.append({
                     "S": fam.block_size,
                     "batch": batch,
                     "model": name,
                     "tokens/s": Spread.of(batch * tokens / times.seconds[name]),
-                    "time per token / BSWA": times.ratio(name, "BSWA", written["BSWA"] / tokens),
+                    "time per token / BSWA": times.ratio(name, "BSWA", num_tokens["BSWA"] / tokens),
                 })  # fmt: skip
-    notes.append("tokens/s of all examples together; FAM and BSWA write whole blocks, greedily")
-    notes.append("full: one block of all tokens, so that the cache holds everything that was read")
-    return Table("writing", "Writing token by token", tuple(notes), rows)
+    notes.append("tokens/s of all examples together; FAM and BSWA generate whole blocks, greedily")
+    notes.append("full: the whole context is one block, so that the cache holds all of it")
+    return Table("writing", "Generation, token by token", tuple(notes), rows)
 
 
 SECTIONS = {"reading": reading, "writing": writing}
 
 
 def _write(config: DecoderConfig, batch: int, tokens: int, position: int = 0):
-    """A compiled function that writes `tokens` tokens after `position` tokens."""
+    """A compiled function that generates `tokens` tokens at position `position`."""
     module, params, sampling = Decoder(config), parameters(config), Sampling(tokens)
     initial = jax.jit(lambda p: module.apply({"params": p}, batch, method="initial_state"))(params)
     state = initial.replace(position=jnp.full((batch,), position, jnp.int32))
@@ -153,7 +157,7 @@ def _shape(c: DecoderConfig, repeats: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints, and writes what was asked for."""
+    """Runs the benchmark's command line."""
     command.run(
         "benchmarks.inference", __doc__.splitlines()[0], SECTIONS, Sizes(), QUICK, 7, argv
     )

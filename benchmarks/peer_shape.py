@@ -1,4 +1,4 @@
-"""What the implementations that are compared have in common: sizes and data. numpy alone."""
+"""Model sizes and data shared by the compared implementations. Imports only numpy."""
 
 import dataclasses
 
@@ -13,27 +13,29 @@ class Shape:
     layers: int
     width: int
     heads: int
-    feed_forward: int  # of a gated one: three matrices
-    block: int  # S
-    fam_length: int  # N
+    feed_forward: int  # hidden width of a gated feed-forward, which has three matrices
+    block: int  # S, tokens per block
+    memory_length: int  # N, memory tokens
     batch: int
-    length: int
+    length: int  # tokens per example
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.width // self.heads
 
     @property
     def landmark(self) -> int:
-        """A token that stands at the beginning of each example and nowhere else.
+        """A token id that occurs at the first position of each example and nowhere else.
 
-        The gradient of its embedding from the last block's logits, its own left out since tables
-        may be tied, came through all blocks between.
+        It shows whether training reaches across blocks: if the logits of the last block have a
+        gradient with respect to the landmark's embedding, it came through all blocks in between. The
+        landmark's own logit is excluded, because the embeddings may be tied to the output.
         """
         return self.vocabulary - 1
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """Random inputs and targets, int64 `[batch, length]` each; the same in every process."""
+        """Random inputs and targets, int64 `[batch, length]` each, identical in every process."""
         shape = (self.batch, self.length + 1)
         rows = np.random.default_rng(0).integers(0, self.landmark, shape)
         rows[:, 0] = self.landmark

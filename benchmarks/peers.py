@@ -1,6 +1,6 @@
-"""Measures training on the CPU beside other Transformers with a memory: `python -m benchmarks.peers`.
+"""Benchmark of CPU training against other Transformers with memory: `python -m benchmarks.peers`.
 
-Each implementation has a process of its own, and they take turns. See docs/benchmarks.md.
+Each implementation runs in its own process, and the processes take turns. See docs/benchmarks.md.
 """
 
 import argparse
@@ -22,20 +22,21 @@ _FAMX = "benchmarks.peers_famx:build"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Everything that `--quick` makes small, and where meliad is.
+    """Sizes of the benchmark (`--quick` uses `QUICK`), and the place of meliad.
 
     Attributes:
-      small, large: sizes of the models.
-      steps: training steps of a turn.
-      meliad: the top of a clone of google-research/meliad.
+      small: sizes of the smaller models.
+      large: sizes of the larger models.
+      steps: training steps per turn.
+      meliad: root of a clone of google-research/meliad; None leaves it out.
     """
 
     small: Shape = Shape(
-        vocabulary=512, layers=4, width=256, heads=4, feed_forward=1024, block=256, fam_length=16,
+        vocabulary=512, layers=4, width=256, heads=4, feed_forward=1024, block=256, memory_length=16,
         batch=2, length=4096,
     )  # fmt: skip
     large: Shape = Shape(
-        vocabulary=512, layers=8, width=512, heads=8, feed_forward=2048, block=512, fam_length=32,
+        vocabulary=512, layers=8, width=512, heads=8, feed_forward=2048, block=512, memory_length=32,
         batch=1, length=4096,
     )  # fmt: skip
     steps: int = 1
@@ -43,14 +44,14 @@ class Sizes:
 
 
 _TINY = Shape(
-    vocabulary=32, layers=2, width=16, heads=2, feed_forward=32, block=16, fam_length=4, batch=1,
+    vocabulary=32, layers=2, width=16, heads=2, feed_forward=32, block=16, memory_length=4, batch=1,
     length=128,
 )  # fmt: skip
 QUICK = Sizes(small=_TINY, large=_TINY, steps=2)
 
 
 def one_segment(sizes: Sizes, repeats: int, shape: Shape, name: str) -> Table:
-    """Those that attend to their own block and the one before."""
+    """Table of the implementations that attend to the current and the previous block."""
     builds = {
         "famx FAM": (_FAMX, {"segments": 1, "memory": True}),
         "famx BSWA": (_FAMX, {"segments": 1, "memory": False}),
@@ -64,14 +65,14 @@ def one_segment(sizes: Sizes, repeats: int, shape: Shape, name: str) -> Table:
     }
     notes = (
         "block-recurrent-transformer-pytorch: one key/value head, N state vectors in the middle"
-        " layer alone; Mistral: a window of 2 S tokens, no recurrence; meliad: N state vectors in"
-        " the middle layer, plain feed-forward of as many parameters",
+        " layer only; Mistral: a window of 2 S tokens, no recurrence; meliad: N state vectors in"
+        " the middle layer, ungated feed-forward with the same number of parameters",
     )
     return _measure(name, 1, shape, builds, sizes.steps, repeats, notes)
 
 
 def no_segment(sizes: Sizes, repeats: int, shape: Shape, name: str) -> Table:
-    """Those whose attention stays within the block, the memory apart."""
+    """Table of the implementations that attend to the current block and a memory."""
     builds = {
         "famx FAM": (_FAMX, {"segments": 0, "memory": True}),
         "famx BSWA": (_FAMX, {"segments": 0, "memory": False}),
@@ -115,12 +116,12 @@ def _measure(name, segments, shape: Shape, builds, steps, repeats, notes) -> Tab
     ]
     versions = sorted({worker.facts["version"] for worker in workers.values()})
     sizes = (
-        f"S {shape.block}, M {segments}, N {shape.fam_length}; {shape.layers} layers, width"
+        f"S {shape.block}, M {segments}, N {shape.memory_length}; {shape.layers} layers, width"
         f" {shape.width}, {shape.heads} heads of {shape.head_dim}, gated feed-forward"
         f" {shape.feed_forward}, vocabulary {shape.vocabulary}; batch {shape.batch}, {shape.length}"
         f" tokens; float32, AdamW; {repeats} rounds of {steps} steps; {', '.join(versions)}"
     )
-    title = f"Training beside others, M {segments}, width {shape.width}"
+    title = f"Training speed of several implementations, M {segments}, width {shape.width}"
     return Table(name, title, (sizes, *notes, *left_out), rows)
 
 
@@ -135,14 +136,14 @@ SECTIONS = {
 def _clone(path: str) -> pathlib.Path:
     if not (pathlib.Path(path) / "transformer" / "memory" / "decoder_stack.py").is_file():
         raise argparse.ArgumentTypeError(
-            f"{path} is no clone of google-research/meliad: it has no"
+            f"{path} is not a clone of google-research/meliad: it has no"
             " transformer/memory/decoder_stack.py."
         )
     return pathlib.Path(path).resolve()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints, and writes what was asked for."""
+    """Runs the benchmark's command line."""
     meliad = {"type": _clone, "metavar": "PATH", "help": "clone of google-research/meliad"}
     command.run(
         "benchmarks.peers", __doc__.splitlines()[0], SECTIONS, Sizes(), QUICK, 7, argv,
@@ -151,5 +152,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # as in the processes
+    jax.config.update("jax_platforms", "cpu")  # as in the worker processes
     main()

@@ -1,4 +1,4 @@
-"""famx among its peers: the engine's own training step."""
+"""famx's entry in the comparison: the training step of `famx.training`."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ from famx.modules import Decoder, DecoderConfig, Memory
 
 
 def build(shape: dict, segments: int, memory: bool, kv_heads: int | None = None) -> Peer:
-    """FAM, or BSWA without `memory`."""
+    """Builds FAM, or BSWA if `memory` is False, with `segments` past blocks in the window."""
     shape = Shape(**shape)
     config = DecoderConfig(
         vocab_size=shape.vocabulary, num_layers=shape.layers, embed_dim=shape.width,
         num_heads=shape.heads, num_kv_heads=kv_heads, mlp_dim=shape.feed_forward,
         block_size=shape.block, memory_segments=segments,
-        memory=Fam(shape.fam_length) if memory else Memory(), tied_embeddings=False,
+        memory=Fam(shape.memory_length) if memory else Memory(), tied_embeddings=False,
         unroll_layers=shape.layers,
     )  # fmt: skip
     params = workloads.parameters(config)
@@ -31,6 +31,7 @@ def build(shape: dict, segments: int, memory: bool, kv_heads: int | None = None)
 
 
 def _reach(params, config, shape):
+    """Norm of the gradient from the last block's logits at the landmark's embedding."""
     inputs, _ = shape.tokens()
 
     def last_block(params):

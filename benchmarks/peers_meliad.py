@@ -1,8 +1,8 @@
-"""meliad's Block-Recurrent Transformer among the peers, from a clone of google-research/meliad.
+"""meliad's entry in the comparison: its Block-Recurrent Transformer (google-research/meliad).
 
-Its recurrent layer is the middle one, with `N` state vectors; windows are `S` tokens, the sequence is
-one segment, and the gradient goes through all of it. Its feed-forward has no gate: it is made 1.5
-times as wide, so that it has as many parameters and operations. No dropout.
+The middle layer is recurrent, with `N` state vectors. Windows have `S` tokens, and the sequence is one
+segment, so that the gradient goes through all of it. The feed-forward has no gate; it is 1.5 times as
+wide as the gated ones, which gives the same number of parameters and operations. No dropout.
 """
 
 import functools
@@ -18,9 +18,13 @@ from benchmarks.turns import LeftOut, Peer
 
 
 def block_recurrent(shape: dict, path: str | None) -> Peer:
-    """The model of meliad's `configs/recurrent/bias_skip.gin` at our sizes."""
+    """Builds the model of meliad's `configs/recurrent/bias_skip.gin` at the sizes of `shape`.
+
+    Raises:
+      LeftOut: `path`, the root of a clone of meliad, is None.
+    """
     if path is None:
-        raise LeftOut("give a clone of google-research/meliad by --meliad PATH.")
+        raise LeftOut("pass a clone of google-research/meliad with --meliad PATH.")
     shape = Shape(**shape)
     model = _model(shape, path)
     inputs, targets = (jnp.asarray(x, jnp.int32) for x in shape.tokens())
@@ -86,7 +90,7 @@ def _model(shape: Shape, path: str):
     layer = functools.partial(
         transformer_layer.TransformerLayer, num_heads=shape.heads, head_size=shape.head_dim,
         mlp_dim=shape.feed_forward * 3 // 2, window_length=shape.block,
-        relative_position_type="rotary", recurrent_num_states=shape.fam_length,
+        relative_position_type="rotary", recurrent_num_states=shape.memory_length,
         recurrent_skip_ffn=True,
     )  # fmt: skip
     task = language_model.TransformerTaskConfig(

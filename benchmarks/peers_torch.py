@@ -1,9 +1,9 @@
-"""Peers of PyTorch, each with its own recurrence over blocks and its gradient through all of them.
+"""PyTorch entries in the comparison, each with its own recurrence and the gradient through all blocks.
 
-Sizes that a package offers are set to the shape's, among them the feed-forward's: all four are gated,
-and where a package takes a multiple of 2/3 of the width it is given the one that makes the same width.
-Where a package offers a fused attention it is used. Everything else is the package's default, but for
-the residual streams of the Recurrent Memory Transformer: one, as in a plain Transformer, not four.
+Model sizes are set to those of the shape wherever a package offers them. All four feed-forwards are
+gated; packages that derive the hidden width from a multiplier get the one that yields the shape's width.
+Fused attention is used where available. Everything else is the package's default, except for the
+residual streams of the Recurrent Memory Transformer: one, as in a plain Transformer, instead of four.
 """
 
 import os
@@ -17,20 +17,20 @@ from benchmarks.turns import Peer
 
 
 def block_recurrent(shape: dict) -> Peer:
-    """lucidrains' Block-Recurrent Transformer: `N` state vectors in one layer, the middle one."""
+    """lucidrains' Block-Recurrent Transformer: `N` state vectors in the middle layer only."""
     from block_recurrent_transformer_pytorch import BlockRecurrentTransformer
 
     shape = _start(shape)
     model = BlockRecurrentTransformer(
         num_tokens=shape.vocabulary, dim=shape.width, depth=shape.layers, heads=shape.heads,
         dim_head=shape.head_dim, ff_mult=_multiple(shape), max_seq_len=shape.length,
-        block_width=shape.block, num_state_vectors=shape.fam_length, use_flash_attn=True,
+        block_width=shape.block, num_state_vectors=shape.memory_length, use_flash_attn=True,
     )  # fmt: skip
     return _peer(model, lambda tokens: model(tokens)[0], shape)
 
 
 def recurrent_memory(shape: dict) -> Peer:
-    """lucidrains' Recurrent Memory Transformer: `N` memory tokens, read and written with each block."""
+    """lucidrains' Recurrent Memory Transformer: `N` memory tokens before and after each block."""
     from recurrent_memory_transformer_pytorch import (
         RecurrentMemoryTransformer,
         RecurrentMemoryTransformerWrapper,
@@ -41,14 +41,14 @@ def recurrent_memory(shape: dict) -> Peer:
         RecurrentMemoryTransformer(
             dim=shape.width, num_tokens=shape.vocabulary, depth=shape.layers, heads=shape.heads,
             dim_head=shape.head_dim, ff_mult=_multiple(shape), seq_len=shape.block,
-            num_memory_tokens=shape.fam_length, use_flash_attn=True, num_residual_streams=1,
+            num_memory_tokens=shape.memory_length, use_flash_attn=True, num_residual_streams=1,
         )
     )  # fmt: skip
     return _peer(model, lambda tokens: model(tokens)[0], shape)
 
 
 def infini(shape: dict) -> Peer:
-    """lucidrains' Infini-attention: a matrix of fast weights per head in every layer."""
+    """lucidrains' Infini-attention: a fast-weight matrix per head in every layer."""
     from infini_transformer_pytorch import InfiniTransformer
 
     shape = _start(shape)
@@ -68,7 +68,7 @@ def infini(shape: dict) -> Peer:
 
 
 def sliding_window(shape: dict, segments: int) -> Peer:
-    """transformers' Mistral, which is Llama with a sliding window, of a block and its past ones."""
+    """Mistral of transformers: sliding-window attention over `segments + 1` blocks, no recurrence."""
     import transformers
 
     shape = _start(shape)
@@ -90,7 +90,7 @@ def _start(shape: dict) -> Shape:
 
 
 def _multiple(shape: Shape) -> float:
-    """`m` with `int(width * m * 2 / 3) == feed_forward`."""
+    """The multiplier `m` for which `int(width * m * 2 / 3) == feed_forward`."""
     return shape.feed_forward * 3 / 2 / shape.width
 
 

@@ -1,4 +1,4 @@
-"""The sections of the benchmark: each measures its workloads in turns and returns a table."""
+"""Sections of `benchmarks.train_step`; each times its workloads in turns and returns a table."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,25 +10,26 @@ from famx.memories import Fam
 from famx.modules import DecoderConfig, Memory
 from famx.training.flops import train_flops
 
-ORDERS = (1, 2, 4, None)  # blocks_per_chunk; None: all at once
+ORDERS = (1, 2, 4, None)  # values of blocks_per_chunk; None puts all blocks into one chunk
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Everything that `--quick` makes small.
+    """Sizes of the benchmark; `--quick` uses `QUICK`.
 
     Attributes:
-      paper: S, M and N of the paper's defaults.
-      small: those of the sizes that the default order was first measured at.
-      model: sizes of the decoder.
-      layers: of training steps.
-      forward_layers: of forward passes.
-      paper_length, small_length: tokens of a training step.
-      small_batch: examples of a training step at the small sizes; 1 at the paper's.
-      orders: `blocks_per_chunk` to compare.
-      full_lengths: of full attention.
-      stream_lengths: of reading block by block.
-      matrix: rows of the machine's own matrix product.
+      paper: the paper's block size S, memory segments M and memory length N.
+      small: smaller S, M and N.
+      model: other DecoderConfig fields.
+      layers: number of layers in training steps.
+      forward_layers: number of layers in forward passes.
+      paper_length: tokens per example of a training step with `paper` (batch size 1).
+      small_length: tokens per example of a training step with `small`.
+      small_batch: examples per training step with `small`.
+      orders: values of `blocks_per_chunk` to compare.
+      full_lengths: input lengths for the comparison with full attention.
+      stream_lengths: input lengths for reading block by block.
+      matrix: rows and columns of the reference matrix product.
     """
 
     paper: tuple[int, int, int] = (1024, 3, 64)
@@ -48,13 +49,14 @@ class Sizes:
     matrix: int = 2048
 
     def config(self, memory: tuple[int, int, int], layers: int, **changes) -> DecoderConfig:
+        """Config with the given `(S, M, N)` and number of layers; `changes` are applied last."""
         size, segments, length = memory
         memory = Fam(length) if length else Memory()
         fields = dict(block_size=size, memory_segments=segments, memory=memory, num_layers=layers)
         return DecoderConfig(**{**dict(self.model), **fields, **changes})
 
 
-# Both sets of sizes are one here: what the sections share is compiled once.
+# `paper` and `small` are equal here, so that sections share compiled workloads.
 QUICK = Sizes(
     paper=(16, 1, 4), small=(16, 1, 4), layers=1, forward_layers=1, paper_length=64,
     small_length=64, small_batch=1, orders=(1, None), full_lengths=(64,), stream_lengths=(64, 128),
@@ -66,7 +68,7 @@ QUICK = Sizes(
 
 
 def fam_vs_bswa(sizes: Sizes, repeats: int) -> Table:
-    """One training step of FAM over one of BSWA, at the paper's S, M and N."""
+    """Training step of FAM compared with BSWA, at the paper's S, M and N."""
     fam = sizes.config(sizes.paper, sizes.layers)
     configs = {"FAM": fam, "BSWA": dataclasses.replace(fam, memory=Memory())}
     length = sizes.paper_length
@@ -116,7 +118,7 @@ def chunks(sizes: Sizes, repeats: int) -> Table:
 
 
 def matmul_share(sizes: Sizes, repeats: int) -> Table:
-    """Operations of a training step over what the machine's matrix product does in that time."""
+    """Rate of operations of a training step as a share of the machine's matrix-product rate."""
     fam = sizes.config(sizes.small, sizes.layers)
     configs = {"FAM": fam, "BSWA": dataclasses.replace(fam, memory=Memory())}
     batch, length = sizes.small_batch, sizes.small_length
@@ -144,8 +146,8 @@ def matmul_share(sizes: Sizes, repeats: int) -> Table:
 
 
 def full_vs_fam(sizes: Sizes, repeats: int) -> Table:
-    """Forward passes of full causal attention over those of FAM, as the length grows."""
-    rows, repeats = [], -(-repeats // 3)  # half a minute a round on a small machine
+    """Forward pass of full causal attention compared with FAM, over the input length."""
+    rows, repeats = [], -(-repeats // 3)  # a round takes half a minute on a small machine
     fam = sizes.config(sizes.paper, sizes.forward_layers)
     for length in sizes.full_lengths:
         full = sizes.config((length, 0, 0), sizes.forward_layers)
@@ -167,12 +169,12 @@ def full_vs_fam(sizes: Sizes, repeats: int) -> Table:
                 "FAM, temp MiB": _mib(reads[name]),
                 "temp, full / FAM": reads["full"].temp_bytes / reads[name].temp_bytes,
             })  # fmt: skip
-    notes = (_shape(fam, 1, None, repeats), "full: the same model, one block of all tokens")
+    notes = (_shape(fam, 1, None, repeats), "full: the same model with all tokens in one block")
     return Table("full_vs_fam", "Forward pass, full attention over FAM", notes, rows)
 
 
 def over_length(sizes: Sizes, repeats: int) -> Table:
-    """Time per token and memory of reading block by block, as the length grows."""
+    """Time per token and memory of reading block by block, over the input length."""
     config = sizes.config(sizes.paper, sizes.forward_layers, blocks_per_chunk=1)
     lengths = {str(length): length for length in sizes.stream_lengths}
     reads = {name: forward(config, 1, length, logits=False) for name, length in lengths.items()}

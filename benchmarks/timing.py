@@ -1,4 +1,4 @@
-"""Times of several functions, measured in turns so that a busy machine slows all of them alike."""
+"""Timing of several functions in turns, so that load on the machine slows all of them alike."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from famx.base.tables import number
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of some measurements."""
+    """Median and quartiles of a set of measurements."""
 
     median: float
     lower: float
@@ -27,6 +27,7 @@ class Spread:
 
     @classmethod
     def of(cls, values) -> "Spread":
+        """Computes median and quartiles of an array."""
         lower, median, upper = np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75))
         return cls(float(median), float(lower), float(upper))
 
@@ -36,28 +37,33 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Seconds of each function in each round, float64 `[rounds]`."""
+    """Seconds per function and round: `{name: float64 [rounds]}`."""
 
     seconds: Mapping[str, np.ndarray]
 
     def spread(self, name: str, scale: float = 1.0) -> Spread:
-        """Of the function's seconds times `scale`."""
+        """Spread of the function's seconds, multiplied by `scale`."""
         return Spread.of(self.seconds[name] * scale)
 
     def ratio(self, name: str, reference: str, scale: float = 1.0) -> Spread:
-        """Of the quotients within a round, which slow changes of the load leave alone."""
+        """Spread of `scale * seconds[name] / seconds[reference]`.
+
+        Quotients are taken within each round, so that slow changes of the load cancel.
+        """
         return Spread.of(self.seconds[name] / self.seconds[reference] * scale)
 
 
 def interleave(functions: Mapping[str, Callable[[], Any]], repeats: int) -> Timings:
-    """Calls every function once per round, in turns forwards and backwards, after a warm-up.
+    """Times every function once per round, after one untimed call of each.
+
+    Every second round runs in reverse order, so that no function always follows the same one.
 
     Args:
-      functions: by name; each must be compiled already and return the arrays to wait for.
-      repeats: rounds that count.
+      functions: `{name: function}`; each must already be compiled, and return the arrays to wait for.
+      repeats: number of timed rounds.
 
     Raises:
-      ValueError: if there is nothing to measure.
+      ValueError: there are no functions or no rounds.
     """
     if repeats < 1 or not functions:
         raise ValueError(f"Nothing to measure: {len(functions)} functions, {repeats} repeats.")
@@ -74,7 +80,11 @@ def interleave(functions: Mapping[str, Callable[[], Any]], repeats: int) -> Timi
 
 
 def peak_memory(forget: bool = False) -> float:
-    """The most MiB that this process has held, where Linux lets it forget the past: since then."""
+    """Peak resident memory of this process in MiB.
+
+    Args:
+      forget: reset the peak first, so that later calls report the peak since then. Linux only.
+    """
     if forget:
         with contextlib.suppress(OSError):
             pathlib.Path("/proc/self/clear_refs").write_text("5")
@@ -87,7 +97,7 @@ def peak_memory(forget: bool = False) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on, and how busy it was."""
+    """Description of this machine and its load average, for the notes of a table."""
     affinity = getattr(os, "sched_getaffinity", None)
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {

@@ -1,6 +1,7 @@
-"""Measures training steps and forward passes: `python -m benchmarks.train_step`.
+"""Benchmark of training steps and forward passes: `python -m benchmarks.train_step`.
 
-Ratios of functions that take turns in one process, medians with quartiles. See docs/benchmarks.md.
+Functions are timed in turns in one process and compared by ratios within a round; tables show medians
+with quartiles. See docs/benchmarks.md.
 """
 
 from benchmarks import command
@@ -8,7 +9,7 @@ from benchmarks.sections import QUICK, SECTIONS, Sizes
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints, and writes what was asked for."""
+    """Runs the benchmark's command line."""
     command.run(
         "benchmarks.train_step", __doc__.splitlines()[0], SECTIONS, Sizes(), QUICK, 15, argv
     )

@@ -1,9 +1,9 @@
-"""Implementations in processes of their own, which compute in turns.
+"""Runs each implementation in its own process, one computing at a time.
 
-Two frameworks in one process compete for threads. So each gets a process, which prepares itself once
-and then takes a number of steps whenever it is asked to; whoever asks waits for the answer, hence
-only one computes at a time. Both ends of the pipe are here: lines of JSON, asked on standard input.
-All compute on the CPU. No framework is imported here: an implementation imports its own.
+Two frameworks in one process would compete for threads. Here each has a process that builds the model
+once and then takes training steps on request. The caller waits for each answer, so only one process
+computes at a time. Requests and answers are lines of JSON on standard input and output; this module has
+both ends. Everything runs on the CPU. No framework is imported here; each implementation imports its own.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-_WARM_UP = 3  # steps before the first turn, over which the loss must fall
+_WARM_UP = 3  # untimed steps after building; the loss must fall over them
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """An implementation, ready to train.
+    """An implementation that is ready to train.
 
     Attributes:
-      step: takes one training step and returns its loss, a Python float, once it is done.
-      facts: what JSON can hold and the table shows.
+      step: takes one training step, waits for it, and returns its loss as a Python float.
+      facts: JSON values for the table.
     """
 
     step: Callable[[], float]
@@ -35,19 +35,22 @@ class Peer:
 
 
 class LeftOut(Exception):
-    """An implementation cannot be measured; says why in one sentence."""
+    """An implementation cannot be measured; the message is one sentence that says why."""
 
 
 class Worker:
-    """A process with one implementation.
+    """A process that trains one implementation.
 
     Args:
-      name: for messages.
-      build: "module:function"; called in the process with `arguments`, it returns a `Peer`.
-      arguments: by name, plain values.
+      name: label for messages.
+      build: "module:function"; the process calls it with `arguments`, and it returns a `Peer`.
+      arguments: keyword arguments, JSON values.
+
+    Attributes:
+      facts: `Peer.facts`, and `first_loss`.
 
     Raises:
-      LeftOut: if a package is missing, if it cannot be built, or if it does not learn.
+      LeftOut: a package is missing, the model cannot be built, or its loss does not fall.
     """
 
     def __init__(self, name: str, build: str, arguments: Mapping[str, Any]):
@@ -56,7 +59,7 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.turns"],
             cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},  # an accelerator has room for one process
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},  # an accelerator could serve only one process
         )  # fmt: skip
         try:
             self.facts = self._ask({"build": build, "arguments": dict(arguments)})
@@ -69,7 +72,7 @@ class Worker:
         return self._ask({"steps": steps})["loss"]
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process and waits for it."""
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
@@ -81,26 +84,32 @@ class Worker:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
             self._errors.seek(0)
-            last = (self._errors.read().strip().splitlines() or ["nothing"])[-1]
-            raise LeftOut(f"{self.name}: its process ended; its last words: {last}")
+            last = (self._errors.read().strip().splitlines() or ["none"])[-1]
+            raise LeftOut(f"{self.name}: its process ended; last line of its error output: {last}")
         answer = json.loads(line)
         if "left_out" in answer:
             raise LeftOut(f"{self.name}: {answer['left_out']}")
         return answer
 
 
-def serve(questions, answer: Callable[[dict[str, Any]], None]) -> None:
-    """The process's end: builds what the first line asks for, then takes steps line by line."""
-    first = json.loads(next(questions))
+def serve(requests, answer: Callable[[dict[str, Any]], None]) -> None:
+    """The worker process's loop: builds the implementation, then takes steps on request.
+
+    Args:
+      requests: iterator over lines of JSON. The first is `{"build", "arguments"}`, the others
+        `{"steps"}`.
+      answer: sends a message back.
+    """
+    first = json.loads(next(requests))
     module, function = first["build"].split(":")
     try:
         peer = getattr(importlib.import_module(module), function)(**first["arguments"])
@@ -109,13 +118,13 @@ def serve(questions, answer: Callable[[dict[str, Any]], None]) -> None:
         return answer({"left_out": str(reason)})
     except ModuleNotFoundError as error:
         return answer({"left_out": f"the package {error.name} is not installed."})
-    except Exception as error:  # whatever a foreign package fails with, the others go on
-        words = " ".join(str(error).split())[:300]
-        return answer({"left_out": f"it failed with {type(error).__name__}: {words}"})
+    except Exception as error:  # whatever a third-party package raises, the others are still measured
+        message = " ".join(str(error).split())[:300]
+        return answer({"left_out": f"it failed with {type(error).__name__}: {message}"})
     if not losses[-1] < losses[0]:
         return answer({"left_out": f"its loss does not fall: {losses}."})
     answer({**peer.facts, "first_loss": losses[0]})
-    for line in questions:
+    for line in requests:
         for _ in range(json.loads(line)["steps"]):
             loss = peer.step()
         answer({"loss": loss})
@@ -123,11 +132,11 @@ def serve(questions, answer: Callable[[dict[str, Any]], None]) -> None:
 
 def _main() -> None:
     pipe = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries that print must not mix with the answers
     serve(sys.stdin, lambda message: print(json.dumps(message), file=pipe, flush=True))
 
 
 if __name__ == "__main__":
-    # Implementations import this module too, and its classes must be the same ones.
+    # Implementations import this module by name and must get the same classes as `__main__` has.
     sys.modules["benchmarks.turns"] = sys.modules["__main__"]
     _main()

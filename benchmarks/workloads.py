@@ -1,6 +1,6 @@
-"""What is measured: training steps of the engine and forward passes, compiled ahead of time.
+"""Workloads to measure: training steps and forward passes, compiled ahead of time.
 
-Workloads are kept, so that sections that measure the same thing compile it once.
+They are cached, so that sections that measure the same workload compile it once.
 """
 
 import dataclasses
@@ -25,7 +25,12 @@ from famx.training.step import make_initializer, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A compiled function without arguments, and the bytes it needs beside inputs and outputs."""
+    """A compiled function.
+
+    Attributes:
+      run: calls it, without arguments, and returns its outputs.
+      temp_bytes: memory it allocates in addition to inputs and outputs.
+    """
 
     run: Callable[[], Any]
     temp_bytes: int
@@ -35,10 +40,10 @@ class Workload:
 def train_step(
     config: DecoderConfig, batch: int, length: int, loss_chunk: int | None = None
 ) -> Workload:
-    """The engine's own step on one device: loss, gradient, and an update by AdamW.
+    """The step of `famx.training.step` on one device: loss, gradient, and an AdamW update.
 
-    Every call goes on from the parameters that the last one left, which all steps of models with the
-    same parameters share, so that several fit into the device.
+    Every call continues from the parameters of the previous call. Workloads whose models have the same
+    parameters share one training state, so that several workloads fit on the device.
     """
     run = _training(config, batch, length, loss_chunk)
     rows = random_tokens(config, batch, length + 1)
@@ -76,14 +81,19 @@ def _training_state(config: DecoderConfig) -> list:
 def forward(
     config: DecoderConfig, batch: int, length: int, logits: bool, full: bool = False
 ) -> Workload:
-    """Reads `length` tokens; returns the state after them and, if asked for, the last logits.
+    """Forward pass over `length` tokens.
 
-    Without logits, what a block-outer order holds does not grow with the length. With `full`, token
-    attention is `benchmarks.full_attention`, for a `config` of one block and no memory.
+    Args:
+      config: the model.
+      batch: number of examples.
+      length: number of tokens.
+      logits: also return the last token's logits. Without them, the memory of reading block by block
+        does not grow with the length.
+      full: use `benchmarks.full_attention`; `config` must have one block and no memory.
     """
     decoder = Decoder(config)
     tokens = jnp.asarray(random_tokens(config, batch, length))
-    # The parameters do not depend on how blocks are cut, and a short block is traced soon.
+    # Parameters do not depend on the block size, and initialisation compiles faster with short blocks.
     params = parameters(
         dataclasses.replace(config, block_size=max(1, config.memory_columns), blocks_per_chunk=None)
     )
@@ -100,7 +110,7 @@ def forward(
 
 
 def matrix_product(size: int) -> tuple[Workload, int]:
-    """A float32 product of two square matrices, and its operations."""
+    """A float32 product of two `[size, size]` matrices, and its number of operations."""
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.float32)
     compiled = jax.jit(jnp.matmul).lower(a, b).compile()
     return Workload(lambda: compiled(a, b), _temp_bytes(compiled)), 2 * size**3
@@ -108,13 +118,13 @@ def matrix_product(size: int) -> tuple[Workload, int]:
 
 @functools.cache
 def parameters(config: DecoderConfig):
-    """Random parameters, unboxed."""
+    """Randomly initialised parameters, without sharding boxes."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return unbox(jax.jit(Decoder(config).init)(jax.random.key(0), tokens))["params"]
 
 
 def random_tokens(config: DecoderConfig, batch: int, length: int) -> np.ndarray:
-    """Random tokens without padding, int32 `[batch, length]`."""
+    """Random token ids other than padding, int32 `[batch, length]`."""
     rng = np.random.default_rng(0)
     return rng.integers(1, config.vocab_size, (batch, length), dtype=np.int32)
 

@@ -41,14 +41,14 @@ def main() -> None:
         return fill_page(*page)
     require({"topology": "--topology is not set: name what to compile for, such as --topology=v5e:4x4."})
 
-    from famx.scale.compiling import run
+    from famx.scale.compiling import compile_programs
     from famx.scale.programs import PROGRAMS
 
     for name in values.programs:
         if name not in PROGRAMS:
             raise ConfigError(f"There is no program {name!r}: choose from {', '.join(PROGRAMS)}.")
     gin_utils.parse_gin_flags(_UNNEEDED.split())
-    fits = run(
+    fits = compile_programs(
         values.topology, values.num_slices, values.programs, values.inference_batch_size, values.find,
         values.json, values.hlo,
     )  # fmt: skip

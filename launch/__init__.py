@@ -1,1 +1,1 @@
-"""Starts training on TPU slices, GKE, Slurm clusters and several local processes; see docs/launch.md."""
+"""Launchers that start training on Cloud TPU, GKE, Slurm and in local processes; see docs/launch.md."""

@@ -1,4 +1,4 @@
-"""Names of TPU slices, as Google Cloud gives them, and the grids of chips behind the names."""
+"""TPU slice names of Google Cloud, such as v5p-128, and the chip grids that they denote."""
 
 import dataclasses
 import math
@@ -7,20 +7,20 @@ import re
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
 
-_CUBE = 64  # chips: larger slices of three dimensions are made of cubes of 4 x 4 x 4
-_SMALL = (8, 16, 32, 64)  # cores of the slices below a cube
+_CUBE = 64  # chips: three-dimensional slices from this size on are built from 4 x 4 x 4 cubes
+_SMALL = (8, 16, 32, 64)  # sizes, in cores, of the slices smaller than a cube
 
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """A generation of TPU.
+    """A TPU generation.
 
     Attributes:
-      sizes: that an accelerator's name can end in: cores where a chip has two, otherwise chips.
-      cores: of a chip that the name counts.
-      dimensions: of a slice.
-      compiler: what famx.compile calls the family; '': it does not compile for it.
-      runtime: version of the software on the workers.
+      sizes: sizes that an accelerator name may end in: cores for v2 to v5p, chips for the others.
+      cores: units of such a size per chip: 2 where it counts cores, 1 where it counts chips.
+      dimensions: number of dimensions of the chip grid, 2 or 3.
+      compiler: name of the family in topologies of famx.compile; '' if it cannot compile for it.
+      runtime: default TPU software version of the workers.
     """
 
     sizes: tuple[int, ...]
@@ -30,8 +30,9 @@ class _Family:
     runtime: str = "tpu-ubuntu2204-base"
 
 
-def _cubes(most: int) -> tuple[int, ...]:
-    return (*_SMALL, *range(2 * _CUBE, most + 1, 2 * _CUBE))
+def _cubes(largest: int) -> tuple[int, ...]:
+    """Sizes, in cores, of a family with a three-dimensional grid."""
+    return (*_SMALL, *range(2 * _CUBE, largest + 1, 2 * _CUBE))
 
 
 _FLAT = (1, 4, 8, 16, 32, 64, 128, 256)
@@ -47,59 +48,61 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A slice of TPU: its family, and its grid of chips as it is given if nobody asks for another."""
+    """A TPU slice: its family and the default grid of chips for its size."""
 
     family: str
     grid: tuple[int, ...]
 
     @property
     def chips(self) -> int:
+        """Number of chips."""
         return math.prod(self.grid)
 
     @property
     def topology(self) -> str:
-        """The name by which famx.compile knows the slice, such as v5p:4x4x4; '': it does not."""
+        """Topology name for famx.compile, such as v5p:4x4x4; '' if it cannot compile for the family."""
         name = FAMILIES[self.family].compiler
         return f"{name}:{'x'.join(map(str, self.grid))}" if name else ""
 
     @property
     def runtime(self) -> str:
-        """Version of the software on the workers."""
+        """Default TPU software version of the workers."""
         return FAMILIES[self.family].runtime
 
 
 def parse(accelerator: str) -> Slice:
-    """The slice that is called so.
+    """Parses an accelerator name.
 
     >>> parse("v5p-128")
     Slice(family='v5p', grid=(4, 4, 4))
     >>> parse("v5litepod-32").topology
     'v5e:4x8'
 
-    Raises ConfigError if there is none.
+    Raises:
+      ConfigError: the family is unknown, or has no slice of that size.
     """
     name, _, size = accelerator.partition("-")
     family = FAMILIES.get(name)
     if family is None:
-        near = nearest(name, FAMILIES) or f" It begins with one of {', '.join(FAMILIES)}."
-        raise ConfigError(f"There is no accelerator {accelerator!r}.{near}")
+        hint = nearest(name, FAMILIES) or f" Known families are {', '.join(FAMILIES)}."
+        raise ConfigError(f"Unknown accelerator {accelerator!r}.{hint}")
     if not re.fullmatch(r"[0-9]{1,5}", size) or int(size) not in family.sizes:
         known = ", ".join(map(str, family.sizes))
         if family.dimensions == 3:
-            known = f"{', '.join(map(str, _SMALL))} and multiples of {2 * _CUBE} to {family.sizes[-1]}"
-        raise ConfigError(f"There is no accelerator {accelerator!r}: sizes of {name} are {known}.")
+            known = f"{', '.join(map(str, _SMALL))} and multiples of {2 * _CUBE} up to {family.sizes[-1]}"
+        raise ConfigError(f"Unknown accelerator {accelerator!r}: sizes of {name} are {known}.")
     chips = int(size) // family.cores
     return Slice(name, _flat(chips) if family.dimensions == 2 else _cubic(chips))
 
 
 def _flat(chips: int) -> tuple[int, int]:
-    """The squarest grid of a power of two."""
-    first = 1 << (chips.bit_length() - 1) // 2
-    return first, chips // first
+    """The most nearly square grid; `chips` is a power of two."""
+    rows = 1 << (chips.bit_length() - 1) // 2
+    return rows, chips // rows
 
 
 def _cubic(chips: int) -> tuple[int, int, int]:
-    """The smallest slices as they are; above, the cubes in as compact a box as there is."""
+    """Documented grids for slices smaller than a cube, otherwise the most compact box of cubes."""
     if chips < _CUBE:
         return {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}[chips]
     count = chips // _CUBE

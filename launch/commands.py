@@ -1,4 +1,4 @@
-"""Running commands and writing files, or saying in a dry run which these would be."""
+"""Running commands and writing files; a dry run only prints them."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from famx.base.errors import ConfigError
 
-_SHORTEST_SECRET = 6  # of those looked for in any output: a shorter one would mask half of it
+_SHORTEST_SECRET = 6  # characters: masking shorter secrets would garble ordinary output
 _INSTALL = {
     "gcloud": "install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)",
     "xpk": "install it with `pip install xpk`",
@@ -21,52 +21,62 @@ _INSTALL = {
 
 
 class Commands:
-    """Runs argument lists, never a shell; every one is printed first, as `$ words`.
+    """Runs commands given as argument lists, never through a shell, and prints each as `$ words`.
 
     Args:
-      dry_run: print only.
-      secrets: values that are masked in whatever is printed, output of commands included.
+      dry_run: print commands and files without running or writing them.
+      secrets: values to mask in everything that is printed, including the output of commands.
+
+    Attributes:
+      environment: variables added to the environment of the commands.
     """
 
     def __init__(self, dry_run: bool, secrets: Iterable[str] = ()):
         self.dry_run = dry_run
-        self.environment: dict[str, str] = {}  # that commands have beside this process's own
-        self._asked: tuple[str, ...] = ()
-        long = (secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
-        self._secrets = sorted(long, key=len, reverse=True)
+        self.environment: dict[str, str] = {}
+        self._last_captured: tuple[str, ...] = ()
+        maskable = (secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
+        # Longest first, so that a secret that contains another is masked completely.
+        self._secrets = sorted(maskable, key=len, reverse=True)
 
     def mask(self, text: str) -> str:
-        """The text with asterisks for secrets."""
+        """Replaces secrets in the text, plain or quoted for a shell, by `***`."""
         for secret in self._secrets:
             for form in (shlex.quote(secret), secret):
                 text = text.replace(form, "***")
         return text
 
     def say(self, text: str) -> None:
+        """Prints the text with secrets masked."""
         print(self.mask(text), flush=True)
 
     def require(self, *tools: str) -> None:
-        """Raises ConfigError for a tool that is missing; a dry run needs none."""
+        """Raises ConfigError if a tool is not installed. A dry run needs none."""
         for tool in tools:
             if not self.dry_run and shutil.which(tool) is None:
                 raise ConfigError(f"{tool} is not installed: {_INSTALL[tool]}.")
 
     def run(self, *command: str, harmless: bool = False) -> int:
-        """Runs to the end, its output passed on line by line; returns the exit code.
+        """Runs a command to its end, printing its output line by line.
 
-        A dry run does it only if it is `harmless`.
+        Args:
+          *command: program and arguments.
+          harmless: run it even in a dry run.
+
+        Returns:
+          The exit code; 0 in a dry run.
         """
         return self.stream(*command, harmless=harmless)[0]
 
     def stream(self, *command: str, harmless: bool = False) -> tuple[int, int]:
-        """As `run`; returns the exit code and the number of lines of its standard output."""
-        self._asked = ()
+        """Like `run`, but returns the exit code and the number of lines of standard output."""
+        self._last_captured = ()
         self.say(f"$ {shlex.join(command)}")
         if self.dry_run and not harmless:
             return 0, 0
         lines = 0
-        with _ending(self._start(command)) as process:
-            errors = threading.Thread(target=self._pass_on, args=(process.stderr,), daemon=True)
+        with _terminated_on_error(self._start(command)) as process:
+            errors = threading.Thread(target=self._print_lines, args=(process.stderr,), daemon=True)
             errors.start()
             for line in process.stdout:
                 lines += 1
@@ -76,40 +86,50 @@ class Commands:
         return code, lines
 
     def _start(self, command: Sequence[str]) -> subprocess.Popen:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the command.
+        # In its own session, the command does not receive Ctrl-C; this process does and terminates it.
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             errors="replace", start_new_session=True, env={**os.environ, **self.environment},
         )  # fmt: skip
 
-    def _pass_on(self, stream) -> None:
-        with contextlib.suppress(ValueError):  # closed meanwhile
+    def _print_lines(self, stream) -> None:
+        with contextlib.suppress(ValueError):  # the stream was closed while being read
             for line in stream:
                 self.say(line.rstrip("\n"))
 
     def capture(self, *command: str, assume: str) -> tuple[int, str, str]:
-        """Exit code, standard output and error; in a dry run 0, `assume` and ''.
+        """Runs a command and captures its output.
 
-        A question that is asked over and over is printed once.
+        A command that is repeated, to poll a state, is printed only once.
+
+        Args:
+          *command: program and arguments.
+          assume: standard output to report in a dry run.
+
+        Returns:
+          Exit code, standard output and standard error; `(0, assume, '')` in a dry run.
         """
-        if self.dry_run or command != self._asked:
+        if self.dry_run or command != self._last_captured:
             self.say(f"$ {shlex.join(command)}")
-        self._asked = command
+        self._last_captured = command
         if self.dry_run:
             return 0, assume, ""
-        with _ending(self._start(command)) as process:
+        with _terminated_on_error(self._start(command)) as process:
             out, err = process.communicate()
         return process.returncode, out.strip(), err.strip()
 
     def make_directory(self, path: pathlib.Path) -> None:
-        """Makes it anew, empty, for the user alone."""
+        """Creates an empty directory that only the user can access, replacing an existing one."""
         if self.dry_run:
             return
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True, mode=0o700)
 
     def write(self, path: pathlib.Path, text: str, mode: int = 0o600, shown: str | None = None) -> None:
-        """Writes a file; a dry run prints it instead, or `shown` if that is given."""
+        """Writes a file with permissions `mode`.
+
+        A dry run prints `shown` instead, by default the text itself.
+        """
         if self.dry_run:
             self.say(f"# file {path} (mode {mode:o})")
             for line in (text if shown is None else shown).splitlines():
@@ -121,7 +141,7 @@ class Commands:
             file.write(text)
 
     def copy(self, source: pathlib.Path, path: pathlib.Path) -> None:
-        """Copies a file."""
+        """Copies a file; a dry run prints the names."""
         if self.dry_run:
             self.say(f"# file {path} (copy of {source})")
             return
@@ -130,7 +150,8 @@ class Commands:
 
 
 @contextlib.contextmanager
-def _ending(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+def _terminated_on_error(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """Sends SIGTERM to the process group if the block raises, including on Ctrl-C."""
     try:
         yield process
     except BaseException:

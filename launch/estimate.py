@@ -1,8 +1,9 @@
-"""What a training takes on the slices that a config asks for, shown before they are asked for.
+"""Estimate of memory, time and cost of a training run, shown before TPU slices are requested.
 
-`famx.compile` compiles the training step on this machine for as many chips, without one, and tells the
-memory that it needs and the time that it takes at least. The price of a chip-hour is the user's own
-number; what it comes to is printed on a terminal alone, so that neither files nor logs hold it.
+`famx.compile` compiles the training step on this machine for the requested number of chips (no TPU is
+needed) and reports the memory it needs and a lower bound on its time. The price of a chip-hour is
+supplied by the user and therefore confidential: the cost is printed only to a terminal, so that it
+never ends up in files or logs.
 """
 
 import importlib.util
@@ -20,73 +21,75 @@ from launch.job import Job
 
 ESTIMATE = flags.DEFINE_enum(
     "estimate", "auto", ["auto", "yes", "no"],
-    "Before slices are created, compile the training step for them, which may take minutes, and show"
-    " whether it fits, how long it takes and what that costs: where that is possible; without fail, and"
-    " in a dry run too; or never.",
+    "Before creating slices, compile the training step for them (which may take minutes) and show"
+    " whether it fits, how long it takes and what it costs. auto: if the TPU compiler is installed;"
+    " yes: always, also in a dry run, and fail if there is no estimate; no: never.",
 )  # fmt: skip
-_REFUSED = 2  # exit code of a main that was given bad input
+_BAD_INPUT = 2  # exit code of a famx main for a mistake of the user
 
 
 def show(config: ConfigDict, job: Job, commands: Commands) -> None:
-    """Shows whether the training fits into the chips, and its time, chip-hours and cost at least.
+    """Prints whether the training fits on the chips, and lower bounds of time, chip-hours and cost.
 
-    Raises ConfigError if it does not fit, if the training's settings are refused, and with
-    --estimate=yes if there is no estimate.
+    Raises:
+      ConfigError: the training does not fit, its settings are invalid, or there is no estimate
+        although --estimate=yes.
     """
     if ESTIMATE.value == "no":
         return
     slice_ = accelerators.parse(config.accelerator)
     if not slice_.topology:
-        report = f"famx.compile does not compile for {slice_.family}."
+        report = f"famx.compile cannot compile for {slice_.family}."
     else:
-        place = (f"--topology={slice_.topology}", f"--num_slices={config.num_slices}")
-        report = _compile(place, job, commands)
+        topology = (f"--topology={slice_.topology}", f"--num_slices={config.num_slices}")
+        report = _compile(topology, job, commands)
     if report is None:
         return
     if isinstance(report, str):
         if ESTIMATE.value == "yes":
-            raise ConfigError(f"There is no estimate: {report}")
-        commands.say(f"Going on without an estimate: {report}")
+            raise ConfigError(f"No estimate is available: {report}")
+        commands.say(f"Continuing without an estimate: {report}")
         return
-    need, have = (f"{report[name] / 2**30:.2f} GiB" for name in ("needed", "available"))
+    needed, available = (f"{report[name] / 2**30:.2f} GiB" for name in ("needed", "available"))
     if not report["fits"]:
         raise ConfigError(
-            f"The training does not fit on {config.accelerator}: it needs {need} of the {have} of each"
-            " chip. The lines above say what to try; --estimate=no goes on all the same."
+            f"The training does not fit on {config.accelerator}: it needs {needed} of the {available} of"
+            " each chip. The lines above say what to try; --estimate=no launches anyway."
         )
-    commands.say(f"Estimate: fits on {config.accelerator}, {need} of {have} on each chip.")
-    _tell_time(config, job, commands, slice_.chips * config.num_slices, report["bound"])
+    commands.say(f"Estimate: fits on {config.accelerator}, {needed} of {available} on each chip.")
+    _say_time_and_cost(config, job, commands, slice_.chips * config.num_slices, report["bound"])
 
 
-def _compile(place: tuple[str, ...], job: Job, commands: Commands) -> dict[str, Any] | str | None:
-    """What famx.compile reports, or why it reports nothing; None in a dry run."""
-    runs = ESTIMATE.value == "yes" or not commands.dry_run
-    if runs and importlib.util.find_spec("libtpu") is None:
-        return "it takes TPU's compiler, which needs no TPU: pip install libtpu."
+def _compile(topology: tuple[str, ...], job: Job, commands: Commands) -> dict[str, Any] | str | None:
+    """The report of famx.compile, or a sentence why there is none; None if a dry run skips it."""
+    compiles = ESTIMATE.value == "yes" or not commands.dry_run
+    if compiles and importlib.util.find_spec("libtpu") is None:
+        return "the TPU compiler is missing (it needs no TPU): pip install libtpu."
     path = job.stage.with_name(f"estimate-{job.name}.json")
-    if runs:
+    if compiles:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-    command = (sys.executable, "-m", "famx.compile", *job.gin_flags, *place, f"--json={path}")
-    code = commands.run(*command, harmless=runs)
-    if not runs:
+    command = (sys.executable, "-m", "famx.compile", *job.gin_flags, *topology, f"--json={path}")
+    code = commands.run(*command, harmless=compiles)
+    if not compiles:
         return None
     try:
         return json.loads(path.read_text())[0]
     except (OSError, ValueError):
-        if code == _REFUSED:
+        if code == _BAD_INPUT:
             raise ConfigError(
-                "famx.compile refuses this training, as the line above says; --estimate=no goes on"
-                " without it."
+                "famx.compile rejected the settings of this training: see the line above."
+                " --estimate=no skips this check."
             ) from None
-        return f"famx.compile ended with code {code}, see the lines above."
+        return f"famx.compile exited with code {code}, see the lines above."
     finally:
         path.unlink(missing_ok=True)
 
 
-def _tell_time(
+def _say_time_and_cost(
     config: ConfigDict, job: Job, commands: Commands, chips: int, bound: dict[str, float] | None
 ) -> None:
+    """Prints time and cost of the whole run; of one step if the number of steps is unknown."""
     if bound is None:
         return
     seconds = max(bound["roofline"], bound["scheduled"])
@@ -99,12 +102,12 @@ def _tell_time(
         f" and {_amount(hours * chips)} chip-hours on {chips:,} chips, without evaluations and restarts."
     )
     if not config.price_per_chip_hour:
-        commands.say("With --config.price_per_chip_hour=PRICE its cost is shown too.")
+        commands.say("Set --config.price_per_chip_hour=PRICE to see the cost as well.")
     elif sys.stdout.isatty():
         cost = hours * chips * config.price_per_chip_hour
         print(f"Estimate: costs at least {cost:,.2f} at your price of a chip-hour.", flush=True)
     else:
-        commands.say("Its cost is shown on a terminal alone, and this is none.")
+        commands.say("The cost is printed only to a terminal, and standard output is not one.")
 
 
 def _amount(value: float) -> str:

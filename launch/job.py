@@ -1,4 +1,4 @@
-"""What every launcher starts: `famx.train` with gin files, settings and environment variables."""
+"""The training job that every launcher starts: `famx.train` with gin files, bindings and environment."""
 
 import dataclasses
 import os
@@ -21,30 +21,36 @@ from famx.base.gin_checks import nearest
 from launch import settings
 from launch.commands import Commands
 
-STOPPED = 42  # exit code of a run that was stopped and can go on; xpk restarts on it too
+STOPPED = 42  # exit code of famx.train after a graceful stop; tells launchers to restart the run
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), of launch/configs/.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print every command and every file, and do nothing.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Launch config: a Python file that defines get_config(), see launch/configs/."
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print all commands and files without running or writing anything."
+)
 
 DELETE = flags.DEFINE_enum(
     "delete", "end", ["end", "always", "never"],
-    "Delete what was created: at the end of the training, also on Ctrl-C, or never.",
+    "When to delete the slices or workload of this launch. end: when training has ended; always: also"
+    " on Ctrl-C; never: keep them.",
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training, whatever starts it.
+    """A training run, independent of where it is launched.
 
     Attributes:
-      name: of the job.
-      gin_files: as they were named.
-      gin_flags: flags of famx.train that name these files and the settings.
-      model_dir: MODEL_DIR, if gin's settings were checked.
-      shown, secret: environment variables.
-      stage: the local directory in which files are put together.
-      train_steps: TRAIN_STEPS, if gin's settings were checked and it is a number.
+      name: name of the job.
+      gin_files: gin files, as the user named them.
+      gin_flags: flags that pass these files and the gin bindings to famx.train.
+      model_dir: MODEL_DIR; "" if gin was not parsed.
+      shown: environment variables whose values may be printed.
+      secret: environment variables whose values must not be printed.
+      stage: local directory where the files of the launch are collected.
+      train_steps: TRAIN_STEPS; None if gin was not parsed, or it is not an integer.
     """
 
     name: str
@@ -57,19 +63,20 @@ class Job:
     train_steps: int | None = None
 
     def train(self, python: str, *flags: str) -> list[str]:
-        """The command that trains."""
+        """The training command, with the Python interpreter `python` and additional flags."""
         return [python, "-m", "famx.train", *flags, *self.gin_flags]
 
     def write_gin_files(self, commands: Commands) -> None:
-        """Copies them, and what they include, to where they are found by the same names.
+        """Copies the gin files and the files they include to the stage, under the same relative names.
 
-        Raises ConfigError for one that is not named relative to the current directory.
+        Raises:
+          ConfigError: a file is not named relative to the current directory, or is outside of it.
         """
         for name, source in sorted(set(_with_includes(self.gin_files))):
             commands.copy(source, self.stage / name)
 
     def write_environment(self, commands: Commands) -> None:
-        """environment.sh, for its owner alone: a shell that sources it has the variables."""
+        """Writes environment.sh, which exports all variables and only its owner can read."""
         path = self.stage / "environment.sh"
         masked = dict.fromkeys(self.secret, "***")
         commands.write(path, _exports(self.shown | self.secret), shown=_exports(self.shown | masked))
@@ -85,16 +92,17 @@ def run(
     default: str | None = None,
     check_gin: bool = True,
 ) -> None:
-    """Runs `launch(config, job, commands)` with what the flags say; its result is the exit code.
+    """The main program of a launcher: parses flags, checks everything, and calls `launch`.
 
-    What can be checked is, before: the config, and gin's files and settings. Bad input ends in one
-    sentence, exit code 2.
+    The config, the gin files and the gin bindings are checked first. A mistake of the user ends the
+    process with one sentence and exit code 2; otherwise the result of `launch` is the exit code.
 
     Args:
-      kind: of config, a function of `launch.settings`.
-      launch: does it.
-      default: file of launch/configs/ that stands in for `--config`.
-      check_gin: where the training itself could tell only later, or for money.
+      kind: kind of config that the launcher takes, see `launch.settings`.
+      launch: function of config, job and commands that starts the training.
+      default: file of launch/configs/ to use if `--config` is not given; None requires the flag.
+      check_gin: whether to parse gin here. Without it mistakes show when training starts, which is
+        fine on this machine but not on slices that cost money.
     """
 
     def main():
@@ -117,24 +125,31 @@ def run(
 
 
 def check_config_flags(argv: Sequence[str]) -> None:
-    """Raises ConfigError for a --config that cannot be read and a --config.FIELD that there is not."""
+    """Checks `--config` and the names of `--config.FIELD` flags.
+
+    It runs before absl parses the flags, because ml_collections reports these mistakes with a
+    traceback.
+
+    Raises:
+      ConfigError: the file is missing or defines no config, or a field does not exist.
+    """
     if {"--help", "--helpfull", "--helpshort"} & set(argv):
         return
     text = "\n".join(argv)
     path = re.search(r"^--?config[=\n](.*)$", text, re.MULTILINE)
     if path is None:
-        raise ConfigError("--config is not set: give it a file of launch/configs/, or one of your own.")
+        raise ConfigError("--config is not set: pass a file of launch/configs/ or one of your own.")
     if not os.path.isfile(path[1]):
-        raise ConfigError(f"--config={path[1]}: there is no such file.")
+        raise ConfigError(f"--config={path[1]}: no such file.")
     get_config = runpy.run_path(path[1]).get("get_config")
     config = get_config() if callable(get_config) else None
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"--config={path[1]} needs a function get_config() that returns a ConfigDict.")
+        raise ConfigError(f"--config={path[1]} must define get_config() that returns a ConfigDict.")
     for name in re.findall(r"^--?config\.([^=\n]*)", text, re.MULTILINE):
         field, *inner = name.split(".")
         if field == "environment" and field in config:
             raise ConfigError(
-                "Set environment variables in the config file, or take them from here with"
+                "Set environment variables in the config file, or copy them from this environment with"
                 " --config.environment_from=\"('NAME',)\"."
             )
         if field not in config or inner:
@@ -142,28 +157,35 @@ def check_config_flags(argv: Sequence[str]) -> None:
 
 
 def make_job(config: ConfigDict, check_gin: bool = True) -> Job:
-    """The training that config and flags describe.
+    """The job described by the config and the command line.
 
-    Raises ConfigError if gin refuses it, or if MODEL_DIR is not an absolute path; without `check_gin`
-    that is left to the training.
+    Args:
+      config: a checked config.
+      check_gin: whether to parse the gin files and bindings, see `run`.
+
+    Raises:
+      ConfigError: a gin file or binding is invalid, or MODEL_DIR is not an absolute path (both only
+        with `check_gin`), or an environment variable is.
     """
     files = [*config.gin_files, *flags.FLAGS.gin_file]
     bindings = [*config.gin_bindings, *flags.FLAGS.gin_bindings]
     for text in (*files, *bindings):
         if any(c in text for c in "\n\r\0"):
-            raise ConfigError(f"A gin file or setting must be a single line, not {text!r}.")
+            raise ConfigError(f"A gin file name or binding must be a single line, not {text!r}.")
     if check_gin:
         gin_utils.parse_gin(files, bindings)
     model_dir = _model_dir() if check_gin else ""
     steps = _macro("TRAIN_STEPS") if check_gin else None
     shown, secret = settings.environment(config)
     stage = pathlib.Path(config.stage_dir).expanduser().absolute() / f"famx-{config.name}"
-    words = [f"--gin_file={name}" for name in files] + [f"--gin_bindings={text}" for text in bindings]
+    gin_flags = [f"--gin_file={name}" for name in files]
+    gin_flags += [f"--gin_bindings={text}" for text in bindings]
     steps = steps if isinstance(steps, int) else None
-    return Job(config.name, tuple(files), tuple(words), model_dir, shown, secret, stage, steps)
+    return Job(config.name, tuple(files), tuple(gin_flags), model_dir, shown, secret, stage, steps)
 
 
 def _macro(name: str) -> Any:
+    """Value of a gin macro; None if it is not set."""
     try:
         return gin.query_parameter(f"%{name}")
     except ValueError:
@@ -173,50 +195,59 @@ def _macro(name: str) -> Any:
 def _model_dir() -> str:
     value = _macro("MODEL_DIR")
     if not isinstance(value, str) or not os.path.isabs(value):
-        raise ConfigError(f"MODEL_DIR must be an absolute path, not {value}: --gin.MODEL_DIR=\"'/dir'\".")
+        raise ConfigError(
+            f"MODEL_DIR must be an absolute path, not {value}: set --gin.MODEL_DIR=\"'/dir'\"."
+        )
     return os.path.normpath(value)
 
 
 def _with_includes(names: Sequence[str]) -> Iterator[tuple[str, pathlib.Path]]:
-    """Gin files, and those that they include, as they are named and where they lie."""
+    """Yields `(name, path)` of the gin files and of all files that they include."""
     for name in names:
         if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts:
             raise ConfigError(
-                f"The gin file {name} would not be found on another machine: name it relative to the"
-                " current directory, and keep it below."
+                f"The gin file {name} would not be found on another machine: keep it below the current"
+                " directory and give its relative path."
             )
         path = next((p for p in (pathlib.Path(name), gin_utils.gin_root() / name) if p.is_file()), None)
         if path is None:
-            continue  # gin says so, and what is near
+            continue  # gin reports a missing file itself, with the nearest name
         yield name, path.resolve()
         included = re.findall(r"^\s*include\s+['\"]([^'\"]+)['\"]", path.read_text(), re.MULTILINE)
         yield from _with_includes(included)
 
 
 def add_wheel(config: ConfigDict, job: Job, commands: Commands) -> str:
-    """Puts famx's wheel, the config's or one built from this source tree, into the stage; its name."""
+    """Copies the wheel of the config to the stage, or builds one from this source tree.
+
+    Returns:
+      The wheel's file name.
+
+    Raises:
+      ConfigError: the wheel does not exist or could not be built.
+    """
     if config.wheel:
         wheel = pathlib.Path(config.wheel).expanduser()
         if not re.fullmatch(r"famx-[A-Za-z0-9_.+!-]+\.whl", wheel.name) or not wheel.is_file():
-            raise ConfigError(f"--config.wheel must be the path of famx's wheel, not {config.wheel!r}.")
+            raise ConfigError(f"--config.wheel must be the path of a famx wheel, not {config.wheel!r}.")
         commands.copy(wheel.resolve(), job.stage / wheel.name)
         return wheel.name
     if not (ROOT / "setup.py").exists():
         raise ConfigError("There is no source tree to build famx's wheel from: set --config.wheel.")
-    # In a folder of its own: build/ of a source tree may hold modules that are gone.
+    # Build outside the source tree: its build/ may hold modules that have since been deleted.
     build = job.stage.with_name(f"build-{job.name}")
     commands.make_directory(build)
     commands.write(build / "build.cfg", f"[build]\nbuild_base = {build}\n")
-    words = ("env", f"DIST_EXTRA_CONFIG={build / 'build.cfg'}", sys.executable, "-m", "pip", "wheel")
-    if commands.run(*words, "--quiet", "--no-deps", f"--wheel-dir={job.stage}", str(ROOT)):
-        raise ConfigError("famx's wheel could not be built: see the lines above, or set --config.wheel.")
+    pip_wheel = ("env", f"DIST_EXTRA_CONFIG={build / 'build.cfg'}", sys.executable, "-m", "pip", "wheel")
+    if commands.run(*pip_wheel, "--quiet", "--no-deps", f"--wheel-dir={job.stage}", str(ROOT)):
+        raise ConfigError("Building famx's wheel failed: see the lines above, or set --config.wheel.")
     return f"famx-{famx.__version__}-py3-none-any.whl"
 
 
 def check_model_dir(config: ConfigDict, job: Job) -> None:
-    """Raises ConfigError unless MODEL_DIR lies in the bucket, which outlives the workers."""
+    """Raises ConfigError if MODEL_DIR is not in the bucket: the workers' disks are deleted with them."""
     if config.mount.rstrip("/") not in map(str, pathlib.PurePath(job.model_dir).parents):
         raise ConfigError(
             f"MODEL_DIR {job.model_dir} would be lost with the workers: the bucket is mounted at"
-            f" {config.mount}, so choose --gin.MODEL_DIR=\"'{config.mount.rstrip('/')}/{job.name}'\"."
+            f" {config.mount}, so set --gin.MODEL_DIR=\"'{config.mount.rstrip('/')}/{job.name}'\"."
         )

@@ -1,10 +1,11 @@
-"""Trains with several processes on this machine.
+"""Launcher for several training processes on this machine.
 
     python -m launch.local --config.processes=2 --gin_file=gin_configs/examples/passkey_tiny.gin \\
         --gin.MODEL_DIR="'/tmp/famx/two_processes'"
 
-Lines that a process prints come with its number. SIGTERM and Ctrl-C are passed on, so that the run
-saves and stops; one process that dies ends the others, and its exit code is that of the launch.
+Output lines are prefixed with the number of their process. SIGTERM and Ctrl-C are forwarded, so that the
+run saves a checkpoint and stops. If a process dies, the others are stopped, and its exit code becomes
+that of the launcher.
 """
 
 import os
@@ -25,7 +26,7 @@ from launch.job import Job, run
 
 
 def process_environment(config: ConfigDict, index: int) -> dict[str, str]:
-    """What a process sees of jax's devices."""
+    """Environment variables that give process `index` its JAX platform and devices."""
     count = config.devices_per_process
     if config.platform != "cpu":
         first = index * count
@@ -33,8 +34,8 @@ def process_environment(config: ConfigDict, index: int) -> dict[str, str]:
             "JAX_PLATFORMS": config.platform,
             "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(first, first + count))),
         }
-    old = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
-    flags = f"{old} --xla_force_host_platform_device_count={count}".strip()
+    flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
+    flags = f"{flags} --xla_force_host_platform_device_count={count}".strip()
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
@@ -45,7 +46,13 @@ def _free_port() -> int:
 
 
 class Processes:
-    """The processes of one training, and their output."""
+    """The processes of one training run.
+
+    Attributes:
+      config, job, commands: as for every launcher.
+      children: the processes that were started.
+      stopping: whether a stop was requested.
+    """
 
     def __init__(self, config: ConfigDict, job: Job, commands: Commands):
         self.config, self.job, self.commands = config, job, commands
@@ -55,49 +62,53 @@ class Processes:
         self._print = threading.Lock()
 
     def start(self) -> None:
-        """Starts them, or in a dry run says how."""
+        """Starts all processes, or prints their commands in a dry run."""
         job, config = self.job, self.config
         address = f"localhost:{_free_port()}"
         for index in range(config.processes):
-            place = (f"--coordinator_address={address}", f"--num_processes={config.processes}")
-            command = job.train(sys.executable, *place, f"--process_id={index}")
-            seen = process_environment(config, index)
-            words = [f"{name}={value}" for name, value in (job.shown | seen).items()]
-            words += [f"{name}=***" for name in job.secret]
-            self.commands.say(f"$ {shlex.join(['env', *words, *command])}")
+            cluster = (f"--coordinator_address={address}", f"--num_processes={config.processes}")
+            command = job.train(sys.executable, *cluster, f"--process_id={index}")
+            devices = process_environment(config, index)
+            assignments = [f"{name}={value}" for name, value in (job.shown | devices).items()]
+            assignments += [f"{name}=***" for name in job.secret]
+            self.commands.say(f"$ {shlex.join(['env', *assignments, *command])}")
             if not (self.commands.dry_run or self.stopping):
-                self._start(index, command, {**os.environ, **job.shown, **job.secret, **seen})
+                self._start(index, command, {**os.environ, **job.shown, **job.secret, **devices})
 
     def _start(self, index: int, command: list[str], environment: dict[str, str]) -> None:
-        # Sessions of their own: Ctrl-C reaches them once, through this process.
+        # In their own sessions, the processes do not receive Ctrl-C directly; `stop` forwards it once.
         child = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
         self.children.append(child)
         for source, sink in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
-            thread = threading.Thread(target=self._pass_on, args=(index, source, sink), daemon=True)
+            thread = threading.Thread(target=self._print_lines, args=(index, source, sink), daemon=True)
             thread.start()
             self._threads.append(thread)
 
-    def _pass_on(self, index: int, source, sink) -> None:
+    def _print_lines(self, index: int, source, sink) -> None:
         for line in source:
             with self._print:
                 print(f"[{index}] {self.commands.mask(line.rstrip())}", file=sink, flush=True)
 
     def stop(self, *_) -> None:
-        """Asks all to save and stop; a handler of signals."""
+        """Tells all processes to save and stop. Usable as a signal handler."""
         self.stopping = True
         self.signal(signal.SIGTERM)
 
     def signal(self, number: int) -> None:
-        """Sends a signal to those that run."""
+        """Sends signal `number` to the processes that are still running."""
         for child in self.children:
             if child.poll() is None:
                 child.send_signal(number)
 
     def wait(self) -> int:
-        """Waits for all, or for the first that dies; its exit code, 128 + n if signal n ended it."""
+        """Waits until all processes have ended; stops the others when one fails.
+
+        Returns:
+          0, or the exit code of the process that failed: 128 + n if signal n killed it.
+        """
         code = 0
         while code == 0 and any(child.poll() is None for child in self.children):
             time.sleep(0.05)
@@ -110,9 +121,10 @@ class Processes:
         return code if code >= 0 else 128 - code
 
     def _end(self) -> None:
+        """Stops the remaining processes, and kills those that do not stop within `grace_seconds`."""
         self.signal(signal.SIGTERM)
-        end = time.monotonic() + self.config.grace_seconds
-        while time.monotonic() < end and any(child.poll() is None for child in self.children):
+        deadline = time.monotonic() + self.config.grace_seconds
+        while time.monotonic() < deadline and any(child.poll() is None for child in self.children):
             time.sleep(0.05)
         self.signal(signal.SIGKILL)
         for child in self.children:
@@ -120,6 +132,7 @@ class Processes:
 
 
 def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
+    """Runs the training processes; returns the exit code of the launcher."""
     processes = Processes(config, job, commands)
     with handling(processes.stop):
         processes.start()

@@ -1,7 +1,7 @@
-"""What a launch can be told: the fields of each kind of config, their defaults and their checks.
+"""Launch configs: the fields of each kind, their defaults and their checks.
 
-A file of launch/configs/ returns `tpu()`, `gke()`, `slurm()` or `local()` with some fields changed;
-`--config.FIELD=VALUE` changes one on the command line.
+A config file, such as those in launch/configs/, returns `tpu()`, `gke()`, `slurm()` or `local()` with
+some fields changed. `--config.FIELD=VALUE` overrides a field on the command line.
 """
 
 import os
@@ -14,81 +14,84 @@ from famx.base.gin_checks import nearest
 from launch import accelerators
 
 _COMMON = dict(
-    name="famx",  # of the job and of what it creates
-    gin_files=(),  # before those of --gin_file
-    gin_bindings=(),  # "NAME = VALUE", before those of --gin.NAME=VALUE
-    environment=ConfigDict(),  # variables of the training and their values
-    environment_from=(),  # variables that are taken from where the launch runs: the place for secrets
-    restarts=10,  # how often a run that was preempted or stopped is begun again
-    stage_dir="~/.famx/launch",  # where files are put together
+    name="famx",  # name of the job and of the resources that it creates
+    gin_files=(),  # parsed before those of --gin_file
+    gin_bindings=(),  # "NAME = VALUE", applied before those of --gin.NAME=VALUE
+    environment=ConfigDict(),  # environment variables of the training: {name: value}
+    environment_from=(),  # names of variables copied from the launcher's environment; use it for secrets
+    restarts=10,  # maximum number of restarts after a preemption or a stop
+    stage_dir="~/.famx/launch",  # local directory where the files of a launch are collected
 )
-_WORKERS = dict(wheel="", python="3.12")  # wheel "": built from this source tree
+_WORKERS = dict(
+    wheel="",  # path of famx's wheel; "" builds it from this source tree
+    python="3.12",  # Python version of the workers
+)
 _CLOUD = dict(
     project="",
     zone="",
-    accelerator="",  # v5litepod-256: family, and chips or (v2 to v5p) cores of a slice
+    accelerator="",  # such as v5litepod-256: family, and the slice's chips (v2 to v5p: cores)
     num_slices=1,
     provisioning="on_demand",  # on_demand, spot or reserved
-    bucket="",  # of Cloud Storage, mounted where MODEL_DIR lies
-    mount="/mnt/famx",
-    price_per_chip_hour=0.0,  # what you pay, for the estimate; 0: it ends at chip-hours
+    bucket="",  # Cloud Storage bucket that is mounted on the workers and holds MODEL_DIR
+    mount="/mnt/famx",  # directory where the bucket is mounted
+    price_per_chip_hour=0.0,  # your price, for the estimated cost; 0 estimates chip-hours only
 )
 _TPU = dict(
-    runtime_version="",  # "": the one for this accelerator
+    runtime_version="",  # TPU software version; "" takes the default for the accelerator
     network="",
     subnetwork="",
     service_account="",
-    internal_ips=False,  # without external addresses; ssh then goes through IAP
-    valid_until_duration="",  # how long the request may wait, such as 6h; "": without end
-    poll_seconds=30,
+    internal_ips=False,  # create workers without external addresses and connect through IAP
+    valid_until_duration="",  # how long the request may wait for capacity, such as 6h; "" for ever
+    poll_seconds=30,  # seconds between two queries of the state, and before a retry
 )
 _GKE = dict(
     cluster="",
-    image="",  # has famx and the gin files; or
-    base_image="",  # has jax: xpk adds famx's wheel and the gin files
-    reservation="",  # its name, if provisioning is reserved
+    image="",  # container image with famx and the gin files; set this or base_image
+    base_image="",  # container image with Python; xpk adds famx's wheel and the gin files
+    reservation="",  # name of the reservation, if provisioning is "reserved"
     priority="medium",
-    bucket_gigabytes=1000,  # what Kubernetes is told of the bucket's size
+    bucket_gigabytes=1000,  # bucket size declared to Kubernetes, which demands one
 )
 _SLURM = dict(
     nodes=1,
     gpus_per_node=8,
-    cpus_per_task=0,  # 0: the cluster's default
-    memory="",  # of a node, such as 500G
-    time="24:00:00",
+    cpus_per_task=0,  # 0 takes the cluster's default
+    memory="",  # memory per node, such as 500G; "" takes the cluster's default
+    time="24:00:00",  # time limit
     partition="",
     account="",
     qos="",
     constraint="",
-    python="python",  # on the nodes, with famx installed
-    prologue="",  # a shell file that the job sources first, for `module load` and the like
-    warning_seconds=120,  # how long before the time limit the run is told to save and stop
+    python="python",  # Python on the nodes that has famx installed
+    prologue="",  # shell file sourced at the start of the job, for `module load` and the like
+    warning_seconds=120,  # seconds before the time limit at which the run is told to save and stop
 )
 _LOCAL = dict(
-    platform="cpu",  # jax's name: cpu, cuda, ...
+    platform="cpu",  # JAX platform: cpu, cuda, ...
     processes=2,
     devices_per_process=1,
-    grace_seconds=20,  # for the others to stop when one process died
+    grace_seconds=20,  # seconds that the other processes have to stop after one has died
 )
 
 
 def tpu(**changes) -> ConfigDict:
-    """Config of `launch.tpu`: queued resources of Cloud TPU."""
+    """Config of `launch.tpu`, which trains on queued resources of Cloud TPU."""
     return _config("tpu", _COMMON | _WORKERS | _CLOUD | _TPU, changes)
 
 
 def gke(**changes) -> ConfigDict:
-    """Config of `launch.gke`: a cluster of Google Kubernetes Engine that xpk looks after."""
+    """Config of `launch.gke`, which trains on a Google Kubernetes Engine cluster through xpk."""
     return _config("gke", _COMMON | _WORKERS | _CLOUD | _GKE, changes)
 
 
 def slurm(**changes) -> ConfigDict:
-    """Config of `launch.slurm`."""
+    """Config of `launch.slurm`, which trains on GPU nodes of a Slurm cluster."""
     return _config("slurm", _COMMON | _SLURM, changes)
 
 
 def local(**changes) -> ConfigDict:
-    """Config of `launch.local`."""
+    """Config of `launch.local`, which trains in several processes on this machine."""
     return _config("local", _COMMON | _LOCAL, changes)
 
 
@@ -101,10 +104,13 @@ def _config(kind: str, fields: dict, changes: dict) -> ConfigDict:
 
 # ---------------------------------------------------------------- checks
 
-NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
+# Values end up in command lines and batch scripts, so none of these patterns lets a value contain
+# anything that has a meaning for a shell.
+_NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
+_NAME_WORDS = "lower-case letters, digits and hyphens, starting with a letter, at most 40 characters"
 _SLURM_WORD = r"[A-Za-z0-9_.,:|&!@/=-]+"
-_PATTERNS = {  # field -> pattern, and what it must be in words
-    "name": (NAME, "lower-case letters, digits and hyphens, from a letter on, at most 40"),
+_PATTERNS = {  # {field: (pattern, description for the error message)}
+    "name": (_NAME, _NAME_WORDS),
     "project": (r"([a-z][-a-z0-9.]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]", "the id of a Google Cloud project"),
     "zone": (r"[a-z]+(-[a-z]+)+[0-9]+-[a-z]", "a zone such as us-west4-a"),
     "bucket": (r"[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]", "the name of a bucket, without gs://"),
@@ -114,7 +120,7 @@ _PATTERNS = {  # field -> pattern, and what it must be in words
     "subnetwork": (r"[a-z0-9][-a-z0-9./]*", "the name of a subnetwork"),
     "service_account": (r"[a-z0-9][-a-z0-9.]*@[a-z0-9.-]+", "the address of a service account"),
     "valid_until_duration": (r"([0-9]+[smhd])+", "a duration such as 6h"),
-    "cluster": (NAME, "lower-case letters, digits and hyphens, from a letter on, at most 40"),
+    "cluster": (_NAME, _NAME_WORDS),
     "image": (r"[a-z0-9][A-Za-z0-9_.:/@-]*", "the name of a container image"),
     "base_image": (r"[a-z0-9][A-Za-z0-9_.:/@-]*", "the name of a container image"),
     "reservation": (r"[a-z0-9][-a-z0-9./]*", "the name of a reservation"),
@@ -126,7 +132,7 @@ _PATTERNS = {  # field -> pattern, and what it must be in words
     "account": (_SLURM_WORD, "one word"),
     "qos": (_SLURM_WORD, "one word"),
     "constraint": (_SLURM_WORD, "one word"),
-    "platform": (r"[a-z0-9]+", "one of jax's platforms, such as cpu or cuda"),
+    "platform": (r"[a-z0-9]+", "a JAX platform such as cpu or cuda"),
 }
 _REQUIRED = {
     "tpu": ("name", "project", "zone", "accelerator", "bucket"),
@@ -142,15 +148,23 @@ _AT_LEAST = {
 
 
 def check(config: ConfigDict, kind: str) -> ConfigDict:
-    """The config of a launcher with what it left open filled in.
+    """Checks a config and fills in defaults that depend on other fields.
 
-    Raises ConfigError for another kind of config, for an unknown field, and for a value that cannot
-    be what it stands for: nothing that passes can end a word or a line of a command.
+    Args:
+      config: the config.
+      kind: "tpu", "gke", "slurm" or "local".
+
+    Returns:
+      A copy of the config.
+
+    Raises:
+      ConfigError: the config is of another kind, has an unknown field, lacks a required value, or has
+        a value of the wrong form.
     """
     if config.get("kind") != kind:
-        what = config.get("kind") or "no"
+        given = config.get("kind") or "no"
         raise ConfigError(
-            f"launch.{kind} was given a {what} config: take one made with launch.settings.{kind}()."
+            f"launch.{kind} was given a {given} config: use one made by launch.settings.{kind}()."
         )
     known = {"tpu": tpu, "gke": gke, "slurm": slurm, "local": local}[kind]()
     for name in config:
@@ -159,13 +173,13 @@ def check(config: ConfigDict, kind: str) -> ConfigDict:
     for name in _REQUIRED[kind]:
         if not config[name]:
             raise ConfigError(f"--config.{name} is not set.")
-    for name, (pattern, words) in _PATTERNS.items():
+    for name, (pattern, description) in _PATTERNS.items():
         value = config.get(name)
         if value and not re.fullmatch(pattern, value):
-            raise ConfigError(f"--config.{name} must be {words}, not {value!r}.")
-    for name, least in _AT_LEAST.items():
-        if name in config and config[name] < least:
-            raise ConfigError(f"--config.{name} must be at least {least}, not {config[name]}.")
+            raise ConfigError(f"--config.{name} must be {description}, not {value!r}.")
+    for name, minimum in _AT_LEAST.items():
+        if name in config and config[name] < minimum:
+            raise ConfigError(f"--config.{name} must be at least {minimum}, not {config[name]}.")
     config = ConfigDict(config)
     if "accelerator" in config:
         slice_ = accelerators.parse(config.accelerator)
@@ -174,9 +188,11 @@ def check(config: ConfigDict, kind: str) -> ConfigDict:
     if kind in ("tpu", "gke") and not re.fullmatch(r"3\.[0-9]+", config.python):
         raise ConfigError(f"--config.python must be a version such as 3.12, not {config.python!r}.")
     if kind == "gke" and bool(config.image) == bool(config.base_image):
-        raise ConfigError("Set either --config.image or --config.base_image.")
+        raise ConfigError("Set exactly one of --config.image and --config.base_image.")
     if kind == "gke" and (config.provisioning == "reserved") != bool(config.reservation):
-        raise ConfigError("--config.provisioning='reserved' and --config.reservation go together.")
+        raise ConfigError(
+            "Set --config.reservation if and only if --config.provisioning is 'reserved'."
+        )
     return config
 
 
@@ -184,19 +200,24 @@ _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)
 
 
 def environment(config: ConfigDict) -> tuple[dict[str, str], dict[str, str]]:
-    """The variables of the training: those that may be shown, and those that are secret.
+    """Environment variables of the training.
 
-    Secret is what comes from `environment_from` or is named like a token, key or password. Raises
-    ConfigError for a bad name, a value of several lines, or a variable that is not set here.
+    Returns:
+      `(shown, secret)`. Variables of `environment_from`, and those named like a token, key or
+      password, are secret: launchers mask their values in all output.
+
+    Raises:
+      ConfigError: an invalid name, a value with several lines, or a variable of `environment_from`
+        that is not set.
     """
     values = {name: str(value) for name, value in config.environment.items()}
     for name in config.environment_from:
         if name not in os.environ:
-            raise ConfigError(f"--config.environment_from names {name}, which is not set here.")
+            raise ConfigError(f"--config.environment_from names {name}, which is not set.")
         values[name] = os.environ[name]
     for name, value in values.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ConfigError(f"{name!r} cannot be the name of an environment variable.")
+            raise ConfigError(f"{name!r} is not a valid name of an environment variable.")
         if any(c in value for c in "\n\r\0"):
             raise ConfigError(f"The value of {name} must be a single line.")
     secret = lambda name: name in config.environment_from or _SECRET.search(name)

@@ -1,11 +1,11 @@
-"""Trains on a GPU cluster of Slurm: one process per node, each with all the GPUs of its node.
+"""Launcher for Slurm GPU clusters: one process per node, with all GPUs of the node.
 
     python -m launch.slurm --config=launch/configs/slurm_8gpu.py --config.nodes=4 --config.name=fam \\
         --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR="'/shared/runs/fam'" --dry_run
 
-Writes the batch script and submits it. The processes find each other by what Slurm tells them. Before
-the time limit, and when the job is preempted, the run saves; then the job is queued again.
-`stage_dir` and MODEL_DIR must lie on a disk that all nodes see.
+Writes a batch script and submits it. The processes find each other through Slurm's environment
+variables. Before the time limit and on preemption the run saves a checkpoint, and the job is requeued.
+`stage_dir` and MODEL_DIR must be on a file system shared by all nodes.
 """
 
 import shlex
@@ -20,15 +20,15 @@ _OPTIONS = ("time", "partition", "account", "qos", "constraint")
 
 
 def batch_script(config: ConfigDict, job: Job) -> str:
-    """The script that sbatch is given."""
+    """The batch script for sbatch."""
     options = {
         "job-name": job.name,
         "nodes": config.nodes,
         "ntasks-per-node": 1,
         **{name: config[name] for name in _OPTIONS if config[name]},
         "output": _log(job, "%j"),
-        "open-mode": "append",  # a restart goes on in the same log
-        "signal": f"TERM@{config.warning_seconds}",  # to the processes, not to this script
+        "open-mode": "append",  # a requeued job appends to its log
+        "signal": f"TERM@{config.warning_seconds}",  # sent to the processes of srun, not to this script
     }
     if config.gpus_per_node:
         options["gpus-per-node"] = config.gpus_per_node
@@ -39,8 +39,8 @@ def batch_script(config: ConfigDict, job: Job) -> str:
     command = job.train(config.python, "--multiprocess", f"--exit_code_if_stopped={STOPPED}")
     step = ["srun", "--wait=60"]
     if config.cpus_per_task:
-        step += [f"--cpus-per-task={config.cpus_per_task}"]  # which srun does not take from sbatch
-    # jax would give each process of Slurm one GPU.
+        step += [f"--cpus-per-task={config.cpus_per_task}"]  # srun does not inherit it from sbatch
+    # By default JAX gives each process of a Slurm job a single GPU.
     devices = ",".join(map(str, range(config.gpus_per_node)))
     return "\n".join(
         [
@@ -49,7 +49,7 @@ def batch_script(config: ConfigDict, job: Job) -> str:
             "#SBATCH --requeue",
             "set -u",
             "cancelled=",
-            "trap 'cancelled=1' TERM  # scancel, or a preemption: Slurm itself then queues it again",
+            "trap 'cancelled=1' TERM  # by scancel, or by a preemption, which Slurm requeues itself",
             f"cd {shlex.quote(str(job.stage))} || exit 1",
             *([f". {shlex.quote(config.prologue)}"] if config.prologue else []),
             ". ./environment.sh",
@@ -71,15 +71,17 @@ def _log(job: Job, number: str) -> str:
 
 
 def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
+    """Writes and submits the batch script; returns the exit code of the launcher."""
     if any(c.isspace() or c == "%" for c in str(job.stage)):
-        raise ConfigError(f"--config.stage_dir must be without spaces and %, not {job.stage.parent}.")
+        raise ConfigError(f"--config.stage_dir must not contain spaces or %, not {job.stage.parent}.")
     if config.prologue and any(c in config.prologue for c in "\n\r\0"):
         raise ConfigError("--config.prologue must be the path of a file.")
     commands.require("sbatch")
     queue = ("squeue", "--me", "--noheader", f"--name={job.name}", "--format=%i")
-    if there := commands.capture(*queue, assume="")[1]:
+    if queued := commands.capture(*queue, assume="")[1]:
         raise ConfigError(
-            f"Job {there.split()[0]} is named {job.name} already: scancel it, or choose --config.name."
+            f"Job {queued.split()[0]} is already named {job.name}: cancel it with scancel, or choose"
+            " another --config.name."
         )
     commands.make_directory(job.stage)
     job.write_environment(commands)
@@ -88,9 +90,9 @@ def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
     commands.write(script, batch_script(config, job))
     code, out, error = commands.capture("sbatch", "--parsable", str(script), assume="JOB")
     if code:
-        raise ConfigError(f"sbatch refused the job: {error or out or f'code {code}'}")
+        raise ConfigError(f"sbatch rejected the job: {error or out or f'exit code {code}'}")
     number = out.split(";")[0]
-    commands.say(f"Job {number}. Its log: {_log(job, number)}. To end it: scancel {number}")
+    commands.say(f"Submitted job {number}. Log: {_log(job, number)}. To cancel: scancel {number}")
     return 0
 
 

@@ -1,12 +1,13 @@
-"""Trains on slices of Cloud TPU through queued resources.
+"""Launcher for Cloud TPU slices, through queued resources.
 
     python -m launch.tpu --config=launch/configs/v5e_256.py --config.project=my-project \\
         --config.zone=us-west4-a --config.bucket=my-bucket --config.name=fam \\
         --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR="'/mnt/famx/fam'" --dry_run
 
-Requests the slices, waits for them, copies famx and the gin files, installs, trains on all workers,
-prints what worker 0 prints, begins anew after a preemption, and deletes the slices. Each step looks at
-what is there: the same command again goes on where the last one ended, or attaches to what runs.
+Requests the slices, waits for them, copies famx and the gin files, installs them, trains on all workers,
+prints the output of worker 0, restarts after a preemption, and deletes the slices at the end. Each step
+first checks the current state, so that the same command resumes an interrupted launch or attaches to a
+training run in progress.
 """
 
 import pathlib
@@ -22,42 +23,53 @@ from launch import estimate
 from launch.commands import Commands
 from launch.job import DELETE, STOPPED, Job, add_wheel, check_model_dir, run
 
-_ENDED = ("FAILED", "SUSPENDED")
-_ENDING = ("SUSPENDING", "DELETING")
-_TRIES = 3  # of a step on fresh workers, whose ssh keys may not have arrived yet
-_SILENT = 10  # questions in a row that worker 0 may leave unanswered
+# States of a queued resource.
+_LOST = ("FAILED", "SUSPENDED")
+_GOING_AWAY = ("SUSPENDING", "DELETING")
+_ATTEMPTS = 3  # per command: new workers refuse connections until their ssh keys have arrived
+_MAX_UNANSWERED = 10  # consecutive status queries that worker 0 may fail to answer
 _WORKER = pathlib.Path(__file__).with_name("worker.sh")
 
 
-class GivenUp(ConfigError):
-    """The training cannot go on by itself; nothing that runs would be lost with the slices."""
+class TrainingLost(ConfigError):
+    """The run cannot be continued automatically, and deleting the slices would lose no running work."""
 
 
 class Slices:
-    """A queued resource, and the training on its workers."""
+    """A queued resource and the training run on its workers.
+
+    Attributes:
+      config, job, commands: as for every launcher.
+      requested: whether this launch requested the slices or found them.
+    """
 
     def __init__(self, config: ConfigDict, job: Job, commands: Commands):
         self.config, self.job, self.commands = config, job, commands
-        self.requested = False  # in this launch, or found
+        self.requested = False
 
     # ---------------------------------------------------------------- the queued resource
 
     def gcloud(self, action: str, *words: str) -> list[str]:
+        """Command that performs an action on queued resources."""
         where = [f"--project={self.config.project}", f"--zone={self.config.zone}", "--quiet"]
         return ["gcloud", "compute", "tpus", "queued-resources", action, *words, *where]
 
     def state(self, assume: str) -> str:
-        """Of the queued resource, such as ACTIVE; '' if there is none."""
+        """State of the queued resource, such as ACTIVE; '' if it does not exist.
+
+        In a dry run the result is `assume`.
+        """
         command = self.gcloud("describe", self.job.name, "--format=value(state.state)")
-        for attempt in range(_TRIES):
+        for attempt in range(_ATTEMPTS):
             if attempt:
                 time.sleep(self.config.poll_seconds)
             code, state, error = self.commands.capture(*command, assume=assume)
             if code == 0 or "NOT_FOUND" in error:
                 return "" if code else state
-        raise ConfigError(f"gcloud could not describe {self.job.name}: {error or f'code {code}'}")
+        raise ConfigError(f"gcloud failed to describe {self.job.name}: {error or f'exit code {code}'}")
 
     def create(self) -> None:
+        """Requests the slices."""
         config = self.config
         words = [f"--accelerator-type={config.accelerator}"]
         words += [f"--runtime-version={config.runtime_version}"]
@@ -73,54 +85,69 @@ class Slices:
         if config.internal_ips:
             words += ["--internal-ips"]
         if self.commands.run(*self.gcloud("create", config.name, *words)):
-            raise ConfigError(f"gcloud could not request {config.accelerator}: see the lines above.")
+            raise ConfigError(f"gcloud failed to request {config.accelerator}: see the lines above.")
 
     def delete(self) -> None:
+        """Deletes the slices."""
         self.commands.run(*self.gcloud("delete", self.job.name, "--force"))
 
     def obtain(self) -> bool:
-        """Requests the slices unless they are there, and waits; False if they were taken meanwhile."""
-        while (state := self.state(assume="")) in _ENDING:
+        """Requests the slices if they do not exist, and waits until they are active.
+
+        Returns:
+          False if they were lost while waiting, for example by a preemption.
+        """
+        while (state := self.state(assume="")) in _GOING_AWAY:
             time.sleep(self.config.poll_seconds)
-        if state in _ENDED:
+        if state in _LOST:
             self.delete()
             state = ""
         if not state:
-            if not self.requested:
+            if not self.requested:  # a request after a preemption needs no second estimate
                 estimate.show(self.config, self.job, self.commands)
             self.requested = True
             self.create()
         self.requested = True
-        shown = None
+        last_state = None
         while (state := self.state(assume="ACTIVE")) != "ACTIVE":
-            if state in (*_ENDED, *_ENDING, ""):
+            if state in (*_LOST, *_GOING_AWAY, ""):
                 self.commands.say(f"{self.job.name} is {state or 'gone'}.")
                 return False
-            if state != shown:
+            if state != last_state:
                 self.commands.say(f"{self.job.name} is {state}.")
-                shown = state
+                last_state = state
             time.sleep(self.config.poll_seconds)
         return True
 
     # ---------------------------------------------------------------- its workers
 
-    def ssh(self, *words: str, everywhere: bool) -> list[str]:
-        which = "all" if everywhere else "0"
+    def ssh(self, *words: str, all_workers: bool) -> list[str]:
+        """Command that runs `worker.sh WORDS` on all workers, or on worker 0 of the first slice."""
+        which = "all" if all_workers else "0"
         remote = shlex.join(["bash", f"{self.job.stage.name}/worker.sh", *words])
-        place = [f"--node={which}", f"--worker={which}", *self._tunnel()]
-        return self.gcloud("ssh", self.job.name, *place, f"--command={remote}")
+        workers = [f"--node={which}", f"--worker={which}", *self._tunnel()]
+        return self.gcloud("ssh", self.job.name, *workers, f"--command={remote}")
 
     def copy(self) -> list[str]:
-        place = ["--node=all", "--worker=all", "--recurse", *self._tunnel()]
-        return self.gcloud("scp", str(self.job.stage), f"{self.job.name}:", *place)
+        """Command that copies the stage to all workers."""
+        workers = ["--node=all", "--worker=all", "--recurse", *self._tunnel()]
+        return self.gcloud("scp", str(self.job.stage), f"{self.job.name}:", *workers)
 
     def _tunnel(self) -> list[str]:
         return ["--tunnel-through-iap"] if self.config.internal_ips else []
 
     def status(self, assume: str) -> str:
-        """Of the training on worker 0: absent, running, lost or exited CODE; '' if the slice is lost."""
-        command = self.ssh("status", everywhere=False)
-        for _ in range(_SILENT):
+        """Status of the training process on worker 0.
+
+        Returns:
+          "absent" (never started), "running", "lost" (ended without an exit code), "exited CODE", or ''
+          if the slices are no longer active. In a dry run, `assume`.
+
+        Raises:
+          ConfigError: worker 0 of an active slice does not answer.
+        """
+        command = self.ssh("status", all_workers=False)
+        for _ in range(_MAX_UNANSWERED):
             code, out, error = self.commands.capture(*command, assume=assume)
             answer = out.splitlines()[-1].strip() if out else ""
             if code == 0 and re.fullmatch(r"absent|running|lost|exited \d+", answer):
@@ -132,74 +159,95 @@ class Slices:
             time.sleep(self.config.poll_seconds)
         raise ConfigError(f"Worker 0 of {self.job.name} does not answer: {error or out or 'no output'}")
 
-    def everywhere(self, what: str, *command: str) -> bool:
-        """Runs a step on all workers, again if need be; False if the slice was lost."""
-        for attempt in range(_TRIES):
+    def run_on_workers(self, step: str, *command: str) -> bool:
+        """Runs a command for all workers, repeating it if it fails.
+
+        Returns:
+          False if the slices were lost.
+
+        Raises:
+          TrainingLost: every attempt failed although the slices are active.
+        """
+        for attempt in range(_ATTEMPTS):
             if attempt:
                 time.sleep(self.config.poll_seconds)
             if self.commands.run(*command) == 0:
                 return True
             if self.state(assume="ACTIVE") != "ACTIVE":
                 return False
-        raise GivenUp(f"{what} failed on workers of {self.job.name}: see the lines above.")
+        raise TrainingLost(f"{step} failed on the workers of {self.job.name}: see the lines above.")
 
     def run_once(self) -> int | None:
-        """Trains, or attaches to a training that runs; its exit code, or None to begin anew."""
+        """Starts training, or attaches to a run in progress, and prints the output of worker 0.
+
+        Returns:
+          The exit code of the training, or None if it should be restarted.
+        """
         status = self.status(assume="absent")
         if status == "running":
-            self.commands.say("A training runs here already: following it, as it was started.")
+            self.commands.say("A training run is already in progress: attaching to it.")
         elif not status or not (
-            self.everywhere("Copying", *self.copy())
-            and self.everywhere("Installing", *self.ssh("setup", everywhere=True))
-            and self.everywhere("Starting", *self.ssh("start", everywhere=True))
+            self.run_on_workers("Copying", *self.copy())
+            and self.run_on_workers("Installing", *self.ssh("setup", all_workers=True))
+            and self.run_on_workers("Starting", *self.ssh("start", all_workers=True))
         ):
             return None
         line = 1
         while True:
-            line += self.commands.stream(*self.ssh("follow", str(line), everywhere=False))[1]
+            line += self.commands.stream(*self.ssh("follow", str(line), all_workers=False))[1]
             status = self.status(assume="exited 0")
             if status != "running":
                 break
-            time.sleep(self.config.poll_seconds)  # the connection was cut, not the training
+            time.sleep(self.config.poll_seconds)  # only the connection was cut: follow again
         if not status.startswith("exited"):
             return None
         code = int(status.split()[1])
-        if code in (0, 2):
+        if code in (0, 2):  # finished, or a mistake of the user: a restart would not change it
             return code
-        return None if code == STOPPED or code > 127 or self._going() else code
+        # Codes above 127 are deaths by a signal, as when a worker is shut down.
+        return None if code == STOPPED or code > 127 or self._preempted() else code
 
-    def _going(self) -> bool:
-        """Whether workers are being taken away, of which the state may tell a little late."""
+    def _preempted(self) -> bool:
+        """Whether the slices are being taken away; asks twice, because the state changes with a delay."""
         if self.state(assume="ACTIVE") == "ACTIVE":
             time.sleep(self.config.poll_seconds)
         return self.state(assume="ACTIVE") != "ACTIVE"
 
     def train(self) -> int:
-        """The exit code of the training, begun anew as often as the config allows."""
+        """Trains with up to `config.restarts` restarts; returns the exit code of the training.
+
+        Raises:
+          TrainingLost: the last restart was preempted or stopped as well.
+        """
         for attempt in range(self.config.restarts + 1):
             if attempt:
                 self.commands.say(f"Restart {attempt} of {self.config.restarts}.")
             if self.obtain() and (code := self.run_once()) is not None:
                 return code
-        raise GivenUp(f"{self.job.name} was lost {attempt + 1} times: raise --config.restarts to go on.")
+        raise TrainingLost(
+            f"{self.job.name} was lost {attempt + 1} times: raise --config.restarts to continue."
+        )
 
     def interrupted(self) -> None:
-        """After Ctrl-C: stops and deletes if --delete=always, or says how to."""
+        """Handles Ctrl-C: stops and deletes everything if --delete=always, otherwise says how to."""
         if not self.requested:
             self.commands.say("Nothing was requested.")
             return
         if DELETE.value == "always":
             if self.state(assume="ACTIVE") == "ACTIVE":
-                self.commands.run(*self.ssh("stop", everywhere=True))
+                self.commands.run(*self.ssh("stop", all_workers=True))
             self.delete()
             return
-        self.commands.say("Slices and training stay. The same command attaches again; these end them:")
-        self.commands.say(f"  {shlex.join(self.ssh('stop', everywhere=True))}")
+        self.commands.say(
+            "The slices and the training keep running. Run the same command to attach again, or these to"
+            " stop the training and delete the slices:"
+        )
+        self.commands.say(f"  {shlex.join(self.ssh('stop', all_workers=True))}")
         self.commands.say(f"  {shlex.join(self.gcloud('delete', self.job.name, '--force'))}")
 
 
 def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
-    """Puts together what every worker gets."""
+    """Collects the files that are copied to every worker."""
     commands.make_directory(job.stage)
     wheel = add_wheel(config, job, commands)
     command = job.train("venv/bin/python", "--multiprocess", f"--exit_code_if_stopped={STOPPED}")
@@ -213,6 +261,7 @@ def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
 
 @interrupt_on_sigterm()
 def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
+    """Trains on queued resources; returns the exit code of the launcher."""
     check_model_dir(config, job)
     commands.require("gcloud")
     slices = Slices(config, job, commands)
@@ -222,7 +271,7 @@ def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
     except KeyboardInterrupt:
         slices.interrupted()
         return 130
-    except GivenUp:
+    except TrainingLost:
         if DELETE.value != "never":
             slices.delete()
         raise

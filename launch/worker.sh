@@ -1,6 +1,6 @@
 #!/bin/bash
-# What launch.tpu asks of each worker of a slice: setup, start, status, follow LINE, stop.
-# settings.sh, beside it, says which bucket, Python, wheel and command.
+# Runs on each TPU worker; launch.tpu calls it as `worker.sh setup|start|status|follow LINE|stop`.
+# settings.sh in the same folder defines BUCKET, MOUNT, PYTHON, WHEEL and COMMAND.
 set -euo pipefail
 umask 077
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -19,7 +19,7 @@ setup() {
     fi
     sudo mkdir -p "$MOUNT"
     sudo chown "$(id -u):$(id -g)" "$MOUNT"
-    # Without the metadata cache every worker sees at once what another has written.
+    # Without the metadata cache, workers see immediately what another worker has written.
     gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 "$BUCKET" "$MOUNT"
   fi
   local uv="$HOME/.local/bin/uv"
@@ -30,10 +30,12 @@ setup() {
   "$uv" pip install --quiet --python venv/bin/python "famx[tpu] @ file://$PWD/$WHEEL"
 }
 
+# Whether the training process is alive.
 running() {
   [ -f pid ] && [ ! -f exit_code ] && kill -0 "$(cat pid)" 2> /dev/null
 }
 
+# Starts `train` in the background, in a session that outlives the connection; once only.
 start() {
   if running; then
     return
@@ -43,6 +45,7 @@ start() {
   echo "$!" > pid
 }
 
+# Runs the training and records its exit code; renaming makes the file appear complete.
 train() {
   . ./environment.sh
   local code=0
@@ -51,6 +54,7 @@ train() {
   mv exit_code.new exit_code
 }
 
+# Prints `exited CODE`, `running`, `lost` (died without an exit code) or `absent` (never started).
 status() {
   if [ -f exit_code ]; then
     echo "exited $(cat exit_code)"
@@ -63,10 +67,12 @@ status() {
   fi
 }
 
+# Prints the log from a line on until the training ends.
 follow() {
   tail --lines="+$1" --sleep-interval=0.5 --pid="$(cat pid)" --follow log
 }
 
+# Tells the training to save and stop, and waits up to five minutes.
 stop() {
   if running; then
     pkill -TERM --parent "$(cat pid)" || true

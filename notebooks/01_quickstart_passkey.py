@@ -1,5 +1,5 @@
 # %%
-# On Google Colab alone: installs famx from where it lies there (notebooks/README.md says how).
+# On Google Colab only: installs famx from its folder there (see notebooks/README.md).
 import subprocess
 import sys
 
@@ -12,12 +12,12 @@ if "google.colab" in sys.modules:
 #
 # A Transformer with a sliding window forgets what has left the window. TransformerFAM adds a
 # *feedback attention memory* (FAM): after every block of text, `N` memory vectors per layer attend
-# to the block and to themselves, and the next block attends to them. Nothing is added to the
-# weights but the `N` prompt embeddings that the memory begins with.
+# to the block and to themselves, and the next block attends to them. The only additional weights are
+# the `N` prompt embeddings from which the memory starts.
 #
-# Here two models of about 90 thousand parameters are trained on PassKey: remember a key from the first
-# block, read filler, answer with the key. One has a memory; the other, its twin, has only the window.
-# That takes a few minutes on two CPU cores.
+# This notebook trains two models of about 90 thousand parameters on PassKey: remember a key from the
+# first block, read filler, answer with the key. One model has a memory, the other only the window.
+# Training takes a few minutes on two CPU cores.
 
 # %%
 import os
@@ -32,16 +32,16 @@ from famx.training import loop
 
 # %matplotlib inline
 
-FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests: the outputs mean nothing
+FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests; outputs are meaningless
 SETTINGS = {"TRAIN_STEPS": 40, "DECAY_STEPS": 10, "REPORT_BLOCKS": (8,)} if FAST else {}
-RUNS = pathlib.Path(tempfile.mkdtemp())  # give a folder of your own to keep the models
+RUNS = pathlib.Path(tempfile.mkdtemp())  # use another folder to keep the models
 
 # %% [markdown]
 # ## The task
 #
-# A document as the models read it, 4 blocks of 32 tokens. The answer, its last three tokens, is the
-# key of the first sentence; every word and every digit is one token. Where a document has two keys,
-# the second replaces the first: a memory that only holds would answer with the wrong one.
+# Two documents as the models read them, with 4 blocks of 32 tokens each. Every word and every digit is
+# one token. The last three tokens are the answer: the key of the first sentence, or, in the second
+# document, the key that replaces it. A memory that is written only once would give the first key there.
 
 # %%
 options = dict(digits=3, header=False, filler="random_words", block_size=32, split="eval")
@@ -53,12 +53,12 @@ for second_key in (0.0, 1.0):  # its probability
 # %% [markdown]
 # ## Train
 #
-# Settings are gin files; `gin_configs/examples/passkey_short.gin` is the recipe of the README with
-# keys of three digits in place of five and fewer steps. Any setting is changed by name. This is the
-# same as `python -m famx.train --gin_file=gin_configs/examples/passkey_short.gin
-# --gin.MODEL_DIR=...` in a terminal. Gradients go through rows of 4 blocks; what was read before a
-# row reaches it as a memory without gradient. `blocks` is the longest document so far: it grows
-# when the model answers well.
+# Settings are in gin files. `gin_configs/examples/passkey_short.gin` is the README's recipe with keys of
+# three digits instead of five and with fewer steps; any setting can be changed by name. The call below
+# does the same as `python -m famx.train --gin_file=gin_configs/examples/passkey_short.gin
+# --gin.MODEL_DIR=...` in a terminal. Gradients go through rows of 4 blocks; the text before a row is
+# represented by the memory, without gradient. In the log, `blocks` is the longest document so far, which
+# grows when the model answers well.
 
 
 # %%
@@ -70,35 +70,35 @@ def train(name, **settings):
 train("FAM")
 
 # %% [markdown]
-# The twin is the same model with a memory of length 0: block sliding window attention (BSWA). It
-# gets what FAM does not have, the keys and values of the last block (`M` = 1), so that something is
-# left of the past at all.
+# The second model has no memory: block sliding window attention (BSWA). Unlike the FAM it also attends
+# to the keys and values of the previous block (`M` = 1), because otherwise it would see nothing of the
+# past.
 
 # %%
 train("BSWA", FAM_LENGTH=0, MEMORY_SEGMENTS=1)
 
 # %% [markdown]
-# ## How they learnt
+# ## Learning curves
 #
-# Exact match is that of the documents that the curriculum draws at the time, which grow. The twin falls
-# where documents of 4 blocks begin (the log above tells when): with `M` = 1, two layers look back two
-# blocks and no further, and the key of such a document may lie three blocks back.
+# Exact match is measured on the documents that the curriculum draws at that step, which become longer
+# and longer. The BSWA model drops when documents of 4 blocks begin (see the log above): with `M` = 1, two
+# layers look back two blocks at most, and the key of such a document can be three blocks back.
 
 # %%
 runs = {name: RUNS / name for name in ("FAM", "BSWA")}
 figures.learning_figure(runs)
 
 # %% [markdown]
-# ## What they know, over the length
+# ## Accuracy by document length
 #
-# Every point is 64 fresh documents, read block by block with a state of constant size. `hold`: one key,
-# in the first block; `hold_repeated`: the same with the paper's filler, one sentence again and again;
-# `overwrite`: a second key half way, which must replace the first.
+# Every point is 64 new documents, read block by block with a state of constant size. In `hold` one key is
+# in the first block; `hold_repeated` has the paper's filler, one repeated sentence; in `overwrite` a
+# second key in the middle must replace the first.
 #
-# The twin knows a key that is still within its reach, the second one of documents of 4 blocks, and
-# nothing beyond. The FAM goes on to four times the longest documents of the curriculum. It is less
-# sure of a second key than of a first. The longer recipe of the README, with keys of five digits,
-# comes to between 0.94 and 1.00 in all three up to 1 024 blocks (`docs/results.md`, three seeds).
+# The BSWA model knows a key within its reach, the second one in documents of 4 blocks, and nothing
+# beyond. The FAM works up to four times the length of the longest documents of the curriculum; it is less
+# reliable for a second key than for a first. The README's longer recipe, with keys of five digits,
+# reaches between 0.94 and 1.00 in all three probes up to 1 024 blocks (`docs/results.md`, three seeds).
 
 # %%
 figures.passkey_figure(runs)
@@ -112,7 +112,8 @@ for name, folder in runs.items():
 # %% [markdown]
 # ## Is it the memory?
 #
-# The same trained FAM, with the memory set to zero before every block: what is left is one block.
+# The same trained FAM with the memory set to zero before every block, so that only the current block
+# remains:
 
 # %%
 trained = load_model(str(RUNS / "FAM"))

@@ -1,5 +1,5 @@
 # %%
-# On Google Colab alone: installs famx from where it lies there (notebooks/README.md says how).
+# On Google Colab only: installs famx from its folder there (see notebooks/README.md).
 import subprocess
 import sys
 
@@ -11,11 +11,10 @@ if "google.colab" in sys.modules:
 # %% [markdown]
 # # What attends to what
 #
-# A FAM writes by attention and is read by attention, so its maps show what it keeps and when it is
-# used. This notebook trains a tiny model on PassKey (about a minute), reads a document with it and
-# looks at every layer and head. For a model of your own, put its directory in place of `MODEL_DIR`
-# and skip the training; `python -m famx.attention_maps` makes all these figures of any checkpoint
-# and text file.
+# A FAM is written and read by attention, so attention maps show what it stores and when it is used. This
+# notebook trains a tiny model on PassKey (about a minute), reads a document with it, and shows the
+# attention of every layer and head. To analyse your own model, set `MODEL_DIR` to its directory and skip
+# the training. `python -m famx.attention_maps` makes all these figures for any checkpoint and text file.
 
 # %%
 import html
@@ -38,7 +37,7 @@ from famx.training import loop
 
 # %matplotlib inline
 
-FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests: the outputs mean nothing
+FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests; outputs are meaningless
 SETTINGS = {"TRAIN_STEPS": 40, "DECAY_STEPS": 10} if FAST else {}
 SETTINGS |= {"REPORT_BLOCKS": (8,), "train.log_period": 100, "PasskeyEvaluation.examples": 16}
 MODEL_DIR = pathlib.Path(tempfile.mkdtemp()) / "model"
@@ -51,9 +50,9 @@ _ = gin_utils.call_with(loop.train, ["gin_configs/examples/passkey_short.gin"], 
 # %% [markdown]
 # ## The document
 #
-# Eight blocks of 32 tokens: a key in block 0, another in block 4 which replaces it, and the
-# question in the last block. The maps of all blocks are kept here; of a long text one names the
-# blocks to keep, and the summary is of all of them.
+# Eight blocks of 32 tokens: a key in block 0, another one in block 4 that replaces it, and the question
+# in the last block. The maps of all blocks are kept here. For a long text, select the blocks to keep;
+# the summary always covers all blocks.
 
 # %%
 trained = load_model(str(MODEL_DIR))
@@ -69,7 +68,7 @@ print(
     f"{right.sum():.0f} of {len(right)} documents are answered rightly; number {chosen} is one of them:\n"
 )
 row = task.example(chosen, length=256)
-text = task.vocab.decode(row["tokens"][:-1].tolist())  # the last digit is answered, not read
+text = task.vocab.decode(row["tokens"][:-1].tolist())  # without the last digit, which is the answer
 print(textwrap.fill(text, 110))
 
 # %%
@@ -81,11 +80,10 @@ print(f"the second key is in block {second}")
 # %% [markdown]
 # ## A block and its memory
 #
-# The picture that the paper draws (its Fig. 11): the memory stands before each block. Rows are
-# queries, columns keys. The memory's own rows (`F0` to `F7`, orange at the margin) attend to the
-# memory and to the whole block: that is writing. The tokens' rows attend to the memory before the
-# block and to what came before them in it: that is reading. Colours grow with the square root of
-# the attention.
+# The map is arranged as in the paper's Fig. 11, with the memory before each block. Rows are queries and
+# columns are keys. The memory's rows (`F0` to `F7`, orange margin) attend to the memory and to the
+# whole block: this is writing. The tokens' rows attend to the memory and to earlier tokens of the
+# block: this is reading. Colours follow the square root of the attention.
 
 # %%
 figures.map_figure(maps.as_picture(layer=0, blocks=0))
@@ -99,11 +97,10 @@ display(
 )
 
 # %% [markdown]
-# ## Who reads the memory?
+# ## Which tokens read the memory?
 #
-# Of the attention of a token, the share that goes to the memory, in the last block, mean over heads.
-# Layer 0 reads the memory; layer 1 looks at the block itself, into whose tokens layer 0 has put what
-# it read.
+# The share of a token's attention on the memory, in the last block, averaged over heads. Layer 0 reads
+# the memory. Layer 1 attends to the block itself, whose tokens already carry what layer 0 has read.
 
 # %%
 place = {block: i for i, block in enumerate(maps.blocks)}
@@ -122,8 +119,8 @@ for layer, shares in enumerate(on_memory):
 figures.map_figure(maps.as_picture(layer=0, blocks=last))
 
 # %% [markdown]
-# Over the whole document and both layers; the dots are the heads. The right panel is the memory's
-# own attention while it compresses a block: what is not on the memory is on the block.
+# The same for the whole document and both layers; dots are heads. The right panel shows the memory's
+# attention while it compresses a block: what is not on the memory is on the block.
 
 # %%
 figures.mass_figure(maps.summary)
@@ -131,16 +128,16 @@ figures.mass_figure(maps.summary)
 # %% [markdown]
 # ## What was written, and when
 #
-# Over the blocks, for every memory token: how much the tokens of the block read of it, how much of
-# its own attention went to the block, and where in the block. The first block makes the memory. After
-# that, with the gated update, a memory token that attends more to the memory than to the block is not
-# written at all: it changes only where its share in the middle panel is above one half.
+# For every memory token and block: the attention of the block's tokens on it, the share of its own
+# attention on the block, and the mean position of that attention. The first block creates the memory.
+# Afterwards, with the gated update, a memory token that attends more to the memory than to the block is
+# not written at all: it changes only where its share in the middle panel is above one half.
 
 # %%
 figures.travel_figure(maps.summary, layer=0)
 
 # %%
-told = sorted({0, second, last})  # the blocks with a key, or with the question
+told = sorted({0, second, last})  # blocks with a key or the question
 filler = [block for block in maps.blocks if block not in told]
 for layer in range(trained.model.config.num_layers):
     written = maps.summary.written[:, layer] > 0.5  # [blocks, N]
@@ -152,21 +149,22 @@ for layer in range(trained.model.config.num_layers):
     print("written in blocks with a key or the question (*): {:.1f}, in others: {:.1f}\n".format(*means))
 
 # %% [markdown]
-# Layer 0 has learnt when to write: where a key or the question is, and little of the filler between.
-# The memory of layer 1 is rewritten by every block, and is hardly read.
+# Layer 0 has learnt when to write: in blocks with a key or the question, and hardly in the filler between
+# them. The memory of layer 1 is rewritten by every block and is hardly read.
 #
-# And what the memory of layer 0 is made of: the tokens of the block with the second key to which each
-# memory token attends most. First of all these are digits of that key, in one of its two mentions.
+# The next figure shows what the memory of layer 0 stores: the tokens of the block with the second key to
+# which each memory token attends most. These are mainly digits of that key, from one of its two mentions.
 
 # %%
 figures.sources_figure(maps, layer=0, block=second)
 
 # %% [markdown]
-# ## How sharp is it?
+# ## How focused is the attention?
 #
-# The entropy of the attention, per block; the bands are the range of the heads. 0 is a single key,
-# the logarithm of the number of keys is all of them alike. Layer 1, its tokens as its memory, is sharper
-# in the blocks with a key or the question than over filler.
+# The entropy of the attention per block; bands are the range over heads. An entropy of 0 means
+# attention on a single key; the logarithm of the number of keys means equal attention on all of them.
+# In layer 1 both tokens and memory are more focused in blocks with a key or the question than in
+# filler.
 
 # %%
 keys = maps.memory_columns + task.block_size
@@ -174,11 +172,11 @@ print(f"log of {keys} keys: {np.log(keys):.2f}")
 figures.entropy_figure(maps.summary)
 
 # %% [markdown]
-# ## Look for yourself
+# ## Explore interactively
 #
-# The page holds every block, layer and head: point at a cell and the text below is shaded by what
-# that query attends to. It is one file that needs no network. With `SHOW_PAGE` it stands here; else
-# open it in a browser (on Colab, download it from the panel of files).
+# The page contains every block, layer and head. Point at a cell to shade the text below by the attention
+# of that query. It is a single file that needs no network. Set `SHOW_PAGE` to embed it here, or open the
+# file in a browser (on Colab, download it from the file panel first).
 
 # %%
 page = attention_page(maps, "PassKey, read by a tiny FAM")

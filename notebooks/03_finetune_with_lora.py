@@ -1,5 +1,5 @@
 # %%
-# On Google Colab alone: installs famx from where it lies there (notebooks/README.md says how).
+# On Google Colab only: installs famx from its folder there (see notebooks/README.md).
 import subprocess
 import sys
 
@@ -9,16 +9,15 @@ if "google.colab" in sys.modules:
 
 
 # %% [markdown]
-# # Give a finished model a memory, with LoRA
+# # Give a pretrained model a memory, with LoRA
 #
-# FAM adds no weights but the `N` prompt embeddings, so a decoder that was trained without it can
-# get one: that is how the paper uses pretrained models. Low-rank adapters (LoRA) beside the
-# attention and feed-forward kernels then teach it to write and read its memory, while its own
-# weights stay as they are.
+# FAM adds no weights except the `N` prompt embeddings, so a memory can be added to a decoder that was
+# trained without one. This is how the paper uses pretrained models. Low-rank adapters (LoRA) for the
+# attention and feed-forward kernels then learn to write and read the memory, while the original weights
+# remain unchanged.
 #
-# The base here is a small model with a sliding window, pretrained in this notebook in half a
-# minute, so that nothing has to be downloaded. `docs/pretrained.md` does the same with SmolLM2,
-# Llama, Gemma and others.
+# The base is a small model with a sliding window, pretrained in this notebook in half a minute, so that
+# nothing has to be downloaded. `docs/pretrained.md` does the same with SmolLM2, Llama, Gemma and others.
 
 # %%
 import os
@@ -41,18 +40,18 @@ from famx.training import loop
 
 # %matplotlib inline
 
-FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests: the outputs mean nothing
+FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests; outputs are meaningless
 STEPS, DECAY = (40, 10) if FAST else (400, 200)
 SETTINGS = {"TRAIN_STEPS": STEPS, "DECAY_STEPS": DECAY, "train.log_period": 50}
 SETTINGS |= {"REPORT_BLOCKS": (4,), "PasskeyEvaluation.examples": 8} if FAST else {}
-RUNS = pathlib.Path(tempfile.mkdtemp())  # give a folder of your own to keep the models
+RUNS = pathlib.Path(tempfile.mkdtemp())  # use another folder to keep the models
 RECIPE = "gin_configs/examples/passkey_short.gin"
 
 # %% [markdown]
 # ## The base: a window and no memory
 #
-# PassKey: a key of three digits in the first block of 32 tokens, filler, the question. A token sees
-# its own block and the one before (`M` = 1), so two layers together reach two blocks back.
+# The task is PassKey: a key of three digits in the first block of 32 tokens, filler, and the question. A
+# token sees its own block and the previous one (`M` = 1), so two layers together reach two blocks back.
 
 # %%
 base = {**SETTINGS, "MODEL_DIR": RUNS / "base", "FAM_LENGTH": 0, "MEMORY_SEGMENTS": 1}
@@ -61,10 +60,10 @@ _ = gin_utils.call_with(loop.train, [RECIPE], base)
 # %% [markdown]
 # ## Finetune: a memory of 8 and adapters of rank 16
 #
-# `gin_configs/runs/finetune.gin` says what a finetuning needs: where it begins
-# (`INITIAL_CHECKPOINT_PATH`) and what learns (`TRAINABLE`, by default `"lora"`: the adapters and
-# the memory's prompt). Data and schedule are those of the base's own training. The window is taken
-# away (`M` = 0): whatever is known of past blocks is then known by the memory.
+# `gin_configs/runs/finetune.gin` has the settings of finetuning: the checkpoint to start from
+# (`INITIAL_CHECKPOINT_PATH`) and what to train (`TRAINABLE`, by default `"lora"`: the adapters and the
+# memory's prompt). Data and schedule are the same as for the base. The window is removed (`M` = 0), so
+# that everything the model knows of past blocks comes from the memory.
 
 # %%
 tuned = {
@@ -76,8 +75,8 @@ tuned = {
 _ = gin_utils.call_with(loop.train, ["gin_configs/runs/finetune.gin", RECIPE], tuned)
 
 # %% [markdown]
-# The first line of the log says how many numbers learnt. They are saved as a small directory in PEFT's
-# layout.
+# The first line of the log reports the number of trained parameters. They are saved as a small directory
+# in PEFT's layout.
 
 # %%
 adapter = RUNS / "tuned" / "adapter"
@@ -87,11 +86,10 @@ for file in sorted(adapter.iterdir()):
 # %% [markdown]
 # ## Before and after
 #
-# The base knows a second key that lies two blocks back (`overwrite` at 4 blocks) and nothing beyond
-# its window. Finetuned, it has lost the window and knows both keys over many more blocks than the
-# longest documents that it came to in this training (the last line of the log that says `unlocked`; the
-# dashed line is the end of the curriculum). It is a little less sure of long repeated filler and of
-# second keys.
+# The base knows a second key that is two blocks back (`overwrite` at 4 blocks) and nothing beyond its
+# window. The finetuned model has no window but knows both keys over many more blocks than in its longest
+# training documents (see the last line of the log with `unlocked`; the dashed line is the end of the
+# curriculum). It is slightly less reliable with long repeated filler and with second keys.
 
 # %%
 figures.passkey_figure({"base (window)": RUNS / "base", "with LoRA and FAM": RUNS / "tuned"})
@@ -104,9 +102,9 @@ for name in ("base", "tuned"):
 # %% [markdown]
 # ## Merge
 #
-# The adapters can stand beside the kernels, where `lora.intercept` applies them, or be merged into
-# the kernels, and the model is then a plain decoder. Both give the same logits but for rounding.
-# `load_model` merges by itself; of a base and an adapter it makes the finetuned model.
+# Adapters can be kept separate from the kernels and applied by `lora.intercept`, or merged into the
+# kernels, which gives a plain decoder. Both give the same logits up to rounding. `load_model` merges
+# adapters automatically, also when it is given a base and an adapter.
 
 # %%
 before, after = load_model(str(RUNS / "base")), load_model(str(RUNS / "tuned"))
@@ -140,8 +138,8 @@ for name, logits in others.items():
 # %% [markdown]
 # ## What the adapters changed
 #
-# Left: how large each kernel's change is, relative to the kernel. Right: the singular values of the
-# change of one kernel. No more than 16, the rank, are larger than rounding.
+# Left: the size of each kernel's change relative to the kernel. Right: the singular values of the change
+# of one kernel; only 16 of them, the rank of the adapters, exceed rounding errors.
 
 # %%
 old, new = (flatten_dict(trained.params, sep="/") for trained in (before, after))

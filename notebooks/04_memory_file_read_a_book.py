@@ -1,5 +1,5 @@
 # %%
-# On Google Colab alone: installs famx from where it lies there (notebooks/README.md says how).
+# On Google Colab only: installs famx from its folder there (see notebooks/README.md).
 import subprocess
 import sys
 
@@ -11,13 +11,13 @@ if "google.colab" in sys.modules:
 # %% [markdown]
 # # Read once, ask later: memory files
 #
-# What a FAM has read is a state of constant size. A memory file (`.famem`) keeps it: read a book,
-# write the file, and any process that has the same model goes on from there, days later, without
-# the book.
+# A FAM summarises what it has read in a state of constant size. A memory file (`.famem`) stores this
+# state: read a book, write the file, and any process with the same model can continue from there, days
+# later and without the book.
 #
-# The "book" here is made: a key in its first sentence, then thousands of words, since the model
-# trained here in a minute knows PassKey and nothing else. `python -m famx.memory` and `python -m
-# famx.chat` do the same with any text and any model, as the README shows.
+# The "book" here is synthetic: a key in its first sentence, followed by thousands of words, because the
+# model trained here in a minute knows only PassKey. `python -m famx.memory` and `python -m famx.chat` do
+# the same with any text and any model, as the README shows.
 
 # %%
 import dataclasses
@@ -41,11 +41,11 @@ from famx.training import loop
 
 # %matplotlib inline
 
-FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests: the outputs mean nothing
+FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests; outputs are meaningless
 SETTINGS = {"TRAIN_STEPS": 40, "DECAY_STEPS": 10} if FAST else {}
 SETTINGS |= {"REPORT_BLOCKS": (8,), "train.log_period": 100, "PasskeyEvaluation.examples": 16}
-BLOCKS, BOOKS = (16, 2) if FAST else (512, 8)  # the length of a book, and how many are read
-os.chdir(tempfile.mkdtemp())  # everything is written here
+BLOCKS, BOOKS = (16, 2) if FAST else (512, 8)  # length of a book in blocks, number of books
+os.chdir(tempfile.mkdtemp())  # all files are written here
 MODEL_DIR = pathlib.Path.cwd() / "model"
 
 # %%
@@ -55,7 +55,7 @@ _ = gin_utils.call_with(loop.train, ["gin_configs/examples/passkey_short.gin"], 
 # %% [markdown]
 # ## Read the book
 #
-# In training no document had more than 32 blocks.
+# The longest training document had 32 blocks; this book has 512.
 
 # %%
 task = PasskeyTask(digits=3, header=False, filler="random_words", block_size=32, split="eval")
@@ -63,7 +63,7 @@ QUESTION = "What is the pass key? The pass key is"
 
 
 def book(index):
-    """A text without the question at its end, and the key that it begins with."""
+    """A text without the question at its end, and the key in its first sentence."""
     form = text_form(task, index, BLOCKS * task.block_size)
     return form["inputs"].removesuffix(QUESTION).strip(), form["references"][0]
 
@@ -87,7 +87,7 @@ print(
 )
 
 # %% [markdown]
-# ## What the file says of itself
+# ## Contents of the file
 
 # %%
 print("\n".join(describe("book.famem").splitlines()[:9]), "\n  ... and the settings of the model\n")
@@ -96,8 +96,8 @@ print(f"{pathlib.Path('book.famem').stat().st_size:,} bytes on disk; the book ha
 # %% [markdown]
 # ## Reload and ask
 #
-# Another conversation, as another process would begin it: it has the model and the file, not the
-# book. With `fresh` every question is answered from the state as it was loaded.
+# A new conversation, as in another process: it has the model and the file but not the book. With `fresh`,
+# every question is answered from the loaded state.
 
 # %%
 again = Conversation(trained, **options)
@@ -107,11 +107,11 @@ print(f"answered from the file:        {ask(again)}")
 print(f"answered by who read it:       {ask(reader)}")
 
 # %% [markdown]
-# ## Read on
+# ## Continue reading
 #
-# A memory file can be gone on from. One more chapter names a new key, which must replace the old
-# one. (It begins with as many words as the question and its answer would take: this model saw
-# questions at the end of a block alone, and answers them only there.)
+# Reading can continue from a memory file. Another chapter contains a new key, which must replace the old
+# one. (The chapter is preceded by as many words as the question and its answer would take, because in
+# training questions were always at the end of a block, and the model answers them only there.)
 
 # %%
 chapter, new_key = book(1)
@@ -127,7 +127,7 @@ print(f"the new key: {new_key}; answered: {ask(again)}")
 # %% [markdown]
 # ## How often is it right?
 #
-# One book is an anecdote. Several, each read from its start:
+# One book proves little, so here are several, each read from its start:
 
 # %%
 right = []
@@ -144,8 +144,8 @@ print(f"{sum(right)} of {len(right)} right, {reader.tokens:,} tokens each")
 # %% [markdown]
 # ## The state does not grow
 #
-# Bytes of state over tokens read, against the keys and values that the same decoder would have to
-# keep if it attended to everything.
+# Bytes of state over the number of tokens read, compared with the keys and values that the same decoder
+# would have to store to attend to all tokens.
 
 # %%
 config = trained.model.config
@@ -172,7 +172,7 @@ figure
 # %% [markdown]
 # ## A memory belongs to its model
 #
-# Other weights cannot read the file; they are told so in a sentence.
+# A model with other weights refuses the file with an explanation:
 
 # %%
 other = dataclasses.replace(trained, params=jax.tree.map(lambda x: 1.01 * x, trained.params))

@@ -1,5 +1,5 @@
 # %%
-# On Google Colab alone: installs famx from where it lies there (notebooks/README.md says how).
+# On Google Colab only: installs famx from its folder there (see notebooks/README.md).
 import subprocess
 import sys
 
@@ -11,20 +11,20 @@ if "google.colab" in sys.modules:
 # %% [markdown]
 # # Six memories on the same small budget
 #
-# The same decoder of about 90 thousand parameters, six times; only what it keeps of the past
-# differs:
+# Six versions of a decoder with about 90 thousand parameters, which differ only in what they keep of the
+# past:
 #
-# * **window M = 0, 1, 3**: no feedback memory; the keys and values of the last `M` blocks (BSWA);
-# * **FAM, the paper's update**: `F` grows by what each block adds, a residual stream over blocks;
-# * **FAM, normalised**: the same, and `F` is normalised after each update (`normalize_memory`);
+# * **window M = 0, 1, 3**: no feedback memory, only the keys and values of the last `M` blocks (BSWA);
+# * **FAM, the paper's update**: each block adds to `F`, a residual stream over blocks;
+# * **FAM, normalised**: the same, with `F` normalised after each update (`normalize_memory`);
 # * **FAM, gated**: normalised, and each memory token decides by its own attention whether it is
 #   written (`fam_update="gated"`).
 #
-# The last two are additions of famx to the paper, which starts from a large pretrained model.
+# The last two are famx's additions to the paper, which starts from a large pretrained model.
 #
-# **What this is not.** One seed, a few hundred steps, keys of two digits, one recipe of training,
-# chosen for the gated update. It shows what each memory does in a minute of training, not what it
-# can do in the end; `docs/results.md` has longer runs.
+# **Limitations.** One seed, a few hundred steps, keys of two digits, and one training recipe, which was
+# chosen for the gated update. The comparison shows what each memory learns in a minute of training, not
+# what it can achieve; `docs/results.md` has longer runs.
 
 # %%
 import contextlib
@@ -40,11 +40,11 @@ from famx.training import loop
 
 # %matplotlib inline
 
-FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests: the outputs mean nothing
+FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests; outputs are meaningless
 STEPS, DECAY = (40, 10) if FAST else (400, 200)
 SETTINGS = {"TRAIN_STEPS": STEPS, "DECAY_STEPS": DECAY, "DIGITS": 2, "train.log_period": 20}
 SETTINGS |= {"REPORT_BLOCKS": (4,), "PasskeyEvaluation.examples": 8} if FAST else {}
-RUNS = pathlib.Path(tempfile.mkdtemp())  # give a folder of your own to keep the models
+RUNS = pathlib.Path(tempfile.mkdtemp())  # use another folder to keep the models
 
 PAPER = {"DecoderConfig.fam_update": "residual", "DecoderConfig.normalize_memory": False}
 MEMORIES = {
@@ -67,7 +67,7 @@ for number, (name, changes) in enumerate(MEMORIES.items()):
     runs[name] = RUNS / f"model{number}"
     settings = {**SETTINGS, **changes, "MODEL_DIR": runs[name]}
     began = time.monotonic()
-    with contextlib.redirect_stderr(io.StringIO()):  # the progress of six runs
+    with contextlib.redirect_stderr(io.StringIO()):  # hide the progress of the six runs
         last = gin_utils.call_with(loop.train, ["gin_configs/examples/passkey_short.gin"], settings)
     print(
         f"{name:24} {time.monotonic() - began:4.0f} s, exact match in training {last['exact_match']:.2f}"
@@ -75,22 +75,23 @@ for number, (name, changes) in enumerate(MEMORIES.items()):
     )
 
 # %% [markdown]
-# ## How they learnt
+# ## Learning curves
 #
-# `blocks` is the longest document so far: the next length comes when nine of ten answers on this
-# one are right. So exact match falls a little wherever a model has just gone on to longer
-# documents, and a model that stays at 3 blocks is compared on an easier task.
+# `blocks` is the longest document so far; the next length is added when nine of ten answers at this
+# length are correct. Exact match therefore drops a little whenever a model has just advanced to longer
+# documents, and a model that stays at 3 blocks is measured on an easier task.
 
 # %%
 figures.learning_figure(runs, ("exact_match", "blocks"))
 
 # %% [markdown]
-# ## Hold and overwrite, over the length
+# ## Hold and overwrite by document length
 #
-# 64 fresh documents for each point, streamed. `hold`: one key in the first block; `hold_repeated`: the
-# same in the paper's repeated filler; `overwrite`: a second key half way, which must replace the first.
-# Hold and overwrite belong together: a memory that is written once and never again holds perfectly.
-# The dashed line is the end of the curriculum; how far each model came in it is told above.
+# Every point is 64 new documents, streamed. In `hold` one key is in the first block; `hold_repeated`
+# has the paper's repeated filler; in `overwrite` a second key in the middle must replace the first.
+# Both kinds are needed, because a memory that is written once and never again passes `hold` perfectly.
+# The dashed line is the end of the curriculum; the figure above shows how far each model advanced in
+# it.
 
 # %%
 figures.passkey_figure(runs)
@@ -104,15 +105,16 @@ for probe in ("hold", "overwrite"):
         print(f"{name:24}" + "".join(f"{rows[probe][blocks]:7.2f}" for blocks in lengths))
 
 # %% [markdown]
-# ## What one sees, in the run that is kept here
+# ## Observations in this run
 #
-# * **Windows** know what is within their reach and nothing else: with `M` = 0 the question's own block,
-#   with `M` = 1 a key two blocks back, with `M` = 3 one that is a little further. No budget changes that.
-# * **The paper's update** and the **normalised** one know, in documents of 4 blocks, a key that no window
-#   of theirs holds (`M` = 0 in all three FAMs), and have lost nearly all of it at 16 blocks: every block
-#   of filler changes the memory. Which of the two is better cannot be told from one seed.
-# * **The gated update** keeps both keys over all lengths measured, many times longer than its training.
-#   Filler closes its gates (notebook 02 shows that), and a new key opens them.
+# * **Windows** know what is within their reach and nothing else: with `M` = 0 the block of the
+#   question, with `M` = 1 a key two blocks back, with `M` = 3 a key slightly further back. No training
+#   budget changes that.
+# * **The paper's update** and the **normalised** one remember, in documents of 4 blocks, a key that is
+#   outside of their windows (`M` = 0 in all three FAMs), and have lost nearly all of it at 16 blocks:
+#   every block of filler changes the memory. One seed cannot show which of the two is better.
+# * **The gated update** remembers both keys at all measured lengths, many times longer than its
+#   training documents. Filler closes its gates (notebook 02 shows that), and a new key opens them.
 #
-# The recipe was found with the gated update, and a minute is short: read the figure as what is easy to
-# learn, not as a ranking.
+# The recipe was developed with the gated update, and a minute is short. Read the figure as what is easy
+# to learn, not as a ranking.

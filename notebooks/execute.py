@@ -1,10 +1,11 @@
-"""Executes the notebooks' sources and writes the notebooks, outputs included, beside them.
+"""Executes the notebooks' sources and writes the notebooks with their outputs next to them.
 
     python -m notebooks.execute
     python -m notebooks.execute 02_attention_maps --fast
     python -m notebooks.execute --text
 
-A notebook is a pair: NAME.py in the percent format is what people edit, NAME.ipynb is made of it here.
+A notebook is a pair of files: NAME.py in jupytext's percent format is edited by hand, and NAME.ipynb is
+generated from it by this program.
 """
 
 import argparse
@@ -15,18 +16,18 @@ import time
 from typing import Any
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-FAST = "FAMX_NOTEBOOK_FAST"  # "1": a few steps of everything, whose outputs mean nothing
+FAST = "FAMX_NOTEBOOK_FAST"  # environment variable; "1" runs a few steps, whose outputs are meaningless
 PACKAGES = ("jupytext", "nbclient", "nbformat", "ipykernel")
-_SECONDS = 3600  # that a cell may take
+_SECONDS = 3600  # time limit per cell
 
 
 def sources() -> list[pathlib.Path]:
-    """The notebooks' sources, in their order."""
+    """Paths of the notebooks' sources, in order."""
     return sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
 
 def read_source(path: pathlib.Path) -> Any:
-    """The notebook of a source, without outputs; the same for the same source."""
+    """Reads a source as a notebook without outputs; equal sources give equal notebooks."""
     import jupytext
 
     notebook = jupytext.read(path)
@@ -38,12 +39,12 @@ def read_source(path: pathlib.Path) -> Any:
 
 
 def execute(notebook: Any, fast: bool, folder: pathlib.Path = FOLDER) -> None:
-    """Runs all cells in a fresh kernel on the CPU; outputs are left in the notebook.
+    """Runs all cells in a new kernel on the CPU and stores the outputs in the notebook.
 
     Args:
-      notebook: what `read_source` gave.
-      fast: whether FAMX_NOTEBOOK_FAST is 1 for it.
-      folder: where it runs.
+      notebook: a notebook from `read_source`; its cells are modified.
+      fast: whether to set FAMX_NOTEBOOK_FAST to 1.
+      folder: working directory of the kernel.
 
     Raises:
       nbclient.exceptions.CellExecutionError: a cell raised an error.
@@ -54,7 +55,7 @@ def execute(notebook: Any, fast: bool, folder: pathlib.Path = FOLDER) -> None:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "JAX_PLATFORMS": "cpu",
-        "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA writes to the notebook when it compiles for long
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # otherwise XLA's warnings of slow compilation end up in outputs
         FAST: str(int(fast)),
     }
     client = NotebookClient(
@@ -62,21 +63,21 @@ def execute(notebook: Any, fast: bool, folder: pathlib.Path = FOLDER) -> None:
         resources={"metadata": {"path": str(folder)}},
     )  # fmt: skip
     client.execute(env=environment)
-    notebook.metadata["language_info"] = {"name": "python"}  # not this Python's own version
+    notebook.metadata["language_info"] = {"name": "python"}  # without the version of this Python
 
 
 def with_outputs_of(notebook: Any, old: Any) -> Any:
-    """`notebook` with the outputs of `old`, whose prose alone differs.
+    """Copies the outputs of `old` to `notebook`, which may differ from it only in text cells.
 
     Raises:
-      ValueError: their code differs.
+      ValueError: the code cells differ.
     """
-    of_code = lambda cells: [cell for cell in cells if cell.cell_type == "code"]
-    pairs = of_code(notebook.cells), of_code(old.cells)
-    if [cell.source for cell in pairs[0]] != [cell.source for cell in pairs[1]]:
-        raise ValueError("its code was changed: execute it")
-    for cell, done in zip(*pairs):
-        cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    code_cells = lambda cells: [cell for cell in cells if cell.cell_type == "code"]
+    new_cells, old_cells = code_cells(notebook.cells), code_cells(old.cells)
+    if [cell.source for cell in new_cells] != [cell.source for cell in old_cells]:
+        raise ValueError("its code has changed: run it without --text")
+    for new_cell, old_cell in zip(new_cells, old_cells):
+        new_cell.outputs, new_cell.execution_count = old_cell.outputs, old_cell.execution_count
     return notebook
 
 
@@ -85,28 +86,28 @@ def main():
     names = [path.stem for path in sources()]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all by default: {', '.join(names)}")
     parser.add_argument("--fast", action="store_true", help="a few steps of everything; writes nothing")
-    parser.add_argument("--text", action="store_true", help="prose alone was changed: keep the outputs")
-    given = parser.parse_args()
+    parser.add_argument("--text", action="store_true", help="only text was changed: keep the outputs")
+    args = parser.parse_args()
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             parser.error(f"{package} is not installed: run pip install -e '.[notebooks]'")
     import nbformat
 
-    for name in given.names:
+    for name in args.names:
         if name not in names:
-            parser.error(f"there is no notebook {name}; there are {', '.join(names)}")
+            parser.error(f"unknown notebook {name}; the notebooks are {', '.join(names)}")
     for path in sources():
-        if given.names and path.stem not in given.names:
+        if args.names and path.stem not in args.names:
             continue
         began, notebook, target = time.monotonic(), read_source(path), path.with_suffix(".ipynb")
-        if given.text:
+        if args.text:
             try:
                 with_outputs_of(notebook, nbformat.read(target, as_version=4))
             except (OSError, ValueError) as error:
                 parser.error(f"{path.stem}: {error}")
         else:
-            execute(notebook, given.fast)
-        if not given.fast:
+            execute(notebook, args.fast)
+        if not args.fast:
             nbformat.write(notebook, target)
         print(f"{path.stem}: {time.monotonic() - began:.0f} s", flush=True)
 

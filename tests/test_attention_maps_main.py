@@ -112,7 +112,7 @@ def test_what_does_not_fit_the_model_or_the_text_is_told(directory, tmp_path, pa
             make_maps(directory, *arguments)
         assert str(caught.value).startswith(sentence)
     monkeypatch.setattr(attention_maps, "_MAX_BYTES", 1 << 12)
-    with pytest.raises(ConfigError, match="The maps would take 0.0 GiB, and 0 are the most: name fewer"):
+    with pytest.raises(ConfigError, match="The maps would take 0.0 GiB, more than the limit of 0 GiB"):
         make_maps(directory, path, out)
 
 

@@ -175,7 +175,7 @@ def test_filling_in_replaces_the_old_table_alone(tmp_path):
         (["--only=fam_vs_bsw"], "did you mean 'fam_vs_bswa'?"),
         (["--repeats=0"], "--repeats must be at least 1, got 0."),
         (["--json=/no/such/folder/x.json"], "does not exist"),
-        (["--markdown=/no/such/page.md"], "is no file"),
+        (["--markdown=/no/such/page.md"], "is not a file"),
     ],
 )
 def test_bad_input_is_one_sentence_and_measures_nothing(arguments, sentence, capsys, monkeypatch):
@@ -191,7 +191,7 @@ def test_a_page_without_a_place_is_refused(tmp_path, capsys):
     page.write_text("<!-- table: chunks -->\n<!-- end -->\n")
     with pytest.raises(SystemExit):
         train_step.main(["--only=chunks,length", f"--markdown={page}"])
-    assert "no place for length" in capsys.readouterr().err
+    assert "no markers for table length" in capsys.readouterr().err
 
 
 # Inference.

@@ -145,10 +145,10 @@ def test_bad_input_ends_in_one_sentence(arguments, sentence):
 
 
 @pytest.mark.parametrize("topology, slices, sentence", [
-    ("v9:4x4", 1, "There is no topology 'v9:4x4': known are v4:2x2x1, "),
-    ("v5p:4x4", 1, "There is no topology v5p:4x4: v5p slices have 3 sizes, such as v5p:2x4x4"),
-    ("v5e:", 1, "There is no topology v5e:: v5e slices have 2 sizes"),
-    ("cpu:8", 2, "Only TPUs have several slices"),
+    ("v9:4x4", 1, "Unknown topology 'v9:4x4': use one of v4:2x2x1, "),
+    ("v5p:4x4", 1, "Unknown topology v5p:4x4: v5p slices have 3 dimensions, such as v5p:2x4x4"),
+    ("v5e:", 1, "Unknown topology v5e:: v5e slices have 2 dimensions"),
+    ("cpu:8", 2, "--num_slices is for TPUs only, not for --topology=cpu:8"),
     ("v5e:4x4", 0, "--num_slices must be at least 1, not 0."),
 ])  # fmt: skip
 def test_topologies_that_are_none(topology, slices, sentence):

@@ -51,8 +51,8 @@ def test_every_pipeline_is_compared_with_seqio(tmp_path, capsys, monkeypatch):
     "arguments, sentence",
     [
         (["--repeats=0"], "--repeats must be at least 1, got 0."),
-        (["--json=/no/such/folder/x.json"], "does not exist; make it first."),
-        (["--markdown=/no/such/page.md"], "is no file; copy docs/benchmarks.md there first."),
+        (["--json=/no/such/folder/x.json"], "does not exist; create it first."),
+        (["--markdown=/no/such/page.md"], "is not a file; copy docs/benchmarks.md there first."),
     ],
 )
 def test_bad_input_is_one_sentence_and_measures_nothing(arguments, sentence, capsys, monkeypatch):
@@ -67,4 +67,4 @@ def test_a_page_without_a_place_is_refused(tmp_path, capsys):
     page.write_text("nothing\n")
     with pytest.raises(SystemExit):
         data_pipeline.main([f"--markdown={page}"])
-    assert "no place for data_pipeline" in capsys.readouterr().err
+    assert "no markers for table data_pipeline" in capsys.readouterr().err

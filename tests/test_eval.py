@@ -90,10 +90,10 @@ def test_what_is_evaluated_already_is_not_made_again(model_dir, capsys):
     results = evaluate(str(model_dir), {"mean": again}, checkpoints="all")
     assert again.calls == [1] and results["mean"][2] == first["mean"][2]
     assert result(model_dir / "eval" / "mean" / "1.json")["scalars"]["mean"] == mean(1)
-    assert "Checkpoint 2: mean has been evaluated.\n" in capsys.readouterr().err
+    assert "Checkpoint 2: mean has already been evaluated.\n" in capsys.readouterr().err
     other = Mean(3.0)
     evaluate(str(model_dir), {"mean": other})
-    assert not other.calls and "evaluated, with other settings; RE_EVALUATE" in capsys.readouterr().err
+    assert not other.calls and "evaluated with other settings; set RE_EVALUATE" in capsys.readouterr().err
     assert evaluate(str(model_dir), {"mean": other}, re_evaluate=True)["mean"][2]["mean"] == (
         pytest.approx(3 * first["mean"][2]["mean"])
     )
@@ -127,7 +127,7 @@ def test_waiting_ends_when_nothing_comes(model_dir, tmp_path, capsys):
     assert time.monotonic() - began < 30
     for step in (1, 2):
         shutil.rmtree(model_dir / f"checkpoint_{step}")
-    with pytest.raises(ConfigError, match="No checkpoint came to .*/model within 0.2 seconds"):
+    with pytest.raises(ConfigError, match="No checkpoint appeared in .*/model within 0.2 seconds"):
         evaluate(str(model_dir), {"mean": Mean()}, str(tmp_path / "out"), checkpoints="wait", timeout=0.2)
 
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_was_deleted_meanwhile_is_skipped(model_dir, capsys):
 
     results = evaluate(str(model_dir), {"mean": Deleting()}, checkpoints="all")
     assert list(results["mean"]) == [1]
-    assert "Checkpoint 2 has been deleted meanwhile: skipped." in capsys.readouterr().err
+    assert "Checkpoint 2 was deleted in the meantime: skipped." in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_that_stays_is_an_error(model_dir, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_signal_ends_the_work_after_the_evaluation_in_progress(model_dir, caps
     later = Mean()
     results = evaluate(str(model_dir), {"a": Stopping(), "b": later}, checkpoints="all")
     assert list(results["a"]) == [1] and (model_dir / "eval" / "a" / "1.json").exists()
-    assert not later.calls and "Stopped; the same command goes on" in capsys.readouterr().err
+    assert not later.calls and "Stopped. Run the same command to resume." in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert list(evaluate(str(model_dir), {"b": later}, checkpoints="all")["b"]) == [1, 2]
 
@@ -191,15 +191,15 @@ def test_settings_are_plain_values():
     [
         (dict(checkpoints="newest"), "CHECKPOINTS must be one of latest, all, wait; got 'newest'"),
         (dict(checkpoints="lates"), "got 'lates'. Did you mean latest?"),
-        (dict(evaluations={}), "EVALUATIONS names nothing to evaluate: give at least one"),
-        (dict(evaluations=[Mean()]), "EVALUATIONS names nothing to evaluate"),
-        (dict(evaluations={"a/b": Mean()}), "'a/b' cannot name an evaluation"),
-        (dict(evaluations={"a": 3}), "EVALUATIONS['a'] is no evaluation but 3"),
+        (dict(evaluations={}), "EVALUATIONS is empty: give at least one evaluation"),
+        (dict(evaluations=[Mean()]), "EVALUATIONS is empty"),
+        (dict(evaluations={"a/b": Mean()}), "'a/b' cannot be the name of an evaluation"),
+        (dict(evaluations={"a": 3}), "EVALUATIONS['a'] is not an evaluation: 3"),
         (dict(evaluations={"a": TaskEvaluation("passkey_wrods", 40)}), "The nearest name is 'passkey"),
         (dict(model=make_model(block_size=16, embed_dim=8)), "another model, differing in embed_dim"),
-        (dict(output_dir="/proc/famx"), "Results cannot be written to /proc/famx: "),
+        (dict(output_dir="/proc/famx"), "Cannot write results to /proc/famx: "),
         (dict(checkpoint_path="/no/such"), "There is no checkpoint /no/such: /no/such is not"),
-        (dict(checkpoint_path="{}/checkpoint_7"), "no checkpoint of step 7 in {}; there are: 1, 2."),
+        (dict(checkpoint_path="{}/checkpoint_7"), "has no checkpoint of step 7; available steps: 1, 2."),
         (dict(checkpoint_path="{}/checkpoint_1", checkpoints="all"), "needs a MODEL_DIR, and"),
         (dict(checkpoint_path="{}/.."), "is no directory of a trained model"),
     ],
@@ -272,10 +272,10 @@ def bad_input(monkeypatch, capsys):
     "binding, sentence",
     [
         ("CHECKPOINTS='lates'", "Did you mean latest?"),
-        ("EVALUATIONS={}", "EVALUATIONS names nothing to evaluate"),
+        ("EVALUATIONS={}", "EVALUATIONS is empty"),
         ("EVALUATIONS={'a': @PasskeyEvaluaton()}", "Did you mean PasskeyEvaluation?"),
         ("EVALUATIONS={'a': @PasskeyEvaluation()}", "The binding TaskEvaluation.task has no effect"),
-        ("EVALUATIONS={'a': @PasskeyEvaluation}", "EVALUATIONS['a'] is no evaluation but"),
+        ("EVALUATIONS={'a': @PasskeyEvaluation}", "EVALUATIONS['a'] is not an evaluation"),
         ("TaskEvaluation.task='passkey_wrods'", "The nearest name is 'passkey_words'"),
         ("TaskEvaluation.examples=0", "TaskEvaluation.examples must be at least 1, not 0."),
         ("PasskeyTask.digits=20", "does not fit into a block of 16"),
@@ -321,9 +321,9 @@ def test_the_main_beside_a_run_that_goes_on_writing(model_dir):
 
     process = start(*arguments(model_dir, "CHECKPOINTS='wait'", "TIMEOUT=60"))
     for line in process.stderr:
-        if line.startswith("Checkpoint 4: task has been evaluated"):
+        if line.startswith("Checkpoint 4: task has already been evaluated"):
             break
     process.send_signal(signal.SIGTERM)
     again, text = process.communicate(timeout=30)
     assert process.returncode == 0 and again == shown, text
-    assert "Stopped; the same command goes on from there." in text
+    assert "Stopped. Run the same command to resume." in text

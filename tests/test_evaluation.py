@@ -322,8 +322,8 @@ def test_a_task_without_an_answer_has_no_exact_match(monkeypatch):
         (dict(task="passkey_wrods"), "The nearest name is 'passkey_words'"),
         (dict(task_options={"digit": 1}), "unexpected keyword argument 'digit'"),
         (dict(task_options={"digits": 0}), "A pass key needs at least 1 digit"),
-        (dict(task="own_text", task_options={}), "read it with TextEvaluation, or choose another task"),
-        (dict(length=20), "length is 20, and the task 'passkey_words' needs at least"),
+        (dict(task="own_text", task_options={}), "use TextEvaluation, or choose another task"),
+        (dict(length=20), "length is 20, but the task 'passkey_words' needs at least"),
     ],
 )
 def test_tasks_that_cannot_be_evaluated_are_refused(changes, sentence):

@@ -141,4 +141,5 @@ def test_an_unknown_notebook_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         execute.main()
     assert caught.value.code == 2
-    assert "there is no notebook 06_missing; there are 01_quickstart_passkey" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "unknown notebook 06_missing; the notebooks are 01_quickstart_passkey" in error

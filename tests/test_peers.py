@@ -82,7 +82,7 @@ def test_processes_compute_in_turns(fake):
         ("missing", {}, "x: the package no_such_package is not installed."),
         ("broken", {}, "x: it failed with ValueError: two lines"),
         ("unasked", {}, "x: give it a path."),
-        ("dying", {}, "x: its process ended; its last words: gone"),
+        ("dying", {}, "x: its process ended; last line of its error output: gone"),
         ("build", {"log": os.devnull, "name": "x", "falls": False}, "x: its loss does not fall"),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_folder_that_is_no_clone_of_meliad_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         peers.main(["--quick", f"--meliad={tmp_path}"])
     assert error.value.code == 2
-    assert "no clone of google-research/meliad" in capsys.readouterr().err
+    assert "is not a clone of google-research/meliad" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_famx_and_whoever_is_installed_train_beside_each_other(tmp_path):
         assert rows["famx FAM"]["tokens/s, FAM / this"]["median"] == 1
         # The whole prompt of N vectors is all that FAM has more than BSWA.
         more = rows["famx FAM"]["parameters"] - rows["famx BSWA"]["parameters"]
-        assert more == peers.QUICK.small.fam_length * peers.QUICK.small.width
+        assert more == peers.QUICK.small.memory_length * peers.QUICK.small.width
         assert float(rows["famx FAM"]["gradient"]) > 0 == float(rows["famx BSWA"]["gradient"])
         for name, row in rows.items():
             first, last = map(float, row["loss"].split(" to "))

@@ -421,7 +421,7 @@ def test_it_is_the_evaluation_of_a_training_run(data, tmp_path):
         ("scrolls_qasper", dict(task_options={"data_dir": "/no"}), "needs /no/scrolls/qasper/valid"),
         ("scrolls_qasper", dict(split="tets"), "has no split 'tets'; the nearest name is 'test'"),
         ("scrolls_qasper", dict(split="test"), "Example 0 of the test split of 'scrolls_qasper' has no"),
-        ("passkey_words", dict(task_options={}), "is no text task: evaluate it with TaskEvaluation or"),
+        ("passkey_words", dict(task_options={}), "is not a text task: use TaskEvaluation or"),
     ],
 )  # fmt: skip
 def test_tasks_that_cannot_be_evaluated_are_refused(data, model, task, changes, sentence):

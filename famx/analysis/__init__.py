@@ -1,4 +1,8 @@
-"""What a trained model's memory does; needs jax, flax and numpy alone, figures matplotlib or plotly."""
+"""Analysis of a trained model: attention maps, and statistics of its memory.
+
+Needs only jax, flax and numpy; `famx.analysis.figures` also needs matplotlib, and
+`famx.analysis.interactive` plotly.
+"""
 
 from famx.analysis.attention_maps import AttentionMaps, AttentionReader, AttentionSummary, read_maps
 from famx.analysis.memory_health import MemoryHealth, MemoryMonitor

@@ -1,4 +1,4 @@
-"""What attends to what when a model reads a text: the place to import attention maps from.
+"""Attention maps of a text, read by a trained model.
 
     from famx.analysis import attention_maps, figures, interactive
     from famx.model_dir.loading import load_model
@@ -8,7 +8,7 @@
     figures.heads_figure(maps, layer=0, block=0).savefig("heads.png")
     open("page.html", "w").write(interactive.attention_page(maps))
 
-`python -m famx.attention_maps` does the same for a file.
+`python -m famx.attention_maps` does the same for a text file.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from famx.mesh import make_mesh, make_rules, on_mesh
 
 __all__ = ["AttentionMaps", "AttentionReader", "AttentionSummary", "read_maps", "token_text"]
 
-_MAX_BYTES = 4 << 30  # of the maps that are kept
+_MAX_BYTES = 4 << 30  # limit for the size of the kept maps
 
 
 def read_maps(
@@ -30,35 +30,39 @@ def read_maps(
     heads: Sequence[int] | None = None,
     blocks: Sequence[int] | None = None,
 ) -> AttentionMaps:
-    """The maps of a text, read from its start after the vocabulary's begin of text.
+    """Reads a text from its start, after begin of text, and returns its attention maps.
 
     Args:
       trained: a `famx.model_dir.loading.TrainedModel` with its vocabulary.
       text: a text, or its token ids in pieces of any size.
-      layers, heads, blocks: whose maps are kept, all by default, as `AttentionReader.read` says. Of a
-        long text name the blocks: all are more than a few GiB soon.
+      layers: layers whose maps to keep; None keeps all.
+      heads: heads whose maps to keep; None keeps all.
+      blocks: blocks whose maps to keep; -1 is the last. None keeps all, which soon exceeds the limit
+        of 4 GiB for a long text.
 
     Raises:
-      ConfigError: there is nothing to read, or something that is to be kept does not exist or is
-        too large; or the model has no vocabulary.
+      ConfigError: there is no token, a layer, head or block does not exist, the maps would be too
+        large, or the model has no vocabulary.
     """
     vocabulary, reader = trained.model.vocabulary, AttentionReader(trained.model.module)
     if vocabulary is None:
-        raise ConfigError("The model has no vocabulary to read a text with: use an AttentionReader.")
+        raise ConfigError(
+            "The model has no vocabulary, so it cannot read a text: pass token ids to AttentionReader."
+        )
     chosen = [None if which is None else len(which) for which in (layers, heads)]
 
-    def check_size(kept: int) -> None:
-        size = reader.num_bytes(kept, *chosen)
+    def check_size(num_blocks: int) -> None:
+        size = reader.num_bytes(num_blocks, *chosen)
         if size > _MAX_BYTES:
             raise ConfigError(
-                f"The maps would take {size / 2**30:.1f} GiB, and {_MAX_BYTES >> 30} are the most: name"
-                " fewer layers, heads or blocks."
+                f"The maps would take {size / 2**30:.1f} GiB, more than the limit of"
+                f" {_MAX_BYTES >> 30} GiB: select fewer layers, heads or blocks."
             )
 
     check_size(1 if blocks is None else len(blocks))
     pieces = [vocabulary.encode(text)] if isinstance(text, str) else text
 
-    def begun():
+    def with_bos():
         count = 0
         for piece in pieces:
             if not count and len(piece) and vocabulary.bos_id is not None:
@@ -72,7 +76,7 @@ def read_maps(
     try:
         with on_mesh(make_mesh(), make_rules()):
             return reader.read(
-                trained.params, begun(), layers, heads, blocks,
+                trained.params, with_bos(), layers, heads, blocks,
                 label=lambda token: token_text(vocabulary, token),
             )  # fmt: skip
     except ValueError as error:
@@ -80,7 +84,7 @@ def read_maps(
 
 
 def token_text(vocabulary, token: int) -> str:
-    """The text of one token for people: never empty, white space made visible, `<id>` for no text.
+    """Readable text of one token: white space becomes visible, `<id>` stands for unprintable text.
 
     >>> from famx.data import ByteVocabulary
     >>> [token_text(ByteVocabulary(), token) for token in (1, 13, 35, 68, 200)]

@@ -1,9 +1,9 @@
-"""Static figures of attention maps; matplotlib alone, colours that the colour-blind can tell apart.
+"""Static figures of attention maps, drawn with matplotlib in colours safe for colour blindness.
 
-Each function returns a `matplotlib.figure.Figure`, which `savefig` writes and a notebook shows. The
-memory is orange, past blocks are blue, a block's own tokens green. Shades grow with the square root
-of the probability, so that small ones are seen; grey is what a query does not see. Of very large maps
-neighbouring cells are drawn as one, by the largest of them.
+Every function returns a `matplotlib.figure.Figure`: save it with `savefig`, or let a notebook show it.
+The memory is orange, past blocks are blue, a block's own tokens green; grey cells are not visible to the
+query. Colours follow the square root of the probability, which makes small ones visible. In very large
+maps, neighbouring cells are drawn as one cell with their maximum.
 """
 
 import matplotlib
@@ -18,14 +18,14 @@ from famx.analysis.maps import AttentionMaps, AttentionSummary
 from famx.analysis.pictures import Picture
 
 MEMORY, PAST, OWN, UNSEEN = "#E69F00", "#56B4E9", "#009E73", "#E4E4E4"
-_LABELLED = 120  # tokens along an axis that are still named
-_DRAWN = 1000  # rows or columns that are drawn one by one
-_STRIP = 6  # points: the coloured margin
+_LABELLED = 120  # maximum number of tokens per axis that get a label each
+_DRAWN = 1000  # maximum number of rows or columns drawn without pooling
+_STRIP = 6  # width of the coloured margin in points
 _SCALE = matplotlib.colormaps["cividis"].with_extremes(bad=UNSEEN)
 
 
 def map_figure(picture: Picture) -> Figure:
-    """One map: queries downwards, keys to the right, tokens named where there is room."""
+    """Draws one map, queries in rows and keys in columns, with token labels if there is room."""
     rows, columns = picture.values.shape
     named = max(rows, columns) <= _LABELLED
     inch = 0.16 if named else min(0.16, 9 / max(rows, columns))
@@ -43,7 +43,7 @@ def map_figure(picture: Picture) -> Figure:
 
 
 def heads_figure(maps: AttentionMaps, layer: int, block: int) -> Figure:
-    """The maps of one layer and block, every kept head beside the others on one colour scale."""
+    """Draws the maps of all kept heads of one layer and block side by side, on one colour scale."""
     across = min(4, len(maps.heads))
     down = -(-len(maps.heads) // across)
     pictures = [maps.as_picture(layer, head, block) for head in maps.heads]
@@ -65,7 +65,11 @@ def heads_figure(maps: AttentionMaps, layer: int, block: int) -> Figure:
 
 
 def mass_figure(summary: AttentionSummary) -> Figure:
-    """Where attention goes in each layer: that of the tokens, and that of the memory's queries."""
+    """Draws the share of attention on memory, past blocks and block, per layer.
+
+    The left panel shows the attention of the tokens, the right one that of the memory. Dots are the
+    shares of each head on the memory.
+    """
     figure = _figure(2.0 + 0.9 * max(4, summary.on_memory.shape[1]), 3.8)
     panels = {
         "block tokens": ("on_memory", "on_past", "on_block"),
@@ -102,7 +106,7 @@ def mass_figure(summary: AttentionSummary) -> Figure:
 
 
 def entropy_figure(summary: AttentionSummary) -> Figure:
-    """How widely attention is spread, block after block: the mean over heads and their range."""
+    """Draws the entropy of attention over the blocks: mean and range over the heads of each layer."""
     figure = _figure(9, 3.6)
     panels = {"block tokens": "entropy", "memory while it compresses": "memory_entropy"}
     for axes, (title, name) in zip(figure.subplots(1, 2), panels.items()):
@@ -128,10 +132,10 @@ def entropy_figure(summary: AttentionSummary) -> Figure:
 
 
 def travel_figure(summary: AttentionSummary, layer: int) -> Figure:
-    """How the attention from and to each memory token of a layer travels over the blocks.
+    """Draws the attention on and of each memory token of a layer over the blocks.
 
-    From top to bottom: how much the block's tokens read of it, how much of its own attention goes to
-    the block, and to which slot on average.
+    The panels from top to bottom: attention of the block's tokens on the memory token, share of the
+    memory token's attention on the block, and mean slot of that attention.
     """
     count = summary.read.shape[2]
     figure = _figure(9, 2.0 + 3 * max(1.1, 0.11 * count))
@@ -153,7 +157,8 @@ def travel_figure(summary: AttentionSummary, layer: int) -> Figure:
             norm=PowerNorm(0.5 if name == "read" else 1, 0, top),
             extent=(first, first + values.shape[1], count - 0.5, -0.5),
         )  # fmt: skip
-        axes.set_xlim(first, first + len(summary.counts))  # an incomplete last block is only read
+        # An incomplete last block attends to the memory but does not update it, so only `read` has it.
+        axes.set_xlim(first, first + len(summary.counts))
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes, pad=0.01).set_label(title, fontsize=8)
@@ -163,21 +168,22 @@ def travel_figure(summary: AttentionSummary, layer: int) -> Figure:
 
 
 def sources_figure(maps: AttentionMaps, layer: int, block: int) -> Figure:
-    """What each memory token compressed of a block: the tokens that it attends to most."""
-    found = maps.sources(layer, block)
-    weights = np.array([[weight for *_, weight in sources] for sources in found])
-    figure = _figure(2.2 + 1.5 * weights.shape[1], 1.5 + 0.26 * len(found))
+    """Draws the tokens of a block that each memory token attends to most while compressing it."""
+    all_sources = maps.sources(layer, block)
+    weights = np.array([[weight for *_, weight in sources] for sources in all_sources])
+    figure = _figure(2.2 + 1.5 * weights.shape[1], 1.5 + 0.26 * len(all_sources))
     axes = figure.subplots()
     image = axes.imshow(
         weights, aspect="auto", cmap="cividis", norm=PowerNorm(0.5, 0, max(weights.max(), 1e-6))
     )
-    for row, sources in enumerate(found):
+    for row, sources in enumerate(all_sources):
         for column, (slot, text, weight) in enumerate(sources):
             dark = image.norm(weight) < 0.55
             shown = f"{_plain(_short(text))}  [{slot}]  {weight:.2f}"
             color = "white" if dark else "black"
             axes.text(column, row, shown, ha="center", va="center", fontsize=7, color=color)
-    axes.set_yticks(range(len(found)), [f"F{n}" for n in range(len(found))], fontsize=7)
+    count = len(all_sources)
+    axes.set_yticks(range(count), [f"F{n}" for n in range(count)], fontsize=7)
     axes.set_xticks(range(weights.shape[1]), [f"{n + 1}." for n in range(weights.shape[1])])
     axes.set_xlabel("source token  [slot in the block]  attention, mean over heads")
     axes.set_ylabel("memory token")
@@ -198,7 +204,10 @@ def _squares(rows: int, columns: int) -> bool:
 
 
 def _axis_titles(picture: Picture) -> tuple[str, str]:
-    """Of keys and queries: the memory stands for two moments."""
+    """Labels of the key and query axes.
+
+    As keys, the memory is the one before the update by the block; as queries, it is being updated.
+    """
     if not picture.columns.memory.any():
         return "keys (grey: not seen by the query)", "queries"
     return (
@@ -208,14 +217,17 @@ def _axis_titles(picture: Picture) -> tuple[str, str]:
 
 
 def _draw(axes, picture: Picture, named: bool, width: float, top: float):
-    """One map with a coloured margin.
+    """Draws one map with a coloured margin.
 
     Args:
-      axes: where it is drawn.
+      axes: axes to draw on.
       picture: the map.
-      named: with a label for every token.
-      width: of the axes in inches, about.
-      top: the largest value of the colour scale.
+      named: whether to label every token.
+      width: approximate width of the axes in inches.
+      top: largest value of the colour scale.
+
+    Returns:
+      The matplotlib image, for a colour bar.
     """
     rows, columns = picture.values.shape
     image = axes.imshow(
@@ -236,7 +248,7 @@ def _draw(axes, picture: Picture, named: bool, width: float, top: float):
                 transform=margin, clip_on=False, solid_capstyle="butt",
             )  # fmt: skip
             axes.add_line(strip)
-            if first:  # the memory is bordered on both sides
+            if first:  # lines between segments, in the memory's colour on both sides of a memory
                 line = axes.axhline if is_row else axes.axvline
                 bordered = memory or axis.memory[first - 1]
                 line(first - 0.5, color=MEMORY if bordered else "white", lw=0.9)
@@ -255,22 +267,22 @@ def _draw(axes, picture: Picture, named: bool, width: float, top: float):
             labels = [_plain(_short(text)) for text in axis.labels]
             set_ticks(range(len(labels)), labels, fontsize=6, rotation=90 if which == "x" else 0)
         else:
-            # Blocks of keys are named above; one block of queries is named in the title.
+            # Blocks of keys are labelled above the map; a single block of queries is in the title.
             several = which == "y" and len(drawn) > 1
             middles = [((a + b - 1) / 2, n) for a, b, n, memory in axis.segments() if not memory]
-            found = middles if several else []
-            set_ticks([at for at, _ in found], [f"block {n}" for _, n in found], fontsize=7)
+            ticks = middles if several else []
+            set_ticks([at for at, _ in ticks], [f"block {n}" for _, n in ticks], fontsize=7)
         axes.tick_params(axis=which, length=0, pad=_STRIP + 2 if which == "y" else 2)
     return image
 
 
 def _pooled(values):
-    """`values` where there is room for them, else the largest of each few neighbours."""
+    """Reduces `values` to at most `_DRAWN` rows and columns by the maximum over neighbouring cells."""
     rows, columns = (-(-size // _DRAWN) for size in values.shape)
     if rows == columns == 1:
         return values
-    spare = [(0, -size % n) for size, n in zip(values.shape, (rows, columns))]
-    values = np.pad(values, spare, constant_values=np.nan)
+    padding = [(0, -size % n) for size, n in zip(values.shape, (rows, columns))]
+    values = np.pad(values, padding, constant_values=np.nan)
     values = values.reshape(values.shape[0] // rows, rows, values.shape[1] // columns, columns)
     return np.fmax.reduce(values, axis=(1, 3))
 
@@ -280,7 +292,7 @@ def _nothing(axes, sentence: str):
 
 
 def line_colors(count: int):
-    """Okabe and Ito's colours for a few lines, a scale for many."""
+    """Colours for `count` lines: Okabe and Ito's palette for up to 7, a colour map for more."""
     few = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
     if count <= len(few):
         return few[:count]
@@ -292,5 +304,5 @@ def _short(text: str, limit: int = 12) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text without a meaning to matplotlib's formulas."""
+    """The text with dollar signs escaped, which matplotlib would take for formulas."""
     return text.strip(" ").replace("$", r"\$") or "␣"

@@ -1,7 +1,7 @@
-"""An interactive page of attention maps: one HTML file that needs no network, drawn by plotly.
+"""Interactive attention maps: a self-contained HTML page, drawn by plotly, that needs no network.
 
-One chooses block, layer and head; the pointer on a cell shows query, key and probability, and below the
-map the text of the keys is shaded by what that query attends to. The address may end in
+The page has menus for block, layer and head. Pointing at a cell shows its query, key and probability, and
+shades the text of the keys below the map by the attention of that query. The URL may preselect a map:
 `#block=3&layer=0&head=mean`.
 """
 
@@ -17,12 +17,16 @@ from famx.analysis.maps import AttentionMaps
 from famx.analysis.pictures import Axis
 from famx.base.errors import ConfigError
 
-_MAX_CELLS = 20_000_000  # of all maps together; a page of about 55 MB
-_UNSEEN = 2**16 - 1  # probabilities are kept in 1 / 65534
+_MAX_CELLS = 20_000_000  # cells of all maps together, which make a page of about 55 MB
+_UNSEEN = 2**16 - 1  # code of a masked cell; probabilities are stored as multiples of 1 / 65534
 
 
 def attention_page(maps: AttentionMaps, title: str = "Attention maps") -> str:
-    """The page as HTML, of all kept blocks, layers and heads.
+    """Renders all kept blocks, layers and heads as an HTML page.
+
+    Args:
+      maps: the maps.
+      title: heading of the page.
 
     Raises:
       ConfigError: plotly is not installed, no block was kept, or the maps are too large for a page.
@@ -41,8 +45,8 @@ def attention_page(maps: AttentionMaps, title: str = "Attention maps") -> str:
     cells *= len(maps.blocks) * len(maps.layers) * len(heads)
     if cells > _MAX_CELLS:
         raise ConfigError(
-            f"The page would hold {cells:,} probabilities, and {_MAX_CELLS:,} are the most: keep fewer"
-            " blocks, layers or heads."
+            f"The page would hold {cells:,} probabilities, more than the limit of {_MAX_CELLS:,}: keep"
+            " fewer blocks, layers or heads."
         )
     axes, values, kinds = {}, {}, set()
     for block in maps.blocks:
@@ -59,14 +63,15 @@ def attention_page(maps: AttentionMaps, title: str = "Attention maps") -> str:
         "colors": {"memory": MEMORY, "past": PAST, "own": OWN, "unseen": UNSEEN},
         "kinds": [kind for kind in ("memory", "past", "own") if kind in kinds],
     }
-    # "<" could end the script that holds the data.
+    # A "</script>" in a token's text would end the script element that holds the data.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     about = _ABOUT + (_ABOUT_MEMORY if maps.memory_columns else "")
     parts = {"TITLE": html.escape(title), "ABOUT": about, "DATA": text, "PLOTLY": get_plotlyjs()}
-    return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], _PAGE)
+    return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _PAGE)
 
 
 def _packed(values: np.ndarray) -> str:
+    """Probabilities as base64-encoded little-endian uint16."""
     cells = np.where(np.isnan(values), _UNSEEN, np.round(values * (_UNSEEN - 1)))
     return base64.b64encode(cells.astype("<u2").tobytes()).decode()
 
@@ -82,10 +87,10 @@ def _axis(axis: Axis, block: int) -> dict:
     }
 
 
-_ABOUT = "Each row is a query, each column a key; grey is what the query does not see."
+_ABOUT = "Each row is a query, each column a key; grey keys are not visible to the query."
 _ABOUT_MEMORY = (
-    " F0, F1, … are the memory (FAM): as keys as the block finds it, as queries while it compresses the"
-    " block."
+    " F0, F1, … are the memory (FAM): as keys, the memory that the block attends to; as queries, the"
+    " memory while it compresses the block."
 )
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -115,11 +120,11 @@ label { margin-right: 1.2em; }
 <script>
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const places = {memory: "FAM", past: "past block", own: "own block"};
+const kindNames = {memory: "FAM", past: "past block", own: "own block"};
 const chosen = {}, map = document.getElementById("map");
-const help = "Point at the map: the text below is shaded by what that query attends to."
-  + " A click keeps the query.";
-let kept = null, shown = null;
+const help = "Point at the map to shade the text below by the attention of that query."
+  + " Click to pin the query.";
+let pinned = null, shown = null;  // pinned: row of the query; shown: axes and values of the current map
 
 function decode(text, columns) {
   const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
@@ -168,14 +173,14 @@ function ticks(axis, room) {
 function draw() {
   const axes = data.axes[chosen.block], {rows, columns} = axes;
   const z = decode(data.values[`${chosen.block}/${chosen.layer}/${chosen.head}`], columns.text.length);
-  // Shades grow with the square root, so that small probabilities are seen.
+  // Colours follow the square root of the probability, which makes small ones visible.
   const root = z.map(row => row.map(p => p === null ? null : Math.sqrt(p)));
   const top = root.reduce((m, row) => row.reduce((n, x) => Math.max(n, x || 0), m), 0) || 1;
-  // A large map has no text of its own for each cell; the line below it tells the same.
+  // Texts for every cell of a large map would take too much memory; the line below the map has them.
   const small = z.length * columns.text.length < 300000;
   const label = small ? z.map((row, i) => row.map((p, j) => p === null ? ""
-    : `query ${escaped(name(rows, i))}<br>key ${escaped(name(columns, j))} (${places[columns.kind[j]]})`
-      + `<br>${p.toPrecision(3)}`)) : undefined;
+    : `query ${escaped(name(rows, i))}<br>key ${escaped(name(columns, j))}`
+      + ` (${kindNames[columns.kind[j]]})<br>${p.toPrecision(3)}`)) : undefined;
   const marks = [0, .01, .05, .1, .2, .4, .6, .8, 1].filter(p => Math.sqrt(p) <= top);
   const trace = {type: "heatmap", z: root, zmin: 0, zmax: top, colorscale: "Cividis", text: label,
     hovertemplate: `${small ? "%{text}" : "row %{y}, column %{x}"}<extra></extra>`, hoverongaps: false,
@@ -191,14 +196,14 @@ function draw() {
     ...margins(axes)};
   shown = {axes, z};
   Plotly.react(map, [trace], layout, {
-    responsive: true, displaylogo: false, showSendToCloud: false});  // the page shares nothing
-  if (kept !== null && kept >= z.length) kept = null;
-  write();
-  if (kept === null) document.getElementById("row").textContent = help;
-  else shade(kept);
+    responsive: true, displaylogo: false, showSendToCloud: false});  // never upload the text
+  if (pinned !== null && pinned >= z.length) pinned = null;
+  showText();
+  if (pinned === null) document.getElementById("row").textContent = help;
+  else shade(pinned);
 }
 
-function write() {
+function showText() {
   const {columns} = shown.axes, text = document.getElementById("text");
   text.replaceChildren(...columns.text.map((token, j) => {
     const span = document.createElement("span");
@@ -220,33 +225,34 @@ function shade(row, column) {
   const cell = column === undefined ? ""
     : `, key ${name(columns, column)}: ${weights[column].toPrecision(3)}`;
   document.getElementById("row").textContent =
-    `Query ${name(rows, row)}${cell}. The text is shaded by what the query attends to`
-    + (kept === row ? " (kept; click again to let go)." : ".");
+    `Query ${name(rows, row)}${cell}. The text is shaded by the attention of this query`
+    + (pinned === row ? " (pinned; click again to release)." : ".");
 }
 
-const given = new URLSearchParams(location.hash.slice(1));
-for (const [what, values] of Object.entries(data.choices)) {
+const fromUrl = new URLSearchParams(location.hash.slice(1));
+for (const [menu, values] of Object.entries(data.choices)) {
   const label = document.createElement("label"), select = document.createElement("select");
   for (const value of values) select.add(new Option(value, value));
-  const last = what === "layer" ? 0 : values.length - 1;  // the last block, the mean over heads
-  select.value = values.map(String).includes(given.get(what)) ? given.get(what) : values[last];
-  select.id = what;
-  chosen[what] = select.value;
-  select.addEventListener("change", () => { chosen[what] = select.value; draw(); });
-  label.append(`${what} `, select);
+  const initial = menu === "layer" ? 0 : values.length - 1;  // first layer, last block, mean over heads
+  const wanted = fromUrl.get(menu);
+  select.value = values.map(String).includes(wanted) ? wanted : values[initial];
+  select.id = menu;
+  chosen[menu] = select.value;
+  select.addEventListener("change", () => { chosen[menu] = select.value; draw(); });
+  label.append(`${menu} `, select);
   document.getElementById("choices").append(label);
 }
 for (const kind of data.kinds) {
   const key = document.createElement("span");
   key.className = "key";
   key.style.background = data.colors[kind];
-  document.getElementById("choices").append(key, places[kind]);
+  document.getElementById("choices").append(key, kindNames[kind]);
 }
 draw();
-map.on("plotly_hover", event => { if (kept === null) shade(...event.points[0].pointIndex); });
+map.on("plotly_hover", event => { if (pinned === null) shade(...event.points[0].pointIndex); });
 map.on("plotly_click", event => {
   const row = event.points[0].pointIndex[0];
-  kept = kept === row ? null : row;
+  pinned = pinned === row ? null : row;
   shade(row);
 });
 </script>

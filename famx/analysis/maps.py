@@ -1,7 +1,8 @@
-"""Attention maps of a text: exact probabilities of chosen blocks, layers and heads, figures of all.
+"""Attention maps of a text: probabilities for selected blocks, layers and heads, and a summary of all.
 
-`AttentionReader` makes them. Column layout of the tokens' maps is the model's:
-`[N memory | M * S past, oldest first | S own block]`; of the memory's maps `[N memory | S own block]`.
+`AttentionReader` makes them. The columns of the tokens' maps are laid out as in the model,
+`[N memory | M * S past, oldest first | S own block]`, those of the memory's maps as
+`[N memory | S own block]`.
 """
 
 import dataclasses
@@ -20,29 +21,33 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSummary:
-    """What every block did, whether its maps were kept or not: a few figures per block.
+    """Statistics of the attention in every block, including those whose maps were not kept.
 
-    Means over tokens are over the tokens that were read of the block. The memory's figures exist for
-    the `U` blocks that were completed, the first ones: the last may be incomplete. Masses are shares
-    of attention, entropies are in nats. All are float32 at least.
+    `T` is the number of blocks read and `U` the number of completed ones, which updated the memory; only
+    the last block can be incomplete. Values are averaged over the tokens that were read of a block.
+    Shares are fractions of attention, entropies are in nats. Floating-point arrays are float32, or
+    float64 if the model computes in it.
 
     Attributes:
-      first_block: index in its sequence of the first block read.
-      counts: tokens read of each block, int32 `[T]`.
-      on_memory, on_past, on_block: share of the tokens' attention that goes to the memory, to past
-        blocks and to their own block, `[T, layers, H]`; they add up to 1.
-      entropy: of the tokens' attention, `[T, layers, H]`.
-      read: attention of the tokens to each memory token, mean over heads, `[T, layers, N]`.
-      memory_on_memory: share of the memory's attention that goes to the memory and not to the block
-        that it compresses, mean over memory tokens, `[U, layers, H]`.
-      memory_entropy: of the memory's attention, likewise.
-      written: share of each memory token's attention that goes to the block, mean over heads,
+      first_block: index of the first block read.
+      counts: number of tokens read of each block, int32 `[T]`.
+      on_memory: share of the tokens' attention on the memory, `[T, layers, H]`.
+      on_past: share of the tokens' attention on past blocks, `[T, layers, H]`.
+      on_block: share of the tokens' attention on their own block, `[T, layers, H]`. The three shares
+        add up to 1.
+      entropy: entropy of the tokens' attention, `[T, layers, H]`.
+      read: attention of the tokens on each memory token, averaged over heads, `[T, layers, N]`.
+      memory_on_memory: share of the memory's attention on itself rather than on the block that it
+        compresses, averaged over memory tokens, `[U, layers, H]`.
+      memory_entropy: entropy of the memory's attention, averaged over memory tokens, `[U, layers, H]`.
+      written: share of each memory token's attention on the block, averaged over heads,
         `[U, layers, N]`.
-      place: mean slot in the block of that attention, `[U, layers, N]`.
-      source_slots: the slots of the block that each memory token attends to most, mean over heads,
-        strongest first, int32 `[U, layers, N, top]`.
-      source_ids: ids of the tokens in these slots, int32; `NO_TOKEN` where they were read before.
-      source_weights: their attention.
+      place: mean slot of that attention within the block, `[U, layers, N]`.
+      source_slots: the `top` slots of the block that each memory token attends to most, averaged over
+        heads, strongest first, int32 `[U, layers, N, top]`.
+      source_ids: token ids in these slots, int32 `[U, layers, N, top]`; `NO_TOKEN` for tokens that were
+        read before the first block of these maps.
+      source_weights: attention on these slots, `[U, layers, N, top]`.
     """
 
     first_block: int
@@ -67,18 +72,22 @@ class AttentionSummary:
 
     @property
     def updates(self) -> int:
-        """Blocks that were completed, `U`; 0 without memory."""
+        """Number of memory updates, `U`; 0 without memory."""
         return len(self.written)
 
     def mean(self, name: str) -> np.ndarray | None:
-        """A figure's mean over tokens (the memory's: over updates), `[layers, ...]`; None without any."""
+        """Mean of a field over all tokens, or over all updates for a field of the memory.
+
+        Returns:
+          An array `[layers, ...]`, or None if there were no updates.
+        """
         values = getattr(self, name)
         if not len(values):
             return None
         return np.average(values, axis=0, weights=self.counts if name in _OF_TOKENS else None)
 
     def to_dict(self) -> dict:
-        """Means per layer and head, and per block and layer, as JSON can hold them."""
+        """Means per layer and head and per block and layer, as JSON values rounded to 6 digits."""
         listed = lambda values: None if values is None else np.round(values, 6).tolist()
         names = (*_OF_TOKENS, "memory_on_memory", "memory_entropy", "written", "place")
         per_head = [name for name in names if name not in ("read", "written", "place")]
@@ -97,22 +106,23 @@ _OF_TOKENS = ("on_memory", "on_past", "on_block", "entropy", "read")
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
-    """The maps of the kept blocks, layers and heads, and the summary of all.
+    """Attention probabilities of the kept blocks, layers and heads, and a summary of all.
 
     Attributes:
       block_size, memory_segments, memory_columns, window_mask: `S`, `M`, `N` and the mask of the model.
-      blocks: which were kept, by their index in the sequence, ascending.
-      layers, heads: which were kept.
-      slots: of each kept block the first slot that was read and the one behind the last, int32
+      blocks: indices of the kept blocks, ascending.
+      layers: indices of the kept layers.
+      heads: indices of the kept heads.
+      slots: first slot that was read of each kept block, and the one after the last, int32
         `[blocks, 2]`.
-      ids: tokens in the slots of the past and the own blocks, int32 `[blocks, (M + 1) * S]`;
-        `NO_TOKEN` where there is none, or one that was read before.
-      tokens: probabilities of block tokens `[blocks, layers, heads, S, N + M * S + S]`; rows of slots
-        that were not read are 0, all others add up to 1.
-      memory: probabilities of the memory's queries while it compresses the block `[blocks, layers,
-        heads, N, N + S]`; 0 for an incomplete block, by which the memory is not updated.
-      texts: of the token ids that occur in `ids` and in the summary.
-      summary: of all blocks, all layers and all heads.
+      ids: token ids of the past blocks and the block itself, int32 `[blocks, (M + 1) * S]`; `NO_TOKEN`
+        in empty slots, and for tokens that were read before the first block of these maps.
+      tokens: attention of the block's tokens, `[blocks, layers, heads, S, N + M * S + S]`. Rows add up
+        to 1; those of slots that were not read are 0.
+      memory: attention of the memory while it compresses the block, `[blocks, layers, heads, N, N + S]`;
+        0 for an incomplete block, which does not update the memory.
+      texts: text of each token id that occurs in `ids` or in the summary.
+      summary: statistics of all blocks, layers and heads.
     """
 
     block_size: int
@@ -130,70 +140,77 @@ class AttentionMaps:
     summary: AttentionSummary
 
     def text(self, token: int) -> str:
-        """Text of a token id, a middle dot for `NO_TOKEN`."""
+        """Text of a token id; a middle dot for `NO_TOKEN`."""
         return "·" if token == NO_TOKEN else self.texts.get(int(token), str(token))
 
     def index(self, layer: int | None = None, head: int | None = None, block: int | None = None):
-        """`(block, layer, head)`: where these stand in the arrays; None stays None.
+        """Array indices `(block, layer, head)` of a kept block, layer and head; None stays None.
 
         Raises:
           ValueError: one of them was not kept.
         """
-        found = []
+        indices = []
         for name, value in (("block", block), ("layer", layer), ("head", head)):
-            kept = getattr(self, f"{name}s")
-            if value is not None and value not in kept:
-                listed = ", ".join(map(str, kept)) or "none"
-                raise ValueError(f"There is no map of {name} {value}: kept are {listed}.")
-            found.append(None if value is None else kept.index(value))
-        return tuple(found)
+            available = getattr(self, f"{name}s")
+            if value is not None and value not in available:
+                listed = ", ".join(map(str, available)) or "none"
+                raise ValueError(f"There is no map of {name} {value}; kept {name}s: {listed}.")
+            indices.append(None if value is None else available.index(value))
+        return tuple(indices)
 
     def completed(self, block: int) -> bool:
-        """Whether a kept block was full in the end, and the memory updated by it."""
+        """Whether a kept block was read to its end, so that it updated the memory."""
         return bool(self.slots[self.index(block=block)[0], 1] == self.block_size)
 
     def as_picture(
         self, layer: int, head: int | None = None, blocks: int | Sequence[int] | None = None
     ) -> Picture:
-        """One layer's and head's map of one or several blocks (Fig. 11 of the paper).
+        """Arranges the map of one layer and head as in the paper's Fig. 11.
 
         Args:
-          layer: a kept one.
-          head: a kept one; None: mean over the kept heads.
-          blocks: kept ones; None: all of them. Past blocks stand before them as keys alone.
+          layer: a kept layer.
+          head: a kept head; None averages over the kept heads.
+          blocks: one or several kept blocks; None takes all. Their past blocks appear as keys only.
 
         Raises:
-          ValueError: something was not kept.
+          ValueError: the layer, the head or a block was not kept, or there is no block.
         """
         return make_picture(self, layer, head, blocks)
 
     def sources(self, layer: int, block: int) -> list[list[tuple[int, str, float]]]:
-        """What each memory token compressed: `(slot, text, attention)`, strongest first, mean over heads.
+        """The tokens of a block that each memory token attended to most, averaged over heads.
 
         Args:
-          layer: any, kept or not.
-          block: any completed one, kept or not.
+          layer: any layer, kept or not.
+          block: any completed block, kept or not.
+
+        Returns:
+          For each memory token a list of `(slot, text, attention)`, strongest first.
 
         Raises:
-          ValueError: there is no such layer, or the memory was not updated by the block.
+          ValueError: the layer does not exist, or the block did not update the memory.
         """
         summary = self.summary
         layers = summary.on_memory.shape[1]
         if not 0 <= layer < layers:
-            raise ValueError(f"There is no layer {layer}: the model has {layers}.")
+            raise ValueError(f"There is no layer {layer}: the model has layers 0 to {layers - 1}.")
         update = block - summary.first_block
         if not 0 <= update < summary.updates:
-            raise ValueError(f"The memory was not updated by block {block}, so it has no sources there.")
+            raise ValueError(f"Block {block} did not update the memory, so there are no sources.")
         parts = summary.source_slots, summary.source_ids, summary.source_weights
         return [
-            [(int(slot), self.text(token), float(weight)) for slot, token, weight in zip(*found)]
-            for found in zip(*(part[update, layer] for part in parts))
+            [(int(slot), self.text(token), float(weight)) for slot, token, weight in zip(*sources)]
+            for sources in zip(*(part[update, layer] for part in parts))
         ]
 
     # Files.
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes everything to one npz file, which appears whole or not at all."""
+        """Writes everything to one npz file, atomically.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
         sizes = ("block_size", "memory_segments", "memory_columns", "window_mask")
         about = {name: getattr(self, name) for name in (*sizes, "blocks", "layers", "heads")}
         about |= {"format": _FORMAT, "texts": self.texts, "first_block": self.summary.first_block}
@@ -206,13 +223,13 @@ class AttentionMaps:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "AttentionMaps":
-        """What `save` wrote.
+        """Reads a file written by `save`.
 
         Raises:
           OSError: the file cannot be read.
-          ValueError: it holds no attention maps of this format.
+          ValueError: the file does not hold attention maps of this format.
         """
-        wrong = f"{path} holds no attention maps that can be read here: make it with AttentionMaps.save."
+        wrong = f"{path} does not hold attention maps of this version: write it with AttentionMaps.save."
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)

@@ -1,7 +1,7 @@
-"""Memory health: whether a memory is read, still written, and stays in bounds, block by block.
+"""Statistics of a memory while text is read: attention on it, attention of it, and its magnitude.
 
-Of FAM, a healthy memory is read by the tokens (`tokens_on_memory` well above 0), is still written
-(`memory_on_itself` below 1) and neither grows nor fades from update to update (`rms` level).
+In a healthy FAM the tokens attend to the memory (`tokens_on_memory` well above 0), it still takes in new
+blocks (`memory_on_itself` below 1), and its magnitude stays level from update to update (`rms`).
 """
 
 import dataclasses
@@ -18,15 +18,16 @@ from famx.modules.memory import COLLECTION
 
 @dataclasses.dataclass(frozen=True)
 class MemoryHealth:
-    """Figures of one reading.
+    """Statistics of the memory over a batch of texts.
 
     Attributes:
-      shares: by name the shares of attention that the layers and the memory keep while they read, mean
-        over examples, blocks, tokens and heads, float64 `[layers]`. `tokens_on_memory`: of the tokens'
-        attention on the memory. FAM adds `memory_on_itself`: of the memory's own attention, what goes
-        to the memory and not to the block that it compresses.
-      updates: number of updates after which `figures` were taken: 1, 2, 4, ... and the last.
-      figures: by name the scalars of `Memory.figures`, float64 `[len(updates), layers]`; of FAM `rms`.
+      shares: shares of attention, `{name: float64 [layers]}`, averaged over examples, blocks, tokens and
+        heads. `tokens_on_memory` is the share of the tokens' attention on the memory. FAM adds
+        `memory_on_itself`, the share of the memory's attention on itself rather than on the block that
+        it compresses.
+      updates: numbers of updates after which `figures` were measured: 1, 2, 4, ... and the last.
+      figures: scalars of `Memory.figures`, `{name: float64 [len(updates), layers]}`. FAM has `rms`, the
+        root mean square over examples, memory tokens and width.
     """
 
     shares: Mapping[str, np.ndarray]
@@ -34,7 +35,11 @@ class MemoryHealth:
     figures: Mapping[str, np.ndarray]
 
     def scalars(self) -> dict[str, float]:
-        """Logged scalars: shares, first and last figures by layer, and the curves over all layers."""
+        """Scalars for logging, by name.
+
+        Per layer the shares and the first and last value of each figure, and each figure over all
+        layers (as a root mean square) after each of `updates`.
+        """
         by_layer = dict(self.shares)
         for name, curve in self.figures.items():
             by_layer |= {f"{name}_first": curve[0], f"{name}_last": curve[-1]}
@@ -50,24 +55,24 @@ class MemoryHealth:
 
 
 class MemoryMonitor:
-    """Reads tokens and watches the memory; one block per call, so that nothing grows with the length.
+    """Measures `MemoryHealth` while reading texts, one block per call, in constant device memory.
 
     Args:
-      module: the decoder; its computation settings (chunks, remat) do not matter.
+      module: the decoder. Its settings for chunks and rematerialisation are overridden.
     """
 
     def __init__(self, module: Decoder):
         self.config = dataclasses.replace(module.config, blocks_per_chunk=1, remat="none")
         decoder = Decoder(self.config)
-        figures = jax.vmap(self.config.memory.figures)  # of each layer
+        figures = jax.vmap(self.config.memory.figures)  # over layers
 
         @jax.jit
         def step(params, state, tokens):
             (_, state), collections = decoder.apply(
                 {"params": params}, tokens, state, aligned=True, method="read", mutable=[MASS]
             )
-            kept = collections.get(MASS, {}).get("layers", {})
-            shares = {name: jnp.mean(x[0], axis=range(1, x[0].ndim)) for name, x in kept.items()}
+            masses = collections.get(MASS, {}).get("layers", {})
+            shares = {name: jnp.mean(x[0], axis=range(1, x[0].ndim)) for name, x in masses.items()}
             return state, shares, figures(params["layers"].get(COLLECTION), state.memory)
 
         self._step = step
@@ -77,30 +82,30 @@ class MemoryMonitor:
         )
 
     def measure(self, params, tokens) -> MemoryHealth | None:
-        """Reads a batch from its start and returns the memory's figures.
+        """Reads a batch of texts from their start.
 
         Args:
           params: the decoder's parameters.
-          tokens: what the model reads, int32 `[B, L]` on the host, bos included; a rest after the last
-            whole block is not read.
+          tokens: input tokens on the host, int32 `[B, L]`, including begin of text. Tokens after the
+            last whole block are not read.
 
         Returns:
-          The figures, or None where there are none: no memory (BSWA), or not one whole block.
+          The statistics; None if the model has no memory (BSWA) or there is no whole block.
         """
         c = self.config
         blocks = tokens.shape[1] // c.block_size
         if not c.memory.exists or not blocks:
             return None
         state = self._initial(params, tokens.shape[0])
-        sums, taken = None, {}
+        sums, figures_at = None, {}
         for block in range(blocks):
             part = tokens[:, block * c.block_size : (block + 1) * c.block_size]
             state, shares, figures = self._step(params, state, part)
             sums = shares if sums is None else jax.tree.map(jnp.add, sums, shares)
             update = block + 1
             if update == blocks or update & (update - 1) == 0:
-                taken[update] = figures
+                figures_at[update] = figures
         mean = lambda total: np.asarray(total, np.float64) / blocks
         stack = lambda *figures: np.stack([np.asarray(figure, np.float64) for figure in figures])
-        curves = jax.tree.map(stack, *taken.values())
-        return MemoryHealth(jax.tree.map(mean, sums), tuple(taken), curves)
+        curves = jax.tree.map(stack, *figures_at.values())
+        return MemoryHealth(jax.tree.map(mean, sums), tuple(figures_at), curves)

@@ -1,4 +1,4 @@
-"""Attention maps as the paper draws them (Fig. 11): the memory before each block."""
+"""Attention maps arranged as in the paper's Fig. 11: the memory before each block."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,18 +7,18 @@ import numpy as np
 
 from famx.modules.attention import visible
 
-NO_TOKEN = -1  # id in a slot that holds no token, or one that was read before
+NO_TOKEN = -1  # id of a slot without a token, or with one that was read before the maps begin
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What stands along one axis of a picture.
+    """The tokens along one axis of a picture.
 
     Attributes:
-      block: index of the block, int32 `[n]`; for the memory the block that it is prepended to.
-      slot: in the block, or in the memory, int32 `[n]`.
+      block: block index of each token, int32 `[n]`; of a memory token, the block that it precedes.
+      slot: position within the block or the memory, int32 `[n]`.
       memory: whether it is a memory token, bool `[n]`.
-      labels: texts of the tokens.
+      labels: text of each token.
     """
 
     block: np.ndarray
@@ -27,7 +27,7 @@ class Axis:
     labels: tuple[str, ...]
 
     def segments(self) -> list[tuple[int, int, int, bool]]:
-        """Runs of one block's tokens or memory: `(first, end, block, whether memory)`."""
+        """Consecutive tokens of one block or memory, as `(first, end, block, whether it is memory)`."""
         changed = (np.diff(self.block) != 0) | (np.diff(self.memory.astype(int)) != 0)
         edges = [0, *(np.flatnonzero(changed) + 1).tolist(), len(self.block)]
         return [
@@ -37,13 +37,14 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One map as the paper draws it: queries downwards, keys to the right, the memory before each block.
+    """One attention map: queries in rows, keys in columns, the memory before each block.
 
     Attributes:
-      values: probabilities `[rows, columns]`; NaN where the query does not see the key.
-      rows, columns: what stands along the axes.
-      layer: of the map.
-      head: of the map; None: mean over the kept heads.
+      values: attention probabilities `[rows, columns]`; NaN where the query does not see the key.
+      rows: the queries.
+      columns: the keys.
+      layer: layer of the map.
+      head: head of the map; None for the mean over the kept heads.
     """
 
     values: np.ndarray
@@ -54,7 +55,7 @@ class Picture:
 
 
 def make_picture(maps, layer: int, head: int | None, blocks: int | Sequence[int] | None) -> Picture:
-    """`AttentionMaps.as_picture`."""
+    """Implements `AttentionMaps.as_picture`."""
     blocks = sorted(set(maps.blocks if blocks is None else np.atleast_1d(blocks).tolist()))
     if not blocks:
         raise ValueError("There is nothing to draw: no block was kept.")
@@ -64,7 +65,7 @@ def make_picture(maps, layer: int, head: int | None, blocks: int | Sequence[int]
     updated = lambda block: maps.memory.shape[3] and maps.completed(block)
     tokens = lambda block, first=0, end=size: [(block, slot, False) for slot in range(first, end)]
 
-    shown, rows = {}, []  # shown: of each block with tokens in the picture, their ids
+    shown, rows = {}, []  # shown: token ids of each block in the picture
     for block, (i, *_) in places.items():
         first, end = maps.slots[i].tolist()
         past = range(max(block - segments, 0), block + 1)
@@ -79,10 +80,11 @@ def make_picture(maps, layer: int, head: int | None, blocks: int | Sequence[int]
     row_of = {entry: i for i, entry in enumerate(rows)}
     values = np.full((len(rows), len(columns)), np.nan, maps.tokens.dtype)
 
-    def put(entries, keys, found):
+    def put(queries, keys, probabilities):
+        # Keys of the window that hold no token have no column.
         inside = [key in column_of for key in keys]
         at = [column_of[key] for key in keys if key in column_of]
-        values[np.ix_([row_of[entry] for entry in entries], at)] = found[:, inside]
+        values[np.ix_([row_of[query] for query in queries], at)] = probabilities[:, inside]
 
     slots = np.arange(size)
     for block, (i, j, h) in places.items():

@@ -1,13 +1,17 @@
-"""Honest evaluation: fresh examples, read from their start with a state of constant size.
+"""Evaluations of a trained model on held-out examples.
 
-Each evaluation is called as `evaluation(model, params, step) -> scalars`; its `check(model)` raises
-ConfigError if it does not fit the model. An evaluation without a task of its own takes the task that a
-run trains on: its `with_task(make_task)` returns the evaluation of that task, or itself if it has its
-own; `make_task(**changes)` makes the run's task, with other options if need be.
+Every example is streamed from its first token with a state of constant size, as in deployment; no
+evaluation truncates its input to what fits into a window.
 
-With `health`, a model with memory also reports what its memory does, in scalars whose names begin with
-`memory/`: the figures of `famx.analysis.MemoryHealth`, and the scores with the memory zeroed before every
-block (`memory/zeroed/`).
+An evaluation is a callable `evaluation(model, params, step) -> {name: float}`. Its optional
+`check(model)` raises ConfigError if the evaluation does not fit the model, before anything is compiled.
+An evaluation without a task of its own takes the task that a run trains on: its `with_task(make_task)`
+returns the evaluation of that task, or itself if it has its own; `make_task(**changes)` makes the run's
+task, with other options if given.
+
+With `health=True`, a model with memory also reports scalars named `memory/...`: the statistics of
+`famx.analysis.MemoryHealth`, and the same scores with the memory set to zero before every block
+(`memory/zeroed/...`). The difference between the two scores is what the memory contributes.
 """
 
 from famx.evaluation.passkey import PROBES, PasskeyEvaluation

@@ -1,7 +1,7 @@
-"""Evaluates checkpoints: one, all, or each as a training run writes it.
+"""Evaluation of one checkpoint, of all checkpoints, or of each new one while training runs.
 
-Every evaluation of a checkpoint ends in one file, `<output_dir>/<name>/<step>.json`, and in TensorBoard.
-What is there already is not made again.
+Each evaluation of a checkpoint writes `<output_dir>/<name>/<step>.json` and TensorBoard scalars. A
+result that already exists is read instead of computed again, so an interrupted evaluation resumes.
 """
 
 import contextlib
@@ -32,8 +32,10 @@ from famx.model_dir.loading import check_model, restore_params
 from famx.models import DecoderModel
 
 MODES = ("latest", "all", "wait")
-_GONE_SECONDS = 5  # how long a checkpoint that cannot be read may take to disappear
-_COLUMNS = 6  # checkpoints that the table shows
+# A checkpoint that cannot be read may be in the middle of its deletion by the training run. It counts
+# as damaged only if its directory still exists after this many seconds.
+_GONE_SECONDS = 5
+_COLUMNS = 6  # number of checkpoints shown in the table
 
 Results = dict[str, dict[int, dict[str, float]]]
 
@@ -50,30 +52,31 @@ def evaluate(
     poll_seconds: float = 5.0,
     re_evaluate: bool = False,
 ) -> Results:
-    """Runs every evaluation on every checkpoint that is asked for, oldest first.
+    """Runs every evaluation on every selected checkpoint, oldest first.
 
-    A training run may be writing to the directory at the same time. SIGTERM and SIGINT end the work
-    after the evaluation in progress; the same call goes on from there.
+    Training may write to the directory at the same time. On SIGTERM or SIGINT the evaluation in
+    progress is finished and the function returns; the same call resumes with the next one.
 
     Args:
       checkpoint_path: a `MODEL_DIR`, or one `MODEL_DIR/checkpoint_<step>`.
-      evaluations: by name; see `famx.evaluation`.
-      output_dir: where results go; None: `MODEL_DIR/eval`, and TensorBoard's to `MODEL_DIR`.
-      model: None: what the directory says that it holds.
-      checkpoints: of a `MODEL_DIR`, the "latest", "all" that are there, or "wait": those that are
-        there and those that are written, until step `stop_at_step` or until none has come for
-        `timeout` seconds.
-      poll_seconds: how often "wait" looks.
-      re_evaluate: make again what has been made.
+      evaluations: `{name: evaluation}`, see `famx.evaluation`; the name is that of its result folder.
+      output_dir: directory of the results. None writes results to `MODEL_DIR/eval` and TensorBoard
+        files to `MODEL_DIR/tensorboard`.
+      model: the model; None takes the one described by the directory's model.json.
+      checkpoints: which checkpoints of a `MODEL_DIR` to evaluate: the "latest", "all" existing ones,
+        or "wait" for existing and future ones.
+      stop_at_step: with "wait", return after the checkpoint of this step or a later one.
+      timeout: with "wait", return after this many seconds without a new checkpoint.
+      poll_seconds: with "wait", seconds between two looks for new checkpoints.
+      re_evaluate: evaluate again even if a result exists.
 
     Returns:
-      `{name: {step: scalars}}` of the checkpoints asked for, also of those evaluated before.
+      `{name: {step: scalars}}` for the selected checkpoints, including results of earlier calls.
 
     Raises:
-      ConfigError: with one sentence, before anything is compiled, if the settings do not fit; or when
-        "wait" has waited in vain.
+      ConfigError: the settings do not fit (raised before anything is compiled), or "wait" timed out
+        before the first checkpoint.
     """
-    # ---------------------------------------------------------------- checks
     _check_evaluations(evaluations)
     if checkpoints not in MODES:
         raise ConfigError(
@@ -95,82 +98,44 @@ def evaluate(
 
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(directory, read_only=True))
-        _check_there(checkpointer, only, checkpoints)
-        out, boards = _output_dir(output_dir, directory)
-        writers = {
-            name: stack.enter_context(contextlib.closing(tensorboardX.SummaryWriter(boards(name))))
-            for name in evaluations
-        }
+        _check_exists(checkpointer, only, checkpoints)
+        output = _Output(stack, evaluations, output_dir, directory)
         stop = stack.enter_context(graceful_stop())
-        results: Results = {name: {} for name in evaluations}
-
-        # ------------------------------------------------------------ work
         wait = checkpoints == "wait"
         if wait:
             steps = _wait(checkpointer, stop_at_step, timeout, poll_seconds, stop)
+        elif only is not None:
+            steps = [only]
         else:
-            there = checkpointer.all_steps()
-            steps = [only] if only is not None else there[-1:] if checkpoints == "latest" else there
+            steps = checkpointer.all_steps()[-1 if checkpoints == "latest" else 0 :]
         for count, step in enumerate(steps, 1):
             if stop():
                 break
-            left = {}
-            for name, evaluation in evaluations.items():
-                done = None if re_evaluate else _read_result(out / name / f"{step}.json")
-                if done is None:
-                    left[name] = evaluation
-                    continue
-                results[name][step] = done["scalars"]
-                other = done.get("settings") != describe(evaluation)
-                hint = ", with other settings; RE_EVALUATE=True makes it again" if other else ""
-                _say(f"Checkpoint {step}: {name} has been evaluated{hint}.")
-            if not left:
+            reused = set() if re_evaluate else output.reuse(evaluations, step)
+            pending = {name: x for name, x in evaluations.items() if name not in reused}
+            if not pending:
                 continue
             params = _restore(checkpointer, model, step)
             if params is None:
-                _say(f"Checkpoint {step} has been deleted meanwhile: skipped.")
+                _say(f"Checkpoint {step} was deleted in the meantime: skipped.")
                 continue
             place = f"{count}" if wait else f"{count} of {len(steps)}"
-            for number, (name, evaluation) in enumerate(left.items(), 1):
+            for number, (name, evaluation) in enumerate(pending.items(), 1):
                 if stop():
                     break
-                _say(f"Checkpoint {step} ({place}): {name} ({number} of {len(left)}) ...")
-                began = time.monotonic()
-                # An evaluation that writes more than scalars is told where its results are.
-                extra = {"folder": out / name} if getattr(evaluation, "writes_predictions", False) else {}
+                _say(f"Checkpoint {step} ({place}): {name} ({number} of {len(pending)}) ...")
                 with on_mesh(mesh, rules):
-                    found = evaluation(model, params, step, **extra)
-                scalars = {k: float(v) for k, v in found.items()}
-                seconds = time.monotonic() - began
-                _write_result(
-                    out / name / f"{step}.json",
-                    {
-                        "name": name,
-                        "step": step,
-                        "scalars": scalars,
-                        "settings": describe(evaluation),
-                        "checkpoint": str(directory / f"checkpoint_{step}"),
-                        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                        "seconds": round(seconds, 3),
-                        "famx": famx.__version__,
-                    },
-                )
-                for key, value in scalars.items():
-                    writers[name].add_scalar(f"eval/{key}", value, step)
-                writers[name].flush()
-                results[name][step] = scalars
-                shown = ", ".join(f"{k} {v:.4g}" for k, v in scalars.items() if not is_of_memory(k))
-                _say(f"Checkpoint {step}: {name}: {shown} ({seconds:.1f} s)")
+                    output.run(name, evaluation, model, params, step)
         if stop():
-            _say("Stopped; the same command goes on from there.")
-        elif wait and not any(results.values()):
-            raise ConfigError(f"No checkpoint came to {directory} within {timeout:g} seconds.")
-        _say(f"Results are in {out}.")
-    return results
+            _say("Stopped. Run the same command to resume.")
+        elif wait and not any(output.results.values()):
+            raise ConfigError(f"No checkpoint appeared in {directory} within {timeout:g} seconds.")
+        _say(f"Results are in {output.directory}.")
+    return output.results
 
 
 def table(results: Results) -> str:
-    """All scalars, one row each, with a column for each of the newest few checkpoints."""
+    """Formats results as text: one row per scalar, one column for each of the newest checkpoints."""
     lines = []
     for name, by_step in results.items():
         if not by_step:
@@ -187,7 +152,7 @@ def table(results: Results) -> str:
 
 
 def describe(value: Any) -> Any:
-    """The settings of an evaluation as plain values that JSON can hold; anything else by its type."""
+    """Settings of an evaluation as JSON values; an object without a JSON form becomes its type name."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}
         return {"type": type(value).__name__, **fields}
@@ -203,14 +168,14 @@ def describe(value: Any) -> Any:
 # ---------------------------------------------------------------- checkpoints
 
 
-def _check_there(checkpointer: Checkpointer, only: int | None, mode: str) -> None:
-    there = checkpointer.all_steps()
-    if only is not None and only not in there:
-        names = ", ".join(map(str, there)) or "none"
+def _check_exists(checkpointer: Checkpointer, only: int | None, mode: str) -> None:
+    steps = checkpointer.all_steps()
+    if only is not None and only not in steps:
+        available = ", ".join(map(str, steps)) or "none"
         raise ConfigError(
-            f"There is no checkpoint of step {only} in {checkpointer.model_dir}; there are: {names}."
+            f"{checkpointer.model_dir} has no checkpoint of step {only}; available steps: {available}."
         )
-    if mode != "wait" and not there:
+    if mode != "wait" and not steps:
         raise ConfigError(f"There is no checkpoint in {checkpointer.model_dir}.")
 
 
@@ -221,7 +186,11 @@ def _wait(
     poll_seconds: float,
     stop: Callable[[], bool],
 ) -> Iterator[int]:
-    """Steps as they come, oldest first; the waiting begins anew when the caller comes back."""
+    """Yields checkpoint steps as they appear, oldest first.
+
+    The timeout counts from when the caller asks for the next step, so that the time of an evaluation
+    does not count as waiting.
+    """
     seen: set[int] = set()
     since = time.monotonic()
     while not stop():
@@ -247,7 +216,11 @@ def _sleep(seconds: float, stop: Callable[[], bool]) -> None:
 
 
 def _restore(checkpointer: Checkpointer, model: DecoderModel, step: int):
-    """The parameters, or None if the checkpoint was deleted before it was read to its end."""
+    """The checkpoint's parameters, or None if it was deleted before it could be read completely.
+
+    Raises:
+      ConfigError: the checkpoint is damaged, or its weights are not the model's.
+    """
     try:
         return restore_params(checkpointer, model, step)[1]
     except Exception as error:
@@ -268,34 +241,118 @@ def _restore(checkpointer: Checkpointer, model: DecoderModel, step: int):
 def _check_evaluations(evaluations: Any) -> None:
     if not isinstance(evaluations, Mapping) or not evaluations:
         raise ConfigError(
-            "EVALUATIONS names nothing to evaluate: give at least one, as in"
+            "EVALUATIONS is empty: give at least one evaluation, for example"
             " --gin.EVALUATIONS=\"{'passkey': @PasskeyEvaluation()}\"."
         )
     for name, evaluation in evaluations.items():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigError(
-                f"{name!r} cannot name an evaluation: it becomes a folder, so use letters, digits and _."
+                f"{name!r} cannot be the name of an evaluation: it names a folder, so use letters, digits"
+                " and underscores."
             )
         if isinstance(evaluation, type) or not callable(evaluation):
             raise ConfigError(
-                f"EVALUATIONS[{name!r}] is no evaluation but {evaluation!r}: write it as"
-                " @PasskeyEvaluation(), with brackets."
+                f"EVALUATIONS[{name!r}] is not an evaluation: {evaluation!r}. Write it with parentheses,"
+                " for example @PasskeyEvaluation()."
             )
 
 
-def _output_dir(output_dir: str | None, model_dir: pathlib.Path):
-    """The directory of results, and a function from a name to its directory for TensorBoard."""
-    out = model_dir / "eval" if output_dir is None else pathlib.Path(output_dir).expanduser().absolute()
-    boards = (model_dir if output_dir is None else out) / "tensorboard"
+class _Output:
+    """The results of all evaluations, in memory, in files and in TensorBoard.
+
+    Args:
+      stack: closes the TensorBoard writers.
+      evaluations: evaluations by name.
+      output_dir: directory of the results; None for `<model_dir>/eval`.
+      model_dir: directory of the checkpoints.
+
+    Attributes:
+      directory: directory of the results.
+      results: `{name: {step: scalars}}` of new and reused results.
+
+    Raises:
+      ConfigError: a directory cannot be written to.
+    """
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        evaluations: Mapping[str, Any],
+        output_dir: str | None,
+        model_dir: pathlib.Path,
+    ):
+        self.results: Results = {name: {} for name in evaluations}
+        self._model_dir = model_dir
+        self.directory, tensorboard = _output_directories(output_dir, model_dir)
+        self._writers = {}
+        for name in evaluations:
+            writer = tensorboardX.SummaryWriter(str(tensorboard / f"eval_{name}"))
+            self._writers[name] = stack.enter_context(contextlib.closing(writer))
+
+    def reuse(self, evaluations: Mapping[str, Any], step: int) -> set[str]:
+        """Takes over earlier results of the checkpoint of a step; returns the names that have one."""
+        reused = set()
+        for name, evaluation in evaluations.items():
+            earlier = _read_result(self._file(name, step))
+            if earlier is None:
+                continue
+            reused.add(name)
+            self.results[name][step] = earlier["scalars"]
+            differs = earlier.get("settings") != describe(evaluation)
+            hint = " with other settings; set RE_EVALUATE=True to repeat it" if differs else ""
+            _say(f"Checkpoint {step}: {name} has already been evaluated{hint}.")
+        return reused
+
+    def run(self, name: str, evaluation: Any, model: DecoderModel, params, step: int) -> None:
+        """Runs one evaluation of the checkpoint of a step and writes its result."""
+        began = time.monotonic()
+        # An evaluation that writes more than scalars gets its result folder.
+        writes_files = getattr(evaluation, "writes_predictions", False)
+        extra = {"folder": self.directory / name} if writes_files else {}
+        scalars = {k: float(v) for k, v in evaluation(model, params, step, **extra).items()}
+        seconds = time.monotonic() - began
+        _write_result(
+            self._file(name, step),
+            {
+                "name": name,
+                "step": step,
+                "scalars": scalars,
+                "settings": describe(evaluation),
+                "checkpoint": str(self._model_dir / f"checkpoint_{step}"),
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 3),
+                "famx": famx.__version__,
+            },
+        )
+        for key, value in scalars.items():
+            self._writers[name].add_scalar(f"eval/{key}", value, step)
+        self._writers[name].flush()
+        self.results[name][step] = scalars
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in scalars.items() if not is_of_memory(k))
+        _say(f"Checkpoint {step}: {name}: {shown} ({seconds:.1f} s)")
+
+    def _file(self, name: str, step: int) -> pathlib.Path:
+        return self.directory / name / f"{step}.json"
+
+
+def _output_directories(
+    output_dir: str | None, model_dir: pathlib.Path
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Creates the directories of results and of TensorBoard files, and checks that they are writable."""
+    if output_dir is None:
+        results, tensorboard = model_dir / "eval", model_dir / "tensorboard"
+    else:
+        results = pathlib.Path(output_dir).expanduser().absolute()
+        tensorboard = results / "tensorboard"
     try:
-        for directory in (out, boards):
+        for directory in (results, tensorboard):
             check_writable(directory)
     except OSError as error:
         raise ConfigError(
-            f"Results cannot be written to {directory}: {error.strerror}; set EVAL_OUTPUT_DIR to a"
-            " directory that can."
+            f"Cannot write results to {directory}: {error.strerror}. Set EVAL_OUTPUT_DIR to a writable"
+            " directory."
         ) from error
-    return out, lambda name: str(boards / f"eval_{name}")
+    return results, tensorboard
 
 
 def _read_result(path: pathlib.Path) -> dict[str, Any] | None:

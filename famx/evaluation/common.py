@@ -1,4 +1,4 @@
-"""What the evaluations share: programs compiled once, figures of the memory, checks."""
+"""Code shared by the evaluations: cached compiled programs, memory statistics and checks."""
 
 import functools
 from collections.abc import Mapping
@@ -9,27 +9,41 @@ from famx.base.errors import ConfigError
 from famx.decoding import Streamer
 from famx.models import DecoderModel
 
-HEALTH_TOKENS = 65_536  # read at most for the memory's figures
-_HEALTH_ROWS = 4  # examples that they are the mean of
+HEALTH_TOKENS = 65_536  # default limit of tokens read for the memory statistics
+_HEALTH_ROWS = 4  # number of examples over which the memory statistics are averaged
 
-# One of each per decoder, so that a later evaluation compiles nothing again.
+# Cached per decoder, so that evaluating the next checkpoint reuses the compiled programs.
 streamer_of = functools.lru_cache(maxsize=8)(Streamer)
 _monitor_of = functools.lru_cache(maxsize=8)(MemoryMonitor)
 
 
 def is_of_memory(name: str) -> bool:
-    """Whether a scalar tells of the memory and is no score."""
+    """Whether the scalar `name` describes the memory, as opposed to being a score."""
     return name.startswith("memory/")
 
 
 def compared(kept: Mapping[str, float], zeroed: Mapping[str, float]) -> dict[str, float]:
-    """`memory/kept/<score>` and `memory/zeroed/<score>` of the same tokens."""
+    """Names the scores of the same tokens with and without memory.
+
+    Returns:
+      `{"memory/kept/<score>": value, "memory/zeroed/<score>": value}`.
+    """
     both = {"kept": kept, "zeroed": zeroed}
     return {f"memory/{how}/{k}": v for how, scores in both.items() for k, v in scores.items()}
 
 
 def memory_figures(model: DecoderModel, params, tokens, max_tokens: int) -> dict[str, float]:
-    """`MemoryHealth.scalars` of the first few rows of `tokens [B, L]`, cut to `max_tokens` in all."""
+    """Memory statistics over the first rows of `tokens`.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokens: int32 `[B, L]`; at most the first 4 rows are used.
+      max_tokens: total number of tokens read; rows are truncated to an equal share, of at least a block.
+
+    Returns:
+      `MemoryHealth.scalars()`; empty if the memory was never updated.
+    """
     tokens = tokens[:_HEALTH_ROWS]
     length = max(max_tokens // len(tokens), model.config.block_size)
     health = _monitor_of(model.module).measure(params, tokens[:, :length])
@@ -37,7 +51,16 @@ def memory_figures(model: DecoderModel, params, tokens, max_tokens: int) -> dict
 
 
 def check_vocabulary(vocabulary: Any, model: DecoderModel, name: str) -> None:
-    """Raises ConfigError unless the ids of `vocabulary` are those that the model was trained on."""
+    """Checks that `vocabulary` assigns the token ids that the model was trained with.
+
+    Args:
+      vocabulary: the evaluation's vocabulary; None skips the check.
+      model: the model. Without a vocabulary of its own only the vocabulary's size is checked.
+      name: the setting at fault, for the error message.
+
+    Raises:
+      ConfigError: the vocabulary has more tokens than the model, or is another one.
+    """
     if vocabulary is None:
         return
     if vocabulary.vocab_size > model.config.vocab_size:

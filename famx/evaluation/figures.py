@@ -1,6 +1,6 @@
-"""Figures of runs: how they learnt, and PassKey over the length. Matplotlib alone.
+"""Figures of training curves and of PassKey accuracy over document length.
 
-Each function returns a `matplotlib.figure.Figure`, which `savefig` writes and a notebook shows.
+Every function returns a `matplotlib.figure.Figure`: save it with `savefig`, or let a notebook show it.
 """
 
 import json
@@ -16,28 +16,37 @@ from famx.analysis.figures import line_colors
 from famx.base.errors import ConfigError
 from famx.training.run_log import read_metrics
 
-Scores = Mapping[str, Mapping[int, float]]  # by name of a line and by blocks read
+Scores = Mapping[str, Mapping[int, float]]  # {line label: {blocks read: score}}
 _LABELS = {"exact_match": "exact match"}
 
 
 def passkey_results(model_dir: str | os.PathLike) -> dict[str, Any]:
-    """passkey.json of a run, as `PasskeyEvaluation.report` wrote it; lengths are numbers.
+    """Contents of a run's passkey.json, which `PasskeyEvaluation.report` writes.
+
+    Document lengths, the keys of `exact_match[probe]`, are converted from strings to integers.
 
     Raises:
-      ConfigError: the run has none.
+      ConfigError: the run has no passkey.json.
     """
     path = pathlib.Path(model_dir) / "passkey.json"
     if not path.is_file():
-        raise ConfigError(f"There is no {path}: a run with PasskeyEvaluation writes it at its end.")
-    found = json.loads(path.read_text())
-    lengths = lambda row: {int(blocks): value for blocks, value in row.items()}
-    return found | {"exact_match": {probe: lengths(row) for probe, row in found["exact_match"].items()}}
+        raise ConfigError(
+            f"{path} does not exist: a run that evaluates with PasskeyEvaluation writes it at its end."
+        )
+    results = json.loads(path.read_text())
+    exact_match = {
+        probe: {int(blocks): score for blocks, score in row.items()}
+        for probe, row in results["exact_match"].items()
+    }
+    return results | {"exact_match": exact_match}
 
 
 def passkey_figure(model_dirs: Mapping[str, str | os.PathLike]) -> Figure:
-    """Exact match over length of several runs, a panel for each probe; runs by name.
+    """Exact match over document length for several runs, with one panel per probe.
 
-    The mark of the longest document in training is that of the first run.
+    Args:
+      model_dirs: `{run label: MODEL_DIR}`. The first run sets the panels, the block size and the mark
+        of the longest training document.
     """
     runs = {name: passkey_results(folder) for name, folder in model_dirs.items()}
     first = next(iter(runs.values()))
@@ -49,7 +58,13 @@ def passkey_figure(model_dirs: Mapping[str, str | os.PathLike]) -> Figure:
 
 
 def lengths_figure(panels: Mapping[str, Scores], block_size: int, train_blocks: int | None) -> Figure:
-    """Exact match over blocks read, a panel for each title with a line for each name."""
+    """Exact match over the number of blocks read.
+
+    Args:
+      panels: `{panel title: {line label: {blocks: score}}}`.
+      block_size: tokens per block, for the axis label.
+      train_blocks: length marked by a vertical line; None or 0 draws none.
+    """
     figure = Figure(figsize=(max(7, 4 * len(panels)), 4.2), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, lines) in zip(grid, panels.items()):
@@ -74,18 +89,18 @@ def lengths_figure(panels: Mapping[str, Scores], block_size: int, train_blocks: 
 def learning_figure(
     model_dirs: Mapping[str, str | os.PathLike], names: Sequence[str] = ("loss", "exact_match")
 ) -> Figure:
-    """Logged scalars of training over steps, a panel for each, a line for each run.
+    """Logged training scalars over the training step: one panel per scalar, one line per run.
 
     Args:
-      model_dirs: of the runs, by name.
-      names: of the scalars. A run of which one was not logged has no line there.
+      model_dirs: `{run label: MODEL_DIR}`.
+      names: names of the scalars. A run that did not log one has no line in its panel.
     """
     figure = Figure(figsize=(1 + 4.2 * len(names), 3.6), layout="constrained")
     runs = {name: read_metrics(str(folder), "train") for name, folder in model_dirs.items()}
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         for (run, lines), color in zip(runs.items(), line_colors(len(runs))):
-            found = [(line["step"], line[name]) for line in lines if name in line]
-            axes.plot(*zip(*found) if found else ([], []), label=run, color=color)
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points) if points else ([], []), label=run, color=color)
         axes.set_xlabel("step")
         axes.set_ylabel(_LABELS.get(name, name))
         axes.set_ylim(bottom=0)

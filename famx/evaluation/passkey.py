@@ -1,4 +1,4 @@
-"""PassKey over documents of growing length."""
+"""PassKey retrieval at increasing document lengths (paper section 3.3)."""
 
 import dataclasses
 import math
@@ -30,23 +30,26 @@ PROBES = {
 
 @dataclasses.dataclass
 class PasskeyEvaluation:
-    """Exact match of the key over documents of growing length, streamed.
+    """Exact match of the pass key in streamed documents of increasing length.
 
-    Hold and overwrite belong together: a memory that only holds is write-once. `hold` has one key
-    at the start of the document and the question at its end; `overwrite` has a second key half way,
-    which must replace the first.
+    Three probes (`PROBES`) are scored. In `hold` and `hold_repeated` one key is at the start of the
+    document and the question at its end; the filler is random words or, as in the paper, one repeated
+    sentence. In `overwrite` a second key in the middle replaces the first. Both kinds are needed: a
+    memory that is written once and never again passes `hold` and fails `overwrite`.
 
     Attributes:
-      task: its header, vocabulary and digits are kept; its split becomes "eval". An answer is right if
-        all its tokens are. None: the task that the run trains on, else the paper's.
-      blocks: lengths of the documents, in blocks, during training.
-      report_blocks: lengths at the end.
-      train_blocks: longest document seen in training, to be marked; None: not marked.
-      examples: documents per length and probe.
-      seed: of the documents; they are of another split than training's whatever the seed.
-      health: whether the memory is looked at, see `famx.evaluation`: its figures are of the longest
-        documents of `hold`, and every score is taken once more with the memory zeroed.
-      health_tokens: how much is read at most for the memory's figures.
+      task: the task whose header, vocabulary and number of digits are used; its split is set to
+        "eval". An answer counts as correct only if all its tokens are. None: the task that the run
+        trains on, else the paper's.
+      blocks: document lengths, in blocks, that `__call__` scores during training.
+      report_blocks: document lengths, in blocks, that `report` scores at the end of training.
+      train_blocks: longest training document in blocks, marked in the figure; None draws no mark.
+      examples: number of documents per length and probe.
+      seed: seed of the documents. Whatever it is, training never sees them: the split is part of the
+        random seed.
+      health: whether to report memory scalars, see `famx.evaluation`. The statistics are measured on
+        the longest `hold` documents, and every score is repeated with the memory zeroed.
+      health_tokens: maximum number of tokens read for the memory statistics.
     """
 
     task: PasskeyTask | None = None
@@ -75,13 +78,17 @@ class PasskeyEvaluation:
         return dataclasses.replace(self, task=task)
 
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
-        """`{"<probe>/<blocks>": exact match}`, and what `health` adds."""
+        """Returns `{"<probe>/<blocks>": exact match in 0..1}` and, with `health`, memory scalars."""
         del step
         return self._measure(model, params, self.blocks)
 
     def report(self, model: DecoderModel, params, model_dir: str) -> str:
-        """Measures all lengths, writes passkey.json and passkey.png, and returns the table."""
-        from famx.evaluation.figures import lengths_figure  # slow to import, needed at the end alone
+        """Scores all of `report_blocks` and writes passkey.json and passkey.png to `model_dir`.
+
+        Returns:
+          A plain-text table of the scores.
+        """
+        from famx.evaluation.figures import lengths_figure  # matplotlib is slow to import
 
         scores = self._measure(model, params, self.report_blocks)
         size = model.config.block_size
@@ -101,7 +108,7 @@ class PasskeyEvaluation:
         }
         write_json(folder / "passkey.json", result)
         lengths_figure({"": table}, size, self.train_blocks).savefig(folder / "passkey.png", dpi=150)
-        lines = ["Exact match over %d fresh documents per cell, streamed:" % self.examples]
+        lines = [f"Exact match over {self.examples} fresh documents per cell, streamed:"]
         lines.append("blocks".rjust(8) + "tokens".rjust(10) + "".join(p.rjust(20) for p in table))
         for b in self.report_blocks:
             cells = [f"{row[b]:.3f}" if b in row else "-" for row in table.values()]
@@ -109,7 +116,7 @@ class PasskeyEvaluation:
         return "\n".join([*lines, "Written to MODEL_DIR: passkey.json, passkey.png"])
 
     def check(self, model: DecoderModel) -> None:
-        """Raises ConfigError if the probes do not fit the model's block size or vocabulary."""
+        """Raises ConfigError if a probe does not fit the model's block size or vocabulary."""
         for options in PROBES.values():
             try:
                 self._task(model.config.block_size, options)
@@ -152,11 +159,12 @@ class PasskeyEvaluation:
 
 
 def _answers(model, params, batch, zero_memory: bool = False) -> np.ndarray:
-    """The likeliest tokens in the answers' places, int32 `[B, answer_width]`, padded as answers are."""
+    """Most likely tokens at the answer positions, int32 `[B, answer_width]`, padded like the answers."""
     c, tokens, starts = model.config, batch["decoder_input_tokens"], batch["answer_start"]
-    # The answers are the last tokens; score those blocks alone.
+    # The answers end the documents, so predictions are computed for the last blocks only.
     tail = math.ceil((tokens.shape[1] - starts.min()) / c.block_size) * c.block_size
-    # Without memory nothing before the reach of the window can matter, and it is not read.
+    # Without memory, tokens outside the reach of the stacked windows cannot influence the answer, so
+    # reading them is skipped.
     reach = c.num_layers * c.memory_segments * c.block_size
     skipped = max(tokens.shape[1] - tail - reach, 0) if zero_memory else 0
     streamer = streamer_of(model.module, zero_memory)

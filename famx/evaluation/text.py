@@ -1,4 +1,4 @@
-"""Bits per token over whole documents."""
+"""Bits per token and accuracy over whole documents."""
 
 import dataclasses
 import functools
@@ -20,20 +20,21 @@ from famx.modules import Decoder
 
 @dataclasses.dataclass
 class TextEvaluation:
-    """Bits per token and next-token accuracy over whole documents, read by continuous lanes.
+    """Bits per token and next-token accuracy over whole documents.
 
-    With bytes as tokens, bits per token are bits per byte.
+    Documents are read in parallel lanes: each lane carries its state from chunk to chunk and starts
+    the next document when one ends. With byte tokens, bits per token are bits per byte.
 
     Attributes:
-      documents: held-out documents, such as `TextFiles(split="validation")`; None: those of the split
-        "validation" of the task that the run trains on.
-      batch_size: number of lanes, at most.
-      length: tokens per call, rounded down to whole blocks.
-      max_tokens: number of tokens that are read, at most; None: every document to its end.
-      health: whether the memory is looked at, see `famx.evaluation`. The scores with the memory zeroed
-        are of the first `health_tokens` tokens and stand beside those of the same tokens with it
-        (`memory/kept/`); the memory's figures are of a single document.
-      health_tokens: how much is read at most for either of them.
+      documents: sequence of held-out documents, such as `TextFiles(split="validation")`; None: the
+        split "validation" of the task that the run trains on.
+      batch_size: maximum number of lanes; no more are used than there are documents.
+      length: tokens per lane and call, rounded down to whole blocks (at least one).
+      max_tokens: number of tokens after which reading stops; None reads every document to its end.
+      health: whether to report memory scalars, see `famx.evaluation`. Scores with the memory zeroed
+        are computed on the first `health_tokens` tokens; `memory/kept/...` holds the scores of the
+        same tokens with the memory. The memory statistics are measured on a single document.
+      health_tokens: maximum number of tokens read for each of these.
     """
 
     documents: Any = None
@@ -60,7 +61,7 @@ class TextEvaluation:
         return dataclasses.replace(self, documents=documents)
 
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
-        """`bits_per_token` and `accuracy`, and what `health` adds."""
+        """Returns `bits_per_token`, `accuracy` and, with `health`, memory scalars."""
         del step
         size, documents = model.config.block_size, len(self.documents)
         lanes = ContinuousLanes(
@@ -70,16 +71,18 @@ class TextEvaluation:
         health = self.health and model.config.memory.exists
         read, read_blind = (_lane_step(model.module, model.loss_chunk, z) for z in (False, True))
         shapes = jax.eval_shape(lambda p: model.initial_state(p, lanes.batch_size), params)
-        # Of the first states nothing is read: every lane is reset.
+        # Placeholders: the first batch resets every lane, so these zeros are never read.
         state = blind = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         total = kept = zeroed = np.zeros(3)
         taken, done = 0, np.zeros(lanes.batch_size, bool)
         for batch in lanes:
-            for lane in np.flatnonzero(batch["reset"]):  # lanes take documents in this order
+            # ContinuousLanes hands out documents in the order of these resets, so counting resets
+            # tells which lanes have started a second pass.
+            for lane in np.flatnonzero(batch["reset"]):
                 done[lane], taken = taken >= documents, taken + 1
             if done.all() or (self.max_tokens is not None and total[2] >= self.max_tokens):
                 break
-            batch["decoder_loss_weights"][done] = 0  # each document is read once
+            batch["decoder_loss_weights"][done] = 0  # count each document once
             both = health and total[2] < self.health_tokens
             state, sums = read(params, state, batch)
             total = total + np.asarray(sums, np.float64)
@@ -102,8 +105,13 @@ class TextEvaluation:
 
 @functools.lru_cache(maxsize=8)
 def _lane_step(module: Decoder, loss_chunk: int | None, zero_memory: bool):
-    """Jitted `f(params, state, batch)`: the state, and the sums of nats, right tokens and tokens."""
-    model = DecoderModel(module, loss_chunk=loss_chunk)  # without what training adds to the loss
+    """Jitted `f(params, state, batch) -> (state, sums)`.
+
+    `sums` is `[nats, correct tokens, tokens]`. With `zero_memory`, blocks are read one at a time and
+    the memory is zeroed before each.
+    """
+    # A plain model, so that regularisers of the training loss are not counted.
+    model = DecoderModel(module, loss_chunk=loss_chunk)
     names = ("decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights")
 
     def read(params, state, batch):
@@ -132,9 +140,9 @@ def _text_scores(sums) -> dict[str, float]:
 
 
 def _opening(documents, limit: int) -> np.ndarray:
-    """Inputs `[1, L]` of the first document of at least `limit` tokens, else of the longest one.
+    """First `limit` input tokens of a long document, int32 `[1, L]`.
 
-    It is looked for among the first 64 documents.
+    The first document of at least `limit` tokens among the first 64, otherwise the longest of them.
     """
     longest = np.zeros(0, np.int32)
     for i in range(min(len(documents), 64)):

@@ -1,4 +1,4 @@
-"""What a model answers to examples of a text task: the answer that it writes, or scores of choices."""
+"""Answers of a model to the examples of a text task: generated text, or scores of given choices."""
 
 import contextlib
 import dataclasses
@@ -28,15 +28,16 @@ Write = Callable[[Mapping[str, Any]], None]
 
 @dataclasses.dataclass(frozen=True)
 class TextAnswers:
-    """Answers to examples of kind "generation" (greedy, until end of text) or "rank".
+    """Callable that answers examples of kind "generation" (greedy decoding) or "rank".
 
     Attributes:
       task: the task.
       model: the model.
-      vocabulary: of the model; it has a bos_id, with which each prompt begins.
-      batch_size: prompts at once.
-      max_new_tokens: of a written answer.
-      max_prompt_tokens: longest inputs, cut as the task cuts them; None: of any length.
+      vocabulary: the model's vocabulary; its `bos_id` begins each prompt.
+      batch_size: number of prompts per batch.
+      max_new_tokens: maximum length of a generated answer.
+      max_prompt_tokens: maximum length of the inputs, truncated the way the task truncates them; None
+        for no limit.
     """
 
     task: TextTask
@@ -47,10 +48,15 @@ class TextAnswers:
     max_prompt_tokens: int | None
 
     def __call__(self, params, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """What is found out about each example, `prediction` included: what the task evaluates.
+        """Answers the examples.
+
+        Returns:
+          One dictionary per example, in order. `prediction` is what the task's metrics score: the
+          generated text, or the scores of the choices. The other entries explain it in the predictions
+          file.
 
         Raises:
-          ValueError: a choice makes no token.
+          ValueError: a choice is tokenised to nothing.
         """
         answers = _answers_of(self.model.module, self.vocabulary, self.batch_size, self.max_new_tokens)
         if self.task.kind == "rank":
@@ -71,10 +77,11 @@ class TextAnswers:
 
     def _rank(self, answer: Callable, examples: Sequence[Example]) -> list[dict[str, Any]]:
         prompts: list[Prompt] = []
-        places = []  # of each example's requests: prompt, target
+        places = []  # per example: (index of the prompt, index of the target) of each request
         for example in examples:
             requests = self.task.requests(example)
-            targets: dict[str, list[str]] = {}  # by inputs, which are read once for all of them
+            # Targets with the same inputs share one prompt, so that the inputs are read once.
+            targets: dict[str, list[str]] = {}
             for inputs, target in requests:
                 targets.setdefault(inputs, []).append(target)
             numbers = {inputs: len(prompts) + i for i, inputs in enumerate(targets)}
@@ -82,7 +89,7 @@ class TextAnswers:
             for inputs, texts in targets.items():
                 tokens = [encode_example("", text, self.vocabulary)[0] for text in texts]
                 if not all(map(len, tokens)):
-                    raise ValueError(f"A choice of '{self.task.name}' makes no token: {texts}.")
+                    raise ValueError(f"A choice of '{self.task.name}' has no tokens: {texts}.")
                 prompt = self._prompt(inputs)
                 prompts.append(Prompt(len(prompts), {"targets": texts}, prompt, tokens))
         found = _in_batches(answer, prompts, self.batch_size)
@@ -103,14 +110,14 @@ class TextAnswers:
 
 @functools.lru_cache(maxsize=8)
 def _answers_of(module: Decoder, vocabulary: Vocabulary, batch_size: int, max_new_tokens: int) -> Answers:
-    """Compiled once for all checkpoints."""
+    """Cached per model and settings, so that all checkpoints share the compiled programs."""
     stops = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
     sampling = Sampling(max_new_tokens, stop_tokens=stops)
     return Answers(streamer_of(module), vocabulary, None, batch_size, sampling, 1, 0)
 
 
 def _in_batches(answer: Callable, prompts: Sequence[Prompt], batch_size: int) -> list[dict[str, Any]]:
-    """What `answer` makes of each prompt, in their order; those of similar length are read together."""
+    """Answers to the prompts, in order. Prompts of similar length share a batch."""
     found = {}
     for batch in batches(prompts, batch_size):
         found |= zip((prompt.line for prompt in batch), answer(batch)[0])
@@ -119,7 +126,11 @@ def _in_batches(answer: Callable, prompts: Sequence[Prompt], batch_size: int) ->
 
 @contextlib.contextmanager
 def predictions_file(folder: str | os.PathLike | None, step: int) -> Iterator[Write]:
-    """A function that writes a line; the file appears when all are written."""
+    """Opens `<folder>/<step>.predictions.jsonl` and yields a function that writes one row.
+
+    The file gets its name only when the block ends without an exception, so a reader never sees part
+    of it. With `folder=None` the yielded function discards the rows.
+    """
     if folder is None:
         yield lambda row: None
         return

@@ -1,4 +1,4 @@
-"""Text tasks: answers that the model writes, choices that it ranks, whole texts that it reads."""
+"""Evaluation on text tasks: generated answers, ranked choices and likelihood of whole documents."""
 
 import contextlib
 import dataclasses
@@ -22,11 +22,13 @@ from famx.evaluation.text_answers import TextAnswers, Write, predictions_file
 from famx.models import DecoderModel
 from famx.training.feeds import check_bos
 
-_WINDOW = 4  # batches among which examples of similar length are put together
+# Examples are grouped by length within this many batches: a larger window wastes less padding and keeps
+# more examples in memory.
+_WINDOW = 4
 
 
 class _Part(NamedTuple):
-    """A task, the split it is scored on, and the numbers of those examples that count, in order."""
+    """One task, the split it is scored on, its examples, and the indices of those that are scored."""
 
     task: TextTask
     split: str
@@ -36,39 +38,47 @@ class _Part(NamedTuple):
 
 @dataclasses.dataclass
 class TextTaskEvaluation:
-    """The scores of a text task, a mixture or a suite, 0..100, under the names of the task's metrics.
+    """Metrics of a text task, of a mixture of them, or of a suite, on a scale of 0 to 100.
 
-    "generation": the likeliest tokens are written after the inputs until end of text, and scored by
-    the task's metrics. "rank": `accuracy` of the choice, with end of text, that is the likeliest
-    after the inputs. "documents": `next_token_accuracy`, and `bits_per_token` and `bits_per_byte` of
-    the text. The kinds are those of `famx.data.tasks.text_task`.
+    What is measured depends on the task's kind (`famx.data.tasks.text_task`):
 
-    Of several tasks each is scored by itself, every example once whatever its rate, as
-    `<task>/<metric>`. A mixture has the mean over its tasks as `<metric>`, each counting the same, and
-    the suites of GPT-3 have their `average`.
+    * "generation": text is generated greedily after the inputs until end of text, and scored by the
+      task's metrics.
+    * "rank": `accuracy` of taking the choice (followed by end of text) with the highest likelihood
+      after the inputs.
+    * "documents": `next_token_accuracy`, `bits_per_token` and `bits_per_byte` of the text.
 
-    Of examples, texts and documents only those of a few batches lie in memory, of a whole split the
-    predictions alone.
+    Each task of a mixture or suite is scored separately, as `<task>/<metric>`, with every example
+    counted once whatever the task's mixing rate. A mixture also has the unweighted mean over its tasks
+    as `<metric>`; the GPT-3 suites have their `average`.
+
+    Memory use does not grow with the inputs: only the examples of a few batches are held at a time,
+    and the predictions of a whole split.
 
     Attributes:
-      task: a text task or a mixture of them, or its name, see `famx.data.tasks.registry`; None: the task
+      task: a text task or mixture, or its registered name (`famx.data.tasks.registry`); None: the task
         that the run trains on.
-      task_options: settings of a named task. The vocabulary is the model's, unless it is named here.
-      split: the split, whose answers must be known; None: the one on which GPT-3 was scored, for its
-        suites, and "validation" for all other tasks.
-      examples: how many of each task at most, drawn with `seed`; None: all.
-      max_new_tokens: of a written answer.
-      batch_size: examples at once; it changes no score beyond rounding.
-      length_normalize: how choices are compared: by log-likelihood ("sum"), divided by the number of
-        tokens, end of text included ("mean"), or less that of the choice without the question
-        ("unconditional"); None: as GPT-3's suites say, and "sum" for all other tasks.
-      max_prompt_tokens: longest inputs, and longest document of "documents"; they are cut as the task
-        cuts them. None: the task's `max_tokens`.
-      seed: see `examples`.
-      health: whether the memory is looked at, see `famx.evaluation`. Its scores are the bits per token
-        and the share of right tokens of the answers, each read after its inputs; they and the
-        memory's figures are of the first examples, of about `health_tokens` tokens.
-      health_tokens: how much is read at most for the memory, unless an answer alone is longer.
+      task_options: task options, as in training. The vocabulary is the model's unless given here.
+      split: split to score; its answers must be published. None means the split that GPT-3 was scored
+        on for the GPT-3 suites, and "validation" for all other tasks.
+      examples: maximum number of examples per task, drawn at random with `seed`; None scores all.
+      max_new_tokens: maximum length of a generated answer.
+      batch_size: number of examples per batch; it does not change scores beyond rounding.
+      length_normalize: how choices are compared: by log-likelihood ("sum"), by log-likelihood per
+        token, end of text included ("mean"), or by log-likelihood minus that of the choice without the
+        question ("unconditional"). None takes the setting of the GPT-3 suites, and "sum" for all
+        other tasks.
+      max_prompt_tokens: maximum length of inputs, and of documents of kind "documents", truncated the
+        way the task truncates them. None uses the task's `max_tokens`.
+      seed: seed with which `examples` are drawn.
+      health: whether to report memory scalars, see `famx.evaluation`. They are measured on the first
+        examples, about `health_tokens` tokens, each read with its answer; the scores are bits per
+        token and accuracy of the answer tokens.
+      health_tokens: maximum number of tokens read for the memory scalars; a single longer answer is
+        still read completely.
+
+    Raises:
+      ValueError: on construction, if a number is too small or `length_normalize` is unknown.
     """
 
     task: Any = None
@@ -105,17 +115,20 @@ class TextTaskEvaluation:
     def __call__(
         self, model: DecoderModel, params, step: int, folder: str | os.PathLike | None = None
     ) -> dict[str, float]:
-        """The scores, and what `health` adds.
+        """Scores all tasks.
 
         Args:
           model: the model.
           params: its parameters.
-          step: training steps that they have seen.
-          folder: where `<step>.predictions.jsonl` is written, a line for each answer or choice; None:
-            nothing is written.
+          step: training step of the parameters, for the file name.
+          folder: directory of `<step>.predictions.jsonl`, one line per answered example; None writes
+            no file.
+
+        Returns:
+          The metrics and, with `health`, the memory scalars.
 
         Raises:
-          ConfigError: an example has no answer, or its record is broken.
+          ConfigError: an example has no answer, or its record is malformed.
         """
         vocabulary = self._vocabulary(model)
         if all(part.task.kind == "documents" for part in self._parts):
@@ -131,7 +144,10 @@ class TextTaskEvaluation:
         return scores
 
     def check(self, model: DecoderModel) -> None:
-        """Raises ConfigError unless task, data and answers are there and the ids are the model's."""
+        """Raises ConfigError if the task, its data or its answers are missing, or the vocabulary differs.
+
+        Only the first example of each task is checked for an answer.
+        """
         self._vocabulary(model)
         for part in self._parts:
             with self._config_errors():
@@ -147,7 +163,7 @@ class TextTaskEvaluation:
 
     @contextlib.contextmanager
     def _config_errors(self) -> Iterator[None]:
-        """What is wrong with the task or its files is the user's to mend."""
+        """Turns errors of the task and its files, which the user can fix, into ConfigError."""
         try:
             yield
         except ConfigError:
@@ -167,8 +183,8 @@ class TextTaskEvaluation:
             scored = isinstance(made, Suite) or kind_of(made) is Kind.SCORED
         if not scored:
             raise ConfigError(
-                f"{self._name} is no text task: evaluate it with TaskEvaluation or TextEvaluation, or"
-                " choose another task."
+                f"{self._name} is not a text task: use TaskEvaluation or TextEvaluation, or choose"
+                " another task."
             )
         return made
 
@@ -195,7 +211,7 @@ class TextTaskEvaluation:
         if vocabulary is None:
             raise ConfigError(
                 f"{self._name} needs a vocabulary, and the model has none: name one in task_options, or"
-                " put the vocabulary.json of its training beside model.json."
+                " copy the vocabulary.json of the training run next to model.json."
             )
         check_vocabulary(vocabulary, model, self._name)
         check_bos(vocabulary.bos_id, self._name)
@@ -243,7 +259,7 @@ class TextTaskEvaluation:
         }
 
     def _health(self, model: DecoderModel, params, vocabulary: Vocabulary) -> dict[str, float]:
-        """The memory in reading the first examples of all tasks in turn, each with its answer."""
+        """Memory scalars over the first examples of all tasks, taken in turn, each with its answer."""
         parts = [(self._documents(p, vocabulary, self.health_tokens), p.numbers) for p in self._parts]
         turns = itertools.zip_longest(*(((own, i) for i in numbers) for own, numbers in parts))
         documents, size = _Documents(), 0
@@ -258,13 +274,13 @@ class TextTaskEvaluation:
 
 
 class _Documents(list):
-    """Documents with their vocabulary."""
+    """List of documents with the `vocab` attribute that `TextEvaluation` looks for."""
 
     vocab: Vocabulary
 
 
 class _Counted:
-    """Some of the documents; `sizes` notes tokens and bytes of each that was read."""
+    """Selected documents that record what is read: `sizes` is `{index: (tokens, bytes)}`."""
 
     def __init__(self, documents: TaskDocuments, numbers: Sequence[int]):
         self.documents, self.numbers, self.vocab = documents, numbers, documents.vocab
@@ -275,7 +291,7 @@ class _Counted:
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, weights = self.documents[self.numbers[i]]
-        if isinstance(self.vocab, ByteVocabulary):  # where a text is cut, part of a character may stay
+        if isinstance(self.vocab, ByteVocabulary):  # truncation may split a character
             num_bytes = int(np.sum(tokens >= self.vocab.num_special_ids))
         else:
             num_bytes = len(self.vocab.decode(tokens.tolist()).encode())
@@ -284,11 +300,11 @@ class _Counted:
 
 
 def _check_answer(part: _Part, number: int, example: Example) -> None:
-    """Raises ConfigError unless the example can be scored."""
+    """Raises ConfigError if the example has no answer to score against."""
     if part.task.kind == "documents":
         return
     if not example["answer" if part.task.kind == "rank" else "references"]:
         raise ConfigError(
-            f"Example {number} of the {part.split} split of '{part.task.name}' has no answer to be"
-            " scored with: evaluate a split that is published with its answers."
+            f"Example {number} of the {part.split} split of '{part.task.name}' has no answer to score"
+            " against: choose a split that is published with answers."
         )

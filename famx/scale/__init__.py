@@ -1,1 +1,1 @@
-"""Whether a run fits a slice of chips, and how fast it could be there, before there is one."""
+"""Memory needs and time bounds of a run's programs, for chips that need not be available."""

@@ -1,10 +1,11 @@
-"""The least time that a program takes on a chip with the published rates, whatever limits it.
+"""Lower bounds on the time of a program, from the published rates of a chip.
 
-Two bounds. `roofline`: operations, main memory traffic and interconnect traffic of the whole program,
-each at its full rate and all at once; the largest of the three. `scheduled`: instruction after
-instruction as the program has them, each as long as its operations or its memory traffic take; what
-the schedule lets run beside, copies and collectives, counts where a run of a loop has more of it than
-of anything else. What no rate is published for (vector operations, latencies) is left out of both.
+`roofline` assumes that operations, main memory traffic, interconnect and network traffic all overlap
+perfectly at full rate; it is the time of the slowest of them. `scheduled` assumes that instructions run
+one after the other in program order, each as long as its operations or its memory traffic take, while
+asynchronous copies and collectives overlap with the rest of their loop iteration; they count only where
+they take longer than it. Neither includes what has no published rate, such as vector operations and
+latencies.
 """
 
 import collections
@@ -19,13 +20,14 @@ from famx.scale.costs import DCN, Collective, Region
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Seconds of one run of a program on each device.
+    """Lower bounds for one run of a program, in seconds.
 
     Attributes:
-      compute, memory: of its operations and its main memory traffic.
-      interconnect: of what goes over the links of a slice, on the busiest axis of the torus.
-      network: of what goes to other slices.
-      scheduled: see the module.
+      compute: time of its operations.
+      memory: time of its main memory traffic.
+      interconnect: time of its traffic within a slice, on the busiest axis of the torus.
+      network: time of its traffic between slices.
+      scheduled: time of its schedule, see the module's docstring.
     """
 
     compute: float
@@ -36,27 +38,32 @@ class Bound:
 
     @property
     def roofline(self) -> float:
-        """The least seconds that a step takes: the largest of its parts."""
+        """The largest of compute, memory, interconnect and network."""
         return max(self.compute, self.memory, self.interconnect, self.network)
 
     @property
     def limit(self) -> str:
-        """What the roofline is made by."""
+        """Name of the resource that determines the roofline."""
         names = ("compute", "memory", "interconnect", "network")
         return max(names, key=lambda name: getattr(self, name))
 
 
 class Network:
-    """How the devices of a program are connected.
+    """The interconnect between the devices of a slice, and the network between slices.
 
-    Of rings and lines it is assumed that all their links are used all the time, both ways; whatever
-    XLA does in its stead takes longer. A permutation sends each message along the axes in turn.
-
-    A program is that of one slice; what goes to others passes through the hosts.
+    Collectives are assumed to keep all links of their rings or lines busy in both directions; any other
+    algorithm takes longer. A permutation routes each message along one axis after the other. Traffic
+    between slices goes through the hosts.
 
     Args:
-      devices: of one slice, in the order of the program's partitions.
-      chip: theirs.
+      devices: devices of one slice, in the order of the program's partitions.
+      chip: the chip of these devices.
+
+    Attributes:
+      chip: the chip.
+      coords: coordinates of each device in the torus; None if every device reaches every other alike.
+      shape: size of the torus along each axis.
+      closed: whether each axis is a ring.
     """
 
     def __init__(self, devices: Sequence, chip: Chip):
@@ -68,9 +75,9 @@ class Network:
         self.closed = [size % chip.wrap == 0 and size > 2 for size in self.shape]
 
     def seconds(self, collectives: collections.Counter) -> tuple[float, float]:
-        """Of the interconnect and of the network, for so many of these collectives."""
-        axes = collections.Counter()
-        links = collections.Counter()
+        """Time of a multiset of collectives, as `(interconnect, network)` in seconds."""
+        axes = collections.Counter()  # {axis: seconds}
+        links = collections.Counter()  # {link: bytes of permutations}
         network = 0.0
         for collective, count in collectives.items():
             if collective.size < 2:
@@ -80,14 +87,14 @@ class Network:
             elif collective.kind == "collective-permute":
                 self._permute(collective, count, links)
             else:
-                for axis, seconds in self._inside(collective).items():
+                for axis, seconds in self._seconds_by_axis(collective).items():
                     axes[axis] += count * seconds
         for (axis, *_), bytes_ in _busiest(links).items():
             axes[axis] += bytes_ / self.chip.link
         return max(axes.values(), default=0.0), network
 
-    def _inside(self, collective: Collective) -> dict[int, float]:
-        """Seconds on each axis of the torus."""
+    def _seconds_by_axis(self, collective: Collective) -> dict[int, float]:
+        """Seconds that a collective within the slice takes on each axis of the torus."""
         members, n = collective.groups[0], collective.size
         if not self.chip.link:
             return {}
@@ -100,14 +107,14 @@ class Network:
             axis: 2 if self.closed[axis] and extents[axis] == self.shape[axis] else 1 for axis in used
         }
         if collective.kind in ("all-to-all", "ragged-all-to-all"):
-            # Half of the data crosses the middle of an axis.
-            own = lambda axis: collective.bytes * extents[axis] / 4 / rings[axis] / self.chip.link
-            return {axis: own(axis) for axis in used}
+            # Half of the data crosses the middle of an axis, where the traffic is highest.
+            crossing = lambda axis: collective.bytes * extents[axis] / 4 / rings[axis]
+            return {axis: crossing(axis) / self.chip.link for axis in used}
         seconds = passes * collective.bytes * (n - 1) / n / (sum(rings.values()) * self.chip.link)
         return dict.fromkeys(used, seconds)
 
     def _permute(self, collective: Collective, count: int, links: collections.Counter) -> None:
-        """Adds the bytes on each link."""
+        """Adds the bytes of `count` permutations to each link that they use."""
         for source, target in collective.groups:
             if self.coords:
                 for link in self._route(self.coords[source], self.coords[target]):
@@ -115,41 +122,44 @@ class Network:
             elif self.chip.link and source != target:
                 links[0, source] += count * collective.bytes
 
-    def _route(self, here: tuple[int, ...], there: tuple[int, ...]):
-        """Links `(axis, place, direction)` on the way, the shorter one around a ring."""
-        here = list(here)
+    def _route(self, source: tuple[int, ...], target: tuple[int, ...]):
+        """Yields the links `(axis, coordinates, direction)` of a route, the shorter way around rings."""
+        position = list(source)
         for axis, size in enumerate(self.shape):
-            way = there[axis] - here[axis]
-            if self.closed[axis] and abs(way) > size / 2:
-                way -= int(math.copysign(size, way))
-            for _ in range(abs(way)):
-                step = int(math.copysign(1, way))
-                yield axis, tuple(here), step
-                here[axis] = (here[axis] + step) % size
+            distance = target[axis] - position[axis]
+            if self.closed[axis] and abs(distance) > size / 2:
+                distance -= int(math.copysign(size, distance))
+            for _ in range(abs(distance)):
+                step = int(math.copysign(1, distance))
+                yield axis, tuple(position), step
+                position[axis] = (position[axis] + step) % size
 
 
 def _busiest(links: collections.Counter) -> dict[tuple, float]:
-    """Of each axis the link with the most bytes."""
-    found = {}
+    """The link with the most bytes on each axis: `{(axis, link): bytes}`."""
+    busiest = {}
     for axis, group in itertools.groupby(sorted(links, key=lambda link: link[0]), lambda link: link[0]):
         link = max(group, key=lambda link: links[link])
-        found[axis, link] = links[link]
-    return found
+        busiest[axis, link] = links[link]
+    return busiest
 
 
 def bound(program: Region, chip: Chip, network: Network) -> Bound:
-    """The bounds of a program, as `costs.count` found it, on every one of its devices."""
-    interconnect, away = network.seconds(program.all_collectives())
+    """Lower bounds for a program counted by `costs.count`."""
+    interconnect, between_slices = network.seconds(program.all_collectives())
+    scheduled = sum(
+        runs * scheduled_seconds(region, chip, network) for runs, _, region in program.walk()
+    )
     return Bound(
         compute=program.total("flops") / chip.flops,
         memory=program.total("bytes") / chip.bandwidth,
         interconnect=interconnect,
-        network=away,
-        scheduled=sum(runs * once(region, chip, network) for runs, _, region in program.walk()),
+        network=between_slices,
+        scheduled=scheduled,
     )
 
 
-def once(region: Region, chip: Chip, network: Network) -> float:
-    """Seconds of one run of a region by its schedule, inner loops apart."""
+def scheduled_seconds(region: Region, chip: Chip, network: Network) -> float:
+    """Time of one run of a region by its schedule, without its inner loops."""
     work = sum(max(flops / chip.flops, moved / chip.bandwidth) for flops, moved in region.work)
     return max(work, region.bytes / chip.bandwidth, *network.seconds(region.collectives))

@@ -1,14 +1,15 @@
-"""What a compiled program executes on one device, loop by loop, read off its optimised HLO.
+"""Operations, memory traffic and collectives of a compiled program, from its optimised HLO.
 
-XLA's own analysis takes the body of a loop once; here everything counts as often as it runs.
+All counts are those of one device. Unlike XLA's own cost analysis, which counts a loop body once, every
+instruction counts as often as it runs.
 
-Operations: 2 for each multiplication of a matrix product, whether it was left a `dot` or became a
-`convolution`; multiplications with the zeros of padding and dilation, which only place operands, do
-not count. Custom kernels count with the estimate that they carry.
+Operations: 2 per multiplication of a matrix product, whether the compiler left it a `dot` or turned it
+into a `convolution`. Multiplications by the zeros of padding and dilation are excluded, because the
+compiler inserts them only to place operands. Custom kernels count with the estimate they carry.
 
-Bytes of the main memory: what each instruction reads and writes there. What the compiler placed on
-the chip is free; a fusion reads its parameters once; of an array that is only sliced, or is updated
-in place, the slice counts.
+Main memory traffic: what each instruction reads from and writes to main memory. Arrays that the compiler
+placed on the chip are free. A fusion reads each parameter once. Where an array is only sliced or updated
+in place, only the slice counts.
 """
 
 import collections
@@ -25,13 +26,13 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
-DCN = "network "  # in front of the kinds of collectives between slices
-_FREE = {
+DCN = "network "  # prefix of the kinds of collectives between slices (data center network)
+_FREE = {  # opcodes without memory traffic
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency"),
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "domain"),
     *("copy-done", "slice-done", "async-done", "async-update", "rng-get-and-update-state"),
 }
-_FREE_CALLS = {
+_FREE_CALLS = {  # targets of custom calls without memory traffic
     *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"),
     *("AsyncCollectiveStart", "AsyncCollectiveDone", "SPMDFullToShardShape", "SPMDShardToFullShape"),
 }
@@ -39,13 +40,13 @@ _FREE_CALLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation as it stands in the program.
+    """A collective operation of the program.
 
     Attributes:
-      kind: of `COLLECTIVES`; with `DCN` in front, between slices.
-      groups: ids of the partitions that talk to each other; of a permutation, its (from, to) pairs;
-        between slices, as many numbers as there are slices.
-      bytes: of the array before the operation on one device, or after it if that is larger.
+      kind: one of `COLLECTIVES`, with the prefix `DCN` if it is between slices.
+      groups: groups of partition ids that exchange data. For a permutation, its (source, target)
+        pairs; for a collective between slices, one group with a number per slice.
+      bytes: size on one device of the operand or of the result, whichever is larger.
     """
 
     kind: str
@@ -54,12 +55,12 @@ class Collective:
 
     @property
     def size(self) -> int:
-        """Partitions of a group."""
+        """Number of partitions per group."""
         return max(map(len, self.groups), default=1)
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends where each ring of the group is used both ways at once."""
+        """Bytes that one device sends with a ring algorithm that is optimal in bandwidth."""
         n, kind = self.size, self.kind.removeprefix(DCN)
         if kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
@@ -68,18 +69,18 @@ class Collective:
 
 @dataclasses.dataclass
 class Region:
-    """A loop's body, or the program, without the loops inside it.
+    """The body of a loop, or the whole program, excluding the loops inside it.
 
     Attributes:
-      name: what the program calls it.
-      trips: how often it runs each time that the region around it runs; None: unknown, counted once.
-      work: (operations, bytes) of each instruction, in the order in which they run.
-      moved: bytes that copies beside the computation read and write.
-      collectives: how many of each.
-      products: operations by the name of what they belong to.
+      name: name of the loop in the program.
+      trips: number of runs per run of the enclosing region; None if unknown, which counts as one.
+      work: (operations, bytes) of each instruction, in execution order.
+      moved: bytes read and written by asynchronous copies, which overlap with the computation.
+      collectives: number of runs of each collective.
+      products: operations by source operation.
       traffic: main memory traffic by instruction.
-      kernels: custom kernels without an estimate, whose operations are missing.
-      inner: loops in it.
+      kernels: custom kernels whose operations are unknown and therefore not counted.
+      inner: the loops inside this region.
     """
 
     name: str
@@ -94,44 +95,51 @@ class Region:
 
     @property
     def flops(self) -> float:
-        """Operations of one run, inner loops apart."""
+        """Operations of one run, without inner loops."""
         return sum(flops for flops, _ in self.work)
 
     @property
     def bytes(self) -> float:
-        """Main memory traffic of one run, inner loops apart."""
+        """Main memory traffic of one run, without inner loops."""
         return sum(count for _, count in self.work) + self.moved
 
     def walk(self, runs: int = 1, path: tuple[str, ...] = ()) -> Iterator[tuple[int, tuple, "Region"]]:
-        """`(how often it runs, names from the outside in, region)`, this one and all inside."""
+        """Yields `(number of runs, names from the outside in, region)` for this region and all inside."""
         runs, path = runs * (self.trips if self.trips is not None else 1), (*path, self.name)
         yield runs, path, self
         for region in self.inner:
             yield from region.walk(runs, path)
 
     def total(self, name: str) -> float:
-        """Of `flops` or `bytes`, over all loops, as often as they run."""
+        """Total of the property `name`, "flops" or "bytes", over all runs of all loops."""
         return sum(runs * getattr(region, name) for runs, _, region in self.walk())
 
     def all_collectives(self) -> collections.Counter:
-        """How often each collective runs, over all loops."""
-        found = collections.Counter()
+        """Number of runs of each collective over all loops."""
+        totals = collections.Counter()
         for runs, _, region in self.walk():
             for collective, count in region.collectives.items():
-                found[collective] += runs * count
-        return found
+                totals[collective] += runs * count
+        return totals
 
 
 def count(module: Module, kernels: Callable = lambda instruction, operands: None) -> Region:
-    """What one run of the program executes.
+    """Counts what one run of a program executes.
 
-    `kernels(instruction, arrays of its operands)` tells the operations of a custom kernel; None: it
-    does not know it.
+    Args:
+      module: the parsed program.
+      kernels: function of a custom call and the arrays of its operands that returns its number of
+        operations, or None for an unknown kernel.
+
+    Returns:
+      The whole program as a region.
     """
     return _Walk(module, kernels).region(module.entry, "program", 1)
 
 
 class _Walk:
+    """Walks the computations of a module and adds up costs by region."""
+
     def __init__(self, module: Module, kernels: Callable):
         self.module, self.kernels = module, kernels
 
@@ -151,18 +159,19 @@ class _Walk:
             region.inner.append(self.region(instruction.called("body"), _label(instruction), trips))
             return
         if opcode == "conditional":
-            region.inner.append(self._dearest(instruction))
+            region.inner.append(self._costliest_branch(instruction))
             return
         if opcode == "call" or (opcode == "async-start" and not fused):
             called = instruction.called("calls") or instruction.called("to_apply")
             self._add(region, self.module.computations[called], seen)
             return
-        if opcode == "send" and (found := between_slices(computation, instruction)):
-            region.collectives[found] += 1
+        if opcode == "send" and (network_collective := between_slices(computation, instruction)):
+            region.collectives[network_collective] += 1
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             channel = instruction.attribute(r"channel_id=(\d+)")
-            # Fused with the computation beside it, one operation stands there in several parts.
+            # A collective fused with concurrent computation appears as several instructions, which
+            # share a channel: count it once.
             if channel is None or channel not in seen:
                 seen.add(channel)
                 region.collectives[collective(instruction, kind)] += 1
@@ -183,15 +192,15 @@ class _Walk:
             region.work.append((flops, moved))
 
     def _fused(self, region, computation, seen) -> float:
-        """Operations inside a fusion; its collectives go to the region."""
-        own = Region("fusion")
-        self._add(own, computation, seen, fused=True)
-        region.collectives += own.collectives
-        region.products += own.products
-        region.kernels |= own.kernels
-        return own.flops
+        """Operations inside a fusion. Its collectives, products and kernels are added to the region."""
+        fusion = Region("fusion")
+        self._add(fusion, computation, seen, fused=True)
+        region.collectives += fusion.collectives
+        region.products += fusion.products
+        region.kernels |= fusion.kernels
+        return fusion.flops
 
-    def _dearest(self, instruction: Instruction) -> Region:
+    def _costliest_branch(self, instruction: Instruction) -> Region:
         names = instruction.attribute(r"branch_computations=\{([^}]*)\}")
         names = names.split(",") if names else [
             instruction.called("true_computation"), instruction.called("false_computation")
@@ -234,27 +243,27 @@ class _Walk:
         if opcode == "slice-start":
             return _slice_start(instruction, operands)
         if opcode in ("slice", "dynamic-slice", "gather"):
-            read = operands[0][0].space == 0
-            return result + (instruction.arrays[0].bytes if read else 0)
+            in_main_memory = operands[0][0].space == 0
+            return result + (instruction.arrays[0].bytes if in_main_memory else 0)
         if opcode in ("dynamic-update-slice", "scatter"):
             update = operands[1] if opcode == "dynamic-update-slice" else operands[-1]
             return _bytes(update) + (update[0].bytes if instruction.arrays[0].space == 0 else 0)
-        if opcode in ("send", "recv"):  # the result of a send is what it sends
+        if opcode in ("send", "recv"):  # the result of a send repeats its operand
             return sum(map(_bytes, operands)) if opcode == "send" else result
-        if opcode.endswith("-start"):  # operands stand in the result too
+        if opcode.endswith("-start"):  # the result repeats the operands
             return sum(map(_bytes, operands)) + max(result - sum(map(_bytes, operands)), 0)
         return result + sum(map(_bytes, operands))
 
     def _fusion_bytes(self, instruction, operands) -> float:
         inside = self.module.computations[instruction.called("calls")]
         if any(i.opcode in COLLECTIVES for i in inside.instructions.values()):
-            # The parts of one operation hand its arrays on; its own bytes are read and written once.
+            # The parts of a collective pass its arrays along; count them at the start only.
             start = any(_target(i) == "AsyncCollectiveStart" for i in inside.instructions.values())
             done = any(_target(i) == "AsyncCollectiveDone" for i in inside.instructions.values())
-            return _bytes(instruction.arrays[:2]) if start else 0 if done else self._beside(inside)
+            return _bytes(instruction.arrays[:2]) if start else 0 if done else self._concurrent(inside)
         written = _written(inside)
         total = sum(
-            _read(inside, parameter, arrays[0], written)
+            _bytes_read(inside, parameter, arrays[0])
             for parameter, arrays in zip(inside.parameters, operands)
             if len(arrays) == 1 and arrays[0].space == 0
         )
@@ -264,21 +273,21 @@ class _Walk:
             if array.space == 0
         )
 
-    def _beside(self, inside) -> float:
-        """Of a computation that runs with a part of a collective: all but what the collective holds."""
-        held = set()
+    def _concurrent(self, inside) -> float:
+        """Bytes of a computation fused with a part of a collective, without the collective's arrays."""
+        passed_along = set()
         for i in inside.instructions.values():
             if i.opcode in COLLECTIVES:
-                held |= {i.name, *i.operands}
-        kept = [p for p in inside.parameters if p.name not in held]
+                passed_along |= {i.name, *i.operands}
+        parameters = [p for p in inside.parameters if p.name not in passed_along]
         roots = [inside.instructions[name] for name in _roots(inside)]
-        made = [r for r in roots if r.opcode != "parameter" and r.name not in held]
-        used = [p for p in kept if any(u.opcode != "tuple" for u in inside.users[p.name])]
-        return sum(_bytes(i.arrays) for i in used + made)
+        results = [r for r in roots if r.opcode != "parameter" and r.name not in passed_along]
+        used = [p for p in parameters if any(u.opcode != "tuple" for u in inside.users[p.name])]
+        return sum(_bytes(i.arrays) for i in used + results)
 
 
 def collective(instruction: Instruction, kind: str) -> Collective:
-    """What a collective instruction, or its start, does."""
+    """Parses a collective instruction, or the start of an asynchronous one."""
     if kind == "collective-permute":
         pairs = instruction.attribute(r"source_target_pairs=\{((?:\{[^}]*\},?)*)\}") or ""
         groups = tuple(tuple(map(int, p.split(","))) for p in re.findall(r"\{([^}]+)\}", pairs))
@@ -295,7 +304,10 @@ def collective(instruction: Instruction, kind: str) -> Collective:
 
 
 def between_slices(computation: Computation, instruction: Instruction) -> Collective | None:
-    """The collective that a TPU's hosts do with what is sent to them, such as one of `{1,2}x{0:3}`."""
+    """The collective between slices that a `send` to the host belongs to; None if it is another send.
+
+    The hosts of a TPU exchange data between slices; the target slices are written as in `{1,2}x{0:3}`.
+    """
     kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
     if kind is None:
         return None
@@ -310,19 +322,22 @@ def between_slices(computation: Computation, instruction: Instruction) -> Collec
 
 
 def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
-    """Of `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` or `mesh['a'=2,'b'=2] {'a'}`."""
-    found = re.search(r"replica_groups=\{((?:\{[^}]*\},?)*)\}", attributes)
-    if found:
-        return tuple(tuple(map(int, g.split(","))) for g in re.findall(r"\{([^}]+)\}", found[1]))
-    found = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if found:
+    """Parses replica groups.
+
+    Notations are `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` and `mesh['a'=2,'b'=2] {'a'}`.
+    """
+    match = re.search(r"replica_groups=\{((?:\{[^}]*\},?)*)\}", attributes)
+    if match:
+        return tuple(tuple(map(int, g.split(","))) for g in re.findall(r"\{([^}]+)\}", match[1]))
+    match = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if match:
         numbers = lambda text: tuple(map(int, text.split(",")))
-        order = numbers(found[3]) if found[3] else None
-        return _cut(_ids(numbers(found[2]), order), numbers(found[1])[-1])
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*?)\{([^}]*)\}", attributes)
-    if found:
-        axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])]
-        inside = re.findall(r"'([^']+)'", found[2])
+        order = numbers(match[3]) if match[3] else None
+        return _cut(_ids(numbers(match[2]), order), numbers(match[1])[-1])
+    match = re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*?)\{([^}]*)\}", attributes)
+    if match:
+        axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])]
+        inside = re.findall(r"'([^']+)'", match[2])
         names, shape = [name for name, _ in axes], tuple(size for _, size in axes)
         outer = [i for i, name in enumerate(names) if name not in inside]
         order = (*outer, *(names.index(name) for name in inside))
@@ -331,7 +346,7 @@ def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _ids(shape, order=None) -> list[int]:
-    """0, 1, ... in an array of `shape`, its axes then put into `order`."""
+    """Ids 0, 1, ... of an array of `shape`, transposed to `order` and flattened."""
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     ids = [0]
     for axis in order or range(len(shape)):
@@ -375,22 +390,27 @@ def _convolution_flops(computation, instruction) -> float:
 
 
 def _per_axis(window: str, name: str, default: str, count: int) -> list[str]:
-    found = re.search(rf"\b{name}=(\S+)", window)
-    return found[1].split("x") if found else [default] * count
+    """Values of a field of a convolution's window, one per spatial axis."""
+    match = re.search(rf"\b{name}=(\S+)", window)
+    return match[1].split("x") if match else [default] * count
 
 
 @functools.cache
 def _pairs(size, kernel, outputs, stride, pad, hole, dilation) -> int:
-    """Pairs of an output and a kernel element that meet an input, neither padding nor a hole."""
-    found = 0
+    """Number of (output, kernel element) pairs along an axis that meet an input element.
+
+    Pairs that meet padding, or a zero inserted by the dilation `hole` of the input, are not counted.
+    """
+    pairs = 0
     for out in range(outputs):
         for k in range(kernel):
             place = out * stride + k * dilation - pad
-            found += place >= 0 and place % hole == 0 and place // hole < size
-    return found
+            pairs += place >= 0 and place % hole == 0 and place // hole < size
+    return pairs
 
 
 def _call_flops(region, computation, instruction) -> float:
+    """Operations of a custom call: its own estimate, or those of a library's matrix product."""
     target = _target(instruction)
     estimate = instruction.attribute(r'"cost_estimate":(\{[^}]*\})')
     if estimate:
@@ -414,21 +434,21 @@ def _roots(inside: Computation) -> list[str]:
 
 
 def _written(inside: Computation) -> dict[str, Array]:
-    """Of each root that is updated in place: the part that is written."""
-    found = {}
+    """The part that is written of each root that is updated in place: `{name of the root: array}`."""
+    written = {}
     for name in _roots(inside):
         instruction = inside.instructions[name]
         while instruction.opcode == "bitcast":
             instruction = inside.instructions[instruction.operands[0]]
         if instruction.opcode == "dynamic-update-slice":
-            found[name] = inside.instructions[instruction.operands[1]].arrays[0]
+            written[name] = inside.instructions[instruction.operands[1]].arrays[0]
         elif instruction.opcode == "scatter":
-            found[name] = inside.instructions[instruction.operands[-1]].arrays[0]
-    return found
+            written[name] = inside.instructions[instruction.operands[-1]].arrays[0]
+    return written
 
 
-def _read(inside: Computation, parameter: Instruction, array: Array, written) -> float:
-    """Bytes that the fusion reads of a parameter."""
+def _bytes_read(inside: Computation, parameter: Instruction, array: Array) -> float:
+    """Bytes of a parameter that a fusion reads."""
     total = 0
     names = [parameter.name]
     while names:
@@ -439,7 +459,7 @@ def _read(inside: Computation, parameter: Instruction, array: Array, written) ->
             elif user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == name:
                 total += user.arrays[0].bytes
             elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
-                continue  # in place: the rest stays as it is
+                continue  # updated in place: the rest of the array is not touched
             elif user.opcode == "tuple":
                 continue
             else:
@@ -448,11 +468,12 @@ def _read(inside: Computation, parameter: Instruction, array: Array, written) ->
 
 
 def _bytes(arrays) -> float:
-    """That lie in the main memory."""
+    """Bytes of the arrays that are in main memory."""
     return sum(array.bytes for array in arrays if array.space == 0)
 
 
 def _slice_start(instruction, operands) -> float:
+    """Main memory traffic of an asynchronous slice."""
     part = instruction.arrays[len(operands[0])]
     return sum(part.bytes for array in (operands[0][0], part) if array.space == 0)
 
@@ -466,4 +487,5 @@ def _target(instruction: Instruction) -> str:
 
 
 def _label(instruction: Instruction) -> str:
+    """Name of the JAX operation that an instruction comes from, or the instruction's own."""
     return instruction.attribute(r'op_name="([^"]*)"') or instruction.name

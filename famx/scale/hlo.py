@@ -1,4 +1,4 @@
-"""Optimised HLO as text: computations, instructions, shapes, and how often a loop runs."""
+"""Parser for optimised HLO text: computations, instructions, shapes and trip counts of loops."""
 
 import dataclasses
 import functools
@@ -13,13 +13,14 @@ _NAME = re.compile(r"%?([\w.\-]+)$")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape.
+    """An array shape.
 
     Attributes:
-      dtype, dims: as HLO writes them.
-      layout: dimensions, minor to major; None: as they stand.
-      tile: of the most minor dimensions; their sizes are filled up to it.
-      space: 0 for the main memory (HBM); others, such as a TPU's 1, lie on the chip.
+      dtype: element type as HLO names it, such as "bf16".
+      dims: size of each dimension.
+      layout: dimensions from minor to major; None for the default layout.
+      tile: tile sizes of the most minor dimensions, which are padded to multiples of them.
+      space: memory space: 0 is main memory (HBM), others are on the chip.
     """
 
     dtype: str
@@ -30,12 +31,12 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """That it takes in memory, filled up to whole tiles."""
+        """Bytes that the array takes in memory, including padding to whole tiles."""
         dims = list(self.dims)
         for index, tile in zip(self.layout or (), reversed(self.tile)):
             dims[index] = -(-dims[index] // tile) * tile
@@ -44,7 +45,13 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`name = shape opcode(operands), attributes`; `arrays` are the shape's, flattened."""
+    """An instruction, `name = shape opcode(operands), attributes`.
+
+    Attributes:
+      name, opcode, attributes: as in the text.
+      arrays: arrays of the shape; tuples are flattened.
+      operands: names of the operands. A constant has its value here, a parameter its number.
+    """
 
     name: str
     opcode: str
@@ -53,18 +60,24 @@ class Instruction:
     attributes: str
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of `pattern` in the attributes."""
-        found = re.search(pattern, self.attributes)
-        return found and found[1]
+        """The first group of `pattern`, searched in the attributes; None if it does not match."""
+        match = re.search(pattern, self.attributes)
+        return match and match[1]
 
     def called(self, kind: str) -> str | None:
-        """The computation that stands as `kind`: calls, body, condition or to_apply."""
+        """Name of the computation given as attribute `kind`: calls, body, condition or to_apply."""
         return self.attribute(rf"\b{kind}=%?([\w.\-]+)")
 
 
 @dataclasses.dataclass
 class Computation:
-    """Instructions by name, in the order in which they run; `root` is what it returns."""
+    """A computation.
+
+    Attributes:
+      name: its name.
+      instructions: `{name: instruction}` in execution order.
+      root: the instruction whose value the computation returns.
+    """
 
     name: str
     instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
@@ -72,28 +85,37 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """The instructions that read each one, by its name."""
-        found = {name: [] for name in self.instructions}
+        """Instructions that read each value: `{name: [instruction]}`."""
+        users = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for name in dict.fromkeys(instruction.operands):
-                found.setdefault(name, []).append(instruction)
-        return found
+                users.setdefault(name, []).append(instruction)
+        return users
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """The parameters, in order."""
-        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.operands[0]))
+        """The parameters, by number."""
+        parameters = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(parameters, key=lambda i: int(i.operands[0]))
 
 
 @dataclasses.dataclass
 class Module:
-    """A compiled program: its computations by name."""
+    """A compiled program.
+
+    Attributes:
+      computations: `{name: computation}`.
+      entry: name of the computation that the program starts with.
+    """
     computations: dict[str, Computation]
     entry: str
 
     def trip_count(self, loop: Instruction, computation: Computation) -> int | None:
-        """How often the body of a `while` of this computation runs; None where it cannot be known."""
+        """Number of iterations of a `while` instruction of `computation`; None if it is unknown.
+
+        XLA usually annotates it. Otherwise it follows from the counter if that starts at a constant, is
+        increased by a constant and is compared with a constant.
+        """
         known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
         if known:
             return int(known)
@@ -113,11 +135,15 @@ class Module:
         return max(-(-(limit - first + (direction == "LE")) // step), 0)
 
     def _comparison(self, condition: Computation):
-        """`(direction, index of the counter, limit)`; a limit in the loop's state is `(index,)`."""
+        """The loop condition as `(direction, index of the counter in the loop state, limit)`.
+
+        The limit is an integer, or `(index,)` if it is an element of the loop state. None if the
+        condition has another form.
+        """
         root = condition.root
         inside = root.called("calls") or root.called("to_apply")
         outer = root
-        if inside:  # a comparison wrapped up in a fusion of its own
+        if inside:  # the comparison is inside a fusion or call
             root = self.computations[inside].root
         if root.opcode != "compare":
             return None
@@ -139,11 +165,13 @@ class Module:
         return (direction, left[0], right) if isinstance(left, tuple) else None
 
     def _start(self, computation, start: Instruction, index: int) -> int | None:
+        """Initial value of an element of the loop state, if it is a constant."""
         if start.opcode != "tuple":
             return None
         return _constant(computation, start.operands[index])
 
     def _step(self, body: Computation, index: int) -> int | None:
+        """The constant that the loop body adds to an element of the loop state, if it does."""
         if body.root.opcode != "tuple":
             return None
         scope, name = body, body.root.operands[index]
@@ -156,9 +184,9 @@ class Module:
                 return None
             parts = []
             for operand in root.operands:
-                found = fused.instructions[operand]
-                if found.opcode == "parameter":
-                    operand = operands[int(found.operands[0])]
+                part = fused.instructions[operand]
+                if part.opcode == "parameter":
+                    operand = operands[int(part.operands[0])]
                     parts.append((_constant(scope, operand), _element(scope, operand)))
                 else:
                     parts.append((_constant(fused, operand), None))
@@ -171,13 +199,13 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The module of `compiled.as_text()`."""
+    """Parses the text of a compiled program, as `compiled.as_text()` returns it."""
     computations, entry, current = {}, None, None
     for line in _whole_lines(text):
         if current is None:
-            if line.endswith("{") and ") -> " in line and (found := _HEAD.match(line)):
-                current = computations[found[1]] = Computation(found[1])
-                entry = found[1] if line.startswith("ENTRY") else entry
+            if line.endswith("{") and ") -> " in line and (head := _HEAD.match(line)):
+                current = computations[head[1]] = Computation(head[1])
+                entry = head[1] if line.startswith("ENTRY") else entry
         elif re.match(r"\}(,|\s|$)", line):
             current = None
         elif " = " in line:
@@ -189,7 +217,7 @@ def parse(text: str) -> Module:
 
 
 def _whole_lines(text: str) -> list[str]:
-    """Lines, those of an instruction joined whose attributes hold line breaks, as kernels' do."""
+    """Lines of the text; instructions that span several lines, as kernels' attributes do, are joined."""
     lines = []
     for line in text.splitlines():
         starts = re.match(r"  (ROOT )?%?[\w.\-]+ = |%?[\w.\-]+ \(|ENTRY |HloModule|\}(,|\s|$)|$", line)
@@ -212,14 +240,14 @@ def _instruction(line: str) -> Instruction:
         operands = (inside,)
     else:
         operands = tuple(
-            found[1] for part in _split(inside) if (found := _NAME.search(part.strip()))
+            match[1] for part in _split(inside) if (match := _NAME.search(part.strip()))
         )
     return Instruction(name.lstrip("%"), opcode, arrays(shape), operands, rest[close + 1 :])
 
 
 def arrays(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape, those of tuples flattened."""
-    return tuple(_array(*found.groups()) for found in _ARRAY.finditer(shape))
+    """Parses a shape into its arrays; tuples are flattened."""
+    return tuple(_array(*match.groups()) for match in _ARRAY.finditer(shape))
 
 
 @functools.cache
@@ -234,6 +262,7 @@ def _array(dtype: str, dims: str, layout: str | None) -> Array:
 
 
 def _width(dtype: str) -> float:
+    """Bytes per element."""
     if dtype in _BYTES:
         return _BYTES[dtype]
     bits = re.search(r"\d+", dtype)
@@ -241,40 +270,42 @@ def _width(dtype: str) -> float:
 
 
 def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the first one at or after `start`."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
         if depth == 0:
-            return found.start()
-    raise ValueError(f"Brackets do not match in the HLO line {text[:80]!r}.")
+            return match.start()
+    raise ValueError(f"Unbalanced parentheses in the HLO line {text[:80]!r}.")
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of all brackets."""
+    """Splits at the commas outside of all brackets."""
     parts, depth, start = [], 0, 0
-    for found in re.finditer(r"[(){}\[\],]", text):
-        if found[0] in "({[":
+    for match in re.finditer(r"[(){}\[\],]", text):
+        if match[0] in "({[":
             depth += 1
-        elif found[0] in ")}]":
+        elif match[0] in ")}]":
             depth -= 1
         elif depth == 0:
-            parts.append(text[start : found.start()])
-            start = found.end()
+            parts.append(text[start : match.start()])
+            start = match.end()
     return [*parts, text[start:]] if text[start:].strip() else parts
 
 
-_SAME = ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start", "opt-barrier")
+_FORWARDING = ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start", "opt-barrier")
 
 
 def _through(computation: Computation, name: str) -> Instruction:
-    """The instruction whose value this one only hands on."""
+    """The instruction that computes a value, with copies and conversions skipped."""
     instruction = computation.instructions[name]
-    while instruction.opcode in _SAME:
+    while instruction.opcode in _FORWARDING:
         instruction = computation.instructions[instruction.operands[0]]
     return instruction
 
 
 def _constant(computation: Computation, name: str) -> int | None:
+    """The value of an integer constant; None if it is not one."""
     instruction = _through(computation, name)
     if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.operands[0]):
         return int(instruction.operands[0])
@@ -282,7 +313,7 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def _element(computation: Computation, name: str) -> tuple[int] | None:
-    """The index of what is an element of the computation's parameter."""
+    """`(index,)` if the value is an element of the computation's tuple parameter, otherwise None."""
     instruction = _through(computation, name)
     if instruction.opcode != "get-tuple-element":
         return None

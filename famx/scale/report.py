@@ -1,4 +1,4 @@
-"""What a program needs on each device, and how fast it could be there, as tables and as plain values."""
+"""Reports on compiled programs: memory per device and bounds on time, as tables and JSON values."""
 
 import collections
 import dataclasses
@@ -17,25 +17,34 @@ from famx.scale import bounds, costs, hlo, kernels
 from famx.scale.programs import Program
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_LOOPS = 12  # shown
+_LOOPS = 12  # number of loops that a report lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Of one program on one topology; bytes, operations and seconds are those of one device.
+    """Report on one program for one topology.
+
+    Bytes, operations and seconds are those of one device unless stated otherwise.
 
     Attributes:
-      memory: bytes by kind; `temporaries` are activations, gradients and whatever else lives during a
-        run, as the compiler places it. With a program that does not fit, what it says it would need.
-      available: bytes that a program may use, as the compiler says, or that the chip has.
-      fits: whether it was compiled.
-      parameters: of the model.
-      model_flops: that the result depends on, on all devices; None: not counted.
-      flops, bytes: executed operations, main memory traffic; None where nothing was compiled.
-      bound: None where the chip's rates are not known.
-      collectives: kind, mesh axes, size of the group, count and bytes.
-      loops: where the time goes by the schedule.
-      notes: what is missing from the figures.
+      program: name of the program: "train", "prefill" or "decode".
+      topology: name of the topology.
+      mesh: `{axis: size}`.
+      batch: rows of the global batch.
+      length: tokens per row that are read or written.
+      memory: bytes by kind. `temporaries` are activations, gradients and everything else allocated
+        during a run; for a program that does not fit, what the compiler says it would need.
+      available: bytes available to a program, as the compiler says, otherwise the chip's memory.
+      fits: whether the program could be compiled.
+      parameters: number of parameters of the model.
+      chip: the chip, with its published rates.
+      model_flops: operations that the result depends on, on all devices; None if not counted.
+      flops: executed operations; None if the program does not fit.
+      bytes: main memory traffic; None if the program does not fit.
+      bound: bounds on the time of a run; None if the chip's rates are unknown or it does not fit.
+      collectives: rows with kind, mesh axes, group size, count and bytes sent.
+      loops: the loops that take longest by the schedule, with seconds per resource.
+      notes: what the figures leave out.
     """
 
     program: str
@@ -58,28 +67,28 @@ class Report:
 
     @property
     def devices(self) -> int:
-        """How many the mesh has."""
+        """Number of devices of the mesh."""
         return int(np.prod(list(self.mesh.values())))
 
     @property
     def needed(self) -> int:
-        """Bytes of a device, of all kinds together."""
+        """Bytes needed per device, over all kinds."""
         return sum(self.memory.values())
 
     @property
     def utilisation(self) -> dict[str, float]:
-        """The highest model FLOPs utilisation by each bound; empty where one is not known."""
+        """Upper bound of the model FLOPs utilisation (MFU) by each time bound; empty if unknown."""
         if self.bound is None or self.model_flops is None:
             return {}
         ideal = self.model_flops / self.devices / self.chip.flops
         return {name: ideal / getattr(self.bound, name) for name in ("roofline", "scheduled")}
 
     def tokens_per_second(self) -> float | None:
-        """On all devices, by the roofline."""
+        """Upper bound of the tokens per second on all devices, by the roofline; None if unknown."""
         return self.bound and self.batch * self.length / self.bound.roofline
 
     def line(self) -> str:
-        """The summary in one line."""
+        """A one-line summary."""
         gib = lambda count: f"{count / 2**30:.2f}"
         where = f"{self.program} on {self.topology}: "
         room = f"{gib(self.needed)} of {gib(self.available)} GiB" if self.available else (
@@ -105,7 +114,7 @@ class Report:
         return text
 
     def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The report and its derived figures as JSON values."""
         values = dataclasses.asdict(self)
         values["needed"] = self.needed
         if self.bound is not None:
@@ -116,27 +125,27 @@ class Report:
         return values
 
     def tables(self) -> list[Table]:
-        """All that is known, for a terminal."""
+        """Everything in the report, as tables for a terminal."""
         shape = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
         title = f"{self.program}, {self.topology}, {self.devices} devices, mesh {shape}"
         size = f"{self.parameters:,} parameters; batch {self.batch} x {self.length} tokens"
         notes = (size, *self.notes)
-        kinds = [{"bytes of a device": kind, "GiB": n / 2**30} for kind, n in self.memory.items()]
-        kinds += [{"bytes of a device": "together", "GiB": self.needed / 2**30}]
-        kinds += [{"bytes of a device": "available", "GiB": self.available / 2**30}]
-        found = [Table("memory", title, notes, kinds)]
+        kinds = {**self.memory, "total": self.needed, "available": self.available}
+        rows = [{"memory per device": kind, "GiB": n / 2**30} for kind, n in kinds.items()]
+        tables = [Table("memory", title, notes, rows)]
         if self.flops is not None:
-            found.append(Table("work", "work of a device", (), self._work()))
+            tables.append(Table("work", "work per device", (), self._work()))
         if self.collectives:
             rows = [{**row, "GB": row["bytes"] / 1e9} for row in self.collectives]
             rows = [{k: v for k, v in row.items() if k != "bytes"} for row in rows]
-            found.append(Table("collectives", "collectives of a run, bytes of a device", (), rows))
+            tables.append(Table("collectives", "collectives per run and device", (), rows))
         if self.loops:
-            found.append(Table("loops", "loops, seconds of a run as scheduled", (), list(self.loops)))
-        return found
+            title = "loops, seconds per run as scheduled"
+            tables.append(Table("loops", title, (), list(self.loops)))
+        return tables
 
     def row(self) -> dict[str, Any]:
-        """The figures that a page compares."""
+        """The figures for a table that compares programs."""
         gib = lambda *kinds: f"{sum(self.memory.get(kind, 0) for kind in kinds) / 2**30:.2f}"
         row = {
             "program": self.program,
@@ -144,7 +153,7 @@ class Report:
             "batch": f"{self.batch} x {self.length}",
             "weights and moments, GiB": gib("parameters", "optimiser"),
             "temporaries, GiB": gib("temporaries"),
-            "needed / there": f"{self.needed / 2**30:.1f} / {self.available / 2**30:.1f}",
+            "needed / available": f"{self.needed / 2**30:.1f} / {self.available / 2**30:.1f}",
             "fits": "yes" if self.fits else "no",
         }
         if self.flops and self.model_flops:
@@ -179,9 +188,18 @@ class Report:
 def compile_report(
     program: Program, mesh, topology: str, chip: Chip, hlo_dir: pathlib.Path | None = None
 ) -> Report:
-    """Compiles a program and reads off what it needs and does; one that does not fit says so.
+    """Compiles a program and reports what it needs and executes.
 
-    Its text is kept as `<hlo_dir>/<program>.hlo`, if that is given.
+    Args:
+      program: the lowered program.
+      mesh: its mesh.
+      topology: name of the topology, for the report.
+      chip: the chip of the devices.
+      hlo_dir: directory to which the optimised HLO is written as `<program>.hlo`; None writes none.
+
+    Raises:
+      jax.errors.JaxRuntimeError: compilation failed for a reason other than a lack of memory, which
+        is reported by `fits=False`.
     """
     names = dict(
         program=program.name, topology=topology, mesh=dict(mesh.shape), batch=program.batch,
@@ -191,16 +209,16 @@ def compile_report(
     try:
         compiled, text = _compile(program, next(iter(mesh.devices.flat)).platform)
     except jax.errors.JaxRuntimeError as error:
-        found = _shortage(str(error), sum(memory.values()))
-        if found is None:
+        shortage = _shortage(str(error), sum(memory.values()))
+        if shortage is None:
             raise
-        temporaries, available = found
+        temporaries, available = shortage
         return Report(
             **names, memory={**memory, "temporaries": temporaries}, available=available, fits=False
         )
     analysis = compiled.memory_analysis()
     memory["temporaries"] = analysis.temp_size_in_bytes
-    memory["results beside the arguments"] = max(
+    memory["results"] = max(  # those that do not reuse the memory of donated arguments
         analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0
     )
     memory["program"] = analysis.generated_code_size_in_bytes
@@ -208,7 +226,7 @@ def compile_report(
         hlo_dir.mkdir(parents=True, exist_ok=True)
         write_text(hlo_dir / f"{program.name}.hlo", text)
     region = costs.count(hlo.parse(text), kernels.of_model(program.config))
-    network = bounds.Network([mesh.devices.flat[place] for place in of_a_slice(mesh)], chip)
+    network = bounds.Network([mesh.devices.flat[place] for place in first_slice(mesh)], chip)
     return Report(
         **names, memory=memory, available=chip.memory, fits=True,
         flops=region.total("flops"), bytes=region.total("bytes"),
@@ -220,16 +238,16 @@ def compile_report(
 
 
 def _compile(program: Program, platform: str):
-    """The compiled program, and its text.
+    """The compiled program and its optimised HLO text.
 
-    libtpu 0.0.52 writes programs with asynchronous gathers that jaxlib 0.10.2 cannot read back, so that
-    a TPU's text is what its compiler dumps.
+    jaxlib 0.10.2 cannot read back the programs with asynchronous gathers that libtpu 0.0.52 writes, so
+    for TPUs the text is taken from the compiler's dump.
     """
     if platform != "tpu":
         compiled = program.lowered.compile()
         return compiled, compiled.as_text()
     cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # what is taken from it is not dumped
+    jax.config.update("jax_enable_compilation_cache", False)  # cached programs are not dumped
     try:
         with tempfile.TemporaryDirectory() as folder:
             dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -241,74 +259,80 @@ def _compile(program: Program, platform: str):
 
 
 def _shortage(message: str, arguments: int) -> tuple[int, int] | None:
-    """Bytes of temporaries and bytes available, of the error of a program that does not fit."""
+    """Parses the compiler's out-of-memory error: bytes of temporaries, and bytes available.
+
+    None if the message is another error. `arguments` are the bytes of the program's arguments, which
+    some compilers include in what they report.
+    """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
     size = r"([\d.]+)([KMGT]?)i?B?\b"
-    number = lambda found, i: int(float(found[i]) * _UNITS[found[i + 1]])
-    if found := re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message):
-        return number(found, 1), number(found, 3)
-    if found := re.search(rf"Used {size} of {size}", message):  # arguments included
-        return max(number(found, 1) - arguments, 0), number(found, 3)
+    number = lambda match, i: int(float(match[i]) * _UNITS[match[i + 1]])
+    if match := re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message):
+        return number(match, 1), number(match, 3)
+    if match := re.search(rf"Used {size} of {size}", message):  # includes the arguments
+        return max(number(match, 1) - arguments, 0), number(match, 3)
     return None
 
 
 def _collectives(region, mesh) -> tuple[dict[str, Any], ...]:
-    found = collections.defaultdict(lambda: [0, 0.0])
+    """Rows of the report's collectives, those of the same kind, axes and group size added up."""
+    totals = collections.defaultdict(lambda: [0, 0.0])  # {key: [count, bytes]}
     for collective, count in region.all_collectives().items():
         between = collective.kind.startswith(costs.DCN)
         axes = "slices" if between else mesh_axes(collective.groups, mesh)
         key = collective.kind, axes, collective.size
         if collective.kind == "collective-permute":
             key = *key[:2], len(collective.groups)
-        found[key][0] += count
-        found[key][1] += count * collective.sent
+        totals[key][0] += count
+        totals[key][1] += count * collective.sent
     rows = [
         {"kind": kind, "axes": axes, "group": size, "count": count, "bytes": sent}
-        for (kind, axes, size), (count, sent) in found.items()
+        for (kind, axes, size), (count, sent) in totals.items()
     ]
     return tuple(sorted(rows, key=lambda row: -row["bytes"]))
 
 
-def of_a_slice(mesh) -> list[int]:
-    """Places in the mesh of the first slice's devices, whose program every slice runs."""
+def first_slice(mesh) -> list[int]:
+    """Indices in the flattened mesh of the devices of the first slice. All slices run one program."""
     slices = [getattr(device, "slice_index", None) for device in mesh.devices.flat]
     return [place for place, index in enumerate(slices) if index == slices[0]]
 
 
 def mesh_axes(groups, mesh) -> str:
-    """The axes of the mesh along which the members of a group differ, such as "fsdp"."""
-    shape, own = tuple(mesh.shape.values()), of_a_slice(mesh)
+    """Names of the mesh axes along which the members of a group differ, such as "fsdp"; "-" for none."""
+    shape, devices = tuple(mesh.shape.values()), first_slice(mesh)
     differ = set()
     for group in groups:
-        places = np.array([np.unravel_index(own[member], shape) for member in group])
+        places = np.array([np.unravel_index(devices[member], shape) for member in group])
         differ |= set(np.flatnonzero((places != places[0]).any(axis=0)).tolist())
     return ", ".join(name for i, name in enumerate(mesh.shape) if i in differ) or "-"
 
 
 def _loops(region, chip, network) -> tuple[dict[str, Any], ...]:
+    """Rows of the report's loops, the slowest first."""
     rows = []
     for runs, path, inner in region.walk():
-        interconnect, away = network.seconds(inner.collectives)
+        interconnect, between_slices = network.seconds(inner.collectives)
         rows.append({
             "loop": _short(path[-1]),
             "runs": runs,
             "compute": runs * inner.flops / chip.flops,
             "memory": runs * inner.bytes / chip.bandwidth,
             "interconnect": runs * interconnect,
-            "network": runs * away,
-            "scheduled": runs * bounds.once(inner, chip, network),
+            "network": runs * between_slices,
+            "scheduled": runs * bounds.scheduled_seconds(inner, chip, network),
         })  # fmt: skip
     rows.sort(key=lambda row: -row["scheduled"])
     return tuple(rows[:_LOOPS])
 
 
 def _short(name: str) -> str:
-    """A loop's name without what all of them have in common."""
+    """A loop's name without the parts that all loops have in common."""
     parts = name.split("/")
     parts = parts[1:] if parts[0].startswith("jit(") and parts[1:] else parts
-    said = [p for p in parts if p not in ("while", "body", "closed_call", "checkpoint")]
-    return "/".join(said or parts)[-72:]
+    specific = [p for p in parts if p not in ("while", "body", "closed_call", "checkpoint")]
+    return "/".join(specific or parts)[-72:]
 
 
 def _notes(region) -> tuple[str, ...]:
@@ -316,7 +340,7 @@ def _notes(region) -> tuple[str, ...]:
     unknown = [_short(path[-1]) for _, path, inner in region.walk() if inner.trips is None]
     if unknown:
         notes.append(f"loops without a known number of runs, counted once: {', '.join(unknown)}")
-    unread = sorted({kernel for _, _, inner in region.walk() for kernel in inner.kernels})
-    if unread:
-        notes.append(f"kernels that do not tell their operations, counted as none: {', '.join(unread)}")
+    uncounted = sorted({kernel for _, _, inner in region.walk() for kernel in inner.kernels})
+    if uncounted:
+        notes.append(f"kernels with unknown operations, not counted: {', '.join(uncounted)}")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""Devices to compile for: TPU slices by name that need not exist, a machine's GPUs, virtual CPUs."""
+"""Devices to compile for: TPU slices by name, without hardware; this machine's GPUs; virtual CPUs."""
 
 import importlib.util
 import os
@@ -13,54 +13,54 @@ from famx.base.errors import ConfigError
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
-SHAPES = {"v4": _DEEP, "v5e": _FLAT, "v5p": _DEEP, "v6e": _FLAT}  # the usual ones
-_CPU = Chip("cpu", 0.0, 0.0, 0.0)
+SHAPES = {"v4": _DEEP, "v5e": _FLAT, "v5p": _DEEP, "v6e": _FLAT}  # examples for error messages
+_CPU = Chip("cpu", 0.0, 0.0, 0.0)  # no published rates, so that no bounds are computed
 
 
 def devices(topology: str, num_slices: int = 1) -> tuple[Sequence[jax.Device], Chip]:
-    """The devices of a topology and their chip. To be called before JAX has looked for devices.
+    """Devices of a topology and their chip. Call it before JAX initialises its backends.
 
     Args:
-      topology: a TPU slice such as "v5p:4x4x4", which only has to have a name; "gpu", those of this
-        machine; "cpu:8", so many virtual devices of this machine.
-      num_slices: so many TPU slices, joined by the data center network.
+      topology: a TPU slice such as "v5p:4x4x4", which need not exist; "gpu" for the GPUs of this
+        machine; "cpu:8" for 8 virtual CPU devices.
+      num_slices: number of TPU slices, connected by the data center network.
 
     Raises:
-      ConfigError: there is no such topology, or what it takes to compile for it is missing.
+      ConfigError: the topology is unknown, or its compiler or device is missing.
     """
     if num_slices < 1:
         raise ConfigError(f"--num_slices must be at least 1, not {num_slices}.")
     name, _, shape = topology.partition(":")
     if name in TPUS:
-        found = _tpus(name, shape, num_slices)
+        selected = _tpus(name, shape, num_slices)
     elif num_slices > 1:
-        raise ConfigError(f"Only TPUs have several slices, and --topology={topology} has none.")
+        raise ConfigError(f"--num_slices is for TPUs only, not for --topology={topology}.")
     elif topology == "gpu":
-        found = _gpus()
+        selected = _gpus()
     elif re.fullmatch(r"cpu:[1-9]\d*", topology):
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", int(shape))
-        found = jax.devices("cpu")[: int(shape)]
-        if len(found) < int(shape):
-            raise ConfigError(f"Only {len(found)} CPU devices could be made, not {shape}.")
+        selected = jax.devices("cpu")[: int(shape)]
+        if len(selected) < int(shape):
+            raise ConfigError(f"JAX created only {len(selected)} of {shape} CPU devices.")
     else:
-        raise ConfigError(f"There is no topology {topology!r}: {_known()}.")
-    return found, find(found[0].device_kind) or _CPU
+        raise ConfigError(f"Unknown topology {topology!r}: {_known()}.")
+    return selected, find(selected[0].device_kind) or _CPU
 
 
 def _tpus(name: str, shape: str, num_slices: int) -> Sequence[jax.Device]:
     axes = len(SHAPES[name][0].split("x"))
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{axes - 1}}}", shape):
         raise ConfigError(
-            f"There is no topology {name}:{shape}: {name} slices have {axes} sizes, such as"
+            f"Unknown topology {name}:{shape}: {name} slices have {axes} dimensions, such as"
             f" {name}:{SHAPES[name][3]}; {_known()}."
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            'Compiling for a TPU needs its compiler, libtpu: pip install "famx[tpu]", or libtpu alone.'
+            'Compiling for a TPU needs its compiler, libtpu: pip install "famx[tpu]", or only libtpu.'
         )
-    jax.config.update("jax_platforms", "cpu")  # the compiler is all that is wanted of libtpu
-    # It asks the cloud what machine it is on, and locks the chips of this machine, unless told not to.
+    jax.config.update("jax_platforms", "cpu")  # libtpu is needed only as a compiler
+    # Otherwise libtpu queries the cloud's metadata server and locks the TPU chips of this machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -76,7 +76,7 @@ def _tpus(name: str, shape: str, num_slices: int) -> Sequence[jax.Device]:
         ).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise ConfigError(
-            f"There is no topology {name}:{shape} ({str(error).splitlines()[0]}): {_known()}."
+            f"Unknown topology {name}:{shape} ({str(error).splitlines()[0]}): {_known()}."
         ) from error
 
 
@@ -85,11 +85,11 @@ def _gpus() -> Sequence[jax.Device]:
         return jax.devices("gpu")
     except RuntimeError as error:
         raise ConfigError(
-            "--topology=gpu compiles for the GPUs of this machine, and JAX finds none:"
-            ' pip install "famx[cuda13]" on a machine with one.'
+            "--topology=gpu compiles for the GPUs of this machine, but JAX finds none: use a machine"
+            ' with a GPU, and pip install "famx[cuda13]".'
         ) from error
 
 
 def _known() -> str:
     tpus = "; ".join(f"{name}:" + ", ".join(shapes) for name, shapes in SHAPES.items())
-    return f"known are {tpus}; gpu; cpu:N"
+    return f"use one of {tpus}; gpu; cpu:N"

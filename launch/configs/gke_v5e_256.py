@@ -1,4 +1,4 @@
-"""A workload on one slice of 256 chips of TPU v5e of a GKE cluster, at spot prices."""
+"""GKE workload on one spot slice of 256 TPU v5e chips."""
 
 from launch import settings
 

@@ -1,4 +1,4 @@
-"""Two processes with one CPU device each."""
+"""Two local processes with one CPU device each."""
 
 from launch import settings
 

@@ -1,4 +1,4 @@
-"""Two nodes of 8 GPUs each, for a day at a time."""
+"""Slurm job on two nodes of 8 GPUs, requeued every 24 hours (the default time limit)."""
 
 from launch import settings
 

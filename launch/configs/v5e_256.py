@@ -1,4 +1,4 @@
-"""One slice of 256 chips of TPU v5e, as a queued resource, at spot prices."""
+"""Queued resource of one spot slice with 256 TPU v5e chips."""
 
 from launch import settings
 

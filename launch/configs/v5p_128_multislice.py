@@ -1,6 +1,7 @@
-"""Two slices of 64 chips (128 cores) of TPU v5p each, as one queued resource from a reservation.
+"""Queued resource of two reserved slices with 64 TPU v5p chips (128 cores) each.
 
-Give the mesh's `data` axis at least 2 (`--gin.make_mesh.data=2`), so that only gradients cross slices.
+Set the mesh's `data` axis to at least 2 (`--gin.make_mesh.data=2`), so that only gradients cross the
+slow network between slices.
 """
 
 from launch import settings

@@ -201,7 +201,7 @@ def test_a_page_that_cannot_be_made_says_why(monkeypatch):
     pytest.importorskip("plotly")
     maps = make_maps()
     monkeypatch.setattr(interactive, "_MAX_CELLS", 1000)
-    with pytest.raises(ConfigError, match="14,850 probabilities, and 1,000 are the most: keep fewer"):
+    with pytest.raises(ConfigError, match="14,850 probabilities, more than the limit of 1,000: keep"):
         interactive.attention_page(maps)
     with pytest.raises(ConfigError, match="There is nothing to show: no block was kept."):
         interactive.attention_page(interactive.AttentionMaps(**{**vars(maps), "blocks": ()}))

@@ -334,11 +334,11 @@ def test_bad_input_is_told_in_one_sentence(tmp_path):
         AttentionReader(Decoder(c), top=0)
     maps = read_maps(c, params, tokens, layers=[1], blocks=[0])
     for call, sentence in [
-        (lambda: maps.as_picture(0), "There is no map of layer 0: kept are 1."),
-        (lambda: maps.as_picture(1, 7), "There is no map of head 7: kept are 0, 1."),
-        (lambda: maps.as_picture(1, blocks=2), "There is no map of block 2: kept are 0."),
-        (lambda: maps.sources(1, 2), "The memory was not updated by block 2, so it has no sources"),
-        (lambda: maps.sources(2, 0), "There is no layer 2: the model has 2."),
+        (lambda: maps.as_picture(0), "There is no map of layer 0; kept layers: 1."),
+        (lambda: maps.as_picture(1, 7), "There is no map of head 7; kept heads: 0, 1."),
+        (lambda: maps.as_picture(1, blocks=2), "There is no map of block 2; kept blocks: 0."),
+        (lambda: maps.sources(1, 2), "Block 2 did not update the memory, so there are no sources."),
+        (lambda: maps.sources(2, 0), "There is no layer 2: the model has layers 0 to 1."),
         (lambda: dataclasses.replace(maps, blocks=()).as_picture(1), "There is nothing to draw: no "),
     ]:
         with pytest.raises(ValueError) as caught:
@@ -347,5 +347,5 @@ def test_bad_input_is_told_in_one_sentence(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"no maps")
     np.savez(tmp_path / "y.npz", a=1)
     for name in ("x.npz", "y.npz"):
-        with pytest.raises(ValueError, match=f"{name} holds no attention maps that can be read here"):
+        with pytest.raises(ValueError, match=f"{name} does not hold attention maps of this version"):
             AttentionMaps.load(tmp_path / name)

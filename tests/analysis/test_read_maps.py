@@ -54,14 +54,14 @@ def test_all_blocks_of_a_long_text_are_refused_before_they_fill_the_memory(train
     monkeypatch.setattr(attention_maps, "_MAX_BYTES", reader.num_bytes(3))
     assert len(read_maps(trained, TEXT).blocks) == 3
     for text in (3 * TEXT, iter([IDS, IDS, IDS])):
-        with pytest.raises(ConfigError, match="name fewer layers, heads or blocks"):
+        with pytest.raises(ConfigError, match="select fewer layers, heads or blocks"):
             read_maps(trained, text)
     assert read_maps(trained, 3 * TEXT, blocks=[-1]).blocks == (7,)
 
 
 def test_a_model_without_a_vocabulary_is_told(tmp_path):
     bare = load_model(write_model_dir(tmp_path, MODEL, make_params(MODEL.module), None))
-    with pytest.raises(ConfigError, match="The model has no vocabulary to read a text with"):
+    with pytest.raises(ConfigError, match="The model has no vocabulary, so it cannot read a text"):
         read_maps(bare, TEXT)
 
 

@@ -35,7 +35,7 @@ def test_every_size_has_a_grid_of_as_many_chips(name):
 
 @pytest.mark.parametrize("name", ["v4-24", "v5p-96", "v5p-100", "v5p-12416"])
 def test_sizes_that_cannot_be_had_are_told_from_those_that_can(name):
-    with pytest.raises(ConfigError, match=r"are 8, 16, 32, 64 and multiples of 128 to \d+\.$"):
+    with pytest.raises(ConfigError, match=r"are 8, 16, 32, 64 and multiples of 128 up to \d+\.$"):
         accelerators.parse(name)
 
 

@@ -66,7 +66,7 @@ def test_fit_time_and_chip_hours_are_shown_before_slices_are_requested(cloud, mo
     assert "\nEstimate: fits on v5p-256, 10.00 GiB of 16.00 GiB on each chip.\n" in out
     # 0.36 s, which is the larger bound, 10 000 times, on two slices of 128 chips.
     assert "at least 0.36 s a step, 1 hours for 10,000 steps and 256 chip-hours on 256 chips" in out
-    assert "With --config.price_per_chip_hour=PRICE its cost is shown too.\n" in out
+    assert "Set --config.price_per_chip_hour=PRICE to see the cost as well.\n" in out
     assert not list((cloud / "stage").glob("estimate*"))
 
 
@@ -82,7 +82,7 @@ def test_a_training_that_does_not_fit_requests_nothing(cloud, monkeypatch):
 
 def test_settings_that_are_refused_here_are_not_tried_on_slices(cloud, monkeypatch):
     prepare(cloud, monkeypatch, report=None, compile_code=2)
-    with pytest.raises(ConfigError, match="famx.compile refuses this training, as the line above says"):
+    with pytest.raises(ConfigError, match="famx.compile rejected the settings of this training: see"):
         launch(cloud)
     assert order(cloud) == ["compile"]
 
@@ -95,16 +95,16 @@ def test_without_an_estimate_the_launch_goes_on_unless_it_was_asked_for(
     if reason == "libtpu":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     sentence = {
-        "libtpu": "it takes TPU's compiler, which needs no TPU: pip install libtpu.",
-        "crash": "famx.compile ended with code 139, see the lines above.",
-        "family": "famx.compile does not compile for v3.",
+        "libtpu": "the TPU compiler is missing (it needs no TPU): pip install libtpu.",
+        "crash": "famx.compile exited with code 139, see the lines above.",
+        "family": "famx.compile cannot compile for v3.",
     }[reason]
     changes = {"accelerator": "v3-8"} if reason == "family" else {}
-    with pytest.raises(ConfigError, match="There is no estimate: " + re.escape(sentence)):
+    with pytest.raises(ConfigError, match="No estimate is available: " + re.escape(sentence)):
         launch(cloud, "yes", **changes)
     assert "create" not in order(cloud)
     assert launch(cloud, **changes) == 0
-    assert f"Going on without an estimate: {sentence}\n" in capsys.readouterr().out
+    assert f"Continuing without an estimate: {sentence}\n" in capsys.readouterr().out
 
 
 class Terminal(io.StringIO):
@@ -118,7 +118,7 @@ def test_the_cost_is_shown_on_a_terminal_and_nowhere_else(cloud, monkeypatch, ca
     prepare(cloud, monkeypatch, workers=1)
     assert launch(cloud, price_per_chip_hour=4321.5, steps=20_000) == 0
     out = capsys.readouterr().out
-    assert "Its cost is shown on a terminal alone, and this is none." in out
+    assert "The cost is printed only to a terminal, and standard output is not one." in out
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     assert launch(cloud, price_per_chip_hour=4321.5, steps=20_000) == 0

@@ -117,7 +117,7 @@ def test_a_dry_run_prints_exactly_what_is_run(cluster, capsys):
     "changes,job,sentence",
     [
         ({"environment": {"A": 'x"y'}}, {}, "xpk cannot pass on the value of A"),
-        ({}, {"gin_flags": ("--gin_bindings=X = '$(HOME)'",)}, "Kubernetes would replace"),
+        ({}, {"gin_flags": ("--gin_bindings=X = '$(HOME)'",)}, "Kubernetes would expand"),
         ({}, {"model_dir": "/home/x"}, "MODEL_DIR /home/x would be lost with the workers"),
     ],
 )
@@ -129,9 +129,9 @@ def test_what_cannot_be_passed_on_is_refused(cluster, changes, job, sentence):
 
 def test_what_xpk_refuses_is_one_sentence(cluster):
     stubs.write(cluster, {"xpk_code": 1})
-    with pytest.raises(ConfigError, match="xpk could not submit fam: see the lines above"):
+    with pytest.raises(ConfigError, match="xpk failed to submit fam: see the lines above"):
         launch(make_config(cluster))
-    with pytest.raises(ConfigError, match="xpk could not prepare the cluster my-cluster"):
+    with pytest.raises(ConfigError, match="xpk failed to prepare the cluster my-cluster"):
         launch(make_config(cluster), create_cluster=True)
 
 

@@ -53,15 +53,15 @@ def check(kind, **changes):
             "sizes of v5litepod are 1, 4, 8, 16, 32, 64, 128, 256.",
         ),
         ("tpu", {"accelerator": "v5lite-256"}, "Did you mean v5litepod?"),
-        ("tpu", {"accelerator": "h100-8"}, "It begins with one of v2, v3, v4, v5litepod, v5p, v6e."),
-        ("tpu", {"accelerator": "v4-9"}, "sizes of v4 are 8, 16, 32, 64 and multiples of 128 to 8192."),
-        ("tpu", {"accelerator": "v5p"}, "There is no accelerator 'v5p'"),
+        ("tpu", {"accelerator": "h100-8"}, "Known families are v2, v3, v4, v5litepod, v5p, v6e."),
+        ("tpu", {"accelerator": "v4-9"}, "sizes of v4 are 8, 16, 32, 64 and multiples of 128 up to"),
+        ("tpu", {"accelerator": "v5p"}, "Unknown accelerator 'v5p'"),
         ("tpu", {"provisioning": "cheap"}, "on_demand, spot or reserved"),
         ("tpu", {"num_slices": 0}, "--config.num_slices must be at least 1, not 0."),
         ("tpu", {"python": "3.12; id"}, "a version such as 3.12"),
-        ("gke", {"image": ""}, "Set either --config.image or --config.base_image."),
-        ("gke", {"base_image": "python:3.12"}, "Set either --config.image or --config.base_image."),
-        ("gke", {"provisioning": "reserved"}, "--config.reservation go together"),
+        ("gke", {"image": ""}, "Set exactly one of --config.image and --config.base_image."),
+        ("gke", {"base_image": "python:3.12"}, "Set exactly one of --config.image and"),
+        ("gke", {"provisioning": "reserved"}, "Set --config.reservation if and only if"),
         ("slurm", {"partition": "a b"}, "--config.partition must be one word"),
         ("slurm", {"time": "long"}, "a Slurm time"),
         ("slurm", {"memory": "1G\n#SBATCH --exclusive"}, "a size such as 500G"),
@@ -133,9 +133,9 @@ def test_secret_is_what_is_named_so_or_comes_from_outside(monkeypatch):
 @pytest.mark.parametrize(
     "changes,sentence",
     [
-        ({"environment": {"A B": "x"}}, "'A B' cannot be the name of an environment variable."),
+        ({"environment": {"A B": "x"}}, "'A B' is not a valid name of an environment variable."),
         ({"environment": {"A": "x\ny"}}, "The value of A must be a single line."),
-        ({"environment_from": ("NO_SUCH_VARIABLE",)}, "NO_SUCH_VARIABLE, which is not set here."),
+        ({"environment_from": ("NO_SUCH_VARIABLE",)}, "NO_SUCH_VARIABLE, which is not set."),
     ],
 )
 def test_bad_variables(changes, sentence):
@@ -212,8 +212,8 @@ def test_gin_files_travel_with_what_they_include(command_line, tmp_path):
 @pytest.mark.parametrize(
     "args,sentence",
     [
-        ((GIN,), "--config is not set: give it a file of launch/configs/"),
-        (("--config=no.py",), "--config=no.py: there is no such file."),
+        ((GIN,), "--config is not set: pass a file of launch/configs/"),
+        (("--config=no.py",), "--config=no.py: no such file."),
         ((V5E, "--config.zoen=x"), "--config has no field zoen. Did you mean zone?"),
         ((V5E, "--config.environment.A=x"), "Set environment variables in the config file"),
         ((V5E, GIN, MODEL_DIR), "--config.project is not set."),
@@ -239,7 +239,7 @@ def test_bad_command_lines_end_in_one_sentence(command_line, capsys, args, sente
 def test_a_config_file_without_a_config(command_line, capsys, tmp_path):
     pathlib.Path("mine.py").write_text("get_config = lambda: {}\n")
     assert command_line("tpu", "--config=mine.py")[0] == 2
-    assert "needs a function get_config() that returns a ConfigDict" in capsys.readouterr().err
+    assert "must define get_config() that returns a ConfigDict" in capsys.readouterr().err
 
 
 COMMANDS = re.findall(

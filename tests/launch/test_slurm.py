@@ -51,7 +51,7 @@ def test_the_options_of_a_job(cluster, capsys):
         "constraint": "h100&ib", "output": log, "open-mode": "append", "signal": "TERM@120",
         "requeue": "",
     }  # fmt: skip
-    assert f"Job 4711. Its log: {log.replace('%j', '4711')}." in capsys.readouterr().out
+    assert f"Submitted job 4711. Log: {log.replace('%j', '4711')}." in capsys.readouterr().out
 
 
 def test_one_process_per_node_has_all_the_gpus_and_the_environment(cluster, monkeypatch):
@@ -104,13 +104,13 @@ def test_a_dry_run_prints_the_script_and_runs_nothing(cluster, capsys, monkeypat
 
 def test_a_job_of_the_same_name_is_not_submitted_twice(cluster):
     stubs.write(cluster, {"queued": "4700"})
-    with pytest.raises(ConfigError, match="Job 4700 is named fam already: scancel it, or choose"):
+    with pytest.raises(ConfigError, match="Job 4700 is already named fam: cancel it with scancel"):
         launch(cluster)
 
 
 def test_what_sbatch_refuses_is_one_sentence(cluster):
     stubs.write(cluster, {"sbatch_error": "invalid partition"})
-    with pytest.raises(ConfigError, match="sbatch refused the job: ERROR: invalid partition"):
+    with pytest.raises(ConfigError, match="sbatch rejected the job: ERROR: invalid partition"):
         launch(cluster)
 
 
@@ -121,5 +121,5 @@ def test_a_missing_sbatch_is_one_sentence(cluster, monkeypatch):
 
 
 def test_a_stage_that_slurm_would_misread_is_refused(cluster):
-    with pytest.raises(ConfigError, match="must be without spaces and %"):
+    with pytest.raises(ConfigError, match="--config.stage_dir must not contain spaces or %"):
         launch(cluster, stage_dir=str(cluster / "my stage"))

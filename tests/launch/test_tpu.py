@@ -159,7 +159,7 @@ def test_a_request_that_is_taken_away_while_it_waits_is_made_again(cloud):
 
 def test_restarts_have_a_limit(cloud):
     stubs.write(cloud, {"lives": [["FAILED"]] * 3})
-    with pytest.raises(ConfigError, match="fam was lost 3 times: raise --config.restarts to go on"):
+    with pytest.raises(ConfigError, match="fam was lost 3 times: raise --config.restarts to continue"):
         launch(make_config(cloud))
     assert actions(cloud).count("create") == 3 and stubs.read(cloud)["tpus"] == {}
 
@@ -186,14 +186,14 @@ def test_fresh_workers_may_refuse_the_first_connections(cloud):
 
 def test_an_installation_that_fails_ends_and_deletes(cloud):
     (cloud / "worker_bin" / "gcsfuse").write_text("#!/bin/bash\necho no such bucket >&2\nexit 1\n")
-    with pytest.raises(ConfigError, match="Installing failed on workers of fam: see the lines above"):
+    with pytest.raises(ConfigError, match="Installing failed on the workers of fam: see the lines above"):
         launch(make_config(cloud))
     assert actions(cloud) == ["create", "scp", *["ssh setup"] * 3, "delete"]
 
 
 def test_a_refused_request_is_one_sentence(cloud, capsys):
     stubs.write(cloud, {"quota": "no quota"})
-    with pytest.raises(ConfigError, match="gcloud could not request v5litepod-16: see the lines above"):
+    with pytest.raises(ConfigError, match="gcloud failed to request v5litepod-16: see the lines above"):
         launch(make_config(cloud))
     assert "RESOURCE_EXHAUSTED: no quota" in capsys.readouterr().out
 
@@ -213,15 +213,15 @@ def test_slices_that_are_there_are_used_and_a_running_training_is_followed(cloud
     assert first.obtain()
     for command in (
         first.copy(),
-        first.ssh("setup", everywhere=True),
-        first.ssh("start", everywhere=True),
+        first.ssh("setup", all_workers=True),
+        first.ssh("start", all_workers=True),
     ):
         assert commands.run(*command) == 0
     before = len(actions(cloud))
     assert launch(config) == 0
     assert actions(cloud)[before:] == ["ssh follow 1", "delete"]
     out = capsys.readouterr().out
-    assert "A training runs here already" in out and "\ngoing\ndone\n" in out
+    assert "A training run is already in progress" in out and "\ngoing\ndone\n" in out
 
 
 def test_starting_twice_trains_once(cloud):
@@ -233,7 +233,7 @@ def test_starting_twice_trains_once(cloud):
     assert slices.obtain()
     for words in (
         slices.copy(),
-        *[slices.ssh(w, everywhere=True) for w in ("setup", "setup", "start", "start")],
+        *[slices.ssh(w, all_workers=True) for w in ("setup", "setup", "start", "start")],
     ):
         assert commands.run(*words) == 0
     assert slices.status(assume="") == "running"
@@ -274,7 +274,7 @@ def test_ctrl_c_leaves_the_slices_unless_asked_to_delete_them(cloud, delete):
     if delete == "always":
         assert actions(cloud)[-2:] == ["ssh stop", "delete"] and (cloud / "saved").exists()
     else:
-        assert "delete" not in actions(cloud) and "The same command attaches again" in text
+        assert "delete" not in actions(cloud) and "Run the same command to attach again" in text
         assert shlex.join(["gcloud", "compute", "tpus", "queued-resources", "delete", "fam"]) in text
         assert not (cloud / "saved").exists()
 
@@ -338,7 +338,7 @@ def test_the_wheel_is_built_from_this_tree_unless_one_is_given(cloud, capsys):
     assert launch(make_config(cloud, wheel=""), dry_run=True) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "pip wheel" in line)
     assert shlex.split(line)[-2:] == [f"--wheel-dir={cloud / 'stage' / 'famx-fam'}", str(jobs.ROOT)]
-    with pytest.raises(ConfigError, match="--config.wheel must be the path of famx's wheel"):
+    with pytest.raises(ConfigError, match="--config.wheel must be the path of a famx wheel"):
         launch(make_config(cloud, wheel="/no/such.whl"))
 
 
@@ -350,13 +350,13 @@ def test_worker_0_lost_sight_of_is_asked_again_from_the_next_line(cloud):
     slices = tpu.Slices(config, job, commands)
     follow, seen = slices.ssh, []
 
-    def cut_once(*words, everywhere):
+    def cut_once(*words, all_workers):
         if words[0] == "follow":
             seen.append(words[1])
             if len(seen) == 1:  # the connection ends after a line
                 time.sleep(0.5)
                 return ["head", "--lines=1", str(cloud / "workers/0/famx-fam/log")]
-        return follow(*words, everywhere=everywhere)
+        return follow(*words, all_workers=all_workers)
 
     slices.ssh = cut_once
     assert slices.train() == 0
