@@ -20,7 +20,7 @@ MARK = "FAMX_TEST"  # "12/34/test/" in a process that a test started under worke
 PROC = pathlib.Path("/proc")  # on Linux; elsewhere nothing is killed
 
 
-def start(command, **options) -> subprocess.Popen:
+def start_process(command, **options) -> subprocess.Popen:
     """`subprocess.Popen`, where the child has the default handlers of SIGINT and SIGTERM.
 
     nohup, and a shell that starts a job in the background, make a process ignore SIGINT, and it passes

@@ -33,7 +33,8 @@ def ignored():
 
 
 def test_a_child_can_be_interrupted_where_signals_are_ignored(ignored):
-    process = processes.start([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", INTERRUPTED]
+    process = processes.start_process(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "True\n"
     process.send_signal(signal.SIGINT)
     assert process.wait() == 5
@@ -84,7 +85,7 @@ def test_what_a_test_started_ends_with_it(tmp_path, end, options, words):
 
 
 def test_the_end_of_a_test_leaves_the_tests_around_it(tmp_path):
-    process = processes.start(["sleep", "600"])
+    process = processes.start_process(["sleep", "600"])
     inner = os.environ[processes.MARK] + "1/"
     assert process.pid in processes.below(os.environ[processes.MARK].removesuffix("test/"))
     processes.end(inner)
