@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -45,17 +45,26 @@ class Worker:
       name: for messages.
       build: "module:function"; called in the process with `arguments`, it returns a `Peer`.
       arguments: by name, plain values.
+      root: the checkout that the process runs in, and imports from.
+      program: arguments of Python; it serves as this module does.
 
     Raises:
       LeftOut: if a package is missing, if it cannot be built, or if it does not learn.
     """
 
-    def __init__(self, name: str, build: str, arguments: Mapping[str, Any]):
+    def __init__(
+        self,
+        name: str,
+        build: str,
+        arguments: Mapping[str, Any],
+        root: pathlib.Path = ROOT,
+        program: Sequence[str] = ("-m", "benchmarks.turns"),
+    ):
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.turns"],
-            cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            [sys.executable, *program],
+            cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             env={**os.environ, "JAX_PLATFORMS": "cpu"},  # an accelerator has room for one process
         )  # fmt: skip
         try:
