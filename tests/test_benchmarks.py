@@ -21,7 +21,7 @@ from famx.modules.attention import token_attention
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
-from benchmarks import device, inference, timing, train_step, workloads  # noqa: E402
+from benchmarks import checkouts, device, inference, timing, train_step, workloads  # noqa: E402
 from benchmarks.full_attention import full_attention  # noqa: E402
 from famx.base import tables  # noqa: E402
 
@@ -231,6 +231,30 @@ def test_full_attention_reads_all_that_was_read():
     changed[0, 0] = (changed[0, 0] + 1) % 16
     other, _ = decoder.apply({"params": params}, changed)
     assert int(state.position[0]) == 40 and np.abs(logits[0, -1] - other[0, -1]).max() > 1e-6
+
+
+# Two checkouts.
+
+
+@pytest.mark.slow
+def test_a_checkout_is_measured_over_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    figures = tmp_path / "figures.json"
+    checkouts.main(
+        ["--quick", "--only=small", "--repeats=2", f"--other={ROOT}", f"--json={figures}"]
+    )
+    (section,) = json.loads(figures.read_text())["sections"].values()
+    this, other = section["rows"]
+    assert (this["checkout"], other["checkout"]) == ("this", "other")
+    assert other["time / other"]["median"] == 1 and this["temp MiB"] == other["temp MiB"] > 0
+    assert section["notes"][0] == f"this: {ROOT}, other: {ROOT}"
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        checkouts.main(["--quick", f"--other={tmp_path}"])
+    assert error.value.code == 2
+    assert "is no checkout of famx" in capsys.readouterr().err
 
 
 # A device at real sizes.

@@ -91,3 +91,8 @@ def test_the_end_of_a_test_leaves_the_tests_around_it(tmp_path):
     processes.end(inner)
     time.sleep(0.1)
     assert process.poll() is None
+
+
+def test_all_tests_start_processes_that_way():
+    users = {path.name for path in HERE.rglob("*.py") if "subprocess.Popen(" in path.read_text()}
+    assert users == {"processes.py", "test_processes.py"}

@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from famx.memories import Fam
 from famx.models import DecoderModel
-from famx.modules import Decoder, DecoderConfig
+from famx.modules import Decoder, DecoderConfig, Memory
 from famx.scale import hlo
+
+MEMORIES = {"FAM": Fam(length=2), "BSWA": Memory()}
 
 # Query, key, value, output, and the three of a gated feed-forward; scores and their mean of values.
 PROJECTIONS, ATTENTION = 7, 2
@@ -35,8 +38,10 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast"}  # the
 def model(name: str, layers: int) -> DecoderModel:
     # No size is 1, at which XLA replaces products, and no two that matter are equal.
     sizes = dict(vocab_size=24, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=40, block_size=8)
-    memory = dict(memory_segments=1, fam_length=2 if name == "FAM" else 0, attention_backend="xla")
-    return DecoderModel(Decoder(DecoderConfig(num_layers=layers, **sizes, **memory)))
+    config = DecoderConfig(
+        num_layers=layers, **sizes, memory_segments=1, memory=MEMORIES[name], attention_backend="xla"
+    )
+    return DecoderModel(Decoder(config))
 
 
 @functools.cache
