@@ -1,10 +1,10 @@
-"""Options with which tests compile: they compile much and compute little."""
+"""Compiler options of tests, which compile much and compute little."""
 
 import jax
 
 
 def known(**options):
-    """Those options that the installed XLA knows; they come and go with its versions."""
+    """Those of the options that the installed XLA knows; versions differ."""
 
     def is_known(name):
         try:
@@ -18,5 +18,5 @@ def known(**options):
     return {name: options[name] for name in options if is_known(name)}
 
 
-# Three times faster to compile; jax 0.11 has lost the second one.
+# Three times faster to compile. jax 0.11 no longer has the second option.
 COMPILE_FAST = known(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False)

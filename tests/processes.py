@@ -1,9 +1,9 @@
-"""Child processes of tests: started with the default signal handlers, ended when their test is over.
+"""Child processes of tests: they start with default signal handlers and end with their test.
 
-Every process that a test starts, directly or through others, inherits the variable `MARK`, whose
-value tells which pytest it belongs to. What still runs at the end of the test is killed, whether the
-test passed, failed or reached its time limit. Process groups would not be enough: what `launch/`
-starts has sessions of its own.
+Every process that a test starts, directly or through others, inherits the environment variable `MARK`,
+whose value tells which pytest it belongs to. What still runs at the end of the test is killed, whether
+the test passed, failed or reached its time limit. Killing process groups would not be enough, since
+`launch/` starts processes in new sessions.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ PROC = pathlib.Path("/proc")  # on Linux; elsewhere nothing is killed
 def start_process(command, **options) -> subprocess.Popen:
     """`subprocess.Popen`, where the child has the default handlers of SIGINT and SIGTERM.
 
-    nohup, and a shell that starts a job in the background, make a process ignore SIGINT, and it passes
-    that on to its children. Python raises no KeyboardInterrupt if SIGINT is ignored from the start. A
-    signal that the parent handles is back at its default in the child, so this process handles it for
-    a moment.
+    A process that was started in the background of a shell script ignores SIGINT, and so do its
+    children: Python raises KeyboardInterrupt only if SIGINT was not ignored at its start. A signal
+    that the parent handles has its default action in the child, so this process handles both signals
+    while it starts the child.
     """
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -47,7 +47,7 @@ def below(mark: str) -> Iterator[int]:
 
 
 def end(mark: str) -> None:
-    """Kills the processes below `mark`, and those that they start meanwhile."""
+    """Kills the processes below `mark`, and those that they start in the meantime."""
     for _ in range(100):
         numbers = list(below(mark))
         if not numbers:
@@ -58,7 +58,7 @@ def end(mark: str) -> None:
         time.sleep(0.01)
 
 
-# ---------------------------------------------------------------- hooks of pytest, by conftest.py
+# ---------------------------------------------------------------- hooks of pytest; conftest.py loads them
 
 
 def pytest_configure(config) -> None:
@@ -77,5 +77,5 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_sessionfinish() -> None:
-    """Ends what is left of a worker that crashed."""
+    """Kills what a crashed worker of pytest-xdist left running."""
     end(os.environ[MARK])

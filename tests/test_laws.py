@@ -1,6 +1,6 @@
-"""The laws of the tree: imports run downwards, packages use what they may, and code stays small.
+"""Laws of the source tree: imports go downwards, packages import only what they may, code stays small.
 
-The files of famx/ are parsed, not imported: imports within functions count as those at the top do.
+The files of famx/ are parsed, not imported. Imports within functions count like those at the top.
 """
 
 import ast
@@ -18,7 +18,8 @@ import famx
 
 ROOT = pathlib.Path(famx.__file__).parent
 
-# From the bottom up. A package imports packages of lower floors alone; all mains are one floor.
+# From the bottom up. A package may import packages of lower floors only. The files at the top of famx/
+# are the mains, except mesh.py.
 MAINS = "mains"
 FLOORS = (
     ("base",),
@@ -39,7 +40,7 @@ WITHIN_A_FLOOR: tuple[tuple[str, str], ...] = ()
 # Packages that import fewer packages than their floor would allow.
 FEWER = {"memories": {"base", "modules"}, "mesh": {"base", "modules"}}
 
-# Packages of a model's definition, which runs wherever jax does.
+# Packages that define a model: they run wherever jax does.
 MODEL_PACKAGES, MODEL_LIBRARIES = ("modules", "memories"), {"jax", "flax", "numpy"}
 # The files that may import a library which is slow to import or hard to install.
 TENSORFLOW = ("t5x", "t5x.*", "data.seqio*")
@@ -74,11 +75,11 @@ class Import:
 @functools.cache
 def files() -> dict[str, pathlib.Path]:
     """Paths of all files by dotted name, without `famx.` in front; a package's name is its __init__."""
-    found = {}
+    paths = {}
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 @functools.cache
@@ -105,7 +106,7 @@ def imported_names(node: ast.AST, path: pathlib.Path) -> Iterator[str]:
 @functools.cache
 def imports() -> tuple[Import, ...]:
     """Every import of every file."""
-    found = []
+    result = []
     for source, path in files().items():
         for node in ast.walk(tree(path)):
             for name in imported_names(node, path):
@@ -113,10 +114,10 @@ def imports() -> tuple[Import, ...]:
                 library, _, rest = name.partition(".")
                 if library == "famx":
                     target = rest if rest in files() else rest.rpartition(".")[0]
-                    found.append(Import(source, target, where, True))
+                    result.append(Import(source, target, where, True))
                 else:
-                    found.append(Import(source, library, where, False))
-    return tuple(found)
+                    result.append(Import(source, library, where, False))
+    return tuple(result)
 
 
 def package(name: str) -> str:
@@ -173,7 +174,7 @@ def test_imports_run_downwards():
 
 
 def test_no_circle_between_the_packages_and_files_of_a_package():
-    """Within each package, its files, its __init__ and its subpackages as wholes are the nodes."""
+    """For each package: no circle between its files, its __init__ and its subpackages."""
     edges: dict[str, set[tuple[str, str]]] = {}
     for x in imports():
         if not x.ours:
@@ -186,8 +187,8 @@ def test_no_circle_between_the_packages_and_files_of_a_package():
         node = lambda parts, shared=shared: parts[shared] if len(parts) > shared else "__init__"
         if (node(a), node(b)) != ("__init__", "__init__"):
             edges.setdefault(inside, set()).add((node(a), node(b)))
-    found = [f"{inside}: {', '.join(loop)}" for inside in edges for loop in circles(edges[inside])]
-    assert not found, "\n".join(found)
+    wrong = [f"{inside}: {', '.join(loop)}" for inside in edges for loop in circles(edges[inside])]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("name", MODEL_PACKAGES)

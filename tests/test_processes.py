@@ -1,4 +1,4 @@
-"""Children of tests have default signal handlers, and end with their test, whatever it started."""
+"""Child processes of tests have default signal handlers and are killed when their test ends."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def ignored():
-    """SIGINT and SIGTERM ignored, as SIGINT is in a job in a shell's background."""
+    """SIGINT and SIGTERM ignored, as SIGINT is in the background of a shell script."""
     old = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     assert all(signal.getsignal(number) is signal.SIG_IGN for number in old)
@@ -40,7 +40,7 @@ def test_a_child_can_be_interrupted_where_signals_are_ignored(ignored):
     assert process.wait() == 5
 
 
-# A child, a grandchild in a session of its own; `ids` has the number of each. Then what follows.
+# A test that starts a child, and a grandchild in a new session, writes their ids to a file, then END.
 LEAVES = """
 import os, pathlib, subprocess, sys, time
 import pytest

@@ -1,7 +1,7 @@
-"""How much a compiled training step computes: matrix products where they belong, and nothing that grew.
+"""Size of a compiled training step: its matrix products, loop by loop, and its number of operations.
 
-Counted in XLA's optimised program for the CPU, in which a loop's body is there once. What goes into
-fusions counts as if it were not fused, so that how XLA fuses does not matter.
+Counted in XLA's optimised program for the CPU, which contains the body of each loop once. Operations
+within fusions count, so that it does not matter what XLA fuses.
 """
 
 import collections
@@ -23,12 +23,12 @@ MEMORIES = {"FAM": Fam(length=2), "BSWA": Memory()}
 PROJECTIONS, ATTENTION = 7, 2
 FORWARD = PROJECTIONS + ATTENTION
 BACKWARD = 2 * FORWARD  # each product has a gradient for both of its factors
-# In the scan over blocks a projection gives the gradient of its input alone; that of its weights is
-# made of all blocks at once after the scan, within the layer that the scan belongs to.
+# In the scan over blocks a projection computes the gradient of its input only. The gradient of its
+# weights is computed after the scan for all blocks at once, in the body of the loop over layers.
 SCAN_BACKWARD = PROJECTIONS + 2 * ATTENTION
 HEAD = 3
 
-# Operations at this size, the same to 0.3% in jax 0.10.2 and 0.11.2, and 3% of leeway.
+# Number of operations of the sizes below. jax 0.10.2 and 0.11.2 differ by less than 0.3%.
 OPERATIONS = {"FAM": 2835, "BSWA": 978}
 LEEWAY = 1.03
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast"}  # these compute nothing
@@ -36,7 +36,7 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast"}  # the
 
 @functools.cache
 def model(name: str, layers: int) -> DecoderModel:
-    # No size is 1, at which XLA replaces products, and no two that matter are equal.
+    # No size is 1: XLA would compute such a product without a `dot`.
     sizes = dict(vocab_size=24, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=40, block_size=8)
     config = DecoderConfig(
         num_layers=layers, **sizes, memory_segments=1, memory=MEMORIES[name], attention_backend="xla"
@@ -46,7 +46,7 @@ def model(name: str, layers: int) -> DecoderModel:
 
 @functools.cache
 def loops(name: str, layers: int = 2, blocks: int = 4) -> list[tuple[int, collections.Counter]]:
-    """Depth of each loop, and the operations of its body by opcode without those of inner loops."""
+    """Nesting depth of each loop, and operations of its body by opcode, inner loops excluded."""
     m = model(name, layers)
     rows = jax.ShapeDtypeStruct((2, blocks * m.config.block_size), jnp.int32)
     batch = {"decoder_input_tokens": rows, "decoder_target_tokens": rows}
@@ -102,20 +102,20 @@ def test_loops_do_not_grow_with_layers_and_blocks(sizes):
     assert products("FAM", **sizes) == products("FAM")
     bodies = lambda loops: sorted((depth, sum(counts.values())) for depth, counts in loops if depth)
     assert bodies(large) == bodies(small)
-    # Outside of loops the mean over all tokens may be taken in more than one step.
+    # Outside of loops XLA computes a mean over more tokens in more steps.
     assert operations("FAM", **sizes) <= 1.01 * operations("FAM")
 
 
 @pytest.mark.slow
 def test_the_memory_costs_what_a_layer_does():
-    """A step of the scan is a layer's pass over `N` tokens in place of `S`, and so is the prompt."""
+    """A step of the scan is a layer's pass over `N` tokens instead of `S`, and so is the prompt."""
     (_, forward), (_, backward) = sorted(
         (x for x in loops("BSWA") if x[0]), key=lambda x: x[1]["dot"]
     )
     layer = sum(forward.values()) + sum(backward.values())
     inner = sorted((sum(counts.values()) for depth, counts in loops("FAM") if depth == 2))
     assert len(inner) == 2 and sum(inner) <= 1.1 * layer
-    # Prompt, scan, and a third for what these two store for the backward pass and fetch again.
+    # One layer for the prompt, one for the scan, one for what both store for their backward passes.
     assert operations("FAM") - operations("BSWA") <= 3 * layer
 
 
