@@ -56,7 +56,8 @@ setup(
     extras_require={
         # setuptools and wheel: the package tests build without network.
         "test": [
-            "pytest>=8",
+            "pytest>=9",
+            "pytest-timeout>=2.4",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "setuptools>=65.5",

@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -45,6 +45,8 @@ class Worker:
       name: label for messages.
       build: "module:function"; the process calls it with `arguments`, and it returns a `Peer`.
       arguments: keyword arguments, JSON values.
+      root: checkout that the process runs in and imports from.
+      program: arguments of Python for the process; it must serve as this module does.
 
     Attributes:
       facts: `Peer.facts`, and `first_loss`.
@@ -53,12 +55,19 @@ class Worker:
       LeftOut: a package is missing, the model cannot be built, or its loss does not fall.
     """
 
-    def __init__(self, name: str, build: str, arguments: Mapping[str, Any]):
+    def __init__(
+        self,
+        name: str,
+        build: str,
+        arguments: Mapping[str, Any],
+        root: pathlib.Path = ROOT,
+        program: Sequence[str] = ("-m", "benchmarks.turns"),
+    ):
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.turns"],
-            cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            [sys.executable, *program],
+            cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             env={**os.environ, "JAX_PLATFORMS": "cpu"},  # an accelerator could serve only one process
         )  # fmt: skip
         try:

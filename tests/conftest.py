@@ -23,6 +23,8 @@ sys.modules.setdefault("triton", None)
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
+pytest_plugins = ["processes"]
+
 hypothesis.settings.register_profile("famx", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("famx")
 

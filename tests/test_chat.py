@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import start_process
 from tiny import assert_close, assert_identical, make_model, make_params
 from trained import write_model_dir
 
@@ -407,11 +408,9 @@ def test_templates_with_the_message():
 
 def start(*args, **options):
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen(
+    return start_process(
         [sys.executable, "-m", "famx.chat", *args],
         cwd=gin_utils.gin_root(), stderr=subprocess.PIPE, **options,
-        # Ctrl-C is ignored by what a shell started in the background, these tests too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

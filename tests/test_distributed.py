@@ -8,6 +8,7 @@ import sys
 
 import jax
 import pytest
+from processes import start_process
 
 from famx.base import distributed, gin_utils
 from famx.base.errors import ConfigError
@@ -95,7 +96,7 @@ def start_two(moment):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     processes = [
-        subprocess.Popen(
+        start_process(
             [sys.executable, "-c", TWO, moment, address, str(i)], cwd=gin_utils.gin_root(),
             env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

@@ -16,6 +16,7 @@ import jax
 import pytest
 from absl import flags
 from gin import config as gin_config
+from processes import start_process
 from tiny import make_model, make_params
 from trained import write_model_dir
 
@@ -292,7 +293,7 @@ def test_an_unset_path_or_a_stray_argument(bad_input):
 
 
 def start(*args):
-    return subprocess.Popen(
+    return start_process(
         [sys.executable, "-m", "famx.eval", *args], cwd=gin_utils.gin_root(), text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

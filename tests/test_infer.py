@@ -17,6 +17,7 @@ from absl import flags
 from gin import config as gin_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import start_process
 from tiny import make_model, make_params
 from trained import write_model_dir
 
@@ -534,7 +535,7 @@ def test_the_main_terminated_killed_and_whole(tmp_path):
         bindings = [f"--gin.{key}='{path}'" for key, path in paths.items()]
         settings = ["--gin.BATCH_SIZE=2", "--gin.MAX_NEW_TOKENS=40", "--gin.MODE='predict_with_aux'"]
         command = [sys.executable, "-m", "famx.infer", "--gin_file=gin_configs/runs/infer.gin"]
-        return subprocess.Popen(
+        return start_process(
             [*command, *bindings, *settings, "--gin.TEMPERATURE=0.7"], cwd=ROOT, text=True,
             stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip

@@ -255,7 +255,8 @@ for preset, want in (("data", P(None, None, None)), ("fsdp_tensor", P("fsdp", "t
     params = init(jax.random.key(0))
     assert params["params"]["w"].sharding == shardings["params"]["w"]
     one = nn.unbox(Net().init(jax.random.key(0), x))
-    np.testing.assert_allclose(params["params"]["w"], one["params"]["w"], rtol=1e-6)
+    # Another program, in which a normal number of about 0.01 may be rounded otherwise.
+    np.testing.assert_allclose(params["params"]["w"], one["params"]["w"], rtol=1e-6, atol=1e-7)
     y = jax.jit(Net().apply)(params, jax.device_put(x, batch_sharding(mesh)))
     np.testing.assert_allclose(y, Net().apply(one, x), rtol=1e-4, atol=1e-5)
 shards = {s.data.shape for s in params["params"]["w"].addressable_shards}

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
+from compiling import COMPILE_FAST
 from flax.linen import unbox
 
 from famx.memories import Fam
@@ -21,9 +23,8 @@ CONFIG = DecoderConfig(
     vocab_size=VOCAB, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12, block_size=4,
     memory_segments=1, memory=Fam(2),
 )  # fmt: skip
-# These tests compile much and compute little: four times faster to compile.
-COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
+ROUNDING = rounding.bound(rounding.of_decoder(CONFIG, LENGTH))  # between programs, of numbers around 1
 
 
 def make_model(**options):

@@ -10,6 +10,7 @@ import gin
 import pytest
 from absl import flags
 from gin import config as gin_config
+from processes import start_process
 
 from famx import train
 from famx.base import gin_utils
@@ -45,7 +46,7 @@ def arguments(model_dir, *bindings, file=EXAMPLE):
 
 def start(*args, **env):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen(
+    return start_process(
         [sys.executable, "-m", "famx.train", *args], cwd=ROOT, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+import rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modules.helpers import config, initial, precision, random_params, random_tokens, read
@@ -31,6 +32,11 @@ VARIANTS = {
     "blocks of one token": dict(block_size=1, memory=Fam(1), memory_segments=2),
     "local and no positions": dict(rope_layers=("local", "none"), local_rope_base=100.0),
 }
+
+
+def tolerance(c, tokens: int) -> float:
+    """What rounding may change in float32 maps of so many tokens: in scores, which reach 8 here."""
+    return rounding.bound(rounding.of_decoder(c, tokens), scale=8)
 
 
 class Watching(Oracle):
@@ -172,7 +178,7 @@ def test_pieces_choices_and_places_to_go_on_from_change_no_number(data):
     if blocks is not None and draw(st.booleans()):
         blocks = [b - 8 for b in blocks]
     layers, heads = (draw(st.none() | pick((0, 1))) for _ in range(2))
-    maps = reader(c).read(params, pieces, layers, heads, blocks, state)
+    maps, near = reader(c).read(params, pieces, layers, heads, blocks, state), tolerance(c, 30)
     assert maps.blocks == tuple(sorted(b % 8 for b in blocks or range(cut // S, 8)))
     assert maps.layers == tuple(layers or (0, 1)) and maps.heads == tuple(heads or (0, 1))
     for i, block in enumerate(maps.blocks):
@@ -180,16 +186,16 @@ def test_pieces_choices_and_places_to_go_on_from_change_no_number(data):
         assert maps.slots[i].tolist() == [first, end]
         grid = np.ix_(maps.layers, maps.heads)
         np.testing.assert_allclose(
-            maps.tokens[i][..., first:end, :], whole.tokens[block][grid][..., first:end, :], atol=1e-5
+            maps.tokens[i][..., first:end, :], whole.tokens[block][grid][..., first:end, :], atol=near
         )
         assert not maps.tokens[i][..., :first, :].any()
-        np.testing.assert_allclose(maps.memory[i], whole.memory[block][grid], atol=1e-5)
+        np.testing.assert_allclose(maps.memory[i], whole.memory[block][grid], atol=near)
         positions = (block - 2) * S + np.arange(3 * S)
         known = (positions >= cut) & (positions < 30)
         ids = np.where(known, tokens[np.clip(positions, 0, 29)], NO_TOKEN)
         np.testing.assert_array_equal(maps.ids[i], ids)
     here, there = maps.summary, whole.summary
-    np.testing.assert_allclose(here.written, there.written[cut // S :], atol=1e-5)
+    np.testing.assert_allclose(here.written, there.written[cut // S :], atol=near)
     positions = np.arange(here.first_block, 7)[:, None, None, None] * S + here.source_slots
     ids = np.where(positions >= cut, tokens[positions], NO_TOKEN)
     np.testing.assert_array_equal(here.source_ids, ids)
@@ -221,7 +227,7 @@ def test_far_into_a_text_maps_are_those_of_its_beginning():
     moved = state.replace(position=state.position + far)
     maps = reader(c).read(params, [tokens], state=moved)
     assert maps.blocks == (far // S,)
-    np.testing.assert_allclose(maps.tokens, near.tokens, atol=1e-5)
+    np.testing.assert_allclose(maps.tokens, near.tokens, atol=tolerance(c, S))
     with pytest.raises(ValueError, match="positions end at 2,147,483,647"):
         reader(c).read(params, [np.tile(tokens, 3)], state=moved)
 
@@ -231,7 +237,7 @@ def test_the_models_own_computation_settings_do_not_matter():
     params = random_params(c)
     other = dataclasses.replace(c, blocks_per_chunk=3, remat="full", attention_backend="blockwise")
     first, second = (AttentionReader(Decoder(x)).read(params, [tokens]) for x in (c, other))
-    np.testing.assert_allclose(first.tokens, second.tokens, atol=1e-6)
+    np.testing.assert_allclose(first.tokens, second.tokens, atol=tolerance(c, 18))
 
 
 # ---------------------------------------------------------------- pictures

@@ -20,6 +20,7 @@ import pytest
 from flax import traverse_util
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import start_process
 from published import LLAMA, MEMORY, make_weights, train_bpe, train_sentencepiece, write_source
 from reference_models import CONFIGS
 from tiny import assert_identical
@@ -558,7 +559,7 @@ def test_an_import_that_is_killed_leaves_no_model_and_begins_anew(tmp_path, by, 
     source, model = write_source(tmp_path / "x", hf), tmp_path / "model"
     args = ("--from", str(source), "--to", str(model), "--block_size=8", "--memory=fam:length=2")
     command = [sys.executable, "-m", "famx.convert", *args]
-    process = subprocess.Popen(command, cwd=gin_utils.gin_root(), stderr=subprocess.PIPE, text=True)
+    process = start_process(command, cwd=gin_utils.gin_root(), stderr=subprocess.PIPE, text=True)
     written = lambda: len(list(model.glob("checkpoint_0*/state*/*/*")))
     while process.poll() is None and written() < 40:
         time.sleep(0.002)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from flax.traverse_util import unflatten_dict
 from modules.oracle import Oracle
 from reference_models import CONFIGS, RECORDED, TOKENS, WINDOW, draw, is_gemma, torch_logits, torch_model
@@ -107,7 +108,8 @@ def test_within_one_block_the_memory_segments_are_nothing_and_the_original_is_me
     one = TOKENS[:, :BLOCK]
     without, _ = read(decoder_config("llama", memory_segments=0), params("llama"), one)
     with_segments, _ = read(decoder_config("llama"), params("llama"), one)
-    np.testing.assert_array_equal(without, with_segments)
+    near = rounding.bound(rounding.of_decoder(decoder_config("llama"), BLOCK), np.abs(without).max())
+    np.testing.assert_allclose(without, with_segments, rtol=0, atol=near)
     close(without, recorded("llama")[:, :BLOCK])
 
 
@@ -153,7 +155,9 @@ def live(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_record_is_what_transformers_says(name):
-    np.testing.assert_allclose(torch_logits(live(name), TOKENS), recorded(name), 1e-5, 1e-5)
+    wanted = recorded(name)  # on another machine
+    near = rounding.bound(rounding.of_decoder(decoder_config(name), LENGTH), np.abs(wanted).max())
+    np.testing.assert_allclose(torch_logits(live(name), TOKENS), wanted, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("name", PLAIN)

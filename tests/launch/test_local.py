@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from processes import start_process
 
 from famx.base import gin_utils
 from famx.training.run_log import read_metrics
@@ -51,7 +52,7 @@ def gin_file(tmp_path):
 
 def start(module, gin_file, model_dir, *args):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    return start_process(
         [sys.executable, "-m", module, f"--gin_file={gin_file}", f"--gin.MODEL_DIR='{model_dir}'", *args],
         cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

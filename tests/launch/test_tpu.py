@@ -12,6 +12,7 @@ import time
 import pytest
 import stubs
 from absl.testing import flagsaver
+from processes import start_process
 
 from famx.base.errors import ConfigError
 from launch import job as jobs
@@ -245,7 +246,7 @@ def test_starting_twice_trains_once(cloud):
 
 CTRL_C = """
 import sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = [{here!r}, {tests!r}]
 import conftest, pathlib, test_tpu
 with test_tpu.flagsaver.flagsaver(estimate="no"):
     sys.exit(test_tpu.launch(test_tpu.make_config(pathlib.Path({cloud!r})), delete={delete!r}))
@@ -259,10 +260,10 @@ def test_ctrl_c_leaves_the_slices_unless_asked_to_delete_them(cloud, delete):
         "trap 'echo saved > $STUBS/saved; exit 42' TERM; echo going; while true; do sleep 0.1; done\n"
     )
     (cloud / "python").write_text(TRAIN + stopping)
-    code = CTRL_C.format(tests=str(pathlib.Path(__file__).parent), cloud=str(cloud), delete=delete)
-    root = pathlib.Path(tpu.__file__).parent.parent
+    here, root = pathlib.Path(__file__).parent, pathlib.Path(tpu.__file__).parent.parent
+    code = CTRL_C.format(here=str(here), tests=str(here.parent), cloud=str(cloud), delete=delete)
     env = {**os.environ, "PYTHONPATH": str(root)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE)
+    process = start_process([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE)
     lines = []
     for line in process.stdout:
         lines.append(line)

@@ -5,13 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from modules.helpers import assert_close, config, difference, random_params, random_tokens, shapes
 from trees import DOUBLE, LORA, STYLES, adapted, logits, merged_logits
 
 from famx.base.errors import ConfigError
-from famx.lora import Lora, combine, merged, split
+from famx.lora import Lora, combine, intercept, merged, split
 from famx.mesh import LOGICAL_AXES
 from famx.modules import Decoder
+from famx.modules.components import Projection
 
 
 def paths(tree):
@@ -73,8 +75,17 @@ def test_a_tree_without_adapters_is_merged_as_it_is():
 def test_fresh_adapters_change_no_bit():
     c, params, _ = adapted()
     tree = combine(params, LORA.init(jax.random.key(0), params))
+    x = np.random.default_rng(0).standard_normal((5, c.embed_dim)).astype(np.float32)
+    heads = Projection(c, (c.num_heads, c.head_dim), ("embed",), ("heads", "kv"))
+    query = {"params": jax.tree.map(lambda leaf: leaf[0], tree["layers"]["query"])}
+    plain = heads.apply(query, x)
+    with intercept(LORA):
+        assert np.asarray(heads.apply(query, x)).tobytes() == np.asarray(plain).tobytes()
+    # A whole decoder with adapters is another program, which may add in another order.
     tokens = random_tokens(2, 9)
-    assert logits(c, tree, tokens).tobytes() == logits(c, params, tokens, None).tobytes()
+    wanted = logits(c, params, tokens, None)
+    near = rounding.bound(rounding.of_decoder(c, 9), np.abs(wanted).max())
+    assert difference(logits(c, tree, tokens), wanted) <= near
 
 
 def test_fresh_a_keeps_the_variance_of_what_it_reads():
@@ -109,8 +120,9 @@ def test_boxes_and_jit_change_no_value():
     plain = LORA.init(jax.random.key(3), random_params(c))
     jitted = jax.jit(LORA.init)(jax.random.key(3), random_params(c))
     from_boxes = nn.unbox(jax.jit(lambda key: LORA.init(key, boxed(c)))(jax.random.key(3)))
-    assert_close(plain, jitted, 1e-6)
-    assert_close(plain, from_boxes, 1e-6)
+    near = rounding.bound(20, 2)  # a normal number is a polynomial of degree 8 and a square root
+    assert_close(plain, jitted, near)
+    assert_close(plain, from_boxes, near)
 
 
 def test_split_undoes_combine():

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import COMPILE_FAST
 from modules.helpers import (
-    COMPILE_FAST,
     assert_close,
     config,
     difference,

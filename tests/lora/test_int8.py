@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import COMPILE_FAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modules.helpers import COMPILE_FAST, config, difference, random_params, random_tokens
+from modules.helpers import config, difference, random_params, random_tokens
 from trees import DOUBLE, adapted, adapters_of, logits, loss_of, merged_logits
 
 from famx.base.errors import ConfigError

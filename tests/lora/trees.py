@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from modules.helpers import COMPILE_FAST, config, precision, random_params
+from compiling import COMPILE_FAST
+from modules.helpers import config, precision, random_params
 
 from famx.lora import Lora, combine, intercept, merged
 from famx.memories import Fam

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import struct
+from processes import start_process
 
 import famx
 from famx.base.errors import ConfigError
@@ -199,7 +200,7 @@ for step in range(2, 100000):
 
 
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
-    process = subprocess.Popen(
+    process = start_process(
         [sys.executable, "-c", KILLED, str(tmp_path)],
         cwd=ROOT,
         stdout=subprocess.PIPE,

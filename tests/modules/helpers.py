@@ -6,13 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compiling import COMPILE_FAST
 
 from famx.memories import Fam
 from famx.modules import Decoder, DecoderConfig, Memory
 
 VOCAB = 13
-# These tests compile much and compute little: four times faster to compile.
-COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def fam(length: int) -> Memory:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rounding
 from flax.traverse_util import flatten_dict
 from test_loop import history, run, saved
 from tiny import (
@@ -41,6 +42,9 @@ from famx.training.trainable import Trainable
 
 STEPS = 4
 TOKENS = make_tokens(2, 3 * BLOCK + 1)
+# Between programs, and between weights that were merged by different ones; logits reach 8.
+ROUNDING = rounding.bound(rounding.of_decoder(make_model().config, TOKENS.shape[1]))
+NEAR = 8 * ROUNDING
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +103,7 @@ def test_the_first_loss_is_that_of_the_base(base, tmp_path):
     finetune(tmp_path / "lora", base, steps=1)
     finetune(tmp_path / "all", base, steps=1, trainable="all")
     first = [history(tmp_path / name)[0]["loss"] for name in ("lora", "all")]
-    np.testing.assert_allclose(*first, rtol=1e-6)
+    np.testing.assert_allclose(*first, rtol=ROUNDING)
 
 
 def test_learning_lowers_the_loss_of_a_fixed_batch():
@@ -157,7 +161,7 @@ def test_a_run_is_loaded_with_its_adapters_merged(base, tmp_path):
     finetune(tmp_path, base, evaluation=evaluation)
     trained = load_model(str(tmp_path))
     assert set(flat(trained.params)) == set(flat(load_model(base).params))
-    assert_close(logits(trained), probes[-1], 1e-6)
+    assert_close(logits(trained), probes[-1], NEAR)
     assert np.abs(logits(trained) - logits(load_model(base))).max() > 1e-3
     tree = jax.tree.map(jnp.asarray, saved(tmp_path, STEPS)["target"])
     batch = {"decoder_input_tokens": TOKENS[:, :-1], "decoder_target_tokens": TOKENS[:, 1:]}
@@ -169,7 +173,7 @@ def test_a_run_is_loaded_with_its_adapters_merged(base, tmp_path):
 def test_the_small_adapter_file_onto_the_base_is_the_trained_model(base, tmp_path):
     finetune(tmp_path, base)
     adapted = load_model(base, adapter=str(tmp_path / "adapter"))
-    assert_close(logits(adapted), logits(load_model(str(tmp_path))), 1e-6)
+    assert_close(logits(adapted), logits(load_model(str(tmp_path))), NEAR)
     other = make_model()
     other = write_model_dir(tmp_path / "other", other, make_params(other.module, 1), passkey().vocab)
     with pytest.raises(ConfigError, match="trained on another base model"):
@@ -226,7 +230,7 @@ def test_an_adapter_brings_the_memory_that_it_was_trained_with(base, tmp_path):
     finetune(tmp_path, base, model=model)
     adapted = load_model(base, adapter=str(tmp_path / "adapter"))
     assert adapted.model.config == model.config
-    assert_close(logits(adapted), logits(load_model(str(tmp_path))), 1e-6)
+    assert_close(logits(adapted), logits(load_model(str(tmp_path))), NEAR)
 
 
 def test_what_reads_a_model_takes_an_adapter(base, tmp_path):
@@ -240,7 +244,7 @@ def test_what_reads_a_model_takes_an_adapter(base, tmp_path):
         out = tmp_path / f"{number}.jsonl"
         infer(checkpoint, str(tmp_path / "in.jsonl"), str(out), mode="score", **more)
         scores.append(json.loads(out.read_text())["score"])
-    np.testing.assert_allclose(scores[1], scores[2], rtol=1e-6)
+    np.testing.assert_allclose(scores[1], scores[2], rtol=ROUNDING)
     assert abs(scores[0] - scores[1]) > 1e-3
     assert_close(logits(load_with_vocabulary(base, adapter)), logits(load_model(base, None, adapter)))
 
@@ -335,7 +339,7 @@ def test_a_checkpoint_with_adapters_can_be_begun_from(base, tmp_path):
     finetune(tmp_path / "first", base)
     finetune(tmp_path / "second", str(tmp_path / "first"), steps=1, optimizer=optax.sgd(0.0))
     first, second = (load_model(str(tmp_path / name)) for name in ("first", "second"))
-    assert_close(logits(first), logits(second), 1e-6)
+    assert_close(logits(first), logits(second), NEAR)
 
 
 def test_an_int8_base_computes_nearly_what_the_base_does(base):

@@ -6,6 +6,7 @@ import gin
 import jax
 import numpy as np
 import pytest
+import rounding
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,8 +66,9 @@ def test_decays_stay_between_floor_and_rate(warmup, decay, floor):
         schedules.warmup_stable_decay(RATE, total, decay, warmup, floor),
     ):
         after = np.asarray(schedule(np.arange(110)))[warmup : total + 2]
-        assert (np.diff(after) <= 1e-9).all()
-        assert after.min() >= floor - 1e-8 and after.max() <= RATE + 1e-8
+        near = rounding.bound(5, RATE)  # a cosine or a quotient, scaled and moved
+        assert (np.diff(after) <= near).all()
+        assert after.min() >= floor - near and after.max() <= RATE + near
         assert after[0] == pytest.approx(RATE, rel=1e-5)
         assert after[-1] == pytest.approx(floor, rel=1e-4, abs=1e-9)
 

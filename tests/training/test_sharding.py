@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import traverse_util
+from processes import start_process
 
 import famx
 from famx.training.run_log import read_metrics
@@ -139,7 +140,7 @@ def start(code, *args, devices):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
         " --xla_backend_optimization_level=0",  # compiles faster
     }
-    return subprocess.Popen(
+    return start_process(
         [
             sys.executable, "-c", code.replace("STEPS", str(STEPS)).replace("MESHES", str(MESHES)),
             *map(str, args),
