@@ -1,8 +1,8 @@
-"""Where arrays live: a mesh of devices, and rules from logical axes to its axes.
+"""The mesh of devices, and rules that split logical axes of arrays over its axes.
 
-Modules name the axes of their parameters ("embed", "heads", ...); here stands which of them is cut
-over which mesh axis. `data` cuts the batch; `fsdp` cuts the batch and the weights; `tensor` cuts
-heads, feed-forward and vocabulary; `context` cuts the length.
+Modules name the axes of their parameters ("embed", "heads", ...); rules map these to mesh axes. `data`
+splits the batch; `fsdp` splits the batch and the weights; `tensor` splits heads, feed-forward and
+vocabulary; `context` splits the length.
 """
 
 import collections
@@ -35,13 +35,13 @@ _MeshAxes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Logical axis -> mesh axes that it is cut over; axes without an entry are kept whole.
+    """Mesh axes by logical axis; an axis without an entry is not split.
 
     Construction raises ConfigError for a name that is no logical or mesh axis.
     """
 
     axes: Mapping[str, _MeshAxes]
-    may_replicate: tuple[str, ...] = ()  # axes kept whole where the mesh does not divide them
+    may_replicate: tuple[str, ...] = ()  # axes that are not split if the mesh does not divide them
 
     def __post_init__(self):
         for name in (*self.axes, *self.may_replicate):
@@ -52,9 +52,9 @@ class Rules:
     def spec(self, names: Sequence[str | None]) -> PartitionSpec:
         """The mesh axes of an array with these logical axes.
 
-        Beside a batch, the other axes leave alone what the batch is cut over: activations keep
-        their width whole where FSDP cuts the width of weights. Any other mesh axis wanted twice is
-        a ConfigError, as is an unknown logical axis.
+        In an array with a batch axis, no other axis is split over the mesh axes of the batch:
+        activations keep their full width where FSDP splits the width of weights. Raises ConfigError if
+        two axes claim the same mesh axis otherwise, and for an unknown logical axis.
         """
         cut = [self._mesh_axes(name) for name in names]
         batch = next((name for name in names if name in _BATCHES), None)
@@ -76,7 +76,7 @@ class Rules:
         return PartitionSpec(*(_entry(axes) for axes in cut))
 
     def pairs(self) -> list[tuple[str, _MeshAxes | str | None]]:
-        """The rules for `nn.logical_axis_rules`, batch first, so that it wins in activations."""
+        """The rules for `nn.logical_axis_rules`; the batch comes first and wins in activations."""
         ordered = sorted(LOGICAL_AXES, key=lambda name: name not in _BATCHES)
         return [(name, _entry(self._mesh_axes(name))) for name in ordered]
 
@@ -87,7 +87,7 @@ class Rules:
         return tuple(self.axes.get(name, ()))
 
 
-# Shards of the length that are read side by side stand among the examples, see ChunkContext.
+# Shards of the length that are read in parallel are folded into the batch, see ChunkContext.
 _DATA = {"batch": BATCH_AXES, "context_batch": ("context", *BATCH_AXES), "length": ("context",)}
 _FSDP = {**_DATA, "embed": ("fsdp",)}
 _TENSOR = dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("tensor",))
@@ -96,10 +96,10 @@ PRESETS = {"data": _DATA, "fsdp": _FSDP, "fsdp_tensor": {**_FSDP, **_TENSOR}}
 
 @gin.configurable
 def make_rules(preset: str = "fsdp_tensor", may_replicate: Sequence[str] = ()) -> Rules:
-    """The rules named `data` (weights whole), `fsdp` or `fsdp_tensor`.
+    """Rules by name: `data` (weights are not split), `fsdp` or `fsdp_tensor`.
 
-    `may_replicate` lists logical axes that stay whole where their size cannot be divided, such as
-    "kv_heads" with a single head; other axes that cannot be divided are errors.
+    `may_replicate` lists logical axes that are not split if the mesh does not divide their size, such as
+    "kv_heads" with a single head; for other axes that is a ConfigError.
     """
     _known(preset, tuple(PRESETS), "set of sharding rules")
     return Rules(PRESETS[preset], tuple(may_replicate))
@@ -117,10 +117,10 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over all `devices` (default: every device of every process).
 
-    One size may be -1: whatever the others leave. Devices of several slices, which a slower network
-    (DCN) joins, are laid out so that `data` and `fsdp` alone cross it: `dcn_data` x `dcn_fsdp` is the
-    number of slices, and what is left of each size lies within a slice. Of those two, what is None
-    follows from the other; if both are, `data` takes as many slices as it can.
+    One size may be -1: the number of devices divided by the other sizes. Several slices are joined by a
+    slower network (DCN), and only `data` and `fsdp` cross it: `dcn_data` x `dcn_fsdp` is the number of
+    slices, and the rest of each size is within a slice. If one of these two is None, it follows from the
+    other; if both are, `data` crosses as many slices as it can.
 
     Raises ConfigError if the sizes do not multiply to the number of devices, or do not fit the slices.
     """
@@ -154,17 +154,16 @@ def make_mesh(
 def on_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """A context in which programs are traced, compiled and run for `mesh`.
 
-    Modules read the mesh and the rules of this context: the attention backend fits the devices of
-    `mesh`, kernels are split over it by `rules`, and arrays that have no sharding are replicated.
-    Compilation caches depend on the mesh, so every call of a jitted function that shares programs
-    must be made inside.
+    Modules look at the mesh and the rules of this context: the attention backend `auto` fits the devices
+    of `mesh`, and kernels are split over it by `rules`. Without it several devices compute attention by
+    the dense formula. A batch need not be divided by the mesh; it is then replicated.
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.pairs()):
         yield
 
 
 def _across_slices(sizes, devices, dcn_data: int | None, dcn_fsdp: int | None) -> dict[str, int]:
-    """Over how many slices each axis goes."""
+    """Number of slices that each axis crosses."""
     counts = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
     slices = len(counts)
     if len(set(counts.values())) > 1:
@@ -194,14 +193,13 @@ def logical_to_sharding(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """A NamedSharding for each leaf of `tree`.
 
     Args:
-        tree: arrays or ShapeDtypeStructs, boxed by `nn.with_logical_partitioning` where they are to
-            be cut (others stay whole); or PartitionSpecs of logical names, whose sizes cannot be
-            checked.
-        mesh: as `make_mesh` makes it.
-        rules: logical to mesh axes.
+        tree: arrays or ShapeDtypeStructs; those boxed by `nn.with_logical_partitioning` are split, others
+            are replicated. Or PartitionSpecs of logical names, whose sizes are not checked.
+        mesh: a mesh of `make_mesh`.
+        rules: rules from logical to mesh axes.
 
     Raises:
-        ConfigError: two axes of an array collide, or a size cannot be divided by its mesh axes.
+        ConfigError: two axes of an array claim a mesh axis, or a size is not divided by its mesh axes.
     """
 
     def sharding(path, leaf):
@@ -222,14 +220,14 @@ def without_boxes(tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Cuts the first axis of a batch over `data` and `fsdp`."""
+    """Sharding that splits the first axis of a batch over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shard(mesh: Mesh, process: int) -> tuple[int, int]:
-    """`(index, count)`: which of `count` equal parts of a batch `process` makes.
+    """`(index, count)`: `process` makes part `index` of `count` equal parts of a batch.
 
-    Processes between which `tensor` or `context` alone is cut hold, and make, the same part.
+    Processes that differ only in their places along `tensor` and `context` make the same part.
 
     Raises ConfigError if the parts of two processes overlap.
     """
@@ -247,7 +245,7 @@ def batch_shard(mesh: Mesh, process: int) -> tuple[int, int]:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> None:
-    """Raises ConfigError unless devices and processes can share each part of the batch evenly."""
+    """Raise ConfigError unless devices and processes divide each microbatch evenly."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size < 1 or batch_size % parts:
         raise ConfigError(
@@ -267,7 +265,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> 
 
 
 def check_blocks(length: int, config: DecoderConfig, mesh: Mesh) -> None:
-    """Raises ConfigError unless rows of `length` tokens can be cut over `context` by whole blocks."""
+    """Raise ConfigError unless `context` splits rows of `length` tokens into whole blocks."""
     parts, size = mesh.shape["context"], config.block_size
     if length % (parts * size) and parts > 1:
         raise ConfigError(
@@ -286,8 +284,8 @@ def check_blocks(length: int, config: DecoderConfig, mesh: Mesh) -> None:
 def state_sharding(state: Any, config: DecoderConfig, mesh: Mesh, rules: Rules) -> Any:
     """A NamedSharding for each field of a `DecoderState` of arrays or ShapeDtypeStructs.
 
-    Keys and values are cut by heads as their weights are, and whole where there are too few heads. The
-    state of one text, from which every example begins, is no batch.
+    Keys and values are split by heads as their weights are, unless there are too few heads. The state of
+    a single example, from which every example of a batch may begin, is replicated.
     """
     batch = "batch" if state.batch_size > 1 else None
     box = lambda leaf, names: nn.LogicallyPartitioned(leaf, names)
@@ -306,10 +304,10 @@ def state_sharding(state: Any, config: DecoderConfig, mesh: Mesh, rules: Rules) 
 
 
 def moment_sharding(leaf, parameter) -> NamedSharding:
-    """Of an optimiser's array that belongs to `parameter`, which has a sharding.
+    """Sharding of an optimiser's array that belongs to `parameter`, which has a sharding.
 
-    An array of the same shape lies as it does; one that lacks an axis, a factored moment, as its other
-    axes do; any other is whole.
+    An array of the same shape has the same sharding; an array without one of the axes, a factored
+    moment, is split along the other axes like the parameter; any other array is replicated.
     """
     where, shape = parameter.sharding, parameter.shape
     if leaf.shape == shape:

@@ -1,1 +1,1 @@
-"""What everything else stands on; nothing here imports another package of famx."""
+"""Helpers that every other package may import; nothing here imports another package of famx."""

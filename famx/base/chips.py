@@ -1,9 +1,9 @@
-"""What the makers publish of their chips: the rates that utilisation and bounds are measured by.
+"""Published rates of accelerators, against which utilisation and bounds are measured.
 
-Sources: of TPUs the tables "Key specifications" of Google Cloud's pages on v4, v5e, v5p and v6e; what
-a link of the interconnect carries, and the data center network, "How To Scale Your Model" (jax-ml),
-chapter on TPUs, which gives what is attained (Cloud's own figures are a tenth higher). Of GPUs NVIDIA's
-data sheets: dense bfloat16 without sparsity, of the SXM form where there are several.
+Sources for TPUs: the tables "Key specifications" of Google Cloud's pages on v4, v5e, v5p and v6e; for the
+links of the interconnect and the data center network the chapter on TPUs of "How To Scale Your Model"
+(jax-ml), which gives attained rates (Cloud's own figures are a tenth higher). For GPUs: NVIDIA's data
+sheets, dense bfloat16 without sparsity, of the SXM form where there are several.
 """
 
 import dataclasses
@@ -11,18 +11,18 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them; all rates per second.
+    """One device in JAX's count; all rates are per second.
 
     Attributes:
-      name: as people say it.
+      name: short name.
       flops: dense bfloat16 operations.
-      memory: bytes of its main memory.
-      bandwidth: bytes between the main memory and the chip.
-      link: bytes over one link of the interconnect, one way; 0: not known. TPUs have two links along
-        each axis of their torus; a GPU's is all of its NVLink.
-      axes: of the torus; 0: every device reaches every other alike.
-      wrap: an axis of a multiple of so many chips is closed to a ring.
-      network: bytes to other slices, through the data center network; 0: not known.
+      memory: bytes of main memory.
+      bandwidth: bytes between main memory and chip.
+      link: bytes over one link of the interconnect in one direction; 0: unknown. A TPU has two links
+        along each axis of its torus; for a GPU this is the whole NVLink.
+      axes: number of axes of the torus; 0: all devices are equally far from each other.
+      wrap: an axis whose number of chips is a multiple of this is closed to a ring.
+      network: bytes to other slices through the data center network; 0: unknown.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Chip:
 
 
 _GIB = 2**30
-# By what the kind of a device contains; the first that fits.
+# Chips by a part of JAX's device kind; the first match counts.
 CHIPS = {
     "TPU v4": Chip("v4", 275e12, 32 * _GIB, 1200e9, 45e9, 3, 4, 6.25e9),
     "TPU v5 lite": Chip("v5e", 197e12, 16 * _GIB, 819e9, 45e9, 2, 16, 3.125e9),
@@ -57,11 +57,11 @@ TPUS = ("v4", "v5e", "v5p", "v6e")
 
 
 def find(device_kind: str) -> Chip | None:
-    """The chip of a device of this kind; None where it is not known, as for CPUs."""
+    """The chip of JAX's device kind; None if it is unknown, as for CPUs."""
     return next((chip for name, chip in CHIPS.items() if name in device_kind), None)
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 operations per second of a device of this kind; None where not known."""
+    """Dense bfloat16 operations per second of a device kind; None if it is unknown."""
     chip = find(device_kind)
     return chip and chip.flops

@@ -1,5 +1,5 @@
-"""The one exception that stands for bad input: its text is a plain sentence for the user."""
+"""The exception for mistakes of the user."""
 
 
 class ConfigError(ValueError):
-    """Something the user gave cannot work; the message says what is wrong and what to do."""
+    """A mistake of the user; the message is a plain sentence that says what is wrong and what to do."""

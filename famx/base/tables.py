@@ -14,10 +14,11 @@ class Table:
     """Rows of figures under one heading.
 
     Attributes:
-      name: of the section that made it.
+      name: name of the section that measured them.
       title: one line.
-      notes: sizes and how it was measured, one line each.
-      rows: column -> number, text, or a dataclass with a text of its own; all rows alike.
+      notes: sizes and method, one line each.
+      rows: value by column: a number, a text, or a dataclass with `__str__`; all rows have the same
+        columns.
     """
 
     name: str
@@ -26,14 +27,14 @@ class Table:
     rows: list[dict[str, Any]]
 
     def text(self) -> str:
-        """For a terminal: title, notes, and columns in line."""
+        """The table for a terminal: title, notes, and aligned columns."""
         cells = self._cells()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
         return "\n".join([self.title, *self.notes, *lines])
 
     def markdown(self) -> str:
-        """For a page, notes below."""
+        """The table for a page, with its notes below."""
         head, *body = ["| " + " | ".join(row) + " |" for row in self._cells()]
         rule = "|" + "---:|" * len(self.rows[0])
         above = [f"**{self.title}**", ""] if self.title else []
@@ -41,7 +42,7 @@ class Table:
         return "\n".join([*above, head, rule, *body, *below])
 
     def json(self) -> dict[str, Any]:
-        """Every figure, unrounded."""
+        """All figures without rounding, as JSON can hold them."""
         plain = lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x
         rows = [{name: plain(value) for name, value in row.items()} for row in self.rows]
         return {"title": self.title, "notes": self.notes, "rows": rows}
@@ -55,26 +56,26 @@ def _cell(value) -> str:
 
 
 def number(value: float) -> str:
-    """With as many digits as such a figure deserves."""
+    """A number with digits that suit its size."""
     digits = 6 if value < 0.01 else 3 if value < 10 else 1 if value < 1000 else 0
     return f"{value:.{digits}f}"
 
 
 def missing_markers(path: pathlib.Path, names) -> list[str]:
-    """Which of the sections have no place in the page."""
+    """Names of the sections without markers in the page."""
     page = path.read_text(encoding="utf-8")
     return [name for name in names if not _place(name).search(page)]
 
 
 def fill_markdown(path: pathlib.Path, table: Table) -> None:
-    """Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+    """Replace the text between `<!-- table: NAME -->` and `<!-- end -->`."""
     page = path.read_text(encoding="utf-8")
     filled = lambda match: f"{match[1]}\n{table.markdown()}\n{match[2]}"
     files.write_text(path, _place(table.name).sub(filled, page))
 
 
 def write_json(path: pathlib.Path, machine: Mapping[str, Any], tables: list[Table]) -> None:
-    """Writes what the machine is and the tables' figures, unrounded."""
+    """Write a description of the machine and the figures of the tables, without rounding."""
     sections = {table.name: table.json() for table in tables}
     files.write_json(path, {"machine": dict(machine), "sections": sections}, allow_nan=False)
 

@@ -1,10 +1,9 @@
 """Checkpoints over orbax: `MODEL_DIR/checkpoint_<step>/state`, the layout that t5x reads.
 
-A checkpoint is written beside its final name and renamed when complete, so a kill at any moment
-leaves the previous one as it was. Trees are stored as nested dicts of arrays (optax's named tuples
-by position and field, as flax's `to_state_dict` names them) and come back bit for bit, in the
-structure, placement and dtypes that the caller describes. Orbax refuses empty arrays (the memory of
-a BSWA model), so these are made anew.
+A checkpoint is written to a temporary name and renamed when complete, so a kill at any moment leaves
+the previous one as it was. Trees are stored as nested dicts of arrays (optax's named tuples by position
+and field, as flax's `to_state_dict` names them) and are restored bit for bit, in the structure, placement
+and dtypes that the caller describes. Orbax refuses empty arrays, so `restore` creates them.
 """
 
 import copy
@@ -27,7 +26,7 @@ _STATE, _DATASET = "state", "dataset"
 
 
 class Checkpointer:
-    """Saves and restores `(tree, data_state)` by step and keeps the newest `keep` of them.
+    """Saves and restores `(tree, data_state)` by step, and deletes all but the newest checkpoints.
 
     `tree` is any pytree that flax can turn into a state dict (dicts, tuples, optax states, flax
     dataclasses) with array leaves: jax.Array, sharded or not, or numpy; random keys as
@@ -36,10 +35,10 @@ class Checkpointer:
 
     Args:
         model_dir: absolute directory; made if missing.
-        keep: how many checkpoints stay; None keeps all.
+        keep: number of checkpoints to keep; None keeps all.
         save_interval: `save` ignores steps that are not multiples of it, unless forced.
-        async_: return from `save` once the arrays are copied and write in the background.
-        read_only: another run may be writing to `model_dir`: nothing there is touched.
+        async_: return from `save` once the arrays are copied, and write in the background.
+        read_only: change nothing in `model_dir`, which another run may be writing to.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Checkpointer:
             logging.set_verbosity(verbosity)
 
     def save(self, step: int, tree: Any, data_state: Any = None, force: bool = False) -> bool:
-        """Saves if `step` is due (or forced) and not saved yet; returns whether it does.
+        """Save if `step` is due (or forced) and not saved yet; returns whether it saves.
 
         Arrays and data state may be donated or changed as soon as this returns.
         """
@@ -90,13 +89,14 @@ class Checkpointer:
     def restore(
         self, step: int | None, abstract_tree: Any, partial: bool = False
     ) -> tuple[Any, Any, int]:
-        """Returns (tree, data_state, step) of checkpoint `step`, or of the newest for None.
+        """Restore `(tree, data_state, step)` of a checkpoint.
 
         Args:
-            step: a step of `all_steps()`, or None.
-            abstract_tree: the tree that is wanted, with jax.ShapeDtypeStruct or array leaves. One
-                with a sharding comes back as a jax.Array placed so; any other as a numpy array.
-            partial: the checkpoint may hold more at the top of the tree (optimiser states, say).
+            step: a step of `all_steps()`; None: the newest.
+            abstract_tree: the tree to restore, with jax.ShapeDtypeStruct or array leaves. A leaf with
+                a sharding is restored as a jax.Array with it, any other as a numpy array.
+            partial: ignore further entries at the top of the checkpoint's tree, such as optimiser
+                states.
 
         Raises:
             ConfigError: there is no such checkpoint, or its leaves differ in name, shape or dtype.
@@ -124,20 +124,20 @@ class Checkpointer:
         return tree, restored.get(_DATASET), step
 
     def find(self, step: int | None) -> int:
-        """`step`, or the newest for None; ConfigError if it is not there."""
+        """`step`, or the newest step for None; ConfigError if it is not saved."""
         self.wait()
         steps = self.all_steps()
         if not steps:
             raise ConfigError(f"There is no checkpoint in {self.model_dir}.")
         if step is not None and step not in steps:
-            there = ", ".join(map(str, steps))
+            saved = ", ".join(map(str, steps))
             raise ConfigError(
-                f"There is no checkpoint of step {step} in {self.model_dir}; there are: {there}."
+                f"There is no checkpoint of step {step} in {self.model_dir}; there are: {saved}."
             )
         return steps[-1] if step is None else int(step)
 
     def leaves(self, step: int) -> dict[tuple[str, ...], Any]:
-        """What checkpoint `step` holds: path -> metadata with `shape` and `dtype`; none is loaded."""
+        """Metadata with `shape` and `dtype` of every leaf of a checkpoint, by path; loads nothing."""
         return traverse_util.flatten_dict(self._manager.item_metadata(step)[_STATE].tree)
 
     def latest_step(self) -> int | None:
@@ -145,19 +145,19 @@ class Checkpointer:
         return max(self.all_steps(), default=None)
 
     def all_steps(self) -> list[int]:
-        """The saved steps, oldest first; one that is still being written may be missing."""
+        """The saved steps in ascending order; one that is still being written may be missing."""
         return sorted(self._manager.all_steps())
 
     def reload(self) -> None:
-        """Looks for checkpoints that another process has written meanwhile."""
+        """Look for checkpoints that another process has written since."""
         self._manager.reload()
 
     def wait(self) -> None:
-        """Blocks until background writing is done; raises what went wrong in it."""
+        """Block until background writing is done; raises its errors."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes background writing and frees the threads."""
+        """Finish background writing and end the threads."""
         self._manager.close()
 
     def __enter__(self):
@@ -168,7 +168,7 @@ class Checkpointer:
 
 
 def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Path -> leaf; containers without leaves, Nones and empty arrays are left out."""
+    """Leaves by path, without Nones and empty arrays."""
     flat = traverse_util.flatten_dict({"": serialization.to_state_dict(tree)})
     return {path[1:]: leaf for path, leaf in flat.items() if leaf is not None and leaf.size}
 
@@ -178,7 +178,7 @@ def _nest(flat: dict[tuple[str, ...], Any]) -> Any:
 
 
 def _unflatten(tree: Any, leaves: dict[tuple[str, ...], Any]) -> Any:
-    """`tree` with its leaves replaced; what `_flatten` left out stays as it is in `tree`."""
+    """`tree` with the leaves that `_flatten` lists replaced."""
     flat = traverse_util.flatten_dict(
         {"": serialization.to_state_dict(tree)}, keep_empty_nodes=True
     )
@@ -187,7 +187,7 @@ def _unflatten(tree: Any, leaves: dict[tuple[str, ...], Any]) -> Any:
 
 
 def _fill(leaf: Any) -> Any:
-    """What stands for a leaf that is not stored: an empty array for an empty leaf, or itself."""
+    """An empty array for an empty leaf, which is not stored; any other leaf as it is."""
     if getattr(leaf, "size", None) != 0:
         return leaf
     empty = np.zeros(leaf.shape, leaf.dtype)
@@ -209,15 +209,15 @@ def _check_same_leaves(directory: pathlib.Path, stored: dict, wanted: dict) -> N
             raise ConfigError(f"{directory} holds another model: it has no {name}.")
         if path not in wanted:
             raise ConfigError(f"{directory} holds another model: this model has no {name}.")
-        there, here = _describe(stored[path]), _describe(wanted[path])
-        if there != here:
+        shape, expected = _describe(stored[path]), _describe(wanted[path])
+        if shape != expected:
             raise ConfigError(
-                f"{directory} holds another model: {name} is {there} there and {here} here."
+                f"{directory} holds another model: {name} is {shape} there and {expected} here."
             )
 
 
 def _describe(leaf: Any) -> str:
-    """'float32[3, 4]'."""
+    """Dtype and shape of an array: 'float32[3, 4]'."""
     return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
 
@@ -225,10 +225,10 @@ def _describe(leaf: Any) -> str:
 
 
 def check_model_dir(path: str | os.PathLike, need_bytes: int = 0) -> pathlib.Path:
-    """Makes the directory if need be and returns it as a Path.
+    """Make MODEL_DIR if it is missing, and return it as a Path.
 
-    Raises ConfigError if the path is relative, is no directory, cannot be written, or if its disk
-    has fewer than `need_bytes` free.
+    Raises ConfigError if the path is relative, is no directory or cannot be written, or if its disk has
+    fewer than `need_bytes` free.
     """
     directory = pathlib.Path(path)
     if not directory.is_absolute():

@@ -1,4 +1,4 @@
-"""Which model a MODEL_DIR holds: the note in model.json, differences between models, fingerprints."""
+"""Identity of a model: model.json of its directory, differences between models, fingerprints."""
 
 import dataclasses
 import hashlib
@@ -27,10 +27,10 @@ _DEFAULTS = {
 
 
 def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
-    """`(MODEL_DIR, step)` of a path to either; the step is None for a `MODEL_DIR`.
+    """`(MODEL_DIR, step)` of a path to a checkpoint; the step is None for a path to a `MODEL_DIR`.
 
     Raises:
-      ConfigError: there is no such directory.
+      ConfigError: the MODEL_DIR does not exist.
     """
     path = pathlib.Path(checkpoint).expanduser().absolute()
     found = re.fullmatch(r"checkpoint_(\d+)", path.name)
@@ -41,7 +41,7 @@ def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
 
 
 def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
-    """What `check_same_model` noted in MODEL_DIR/model.json; ConfigError if there is no such note."""
+    """Content of MODEL_DIR/model.json; ConfigError if it is missing or damaged."""
     path = pathlib.Path(model_dir) / _MODEL_FILE
     try:
         return json.loads(path.read_text())
@@ -54,9 +54,10 @@ def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """'num_layers (2 there, 4 here), ...': how two models differ; '' where they are the same model.
+    """Differences of two models as 'num_layers (2 there, 4 here), ...'; '' for the same model.
 
-    A field that an older version did not note has its default. Fields of the memory are named apart.
+    A field that an older version did not write has its default. Fields of the memory are named
+    `memory.<field>`. Fields that change only the computation are not compared.
     """
     there, here = _flat(there), _flat(here)
     value = lambda fields, name: fields.get(name, _DEFAULTS.get(name, "unset"))
@@ -68,17 +69,17 @@ def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def _flat(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with those of the memory beside them, as `memory.length`."""
+    """The fields with those of the memory among them, named as in `memory.length`."""
     memory = fields.get("memory") or {}
     rest = {name: value for name, value in fields.items() if name != "memory"}
     return rest | {f"memory.{name}": value for name, value in memory.items()}
 
 
 def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any]) -> None:
-    """Notes `model_config` in MODEL_DIR/model.json, or compares it with what is noted there.
+    """Write `model_config` to MODEL_DIR/model.json, or compare it with an existing one.
 
-    Values must be what JSON can hold; anything else is compared as text. Raises ConfigError with
-    the differing fields if the directory belongs to another model.
+    Values that JSON cannot hold are written as text. Raises ConfigError with the differing fields if the
+    directory belongs to another model.
     """
     path = pathlib.Path(model_dir) / _MODEL_FILE
     here = json.loads(json.dumps(model_config, default=str))
@@ -94,9 +95,9 @@ def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any])
 
 
 def model_fingerprint(config: DecoderConfig, params) -> str:
-    """Hex digest that tells models apart: by what changes their numbers, and by their weights.
+    """Hex digest of the fields of a config that change its results, and of the weights.
 
-    Of each parameter evenly spaced values are taken, so that a large model costs no more.
+    It covers evenly spaced values of each parameter, so that its cost does not grow with the model.
     """
     fields = {k: v for k, v in config.to_dict().items() if k not in COMPUTATION_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
@@ -104,12 +105,12 @@ def model_fingerprint(config: DecoderConfig, params) -> str:
 
 
 def weights_fingerprint(params) -> str:
-    """Hex digest that tells weights apart, whatever memory reads with them; see `model_fingerprint`."""
+    """Hex digest of the weights without those of the memory; see `model_fingerprint`."""
     return _digest(hashlib.sha256(), split_memory(params)[0])
 
 
 def split_memory(params) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`(rest, memory)`: parameters without those of the memory, and these alone."""
+    """`(rest, memory)`: the parameters without those of the memory, and those of the memory."""
     flat = flatten_dict(params, sep="/")
     pick = lambda wanted: unflatten_dict(
         {path: leaf for path, leaf in flat.items() if of_memory(path) == wanted}, sep="/"

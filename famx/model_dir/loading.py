@@ -1,4 +1,4 @@
-"""A trained model from its directory: what reading, writing, answering and evaluating begin with."""
+"""Loads a trained model, or its weights alone, from its directory."""
 
 import dataclasses
 import pathlib
@@ -32,10 +32,10 @@ class TrainedModel:
     """A model with its weights.
 
     Attributes:
-      model: the definition, its vocabulary included.
-      params: the decoder's parameters, on the device.
-      step: training steps that they have seen.
-      directory: of the checkpoint.
+      model: the definition, with its vocabulary.
+      params: the decoder's parameters, placed on the mesh of `make_mesh()`.
+      step: number of training steps before the checkpoint.
+      directory: directory of the checkpoint.
     """
 
     model: DecoderModel
@@ -47,17 +47,17 @@ class TrainedModel:
 def load_model(
     checkpoint: str, model: DecoderModel | None = None, adapter: str | None = None
 ) -> TrainedModel:
-    """Loads weights and vocabulary, and the model itself unless it is given.
+    """Load weights and vocabulary, and the model definition unless it is given.
 
-    Adapters, those of the checkpoint and those of the file, are merged into the weights.
+    Adapters of the checkpoint, and those of `adapter`, are merged into the weights.
 
     Args:
-      checkpoint: a `MODEL_DIR`, whose newest checkpoint is taken, or one `MODEL_DIR/checkpoint_<step>`.
-      model: what the checkpoint must hold; None: what the directory says that it holds.
+      checkpoint: a `MODEL_DIR`, whose newest checkpoint is loaded, or one `MODEL_DIR/checkpoint_<step>`.
+      model: definition that the checkpoint must hold; None: the one in the directory's model.json.
       adapter: directory of a saved adapter for this model (`famx.lora.save_adapter`), or None.
 
     Raises:
-      ConfigError: there is no such checkpoint, it holds another model, its vocabulary is damaged, or
+      ConfigError: the checkpoint does not exist or holds another model, its vocabulary is damaged, or
         the adapter does not fit it.
     """
     directory, step = split_checkpoint(checkpoint)
@@ -70,7 +70,7 @@ def load_model(
 
 
 def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
-    """The model with the adapters merged, and with the memory that they were trained with."""
+    """The model with the adapters merged into its weights, and the memory of their training."""
     config, memory = trained.model.config, adapter_memory(adapter)
     unknown = ", ".join(sorted(set(memory) - set(MEMORY_FIELDS)))
     if unknown:
@@ -82,7 +82,7 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
     abstract = without_boxes(model.abstract_params())
     adapters, lora = load_adapter(adapter, abstract, weights_fingerprint(trained.params))
     wanted = split_memory(abstract)[1]
-    if jax.tree.structure(split_memory(adapters)[1]) != jax.tree.structure(wanted):
+    if flatten_dict(split_memory(adapters)[1]).keys() != flatten_dict(wanted).keys():
         if not _same_shapes(prompt, wanted):
             raise ConfigError(
                 f"The adapter {adapter} has no parameters of the memory, and the base none that fit."
@@ -115,10 +115,16 @@ def check_model(directory: pathlib.Path, model: DecoderModel | None = None) -> D
 
 
 def restore_params(checkpointer: Checkpointer, model: DecoderModel, step: int | None = None):
-    """`(step, params)` of a checkpoint (None: the newest), placed on the mesh of `make_mesh()`.
+    """Restore the parameters of a checkpoint, placed on the mesh of `make_mesh()`.
 
-    The parameters are those that `model.module` reads with, adapters and int8 kernels merged; their
-    dtypes are the checkpoint's.
+    Args:
+      checkpointer: checkpoints of a `MODEL_DIR`.
+      model: definition whose parameters they are.
+      step: step of the checkpoint; None: the newest.
+
+    Returns:
+      `(step, params)`: parameters that `model.module` can apply, with adapters and int8 kernels merged,
+      in the dtypes of the checkpoint.
     """
     step = checkpointer.find(step)
     boxed = model.abstract_params()
@@ -138,26 +144,26 @@ def restore_params(checkpointer: Checkpointer, model: DecoderModel, step: int | 
     tree, _, step = checkpointer.restore(step, {"target": unflatten_dict(wanted)}, partial=True)
     params = tree["target"]
     if any(path[-1] in (*ADAPTERS, SCALE) for path in wanted):
-        with warnings.catch_warnings():  # what is merged leaves no array to reuse
+        with warnings.catch_warnings():  # merging leaves donated arrays without an output to reuse them
             warnings.filterwarnings("ignore", "Some donated buffers were not usable")
             params = jax.jit(model.merged, donate_argnums=0)(params)
     return step, params
 
 
 def load_pretrained(checkpoint: str, model: DecoderModel) -> tuple[dict[str, Any], list[str]]:
-    """Parameters for `model` from the checkpoint of one that differs in its memory at most.
+    """Parameters for a new run of `model`, from a checkpoint that may differ in its memory.
 
-    The memory's prompt is left out where the checkpoint has none, or one of another length.
+    Parameters of the memory are left out if the checkpoint has none of their kind and shapes.
 
     Args:
       checkpoint: a `MODEL_DIR` (its newest checkpoint) or one `MODEL_DIR/checkpoint_<step>`.
-      model: what is to begin from it.
+      model: definition of the run.
 
     Returns:
-      The tree, placed as `restore_params` places it, and sentences that say what is left out.
+      The parameters, placed as by `restore_params`, and sentences for the user on those left out.
 
     Raises:
-      ConfigError: there is no such checkpoint, or the models differ in more.
+      ConfigError: the checkpoint does not exist, or the models differ in other fields.
     """
     trained = load_model(checkpoint)
     there, here = trained.model.config, model.config

@@ -1,9 +1,8 @@
-"""Memory files (`.famem`): what a model has read, from which any process reads and answers on.
+"""Memory files (`.famem`): the state of a model after reading, from which any process can continue.
 
 A memory file is a safetensors file. Its arrays are the fields of one `DecoderState`, bit for bit, and
-`logits`, those after the last token, from which generation goes on. Its metadata holds a `Header` as
-JSON. Only the model whose weights read the text can use it, and a file that was cut or altered is
-refused.
+`logits`, those after the last token, from which generation continues. Its metadata holds a `Header` as
+JSON. A file is refused if another model or other weights read the text, or if it was cut or altered.
 """
 
 import dataclasses
@@ -28,23 +27,23 @@ from famx.model_dir.loading import TrainedModel
 from famx.modules import DecoderState
 
 FORMAT = 1
-_KEY = "famem"  # of the header in safetensors' metadata
+_KEY = "famem"  # key of the header in the metadata of safetensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a memory file says about itself.
+    """Header of a memory file.
 
     Attributes:
       famx: version that wrote the file.
-      model: the `DecoderConfig` of the model that has read, as `to_dict` gives it.
-      model_fingerprint: of that model and its weights.
-      vocabulary_fingerprint: of its vocabulary; None: it had none.
-      sources: names of the texts read, in order.
-      position: tokens read, of each example.
-      updates: memory updates, of each example.
+      model: `DecoderConfig.to_dict()` of the model that read the texts.
+      model_fingerprint: fingerprint of that model and its weights.
+      vocabulary_fingerprint: fingerprint of its vocabulary; None: it had none.
+      sources: names of the texts, in the order of reading.
+      position: number of tokens read, for each example.
+      updates: number of memory updates, for each example.
       num_bytes: size of the state.
-      sha256: of the rest of this header and of the arrays.
+      sha256: checksum of the other fields and of the arrays.
       format: version of the format.
     """
 
@@ -67,13 +66,13 @@ def save_memory(
     state: DecoderState,
     sources: Sequence[str] = (),
 ) -> Header:
-    """Writes what `trained` has read; the file appears whole, and until then an old one stays.
+    """Write the state of `trained` after reading; the file replaces an old one when it is complete.
 
     Args:
-      path: of the file; one that is there is replaced.
-      trained: the model that has read.
-      logits: `[B, V]` after the last token, as `Streamer.read` returned them.
-      state: after the last token, of any batch size.
+      path: path of the file.
+      trained: the model that read the texts.
+      logits: logits `[B, V]` after the last token, as `Streamer.read` returned them.
+      state: state after the last token, of any batch size.
       sources: names of the texts that were read.
 
     Raises:
@@ -95,9 +94,9 @@ def save_memory(
 
 
 def with_memory(path: str | os.PathLike, out: str | os.PathLike, memory) -> Header:
-    """Writes a copy of the memory file `path` to `out` with another `DecoderState.memory`.
+    """Write a copy of the memory file `path` to `out` with another `DecoderState.memory`.
 
-    The copy belongs to the same model; its logits stay those of the last token that was read.
+    The copy belongs to the same model; its logits are still those after the last token that was read.
 
     Raises:
       ConfigError: `path` is no whole memory file, or `out` cannot be written.
@@ -107,7 +106,7 @@ def with_memory(path: str | os.PathLike, out: str | os.PathLike, memory) -> Head
 
 
 def _named(tree) -> dict[str, np.ndarray]:
-    """Leaves of a tree on the host by path, such as "keys", or "memory/matrix" in a memory of several."""
+    """Leaves of a tree as host arrays, by path: "keys", or "memory/matrix" if a memory has several."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -125,7 +124,7 @@ def _write(path, header: Header, arrays: Mapping[str, np.ndarray]) -> Header:
 
 
 def read_header(path: str | os.PathLike) -> Header:
-    """The header alone; no array is loaded, and the checksum is not compared.
+    """The header of a memory file; loads no array and does not verify the checksum.
 
     Raises:
       ConfigError: there is no such file, it is not a whole memory file, or of another format.
@@ -139,13 +138,14 @@ def load_memory(path: str | os.PathLike, trained: TrainedModel) -> DecoderState:
 
 
 def restore_memory(path: str | os.PathLike, trained: TrainedModel) -> tuple[jax.Array, DecoderState]:
-    """What `save_memory` wrote, on the device: `(logits [B, V], state)`, ready to be given away.
+    """`(logits [B, V], state)` that `save_memory` wrote, as device arrays that may be donated.
 
-    Bit for bit; under a model of another dtype, which is the same model, the arrays get its dtypes.
+    They are equal bit for bit, unless the model has another dtype than the one that wrote them; then they
+    get its dtypes.
 
     Raises:
       ConfigError: there is no such file; it was cut, altered or has another format; another model,
-        other weights or another vocabulary read it.
+        other weights or another vocabulary read the text.
     """
     header, arrays = _read(path, load=True)
     if _checksum(header, arrays) != header.sha256:
