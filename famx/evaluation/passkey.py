@@ -174,5 +174,5 @@ def _answers(model, params, batch, zero_memory: bool = False) -> np.ndarray:
         _, state = streamer.read(params, state, tokens[:, skipped:-tail])
     best, _ = streamer.predict(params, state, tokens[:, -tail:])
     places = (starts - tokens.shape[1])[:, None] + np.arange(batch["answer"].shape[1])
-    found = np.take_along_axis(best, np.minimum(places, -1) + tail, axis=1)
-    return np.where(places < 0, found, batch["answer"])
+    answers = np.take_along_axis(best, np.minimum(places, -1) + tail, axis=1)
+    return np.where(places < 0, answers, batch["answer"])

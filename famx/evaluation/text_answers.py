@@ -65,14 +65,14 @@ class TextAnswers:
 
     def _write(self, answer: Callable, examples: Sequence[Example]) -> list[dict[str, Any]]:
         prompts = [Prompt(i, {}, self._prompt(x["inputs"])) for i, x in enumerate(examples)]
-        found = _in_batches(answer, prompts, self.batch_size)
+        answers = _in_batches(answer, prompts, self.batch_size)
         return [
             {
                 "prediction": row["prediction"],
                 "finished": row["aux"]["finished"],
                 "references": example["references"],
             }
-            for example, row in zip(examples, found)
+            for example, row in zip(examples, answers)
         ]
 
     def _rank(self, answer: Callable, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -92,10 +92,10 @@ class TextAnswers:
                     raise ValueError(f"A choice of '{self.task.name}' has no tokens: {texts}.")
                 prompt = self._prompt(inputs)
                 prompts.append(Prompt(len(prompts), {"targets": texts}, prompt, tokens))
-        found = _in_batches(answer, prompts, self.batch_size)
+        answers = _in_batches(answer, prompts, self.batch_size)
         rows = []
         for example, pairs in zip(examples, places):
-            scored = [(found[i]["score"][k], found[i]["num_tokens"][k]) for i, k in pairs]
+            scored = [(answers[i]["score"][k], answers[i]["num_tokens"][k]) for i, k in pairs]
             scores = self.task.choice_scores(example, scored)
             given = {name: example[name] for name in ("choices", "answer")}
             rows.append({"prediction": scores, **given})
@@ -118,10 +118,10 @@ def _answers_of(module: Decoder, vocabulary: Vocabulary, batch_size: int, max_ne
 
 def _in_batches(answer: Callable, prompts: Sequence[Prompt], batch_size: int) -> list[dict[str, Any]]:
     """Answers to the prompts, in order. Prompts of similar length share a batch."""
-    found = {}
+    answers = {}
     for batch in batches(prompts, batch_size):
-        found |= zip((prompt.line for prompt in batch), answer(batch)[0])
-    return [found[prompt.line] for prompt in prompts]
+        answers |= zip((prompt.line for prompt in batch), answer(batch)[0])
+    return [answers[prompt.line] for prompt in prompts]
 
 
 @contextlib.contextmanager

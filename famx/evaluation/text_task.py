@@ -249,23 +249,23 @@ class TextTaskEvaluation:
         del write
         documents = _Counted(self._documents(part, vocabulary), part.numbers)
         evaluation = TextEvaluation(documents, self.batch_size, max_tokens=None, health=False)
-        found = evaluation(model, params, 0)
+        scores = evaluation(model, params, 0)
         num_tokens, num_bytes = np.sum(list(documents.sizes.values()), axis=0)
-        nats = found["bits_per_token"] * num_tokens * np.log(2)
+        nats = scores["bits_per_token"] * num_tokens * np.log(2)
         return {
-            "next_token_accuracy": 100 * found["accuracy"],
-            "bits_per_token": found["bits_per_token"],
+            "next_token_accuracy": 100 * scores["accuracy"],
+            "bits_per_token": scores["bits_per_token"],
             "bits_per_byte": bits_per_byte(nats, num_bytes),
         }
 
     def _health(self, model: DecoderModel, params, vocabulary: Vocabulary) -> dict[str, float]:
         """Memory scalars over the first examples of all tasks, taken in turn, each with its answer."""
         parts = [(self._documents(p, vocabulary, self.health_tokens), p.numbers) for p in self._parts]
-        turns = itertools.zip_longest(*(((own, i) for i in numbers) for own, numbers in parts))
+        turns = itertools.zip_longest(*(((texts, i) for i in numbers) for texts, numbers in parts))
         documents, size = _Documents(), 0
         documents.vocab = vocabulary
-        for own, number in filter(None, itertools.chain.from_iterable(turns)):
-            documents.append(own[number])
+        for texts, number in filter(None, itertools.chain.from_iterable(turns)):
+            documents.append(texts[number])
             size += len(documents[-1][0])
             if size >= self.health_tokens:
                 break
