@@ -101,14 +101,16 @@ class Infini(Memory):
 
     def flops(self, config, price, length, from_start):
         group, width = config.num_heads // config.num_kv_heads, config.head_dim
-        blocks, past = -(-length // config.block_size), config.memory_segments
-        # From the start, tokens of the first M + 1 blocks find nothing written, and blocks without a
-        # later reader need not be written. A product with the matrix costs Dh / 2 scores and values.
-        empty = past + 1 if from_start else 0
-        read = max(length - empty * config.block_size, 0)
-        written = max(blocks - 1 - (past if from_start else 0), 0) * config.block_size
-        rows = read + written * (1 + self.delta) / group
-        return int(rows * price.score * width / 2), 0
+        # From the start, tokens of the first M + 1 blocks find nothing written, and the last block to
+        # be written is the one that leaves the window before the last block.
+        missing = config.memory_segments if from_start else 0
+        read = max(length - (missing + 1) * config.block_size, 0) if from_start else length
+        blocks = max(-(-length // config.block_size) - 1 - missing, 0)
+        # A score and its share of a value are 2 Dh products in each query head; a row of `A` and `z`
+        # Dh + 1 times Dh, and a written row Dh times Dh in each key head.
+        recalled = read + self.delta * blocks * config.block_size / group
+        written = blocks * config.block_size / group
+        return round(price.score * (recalled * (width + 1) + written * width) / 2), 0
 
 
 class _Gate(nn.Module):

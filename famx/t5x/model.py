@@ -169,7 +169,7 @@ class T5xModel:
             params = unflatten_dict(flat, sep="/")
         state = self.model.initial_state(params, batch["decoder_input_tokens"].shape[0])
         passing = self.state_passing if self._keeps_memory and flax_mutables else Fresh()
-        kept = {MUTABLES: flax_mutables}
+        kept = {MUTABLES: flax.core.unfreeze(flax_mutables)}  # a memory's leaves are in a plain dict
         if dropout_rng is not None:
             state, dropout_rng = passing.start(kept, state, None, dropout_rng)
         loss, metrics, end = self.model.loss(params, batch, dropout_rng, state)

@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from memories_table import REMEMBERING
 from modules.helpers import config, precision, random_params, random_tokens
 from modules.oracle import Oracle
 
 from famx.analysis import MemoryMonitor
-from famx.memories import Fam
+from famx.memories import Fam, Infini
 from famx.modules import Decoder, Memory
 
 S = 4
@@ -80,6 +81,24 @@ def test_scalars_name_layers_and_updates():
     assert scalars["memory/rms_last/layer_0"] == health.figures["rms"][2, 0]
     second = np.sqrt(np.mean(health.figures["rms"][1] ** 2))
     assert scalars["memory/rms/update_2"] == pytest.approx(second)
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_every_memory_has_figures_of_each_layer(name):
+    c = config(memory=REMEMBERING[name])
+    health = MemoryMonitor(Decoder(c)).measure(random_params(c), random_tokens(2, 4 * S))
+    for values in (*health.shares.values(), *health.figures.values()):
+        assert values.shape[-1] == c.num_layers and np.isfinite(values).all()
+
+
+def test_the_gate_of_infini_is_the_share_of_the_memory():
+    c = config(memory=Infini(), memory_segments=0)
+    params = random_params(c)
+    health = MemoryMonitor(Decoder(c)).measure(params, random_tokens(2, 4 * S))
+    share = np.mean(1 / (1 + np.exp(-params["layers"]["memory"]["gate"])), axis=1)
+    np.testing.assert_allclose(health.figures["gate"][-1], share, rtol=1e-5)
+    # The first of four blocks finds nothing written.
+    np.testing.assert_allclose(health.shares["tokens_on_memory"], share * 3 / 4, rtol=1e-5)
 
 
 def test_nothing_is_compiled_again_whatever_the_length():

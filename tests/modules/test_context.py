@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, config, initial, jit, random_params, random_tokens, read
+from memories_table import REMEMBERING
 from test_order import ALL
 
 from famx.modules import Decoder, Memory
@@ -62,9 +63,11 @@ def test_more_segments_than_a_shard_has_blocks():
     check(config(**WIDE, memory_segments=3, memory=Memory()), shards=2, blocks=4)
 
 
-def test_examples_at_different_places():
-    check(config(**WIDE, memory_segments=2), 4, blocks=8, lengths=[32, 9, 21], before=0)
-    check(config(**WIDE, memory_segments=1), 2, blocks=4, lengths=[12, 1, 6], before=6)
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_examples_at_different_places(name):
+    wide = dict(WIDE, memory=REMEMBERING[name])
+    check(config(**wide, memory_segments=2), 4, blocks=8, lengths=[32, 9, 21], before=0)
+    check(config(**wide, memory_segments=1), 2, blocks=4, lengths=[12, 1, 6], before=6)
 
 
 def test_blocks_that_shards_do_not_divide():

@@ -48,7 +48,7 @@ MORE = {
     ),
 }
 EVERY_MEMORY = {
-    name: dict(memory=memory, memory_segments=number % 3, blocks_per_chunk=3)
+    name: dict(memory=memory, memory_segments=number % 3, blocks_per_chunk=2)
     for number, (name, memory) in enumerate(MEMORIES.items())
 }
 ALL = {**CONFIGS, **MORE, **EVERY_MEMORY}

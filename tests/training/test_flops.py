@@ -1,5 +1,6 @@
 """Operation counts against a loop over pairs, a walk through the jaxpr, and XLA's own count."""
 
+import dataclasses
 import math
 
 import jax
@@ -14,7 +15,7 @@ from jax.interpreters import partial_eval
 from tiny import fam
 
 from famx.lora import Lora
-from famx.memories import Fam
+from famx.memories import Fam, Infini
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig, Memory, rope
 from famx.modules.layer import ChunkContext, Layer
@@ -91,6 +92,25 @@ def test_counts_equal_a_loop_over_tokens_and_pairs(c, batch, length, from_start)
     assert counted == {kind: 3 * count for kind, count in expected.items()}
 
 
+@settings(max_examples=40)
+@given(
+    st.booleans(), st.integers(0, 2), st.sampled_from([1, 2]), st.integers(1, 25), st.booleans()
+)  # fmt: skip
+def test_counts_of_infini_equal_a_loop_over_tokens(delta, segments, kv_heads, length, from_start):
+    memory = Infini(delta=delta)
+    c = config_of(memory=memory, memory_segments=segments, num_kv_heads=kv_heads)
+    recall, expected = 2 * c.head_dim * c.head_dim + 2 * c.head_dim, 0
+    written = 0 if from_start else 1  # blocks in the memory; a state that is given has some
+    for token in range(length):
+        block = token // c.block_size
+        if token % c.block_size == 0 and block > 0 and (block > segments or not from_start):
+            write = 2 * c.head_dim * c.head_dim + delta * recall
+            expected += c.num_kv_heads * c.block_size * write
+            written += 1
+        expected += c.num_heads * recall * (written > 0)
+    assert train_flops(c, 3, length, from_start)["memory"] == 3 * 3 * c.num_layers * expected
+
+
 def test_causal_half_of_one_block():
     c = config_of(block_size=4, memory_segments=0, memory=Memory())
     assert train_flops(c, 1, 4)["attention"] == 3 * 2 * (4 * 2 * 4) * (1 + 2 + 3 + 4)
@@ -125,6 +145,16 @@ def jaxpr_flops(jaxpr):
     return total
 
 
+def gradient_flops(c, batch, length):
+    """Operations of the loss's gradient, as traced."""
+    model = DecoderModel(Decoder(c))
+    tokens = jnp.ones((batch, length), jnp.int32)
+    inputs = {"decoder_input_tokens": tokens, "decoder_target_tokens": tokens}
+    params = unbox(jax.eval_shape(model.module.init, jax.random.key(0), tokens)["params"])
+    gradient = jax.grad(lambda params: model.loss(params, inputs)[0])
+    return jaxpr_flops(jax.make_jaxpr(gradient)(params).jaxpr)
+
+
 @pytest.mark.parametrize("memory_length", [0, 3])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(memory_length, kv_heads):
@@ -135,12 +165,7 @@ def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(mem
     )  # fmt: skip
     batch, blocks = 2, 4
     length = blocks * c.block_size
-    model = DecoderModel(Decoder(c))
-    tokens = jnp.ones((batch, length), jnp.int32)
-    inputs = {"decoder_input_tokens": tokens, "decoder_target_tokens": tokens}
-    params = unbox(jax.eval_shape(model.module.init, jax.random.key(0), tokens)["params"])
-    gradient = jax.grad(lambda params: model.loss(params, inputs)[0])
-    done = jaxpr_flops(jax.make_jaxpr(gradient)(params).jaxpr)
+    done = gradient_flops(c, batch, length)
 
     pair = 4 * c.num_heads * c.head_dim
     window = (c.memory_segments + 1) * c.block_size
@@ -152,6 +177,21 @@ def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(mem
     prompt = n * (query_output + keys_values + n * pair + feed)
     unneeded = batch * c.num_layers * (masked * pair + update) + prompt
     assert done == sum(train_flops(c, batch, length).values()) + 3 * unneeded
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_infini_equals_the_products_of_the_gradient_but_for_what_nobody_reads(delta):
+    """Computed as well: reads while the memory is empty, and writes after the last block."""
+    c = config_of(memory=Infini(delta=delta), memory_segments=0, num_kv_heads=1, attention_backend="xla")
+    batch, length = 2, 12
+    done, without = (
+        gradient_flops(config, batch, length)
+        for config in (c, dataclasses.replace(c, memory=Memory()))
+    )
+    recall, written = 2 * c.head_dim * (c.head_dim + 1), 2 * c.head_dim * c.head_dim
+    unneeded = c.block_size * (c.num_heads * recall + c.num_kv_heads * (written + delta * recall))
+    counted = train_flops(c, batch, length)["memory"]
+    assert done - without == counted + 3 * batch * c.num_layers * unneeded
 
 
 def partial_gradient_flops(model, learns, tokens):

@@ -57,6 +57,10 @@ class Look:
 
 STATES = {"random": Random(0.9), "continuous": Lanes(document_length=7 * BLOCK, num_documents=20)}
 
+class Devices(list):
+    def __deepcopy__(self, memo):  # gin copies what is bound, and a device cannot be copied
+        return self
+
 def run_of(kind, **changes):
     memory = {"infini": Infini(), "delta": Infini(delta=True)}.get(kind)
     memory = memory or fam(0 if kind in ("bswa", "frozen") else 2)
@@ -90,7 +94,7 @@ def run(folder, kind, **changes):
 EIGHT = COMMON + """
 assert jax.device_count() == 8
 folder, out = sys.argv[1], {}
-set_mesh(devices=jax.devices()[:1])
+set_mesh(devices=Devices(jax.devices()[:1]))
 for kind in ("fam", "bswa", "infini", "delta", "lora", "frozen", "random", "continuous"):
     out[f"{kind}_1"] = run(f"{folder}/{kind}_1", kind)
 for name in MESHES:
