@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from famx.decoding import Sampling, Streamer
-from famx.mesh import BATCH_AXES, check_batch_size, logical_to_sharding, state_sharding
+from famx.mesh import BATCH_AXES, check_batch_size, logical_to_sharding, on_mesh, state_sharding
 from famx.modules import DecoderConfig
 from famx.training.flops import train_flops
 from famx.training.run import Run
@@ -51,7 +51,7 @@ def train(run: Run) -> Program:
     """The step that `famx.train` runs, of a run that is `ready`."""
     _, abstract = make_initializer(run)
     batch = run.abstract_batch()
-    with run.on_mesh():
+    with on_mesh(run.mesh, run.rules):
         lowered = make_train_step(run, abstract).lower(abstract, batch)
     arguments = {
         "parameters": abstract.params,
@@ -86,7 +86,7 @@ def read_and_write(run: Run, batch_size: int) -> tuple[Program, Program]:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     streamer = Streamer(model.module)
     sampling = Sampling(max_new_tokens=config.block_size)
-    with run.on_mesh():
+    with on_mesh(run.mesh, run.rules):
         reading, length = streamer.lower_read(params, state, rows)
         writing = streamer.lower_write(params, state, sampling, rows)
     arguments = {"parameters": params, "states": state}

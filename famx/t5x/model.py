@@ -126,6 +126,11 @@ class T5xModel:
         """The decoder, whose parameters t5x prints."""
         return self.model.module
 
+    @property
+    def config(self):
+        """Sizes and options of the decoder."""
+        return self.model.config
+
     # Variables.
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
@@ -138,17 +143,23 @@ class T5xModel:
         params = unflatten_dict({path: box.value for path, box in boxed.items()})
         made = {"params": params, "params_axes": unflatten_dict(axes)}
         if self._keeps_memory:
-            kept = self.state_passing.initial(self.model, params)[MUTABLES]
-            cut = lambda leaf, names: AxisMetadata(("layers", *names))
-            memory = jax.tree.map(cut, kept[RANDOM]["memory"], self.model.config.memory.axes())
-            axes = {"memory": memory, "updates": AxisMetadata(()), "steps": AxisMetadata(())}
-            named = {(*path[:-1], f"{path[-1]}_axes"): x for path, x in flatten_dict(axes).items()}
-            made |= kept | {f"{RANDOM}_axes": unflatten_dict(named)}
+            made |= self.state_passing.initial(self.model, params)[MUTABLES]
+            made[f"{RANDOM}_axes"] = self._kept_axes(made[RANDOM])
         return flax.core.freeze(made)
 
     @property
     def _keeps_memory(self) -> bool:
         return isinstance(self.state_passing, Random) and self.model.config.memory.exists
+
+    def _kept_axes(self, kept):
+        """Logical axes of what random state passing keeps, each under `<name>_axes`."""
+        axes, memory = self.model.config.memory.axes(), kept["memory"]
+        names = {"memory": jax.tree.map(lambda _, names: ("layers", *names), memory, axes)}
+        names |= {"updates": (), "steps": ()}
+        flat = flatten_dict({name: names[name] for name in kept})
+        return unflatten_dict(
+            {(*path[:-1], f"{path[-1]}_axes"): AxisMetadata(x) for path, x in flat.items()}
+        )
 
     # Training.
 
@@ -169,7 +180,7 @@ class T5xModel:
             params = unflatten_dict(flat, sep="/")
         state = self.model.initial_state(params, batch["decoder_input_tokens"].shape[0])
         passing = self.state_passing if self._keeps_memory and flax_mutables else Fresh()
-        kept = {MUTABLES: flax.core.unfreeze(flax_mutables)}  # a memory's leaves are in a plain dict
+        kept = {MUTABLES: flax_mutables}
         if dropout_rng is not None:
             state, dropout_rng = passing.start(kept, state, None, dropout_rng)
         loss, metrics, end = self.model.loss(params, batch, dropout_rng, state)

@@ -9,7 +9,7 @@ their step began, and the batch that is made then is that of `BATCHES_AHEAD` ste
 import queue
 from typing import Any
 
-from famx.data.rows import Prefetch
+from famx.data.rows.prefetching import Prefetch
 from famx.training.feeds import Feed, Rows
 
 METRICS_DELAY = 2  # steps that may be under way on the devices while the host reads older metrics

@@ -15,7 +15,7 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, ContinuousLanes, IndexedDocuments, PackedRows
-from famx.data.tasks import Kind, kind_of
+from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.decoding import Streamer
 from famx.models import DecoderModel
 from famx.training.curriculum import Curriculum
@@ -146,25 +146,13 @@ class SeqioFeed(Feed):
     """Rows of a SeqIO task or mixture; needs seqio, which the task's own module has imported."""
 
     def __init__(self, source: Source):
-        import seqio
-
-        from famx.data.seqio import FamFeatureConverter
+        from famx.data.seqio import training_rows
 
         task, packed = source.task, bool(source.packed)
         vocabulary = task.output_features["targets"].vocabulary
         bos_id = check_bos(getattr(vocabulary, "bos_id", 1), task.name)
-        dataset = seqio.get_dataset(
-            task.name,
-            {"targets": source.length},
-            dataset_split="train",
-            shuffle=True,
-            num_epochs=None,
-            seed=source.random_seed,
-            shard_info=seqio.ShardInfo(*source.shard),
-            trim_output_features=not packed,
-            feature_converter=FamFeatureConverter(
-                pack=packed, bos_id=bos_id, pad_id=vocabulary.pad_id
-            ),
+        dataset = training_rows(
+            task, source.length, source.random_seed, source.shard, packed, bos_id
         )
         self._dataset = dataset.batch(source.batch_size // source.shard[1], drop_remainder=True)
         self.set_state({"batches": 0})
@@ -425,7 +413,7 @@ def aged_feed(
 
 
 def _lanes(source: Source, documents, packed: bool) -> LaneFeed:
-    vocabulary = getattr(source.task, "vocab", None) or ByteVocabulary()
+    vocabulary = vocabulary_of(source.task) or ByteVocabulary()
     lanes = (PackedRows if packed else ContinuousLanes)(
         documents, source.batch_size, source.length, source.random_seed, *source.shard,
         bos_id=check_bos(vocabulary.bos_id, "the task"), pad_id=vocabulary.pad_id,

@@ -16,7 +16,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
@@ -221,7 +220,7 @@ class Run:
     @contextlib.contextmanager
     def on_mesh(self) -> Iterator[None]:
         """Context in which JAX traces for the mesh of a run that is `ready`."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules.pairs()):
+        with meshes.on_mesh(self.mesh, self.rules):
             yield
 
     @property

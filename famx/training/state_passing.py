@@ -18,14 +18,13 @@ import os
 import pathlib
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from famx.base.errors import ConfigError
-from famx.mesh import Rules, state_sharding
+from famx.mesh import Rules, state_sharding, without_boxes
 from famx.model_dir import memory_file as memory_files
 from famx.models import DecoderModel
 from famx.modules import DecoderState
@@ -155,7 +154,7 @@ class Random(StatePassing):
 
     def shardings(self, model, kept, mesh, rules):
         """The memory is cut as that of one example's state; the counts are whole."""
-        params = nn.unbox(model.abstract_params())
+        params = without_boxes(model.abstract_params())
         state = jax.eval_shape(lambda params: model.initial_state(params, 1), params)
         no_batch = lambda x: NamedSharding(mesh, PartitionSpec(*x.spec[:1], *x.spec[2:]))
         memory = jax.tree.map(no_batch, state_sharding(state, model.config, mesh, rules).memory)

@@ -12,6 +12,7 @@ from famx.data.seqio.registration import (
     register_tasks,
     register_text_task,
 )
+from famx.data.seqio.training_rows import training_rows
 from famx.data.seqio.vocabularies import as_seqio_vocabulary, from_seqio_vocabulary
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "register_named",
     "register_tasks",
     "register_text_task",
+    "training_rows",
 ]
