@@ -63,7 +63,7 @@ for second_key in (0.0, 1.0):  # its probability
 
 # %%
 def train(name, **settings):
-    settings = {"MODEL_DIR": RUNS / name, "train.log_period": 50, **SETTINGS, **settings}
+    settings = {"MODEL_DIR": RUNS / name, "Every.log": 50, **SETTINGS, **settings}
     gin_utils.call_with(loop.train, ["gin_configs/examples/passkey_short.gin"], settings)
 
 
@@ -75,7 +75,7 @@ train("FAM")
 # past.
 
 # %%
-train("BSWA", FAM_LENGTH=0, MEMORY_SEGMENTS=1)
+train("BSWA", MEMORY="@modules.Memory()", MEMORY_SEGMENTS=1)
 
 # %% [markdown]
 # ## Learning curves

@@ -39,7 +39,7 @@ from famx.training import loop
 
 FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests; outputs are meaningless
 SETTINGS = {"TRAIN_STEPS": 40, "DECAY_STEPS": 10} if FAST else {}
-SETTINGS |= {"REPORT_BLOCKS": (8,), "train.log_period": 100, "PasskeyEvaluation.examples": 16}
+SETTINGS |= {"REPORT_BLOCKS": (8,), "Every.log": 100, "PasskeyEvaluation.examples": 16}
 MODEL_DIR = pathlib.Path(tempfile.mkdtemp()) / "model"
 SHOW_PAGE = False  # True embeds the interactive page at the end, which makes the notebook 5 MB larger
 

@@ -42,7 +42,7 @@ from famx.training import loop
 
 FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests; outputs are meaningless
 STEPS, DECAY = (40, 10) if FAST else (400, 200)
-SETTINGS = {"TRAIN_STEPS": STEPS, "DECAY_STEPS": DECAY, "train.log_period": 50}
+SETTINGS = {"TRAIN_STEPS": STEPS, "DECAY_STEPS": DECAY, "Every.log": 50}
 SETTINGS |= {"REPORT_BLOCKS": (4,), "PasskeyEvaluation.examples": 8} if FAST else {}
 RUNS = pathlib.Path(tempfile.mkdtemp())  # use another folder to keep the models
 RECIPE = "gin_configs/examples/passkey_short.gin"
@@ -54,7 +54,7 @@ RECIPE = "gin_configs/examples/passkey_short.gin"
 # token sees its own block and the previous one (`M` = 1), so two layers together reach two blocks back.
 
 # %%
-base = {**SETTINGS, "MODEL_DIR": RUNS / "base", "FAM_LENGTH": 0, "MEMORY_SEGMENTS": 1}
+base = {**SETTINGS, "MODEL_DIR": RUNS / "base", "MEMORY": "@modules.Memory()", "MEMORY_SEGMENTS": 1}
 _ = gin_utils.call_with(loop.train, [RECIPE], base)
 
 # %% [markdown]

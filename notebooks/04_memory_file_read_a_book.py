@@ -43,7 +43,7 @@ from famx.training import loop
 
 FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests; outputs are meaningless
 SETTINGS = {"TRAIN_STEPS": 40, "DECAY_STEPS": 10} if FAST else {}
-SETTINGS |= {"REPORT_BLOCKS": (8,), "train.log_period": 100, "PasskeyEvaluation.examples": 16}
+SETTINGS |= {"REPORT_BLOCKS": (8,), "Every.log": 100, "PasskeyEvaluation.examples": 16}
 BLOCKS, BOOKS = (16, 2) if FAST else (512, 8)  # length of a book in blocks, number of books
 os.chdir(tempfile.mkdtemp())  # all files are written here
 MODEL_DIR = pathlib.Path.cwd() / "model"

@@ -16,9 +16,9 @@ if "google.colab" in sys.modules:
 #
 # * **window M = 0, 1, 3**: no feedback memory, only the keys and values of the last `M` blocks (BSWA);
 # * **FAM, the paper's update**: each block adds to `F`, a residual stream over blocks;
-# * **FAM, normalised**: the same, with `F` normalised after each update (`normalize_memory`);
+# * **FAM, normalised**: the same, with `F` normalised after each update (`Fam.normalize`);
 # * **FAM, gated**: normalised, and each memory token decides by its own attention whether it is
-#   written (`fam_update="gated"`).
+#   written (`Fam.update = "gated"`).
 #
 # The last two are famx's additions to the paper, which starts from a large pretrained model.
 #
@@ -42,18 +42,18 @@ from famx.training import loop
 
 FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests; outputs are meaningless
 STEPS, DECAY = (40, 10) if FAST else (400, 200)
-SETTINGS = {"TRAIN_STEPS": STEPS, "DECAY_STEPS": DECAY, "DIGITS": 2, "train.log_period": 20}
+SETTINGS = {"TRAIN_STEPS": STEPS, "DECAY_STEPS": DECAY, "DIGITS": 2, "Every.log": 20}
 SETTINGS |= {"REPORT_BLOCKS": (4,), "PasskeyEvaluation.examples": 8} if FAST else {}
 RUNS = pathlib.Path(tempfile.mkdtemp())  # use another folder to keep the models
 
-PAPER = {"DecoderConfig.fam_update": "residual", "DecoderConfig.normalize_memory": False}
+PAPER = {"Fam.update": "residual", "Fam.normalize": False}
 MEMORIES = {
-    "window M = 0": {"FAM_LENGTH": 0, "MEMORY_SEGMENTS": 0},
-    "window M = 1": {"FAM_LENGTH": 0, "MEMORY_SEGMENTS": 1},
-    "window M = 3": {"FAM_LENGTH": 0, "MEMORY_SEGMENTS": 3},
+    "window M = 0": {"MEMORY": "@modules.Memory()", "MEMORY_SEGMENTS": 0},
+    "window M = 1": {"MEMORY": "@modules.Memory()", "MEMORY_SEGMENTS": 1},
+    "window M = 3": {"MEMORY": "@modules.Memory()", "MEMORY_SEGMENTS": 3},
     "FAM, the paper's update": PAPER,
-    "FAM, normalised": {**PAPER, "DecoderConfig.normalize_memory": True},
-    "FAM, gated": {"DecoderConfig.fam_update": "gated", "DecoderConfig.normalize_memory": True},
+    "FAM, normalised": {**PAPER, "Fam.normalize": True},
+    "FAM, gated": {"Fam.update": "gated", "Fam.normalize": True},
 }
 if FAST:
     MEMORIES = {name: MEMORIES[name] for name in ("window M = 1", "FAM, the paper's update")}

@@ -182,16 +182,22 @@ def call_with(
       configurable: a function such as `famx.training.loop.train`.
       gin_files: see `parse_gin`.
       settings: values by name, as in `{"TRAIN_STEPS": 100, "MODEL_DIR": "/tmp/famx/model"}`; numbers,
-        strings, paths, and lists, tuples and dicts of them.
+        strings, paths, and lists, tuples and dicts of them. A string that begins with @, such as
+        "@modules.Memory()", is a reference.
     """
-    plain = lambda value: str(value) if isinstance(value, os.PathLike) else value
-    bindings = [f"{name} = {plain(value)!r}" for name, value in (settings or {}).items()]
+    bindings = [f"{name} = {_literal(value)}" for name, value in (settings or {}).items()]
     gin.clear_config()
     try:
         parse_gin(gin_files, bindings)
         return call(configurable)
     finally:
         gin.clear_config()
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str) and value.startswith("@"):
+        return value
+    return repr(str(value) if isinstance(value, os.PathLike) else value)
 
 
 def _raised_by_famx(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """The state of a decoder between two chunks: one explicit pytree of constant size."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -64,7 +65,7 @@ class DecoderState:
 
     def zero_memory(self) -> "DecoderState":
         """This state with every leaf of the memory zero, to measure what the memory is worth."""
-        return self.replace(memory=jax.tree.map(jnp.zeros_like, self.memory))
+        return dataclasses.replace(self, memory=jax.tree.map(jnp.zeros_like, self.memory))
 
     def map_examples(self, function, *others: "DecoderState") -> "DecoderState":
         """Applies `function(array, *arrays, axis)` to every field, `axis` being its batch axis."""

@@ -10,6 +10,7 @@ import sys
 import pytest
 from markdown_pages import PAGES, ROOT, anchors, blocks, links, prose
 
+from famx.memories import Fam
 from famx.modules import DecoderConfig
 
 DOCS = ROOT / "docs"
@@ -116,13 +117,16 @@ def test_the_paper_map_covers_the_paper():
 
 def test_the_paper_map_names_fields_and_defaults_of_the_config():
     config = DecoderConfig(vocab_size=8, num_layers=1, embed_dim=8, num_heads=2)
-    assert (config.block_size, config.memory_segments, config.memory_columns) == (1024, 3, 64)
+    assert (config.block_size, config.memory_segments, Fam().length) == (1024, 3, 64)
     cells = [cell for _, cell in rows(DOCS / "paper_to_code.md", 2) if cell.startswith("`")]
     assert len(cells) >= 8
     for cell in cells:
-        for setting in re.findall(r"`(\w+)(?:=([^`]+))?`", cell):
-            changes = {setting[0]: ast.literal_eval(setting[1])} if setting[1] else {}
-            assert hasattr(config, setting[0]) and DecoderConfig(8, 1, 8, 2, **changes)
+        for of_fam, name, value in re.findall(r"`(Fam\.)?(\w+)(?:=([^`]+))?`", cell):
+            changes = {name: ast.literal_eval(value)} if value else {}
+            made = Fam(**changes) if of_fam else DecoderConfig(8, 1, 8, 2, **changes)
+            assert hasattr(made, name)
+            if of_fam:
+                assert DecoderConfig(8, 1, 8, 2, memory=made).memory == made
 
 
 # ------ Gin
