@@ -9,12 +9,12 @@ from typing import Any
 import gin
 import jax
 
-from famx import mesh as meshes
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.signals import graceful_stop
 from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.data.vocabularies import save_vocabulary
+from famx.mesh import batch_sharding
 from famx.model_dir.checkpointer import Checkpointer, check_model_dir
 from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
@@ -123,7 +123,7 @@ def _open_data(run: Run, directory: pathlib.Path) -> tuple[Run, _Data]:
     if hasattr(evaluation, "check"):
         evaluation.check(run.model)
 
-    data = _Data(None, meshes.batch_sharding(run.mesh), initial_dir, tuple(notes))
+    data = _Data(None, batch_sharding(run.mesh), initial_dir, tuple(notes))
     feed = run.state_passing.feed(run.source(task), run.model, data.place)
     gin_utils.check_all_used()
     check_same_model(directory, run.model.describe())  # last: it notes the model

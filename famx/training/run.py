@@ -13,7 +13,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
@@ -22,9 +22,19 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from famx import mesh as meshes
 from famx.base.errors import ConfigError
 from famx.data.tasks import registry
+from famx.mesh import (
+    Rules,
+    batch_shard,
+    batch_sharding,
+    check_batch_size,
+    check_blocks,
+    logical_to_sharding,
+    make_mesh,
+    make_rules,
+    on_mesh,
+)
 from famx.models import DecoderModel
 from famx.modules.backends import resolve_backend
 from famx.training.curriculum import Curriculum
@@ -186,7 +196,7 @@ class Run:
     every: Every = Every()
     checkpoints_to_keep: int | None = 3
     mesh: Mesh | None = None
-    rules: meshes.Rules | None = None
+    rules: Rules | None = None
     profile_steps: str | None = None
 
     def ready(self, devices: Sequence[jax.Device] | None = None) -> "Run":
@@ -201,11 +211,11 @@ class Run:
           ConfigError: with one sentence, before anything is compiled, if the settings do not fit.
         """
         length, batch_size = self.data.length, self.data.batch_size
-        mesh, rules = self.mesh, self.rules or meshes.make_rules()
+        mesh, rules = self.mesh, self.rules or make_rules()
         if mesh is None:
-            mesh = meshes.make_mesh() if devices is None else meshes.make_mesh(devices=devices)
-        meshes.check_batch_size(batch_size, mesh, self.microbatches)
-        meshes.check_blocks(length, self.model.config, mesh)
+            mesh = make_mesh() if devices is None else make_mesh(devices=devices)
+        check_batch_size(batch_size, mesh, self.microbatches)
+        check_blocks(length, self.model.config, mesh)
         resolve_backend(self.model.config, mesh.devices.flat[0].platform, mesh.size)  # or refuses
         model = dataclasses.replace(
             self.model,
@@ -214,14 +224,12 @@ class Run:
         )
         params = model.abstract_params()
         self.trainable.check(params)
-        meshes.logical_to_sharding(params, mesh, rules)  # refuses what cannot be cut
+        logical_to_sharding(params, mesh, rules)  # refuses what cannot be cut
         return dataclasses.replace(self, model=model, mesh=mesh, rules=rules)
 
-    @contextlib.contextmanager
-    def on_mesh(self) -> Iterator[None]:
-        """Context in which JAX traces for the mesh of a run that is `ready`."""
-        with meshes.on_mesh(self.mesh, self.rules):
-            yield
+    def on_mesh(self) -> contextlib.AbstractContextManager[None]:
+        """Context of `famx.mesh.on_mesh` for the mesh and rules of a run that is `ready`."""
+        return on_mesh(self.mesh, self.rules)
 
     @property
     def learning(self) -> Learning:
@@ -234,13 +242,13 @@ class Run:
         """What the feed of this process is made from."""
         return Source(
             task, self.data.batch_size, self.data.length, self.model.config.block_size,
-            self.random_seed, meshes.batch_shard(self.mesh, jax.process_index()),
+            self.random_seed, batch_shard(self.mesh, jax.process_index()),
             self.data.curriculum, self.data.packed,
         )  # fmt: skip
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of a step, as far as the step needs it, with shardings and without data."""
-        sharding = meshes.batch_sharding(self.mesh)
+        sharding = batch_sharding(self.mesh)
         rows, length = self.data.batch_size, self.data.length
         make = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
         batch = {
