@@ -150,7 +150,7 @@ def opened(monkeypatch, capsys):
         monkeypatch.setattr(loop, "_begin_or_resume", begin)
         monkeypatch.setattr(sys, "argv", ["train", *args])
         with pytest.raises(_Begins):
-            gin_utils.run(train.main)
+            gin_utils.run(train.main, train.define_flags)
         return begun.pop()
 
     yield call
