@@ -346,7 +346,7 @@ def test_a_termination_finishes_the_batch(echo, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Echo, "predict", predict)
         assert len(echo(source, tmp_path / "out.jsonl").batches) == 2
-    assert "Stopped after 4 of 9 lines; the same command goes on from there." in capsys.readouterr().err
+    assert "Stopped after 4 of 9 lines; the same command resumes from there." in capsys.readouterr().err
     assert len(get(tmp_path / "out.jsonl.partial")) == 4 and not (tmp_path / "out.jsonl").exists()
     assert len(echo(source, tmp_path / "out.jsonl").batches) == 3
     assert len(get(tmp_path / "out.jsonl")) == 9
@@ -550,7 +550,7 @@ def test_the_main_terminated_killed_and_whole(tmp_path):
     partial = grow(process, 0)
     process.terminate()
     text = process.communicate()[1]
-    assert process.returncode == 0 and "the same command goes on from there." in text, text
+    assert process.returncode == 0 and "the same command resumes from there." in text, text
     process = start("cut.jsonl")
     grow(process, partial.stat().st_size)
     process.kill()

@@ -84,7 +84,7 @@ def read_maps(
 
 
 def token_text(vocabulary, token: int) -> str:
-    """Readable text of one token: white space becomes visible, `<id>` stands for unprintable text.
+    """Readable text of one token: white space becomes visible, `<id>` replaces unprintable text.
 
     >>> from famx.data import ByteVocabulary
     >>> [token_text(ByteVocabulary(), token) for token in (1, 13, 35, 68, 200)]

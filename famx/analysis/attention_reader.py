@@ -1,8 +1,8 @@
-"""Reads a text block by block and keeps the attention of chosen blocks; the model knows nothing of it.
+"""Attention maps: reads a text block by block and keeps the attention of selected blocks.
 
-While a layer reads a block, an interceptor of its methods keeps the queries and keys, which are small.
-The probabilities are then computed from them by the model's own `attend` and `visible`, one layer at a
-time, so that memory is that of one layer's maps besides what is kept.
+Layers keep the queries and keys of a block in the collection `attention_inputs`; these are small. The
+probabilities are then computed from them by the model's own `attend` and `visible`, one layer at a time, so
+that memory holds one layer's maps in addition to the selected ones.
 """
 
 import collections
@@ -71,7 +71,7 @@ class AttentionReader:
 
     Args:
       module: the decoder; its computation settings (chunks, remat) do not matter.
-      top: how many source tokens of each memory token the summary names.
+      top: number of source tokens that the summary lists for each memory token.
     """
 
     def __init__(self, module: Decoder, top: int = 4):
@@ -110,7 +110,7 @@ class AttentionReader:
         )
 
     def num_bytes(self, blocks: int, layers: int | None = None, heads: int | None = None) -> int:
-        """Bytes of the maps of so many blocks, layers and heads (None: all)."""
+        """Number of bytes of the maps of this number of blocks, layers and heads (None: all)."""
         c = self.config
         cells = c.block_size * (c.memory_columns + (c.memory_segments + 1) * c.block_size)
         cells += self._rows * (c.memory_columns + c.block_size)
@@ -134,10 +134,10 @@ class AttentionReader:
           params: the decoder's parameters, adapters merged into them.
           pieces: the text's token ids, bos included, in pieces of any size: `[ids]`, or what an
             iterator yields. One block is held at a time.
-          layers, heads: whose maps are kept; None: all.
-          blocks: whose maps are kept, by their index in the sequence, or -1 for the last, -2 for the
-            one before; None: all, which grows with the text.
-          state: where to go on reading, of one example; None: from the start.
+          layers, heads: layers and heads whose maps are kept; None: all.
+          blocks: blocks whose maps are kept, by index in the sequence; -1 is the last, -2 the one
+            before. None: all, which grows with the text.
+          state: state of one example to resume from; None: the start.
           label: text of a token id, for axes.
 
         Returns:
@@ -145,13 +145,13 @@ class AttentionReader:
           summary grows by a few figures per block.
 
         Raises:
-          ValueError: there is no token, one is not in the vocabulary, something that is to be kept
-            does not exist, or there are adapters among the parameters.
+          ValueError: there is no token, one is not in the vocabulary, a layer, head or block does not
+            exist, or there are adapters among the parameters.
         """
         c = self.config
         if any(path[-1] in ADAPTERS for path in flatten_dict(params)):
             raise ValueError(
-                "There are adapters beside the weights: merge them first (famx.lora.merged)."
+                "There are adapters among the parameters: merge them first (famx.lora.merged)."
             )
         layers = _choice("layer", layers, c.num_layers)
         heads = _choice("head", heads, c.num_heads)
@@ -215,7 +215,7 @@ class AttentionReader:
             check_ids(ids, c.vocab_size)
             check_position(np.array([index * c.block_size + end], np.int64))
             window[-1, start:end] = ids
-            tokens = np.zeros((1, max(c.block_size, 2)), np.int32)  # one token is read another way
+            tokens = np.zeros((1, max(c.block_size, 2)), np.int32)  # a single token would take the token path
             tokens[0, : len(ids)] = ids
             state, inputs, figures = self._step(params, state, tokens, len(ids), aligned=start == 0)
             figures = jax.tree.map(np.array, figures)  # copies: a view would keep the device's

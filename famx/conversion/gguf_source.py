@@ -258,7 +258,7 @@ class GgufSource:
             return {"rope_type": kind, "factor": self._get("rope.scaling.factor", 1.0)}
         if self._factors is None:
             return None
-        # Llama 3's scaling lies in the file as what each frequency is divided by.
+        # The file has Llama 3's scaling as the divisor of each frequency.
         given = np.asarray(self._factors.data, np.float64)
         if np.all(given == 1):
             return None

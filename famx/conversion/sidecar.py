@@ -69,7 +69,7 @@ def write_sidecar(
 
 
 def read_sidecar(directory: str | os.PathLike) -> Sidecar | None:
-    """What an export left in a directory beside the model of transformers; None: it is no export.
+    """What an export left in a directory next to the model of transformers; None: it is no export.
 
     Raises:
       ConfigError: it is damaged or of a format that is not known here.

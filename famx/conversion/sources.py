@@ -56,7 +56,7 @@ class HuggingFaceSource:
     """`config.json` and safetensors, one file or several with an index; see `Source`.
 
     Every file is there and as long as its header says, and has the SHA-256 that is known for it: from
-    a `.sha256` file beside it, or from what Hugging Face's downloads leave.
+    a `.sha256` file next to it, or from what Hugging Face's downloads leave.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class HuggingFaceSource:
                 )
 
     def _tokenizer(self) -> pathlib.Path | None:
-        """The SentencePiece model, unless a `tokenizer.json` beside it is byte-level BPE."""
+        """The SentencePiece model, unless a `tokenizer.json` next to it is byte-level BPE."""
         model, spec = self.directory / "tokenizer.model", self.directory / "tokenizer.json"
         if model.is_file() and not (spec.is_file() and _is_byte_level(spec)):
             return model
@@ -207,12 +207,12 @@ def read_header(file: pathlib.Path) -> dict[str, tuple[TensorInfo, int]]:
 
 
 def known_sha256(file: pathlib.Path) -> str | None:
-    """The SHA-256 that `file` should have, where something beside it tells."""
-    beside = file.with_name(f"{file.name}.sha256")
+    """The SHA-256 that `file` should have, if a file next to it says so."""
+    checksum_file = file.with_name(f"{file.name}.sha256")
     note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
     words = [pathlib.Path(os.path.realpath(file)).name]  # in Hugging Face's cache, a link to its sum
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        words = beside.read_text().split()[:1] or words
+        words = checksum_file.read_text().split()[:1] or words
     with contextlib.suppress(OSError, UnicodeDecodeError):
         words += note.read_text().split()[1:2]  # commit, etag, time
     found = (re.fullmatch(r"[0-9a-f]{64}", word.strip('"').lower()) for word in words)

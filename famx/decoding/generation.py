@@ -1,4 +1,4 @@
-"""Writing token after token in one compiled loop, whatever the state that it goes on from."""
+"""Text generation token by token, in one compiled loop, from any state."""
 
 import dataclasses
 
@@ -11,18 +11,18 @@ from famx.modules import Decoder, DecoderState
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen and when an example ends.
+    """How the next token is selected and when an example ends.
 
     Attributes:
-      max_new_tokens: at most so many.
-      temperature: 0 takes the likeliest token; else logits are divided by it.
-      top_k: only the likeliest `k` tokens; None: all.
-      top_p: only the likeliest tokens that together have this probability (after temperature and
-        `top_k`), at least one.
-      stop_tokens: ids that end an example; the one that did belongs to the output.
+      max_new_tokens: maximum number of tokens to write.
+      temperature: divisor of the logits before sampling; 0 always takes the likeliest token.
+      top_k: number of likeliest tokens to sample from; None samples from all.
+      top_p: total probability, after temperature and `top_k`, of the likeliest tokens to sample from;
+        at least one token remains.
+      stop_tokens: token ids that end an example; the one that did is part of the output.
 
     Raises:
-      ValueError: on construction, with a sentence, if a value makes no sense.
+      ValueError: on construction, if a value is out of range.
     """
 
     max_new_tokens: int = 256
@@ -45,15 +45,15 @@ class Sampling:
 
 @flax.struct.dataclass
 class Generation:
-    """What was written.
+    """Generated tokens and the state after them.
 
     Attributes:
-      tokens: int32 `[B, max_new_tokens]`, 0 after an example's end.
-      lengths: int32 `[B]`, a stop token included.
-      log_likelihood: float32 `[B]`, of the tokens under the model itself: neither temperature nor
-        `top_k` nor `top_p` changes it.
-      logits: float32 `[B, V]` after the last token.
-      state: `DecoderState` that has read the prompt and exactly the example's own tokens.
+      tokens: generated tokens, int32 `[B, max_new_tokens]`, 0 after an example's end.
+      lengths: number of generated tokens, int32 `[B]`, a stop token included.
+      log_likelihood: log-likelihood of the tokens under the model, float32 `[B]`; temperature, `top_k`
+        and `top_p` do not change it.
+      logits: logits after the last token, float32 `[B, V]`.
+      state: `DecoderState` that has read each example's prompt and generated tokens, and no others.
     """
 
     tokens: jax.Array
@@ -68,28 +68,28 @@ def generate(
 ) -> Generation:
     """Continues every example of `state`; a pure function, to be jitted.
 
-    An inner loop writes tokens until some example's block is full, an outer one then updates the
-    memory of exactly those examples, so that no token pays for what only the last of a block needs.
+    An inner loop writes tokens until some example's block is full; an outer one then updates the memory
+    of exactly those examples. So no token pays for work that only the last one of a block needs.
 
     Args:
       module: the decoder.
-      params: its parameters.
-      logits: `[B, V]` after the last token read.
-      state: after the last token read.
-      sampling: how to choose.
-      keys: a random key per example `[B]`; token `i` is drawn with `fold_in(key, i)`, so an example
-        does not depend on its neighbours. Needed only where the temperature is not 0.
-      room: tokens each example may write, int32 `[B]`; None: `max_new_tokens`.
+      params: parameters of the decoder.
+      logits: logits after the last token read, `[B, V]`.
+      state: state after the last token read.
+      sampling: how tokens are selected.
+      keys: a random key per example `[B]`; token `i` is drawn with `fold_in(key, i)`, so examples do not
+        depend on each other. Needed only if the temperature is not 0.
+      room: maximum number of tokens per example, int32 `[B]`; None: `max_new_tokens`.
 
     Raises:
-      ValueError: there are no keys to sample with.
+      ValueError: the temperature is above 0 and there are no keys.
     """
     if sampling.temperature > 0 and keys is None:
         raise ValueError("Sampling at a temperature above 0 needs a random key for each example.")
     batch, limit = state.batch_size, sampling.max_new_tokens
     room = jnp.full((batch,), limit) if room is None else jnp.clip(room, 0, limit)
     size = module.config.block_size
-    unroll = _platform() == "cpu"  # faster there, at the price of the weights twice
+    unroll = _platform() == "cpu"  # faster on CPUs, but keeps a second copy of the weights
     stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
     examples = jnp.arange(batch)
 
@@ -139,13 +139,13 @@ def generate(
 
 
 def _platform() -> str:
-    """That the program is made for: the mesh's, if there is one."""
+    """Platform that the program is compiled for: the mesh's, if there is one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def choose(logits, sampling: Sampling, keys=None):
-    """A token of each row of `logits [B, V]`, int32 `[B]`; `keys [B]` unless greedy."""
+    """Selects a token for each row of `logits [B, V]`, int32 `[B]`; sampling needs `keys [B]`."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p)
@@ -153,9 +153,9 @@ def choose(logits, sampling: Sampling, keys=None):
 
 
 def restrict(logits, top_k: int | None, top_p: float):
-    """`logits [B, V]` with all but the allowed tokens at minus infinity.
+    """Sets all but the allowed tokens of `logits [B, V]` to minus infinity.
 
-    Of equal logits the smallest ids are kept, so never more than `top_k` tokens stay.
+    Among equal logits the smallest ids are kept, so that no more than `top_k` tokens remain.
     """
     vocab_size = logits.shape[-1]
     if (top_k is None or top_k >= vocab_size) and top_p == 1:

@@ -1,4 +1,4 @@
-"""Reading a batch of texts of any length, in chunks of any size, with a state of constant size."""
+"""Streaming: reads a batch of texts of any length in pieces, with a state of constant size."""
 
 import dataclasses
 import functools
@@ -12,20 +12,20 @@ from famx.modules import Decoder, DecoderState
 
 _BLOCKS = 8  # whole blocks per call: enough to hide the call, few enough to stay small
 _PART_WIDTHS = (1, 16, 256)  # tokens per call within a block
-_HEAD_TOKENS = 256  # whose logits exist at once
+_HEAD_TOKENS = 256  # tokens whose logits exist at the same time
 _MAX_POSITION = 2**31 - 1  # int32
 
 
 class Streamer:
-    """A decoder's reading and writing, jitted; the state stays on the device and is given away.
+    """Jitted reading and generation of a decoder; the state stays on the device and is donated.
 
-    Whatever the lengths, only a handful of programs are compiled for a batch size: texts are cut
-    into pieces of eight blocks, of one block, and of a few widths within a block. Examples may
-    stand at different places in their blocks and have different lengths.
+    Only a handful of programs are compiled per batch size, whatever the lengths: texts are cut into
+    pieces of eight blocks, of one block, and of a few widths within a block. Examples may have different
+    lengths and different positions in their blocks.
 
     Args:
       module: the decoder.
-      zero_memory: read every block with the memory zeroed, to measure what it is worth.
+      zero_memory: set the memory to zero before every piece, to measure what it contributes.
     """
 
     def __init__(self, module: Decoder, zero_memory: bool = False):
@@ -40,7 +40,7 @@ class Streamer:
         reset = lambda state: state.zero_memory() if zero_memory else state
 
         def head(params, hidden, targets, kind):
-            """Per-token outputs of `hidden [B, L, D]`; logits of few tokens exist at once."""
+            """Per-token outputs of `hidden [B, L, D]`; logits of a few tokens exist at a time."""
             if kind == "state":
                 return None
             batch, length, width = hidden.shape
@@ -99,29 +99,29 @@ class Streamer:
         self._write, self._repeat = write, repeat
 
     def initial_state(self, params, batch_size: int) -> DecoderState:
-        """The state before the first token.
+        """State before the first token.
 
         Raises:
-          ValueError: the batch has no example.
+          ValueError: `batch_size` is below 1.
         """
         if batch_size < 1:
             raise ValueError(f"A batch needs at least one example, not {batch_size}.")
         return self._initial(params, batch_size)
 
     def read(self, params, state: DecoderState, tokens, lengths=None, aligned: bool = False):
-        """Reads on.
+        """Reads tokens.
 
         Args:
           params: the decoder's parameters.
-          state: where each example goes on; it is given away.
+          state: state to resume from; it is donated.
           tokens: int32 `[B, L]`, any `L`.
-          lengths: tokens of each example, int `[B]`, the rest being padding; None: all `L`.
-          aligned: a promise that every example stands at the start of a block and that the tokens
-            fill whole blocks. Then the state is not looked at, as several processes need it.
+          lengths: number of tokens of each example, int `[B]`, the rest being padding; None: all `L`.
+          aligned: a promise that every example is at the start of a block and that the tokens fill whole
+            blocks. The state is then not read on the host, which several processes could not do.
 
         Returns:
-          Logits `[B, V]` after each example's last token (of no meaning where the length is 0), and
-          the state.
+          Logits `[B, V]` after each example's last token (meaningless where the length is 0), and the
+          state.
 
         Raises:
           ValueError: a token is outside the vocabulary, shapes do not fit, or there is no token.
@@ -140,7 +140,7 @@ class Streamer:
         return out[0], state
 
     def score(self, params, state: DecoderState, tokens, targets, lengths=None):
-        """How well each next token is foretold; see `read`.
+        """Log-likelihood of each next token; see `read`.
 
         Args:
           targets: int32 `[B, L]`, the token that follows each of `tokens`.
@@ -155,17 +155,17 @@ class Streamer:
     def generate(
         self, params, logits, state: DecoderState, sampling: Sampling, seeds=None, samples: int = 1
     ) -> Generation:
-        """Continues each example; `logits` and `state` as `read` returned them, the state given away.
+        """Continues each example; `logits` and `state` as `read` returned them, the state is donated.
 
         Args:
-          seeds: int `[B]`, of each example's draws; None: 0, 1, ...
-          samples: continuations of each example; row `i * samples + j` is sample `j` of example `i`.
+          seeds: random seed of each example, int `[B]`; None: 0, 1, ...
+          samples: continuations per example; row `i * samples + j` is sample `j` of example `i`.
 
         Returns:
           A `Generation` of `B * samples` rows, on the device.
 
         Raises:
-          ValueError: there is no sample to draw, or positions end.
+          ValueError: `samples` is below 1, or a position would exceed int32.
         """
         if samples < 1:
             raise ValueError(f"There must be at least one sample per prompt, not {samples}.")
@@ -179,11 +179,11 @@ class Streamer:
         return self._write(params, logits, state, seeds, numbers, sampling=sampling)
 
     def lower_read(self, params, state: DecoderState, rows=None):
-        """The step that reads most of a long text, to be compiled, and the tokens that it reads.
+        """Lowers the step that reads most of a long text; returns it with its number of tokens.
 
         Args:
-          params, state: arrays, or ShapeDtypeStructs in their place.
-          rows: sharding of what has the batch in front; None: the compiler's choice.
+          params, state: arrays or ShapeDtypeStructs.
+          rows: sharding of arrays whose first axis is the batch; None leaves it to the compiler.
         """
         batch_size, config = state.batch_size, self.module.config
         length = self._blocks * config.block_size
@@ -196,7 +196,7 @@ class Streamer:
         return lowered, length
 
     def lower_write(self, params, state: DecoderState, sampling: Sampling, rows=None):
-        """What `generate` runs, to be compiled; arguments as for `lower_read`."""
+        """Lowers the program of `generate`; arguments as for `lower_read`."""
         make = lambda dtype, *shape: jax.ShapeDtypeStruct(
             (state.batch_size, *shape), dtype, sharding=rows
         )
@@ -227,7 +227,7 @@ class Streamer:
         pieces = []
         while left.any():
             whole = (phase == 0) & (left >= size)
-            # Examples inside a block first go to its end, the rests of all wait for the end.
+            # Examples within a block are first read to its end; the remainders of all come last.
             parts = (left > 0) & (phase > 0 if whole.any() else True)
             if parts.any():
                 count = np.where(parts, np.minimum(left, size - phase), 0)
@@ -287,8 +287,8 @@ def check_position(end):
 
 
 def _cut(arrays, start, width):
-    """`width` tokens of each row of each array `[B, L]`, from the row's own `start` on; the last
-    token is repeated behind a row's end."""
+    """`width` tokens of each row of each array `[B, L]`, starting at the row's `start`; behind the end of
+    a row its last token is repeated."""
     first, length = int(start[0]), arrays[0].shape[1]
     if (start == first).all() and first + width <= length:
         return tuple(x[:, first : first + width] for x in arrays)
@@ -297,7 +297,7 @@ def _cut(arrays, start, width):
 
 
 def _gather(pieces, batch, length, kind):
-    """Puts the pieces' outputs to their places on the host: a list of arrays `[B, L, ...]`."""
+    """Copies the outputs of all pieces to the host: a list of arrays `[B, L, ...]`."""
     if kind == "state":
         return None
     outs = None

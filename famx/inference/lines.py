@@ -175,10 +175,10 @@ def _write_lines(
                 progress.advance(done, tokens)
                 if stop() and done < total:
                     progress.close()
-                    _say(f"Stopped after {done} of {total} lines; the same command goes on from there.")
+                    _say(f"Stopped after {done} of {total} lines; the same command resumes from there.")
                     return done
     if done != total:
-        raise ConfigError(f"{lines.path} was changed during the run: begin anew.")
+        raise ConfigError(f"{lines.path} was changed during the run: start again.")
     return done
 
 
@@ -204,7 +204,7 @@ def _check_numbers(
 def _vocabulary(model: DecoderModel, checkpoint: str) -> Vocabulary:
     if model.vocabulary is None:
         raise ConfigError(
-            f"{checkpoint} has no vocabulary: put the vocabulary.json of its training beside model.json."
+            f"{checkpoint} has no vocabulary: put the vocabulary.json of its training next to model.json."
         )
     return model.vocabulary
 

@@ -25,7 +25,7 @@ UPDATES = ("residual", "gated")
 
 @dataclasses.dataclass(frozen=True)
 class Fam(Memory):
-    """Feedback attention memory of `length` tokens per layer; the defaults are the paper's.
+    """Feedback attention memory of `length` vectors per layer; the defaults are the paper's.
 
     Attributes:
       length: `N`.
@@ -93,8 +93,8 @@ class Fam(Memory):
         return layer.finish(climb, attention).astype(climb.dtype), climb
 
     def open(self, layer, climb, memory, here):
-        # qF, kF, vF = QKV(Norm(F_{t-1})). As a query the memory stands at the block that it compresses,
-        # as a key still at the block that it was made from.
+        # qF, kF, vF = QKV(Norm(F_{t-1})). As a query the memory has the position of the block that it
+        # compresses, as a key still that of the block that it was made from.
         block = here.first_block
         angle, key_angle = (self._angles(layer, b, here) for b in (block, block - 1))
         q, k, v = layer.qkv(memory, angle, key_angle)

@@ -50,7 +50,7 @@ def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
             f"{model_dir} is no directory of a trained model: it has no {_MODEL_FILE}."
         ) from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not readable as JSON: remove it to go on.") from error
+        raise ConfigError(f"{path} is not readable as JSON: remove it to continue.") from error
 
 
 def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
-"""Which way of computing attention fits which model on which platform; plain Python."""
+"""Attention backends: which one can compute a model's attention on a platform. Plain Python."""
 
 from famx.base.errors import ConfigError
 
 ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "splash", "cudnn")
-LANES = 128  # of a TPU's vector registers; splash attention cuts rows and columns in these
+LANES = 128  # lanes of a TPU's vector registers; splash attention tiles rows and columns by them
 _PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
 
 
@@ -11,7 +11,7 @@ def refusal(config, backend: str) -> str | None:
     """One sentence that says why `backend` cannot compute this model's attention, or None.
 
     Args:
-      config: a `DecoderConfig`, or one in the making.
+      config: a `DecoderConfig`, possibly not yet checked.
       backend: other than "auto".
     """
     name = f"attention_backend {backend!r}"
@@ -41,7 +41,7 @@ def resolve_backend(config, platform: str, devices: int = 1) -> str:
       config: a `DecoderConfig`.
       platform: what the program is compiled for ("tpu", "gpu", "cuda", "cpu"), which is not always
         where it is compiled.
-      devices: how many, of all processes.
+      devices: number of devices of all processes.
 
     Raises:
       ConfigError: the config names a backend that the platform does not have.
@@ -60,7 +60,7 @@ def resolve_backend(config, platform: str, devices: int = 1) -> str:
     # Heads wider than 128 need a Hopper GPU or a later one, which the name of the platform hides.
     if platform in _PLATFORMS["cudnn"] and refusal(config, "cudnn") is None and config.head_dim <= 128:
         return "cudnn"
-    # Small blocks fit the cache anyway, and a sharded batch must not be read row by row.
+    # Small blocks fit the cache anyway; a sharded batch must not be read row by row.
     if platform == "cpu" and devices == 1 and config.block_size >= 128:
         return "blockwise"
     return "xla"

@@ -1,4 +1,4 @@
-"""Norms, projections and the feed-forward: the parts of a Transformer layer that know no memory."""
+"""Norms, projections and the feed-forward part of a Transformer layer."""
 
 import math
 
@@ -20,12 +20,12 @@ _ACTIVATION = {
 
 
 def partitioned(init, *axes: str):
-    """`init` with the logical names of the axes of what it makes."""
+    """`init` with logical names for the axes of its result."""
     return nn.with_logical_partitioning(init, axes)
 
 
 def embedding_init(*axes: str):
-    """Rows of unit norm in expectation, with logical axes."""
+    """Initializer of embeddings: rows of expected norm 1, with logical axes."""
     return partitioned(_EMBEDDING, *axes)
 
 
@@ -62,7 +62,7 @@ class Norm(nn.Module):
 def product(x, kernel, axes: int, **kwargs):
     """`tensordot` of the last `axes` axes of `x` with the first of `kernel`, as one of two matrices.
 
-    A product with several axes of tokens makes the CPU's compiler lay out its gradient badly.
+    With several token axes, the CPU compiler chooses a slow layout for the gradient.
     """
     inner, outer = kernel.shape[:axes], kernel.shape[axes:]
     rows = x.reshape(-1, math.prod(inner))

@@ -1,4 +1,4 @@
-"""The one configuration of a decoder, checked when it is made."""
+"""Configuration of a decoder, checked on construction."""
 
 import dataclasses
 import math
@@ -9,11 +9,11 @@ from famx.modules.backends import ATTENTION_BACKENDS, refusal
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "offload")
 ROPE_LAYERS = ("global", "local", "none")
-# Fields that say how a model remembers: with others its weights still fit, the prompt's apart.
+# Fields of the memory. Weights fit a model with other values, except the memory's own parameters.
 MEMORY_FIELDS = (
     *("block_size", "memory_segments", "memory", "window_mask", "stop_gradient_segments"),
 )
-# Fields that change no number beyond rounding: a model stays the same model with others.
+# Fields that change results only by rounding: with other values it is still the same model.
 COMPUTATION_FIELDS = (
     *("dtype", "param_dtype", "blocks_per_chunk", "remat", "attention_backend"),
     "unroll_layers",
@@ -32,7 +32,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and choices of a decoder-only Transformer with block sliding window attention.
+    """Sizes and options of a decoder-only Transformer with block sliding window attention.
 
     Without a `memory` it is BSWA; `famx.memories.Fam(length=64)` adds feedback attention memory
     (Algorithm 2). The defaults of `block_size` and `memory_segments` are the paper's.
@@ -47,21 +47,21 @@ class DecoderConfig:
       ValueError: embed_dim 64 is not a multiple of num_heads 3; set head_dim or change one of them.
 
     Raises:
-      ValueError: with one sentence that says which sizes do not fit and what would.
+      ValueError: with one sentence, if sizes or options do not fit together.
     """
 
     vocab_size: int
     num_layers: int
     embed_dim: int  # D
     num_heads: int  # H
-    num_kv_heads: int | None = None  # K; None: as many as query heads
+    num_kv_heads: int | None = None  # K; None: num_heads
     head_dim: int | None = None  # Dh; None: embed_dim / num_heads
     mlp_dim: int | None = None  # F; None: 4 * embed_dim
 
     # Memory.
     block_size: int = 1024  # S
-    memory_segments: int = 3  # M: past blocks whose keys and values are kept
-    memory: memories.Memory = memories.Memory()  # beyond the window; BSWA has none
+    memory_segments: int = 3  # M: number of past blocks in the window
+    memory: memories.Memory = memories.Memory()  # what is kept beyond the window; none: BSWA
     window_mask: bool = False  # Transformer-XL: each token sees exactly its last M * S
     stop_gradient_segments: bool = False  # the paper's ablation M1_SG
 
@@ -69,7 +69,7 @@ class DecoderConfig:
     norm: str = "rms"  # "rms" | "layer"
     norm_epsilon: float = 1e-6
     post_norms: bool = False  # norms on the outputs of attention and feed-forward (Gemma 2, 3)
-    parallel_block: bool = False  # attention and feed-forward side by side (PaLM)
+    parallel_block: bool = False  # attention and feed-forward in parallel (PaLM)
     gated_mlp: bool = True
     activation: str = "silu"
     qkv_bias: bool = False
@@ -81,18 +81,18 @@ class DecoderConfig:
     logit_softcap: float | None = None
     tied_embeddings: bool = True
     scale_embeddings: bool = False  # by sqrt(embed_dim) (Gemma)
-    rope_base: float = 10_000.0  # of "global" layers, as is rope_scaling
+    rope_base: float = 10_000.0  # for "global" layers, like rope_scaling
     rope_scaling: RopeScaling | None = None
     rope_layers: tuple[str, ...] | None = None  # per layer "global", "local" or "none"; None: global
-    local_rope_base: float = 10_000.0  # of "local" layers (Gemma 3), never scaled
+    local_rope_base: float = 10_000.0  # for "local" layers (Gemma 3), never scaled
 
-    # Computation. None of these changes a number beyond rounding.
-    dtype: str = "float32"  # of activations, keys and values
+    # Computation. These change results only by rounding.
+    dtype: str = "float32"  # dtype of activations, keys and values
     param_dtype: str = "float32"
     blocks_per_chunk: int | None = None  # None: all blocks at once (layer-parallel)
     remat: str = "none"  # what the backward pass recomputes; "offload": all, layer inputs on the host
     attention_backend: str = "auto"
-    unroll_layers: int = 1  # layers in a step of the scan over layers; more compile longer, copy less
+    unroll_layers: int = 1  # layers per step of the scan over layers; more compile longer and copy less
 
     def to_dict(self) -> dict:
         """Every field by name, as plain values that JSON can hold; the memory with its `kind`."""
@@ -171,12 +171,12 @@ class DecoderConfig:
 
     @property
     def memory_columns(self) -> int:
-        """`N`: keys of the memory that every token of a block attends to beside its window."""
+        """`N`: keys of the memory that every token of a block attends to together with its window."""
         return self.memory.columns
 
     @property
     def reach(self) -> int | None:
-        """Tokens that a BSWA model can look back, `layers * M * S`; None with a memory (no bound).
+        """Number of tokens that BSWA can look back, `layers * M * S`; None with a memory (no bound).
 
         Exact with the window mask; without it whole blocks are counted, up to `S - 1` tokens more.
         """

@@ -1,9 +1,9 @@
-"""A scan over blocks whose weights get their gradient once, after the loop.
+"""A scan over blocks that computes the gradients of its weights once, after the loop.
 
-Differentiated as it stands, a scan adds a gradient of the size of every weight in each of its steps,
-for the few tokens of the memory: more memory traffic than the step itself, and where weights are cut
-over devices, an exchange between them. Here the steps keep what each projection read and the
-gradient of what it gave, and one product over all steps makes the weight's gradient.
+The plain derivative of a scan adds a gradient of the size of every weight in each step, for the few
+tokens of the memory: more memory traffic than the step itself, and communication where weights are
+sharded. Here the steps keep the input of each projection and the gradient of its output, and one product
+over all steps gives the gradient of the weight.
 """
 
 import dataclasses
@@ -25,11 +25,12 @@ def scan(layer: nn.Module, method: str, carry, xs, *args):
     """`lax.scan` of `layer.method(carry, x, *args) -> (carry, y)`; equal to it, gradients included.
 
     Args:
-      layer: a bound module, all of whose parameters exist.
-      method: of the layer; it calls each `Projection` at most once, and makes no variables.
-      carry: what goes from step to step.
-      xs: arrays with the steps in front.
-      *args: the same in every step.
+      layer: a bound module with all its parameters.
+      method: name of the layer's method, which calls each `Projection` at most once and creates no
+        variables.
+      carry: initial carry.
+      xs: arrays whose first axis is the steps.
+      *args: arguments that are the same in every step.
 
     Returns:
       The last carry, and the stacked `y`.
@@ -38,7 +39,7 @@ def scan(layer: nn.Module, method: str, carry, xs, *args):
     # Parameters may be boxed, as `init` returns them.
     rest = traverse_util.flatten_dict(nn.unbox(variables.get("params", {})))
     steps = jax.tree.leaves(xs)[0].shape[0]
-    found: dict[tuple, tuple] = {}  # of each projection: the module, and what it reads and gives
+    found: dict[tuple, tuple] = {}  # per projection: module, input, output
 
     def step(kernels, rest, carry, x, args, slots):
         inputs: dict[tuple, Any] = {}
@@ -66,7 +67,7 @@ def scan(layer: nn.Module, method: str, carry, xs, *args):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Body:
-    """A step that was traced: what surrounded it, such as interceptors, is part of it."""
+    """A traced step, which includes the interceptors that were active while it was traced."""
 
     jaxpr: jex.Jaxpr
     outputs: Any
@@ -77,7 +78,7 @@ class _Body:
 
 
 def _loop(body: _Body, kernels, differentiated, rest):
-    """The plain scan: `(carry, ys)`, and what the projections read in each step."""
+    """The plain scan: `(carry, ys)`, and the inputs of the projections in each step."""
     (params, carry, xs, slots), (args, consts) = differentiated, rest
 
     def step(carry, xs):
@@ -105,7 +106,7 @@ def _backward(body, residuals, grads):
 
     def of_kernel(kernel, x, dy):
         shared = (x.ndim + dy.ndim - kernel.ndim) // 2  # axes of steps, examples and tokens
-        # Examples first: they are what a mesh cuts, which only the first of merged axes can be.
+        # Examples first: a mesh shards them, and of merged axes only the first can be sharded.
         rows = lambda y: y.swapaxes(0, 1).reshape(math.prod(y.shape[:shared]), -1)
         return jnp.matmul(rows(x).T, rows(dy)).reshape(kernel.shape).astype(kernel.dtype)
 
@@ -126,9 +127,9 @@ _through.defvjp(lambda y, slot: (y, None), lambda _, grad: (grad, grad))
 
 
 def _tap(inputs, found, slots):
-    """An interceptor that notes what each projection reads, and puts its output through its slot.
+    """An interceptor that records the input of each projection and adds a slot for its output's gradient.
 
-    Without `slots` it only finds the projections.
+    Without `slots` it only lists the projections.
     """
 
     def project(call, args, kwargs, context):

@@ -237,7 +237,7 @@ class Layer(nn.Module):
         """`W` tokens that stay within each example's block: `[B, W, D] -> [B, W, D]`.
 
         Args:
-          x: `I` of the next `W` tokens; what stands behind the last real one is padding.
+          x: `I` of the next `W` tokens; what follows the last real one is padding.
           window: of this layer.
           context: positions of the blocks; `start` is the first token's slot.
 

@@ -1,6 +1,6 @@
 """Rotary position embedding that stays exact at any position.
 
-Angles are kept in turns as 32-bit fixed point: multiplying an unsigned position by an unsigned
+Angles are 32-bit fixed-point turns: multiplying an unsigned position by an unsigned
 frequency wraps around at a full turn by itself, so the angle between two tokens depends on their
 distance alone, at position 10^9 as at position 0. (Float32 angles lose that beyond about 10^5.)
 The frequency is rounded to 2^-33 turns per token, 3e-6 radians over 4096 tokens.
@@ -20,11 +20,11 @@ _TURN = 2.0**32
 
 @flax.struct.dataclass
 class Rotation:
-    """How a layer rotates, in fixed-point turns; with an axis of layers in front, how all do.
+    """Rotation of a layer in fixed-point turns; of all layers with an axis of layers in front.
 
     Attributes:
-      token: from one position to the next, uint32 `[Dh / 2]`.
-      memory: what `Memory.turns` made for the layer; None: nothing.
+      token: turns from one position to the next, uint32 `[Dh / 2]`.
+      memory: the layer's part of `Memory.turns`.
     """
 
     token: jax.Array | np.ndarray
@@ -32,7 +32,7 @@ class Rotation:
 
 
 def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """Radians per token, float64 `[Dh / 2]`."""
+    """Frequencies in radians per token, float64 `[Dh / 2]`."""
     frequency = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
         return frequency
@@ -50,7 +50,7 @@ def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) 
 
 
 def fixed_point(radians: np.ndarray) -> np.ndarray:
-    """Angles, float64 `[...]` in [0, 2 pi), as turns, uint32 `[...]`."""
+    """Converts angles, float64 `[...]` in [0, 2 pi), to turns, uint32 `[...]`."""
     return np.round(radians / (2 * np.pi) * _TURN).astype(np.uint32)
 
 
@@ -70,10 +70,10 @@ def angles(positions, token, beyond=None, dtype=jnp.float32):
     """Angles in radians, `[..., Dh / 2]`, within half a turn of zero.
 
     Args:
-      positions: int32 `[...]`, negative ones too.
+      positions: int32 `[...]`; may be negative.
       token: turns from one position to the next, uint32 `[Dh / 2]`.
       beyond: turns to add, uint32 `[..., Dh / 2]`, or None.
-      dtype: of the result; at least float32.
+      dtype: dtype of the result, at least float32.
     """
     phase = positions.astype(jnp.uint32)[..., None] * token
     if beyond is not None:

@@ -1,7 +1,7 @@
-"""Weights that are cut over the devices that share the batch, made whole where they are used.
+"""Gathering of weights that are sharded over the devices that share the batch.
 
-Left alone, the compiler may move activations instead, in every product and every step of a loop.
-Outside of a mesh (`jax.set_mesh`) and of rules (`nn.logical_axis_rules`) nothing here does anything.
+Without it the compiler may move activations instead, in every product and every step of a loop. Without a
+mesh (`jax.set_mesh`) and rules (`nn.logical_axis_rules`) nothing here has an effect.
 """
 
 import functools
@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec
 
 
 def mesh_axes(names: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """The axes of the current mesh that each axis of an array is cut over, by the current rules.
+    """Axes of the current mesh over which the current rules shard each axis of an array.
 
     Args:
-      names: logical axes; a mesh axis goes to the first rule that takes it.
-      shape: of the array; an axis that its mesh axes do not divide is whole.
+      names: logical axes of the array; the first rule that uses a mesh axis gets it.
+      shape: shape of the array; an axis that its mesh axes do not divide is not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     found = []
@@ -30,13 +30,13 @@ def mesh_axes(names: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[str,
 
 
 def gathered(kernel, names: tuple[str, ...], activations: int):
-    """`kernel`, whole along what cuts the batch; its gradient is summed and cut again in one exchange.
+    """Gathers `kernel` over the mesh axes of the batch; its gradient is scattered in one step.
 
     Args:
-      kernel: in the compute dtype, which is what travels.
-      names: logical axes.
-      activations: elements that the kernel is multiplied with. Where they are fewer than the kernel's
-        own, as for the prompt or a token that is written, it is left as it is.
+      kernel: kernel in the compute dtype, in which it is sent.
+      names: logical axes of the kernel.
+      activations: number of elements that the kernel is multiplied with. If they are fewer than those of
+        the kernel, as for a prompt or a single token, the kernel is not gathered.
     """
     if jax.sharding.get_abstract_mesh().empty or activations < kernel.size:
         return kernel
@@ -49,8 +49,8 @@ def _gathered(kernel, names):
 
 
 def _backward(names, _, grad):
-    # Summed as a whole and then cut, which is one scatter. Asked for the part alone, the compiler may
-    # gather activations instead.
+    # Constrained as a whole and then sharded, which is one scatter. Constrained to the shard at once, the
+    # compiler may gather activations instead.
     grad = _constrained(grad, _beside_a_batch(grad, names))
     return (_constrained(grad, mesh_axes(names, grad.shape)),)
 
@@ -59,7 +59,7 @@ _gathered.defvjp(lambda kernel, names: (_gathered(kernel, names), None), _backwa
 
 
 def _beside_a_batch(kernel, names):
-    """Nothing else is cut over the batch's axes there."""
+    """Mesh axes of the kernel next to a batch, which has its own mesh axes to itself."""
     return mesh_axes(("batch", *names), (0, *kernel.shape))[1:]
 
 

@@ -45,7 +45,7 @@ def test_adapters_of_a_checkpoint_take_part(trained, tmp_path):
     reader = AttentionReader(MODEL.module)
     np.testing.assert_allclose(found.tokens, reader.read(merged(tree, lora), [IDS]).tokens, atol=1e-5)
     assert np.abs(found.tokens - read_maps(trained, TEXT).tokens).max() > 0.05
-    with pytest.raises(ValueError, match="There are adapters beside the weights: merge them"):
+    with pytest.raises(ValueError, match="There are adapters among the parameters: merge them"):
         reader.read(tree, [IDS])
 
 

@@ -335,7 +335,7 @@ def test_what_does_not_fit_is_refused(changes, sentence, base, memory, tmp_path)
 
 
 def test_a_checkpoint_with_adapters_can_be_begun_from(base, tmp_path):
-    """They are merged: the run's own adapters begin anew."""
+    """They are merged: the run's own adapters start again."""
     finetune(tmp_path / "first", base)
     finetune(tmp_path / "second", str(tmp_path / "first"), steps=1, optimizer=optax.sgd(0.0))
     first, second = (load_model(str(tmp_path / name)) for name in ("first", "second"))

@@ -1,6 +1,6 @@
 """Attention of block tokens to the memory, the past blocks and their own block.
 
-`token_attention` is the one function; `dense` is the oracle of the other ways to compute it.
+`token_attention` selects a backend; `dense` is the reference that the others are tested against.
 """
 
 from famx.modules.attention.common import attend, attend_parts, softcap, visible

@@ -1,6 +1,6 @@
-"""One block at a time on a CPU: scores stay in the processor's cache, and none are kept.
+"""CPU backend that computes one block at a time: scores stay in the processor's cache and are not kept.
 
-Memory is linear in the length; on a CPU this is two to three times faster than the plain formula.
+Memory use is linear in the length; on a CPU this is two to three times faster than the plain formula.
 Each query tile of a block reads its keys up to its own diagonal.
 """
 
@@ -92,7 +92,7 @@ def _indices(q):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(config, q, keys, values, memory_keys, memory_values, first_block):
-    """As `token_attention`, block by block; the backward pass computes the scores again."""
+    """`token_attention`, block by block; the backward pass recomputes the scores."""
     return _attention_forward(config, q, keys, values, memory_keys, memory_values, first_block)[0]
 
 

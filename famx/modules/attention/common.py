@@ -1,4 +1,4 @@
-"""What all ways to compute attention share: who sees whom, scores and softmax.
+"""Parts shared by all attention backends: visibility, scores and softmax.
 
 Column layout of all scores: `[N memory | M * S past, oldest first | S own block]`.
 """
@@ -15,13 +15,13 @@ def visible(config: DecoderConfig, rows, columns, missing):
     """Whether the token in slot `rows` of a block sees column `columns` of its window.
 
     Args:
-      config: gives `N`, `M`, `S` and the window mask.
+      config: `DecoderConfig`, of which `N`, `M`, `S` and the window mask are used.
       rows: slots in the block, int, broadcastable against `columns`.
-      columns: int, in the module's column layout.
-      missing: how many of the `M` past blocks lie before the start of the sequence.
+      columns: int, columns in the layout above.
+      missing: number of the `M` past blocks that are before the start of the sequence.
 
     Returns:
-      bool, the broadcast shape.
+      bool, of the broadcast shape.
     """
     n, past = config.memory_columns, config.memory_segments * config.block_size
     token = columns - n - past  # slot relative to the query's own block
@@ -32,7 +32,7 @@ def visible(config: DecoderConfig, rows, columns, missing):
 
 
 def missing_blocks(first_block, block, config):
-    """Past blocks that lie before the start: `max(0, M - index of the block)`."""
+    """Number of past blocks before the start of the sequence: `max(0, M - index of the block)`."""
     return jnp.maximum(config.memory_segments - (first_block + block), 0)
 
 
@@ -48,7 +48,7 @@ def attend(q, keys, values, mask, config: DecoderConfig):
       q: `[..., Q, H, Dh]`.
       keys, values: `[..., X, K, Dh]`.
       mask: bool, broadcastable to `[..., 1, 1, Q, X]`, or None.
-      config: gives scale and softcap.
+      config: `DecoderConfig`, of which scale and softcap are used.
 
     Returns:
       Output `[..., Q, H, Dh]` and probabilities `[..., K, G, Q, X]` (at least float32).
@@ -58,10 +58,10 @@ def attend(q, keys, values, mask, config: DecoderConfig):
 
 
 def attend_parts(q, parts, config: DecoderConfig):
-    """`attend` over several sets `(keys, values, mask)` at once, none of which is copied.
+    """`attend` over several sets `(keys, values, mask)` in one softmax, without concatenating the keys.
 
-    Keys and values have their heads in front, `[..., K, X, Dh]`, as matrix products want them. The
-    columns of the probabilities are those of all parts, in order.
+    Keys and values have the heads first, `[..., K, X, Dh]`, the order of matrix products. The columns of
+    the probabilities are those of all parts, in order.
     """
     groups = config.num_kv_heads
     q = q.reshape(q.shape[:-2] + (groups, -1, q.shape[-1]))

@@ -2,8 +2,8 @@
 
 Column layout here: `[S own block | N memory | M * S past, newest first]`. Past blocks before the start
 of a sequence are then the last columns, and a length for each block masks them. So the mask of the
-rest is one `[S, X]` for all blocks, which matters: cuDNN wants it as an array of biases in memory, and
-writes a gradient for it, too. Past keys are copied for each block.
+rest is one `[S, X]` for all blocks, which matters: cuDNN takes it as an array of biases in memory, and also
+writes a gradient for it. Past keys are copied for each block.
 """
 
 import jax
@@ -13,9 +13,9 @@ from famx.modules.attention.common import missing_blocks, visible
 
 
 def attention(config, q, keys, values, memory_keys, memory_values, first_block, implementation="cudnn"):
-    """Arguments and result of `token_attention`, the config in front.
+    """`token_attention` with the config first.
 
-    `implementation="xla"` computes the same by another of jax's ways, on any platform.
+    `implementation="xla"` computes the same with XLA on any platform.
     """
     batch, blocks, size, heads, width = q.shape
     segments, n = config.memory_segments, config.memory_columns
@@ -27,7 +27,7 @@ def attention(config, q, keys, values, memory_keys, memory_values, first_block, 
         x = jnp.concatenate([x[:, segments:], memory, *past], axis=2)
         return x.reshape(batch * blocks, -1, *x.shape[3:])
 
-    # The same columns in the order of `visible`, of which no past block is missing.
+    # The same columns in the order of `visible`, with no past block missing.
     past = jnp.arange(segments * size).reshape(segments, size)[::-1].reshape(-1)
     order = jnp.concatenate([n + segments * size + jnp.arange(size), jnp.arange(n), n + past])
     mask = visible(config, jnp.arange(size)[:, None], order, 0)

@@ -1,4 +1,4 @@
-"""The plain formula with one dense mask: the oracle of all other ways."""
+"""Reference backend: the plain formula with one dense mask."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from famx.modules.config import DecoderConfig
 
 
 def attention(config: DecoderConfig, *args):
-    """Arguments and result of `token_attention`, the config in front."""
+    """`token_attention` with the config first."""
     return _attention(config, *args)[0]
 
 

@@ -1,4 +1,4 @@
-"""The one function through which block tokens attend, whatever computes it."""
+"""Dispatch of attention to a backend."""
 
 import functools
 
@@ -21,12 +21,12 @@ def token_attention(
     Args:
       q: rotated queries `[B, C, S, H, Dh]`.
       keys, values: `[B, M + C, S, K, Dh]`, the `M` blocks before the first query block included.
-      memory_keys, memory_values: of the memory before each block `[B, C, N, K, Dh]`.
+      memory_keys, memory_values: columns of the memory before each block `[B, C, N, K, Dh]`.
       first_block: index in its sequence of each example's first query block, int32 `[B]`; blocks
         before the start of the sequence are masked.
-      config: sizes, mask and backend; `auto` is what fits the devices of the mesh (`jax.set_mesh`),
-        for which this process may but compile, or without one those of this process.
-      batch_axis: logical name of the axis `B`, by which the kernels are cut over a mesh.
+      config: sizes, mask and backend; `auto` picks a backend for the mesh's platform
+        (`jax.set_mesh`), or for this process's devices if no mesh is set.
+      batch_axis: logical name of the axis `B`, by which kernels are partitioned over a mesh.
 
     Returns:
       `[B, C, S, H, Dh]`.
@@ -46,5 +46,5 @@ def _fitting(config):
     if not mesh.empty and mesh.abstract_device is not None:
         return resolve_backend(config, mesh.abstract_device.platform, mesh.size)
     backend = resolve_backend(config, jax.default_backend(), jax.device_count())
-    # Without a mesh nothing says how several devices would share a kernel.
+    # Without a mesh it is undefined how several devices would share a kernel.
     return "xla" if backend in _KERNELS and jax.device_count() > 1 else backend

@@ -1,4 +1,4 @@
-"""Kernels on a mesh: the compiler cannot cut them, so each device calls them on its own part."""
+"""Kernels on a mesh: the compiler cannot partition them, so each device calls them on its own shard."""
 
 import math
 
@@ -11,14 +11,14 @@ BATCH_AXIS = "batch"
 
 
 def over_mesh(function, args, batch_axis: str = BATCH_AXIS):
-    """`function(*args)`, cut by batch and heads over the mesh of `jax.set_mesh`, if there is one.
+    """`function(*args)`, partitioned by batch and heads over the mesh of `jax.set_mesh`, if any.
 
     Args:
-      function: from and to arrays as `token_attention`'s; takes numbers of heads from their shapes.
+      function: function with the arrays of `token_attention`; takes numbers of heads from their shapes.
       args: `q, keys, values, memory_keys, memory_values, first_block`.
-      batch_axis: logical axis of the batch. It and "heads" are cut as the rules of
-        `nn.logical_axis_rules` say where their size allows, and stay whole where not; key heads go
-        with the query heads that read them.
+      batch_axis: logical axis of the batch. It and "heads" are sharded by the rules of
+        `nn.logical_axis_rules` if their sizes are divisible, else not; key heads go with the query
+        heads that read them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
@@ -49,9 +49,9 @@ def over_mesh(function, args, batch_axis: str = BATCH_AXIS):
 
 
 def _heads_read(heads, kv_heads, axes, here):
-    """Which of all key heads the `here` query heads of this device read, as many times as needed.
+    """Indices of the key heads that the `here` query heads of this device read.
 
-    One where they share it; else one for each query head.
+    One index if they share a key head; else one for each query head.
     """
     group = heads // kv_heads
     first = jax.lax.axis_index(axes) * here

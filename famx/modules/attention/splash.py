@@ -2,7 +2,7 @@
 
 The `C` blocks of queries are one sequence of rows. The columns are
 `[M * S past | C * S own | C memories of N, each padded]`, each key there once: a sparse mask lets block
-`t` see the tokens of blocks `t - M .. t` and memory `t`, and tiles that nobody sees are skipped. Past
+`t` see the tokens of blocks `t - M .. t` and memory `t`, and tiles without any visible pair are skipped. Past
 blocks before the start of a sequence, which differ by example, are masked by segment ids.
 """
 
@@ -19,12 +19,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from famx.modules.backends import LANES
 
 INTERPRET = False  # True runs the kernel as plain JAX on any platform; for tests
-TILE = 512  # rows and columns of the kernel's steps, where the block size allows
+TILE = 512  # rows and columns per step of the kernel, if the block size allows
 _NEVER = 2**30  # more than any row
 
 
 def attention(config, q, keys, values, memory_keys, memory_values, first_block):
-    """Arguments and result of `token_attention`, the config in front.
+    """`token_attention` with the config first.
 
     Queries are scaled before the kernel, which costs one rounding more in bfloat16 than the plain
     formula, and width of heads that does not fill the lanes of a TPU is padded by its memory layout.
@@ -60,8 +60,8 @@ def tile_size(block_size):
 def _slot(config):
     """Columns that a memory of `N` takes, a power of two.
 
-    Not the fewest: the kernel of the keys' gradient takes as many steps for every tile of columns as
-    for the one that most rows see, and that would be a tile of many small memories.
+    Not the minimum: the kernel of the keys' gradient takes as many steps for every tile of columns as for
+    the tile that most rows see, and that would be a tile of many small memories.
     """
     return max(LANES, 1 << (config.memory_columns - 1).bit_length()) if config.memory_columns else 0
 
@@ -110,7 +110,7 @@ def _kernel(config, blocks, heads):
 
 @dataclasses.dataclass(frozen=True)
 class ChunkMask(splash_attention_mask.Mask):
-    """Who sees whom, computed tile by tile and, within the kernel, anew from row and column.
+    """Visibility, computed tile by tile and, within the kernel, again from row and column.
 
     Row `r` of block `t` sees column `x` if `lowest(r) <= top(x)` and `bottom(x) <= r + M * S`. For
     tokens both ends are the column itself; memory `u` has those that only block `u` meets.
@@ -132,7 +132,7 @@ class ChunkMask(splash_attention_mask.Mask):
 
     @property
     def q_sequence(self):
-        """Numbers of the rows, as the kernel asks for them."""
+        """Indices of the rows, which the kernel requires."""
         return np.arange(self.shape[0], dtype=np.int32)
 
     def __getitem__(self, index):
