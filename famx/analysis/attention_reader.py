@@ -1,8 +1,8 @@
 """Attention maps: reads a text block by block and keeps the attention of selected blocks.
 
 Layers keep the queries and keys of a block in the collection `attention_inputs`; these are small. The
-probabilities are then computed from them by the model's own `attend` and `visible`, one layer at a time, so
-that memory holds one layer's maps in addition to the selected ones.
+probabilities are then computed from them by the model's own `attend` and `visible`, one layer at a time,
+so that memory holds one layer's maps in addition to the selected ones.
 """
 
 import collections
@@ -215,7 +215,7 @@ class AttentionReader:
             check_ids(ids, c.vocab_size)
             check_position(np.array([index * c.block_size + end], np.int64))
             window[-1, start:end] = ids
-            tokens = np.zeros((1, max(c.block_size, 2)), np.int32)  # a single token would take the token path
+            tokens = np.zeros((1, max(c.block_size, 2)), np.int32)  # 1 would take the token path
             tokens[0, : len(ids)] = ids
             state, inputs, figures = self._step(params, state, tokens, len(ids), aligned=start == 0)
             figures = jax.tree.map(np.array, figures)  # copies: a view would keep the device's

@@ -2,8 +2,8 @@
 
 Column layout here: `[S own block | N memory | M * S past, newest first]`. Past blocks before the start
 of a sequence are then the last columns, and a length for each block masks them. So the mask of the
-rest is one `[S, X]` for all blocks, which matters: cuDNN takes it as an array of biases in memory, and also
-writes a gradient for it. Past keys are copied for each block.
+rest is one `[S, X]` for all blocks, which matters: cuDNN takes it as an array of biases in memory, and
+also writes a gradient for it. Past keys are copied for each block.
 """
 
 import jax

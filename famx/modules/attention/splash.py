@@ -2,8 +2,8 @@
 
 The `C` blocks of queries are one sequence of rows. The columns are
 `[M * S past | C * S own | C memories of N, each padded]`, each key there once: a sparse mask lets block
-`t` see the tokens of blocks `t - M .. t` and memory `t`, and tiles without any visible pair are skipped. Past
-blocks before the start of a sequence, which differ by example, are masked by segment ids.
+`t` see the tokens of blocks `t - M .. t` and memory `t`, and tiles without a visible pair are skipped.
+Past blocks before the start of a sequence, which differ by example, are masked by segment ids.
 """
 
 import dataclasses
