@@ -2,7 +2,6 @@
 
     from __gin__ import dynamic_registration
     from famx import modules
-    from famx.training import loop
     include "gin_configs/runs/pretrain.gin"
     include "gin_configs/models/tiny.gin"
     MIXTURE_OR_TASK_NAME = "own_jsonl"
