@@ -52,7 +52,7 @@ def make_trained(vocabulary=None) -> TrainedModel:
     """Of random weights; the model has more ids than the vocabulary."""
     vocabulary = passkey_words() if vocabulary is None else vocabulary
     model = make_model(vocab_size=128, vocabulary=vocabulary)
-    return TrainedModel(model, make_params(model.module), 1, pathlib.Path("/model/checkpoint_1"))
+    return TrainedModel(model, make_params(model.module, seed=1), 1, pathlib.Path("/model/checkpoint_1"))
 
 
 TRAINED = make_trained()
