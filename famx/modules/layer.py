@@ -254,8 +254,10 @@ class Layer(nn.Module):
         missing = jnp.maximum(c.memory_segments - context.first_block, 0)[:, None, None]
         mask = visible(c, rows[..., None], columns + jnp.arange(past), missing)[:, None, None]
         slots = jnp.arange(-columns, c.block_size)  # the memory's columns come before the block
-        written = (slots < context.start[:, None])[:, None, None, None]
-        causal = jnp.tril(jnp.ones((width, width), bool))
+        alone = c.window_mask and not past  # a window of no tokens: each token sees itself
+        end = jnp.zeros_like(context.start) if alone else context.start
+        written = (slots < end[:, None])[:, None, None, None]
+        causal = jnp.eye(width, dtype=bool) if alone else jnp.tril(jnp.ones((width, width), bool))
         parts = (
             (window.past_keys, window.past_values, mask),
             (window.keys, window.values, written),

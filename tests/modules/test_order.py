@@ -35,6 +35,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 MORE = {
+    "window mask, no segments": dict(memory_segments=0, window_mask=True),
     "no segments, bswa": dict(memory_segments=0, memory=Memory()),
     "three segments, full memory": dict(
         memory_segments=3, memory=Fam(4), num_kv_heads=1, attention_backend="xla"
