@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import config, random_params, random_tokens, read, shapes
+from memories_table import MEMORIES
 
 from famx.memories import Fam
 from famx.mesh import LOGICAL_AXES
@@ -70,6 +71,18 @@ def test_every_parameter_names_its_axes(style):
             kv=c.head_dim, mlp=c.mlp_dim, vocab=c.vocab_size, memory=c.memory_columns,
         )  # fmt: skip
         assert leaf.value.shape == tuple(sizes[name] for name in leaf.names)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_variables_are_read_as_init_returns_them(name):
+    """Boxed with their axes or not: the same logits and gradients."""
+    model, tokens = Decoder(config(memory=MEMORIES[name])), random_tokens(2, 10)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    assert isinstance(variables["params"]["embedding"], nn.meta.AxisMetadata)
+    loss = lambda variables: jnp.sum(jnp.sin(model.apply(variables, tokens)[0]))
+    boxed, plain = (jax.jit(jax.value_and_grad(loss))(v) for v in (variables, nn.unbox(variables)))
+    assert jax.tree.structure(nn.unbox(boxed)) == jax.tree.structure(plain)
+    jax.tree.map(np.testing.assert_array_equal, nn.unbox(boxed), plain)
 
 
 def test_fresh_parameters_have_a_sensible_scale():
