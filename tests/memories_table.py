@@ -6,6 +6,8 @@
 
 import importlib
 
+from relay_memory import Relay
+
 from famx.memories import Fam, Infini
 from famx.modules import Memory
 
@@ -14,15 +16,18 @@ MEMORIES: dict[str, Memory] = {
     "fam": Fam(2),
     "infini": Infini(),
     "infini with the delta rule": Infini(delta=True, gate_init=1.0),
+    "relay": Relay(2),
 }
 REMEMBERING = {name: memory for name, memory in MEMORIES.items() if memory.exists}
+SIDE_BY_SIDE = {name: m for name, m in REMEMBERING.items() if not m.through_depth}
 
 
 def add(description: str):
     """Adds the memory `module:Expression` to the tables."""
     module, _, expression = description.partition(":")
     memory = eval(expression, vars(importlib.import_module(module)))
-    MEMORIES[module] = REMEMBERING[module] = memory
+    for table in (MEMORIES, REMEMBERING, *([] if memory.through_depth else [SIDE_BY_SIDE])):
+        table[module] = memory
 
 
 def oracle_of(memory: Memory):

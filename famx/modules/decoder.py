@@ -198,8 +198,8 @@ class Decoder(nn.Module):
             complete = context.complete(c.block_size)
             read = context.stop if context.start is None else context.stop - context.start
         if c.memory.through_depth:
-            memory, complete = self._made(climb, state), context.complete(c.block_size)
-            if complete is not None:
+            memory = self._made(climb, state)
+            if context.stop is not None:
                 memory = where_examples(complete > 0, memory, state.memory, axis=1)
         state = DecoderState(
             memory, keys, values, state.position + read, state.updates + complete, state.offset

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, config, initial, jit, random_params, random_tokens, read
-from memories_table import REMEMBERING
+from memories_table import REMEMBERING, SIDE_BY_SIDE
+from relay_memory import Relay
 from test_order import ALL
 
 from famx.modules import Decoder, Memory
@@ -50,7 +51,7 @@ def check(c, shards, blocks, before=0, lengths=None):
     assert_close(*results, 1e-10)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ALL.keys() - (REMEMBERING.keys() - SIDE_BY_SIDE.keys()))
 def test_shards_equal_the_whole(name):
     c = {"blocks_per_chunk": None, **ALL[name]}
     if c["blocks_per_chunk"] == 1:
@@ -63,9 +64,9 @@ def test_more_segments_than_a_shard_has_blocks():
     check(config(**WIDE, memory_segments=3, memory=Memory()), shards=2, blocks=4)
 
 
-@pytest.mark.parametrize("name", REMEMBERING)
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
 def test_examples_at_different_places(name):
-    wide = dict(WIDE, memory=REMEMBERING[name])
+    wide = dict(WIDE, memory=SIDE_BY_SIDE[name])
     check(config(**wide, memory_segments=2), 4, blocks=8, lengths=[32, 9, 21], before=0)
     check(config(**wide, memory_segments=1), 2, blocks=4, lengths=[12, 1, 6], before=6)
 
@@ -76,4 +77,13 @@ def test_blocks_that_shards_do_not_divide():
         jax.eval_shape(
             lambda p, t: Decoder(c).apply({"params": p}, t, method="read", context_shards=2),
             random_params(c), random_tokens(1, 12),
+        )  # fmt: skip
+
+
+def test_a_memory_of_the_whole_depth_is_refused():
+    c = config(memory=Relay(2))
+    with pytest.raises(ValueError, match="'relay' is made at the top of the stack"):
+        jax.eval_shape(
+            lambda p, t: Decoder(c).apply({"params": p}, t, method="read", context_shards=2),
+            random_params(c), random_tokens(1, 16),
         )  # fmt: skip
