@@ -12,7 +12,7 @@ from famx.data.seqio.registration import (
     register_tasks,
     register_text_task,
 )
-from famx.data.seqio.training_rows import training_rows
+from famx.data.seqio.rows import training_rows
 from famx.data.seqio.vocabularies import as_seqio_vocabulary, from_seqio_vocabulary
 
 __all__ = [

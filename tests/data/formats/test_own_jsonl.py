@@ -88,4 +88,4 @@ def test_the_gin_lines_of_the_docstring_train(tmp_path):
         capture_output=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "model" / "checkpoint_2").is_dir() and len(lines) == 10
+    assert (tmp_path / "model" / "checkpoint_2").is_dir() and len(lines) == 9
