@@ -294,7 +294,7 @@ def test_a_memory_of_many_texts_cannot_be_built_upon(directory, tmp_path):
     module.save_memory(tmp_path / "two.famem", trained, logits, state)
     assert_identical(load_memory(tmp_path / "two.famem", trained), state)
     (tmp_path / "x").write_text("text")
-    with pytest.raises(ConfigError, match="two.famem holds the memories of 2 texts"):
+    with pytest.raises(ConfigError, match="two.famem holds 2 memories"):
         make_memory(
             directory, [str(tmp_path / "x")], str(tmp_path / "y"), str(tmp_path / "two.famem")
         )

@@ -24,7 +24,7 @@ from famx.evaluation.checkpoints import evaluate
 from famx.decoding import Sampling
 from famx.inference import infer
 from famx.inference.conversation import Conversation, load_with_vocabulary
-from famx.memory import make_memory
+from famx.inference.memorize import make_memory
 from famx.modules.attention import dense, dispatch
 
 folder, kernel = pathlib.Path(sys.argv[1]), sys.argv[2] == "kernel"
