@@ -1,6 +1,6 @@
-"""Measures a training step of this checkout over one of another: `python -m benchmarks.checkouts`.
+"""Benchmark of a training step in this checkout and in another one: `python -m benchmarks.checkouts`.
 
-Each checkout has a process of its own, and they take turns. See docs/benchmarks.md.
+Each checkout runs in its own process, and the processes take turns. See docs/benchmarks.md.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from benchmarks.timing import interleave
 from benchmarks.turns import ROOT, Worker
 from famx.base.tables import Table
 
-# Runs in either checkout, and is all that both must understand.
+# Runs in each checkout. It uses only what both checkouts must have in common.
 _PROGRAM = """
 import pathlib
 import famx
@@ -34,11 +34,11 @@ turns._main()
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured: the sizes of `benchmarks.train_step` in each checkout, full or quick.
+    """Which sizes of `benchmarks.train_step` to measure, and in which other checkout.
 
     Attributes:
-      quick: tiny sizes.
-      other: the top of the other checkout.
+      quick: use the tiny sizes.
+      other: root of the other checkout.
     """
 
     quick: bool = False
@@ -46,7 +46,7 @@ class Sizes:
 
 
 def train_step(sizes: Sizes, repeats: int, memory: str) -> Table:
-    """A training step of FAM at the paper's S, M and N, or at small ones."""
+    """Table of a FAM training step in both checkouts; `memory` is "paper" or "small"."""
     arguments = {"memory": memory, "quick": sizes.quick}
     with contextlib.ExitStack() as stack:
         start = lambda name, root: stack.enter_context(
@@ -77,13 +77,13 @@ SECTIONS = {
 
 def _checkout(path: str) -> pathlib.Path:
     if not (pathlib.Path(path) / "benchmarks" / "turns.py").is_file():
-        raise argparse.ArgumentTypeError(f"{path} is no checkout of famx with benchmarks/turns.py.")
+        raise argparse.ArgumentTypeError(f"{path} is not a checkout of famx with benchmarks/turns.py.")
     return pathlib.Path(path).resolve()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures and prints."""
-    other = {"type": _checkout, "metavar": "PATH", "required": True, "help": "top of the other checkout"}
+    """Runs the benchmark's command line."""
+    other = {"type": _checkout, "metavar": "PATH", "required": True, "help": "root of the other checkout"}
     command.run(
         "benchmarks.checkouts", __doc__.splitlines()[0], SECTIONS, Sizes(), Sizes(quick=True), 15, argv,
         options={"other": other},

@@ -45,8 +45,8 @@ class Worker:
       name: label for messages.
       build: "module:function"; the process calls it with `arguments`, and it returns a `Peer`.
       arguments: keyword arguments, JSON values.
-      root: checkout that the process runs in and imports from.
-      program: arguments of Python for the process; it must serve as this module does.
+      root: root of the checkout that the process runs in and imports from.
+      program: arguments of Python that start the process; it must speak the protocol of `serve`.
 
     Attributes:
       facts: `Peer.facts`, and `first_loss`.

@@ -49,16 +49,17 @@ def train_step(
     rows = random_tokens(config, batch, length + 1)
     inputs = {"decoder_input_tokens": rows[:, :-1], "decoder_target_tokens": rows[:, 1:]}
     _, abstract = make_initializer(run)
-    kept = _training_state(
+    # Settings that do not change the parameters are reset, so that such configs share a cell.
+    state_cell = _training_state(
         dataclasses.replace(config, blocks_per_chunk=None, remat="none", attention_backend="auto")
     )
     inputs = jax.device_put(inputs, batch_sharding(run.mesh))
     with run.on_mesh():
-        compiled = make_train_step(run, abstract).lower(kept[0], inputs).compile()
+        compiled = make_train_step(run, abstract).lower(state_cell[0], inputs).compile()
 
     def step():
-        kept[0], metrics = compiled(kept[0], inputs)
-        return kept[0], metrics
+        state_cell[0], metrics = compiled(state_cell[0], inputs)
+        return state_cell[0], metrics
 
     return Workload(step, _temp_bytes(compiled))
 
@@ -72,7 +73,10 @@ def _training(config: DecoderConfig, batch: int, length: int, loss_chunk: int | 
 
 @functools.cache
 def _training_state(config: DecoderConfig) -> list:
-    """The one training state of this config, in a list whose owner replaces it at every step."""
+    """A one-element list with the training state of this config; each step replaces the element.
+
+    The step donates its state, so only the newest one exists, and all workloads must share it.
+    """
     initialize, _ = make_initializer(_training(config, 1, config.block_size))
     return [initialize(jax.random.key(0))]
 

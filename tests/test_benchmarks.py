@@ -254,7 +254,7 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         checkouts.main(["--quick", f"--other={tmp_path}"])
     assert error.value.code == 2
-    assert "is no checkout of famx" in capsys.readouterr().err
+    assert "is not a checkout of famx" in capsys.readouterr().err
 
 
 # A device at real sizes.

@@ -1,4 +1,4 @@
-"""What gin bindings on the command line of `famx.eval` may name, where gin imports nothing."""
+"""Names that gin bindings of `famx.eval` may use without an import in a gin file."""
 
 import functools
 
@@ -12,7 +12,7 @@ from famx.data.vocabularies import open_vocabulary
 
 @functools.cache
 def register() -> None:
-    """Makes evaluations, and the tasks and texts that they take, known to gin by name."""
+    """Registers the evaluations, and the tasks, texts and vocabularies that they take, with gin."""
     for configurable in (
         evaluation.PasskeyEvaluation,
         evaluation.TaskEvaluation,

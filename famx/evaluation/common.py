@@ -68,8 +68,8 @@ def check_vocabulary(vocabulary: Any, model: DecoderModel, name: str) -> None:
             f"The vocabulary of {name} has {vocabulary.vocab_size} tokens, the model's only"
             f" {model.config.vocab_size}: choose an evaluation with the model's vocabulary."
         )
-    here, there = (getattr(v, "fingerprint", None) for v in (vocabulary, model.vocabulary))
-    if here and there and here != there:
+    given, trained = (getattr(v, "fingerprint", None) for v in (vocabulary, model.vocabulary))
+    if given and trained and given != trained:
         raise ConfigError(
             f"The vocabulary of {name} ({vocabulary.kind}) is not the one that the model was trained"
             f" with ({model.vocabulary.kind}): choose an evaluation with the model's vocabulary."

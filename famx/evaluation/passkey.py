@@ -39,8 +39,8 @@ class PasskeyEvaluation:
 
     Attributes:
       task: the task whose header, vocabulary and number of digits are used; its split is set to
-        "eval". An answer counts as correct only if all its tokens are. None: the task that the run
-        trains on, else the paper's.
+        "eval". An answer counts as correct only if all its tokens are. None takes the task that the run
+        trains on, or the paper's task outside of a run.
       blocks: document lengths, in blocks, that `__call__` scores during training.
       report_blocks: document lengths, in blocks, that `report` scores at the end of training.
       train_blocks: longest training document in blocks, marked in the figure; None draws no mark.
@@ -62,10 +62,10 @@ class PasskeyEvaluation:
     health_tokens: int = HEALTH_TOKENS
 
     def with_task(self, make_task: Callable[..., Any]) -> "PasskeyEvaluation":
-        """This evaluation with the task of a run, unless it has its own; see `famx.evaluation`.
+        """A copy that evaluates a run's task, or itself if its task is set; see `famx.evaluation`.
 
         Raises:
-          ConfigError: the run's task is another one.
+          ConfigError: the run's task is not PassKey.
         """
         if self.task is not None:
             return self

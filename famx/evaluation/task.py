@@ -60,7 +60,7 @@ class TaskEvaluation:
                 raise ValueError(f"TaskEvaluation.{name} must be at least 1, not {getattr(self, name)}.")
 
     def with_task(self, make_task: Callable[..., Any]) -> "TaskEvaluation":
-        """This evaluation with the task of a run, unless it has its own; see `famx.evaluation`."""
+        """A copy that evaluates a run's task, or itself if its task is set; see `famx.evaluation`."""
         return self if self.task is not None else dataclasses.replace(self, task=make_task())
 
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
@@ -85,12 +85,12 @@ class TaskEvaluation:
         return scores
 
     def check(self, model: DecoderModel) -> None:
-        """Raises ConfigError if there is no such task, or it fits neither the length nor the model."""
+        """Raises ConfigError if the task is unknown, or does not fit `length` or the vocabulary."""
         shortest = self._task.min_length
         if self.length < shortest:
             raise ConfigError(
-                f"TaskEvaluation.length is {self.length}, and the task {self._shown} needs at least"
-                f" {shortest} tokens: raise it."
+                f"TaskEvaluation.length is {self.length}, but the task {self._shown} needs at least"
+                f" {shortest} tokens: raise TaskEvaluation.length."
             )
         check_vocabulary(self._task.vocab, model, self._name)
 
@@ -114,8 +114,8 @@ class TaskEvaluation:
                 raise ConfigError(f"{self._name}: {error}") from error
         if kind_of(task) is not Kind.MADE or not has_settings(task, "split", "seed"):
             raise ConfigError(
-                f"{self._name} is not made by index in a split for evaluation:"
-                " read it with TextEvaluation, or choose another task."
+                f"{self._name} does not generate examples by index for an evaluation split: use"
+                " TextEvaluation, or choose another task."
             )
         return dataclasses.replace(task, split="eval", seed=self.seed)
 

@@ -45,7 +45,7 @@ class TextEvaluation:
     health_tokens: int = HEALTH_TOKENS
 
     def with_task(self, make_task: Callable[..., Any]) -> "TextEvaluation":
-        """This evaluation with held-out documents of a run's task, unless it has its own documents.
+        """A copy that reads the split "validation" of a run's task; this evaluation if it has documents.
 
         Raises:
           ConfigError: the task has no documents, or no split "validation".
@@ -97,7 +97,7 @@ class TextEvaluation:
         return scores
 
     def check(self, model: DecoderModel) -> None:
-        """Raises ConfigError if there are no documents, or they are not of the model's vocabulary."""
+        """Raises ConfigError if there are no documents, or their vocabulary is not the model's."""
         if self.documents is None:
             raise ConfigError("TextEvaluation.documents is not set: name the documents to read.")
         check_vocabulary(vocabulary_of(self.documents), model, "TextEvaluation.documents")

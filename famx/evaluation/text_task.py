@@ -109,7 +109,7 @@ class TextTaskEvaluation:
             raise ValueError(f"TextTaskEvaluation.seed must be at least 0, not {self.seed}.")
 
     def with_task(self, make_task: Callable[..., Any]) -> "TextTaskEvaluation":
-        """This evaluation with the task of a run, unless it has its own; see `famx.evaluation`."""
+        """A copy that evaluates a run's task, or itself if its task is set; see `famx.evaluation`."""
         return self if self.task is not None else dataclasses.replace(self, task=make_task())
 
     def __call__(

@@ -220,7 +220,7 @@ def test_gin_files_travel_with_what_they_include(command_line, tmp_path):
         ((V5E, *MINE, "--config.accelerator=v5litepod-7", GIN, MODEL_DIR), "sizes of v5litepod are"),
         ((V5E, *MINE, GIN), "MODEL_DIR is not set"),
         ((V5E, *MINE, GIN, "--gin.MODEL_DIR='runs/x'"), "MODEL_DIR must be an absolute path, not runs/x"),
-        ((V5E, *MINE, GIN, MODEL_DIR, "--gin.DecoderConfig.famlength=4"), "Did you mean fam_length?"),
+        ((V5E, *MINE, GIN, MODEL_DIR, "--gin.DecoderConfig.blocksize=4"), "Did you mean block_size?"),
         (
             (V5E, *MINE, "--gin_file=gin_configs/examples/own_texts.gin"),
             "Did you mean gin_configs/examples",
