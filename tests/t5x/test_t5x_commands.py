@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from driving import BATCH, LENGTH  # skips without t5x
+from processes import start_process
 
 from famx.base.gin_utils import gin_root
 
@@ -31,7 +32,7 @@ def start(module, gin_files, bindings, *flags, devices=1):
     xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     files = [f"--gin_file={name}" for name in gin_files]
     settings = [f"--gin.{name}={value}" for name, value in bindings.items()]
-    return subprocess.Popen(
+    return start_process(
         [sys.executable, "-W", "ignore", "-m", module, *flags, *files, *settings], cwd=gin_root(),
         env={**os.environ, "XLA_FLAGS": xla},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
