@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
+import rounding
 from helpers import assert_close, config, difference, initial, random_params, random_tokens, read
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,9 +33,12 @@ def test_a_score_depends_on_the_distance_alone(position, distance):
     q, k = random_heads()
     at = lambda p: np.full((5,), p, np.int32)
     here = scores(q, k, at(position), at(position + distance))
-    np.testing.assert_allclose(here, scores(q, k, at(0), at(distance)), atol=1e-5)
+    size = (np.abs(q[:, 0]) @ np.abs(k[:, 0]).T).max()
+    near = rounding.bound(HEAD_DIM + 4, np.pi * size)  # an angle of up to pi, then the product
+    np.testing.assert_allclose(here, scores(q, k, at(0), at(distance)), atol=near)
     turn = lambda x, p: oracle.rotate(x[:, 0].astype(np.float64), p, FREQUENCY)
-    np.testing.assert_allclose(here, turn(q, 0) @ turn(k, distance).T, atol=5e-5)
+    near += abs(distance) * np.pi * 2.0**-32 * size  # frequencies are rounded to 2^-33 turns
+    np.testing.assert_allclose(here, turn(q, 0) @ turn(k, distance).T, atol=near)
 
 
 @pytest.mark.parametrize("position", [0, 1, -64, 4096, 100_000])
