@@ -21,6 +21,7 @@ STEPS = 20
 GIN = f"""
 from __gin__ import dynamic_registration
 from famx import modules
+from famx.memories import fam
 from famx.training import run
 
 include "gin_configs/runs/pretrain.gin"
@@ -39,7 +40,7 @@ modules.DecoderConfig:
   num_heads = 2
   mlp_dim = 32
   block_size = 8
-  fam_length = 2
+fam.Fam.length = 2
 """
 
 
