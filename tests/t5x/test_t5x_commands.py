@@ -20,7 +20,7 @@ TINY = {
     "DecoderConfig.mlp_dim": 32,
     "DecoderConfig.block_size": 8,
     "DecoderConfig.vocab_size": 260,
-    "DecoderConfig.memory_columns": 2,
+    "Fam.length": 2,
     "MIXTURE_OR_TASK_NAME": "'passkey_words'",
     "TASK_OPTIONS": {"digits": 1, "header": False, "filler": "random_words"},
     "TASK_FEATURE_LENGTHS": {"targets": LENGTH},
@@ -77,7 +77,7 @@ def test_pretraining_finetuning_evaluation_and_inference_by_command(tmp_path):
     finish(train(base, gin_files=example, **changed))
     assert losses(base).keys() == losses(base, "training_eval").keys() == {3}
     assert losses(base, name="learning_rate") == {3: pytest.approx(3e-3)}
-    assert json.loads((base / "model.json").read_text())["fam_update"] == "gated"
+    assert json.loads((base / "model.json").read_text())["memory"]["update"] == "gated"
 
     folder = tmp_path / "qasper"
     folder.mkdir()
@@ -99,8 +99,8 @@ def test_pretraining_finetuning_evaluation_and_inference_by_command(tmp_path):
         "EVAL_STEPS": 1,
         "Lora.rank": 2,
     }
-    model = {k: v for k, v in TINY.items() if k.startswith("Decoder")}
-    model |= {"DecoderConfig.memory.update": "'gated'", "DecoderConfig.memory.normalize": True}
+    model = {k: v for k, v in TINY.items() if k.startswith(("Decoder", "Fam"))}
+    model |= {"Fam.update": "'gated'", "Fam.normalize": True}
     model |= segments
     files = ["gin_configs/t5x/finetune.gin", "gin_configs/models/tiny.gin"]
     finish(start("t5x.main", files, {**model, **bindings}, "--run_mode=train"))

@@ -13,6 +13,7 @@ from driving import make_optimizer  # skips without t5x
 from clu.metrics import Metric  # isort: skip
 
 from famx import t5x as famx_t5x
+from famx.memories import Fam
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
 from famx.training.state_passing import Random
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.t5x
 VOCAB, BATCH, LENGTH = 13, 3, 11
 CONFIG = DecoderConfig(
     vocab_size=VOCAB, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12, block_size=4,
-    memory_segments=1, fam_length=2,
+    memory_segments=1, memory=Fam(length=2),
 )  # fmt: skip
 SHAPES = {"decoder_input_tokens": (BATCH, LENGTH)}
 
@@ -51,7 +52,7 @@ def test_initial_variables_come_from_a_bound_method_without_types():
     fresh = jax.eval_shape(lambda rng: make(rng, SHAPES), jax.random.key(0))
     names = {"params", "params_axes", "state_passing", "state_passing_axes"}
     assert isinstance(fresh, flax.core.FrozenDict) and set(fresh) == names
-    shape = (CONFIG.num_layers, CONFIG.fam_length, CONFIG.embed_dim)
+    shape = (CONFIG.num_layers, CONFIG.memory.columns, CONFIG.embed_dim)
     assert fresh["state_passing"]["memory"].shape == shape
     typed = jax.eval_shape(lambda rng: make(rng, SHAPES, {"decoder_input_tokens": jnp.int32}),
                            jax.random.key(0))  # fmt: skip
