@@ -25,6 +25,7 @@ from famx.conversion import writer
 from famx.conversion.writer import LeafShape, chunk_shape, leaf_shapes, write_checkpoint
 from famx.mesh import MESH_AXES, logical_to_sharding, make_rules
 from famx.model_dir.checkpointer import Checkpointer
+from famx.modules import Decoder
 
 CONFIG = make_model(num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, tied_embeddings=False).config
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
@@ -80,7 +81,7 @@ def test_arrays_are_cast_from_any_dtype_and_layout(tmp_path):
 
 
 def test_the_leaves_are_those_of_the_model():
-    module = make_model(**CONFIG.to_dict()).module
+    module = Decoder(CONFIG)
     tokens = np.zeros((1, CONFIG.block_size), np.int32)
     shapes = unbox(jax.eval_shape(module.init, jax.random.key(0), tokens)["params"])
     leaves = leaf_shapes(CONFIG)
@@ -116,7 +117,7 @@ def test_each_device_of_a_mesh_reads_chunks_that_no_other_part_shares(tmp_path, 
     leaves = leaf_shapes(CONFIG, MESH)
     sizes = tuple(MESH.get(name, 1) for name in MESH_AXES)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
-    module = make_model(**CONFIG.to_dict()).module
+    module = Decoder(CONFIG)
     boxed = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
     shardings = logical_to_sharding(boxed, mesh, make_rules())
     shardings = traverse_util.flatten_dict(shardings)

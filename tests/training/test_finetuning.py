@@ -216,7 +216,7 @@ def test_a_model_may_differ_from_its_checkpoint_in_its_memory(base, tmp_path):
             assert np.array_equal(params[path], taken[path]), path
     back = tmp_path / "back"
     run(back, initial_checkpoint_path=str(tmp_path / "bswa"), steps=1)
-    assert load_model(str(back)).params["memory"]["prompt"].shape == params["memory"]["prompt"].shape
+    assert load_model(str(back)).params["memory"]["prompt"].shape == params["memory/prompt"].shape
 
 
 def test_the_prompt_is_taken_where_it_fits(base, tmp_path):

@@ -23,6 +23,7 @@ HERE = pathlib.Path(__file__).parent
 # The paper's 1B, but for the blocks, which only the activations depend on.
 ONE_B = """
 import jax, math, sys
+from famx.memories import Fam
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
 from famx.training.state_passing import named
