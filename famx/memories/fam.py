@@ -31,7 +31,7 @@ class Fam(Memory):
       length: `N`.
       positions: RoPE positions of the memory of a block: "last", the block's last `N` (paper); "float",
         between this block and the next (B.4.3); "zero".
-      start_from: "prompt", `N` embeddings run up the layers (B.4.6); "prefix", `N` embeddings in each layer.
+      start_from: "prompt", `N` embeddings run up the layers (B.4.6); "prefix", `N` in each layer.
       update: "residual", the paper's; "gated", ours: a memory token is written as far as most of its
         attention goes to the block, and else kept bit for bit.
       update_scale: factor in (0, 1] of every update after the first; ours, 1 is the paper's.

@@ -22,7 +22,14 @@ TINY = {
     "DecoderConfig.vocab_size": 260,
     "Fam.length": 2,
     "MIXTURE_OR_TASK_NAME": "'passkey_words'",
-    "TASK_OPTIONS": {"digits": 1, "header": False, "filler": "random_words"},
+    "TASK_OPTIONS": {
+        "digits": 1,
+        "header": False,
+        "filler": "random_words",
+        "block_size": None,
+        "second_key": 0.0,
+        "second_key_recent": False,
+    },
     "TASK_FEATURE_LENGTHS": {"targets": LENGTH},
     "BATCH_SIZE": BATCH,
 }

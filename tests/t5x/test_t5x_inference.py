@@ -58,7 +58,7 @@ def rows(trained, **changes):
 
 def test_every_mode_of_inference_gives_what_the_decoder_gives(trained, tmp_path):
     model = load_model(trained.run)
-    vocabulary, apply = model.model.input_vocabulary, jax.jit(model.model.module.apply)
+    vocabulary, apply = model.model.vocabulary, jax.jit(model.model.module.apply)
     length = sum(ROW.values())
 
     def log_p(tokens):

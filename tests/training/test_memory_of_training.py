@@ -27,6 +27,7 @@ from famx.memories import Fam
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
 from famx.training.state_passing import named
+from famx.training.step import make_initializer
 from famx.training import optimizers
 from famx.mesh import make_mesh, make_rules
 from test_memory_of_training import compile_step, shapes_of
