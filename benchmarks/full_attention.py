@@ -17,17 +17,17 @@ TILE = 512  # rows and columns of a tile
 
 
 def full_attention(
-    q, keys, values, memory_keys, memory_values, first_block, config: DecoderConfig, examples="batch"
+    q, keys, values, memory_keys, memory_values, first_block, config: DecoderConfig, batch_axis="batch"
 ):
     """Replacement for `famx.modules.attention.token_attention`, without a gradient.
 
     Arguments and result are those of `token_attention`; `memory_keys`, `memory_values`, `first_block`
-    and `examples` are ignored.
+    and `batch_axis` are ignored.
 
     Raises:
       ValueError: there is more than one block, or the config has memory segments or FAM.
     """
-    del memory_keys, memory_values, first_block, examples
+    del memory_keys, memory_values, first_block, batch_axis
     if q.shape[1] != 1 or config.memory_segments or config.memory_columns:
         raise ValueError("Full attention needs one block without memory segments and without FAM.")
     batch, _, length, heads, width = q.shape
