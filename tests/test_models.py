@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rounding
 from compiling import COMPILE_FAST
 from flax.linen import unbox
 
@@ -24,7 +23,6 @@ CONFIG = DecoderConfig(
     memory_segments=1, memory=Fam(2),
 )  # fmt: skip
 jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
-ROUNDING = rounding.bound(rounding.of_decoder(CONFIG, LENGTH))  # between programs, of numbers around 1
 
 
 def make_model(**options):
