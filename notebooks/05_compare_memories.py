@@ -111,8 +111,8 @@ for probe in ("hold", "overwrite"):
 #   question, with `M` = 1 a key two blocks back, with `M` = 3 a key slightly further back. No training
 #   budget changes that.
 # * **The paper's update** and the **normalised** one remember, in documents of 4 blocks, a key that is
-#   outside of their windows (`M` = 0 in all three FAMs), and have lost nearly all of it at 16 blocks:
-#   every block of filler changes the memory. One seed cannot show which of the two is better.
+#   outside of their windows (`M` = 0 in all three FAMs), but have lost most keys at 16 blocks and nearly
+#   all at 32: every block of filler changes the memory. One seed cannot show which of the two is better.
 # * **The gated update** remembers both keys at all measured lengths, many times longer than its
 #   training documents. Filler closes its gates (notebook 02 shows that), and a new key opens them.
 #

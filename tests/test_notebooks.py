@@ -18,7 +18,7 @@ for package in execute.PACKAGES:
 
 import nbformat  # noqa: E402
 
-FIGURES = {  # that each shows, at least
+FIGURES = {  # minimum number of figures in each notebook
     "01_quickstart_passkey": 2,
     "02_attention_maps": 8,
     "03_finetune_with_lora": 2,

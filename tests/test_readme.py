@@ -49,7 +49,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_commands_that_use_a_model_run(tmp_path):
-    """In the README's order, on a model of random weights instead of the trained one."""
+    """They run in the README's order, on a model of random weights instead of the trained one."""
     words = passkey_words()
     model = make_model(vocab_size=128, block_size=32)
     directory = write_model_dir(tmp_path / "model", model, make_params(model.module), words)
