@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from famx.base.errors import ConfigError  # noqa: E402
 from famx.data.formats import flan  # noqa: E402, F401, a mixture
 from famx.data.seqio import register_tasks, register_text_task  # noqa: E402
 from famx.data.seqio_cache import cache, seqio_task, shard_of  # noqa: E402
+from famx.data.tasks import registry  # noqa: E402
 
 SIZES = {"train": 37, "validation": 3}
 
@@ -45,9 +47,9 @@ def clean(monkeypatch):
     monkeypatch.delenv("FAMX_DATA_DIR", raising=False)
     yield
     seqio.set_global_cache_dirs(directories)
-    for registry, before in ((seqio.TaskRegistry, tasks), (seqio.MixtureRegistry, mixtures)):
-        for name in set(registry.names()) - before:
-            registry.remove(name)
+    for providers, before in ((seqio.TaskRegistry, tasks), (seqio.MixtureRegistry, mixtures)):
+        for name in set(providers.names()) - before:
+            providers.remove(name)
 
 
 def read(name, split, cached, **options):
@@ -193,13 +195,28 @@ def test_texts_and_made_examples_are_cached_with_their_weights(tmp_path, name, o
         seqio.TaskRegistry.remove(task.name)
 
 
-def test_bad_input_gets_a_sentence(tmp_path):
+def test_the_same_made_task_can_be_cached_with_another_number_of_examples():
+    for examples in (2, 3):
+        task = seqio_task("passkey_words", {"digits": 2}, length=128, examples=examples)
+        assert task.num_input_examples("train") == examples
+
+
+def test_bad_input_gets_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="The nearest name is 'scrolls_qasper'"):
         seqio_task("scrols_qasper")
     with pytest.raises(ConfigError, match="'passkey_bytes' generates .*: add --length and --examples"):
         seqio_task("passkey_bytes", {"digits": 3}, length=512)
     with pytest.raises(ConfigError, match="unexpected keyword argument 'colour'"):
         seqio_task("scrolls_qasper", {"colour": 1})
+    made = types.SimpleNamespace(vocab=None, min_length=1, example=print, batch=print)
+    for task, sentence in ((made, "SimpleNamespace is not a dataclass with a field split"),
+                           ([[3]], "unexpected keyword argument 'split'")):  # fmt: skip
+        monkeypatch.setitem(registry._FACTORIES, "mine", lambda task=task: task)
+        with pytest.raises(ConfigError, match=f"'mine' cannot be cached: .*{sentence}"):
+            seqio_task("mine", length=8, examples=2)
+    monkeypatch.setitem(registry._FACTORIES, "mine", lambda split="train": [[3]])
+    with pytest.raises(ConfigError, match="'mine' cannot be cached: its documents have no"):
+        seqio_task("mine")
     with pytest.raises(ConfigError, match="qasper/train.jsonl, which is not there. Published: https://www"):
         seqio_task("scrolls_qasper", {"data_dir": str(tmp_path)})
     with pytest.raises(ConfigError, match="takes no options, but got {'digits': 3}"):

@@ -180,6 +180,8 @@ def test_bad_input_gets_a_sentence(tmp_path):
         open_rows("python_stdlib", length=10)
     with pytest.raises(ConfigError, match="SeqIO's tasks cannot be shown here"):
         Rows(types.SimpleNamespace(name="theirs", output_features={}))
+    with pytest.raises(ConfigError, match="documents have no attribute vocab"):
+        Rows([np.arange(3)])
     rows = open_rows("own_text", {"files": [__file__, gpt3.__file__], "validation_fraction": 0})
     for options, sentence in ((dict(examples=0), "examples is 0"), (dict(first=-1), "first is -1"),
                               (dict(block_size=0), "block_size is 0"), (dict(show=1), "show is 1"),

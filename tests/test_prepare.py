@@ -1,6 +1,7 @@
 """`python -m famx.prepare`: official downloads become the records that the tasks read."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 
 import famx.data
@@ -102,7 +104,7 @@ def test_it_goes_on_where_it_was_interrupted(task, tmp_path, monkeypatch):
     prepare(task, str(archive), str(out), message=messages.append)
     assert os.stat(folder / "train.tfrecord-00000-of-00001").st_mtime_ns == before
     assert len(os.listdir(folder)) == 4 and os.listdir(out) == ["scrolls_qasper"]
-    assert "3 examples exist already" in messages[1]  # and nothing was unpacked again
+    assert "3 examples exist already" in messages[1]  # nothing was unpacked again
     assert [len(x) for x in read(task, out).values()] == [3, 2, 1]
 
 
@@ -162,6 +164,8 @@ def test_bad_input_gets_a_sentence(task, tmp_path, monkeypatch):
         prepare("scrols_qasper", place, place)
     with pytest.raises(ConfigError, match="needs no preparation"):
         prepare("passkey_words", place, place)
+    with pytest.raises(ConfigError, match="'gpt3_gen' is a suite; prepare its tasks one by one: gpt3"):
+        prepare("gpt3_gen", place, place)
     with pytest.raises(ConfigError, match="none does not exist"):
         prepare(task, str(tmp_path / "none"), place)
     with pytest.raises(ConfigError, match="give --data_dir or set FAMX_DATA_DIR"):
@@ -174,6 +178,21 @@ def test_bad_input_gets_a_sentence(task, tmp_path, monkeypatch):
     (tmp_path / "x.zip").write_bytes(b"not an archive")
     with pytest.raises(ConfigError, match="x.zip cannot be unpacked"):
         prepare(task, str(tmp_path / "x.zip"), place)
+    with tarfile.open(tmp_path / "x.tar.xz", "w:xz") as tar:
+        (tmp_path / "bytes").write_bytes(np.random.default_rng(0).bytes(1 << 18))
+        tar.add(tmp_path / "bytes", "bytes")
+    data = bytearray((tmp_path / "x.tar.xz").read_bytes())
+    data[1 << 17 : (1 << 17) + 100] = bytes(100)
+    (tmp_path / "x.tar.xz").write_bytes(data)
+    with pytest.raises(ConfigError, match="x.tar.xz cannot be unpacked .*; download it again"):
+        prepare(task, str(tmp_path / "x.tar.xz"), place)
+
+    def full(*_, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        prepare(task, str(tmp_path / "x.tar.xz"), place)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="contain all of 'scrolls_qasper'.*train.jsonl is missing"):
         prepare(task, str(tmp_path / "empty"), place, True)
@@ -195,7 +214,7 @@ def test_the_command_line(tmp_path):
     assert "famx: error: " in result.stderr and "has 3 rows instead of 2567" in result.stderr
     result = run("--task=scrolls_qasper", f"--source={official}", "--allow_partial", "--num_shards=2")
     assert result.returncode == 0, result.stderr
-    assert "3 examples" in result.stdout and not result.stderr  # a bar is for terminals
+    assert "3 examples" in result.stdout and not result.stderr  # progress bars are for terminals only
     assert len(os.listdir(tmp_path / "out" / "scrolls_qasper")) == 7
     for args, sentence in (
         (("--task=scrolls_qasper",), "--source is missing"),

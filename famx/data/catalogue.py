@@ -36,5 +36,5 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 
 def register_tasks() -> None:
-    """Register `TASKS`; `import famx.data` does it."""
+    """Register `TASKS`, as `import famx.data` does."""
     registry.register_all(TASKS)

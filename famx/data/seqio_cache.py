@@ -2,8 +2,9 @@
 
 What is cached is the output of the task's preprocessors before its `CacheDatasetPlaceholder`. SeqIO
 reads 16 files at a time and takes 16 examples of each in turn; the examples are distributed over the
-files such that, unshuffled, it reads them in the order of the split. An interrupted command leaves
-complete files, which the next one keeps; a cache of other data or settings in the same place is refused.
+files so that SeqIO, without shuffling, reads them in the order of the split. Files that an interrupted
+command completed are kept by the next one; a cache of other data or settings in the same directory is an
+error.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from famx.base.errors import ConfigError
 from famx.base.files import replacing, write_json, write_text
 from famx.base.progress import Progress
 from famx.data.storage.records import TFRecordRecords
-from famx.data.tasks import IndexedDocuments, Kind, Suite, kind_of, registry
+from famx.data.tasks import IndexedDocuments, Kind, Suite, has_settings, kind_of, registry, vocabulary_of
 from famx.data.vocabularies import open_vocabulary
 
 _RUN = 16  # files that SeqIO reads at a time, and examples that it takes of each in turn
@@ -33,7 +34,7 @@ def cache(
     num_shards: int = 16,
     message: Callable[[str], None] = print,
 ) -> dict[str, dict[str, int]]:
-    """Caches a SeqIO task, or all tasks of a mixture.
+    """Cache a SeqIO task, or all tasks of a mixture.
 
     Args:
       task: `seqio.Task` or `seqio.Mixture`.
@@ -54,23 +55,23 @@ def cache(
     if num_shards < 1:
         raise ConfigError(f"num_shards is {num_shards}; it must be at least 1.")
     counts: dict[str, dict[str, int]] = {}
-    for one in seqio.get_subtasks(task):
-        if not one.supports_caching:
+    for member in seqio.get_subtasks(task):
+        if not member.supports_caching:
             raise ConfigError(
-                f"'{one.name}' cannot be cached: its examples are generated, not read, or it has no "
+                f"'{member.name}' cannot be cached: its examples are generated, not read, or it has no "
                 "CacheDatasetPlaceholder; use it without a cache."
             )
         for split in splits or ():
-            if split not in one.splits:
+            if split not in member.splits:
                 raise ConfigError(
-                    f"'{one.name}' has no split '{split}' here; it has {', '.join(one.splits)}."
+                    f"'{member.name}' has no split '{split}' here; it has {', '.join(member.splits)}."
                 )
-        folder = os.path.join(os.path.expanduser(output_dir), seqio.get_task_dir_from_name(one.name))
+        folder = os.path.join(os.path.expanduser(output_dir), seqio.get_task_dir_from_name(member.name))
         try:
             os.makedirs(folder, exist_ok=True)
-            counts[one.name] = {
-                split: _cache_split(one, split, folder, num_shards, message)
-                for split in splits or one.splits
+            counts[member.name] = {
+                split: _cache_split(member, split, folder, num_shards, message)
+                for split in splits or member.splits
             }
             write_text(os.path.join(folder, "COMPLETED"), "")
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
@@ -79,7 +80,7 @@ def cache(
 
 
 def _cache_split(task, split, folder, num_shards, message) -> int:
-    """Writes the missing files of a split; returns the number of its examples."""
+    """Write the missing files of a split; return the number of its examples."""
     import seqio
     import tensorflow as tf
 
@@ -105,21 +106,20 @@ def _cache_split(task, split, folder, num_shards, message) -> int:
         examples = len(_records(paths))
         message(f"{name}: {examples} examples exist already.")
         return examples
-    for left in os.listdir(folder):
-        if left.startswith(f".{split}.tfrecord-"):  # of a command that was killed
-            os.remove(os.path.join(folder, left))
+    for file in os.listdir(folder):
+        if file.startswith(f".{split}.tfrecord-"):  # temporary file of a command that was killed
+            os.remove(os.path.join(folder, file))
     owner = shard_of(np.arange(sources), int(sources), num_shards)
     write_json(begun_path, begun)
     total = int(np.isin(owner, missing).sum())
-    progress = Progress(f"{task.name} {split}", total)
     owners = tf.constant(owner)
-    for k in missing:
-        of_file = dataset.enumerate().filter(lambda i, _, k=k: owners[i] == k).map(lambda _, x: x)
-        with replacing(paths[k]) as unfinished, tf.io.TFRecordWriter(str(unfinished)) as writer:
-            for example in preprocessed(of_file):
-                writer.write(_serialised(example))
-                progress.add()
-    progress.close()
+    with Progress(f"{task.name} {split}", total) as progress:
+        for k in missing:
+            selected = dataset.enumerate().filter(lambda i, _, k=k: owners[i] == k).map(lambda _, x: x)
+            with replacing(paths[k]) as unfinished, tf.io.TFRecordWriter(str(unfinished)) as writer:
+                for example in preprocessed(selected):
+                    writer.write(_serialised(example))
+                    progress.add()
     stats = _stats(task, paths)
     write_json(os.path.join(folder, f"stats.{split}.json"), stats, sort_keys=True)
     info = {
@@ -135,8 +135,8 @@ def _cache_split(task, split, folder, num_shards, message) -> int:
 def shard_of(i: np.ndarray, size: int, num_shards: int) -> np.ndarray:
     """Index of the file of each example, int64, chosen so that SeqIO reads the examples in order.
 
-    Runs of 16 examples go to the files of a group in turn. Every file of a group, but for the last group,
-    gets the same number of runs, so that they end together.
+    Runs of 16 examples go to the files of a group in turn. In every group except the last, all files get
+    the same number of runs, so that they end together.
 
     Args:
       i: indices of examples, int64.
@@ -165,7 +165,7 @@ def _feature(value: Any) -> dict[str, Any]:
 
 
 def _check_same(begun: Mapping[str, Any], path: str, folder: str, split: str) -> None:
-    """Raises ConfigError if the folder holds files of this split made from other data or settings."""
+    """Raise ConfigError if the folder holds files of this split made from other data or settings."""
     files = [x for x in os.listdir(folder) if x.startswith(f"{split}.tfrecord-")]
     if not files and not os.path.exists(path):
         return
@@ -212,7 +212,7 @@ def seqio_task(
     length: int | None = None,
     examples: int | None = None,
 ) -> Any:
-    """SeqIO task or mixture of a name; a task of famx is registered with SeqIO first.
+    """Return the SeqIO task or mixture of this name; a task of famx is registered with SeqIO first.
 
     A mixture of famx becomes a SeqIO mixture of all its tasks. A task that generates its examples becomes
     documents of one length, under the name `<name>_<length>`.
@@ -224,7 +224,8 @@ def seqio_task(
       length, examples: tokens per example and number of examples, for a task that generates them.
 
     Raises:
-      ConfigError: the task does not exist, the options do not fit it, or its files are missing.
+      ConfigError: the task does not exist, the options do not fit it, its files are missing, or it has
+        no splits.
     """
     import seqio
 
@@ -245,25 +246,36 @@ def seqio_task(
             raise ConfigError(
                 f"'{name}' generates examples of any length and number: add --length and --examples."
             )
+        if not has_settings(task, "split"):
+            raise ConfigError(
+                f"'{name}' cannot be cached: {type(task).__name__} is not a dataclass with a field split."
+            )
         made = {
             split: IndexedDocuments(dataclasses.replace(task, split=task_split), length, examples)
             for split, task_split in (("train", "train"), ("validation", "eval"))
         }
+        seqio.TaskRegistry.remove(f"{name}_{length}")  # registered with other settings
         return register_documents(f"{name}_{length}", made, task.vocab)
     if kind is Kind.DOCUMENTS:
-        splits = {
-            split: registry.get(name, **{**(options or {}), "split": split})
-            for split in ("train", "validation")
-        }
+        try:
+            splits = {
+                split: registry.get(name, **{**(options or {}), "split": split})
+                for split in ("train", "validation")
+            }
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"'{name}' cannot be cached: {error}") from error
+        vocabulary = vocabulary_of(task)
+        if vocabulary is None:
+            raise ConfigError(f"'{name}' cannot be cached: its documents have no attribute vocab.")
         seqio.TaskRegistry.remove(name)
-        return register_documents(name, splits, task.vocab)
-    for one in task.tasks:
-        seqio.TaskRegistry.remove(one.name)  # registered with other settings
-        register_text_task(one, decoder_only=decoder_only)
+        return register_documents(name, splits, vocabulary)
+    for member in task.tasks:
+        seqio.TaskRegistry.remove(member.name)
+        register_text_task(member, decoder_only=decoder_only)
     if task.tasks == (task,):
         return seqio.TaskRegistry.get(task.name)
     seqio.MixtureRegistry.remove(name)
-    return seqio.MixtureRegistry.add(name, [one.name for one in task.tasks], default_rate=1.0)
+    return seqio.MixtureRegistry.add(name, [member.name for member in task.tasks], default_rate=1.0)
 
 
 def cache_by_name(
@@ -278,7 +290,7 @@ def cache_by_name(
     examples: int | None = None,
     modules: Sequence[str] = (),
 ) -> dict[str, dict[str, int]]:
-    """Caches a task by its name, see `seqio_task` and `cache`.
+    """Cache a task by its name; see `seqio_task` and `cache`.
 
     Args:
       name, options, decoder_only, length, examples: see `seqio_task`.

@@ -124,6 +124,19 @@ def test_more_files_than_may_be_open(tmp_path, monkeypatch):
         assert records[i] == {"i": i} and len(records._files) <= 2
 
 
+def test_a_file_stays_open_while_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text('{"a": 1}\n')
+    records = JsonlRecords(tmp_path / "a")
+    read = os.pread
+
+    def pread(*arguments):
+        records._files.clear()  # as another thread does that opens too many files
+        return read(*arguments)
+
+    monkeypatch.setattr("famx.data.storage.records.os.pread", pread)
+    assert records[0] == {"a": 1}
+
+
 # -------------------------------------------------------------------- TFRecords
 def slow_masked_crc(data):
     """CRC-32C bit by bit."""

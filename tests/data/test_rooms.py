@@ -42,7 +42,7 @@ def room_of(module):
 def test_rooms_import_lower_rooms_only(module):
     for other in IMPORTS[module] & FILES.keys():
         assert room_of(other) <= room_of(module), other
-        if room_of(other) == room_of(module):  # within a room, files import files
+        if room_of(other) == room_of(module):  # within a package, files import files
             assert not FILES[other].name == "__init__.py", other
     assert not {x for x in IMPORTS[module] if x.startswith("famx.data")} - FILES.keys()
 

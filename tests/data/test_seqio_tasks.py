@@ -10,8 +10,14 @@ seqio = pytest.importorskip("seqio")
 tf = pytest.importorskip("tensorflow")
 
 from famx.data import ByteVocabulary, PasskeyTask  # noqa: E402
+from famx.data.probes import PROBES  # noqa: E402
 from famx.data.probes.passkey_text import passkey_words  # noqa: E402
-from famx.data.seqio import FamFeatureConverter, as_seqio_vocabulary, register_tasks  # noqa: E402
+from famx.data.seqio import (  # noqa: E402
+    FamFeatureConverter,
+    as_seqio_vocabulary,
+    register_made,
+    register_tasks,
+)
 from famx.data.vocabularies import SentencePieceVocabulary  # noqa: E402
 
 register_tasks()
@@ -281,6 +287,14 @@ def test_vocabulary_of_a_tokenizer_file(tmp_path, pad_id):
     padded = [*ids, vocab.eos_id, ids[0], vocab.pad_id]
     assert vocab.decode(padded) == vocab.decode_tf(tf.constant([padded]))[0].numpy().decode() == text
     assert "⁇" in vocab.decode([0]), "id 0 is unknown, not padding"
+
+
+def test_registering_a_made_task_replaces_what_the_call_registered():
+    before, task = seqio.TaskRegistry.get("ruler_fwe"), PROBES["ruler_fwe"](seed=1)
+    made = register_made("ruler_fwe", task)
+    assert seqio.TaskRegistry.get("ruler_fwe") is made is not before
+    with pytest.raises(ValueError, match="duplicate"):
+        register_made("ruler_fwe", task)  # twice by hand is a mistake
 
 
 def test_splits_follow_the_registered_task():

@@ -193,9 +193,10 @@ def test_the_config_beside_the_file_names_special_tokens_and_template(bpe, tmp_p
     config.write_text(json.dumps({"eos_token": "<|stop|>"}))
     with pytest.raises(ValueError, match=r"names '<\|stop\|>' as eos_token"):
         BytePairVocabulary(path)
-    config.write_text("[1]")
-    with pytest.raises(ValueError, match="tokenizer_config.json' is damaged"):
-        BytePairVocabulary(path)
+    for text in ("[1]", '{"chat_template": [{"template": "a"}]}'):
+        config.write_text(text)
+        with pytest.raises(ValueError, match="tokenizer_config.json' is damaged"):
+            BytePairVocabulary(path)
 
 
 WORDS = {
@@ -336,7 +337,7 @@ def test_ids_that_collide_are_refused(pieces, bpe, bpe_gguf, tmp_path):
             SentencePieceVocabulary(pieces[1], pad_id=bad)
     with pytest.raises(ValueError, match="eos_id 100 is not free"):
         SentencePieceVocabulary(pieces[1], eos_id=100)
-    with pytest.raises(ValueError, match=r"Free are 300, .* of the file's ids \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"Free ids are 300, .* in the file \[0, 1, 2\]"):
         BytePairVocabulary(bpe[1], pad_id=100)
     shared = {**bpe_gguf, "ids": {"bos": 1, "eos": 2, "unk": 0, "pad": 2}}
     path = write_gguf(tmp_path / "a.gguf", "gpt2", pre="smollm", **shared)

@@ -80,7 +80,9 @@ class JoinedRecords:
 
 
 def open_submix(submix: str, folder: str, split: str) -> JoinedRecords:
-    """Open the records of a submixture below `folder`; files of other names are read to find them.
+    """Open the records of a submixture below `folder`.
+
+    The records of a file whose path names no submixture are read, because each of them names its own.
 
     Raises:
       FileNotFoundError: there is no record.
@@ -99,8 +101,8 @@ def open_submix(submix: str, folder: str, split: str) -> JoinedRecords:
             if named == submix:
                 parts.append((_open(path), None))
             elif named is None:
-                facts = os.stat(path)
-                submixes = _submixes_of_records(path, folder, facts.st_size, facts.st_mtime_ns)
+                stat = os.stat(path)
+                submixes = _submixes_of_records(path, folder, stat.st_size, stat.st_mtime_ns)
                 chosen = np.flatnonzero(submixes == list(WEIGHTS).index(submix))
                 if len(chosen):
                     parts.append((_open(path), chosen))
@@ -130,12 +132,12 @@ def _submixes_of_records(path: str, folder: str, size: int, changed: int) -> np.
     """Int8 `[n]`: the submixture that each record of a file names; read once for all five."""
     del size, changed  # only part of the cache key: a changed file is read again
     records, submixes = _open(path), []
-    of_folder = _submix_of_path(os.path.basename(os.path.normpath(folder)))
+    folder_name = _submix_of_path(os.path.basename(os.path.normpath(folder)))
     for i in range(len(records)):
         record = records[i]
-        said = next((record[x] for x in ("task_source", "_task_source", "task") if x in record), "")
-        said = said.decode() if isinstance(said, bytes) else str(said)
-        name = _SOURCES.get(said.lower(), of_folder)
+        source = next((record[x] for x in ("task_source", "_task_source", "task") if x in record), "")
+        source = source.decode() if isinstance(source, bytes) else str(source)
+        name = _SOURCES.get(source.lower(), folder_name)
         if name is None:
             raise ValueError(
                 f"Record {i} of {path} has no column 'task_source' that names its submixture, one of "
@@ -320,13 +322,13 @@ class FlanRows:
                     raise ConfigError(
                         f"{error} Or set allow_partial, to train without '{name}'."
                     ) from error
-                absent = error
+                last_error = error
                 continue
             names.append(name)
             weights.append(weight)
             examples.append(examples_of_submix)
         if not names:
-            raise absent
+            raise last_error
         return names, np.array(weights, np.float64) / sum(weights), examples
 
     def _draw(self, rng: np.random.Generator, count: int, name: str) -> int:

@@ -143,6 +143,8 @@ def first_word(targets: Texts, predictions: Sequence[str]) -> dict[str, float]:
 
 
 def _of_first_line(metric: Metric) -> Metric:
+    """The metric, applied to the first line of each prediction."""
+
     @functools.wraps(metric)
     def scored(targets: Texts, predictions: Sequence[str]) -> dict[str, float]:
         return metric(targets, [x.strip().partition("\n")[0].strip() for x in predictions])
@@ -241,7 +243,7 @@ def suite(
     """Make `gpt3_rank` or `gpt3_gen`.
 
     Args:
-      name: its name.
+      name: "gpt3_rank" or "gpt3_gen".
       members: names of some of its tasks, without `gpt3_`; None: all.
       vocabulary: see `famx.data.vocabularies.as_vocabulary`.
       **options: other settings of every task, such as `data_dir` and `scoring`.

@@ -31,11 +31,11 @@ def _label(value: Any, names: Sequence[str]) -> list[int]:
     return [int(value)]
 
 
-def _ranked(inputs: str, choices: Sequence[str], answer: Sequence[int], **more: Any) -> Example:
+def _ranked(inputs: str, choices: Sequence[str], answer: Sequence[int], **extra: Any) -> Example:
     right = [choices[k] for k in answer]
     return {
         "inputs": inputs, "targets": right[0] if right else "", "references": [x.strip() for x in right],
-        "choices": list(choices), "answer": list(answer), **more,
+        "choices": list(choices), "answer": list(answer), **extra,
     }  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 Official files: `thys/<entry>/**/*.thy`, the unpacked archive or a clone of it. A document is an entry:
 its theories, each after those that it imports. Theories of other entries are not repeated. A hash of its
 name decides whether an entry is for training, validation or testing. The TransformerFAM paper does not
-say which 16 entries it took, so these are others; it cuts documents at 256k tokens (`max_tokens`) and
-reports next-token accuracy.
+say which 16 entries it took, so ours are different ones; it cuts documents at 256k tokens (`max_tokens`)
+and reports next-token accuracy.
 """
 
 import os

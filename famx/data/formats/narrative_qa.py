@@ -34,19 +34,19 @@ class NarrativeQaRecords:
     """
 
     def __init__(self, folder: str, split: str):
-        wanted = "valid" if split == "validation" else split
+        set_name = "valid" if split == "validation" else split
         self.folder = folder
         documents = _read_csv(
             os.path.join(folder, "documents.csv"), ("document_id", "set", "story_start", "story_end"))
-        self._marks = {id: (start, end) for id, part, start, end in documents if part == wanted}
+        self._marks = {id: (start, end) for id, part, start, end in documents if part == set_name}
         stories = {id for id in self._marks if os.path.isfile(self._path(id))}
         self.missing = sorted(self._path(id) for id in set(self._marks) - stories)
         rows = _read_csv(
             os.path.join(folder, "qaps.csv"), ("document_id", "set", "question", "answer1", "answer2"))
-        self._rows = [row for row in rows if row[1] == wanted and row[0] in stories]
+        self._rows = [row for row in rows if row[1] == set_name and row[0] in stories]
         self.num_rows = len(self._rows)
         for row in rows:
-            if row[1] == wanted and row[0] not in self._marks:
+            if row[1] == set_name and row[0] not in self._marks:
                 raise ValueError(f"documents.csv in {folder} has no document {row[0]} of qaps.csv.")
         if not self._rows:
             raise EmptySplit(

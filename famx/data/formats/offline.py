@@ -67,8 +67,8 @@ class MetamathChapters:
         self._starts = [0, *(match.start() for match in heads[1:]), len(data)]
         titles = [match[1].decode("utf-8", errors="replace").strip() for match in heads]
         titles = titles or [os.path.basename(path)]
-        again = [titles[:i].count(title) for i, title in enumerate(titles)]
-        self.names = [f"{x} ({n + 1})" if n else x for x, n in zip(titles, again)]
+        earlier = [titles[:i].count(title) for i, title in enumerate(titles)]
+        self.names = [f"{x} ({n + 1})" if n else x for x, n in zip(titles, earlier)]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,4 +1,4 @@
-"""JSON-lines files of yours as a task: whole texts, or inputs and targets.
+"""Your JSON-lines files as a task: whole texts, or inputs and targets.
 
     from __gin__ import dynamic_registration
     from famx import modules
@@ -61,9 +61,9 @@ def own_jsonl(
             f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1."
         )
     first = JsonlRecords(files)[0]
-    whole = text in first
-    columns = (text,) if whole else (inputs, targets)
-    if not whole and (inputs not in first or targets not in first):
+    has_text = text in first
+    columns = (text,) if has_text else (inputs, targets)
+    if not has_text and (inputs not in first or targets not in first):
         raise ValueError(
             f"The records have neither a column '{text}' nor both '{inputs}' and '{targets}'; their "
             f"columns are {', '.join(first) or 'none'}. Give the names of the columns."
@@ -79,7 +79,7 @@ def own_jsonl(
         return Part(records, numbers, split, validation_fraction, seed)
 
     def preprocess(record: Mapping[str, Any]) -> Example:
-        if whole:
+        if has_text:
             return {"inputs": "", "targets": _string(record[text], text), "references": []}
         answers = record[targets]
         answers = [_string(x, targets) for x in (answers if isinstance(answers, list) else [answers])]
@@ -92,7 +92,7 @@ def own_jsonl(
     task = dict(metrics=(rouge, token_f1, accuracy), published="by you") | options
     return TextTask(
         name=name,
-        kind="documents" if whole else "generation",
+        kind="documents" if has_text else "generation",
         open_split=open_split,
         preprocess=preprocess,
         splits=("train", "validation"),
@@ -105,7 +105,7 @@ def own_jsonl(
 def _string(value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise ValueError(
-            f"Column '{column}' holds {str(value)[:50]!r}, which is no text; write it as a string."
+            f"Column '{column}' contains {str(value)[:50]!r}, which is not text; write it as a string."
         )
     return value
 

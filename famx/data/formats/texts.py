@@ -1,4 +1,4 @@
-"""Shared by several formats: text files as records, and the records of a split."""
+"""Text files as records, and the records of a split, for several formats."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

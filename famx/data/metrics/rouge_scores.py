@@ -15,10 +15,11 @@ def rouge_n(reference: Sequence[Hashable], prediction: Sequence[Hashable], n: in
     """
     if n < 1:
         raise ValueError(f"ROUGE-N needs runs of at least 1 token, but n is {n}.")
-    ours, theirs = (
+    reference_runs, prediction_runs = (
         collections.Counter(zip(*(tokens[i:] for i in range(n)))) for tokens in (reference, prediction)
     )
-    return _f_measure((ours & theirs).total(), ours.total(), theirs.total())
+    common = (reference_runs & prediction_runs).total()
+    return _f_measure(common, reference_runs.total(), prediction_runs.total())
 
 
 def rouge_l(reference: Sequence[Hashable], prediction: Sequence[Hashable]) -> float:
@@ -28,17 +29,17 @@ def rouge_l(reference: Sequence[Hashable], prediction: Sequence[Hashable]) -> fl
 
 def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Length of the longest common subsequence, in about `len(first) * len(second) / 64` steps."""
-    places: dict[Hashable, int] = collections.defaultdict(int)
+    positions: dict[Hashable, int] = collections.defaultdict(int)
     for i, token in enumerate(first):
-        places[token] |= 1 << i
+        positions[token] |= 1 << i
     # One row of the table of lengths as bits: bit i is 0 if the row grows by one at token i of
-    # `first`. The carry of an addition finds the place that grows next in each run of ones.
-    everywhere = (1 << len(first)) - 1
-    row = everywhere
+    # `first`. The carry of an addition finds the position that grows next in each run of ones.
+    all_ones = (1 << len(first)) - 1
+    row = all_ones
     for token in second:
-        if token in places:
-            common = row & places[token]
-            row = (row + common | row - common) & everywhere
+        if token in positions:
+            common = row & positions[token]
+            row = (row + common | row - common) & all_ones
     return len(first) - row.bit_count()
 
 

@@ -1,8 +1,8 @@
 """Generated probes of memory.
 
 A probe is a frozen dataclass, a `Probe`. An example is made from `(seed, split, index, length)` alone;
-nothing is stored. It also has its prompt as text (`inputs`) and what a right answer names (`references`).
-Everything here needs only numpy.
+nothing is stored. It also has its prompt as text (`inputs`) and the strings that a right answer contains
+(`references`). Everything here needs only numpy.
 
 | name | what is hidden | metric |
 |---|---|---|

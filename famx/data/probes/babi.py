@@ -40,7 +40,7 @@ class Question(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BabiProbe(HaystackProbe):
-    """Where is a person or an object, or where was an object before it was somewhere else?
+    """A question about where a person or an object is, or where an object was before its present place.
 
     The story of an index is the same at every length. The answer is a place; a right output contains
     it and no other place.
@@ -116,15 +116,15 @@ def tell(rng: np.random.Generator, number: int, objects: bool) -> list[Fact]:
     An object is first wherever somebody takes it; later it is where it was dropped, or with the person
     who has it. With `objects`, half of the facts are about objects, as far as possible.
     """
-    where: dict[str, str] = {}  # of people, and of objects that were dropped
-    holder: dict[str, str] = {}
+    where: dict[str, str] = {}  # place of each person, and of each object that was dropped
+    holder: dict[str, str] = {}  # person who has an object
     story = []
     while len(story) < number:
         person = PEOPLE[rng.integers(len(PEOPLE))]
-        here = where.get(person)
+        place = where.get(person)
         held = [o for o in OBJECTS if holder.get(o) == person]
-        free = [o for o in OBJECTS if o not in holder and where.get(o, here) == here]
-        if objects and here and (held or free) and rng.random() < 0.5:
+        free = [o for o in OBJECTS if o not in holder and where.get(o, place) == place]
+        if objects and place and (held or free) and rng.random() < 0.5:
             candidates = [*(("drop", o) for o in held), *(("take", o) for o in free)]
             action, thing = candidates[rng.integers(len(candidates))]
             if action == "take":
@@ -133,7 +133,7 @@ def tell(rng: np.random.Generator, number: int, objects: bool) -> list[Fact]:
                 where[thing] = where[holder.pop(thing)]
         else:
             action = "move"
-            others = [place for place in LOCATIONS if place != here]
+            others = [other for other in LOCATIONS if other != place]
             thing = where[person] = others[rng.integers(len(others))]
         story.append(Fact(person, action, thing))
     return story
@@ -175,5 +175,5 @@ def sentence(rng: np.random.Generator, fact: Fact) -> str:
     """The fact as a sentence, with a random verb of those that bAbI uses."""
     verbs = {"move": MOVES, "take": TAKES, "drop": DROPS}[fact.action]
     verb = verbs[rng.integers(len(verbs))]
-    there = " there" if fact.action != "move" and rng.random() < 0.5 else ""
-    return f"{fact.person} {verb} the {fact.thing}{there}."
+    suffix = " there" if fact.action != "move" and rng.random() < 0.5 else ""
+    return f"{fact.person} {verb} the {fact.thing}{suffix}."

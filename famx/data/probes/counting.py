@@ -43,7 +43,7 @@ class CountingProbe(Probe):
         raise NotImplementedError
 
     def _has_one_answer(self, size: int) -> bool:
-        """Whether the frequencies of the words determine the answer and its order."""
+        """True if the frequencies of the words determine the answer and its order."""
         return True
 
     @property
@@ -89,15 +89,15 @@ class CountingProbe(Probe):
         while not self._has_one_answer(low):
             low -= 1
         parts, (header, context, question, answer) = encoded(low)
-        left = length - sum(map(len, (header, context, question, answer)))
-        dots = np.full(left, self._encode(".")[-1], np.int32)
-        space = self._encode(" ")[:left]
+        count = length - sum(map(len, (header, context, question, answer)))
+        dots = np.full(count, self._encode(".")[-1], np.int32)
+        space = self._encode(" ")[:count]
         dots[: len(space)] = space
         return dict(
             tokens=np.concatenate([header, context, dots, question, answer]),
             answer_start=length - len(answer),
             positions=[len(header)],
-            filler_tokens=left,
+            filler_tokens=count,
             references=parts.references,
         )
 
@@ -115,7 +115,7 @@ class CommonWordsProbe(CountingProbe):
       repeats: number of times that each common word and each other word appears.
       short_repeats: the same for rows shorter than `short_below`.
       short_below: length from which rows are not short; None: RULER's 4096 tokens, or 16384 bytes.
-      demonstration: whether a solved example with a short list comes first, as in RULER.
+      demonstration: begin with a solved example with a short list, as in RULER.
     """
 
     num_common: int = 10
@@ -143,7 +143,7 @@ class CommonWordsProbe(CountingProbe):
         return range(self.num_common + 1, words.NUM_COMPOUNDS + 1)
 
     def _is_short(self, length: int) -> bool:
-        # Elsewhere at least five times the shortest row, which the long settings fit into.
+        # With other vocabularies at least five times the shortest row, into which `repeats` fits.
         bytes_ = isinstance(self.vocab, ByteVocabulary)
         default = 16384 if bytes_ else max(4096, 5 * self.min_length)
         return length < (default if self.short_below is None else self.short_below)

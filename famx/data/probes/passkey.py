@@ -54,7 +54,7 @@ class PasskeyTask(Probe):
         the first; None draws it for each example.
       second_key_recent: draw the second statement's distance from the question log-uniformly, so that
         long rows have recent second keys as often as old ones; needs `second_key_depth=None`.
-      header: whether rows begin with the paper's opening sentences. Without them, a row in other
+      header: begin rows with the paper's opening sentences. Without them, a row in other
         vocabularies than words and bytes begins with a space.
       block_size: if given, every key statement is moved to the nearest place where it is within one
         block of this number of tokens, both as targets and as inputs (one position later). Question
@@ -63,7 +63,7 @@ class PasskeyTask(Probe):
         `answer_weight`, and all other tokens 0.
 
     Raises:
-      ValueError: on construction, a setting makes no sense.
+      ValueError: on construction, a setting is invalid.
     """
 
     vocabulary: str | Vocabulary = "words"

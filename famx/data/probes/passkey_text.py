@@ -143,11 +143,11 @@ class PasskeyTexts:
             return used + size
         if self._short_word is None:
             return used + size
-        whole = size
-        while not filler.starts[used + whole]:
-            whole -= 1
-        gap[whole:] = self._short_word
-        return used + whole
+        end = size  # of the last word that fits
+        while not filler.starts[used + end]:
+            end -= 1
+        gap[end:] = self._short_word
+        return used + end
 
     @functools.cached_property
     def _short_word(self) -> int | None:

@@ -35,7 +35,7 @@ class Probe:
       split: "train" or "eval"; examples of the two are drawn from disjoint random streams.
 
     Raises:
-      ValueError: on construction, a setting makes no sense.
+      ValueError: on construction, a setting is invalid.
     """
 
     vocabulary: str | Vocabulary = "bytes"
@@ -64,16 +64,16 @@ class Probe:
 
     @property
     def min_length(self) -> int:
-        """The shortest row that holds every example of the probe."""
+        """The shortest row into which every example of the probe fits."""
         raise NotImplementedError
 
     @property
     def answer_width(self) -> int:
-        """Number of tokens that every answer fits in."""
+        """Number of tokens into which every answer fits."""
         raise NotImplementedError
 
     def _row(self, index: int, length: int) -> dict[str, Any]:
-        """Make example `index`: `tokens`, `answer_start`, `positions`, `references`, and more if wanted.
+        """Make example `index`: `tokens`, `answer_start`, `positions`, `references`, optionally more.
 
         Loss weights of other tokens than the answer's are given as `weights` float32 `[length]`.
         """
@@ -93,7 +93,7 @@ class Probe:
           answer_start int: where it begins.
           positions list of int: where each hidden part begins, in the order of the row.
           inputs str: the prompt.
-          references list of str: what a right answer names.
+          references list of str: the strings that a right answer contains.
           A subclass may add more.
 
         Raises:
@@ -163,7 +163,7 @@ class Parts:
 
     Attributes:
       header, question, answer: see the module's docstring.
-      references: what a right answer names.
+      references: the strings that a right answer contains.
       hidden: texts to insert, in the order of their depths.
       depths: for each of them, the fraction of the filler that precedes it.
       context: for probes without filler, everything between header and question.

@@ -113,7 +113,7 @@ class DistanceProbe(Probe):
                 f"The last block of a row of {length} tokens has {length - last * size} of them, but "
                 f"question and answer need {self._question_size}; use a multiple of the block, {size}."
             )
-        statements, question, answer, more = self._content(index)
+        statements, question, answer, extra = self._content(index)
         filler = self._filler_ids
         tokens = filler[self._rng(index, FILLER).integers(0, len(filler), length)]
         draw = self._rng(index, PLACES).random(3)
@@ -127,7 +127,7 @@ class DistanceProbe(Probe):
         asked, ending = self._encode(question), self._encode(answer)
         start = length - len(ending)
         tokens[start - len(asked) : start], tokens[start:] = asked, ending
-        return dict(tokens=tokens, answer_start=start, positions=starts, references=[answer], **more)
+        return dict(tokens=tokens, answer_start=start, positions=starts, references=[answer], **extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +166,8 @@ class CopyProbe(DistanceProbe):
 class RecallProbe(DistanceProbe):
     """The statement is `remember Ada is q , Bo is z .`; the row ends with `recall Bo is z`.
 
-    An example also has `overwritten`: whether a second statement changed the letter of the key that is
-    asked for.
+    An example also has `overwritten`, which is True if a second statement changed the letter of the key
+    that is asked for.
 
     Attributes:
       num_pairs: number of keys, each with a letter.
@@ -217,13 +217,13 @@ class RecallProbe(DistanceProbe):
         keys = [KEYS[i] for i in rng.permutation(len(KEYS))[: self.num_pairs]]
         values = [SYMBOLS[i] for i in rng.integers(len(SYMBOLS), size=self.num_pairs)]
         asked = int(rng.integers(self.num_pairs))
-        again, same = rng.random(2)
+        overwrites, same_key = rng.random(2)  # draws
         # Every draw is made in every case, so that no option shifts the draws of another.
         other = (asked + 1 + int(rng.integers(max(self.num_pairs - 1, 1)))) % self.num_pairs
         step = 1 + int(rng.integers(len(SYMBOLS) - 1))
         statements = ["remember " + " , ".join(f"{k} is {v}" for k, v in zip(keys, values)) + " ."]
-        overwritten = bool(again < self.overwrite and (same < 0.5 or self.num_pairs == 1))
-        if again < self.overwrite:
+        overwritten = bool(overwrites < self.overwrite and (same_key < 0.5 or self.num_pairs == 1))
+        if overwrites < self.overwrite:
             target = asked if overwritten else other
             values[target] = SYMBOLS[(SYMBOLS.index(values[target]) + step) % len(SYMBOLS)]
             statements.append(f"remember {keys[target]} is {values[target]} .")

@@ -30,7 +30,7 @@ class VariableProbe(HaystackProbe):
     Attributes:
       num_chains: number of chains, each with a different value.
       num_hops: number of assignments from one variable to the next in each chain.
-      demonstration: whether a solved example with short names comes first, as in RULER.
+      demonstration: begin with a solved example with short names, as in RULER.
     """
 
     num_chains: int = 1

@@ -1,4 +1,4 @@
-"""What lanes and packed rows are made of: documents, by number."""
+"""Documents by number, which lanes and packed rows read."""
 
 from typing import Any, Protocol, runtime_checkable
 

@@ -23,7 +23,7 @@ class ContinuousLanes:
 
     # famx.data.rows.packing.PackedRows overrides these.
     _several_documents = False  # a row may continue with the next document
-    _whole_documents = False  # a document that does not fit into the rest waits for the next row
+    _whole_documents = False  # a document that does not fit into the rest of a row begins the next
 
     def __init__(
         self,
@@ -125,10 +125,11 @@ class ContinuousLanes:
         """
         current = (len(self.documents), self.batch_size, self.seed)
         saved = (state["num_documents"], len(state["lanes"]), state["seed"])
-        for name, now, then in zip(("number of documents", "batch size", "seed"), current, saved):
-            if now != then:
+        names = ("number of documents", "batch size", "seed")
+        for name, value, saved_value in zip(names, current, saved):
+            if value != saved_value:
                 raise ValueError(
-                    f"These lanes cannot resume: the {name} was {then} and is now {now}; resume "
+                    f"These lanes cannot resume: the {name} was {saved_value} and is now {value}; resume "
                     "with the data and settings of the run that was saved."
                 )
         self._epoch, self._taken = int(state["epoch"]), int(state["taken"])

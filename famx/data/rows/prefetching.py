@@ -10,8 +10,8 @@ import numpy as np
 class Prefetch:
     """Makes the batches of an iterator ahead of time in a thread.
 
-    The state is that after the last batch that was returned, whatever was made ahead. Do not use or
-    change the iterator while the thread runs; `close` ends it.
+    `get_state` ignores the batches made ahead: it is the state after the last batch returned. Do not use
+    or change the iterator while the thread runs; `close` ends the thread.
     """
 
     def __init__(self, batches: Any, size: int = 2):

@@ -1,7 +1,8 @@
 """SeqIO: vocabularies, tasks, and the feature converter of FAM decoders.
 
 The only package of `famx.data` that needs SeqIO and TensorFlow. Importing it registers nothing;
-`register_tasks()` registers the tasks of famx under their names, and the other functions single tasks.
+`register_tasks()` registers the tasks of famx under their names; the other functions register single
+tasks.
 """
 
 from famx.data.seqio.feature_converter import FamFeatureConverter

@@ -26,10 +26,10 @@ class FamFeatureConverter(seqio.FeatureConverter):
 
     The length is that of `targets`, plus that of `inputs` if it is given.
 
-    Without packing, every example is a row; if inputs leave no room for their targets, their start is
-    cut off. With packing, rows are filled with consecutive examples, each with bos first, and nothing
-    masks one from the next; an example that does not fit continues in the next row. Only the last row
-    of a finite dataset is padded, and decoder_causal_attention is left out. Tokens and weights are
+    Without packing, every example is a row; if inputs leave no room for their targets, the start of the
+    inputs is cut off. With packing, rows are filled with consecutive examples, each with bos first, and
+    nothing masks one from the next; an example that does not fit continues in the next row. Only the last
+    row of a finite dataset is padded, and decoder_causal_attention is left out. Tokens and weights are
     unchanged, and the iterator can be saved. SeqIO cuts examples to the given lengths before this
     converter, unless `seqio.get_dataset` is given `trim_output_features=False`.
     """
@@ -52,7 +52,7 @@ class FamFeatureConverter(seqio.FeatureConverter):
     ):
         """
         Args:
-          pack: whether to fill rows with several examples.
+          pack: fill rows with several examples.
           use_custom_packing_ops: ignored; packing needs no custom ops here.
           bos_id: first input token of every example.
           pad_id: id after the last token of a row, with weight 0.
@@ -84,11 +84,11 @@ class FamFeatureConverter(seqio.FeatureConverter):
         return lengths
 
     def _join(self, features: Mapping[str, tf.Tensor], length: int) -> dict[str, tf.Tensor]:
-        """Join inputs and targets to targets; the inputs get weight 0."""
+        """Join inputs and targets into targets; the inputs get weight 0."""
         inputs, targets = features["inputs"], features["targets"]
         weights = self._weights(features)
         if not self.pack:
-            room = length - tf.maximum(tf.shape(targets)[0], 1)  # one to predict at least
+            room = length - tf.maximum(tf.shape(targets)[0], 1)  # predict at least one token
             inputs = inputs[tf.shape(inputs)[0] - tf.clip_by_value(room, 0, tf.shape(inputs)[0]) :]
         weightless = tf.zeros_like(inputs, tf.float32)
         return {

@@ -1,4 +1,4 @@
-"""Packing of a SeqIO dataset: examples are joined to one stream, which is cut into rows."""
+"""Packing of a SeqIO dataset: examples are joined into one stream, which is cut into rows."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ _FEATURES = {
 
 
 def pack_rows(ds: tf.data.Dataset, length: int, bos_id: int, pad_id: int) -> tf.data.Dataset:
-    """Make rows of `length` tokens of a dataset of examples; only the last row is padded.
+    """Pack a dataset of examples into rows of `length` tokens; only the last row is padded.
 
     Args:
       ds: examples with `targets` int32 `[n]` and optionally `loss_weights` float32 `[n]` (without
@@ -33,14 +33,14 @@ def pack_rows(ds: tf.data.Dataset, length: int, bos_id: int, pad_id: int) -> tf.
         joined = {k: tf.concat([rest[k], stream[k]], axis=0) for k in rest}
         size = tf.shape(joined["decoder_target_tokens"])[0]
         padding = tf.where(is_last, -size % length, 0)
-        whole = (size + padding) // length * length
+        used = (size + padding) // length * length
         fill = {k: 0 if v.dtype == tf.float32 else pad_id for k, v in joined.items()}
         joined = {
             k: tf.pad(v, [[0, padding]], constant_values=tf.cast(fill[k], v.dtype))
             for k, v in joined.items()
         }
-        rows = {k: tf.reshape(v[:whole], [-1, length]) for k, v in joined.items()}
-        return {k: v[whole:] for k, v in joined.items()}, rows
+        rows = {k: tf.reshape(v[:used], [-1, length]) for k, v in joined.items()}
+        return {k: v[used:] for k, v in joined.items()}, rows
 
     ds = ds.map(lambda features: {x: features[x] for x in task_features})
     ds = ds.ragged_batch(EXAMPLES_AT_ONCE)
@@ -50,7 +50,7 @@ def pack_rows(ds: tf.data.Dataset, length: int, bos_id: int, pad_id: int) -> tf.
 
 def _join(features: Mapping[str, tf.Tensor], bos_id: int, pad_id: int) -> dict[str, tf.Tensor]:
     """A batch of examples as one stream of inputs, targets and weights."""
-    if not isinstance(features["targets"], tf.RaggedTensor):  # all have one static length
+    if not isinstance(features["targets"], tf.RaggedTensor):  # all examples have the same static length
         features = {k: tf.RaggedTensor.from_tensor(v) for k, v in features.items()}
     examples, targets = features["targets"], features["targets"].flat_values
     starts = tf.boolean_mask(examples.row_starts(), examples.row_lengths() > 0)

@@ -1,4 +1,4 @@
-"""Registration of tasks with SeqIO: made tasks, text tasks, documents, or all tasks of famx at once."""
+"""Registration with SeqIO of tasks made by index, text tasks, documents, or all tasks of famx."""
 
 import dataclasses
 import functools
@@ -19,17 +19,17 @@ from famx.data.vocabularies import Vocabulary
 
 TRAIN_EXAMPLES = 2**31 - 1
 VALIDATION_EXAMPLES = 256
-_NEED_FILES = ("own_text",)  # tasks of the user's files, though they can be made without any
+_NEED_FILES = ("own_text",)  # reads the user's files, although it can be made without options
 
-_replaceable: set[str] = set()  # registered by `register_tasks` and not by hand since
+_replaceable: set[str] = set()  # names that `register_tasks` registered and no other call since
 
 
 def register_tasks() -> None:
     """Register the tasks that come with famx with SeqIO, under their names and with default settings.
 
     Tasks of your own files (`own_text`, `own_jsonl`) are left out; suites become mixtures. Names that
-    SeqIO knows already are kept, so it may be called more than once. Files are looked for when examples
-    are asked for, not here.
+    SeqIO already knows are skipped, so it may be called more than once. Files are looked for when
+    examples are read, not here.
     """
     known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     mixtures = {}
@@ -76,7 +76,7 @@ def register_made(
       validation_examples: number of examples of the validation split.
 
     Returns:
-      the `seqio.Task`.
+      the `seqio.Task`. A task of this name that `register_tasks` registered is replaced.
     """
     train, evaluation = (dataclasses.replace(task, split=split) for split in ("train", "eval"))
 
@@ -96,6 +96,7 @@ def register_made(
 
         return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
+    _make_room(name)
     return seqio.TaskRegistry.add(
         name,
         source=MadeSource({"train": TRAIN_EXAMPLES, "validation": validation_examples}),
@@ -116,7 +117,8 @@ def register_documents(
       vocabulary: the vocabulary of the documents.
 
     Returns:
-      the `seqio.Task`, which can be cached.
+      the `seqio.Task`, which can be cached. A task of this name that `register_tasks` registered is
+      replaced.
     """
 
     def document(index: np.ndarray, split: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,10 +143,10 @@ def register_documents(
 def register_text_task(
     task: TextTask, name: str | None = None, decoder_only: bool = False, lazy: bool = False
 ) -> seqio.Task:
-    """Register a text task in its vocabulary; an example is read when it is asked for.
+    """Register a text task in its vocabulary; an example is read at access.
 
     Features are `inputs` and `targets`, int32 tokens of the two texts, with eos after the targets; for
-    tasks of kind "documents", `targets` alone. `references`, the texts that count as right, go to the
+    tasks of kind "documents", `targets` alone. `references`, the accepted answers, go to the
     metrics, which are the task's. With `decoder_only`, features are those of `TextTask.documents`:
     `targets` int32 and `loss_weights` float32.
 
@@ -152,9 +154,9 @@ def register_text_task(
       task: the task, with `data_dir`, `vocabulary`, `max_tokens` and `cut` as wanted. `max_tokens`
         matters with `decoder_only` and for "documents".
       name: name in SeqIO's registry; None: the task's name.
-      decoder_only: join inputs and targets to one sequence with loss weights.
+      decoder_only: join inputs and targets into one sequence with loss weights.
       lazy: register every split that the task may have without looking at the files; missing files
-        raise an error when examples are asked for.
+        raise an error when examples are read.
 
     Returns:
       the `seqio.Task`, with the splits whose files exist. A task of this name that `register_tasks`
@@ -166,7 +168,7 @@ def register_text_task(
     name = name or task.name
     examples = functools.cache(task.examples)
     splits = task.splits if lazy else _existing_splits(task, examples)
-    as_one = decoder_only or task.kind == "documents"
+    one_sequence = decoder_only or task.kind == "documents"
 
     @functools.cache
     def documents(split):
@@ -185,7 +187,7 @@ def register_text_task(
         for part, shape in ((inputs, []), (targets, []), (references, [None])):
             part.set_shape(shape)
         converted = {"references": references}
-        if not as_one:
+        if not one_sequence:
             return {**converted, "inputs": inputs, "targets": targets}
         row = _targets(document, numbers)
         return {**converted, **(row if decoder_only else {"targets": row["targets"]})}
@@ -198,7 +200,7 @@ def register_text_task(
         preprocessors=[
             lambda dataset: dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE),
             seqio.CacheDatasetPlaceholder(),
-            *(() if as_one else steps),
+            *(() if one_sequence else steps),
         ],
         output_features=_text_features(task, decoder_only),
         postprocess_fn=_references_or_output,
@@ -225,7 +227,7 @@ def _text_features(task: TextTask, decoder_only: bool) -> dict[str, seqio.Featur
     if decoder_only:
         return _weighted_features(task.vocab)
     vocabulary = as_seqio_vocabulary(task.vocab)
-    if task.kind == "documents":  # they have eos already
+    if task.kind == "documents":  # `TaskDocuments` has appended eos
         return {"targets": seqio.Feature(vocabulary, add_eos=False)}
     return {
         "targets": seqio.Feature(vocabulary, add_eos=task.vocab.eos_id is not None),
@@ -255,7 +257,7 @@ def _targets(function, arguments, length: int | None = None) -> dict[str, tf.Ten
 
 
 def _make_room(name: str) -> None:
-    """Remove a task that only `register_tasks` registered; another of this name is a mistake."""
+    """Remove the task of this name if `register_tasks` registered it; SeqIO refuses any other."""
     if name in _replaceable:
         _replaceable.remove(name)
         seqio.TaskRegistry.remove(name)

@@ -15,7 +15,7 @@ def training_rows(
       length: tokens per row.
       seed: seed of the order.
       shard: index of this shard and number of shards.
-      packed: whether a row holds several documents.
+      packed: put several documents into a row.
       bos_id: token with which each row or document begins.
     """
     vocabulary = task.output_features["targets"].vocabulary

@@ -1,4 +1,4 @@
-"""Vocabularies with SeqIO's interface, and back."""
+"""Conversion of vocabularies to SeqIO's interface and back."""
 
 from collections.abc import Iterable, Sequence
 
@@ -65,7 +65,7 @@ def as_seqio_vocabulary(vocabulary: Vocabulary) -> seqio.Vocabulary:
 
 
 def from_seqio_vocabulary(vocabulary: seqio.Vocabulary) -> Vocabulary | None:
-    """The vocabulary of famx with the same ids, which can be saved; None if there is none."""
+    """The vocabulary of famx with the same ids, which can be saved; None if famx has none."""
     if isinstance(vocabulary, _SeqioVocabulary):
         return vocabulary._vocabulary
     if isinstance(vocabulary, seqio.SentencePieceVocabulary) and not vocabulary.extra_ids:

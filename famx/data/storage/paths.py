@@ -23,8 +23,8 @@ def matching_files(patterns: str | Sequence[str]) -> list[str]:
         files = [os.path.abspath(path) for path in matches if os.path.isfile(path)]
         if not files:
             raise ValueError(
-                f"No file matches '{pattern}' (seen from {os.getcwd()}); check the path, and write "
-                "'**' to look into folders of any depth."
+                f"No file matches '{pattern}' (working directory: {os.getcwd()}); check the path, and "
+                "write '**' to match folders of any depth."
             )
         paths.update(files)
     if not paths:
@@ -50,17 +50,17 @@ def stdlib_text_files() -> list[str]:
 def validation_names(names: Sequence[str], fraction: float, seed: int = 0) -> set[str]:
     """Choose the names for validation by a hash of each name and the seed.
 
-    A name keeps its split when others are added. At least one name and not all are chosen, unless
-    `fraction` is 0.
+    At least one name and not all are chosen, unless `fraction` is 0. Apart from that, a name keeps its
+    split when others are added.
     """
     if not fraction:
         return set()
 
-    def place(name: str) -> float:
+    def hash_of(name: str) -> float:
         digest = hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    places = {name: place(name) for name in names}
-    ranked = sorted(names, key=lambda name: places[name])
-    count = sum(x < fraction for x in places.values())
+    hashes = {name: hash_of(name) for name in names}
+    ranked = sorted(names, key=lambda name: hashes[name])
+    count = sum(x < fraction for x in hashes.values())
     return set(ranked[: min(max(count, 1), len(ranked) - 1)])

@@ -24,8 +24,8 @@ class _Records:
     """Records of several files, numbered consecutively. Subclasses index a file and decode a record."""
 
     def __init__(self, paths: str | os.PathLike | Sequence[str | os.PathLike]):
-        several = [paths] if isinstance(paths, str | os.PathLike) else paths
-        self.paths = matching_files([os.fspath(path) for path in several])
+        patterns = [paths] if isinstance(paths, str | os.PathLike) else paths
+        self.paths = matching_files([os.fspath(path) for path in patterns])
         spans = [np.frombuffer(self._index(path), np.int64).reshape(-1, 2) for path in self.paths]
         self._begins = np.cumsum([0] + [len(span) for span in spans])  # first record of each file
         self._spans = np.concatenate(spans)  # [records, (first byte, byte after the last)]
@@ -41,7 +41,8 @@ class _Records:
             raise IndexError(f"Record {i} is not one of {len(self)} records.")
         path = self.paths[int(np.searchsorted(self._begins, i, side="right")) - 1]
         start, stop = map(int, self._spans[i])
-        data = os.pread(self._file(path).fileno(), stop - start, start)
+        file = self._file(path)  # this reference keeps it open if another thread drops it
+        data = os.pread(file.fileno(), stop - start, start)
         if len(data) < stop - start:
             raise ValueError(f"{path} has become shorter; do not change the data during a run.")
         return self._decode(data, path, start)
@@ -131,7 +132,7 @@ class TFRecordRecords(_Records):
 
         Raises:
           ValueError: a pattern matches no file, there is no record, a file is truncated or not a
-            TFRecord file, or a checksum is wrong. Reading raises it for a record that is no Example.
+            TFRecord file, or a checksum is wrong. Reading raises it for a record that is not an Example.
         """
         self.check_crc = check_crc
         super().__init__(paths)

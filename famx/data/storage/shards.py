@@ -19,10 +19,12 @@ def complete_shards(name: str) -> list[str]:
 def tfds_shards(name: str, split: str) -> list[str]:
     """Shards of the newest version that TensorFlow Datasets has prepared; [] if there is none.
 
-    They are looked for in TFDS_DATA_DIR, or in TensorFlow Datasets' default folder.
+    Data sets are looked for in TFDS_DATA_DIR, or in TensorFlow Datasets' default folder.
     """
     root = os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
-    versions = glob.glob(os.path.join(glob.escape(root), name, "[0-9]*"))
+    # A build that was interrupted leaves a folder such as `1.0.0.incomplete7C2`, which is no version.
+    folders = glob.glob(os.path.join(glob.escape(root), name, "[0-9]*"))
+    versions = [path for path in folders if re.fullmatch(r"[\d.]+", os.path.basename(path))]
     version = lambda path: [int(x) for x in re.findall(r"\d+", os.path.basename(path))]
     for folder in sorted(versions, key=version, reverse=True):
         paths = complete_shards(os.path.join(folder, f"{name.split('/')[0]}-{split}.tfrecord"))

@@ -23,7 +23,7 @@ _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
 # ---------------------------------------------------------------- checksums
 @functools.cache
 def _crc_tables() -> tuple[np.ndarray, list[int]]:
-    """uint32 [_BLOCK, 256]: contribution of a byte by its place in a block; and starts after n bytes."""
+    """uint32 `[_BLOCK, 256]` contributions by position and byte; the register after `n` zero bytes."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = (table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
@@ -42,7 +42,7 @@ def masked_crc(data: bytes) -> int:
     """Masked CRC-32C of `data`, as TFRecord files store it.
 
     A CRC is linear: that of a block is the exclusive or of the contributions of its bytes, which a
-    table lists by byte and place.
+    table lists by position and value.
     """
     places, starts = _crc_tables()
     values = np.frombuffer(data, np.uint8)
@@ -71,9 +71,9 @@ def _encode_varints(values: np.ndarray) -> bytes:
     values = values.astype(np.uint64)
     width = max(1, -(-int(values.max(initial=0)).bit_length() // 7))
     groups = values[:, None] >> (7 * np.arange(width + 1, dtype=np.uint64))
-    more, written = groups[:, 1:] != 0, groups[:, :-1] != 0
+    continued, written = groups[:, 1:] != 0, groups[:, :-1] != 0
     written[:, 0] = True  # a zero takes a byte too
-    return ((groups[:, :-1] & 127) | more * np.uint64(128)).astype(np.uint8)[written].tobytes()
+    return ((groups[:, :-1] & 127) | continued * np.uint64(128)).astype(np.uint8)[written].tobytes()
 
 
 def _decode_varints(data: bytes) -> np.ndarray:

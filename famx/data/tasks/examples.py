@@ -99,7 +99,7 @@ def check_cut(max_tokens: int | None, cut: str) -> None:
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1, or None.")
     if cut not in CUTS:
-        raise ConfigError(f"'{cut}' cannot be cut from the inputs; choose one of {', '.join(CUTS)}.")
+        raise ConfigError(f"cut is '{cut}'; choose one of {', '.join(CUTS)}.")
 
 
 def example_of_record(record: Mapping[str, Any]) -> Example:

@@ -20,7 +20,7 @@ class IndexedDocuments:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= i < self._count:
             raise IndexError(f"Document {i} is not one of {self._count} documents.")
-        batch = self.task.batch([self._start + i], self.length)  # an example may also decode its text
+        batch = self.task.batch([self._start + i], self.length)  # `example` may also decode the prompt
         return batch["decoder_target_tokens"][0], batch["decoder_loss_weights"][0]
 
     def num_tokens(self, i: int) -> int:

@@ -1,4 +1,4 @@
-"""What a task is: the protocols that the rest of famx programs against, and `kind_of`.
+"""Kinds of tasks: the protocols that the rest of famx programs against, and `kind_of`.
 
 A task needs no base class. It is one of these kinds by the attributes and methods that it has:
 
@@ -57,7 +57,7 @@ class Made(Protocol):
 
     @property
     def min_length(self) -> int:
-        """The shortest length that holds every example."""
+        """The shortest length into which every example fits."""
         ...
 
     def example(self, index: int, length: int) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Scored(Documents, Protocol):
 
     @property
     def tasks(self) -> tuple[Any, ...]:
-        """The text tasks of a mixture; a text task has itself alone."""
+        """The text tasks of a mixture; for a text task, the task itself."""
         ...
 
     def examples(self, split: str) -> Numbered[Mapping[str, Any]]:
@@ -106,11 +106,11 @@ class Scored(Documents, Protocol):
     def evaluate(
         self, split: str, predictions: Sequence[Any], indices: Sequence[int] | None = None
     ) -> dict[str, float]:
-        """Scores, 0..100, of one prediction for each of the examples `indices` (None: all)."""
+        """Score one prediction for each of the examples `indices` (None: all); scores are 0..100."""
         ...
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """One dict of scores from the scores of each of `tasks`, by name of the task."""
+        """Combine the scores of `tasks`, by name of the task, into one dict."""
         ...
 
 
@@ -148,7 +148,7 @@ def kind_of(task: Any) -> Kind:
         missing = ", ".join(name for name in _MADE if not hasattr(task, name))
         raise ConfigError(
             f"{type(task).__name__} has a method batch, so its examples are made by index, but it lacks "
-            f"{missing}; add what `famx.data.tasks.Made` asks for."
+            f"{missing}; add all members of `famx.data.tasks.Made`."
         )
     if isinstance(task, Scored):
         return Kind.SCORED
@@ -163,7 +163,7 @@ def kind_of(task: Any) -> Kind:
 
 
 def has_settings(task: Any, *names: str) -> bool:
-    """Whether a task is a dataclass with fields of these names, which `dataclasses.replace` changes."""
+    """True if a task is a dataclass with fields of these names, for `dataclasses.replace`."""
     fields = dataclasses.fields(task) if dataclasses.is_dataclass(task) else ()
     return set(names) <= {field.name for field in fields}
 

@@ -30,7 +30,7 @@ class Mixture:
         its rate, such as `lambda count: min(count, 3000)`; None: the number of examples.
       size: number of items of a split; None: the length described above.
       seed: seed of the order.
-      split: the split whose documents the mixture is.
+      split: the split to read when the mixture is used as documents.
 
     Raises:
       ConfigError: on construction, there is no task, two have the same name, their vocabularies
@@ -89,14 +89,14 @@ class Mixture:
                 "To leave out a task, remove it."
             )
         shares = rates / rates.sum()
-        whole = int(counts.sum()) if self.rates is None else int(np.ceil((counts / shares).max() - 1e-6))
-        items = _apportion(self.size or whole, shares)
+        size = int(counts.sum()) if self.rates is None else int(np.ceil((counts / shares).max() - 1e-6))
+        items = _apportion(self.size or size, shares)
         rng = np.random.default_rng(self.seed)
         tasks = rng.permutation(np.repeat(np.arange(len(counts), dtype=np.int32), items))
         examples = np.empty(len(tasks), np.int64)
-        for k, (count, wanted) in enumerate(zip(counts, items)):
-            passes = [rng.permutation(count) for _ in range(-(-wanted // count))]
-            examples[tasks == k] = np.concatenate([*passes, np.zeros(0, np.int64)])[:wanted]
+        for k, (count, num_items) in enumerate(zip(counts, items)):
+            passes = [rng.permutation(count) for _ in range(-(-num_items // count))]
+            examples[tasks == k] = np.concatenate([*passes, np.zeros(0, np.int64)])[:num_items]
         return tasks, examples
 
     def examples(self, split: str) -> Numbered[Example]:
@@ -122,7 +122,7 @@ class Mixture:
         Args:
           split: name of the split.
           predictions: one per item, of the type that the item's task takes.
-          indices: which items these are; None: all, in order.
+          indices: indices of the predicted items; None: all, in order.
 
         Raises:
           ConfigError, ValueError: as `TextTask.evaluate`.
@@ -152,8 +152,8 @@ class Mixture:
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """`task/metric` of every task, and the unweighted mean over the tasks as `metric`."""
         values: dict[str, list[float]] = {}
-        for of_task in scores.values():
-            for metric, value in of_task.items():
+        for task_scores in scores.values():
+            for metric, value in task_scores.items():
                 values.setdefault(metric, []).append(value)
         return named_scores(scores) | {metric: float(np.mean(x)) for metric, x in values.items()}
 
@@ -186,7 +186,7 @@ class _Mixed:
 def _apportion(size: int, shares: np.ndarray) -> np.ndarray:
     """Divide `size` into whole numbers in proportion to the shares (largest remainders)."""
     exact = size * shares
-    whole = np.floor(exact + 1e-9).astype(np.int64)
-    rest = np.argsort(whole - exact, kind="stable")[: size - whole.sum()]
-    whole[rest] += 1
-    return whole
+    numbers = np.floor(exact + 1e-9).astype(np.int64)
+    largest = np.argsort(numbers - exact, kind="stable")[: size - numbers.sum()]
+    numbers[largest] += 1
+    return numbers

@@ -41,23 +41,23 @@ def names() -> list[str]:
 
 
 def factory(name: str) -> Callable[..., Any] | None:
-    """What makes a registered task; None for any other name."""
+    """The factory of a registered task; None for any other name."""
     return _FACTORIES.get(name)
 
 
 def takes(name: str, option: str) -> bool:
-    """Whether `name` is a registered task whose factory takes `option` and has not bound it."""
-    made = _FACTORIES.get(name)
-    if made is None or option in getattr(made, "keywords", ()):
+    """True if `name` is a registered task whose factory takes `option` and has not bound it."""
+    maker = _FACTORIES.get(name)
+    if maker is None or option in getattr(maker, "keywords", ()):
         return False
-    return option in inspect.signature(made).parameters
+    return option in inspect.signature(maker).parameters
 
 
 def needs_options(name: str) -> bool:
-    """Whether a registered task cannot be made without options."""
+    """True if a registered task cannot be made without options."""
     parameters = inspect.signature(_FACTORIES[name]).parameters.values()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return any(p.default is p.empty and p.kind in named for p in parameters)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(p.default is p.empty and p.kind in kinds for p in parameters)
 
 
 def get(name: str, **options: Any) -> Any:

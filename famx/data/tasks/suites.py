@@ -11,12 +11,12 @@ from famx.base.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Tasks that are scored together, each on the split that it names for scoring.
+    """Tasks that are scored together, each on its `scored_split`.
 
     Attributes:
       name: name for messages.
       tasks: the text tasks.
-      headlines: the metric that counts for the average, by name of the task; "accuracy" for others.
+      headlines: metric of a task that enters the average, by name of the task; "accuracy" by default.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Suite:
 
         Args:
           predictions: the predictions for each task, by its name, as its `evaluate` takes them.
-          indices: which examples these are, by name of the task; None: all.
+          indices: indices of the predicted examples, by name of the task; None: all.
 
         Raises:
           ConfigError, ValueError: as the tasks' `evaluate`, or the predictions of a task are missing.
@@ -56,6 +56,6 @@ def named_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The scores of all tasks as `TASK/METRIC`."""
     return {
         f"{name}/{metric}": value
-        for name, of_task in scores.items()
-        for metric, value in of_task.items()
+        for name, task_scores in scores.items()
+        for metric, value in task_scores.items()
     }

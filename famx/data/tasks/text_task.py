@@ -5,7 +5,7 @@ dict:
 
   inputs str: the whole prompt, which the answer follows; empty if whole texts are learnt
   targets str: the answer to learn, the first of the references; empty if none is published
-  references list[str]: the answers that count as right, possibly none
+  references list[str]: the answers that are accepted, possibly none
   choices list[str], answer list[int]: for kind "rank", the candidates and the indices of the right ones
   contexts list[str]: for kind "rank", if the candidates differ in the prompt: a prompt for each, which
     `targets` follows; `inputs` is not used then
@@ -59,7 +59,7 @@ Metric = Callable[[Sequence[list[str]], Sequence[str]], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-    """A data set with its format, its metrics and the places of its files.
+    """A data set with its format, its metrics and the location of its files.
 
     The task is also the documents of its `split`: lanes, packed rows and the training engine take it as
     it is. `dataclasses.replace(task, ...)` changes settings, as `famx.data.get` does.
@@ -83,7 +83,7 @@ class TextTask:
       counts: number of rows of the official files per split, if known.
       data_dir: the data directory; None: FAMX_DATA_DIR.
       vocabulary: see `famx.data.vocabularies.as_vocabulary`.
-      split: the split whose documents the task is.
+      split: the split to read when the task is used as documents.
       max_tokens, cut: settings of `documents`.
       allow_partial: skip records whose files are missing, in place of an error.
       evaluation_split: the split that evaluation scores by default; None: `split`.
@@ -133,13 +133,13 @@ class TextTask:
                 f"{', '.join(self.splits)}."
             )
 
-    # ------ Places of the records
+    # ------ Location of the records
 
     @property
     def root(self) -> str | None:
         """The data directory; None if none is set."""
-        place = self.data_dir or os.environ.get("FAMX_DATA_DIR")
-        return os.path.expanduser(place) if place else None
+        root = self.data_dir or os.environ.get("FAMX_DATA_DIR")
+        return os.path.expanduser(root) if root else None
 
     def prepared_name(self, split: str, data_dir: str | None = None) -> str:
         """Path of the prepared records of a split, without the numbers of their shards."""
@@ -162,7 +162,7 @@ class TextTask:
         if missing and not self.allow_partial:
             raise ConfigError(
                 f"The {split} split of '{self.name}' lacks {len(missing)} of its files, the first is "
-                f"{missing[0]}; add them, or set allow_partial to leave out what needs them. "
+                f"{missing[0]}; add them, or set allow_partial to skip their records. "
                 f"Published: {self.published}."
             )
         return Examples(records, self.preprocess)
@@ -280,7 +280,7 @@ class TextTask:
           predictions: one per example. For kind "generation", strings. For "rank", the scores of the
             choices, measured by accuracy; or strings, scored by the metrics. For "documents", pairs
             (number of tokens predicted right, number of tokens), scored by next-token accuracy.
-          indices: which examples these are; None: all, in order.
+          indices: indices of the predicted examples; None: all, in order.
           lengths: for "rank", lengths by which the scores of the choices are divided.
 
         Raises:
@@ -314,7 +314,7 @@ class TextTask:
         return scores
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """The scores of the task out of the scores by name of the task."""
+        """The scores of this task, from the scores by name of the task."""
         return dict(scores[self.name])
 
     def requests(self, example: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -331,18 +331,18 @@ class TextTask:
           scored: (log-likelihood, number of tokens) of each of its `requests`.
 
         Raises:
-          ValueError: there are more or fewer of them.
+          ValueError: the number of scores is not the number of requests.
         """
-        wanted = len(self.requests(example))
-        if len(scored) != wanted:
+        count = len(self.requests(example))
+        if len(scored) != count:
             raise ValueError(
-                f"An example of '{self.name}' has {wanted} requests, but {len(scored)} scores were given."
+                f"An example of '{self.name}' has {count} requests, but {len(scored)} scores were given."
             )
         return ranking.choice_scores(example, scored, self.scoring)
 
 
 class TaskFactory:
-    """A factory for the registry: called with settings, it returns the task with these changed."""
+    """A factory for the registry: called with settings, it returns the task with these settings."""
 
     def __init__(self, task: TextTask):
         self._task = task
@@ -365,6 +365,6 @@ def task_factories(tasks: Iterable[TextTask]) -> dict[str, TaskFactory]:
 
 
 def register_task(task: TextTask) -> TextTask:
-    """Let `famx.data.get(task.name, data_dir=..., vocabulary=...)` return the task so changed."""
+    """Register a task: `famx.data.get(task.name, data_dir=..., ...)` returns it with these settings."""
     registry.register(task.name, TaskFactory(task))
     return task

@@ -1,4 +1,4 @@
-"""Text about what a model sees of a task: decoded tokens, their loss weights, blocks and sizes.
+"""A task as the model sees it, in text: decoded tokens, their loss weights, blocks and sizes.
 
 The tokens are the targets; the inputs are the same tokens one step later, with bos in front. With
 colours, tokens of weight 1 and more are green, those between 0 and 1 yellow; without, they appear as
@@ -17,11 +17,11 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.data.rows import PackedRows, tokens_and_weights
-from famx.data.tasks import Kind, has_settings, kind_of, registry
+from famx.data.tasks import Kind, has_settings, kind_of, registry, vocabulary_of
 from famx.data.vocabularies import Vocabulary, open_vocabulary
 
 _DEFAULT_LENGTH = 1024
-_PLOTTED = 1000  # examples of a histogram at most
+_PLOTTED = 1000  # maximum number of examples in a histogram
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # categories that print nothing or move the cursor
 _RIGHT_TO_LEFT = {"R", "AL", "AN"}
 _GREEN, _YELLOW, _CYAN, _RESET = "\x1b[30;42m", "\x1b[30;43m", "\x1b[36m", "\x1b[0m"
@@ -41,7 +41,7 @@ class Rows:
       task: task that generates examples, documents, or a text task or mixture.
       length: tokens per row; None: 1024, or the shortest length of a task that generates examples if
         that is longer. Without `packed`, documents have their own lengths.
-      packed: whether documents are shown as packed rows.
+      packed: show documents as packed rows.
       seed: random seed of the order of packed rows.
 
     Raises:
@@ -59,7 +59,10 @@ class Rows:
             )
         if packed and self.made:
             raise ConfigError("This task generates its own rows; leave out --packed.")
-        self.vocab: Vocabulary = task.vocab
+        vocabulary = vocabulary_of(task)
+        if vocabulary is None:
+            raise ConfigError("These documents have no attribute vocab, so their tokens cannot be shown.")
+        self.vocab: Vocabulary = vocabulary
         self.length = length
         if self.made:
             self.length = max(task.min_length, _DEFAULT_LENGTH) if length is None else length
@@ -116,13 +119,13 @@ def render(
     color: bool = False,
     show: int | None = None,
 ) -> str:
-    """Renders a row as text for a terminal.
+    """Render a row as text for a terminal.
 
     Args:
       row: row to show.
       vocabulary: vocabulary that decodes its tokens.
       block_size: tokens per block, to mark where blocks begin; None: no marks.
-      color: whether weights are shown by colours instead of brackets.
+      color: show weights by colours instead of brackets.
       show: number of tokens to show, half of them from the end; None: all.
     """
     n = len(row.tokens)
@@ -151,16 +154,16 @@ def _render(row, vocabulary, block_size, color, start, stop) -> str:
     marks = set(range(-(-start // block_size) * block_size, stop, block_size)) if block_size else set()
     cuts = [*sorted(cuts | marks), stop] if stop > start else []
     parts = []
-    for a, b in zip(cuts, cuts[1:]):
-        if a in marks:
-            mark = f"<block {a // block_size}>"
+    for begin, end in zip(cuts, cuts[1:]):
+        if begin in marks:
+            mark = f"<block {begin // block_size}>"
             parts.append(f"{_CYAN}{mark}{_RESET}" if color else mark)
-        token = int(tokens[a])
+        token = int(tokens[begin])
         if token in special:
-            text = f"<{special[token]}>" + (f"*{b - a}" if b - a > 1 else "")
+            text = f"<{special[token]}>" + (f"*{end - begin}" if end - begin > 1 else "")
         else:
-            text = visible(vocabulary.decode(tokens[a:b].tolist()))
-        weight = float(weights[a])
+            text = visible(vocabulary.decode(tokens[begin:end].tolist()))
+        weight = float(weights[begin])
         if not weight:
             parts.append(text)
         elif color:
@@ -192,7 +195,7 @@ def inspect(
     show: int | None = None,
     message: Callable[[str], None] = print,
 ) -> dict[str, float]:
-    """Prints consecutive examples, each with its sizes.
+    """Print consecutive examples, each with its sizes.
 
     Args:
       rows: rows of the task.
@@ -229,7 +232,7 @@ def inspect(
 
 
 def sizes(rows: Rows, limit: int = _PLOTTED) -> Iterator[tuple[int, int]]:
-    """Yields (tokens, weighted tokens) for at most `limit` examples, spread evenly over all of them."""
+    """Yield (tokens, weighted tokens) for at most `limit` examples, spread evenly over all of them."""
     count = limit if rows.size is None else min(limit, rows.size)
     for k in range(count):
         row = rows[k if rows.size is None else k * rows.size // count]
@@ -237,7 +240,7 @@ def sizes(rows: Rows, limit: int = _PLOTTED) -> Iterator[tuple[int, int]]:
 
 
 def plot(lengths: Sequence[tuple[int, int]], path: str, title: str) -> None:
-    """Writes histograms of lengths as a PNG file.
+    """Write histograms of lengths as a PNG file.
 
     Args:
       lengths: (tokens, weighted tokens) of each example, see `sizes`.
@@ -280,7 +283,7 @@ def open_rows(
     packed: bool = False,
     seed: int = 0,
 ) -> Rows:
-    """Opens the rows of a registered task.
+    """Open the rows of a registered task.
 
     Args:
       name: name of the task.
@@ -315,7 +318,7 @@ def inspect_task(
     plot_file: str | None = None,
     **shown: Any,
 ) -> None:
-    """Prints examples of a task by its name, and plots the lengths of many.
+    """Print examples of a registered task, and plot the lengths of many.
 
     Args:
       name, options, split, length, packed, seed: see `open_rows`.

@@ -2,15 +2,18 @@
 
 The source is a folder or an archive (zip, tar, tar.gz, tar.bz2, tar.xz), or a folder that contains such
 archives. The records are written to DATA_DIR/TASK/SPLIT.tfrecord-00000-of-00001, each split completely or
-not at all; an interrupted preparation resumes at the next split.
+not at all; an interrupted preparation resumes at the first split that was not written.
 """
 
+import errno
 import hashlib
+import lzma
 import os
 import re
 import shutil
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 
 from famx.base.errors import ConfigError
@@ -18,10 +21,11 @@ from famx.base.files import new_directory, write_json
 from famx.base.progress import Progress
 from famx.data.formats.texts import EmptySplit
 from famx.data.storage import TFRecordRecords, complete_shards, write_tfrecords
-from famx.data.tasks import Mixture, TextTask, registry
+from famx.data.tasks import Mixture, Suite, TextTask, registry
 from famx.data.tasks.examples import Examples, Records
 
 _ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tar\.xz)$", re.IGNORECASE)
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
 
 
 def prepare(
@@ -32,13 +36,13 @@ def prepare(
     num_shards: int = 1,
     message: Callable[[str], None] = print,
 ) -> dict[str, dict[str, int]]:
-    """Writes the records of a task, or of all tasks of a mixture, with `prepared.json` next to them.
+    """Write the records of a task, or of all tasks of a mixture, with `prepared.json` next to them.
 
     Args:
       task: task, or its name.
       source: folder or archive of the official files.
       data_dir: directory of the records; None: FAMX_DATA_DIR.
-      allow_partial: whether splits may be missing, or have other numbers of records than published.
+      allow_partial: accept missing splits, and other numbers of records than published.
       num_shards: number of files per split.
       message: called with each line of the report.
 
@@ -46,8 +50,8 @@ def prepare(
       The number of examples per task and split.
 
     Raises:
-      ConfigError: the task is unknown or needs no preparation, the source or the data directory
-        cannot be used, or files are missing or not the published ones.
+      ConfigError: the task is unknown, a suite, or needs no preparation; the source or the data
+        directory cannot be used; or files are missing or not the published ones.
       ValueError: a file is broken; the sentence names it and, for a text file, the line.
     """
     if isinstance(task, str):
@@ -55,8 +59,11 @@ def prepare(
             task = registry.get(task)
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
+    if isinstance(task, Suite):
+        members = ", ".join(member.name for member in task.tasks)
+        raise ConfigError(f"'{task.name}' is a suite; prepare its tasks one by one: {members}.")
     if not isinstance(task, TextTask | Mixture):
-        raise ConfigError("This task generates its examples; it needs no preparation.")
+        raise ConfigError("This task reads no published data set; it needs no preparation.")
     data_dir = data_dir or os.environ.get("FAMX_DATA_DIR")
     if not data_dir:
         raise ConfigError("There is no directory for the records; give --data_dir or set FAMX_DATA_DIR.")
@@ -72,12 +79,12 @@ def prepare(
         raise ConfigError(f"The data directory {data_dir} cannot be made: {error.strerror}.") from error
     message(f"Reading {source}.")
     folders = _folders(source, tasks)
-    opened = {one.name: _open(one, folders) for one in tasks}
-    lacking = [one for one in tasks if len(opened[one.name][0]) < len(one.splits)]
-    unpacked = [_unpack(archive, data_dir, message) for archive in _archives(source, lacking)]
-    folders = [place for folder in unpacked for place in _folders(folder, tasks)] + folders
+    opened = {member.name: _open(member, folders) for member in tasks}
+    incomplete = [member for member in tasks if len(opened[member.name][0]) < len(member.splits)]
+    unpacked = [_unpack(archive, data_dir, message) for archive in _archives(source, incomplete)]
+    folders = [inner for folder in unpacked for inner in _folders(folder, tasks)] + folders
     if unpacked:
-        opened |= {one.name: _open(one, folders) for one in lacking}
+        opened |= {member.name: _open(member, folders) for member in incomplete}
     problems = [text for _, texts in opened.values() for text in texts]
     nothing = not any(splits for splits, _ in opened.values())
     if nothing or (problems and not allow_partial):
@@ -90,8 +97,8 @@ def prepare(
     for text in problems:
         message(f"Not as published: {text}.")
     counts = {
-        one.name: _write(one, opened[one.name][0], data_dir, num_shards, message)
-        for one in tasks if opened[one.name][0]
+        member.name: _write(member, opened[member.name][0], data_dir, num_shards, message)
+        for member in tasks if opened[member.name][0]
     }  # fmt: skip
     for folder in unpacked:
         shutil.rmtree(folder)
@@ -99,7 +106,7 @@ def prepare(
 
 
 def _open(task: TextTask, folders: Sequence[str]) -> tuple[dict[str, Records], list[str]]:
-    """Opens the splits of a task; returns {split: records} and a sentence part for each problem."""
+    """Open the splits of a task; return {split: records} and part of a sentence for each problem."""
     splits, problems = {}, []
     for split in task.splits:
         missing, empty = None, None
@@ -116,9 +123,9 @@ def _open(task: TextTask, folders: Sequence[str]) -> tuple[dict[str, Records], l
             continue
         records = splits[split]
         rows, wanted = getattr(records, "num_rows", len(records)), task.counts.get(split)
-        lost = getattr(records, "missing", ())
-        if lost:
-            problems.append(f"{len(lost)} files of the {split} split are missing, first {lost[0]}")
+        files = getattr(records, "missing", ())
+        if files:
+            problems.append(f"{len(files)} files of the {split} split are missing, first {files[0]}")
         if wanted is not None and rows != wanted:
             problems.append(f"the {split} split of '{task.name}' has {rows} rows instead of {wanted}")
     if not splits:  # one problem says enough
@@ -157,12 +164,12 @@ def _names(tasks: Sequence[TextTask]) -> set[str]:
 
 
 def _folders(source: str, tasks: Sequence[TextTask]) -> list[str]:
-    """The source, its folders and their folders; those with the name of a task come first."""
+    """The source and its folders, two levels deep; those with the name of a task come first."""
     if os.path.isfile(source):
         return []
     folders, level = [source], [source]
     for _ in range(2):
-        inner = [x.path for place in level for x in os.scandir(place) if x.is_dir()]
+        inner = [x.path for folder in level for x in os.scandir(folder) if x.is_dir()]
         level = sorted(path for path in inner if not os.path.basename(path).startswith("."))
         folders += level
     names = _names(tasks)
@@ -179,7 +186,7 @@ def _archives(source: str, tasks: Sequence[TextTask]) -> list[str]:
 
 
 def _unpack(archive: str, data_dir: str, message: Callable[[str], None]) -> str:
-    """Unpacks an archive; returns the folder, which stays until all records are written, for a resume."""
+    """Unpack an archive; return the folder, which is kept until all records are written."""
     facts = os.stat(archive)
     key = hashlib.sha256(f"{archive} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = os.path.join(data_dir, f".unpacked-{key}")
@@ -194,7 +201,9 @@ def _unpack(archive: str, data_dir: str, message: Callable[[str], None]) -> str:
             else:
                 with tarfile.open(archive) as file:
                     file.extractall(inner, filter="data")
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        except (*_DAMAGED, OSError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
             raise ConfigError(
                 f"{archive} cannot be unpacked as zip or tar ({error}); download it again."
             ) from error

@@ -32,8 +32,9 @@ def as_vocabulary(
       words: makes the vocabulary `"words"`; None if the task has no word list.
 
     Raises:
-      ConfigError: no such file exists, or a saved vocabulary is damaged.
-      ValueError: the value is not a vocabulary, or the tokenizer file cannot be read.
+      ConfigError: the value is not a vocabulary, no such file exists, a package is missing, or a saved
+        vocabulary is damaged.
+      ValueError: the tokenizer file cannot be read.
     """
     if not isinstance(vocabulary, str | os.PathLike):
         if not hasattr(vocabulary, "encode"):
@@ -50,8 +51,8 @@ def as_vocabulary(
             f"'{vocabulary}' is not a vocabulary, and no such path exists; choose {choices}."
         )
     file = _vocabulary_file(path)
-    facts = file.stat()
-    return _read_vocabulary(file, facts.st_mtime_ns, facts.st_size)
+    stat = file.stat()
+    return _read_vocabulary(file, stat.st_mtime_ns, stat.st_size)
 
 
 def _vocabulary_file(path: pathlib.Path) -> pathlib.Path:

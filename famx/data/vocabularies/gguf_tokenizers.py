@@ -91,7 +91,7 @@ def _byte_level(use_regex: bool) -> dict[str, Any]:
 
 
 def _words(digits: str) -> list[dict[str, Any]]:
-    """The steps of Llama 3: a line break ends a word; `digits` is the regex count of joined digits."""
+    """The steps of Llama 3: a line break ends a word; `digits` is the regex quantifier of digits."""
     return [
         _split(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
@@ -130,8 +130,8 @@ def _byte_pair_file(
     rule = PRE_TOKENIZERS[name]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise ValueError(f"'{path}' has the token {twice!r} twice; every token must have one id.")
+        repeated = next(token for i, token in enumerate(tokens) if vocab[token] != i)
+        raise ValueError(f"'{path}' has the token {repeated!r} twice; every token must have one id.")
     merges = get("ggml.merges")
     if merges is None:
         raise ValueError(f"'{path}' has no merges (tokenizer.ggml.merges); fetch another file.")

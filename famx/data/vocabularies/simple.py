@@ -75,8 +75,8 @@ class WordVocabulary(Vocabulary):
                 )
         self._id_of = {word: self.num_special_ids + i for i, word in enumerate(self.words)}
         if len(self._id_of) != len(self.words):
-            twice = next(w for i, w in enumerate(self.words) if w in self.words[:i])
-            raise ValueError(f"'{twice}' is twice in the list of words; give each word once.")
+            repeated = next(w for i, w in enumerate(self.words) if w in self.words[:i])
+            raise ValueError(f"'{repeated}' occurs twice in the list of words; give each word once.")
         self.vocab_size = self.num_special_ids + len(self.words)
 
     def encode(self, text: str) -> list[int]:

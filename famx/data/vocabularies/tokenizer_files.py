@@ -70,18 +70,18 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     if file.is_file():
         try:
             config = dict(json.loads(file.read_bytes()))
-        except (ValueError, TypeError) as error:
+            if isinstance(config.get("chat_template"), list):  # several, by name
+                named = {entry["name"]: entry["template"] for entry in config["chat_template"]}
+                config["chat_template"] = named.get("default")
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"'{file}' is damaged ({error}); fetch it again.") from error
-    if isinstance(config.get("chat_template"), list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in config["chat_template"]}
-        config["chat_template"] = named.get("default")
     if template.is_file():
         config["chat_template"] = template.read_text(encoding="utf-8")
     return config
 
 
 class FileVocabulary(Vocabulary):
-    """Base of both kinds. `content` is the file to save, whichever kind of file was read.
+    """Base class of both kinds. `content` is the file to save, also after reading a GGUF file.
 
     A vocabulary is pickled with its content, so unpickling does not need the file.
     """
@@ -145,8 +145,8 @@ class FileVocabulary(Vocabulary):
             if i < self._size and i not in self._unspelled:
                 free = sorted(self._unspelled - {ids[other] for other in _IDS if other != name})
                 raise ValueError(
-                    f"{name} {i} is not free: no text may encode to it. Free are {self._size}, which "
-                    f"is then appended, and of the file's ids {free[:8] or 'none'}."
+                    f"{name} {i} is not free: no text may encode to it. Free ids are {self._size}, which "
+                    f"is then appended, and in the file {free[:8] or 'none'}."
                 )
         if "pad_id" not in given and (ids["pad_id"] in owner or ids["pad_id"] not in self._unspelled):
             ids["pad_id"] = max(self._size, *(i + 1 for i in owner), 0)
@@ -259,7 +259,7 @@ class BytePairVocabulary(FileVocabulary):
                 )
 
     def _tokenizer(self, special: bool):
-        """The library's tokenizer; `special`: whether it recognises special tokens in a text."""
+        """Make the library's tokenizer; with `special`, it recognises special tokens in a text."""
         library = optional_package("tokenizers", "Byte-level BPE vocabularies")
         try:
             spec = json.loads(self.content)
@@ -273,11 +273,11 @@ class BytePairVocabulary(FileVocabulary):
             raise ValueError("this is not a whole tokenizer.json; fetch it again.") from error
         try:
             tokenizer = library.Tokenizer.from_str(self.content.decode("utf-8"))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises Exception itself
             raise ValueError(f"the tokenizers library refuses this file ({error}).") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = not special  # True: encode their text like any other
+        tokenizer.encode_special_tokens = not special  # True: they are encoded as plain text
         return tokenizer
 
     @functools.cached_property

@@ -54,7 +54,7 @@ def test_bad_records_get_a_sentence(tmp_path):
                                          "columns are body, inputs"):  # fmt: skip
         own_jsonl(path)
     path = write(tmp_path / "a.jsonl", [{"text": "x"}, {"text": None}])
-    with pytest.raises(ValueError, match="Column 'text' holds 'None', which is no text"):
+    with pytest.raises(ValueError, match="Column 'text' contains 'None', which is not text"):
         own_jsonl(path, validation_files=path).examples("train")[1]
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text"\n')
     with pytest.raises(ValueError, match="Line 2 of .*a.jsonl is broken JSON"):
