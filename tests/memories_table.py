@@ -31,7 +31,7 @@ def add(description: str):
 
 
 def oracle_of(memory: Memory):
-    """The numpy oracle of a decoder with this memory, or None where it has none."""
+    """The numpy oracle of a decoder with this memory, or None if there is none."""
     from modules.infini_oracle import InfiniOracle
     from modules.oracle import Oracle
 

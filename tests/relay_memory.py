@@ -1,4 +1,4 @@
-"""A memory that is made at the top of the stack, as Recurrent Memory Transformer's, for tests alone."""
+"""A memory made at the top of the stack, as in the Recurrent Memory Transformer; for tests only."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,8 +15,8 @@ from famx.modules.memory import Memory, Opened
 class Relay(Memory):
     """`length` rows that climb the layers before a block's tokens, and again when the block is full.
 
-    What arrives at the top after a block is the memory `[B, N, D]`. Residuals let it grow from block to
-    block, so that it is brought back to RMS 1.
+    Their output at the top after a block is the memory `[B, N, D]`. Residual connections let it grow from
+    block to block, so it is normalised to RMS 1.
     """
 
     kind: ClassVar[str] = "relay"
@@ -53,6 +53,9 @@ class Relay(Memory):
 
     def axes(self):
         return ("memory", "embed")
+
+    def figures(self, parameters, memory):
+        return {"rms": jnp.sqrt(jnp.mean(jnp.square(memory)))}
 
     def _angles(self, layer, block, here):
         end = ((block + 1) * layer.config.block_size + here.offset)[:, None]

@@ -230,7 +230,7 @@ def test_predictions_are_greedy_for_prompts_of_different_lengths():
     tokens = make_batch(seed=1)["decoder_input_tokens"]
     tokens[:, 0] = 0
     sizes = [LENGTH - 7, 1, LENGTH]
-    # The prompt is marked one place further than it is long: see `predict`.
+    # Begin of text is marked too: see `predict`.
     causal = (np.arange(LENGTH) < np.array(sizes)[:, None]).astype(np.int32)
     batch = {"decoder_input_tokens": tokens, "decoder_causal_attention": causal}
     model = make_model()

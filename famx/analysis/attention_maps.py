@@ -20,7 +20,7 @@ from famx.mesh import make_mesh, make_rules, on_mesh
 
 __all__ = ["AttentionMaps", "AttentionReader", "AttentionSummary", "read_maps", "token_text"]
 
-_MAX_BYTES = 4 << 30  # limit for the size of the kept maps
+_MAX_BYTES = 4 << 30  # limit on the size of the kept maps
 
 
 def read_maps(

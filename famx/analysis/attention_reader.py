@@ -34,8 +34,8 @@ class LayerInputs:
     Attributes:
       queries: queries of the block's tokens `[layers, S, H, Dh]`.
       keys: keys of the past blocks and of the block itself `[layers, M + 1, S, K, Dh]`.
-      memory_queries: queries of the memory while it compresses the block, `[layers, N, H, Dh]`; without
-        any where the memory does not attend.
+      memory_queries: queries of the memory while it compresses the block, `[layers, N, H, Dh]`;
+        `[layers, 0, H, Dh]` if the memory does not attend.
       memory_keys: keys that the memory gives the tokens, `[layers, N, K, Dh]`.
     """
 
@@ -79,7 +79,7 @@ class AttentionReader:
         if top < 1:
             raise ValueError(f"top must be at least 1, got {top}.")
         top = min(top, c.block_size)
-        self._rows = c.memory_columns if c.memory.attends else 0  # memory tokens that attend themselves
+        self._rows = c.memory_columns if c.memory.attends else 0  # number of memory tokens that attend
         decoder = Decoder(c)
 
         @functools.partial(jax.jit, static_argnames="aligned")
@@ -89,6 +89,8 @@ class AttentionReader:
                 {"params": params}, tokens, state, valid, aligned, method="read", mutable=[INPUTS]
             )
             layers = collections[INPUTS]["layers"]
+            if c.memory.through_depth and not (aligned and c.block_size == tokens.shape[1]):
+                layers = jax.tree.map(lambda x: x[0], layers)  # the first chunk, one block, of several
             first = lambda name: layers[name][0][:, 0]  # of the only example; memory_queries: first block
             queries = jnp.zeros((c.num_layers, 0, c.num_heads, c.head_dim), c.dtype)
             if c.memory.attends:
@@ -156,31 +158,31 @@ class AttentionReader:
         layers = _choice("layer", layers, c.num_layers)
         heads = _choice("head", heads, c.num_heads)
         if state is not None and state.batch_size != 1:
-            raise ValueError(f"Maps are of one text, but the state holds {state.batch_size}.")
+            raise ValueError(f"Maps are of one text, but the state has {state.batch_size} examples.")
         wanted = None if blocks is None else set(blocks)
         recent = collections.deque(maxlen=max((-b for b in wanted or () if b < 0), default=0))
-        kept, counts, figures = {}, [], collections.defaultdict(list)
+        kept, counts, figures = {}, [], collections.defaultdict(list)  # kept: arrays of each kept block
 
         def keep(index, slots, ids, inputs):
-            found = [self._maps(inputs, layer, np.array(heads), index) for layer in layers]
-            kept[index] = slots, ids, *(np.stack(list(map(np.asarray, part))) for part in zip(*found))
+            maps = [self._maps(inputs, layer, np.array(heads), index) for layer in layers]
+            kept[index] = slots, ids, *(np.stack(list(map(np.asarray, part))) for part in zip(*maps))
 
-        for record, found in self._steps(params, pieces, state):
+        for record, of_block in self._steps(params, pieces, state):
             index, (start, end), *_ = record
             counts.append(end - start)
-            for name, x in found.items():
+            for name, x in of_block.items():
                 figures[name].append(x)
             if wanted is None or index in wanted:
                 keep(*record)
             recent.append(record)
         if not counts:
             raise ValueError("There is nothing to read: give at least one token.")
-        behind, first = index + 1, index + 1 - len(counts)
+        stop, first = index + 1, index + 1 - len(counts)
         for record in recent:
-            if record[0] - behind in wanted and record[0] not in kept:
+            if record[0] - stop in wanted and record[0] not in kept:
                 keep(*record)
         for b in sorted(wanted or ()):
-            if not first <= (b + behind if b < 0 else b) < behind:
+            if not first <= (b + stop if b < 0 else b) < stop:
                 raise ValueError(f"There is no block {b}: the text has the blocks {first} to {index}.")
 
         summary = self._summary(first, counts, figures)
@@ -205,7 +207,7 @@ class AttentionReader:
         )  # fmt: skip
 
     def _steps(self, params, pieces, state):
-        """Reads block by block; yields `(index, (first slot, end), window's ids, inputs)`, figures."""
+        """Reads block by block; yields `(index, (first slot, end), window ids, inputs)` and figures."""
         c = self.config
         state = self._initial(params) if state is None else state
         index, start = divmod(int(state.position[0]), c.block_size)
@@ -215,10 +217,12 @@ class AttentionReader:
             check_ids(ids, c.vocab_size)
             check_position(np.array([index * c.block_size + end], np.int64))
             window[-1, start:end] = ids
-            tokens = np.zeros((1, max(c.block_size, 2)), np.int32)  # 1 would take the token path
+            # A single token would not be read as a chunk.
+            tokens = np.zeros((1, max(c.block_size, 2)), np.int32)
             tokens[0, : len(ids)] = ids
             state, inputs, figures = self._step(params, state, tokens, len(ids), aligned=start == 0)
-            figures = jax.tree.map(np.array, figures)  # copies: a view would keep the device's
+            # Copies: a view would keep the device's array.
+            figures = jax.tree.map(np.array, figures)
             if self._rows and end == c.block_size:
                 figures["source_ids"] = window[-1][figures["source_slots"]]
             else:
@@ -229,15 +233,15 @@ class AttentionReader:
             index, start = index + 1, 0
 
     def _summary(self, first, counts, figures):
-        """The figures of all blocks, of length 0 where no block gave one."""
+        """Summary of all blocks; arrays have length 0 if no block has that figure."""
         c = self.config
         shapes = {"written": (self._rows,), "place": (self._rows,), "read": (c.memory_columns,)}
         shapes |= dict.fromkeys(("source_slots", "source_ids", "source_weights"), (self._rows, 0))
         gathered = {}
         for field in dataclasses.fields(AttentionSummary)[2:]:
-            whole = field.name in ("source_slots", "source_ids")
+            is_int = field.name in ("source_slots", "source_ids")
             shape = (0, c.num_layers, *shapes.get(field.name, (c.num_heads,)))
-            empty = np.zeros(shape, np.int32 if whole else np.float32)
+            empty = np.zeros(shape, np.int32 if is_int else np.float32)
             gathered[field.name] = np.stack(figures[field.name]) if figures[field.name] else empty
         return AttentionSummary(first, np.array(counts, np.int32), **gathered)
 
@@ -266,13 +270,13 @@ def _figures(config: DecoderConfig, inputs: LayerInputs, block, start, end, top)
     m = memory_probabilities(config, inputs)
     sources = m[..., n:].mean(0)
     written = sources.sum(-1)
-    weights, found = jax.lax.top_k(sources, top)
+    weights, source_slots = jax.lax.top_k(sources, top)
     return out | {
         "memory_on_memory": m[..., :n].sum(-1).mean(-1),
         "memory_entropy": entropy(m).mean(-1),
         "written": written,
         "place": sources @ slots.astype(m.dtype) / jnp.maximum(written, jnp.finfo(m.dtype).tiny),
-        "source_slots": found.astype(jnp.int32),
+        "source_slots": source_slots.astype(jnp.int32),
         "source_weights": weights,
     }
 
@@ -286,10 +290,10 @@ def _blocks(pieces: Iterable[Sequence[int]], size: int, first: int) -> Iterator[
 
 
 def _choice(name: str, chosen: Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """The indices `chosen`, each once; None: all `count`."""
+    """The indices `chosen` without repetition; None: all `count`."""
     chosen = range(count) if chosen is None else chosen
     if not len(chosen):
-        raise ValueError(f"No {name} is named: name one, or leave them out for all.")
+        raise ValueError(f"No {name} is selected: select at least one, or leave {name}s out for all.")
     for i in chosen:
         if not 0 <= i < count:
             raise ValueError(f"There is no {name} {i}: the model has {name}s 0 to {count - 1}.")

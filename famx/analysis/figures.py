@@ -21,6 +21,7 @@ MEMORY, PAST, OWN, UNSEEN = "#E69F00", "#56B4E9", "#009E73", "#E4E4E4"
 _LABELLED = 120  # maximum number of tokens per axis that get a label each
 _DRAWN = 1000  # maximum number of rows or columns drawn without pooling
 _STRIP = 6  # width of the coloured margin in points
+_NO_ATTENTION = "the memory attended to no block"
 _SCALE = matplotlib.colormaps["cividis"].with_extremes(bad=UNSEEN)
 
 
@@ -84,7 +85,7 @@ def mass_figure(summary: AttentionSummary) -> Figure:
         axes.set_title(title)
         axes.set_xlabel("layer")
         if means[names[0]] is None:
-            _nothing(axes, "the memory was never updated")
+            _nothing(axes, _NO_ATTENTION)
             continue
         layers, bottom = np.arange(len(means[names[0]])), 0
         for name in names:
@@ -115,7 +116,7 @@ def entropy_figure(summary: AttentionSummary) -> Figure:
         axes.set_xlabel("block")
         axes.set_ylabel("entropy (nats)")
         if not len(values):
-            _nothing(axes, "the memory was never updated")
+            _nothing(axes, _NO_ATTENTION)
             continue
         blocks = summary.first_block + np.arange(len(values))
         for layer, color in enumerate(line_colors(values.shape[1])):
@@ -148,7 +149,7 @@ def travel_figure(summary: AttentionSummary, layer: int) -> Figure:
         axes.set_ylabel("memory token")
         axes.set_facecolor(UNSEEN)
         if not values.size:
-            _nothing(axes, "there is no memory" if not count else "the memory was never updated")
+            _nothing(axes, "there are no memory tokens" if not count else _NO_ATTENTION)
             continue
         values = values[:, layer].T
         top = 1 if name == "written" else max(values.max(), 1e-6)
@@ -288,14 +289,15 @@ def _pooled(values):
 
 
 def _nothing(axes, sentence: str):
+    """Writes a sentence in place of a plot."""
     axes.text(0.5, 0.5, sentence, ha="center", va="center", transform=axes.transAxes, fontsize=9)
 
 
 def line_colors(count: int):
     """Colours for `count` lines: Okabe and Ito's palette for up to 7, a colour map for more."""
-    few = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-    if count <= len(few):
-        return few[:count]
+    palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    if count <= len(palette):
+        return palette[:count]
     return matplotlib.colormaps["viridis"](np.linspace(0, 0.95, count))
 
 

@@ -23,8 +23,9 @@ _FORMAT = 1
 class AttentionSummary:
     """Statistics of the attention in every block, including those whose maps were not kept.
 
-    `T` is the number of blocks read and `U` the number of completed ones, which updated the memory; only
-    the last block can be incomplete. Values are averaged over the tokens that were read of a block.
+    `T` is the number of blocks read and `U` the number of completed ones, to which the memory attended; 0
+    if it does not attend (`Memory.attends`). Only the last block can be incomplete. Values are averaged
+    over the tokens that were read of a block.
     Shares are fractions of attention, entropies are in nats. Floating-point arrays are float32, or
     float64 if the model computes in it.
 
@@ -72,14 +73,14 @@ class AttentionSummary:
 
     @property
     def updates(self) -> int:
-        """Number of memory updates, `U`; 0 without memory."""
+        """Number of blocks to which the memory attended in an update, `U`."""
         return len(self.written)
 
     def mean(self, name: str) -> np.ndarray | None:
         """Mean of a field over all tokens, or over all updates for a field of the memory.
 
         Returns:
-          An array `[layers, ...]`, or None if there were no updates.
+          An array `[layers, ...]`, or None if the memory attended to no block.
         """
         values = getattr(self, name)
         if not len(values):
@@ -120,7 +121,8 @@ class AttentionMaps:
       tokens: attention of the block's tokens, `[blocks, layers, heads, S, N + M * S + S]`. Rows add up
         to 1; those of slots that were not read are 0.
       memory: attention of the memory while it compresses the block, `[blocks, layers, heads, N, N + S]`;
-        0 for an incomplete block, which does not update the memory.
+        0 for an incomplete block, which does not update the memory. No rows if the memory does not
+        attend.
       texts: text of each token id that occurs in `ids` or in the summary.
       summary: statistics of all blocks, layers and heads.
     """
@@ -188,7 +190,7 @@ class AttentionMaps:
           For each memory token a list of `(slot, text, attention)`, strongest first.
 
         Raises:
-          ValueError: the layer does not exist, or the block did not update the memory.
+          ValueError: the layer does not exist, or the memory did not attend to the block.
         """
         summary = self.summary
         layers = summary.on_memory.shape[1]
@@ -196,7 +198,7 @@ class AttentionMaps:
             raise ValueError(f"There is no layer {layer}: the model has layers 0 to {layers - 1}.")
         update = block - summary.first_block
         if not 0 <= update < summary.updates:
-            raise ValueError(f"Block {block} did not update the memory, so there are no sources.")
+            raise ValueError(f"The memory did not attend to block {block}, so there are no sources.")
         parts = summary.source_slots, summary.source_ids, summary.source_weights
         return [
             [(int(slot), self.text(token), float(weight)) for slot, token, weight in zip(*sources)]

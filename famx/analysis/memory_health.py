@@ -26,8 +26,9 @@ class MemoryHealth:
         `memory_on_itself`, the share of the memory's attention on itself rather than on the block that
         it compresses.
       updates: numbers of updates after which `figures` were measured: 1, 2, 4, ... and the last.
-      figures: scalars of `Memory.figures`, `{name: float64 [len(updates), layers]}`. FAM has `rms`, the
-        root mean square over examples, memory tokens and width.
+      figures: scalars of `Memory.figures`, `{name: float64 [len(updates), layers]}`, with one layer for a
+        memory `through_depth`. FAM has `rms`, the root mean square over examples, memory tokens and
+        width.
     """
 
     shares: Mapping[str, np.ndarray]
@@ -65,6 +66,10 @@ class MemoryMonitor:
         self.config = dataclasses.replace(module.config, blocks_per_chunk=1, remat="none")
         decoder = Decoder(self.config)
         figures = jax.vmap(self.config.memory.figures)  # over layers
+        if self.config.memory.through_depth:  # one memory for all layers
+            figures = lambda *args: {
+                name: x[None] for name, x in self.config.memory.figures(*args).items()
+            }
 
         @jax.jit
         def step(params, state, tokens):

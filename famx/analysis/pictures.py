@@ -59,14 +59,14 @@ def make_picture(maps, layer: int, head: int | None, blocks: int | Sequence[int]
     blocks = sorted(set(maps.blocks if blocks is None else np.atleast_1d(blocks).tolist()))
     if not blocks:
         raise ValueError("There is nothing to draw: no block was kept.")
-    places = {block: maps.index(layer, head, block) for block in blocks}
+    indices = {block: maps.index(layer, head, block) for block in blocks}
     n, segments, size = maps.memory_columns, maps.memory_segments, maps.block_size
     memory = lambda block: [(block, slot, True) for slot in range(n)]
     updated = lambda block: maps.memory.shape[3] and maps.completed(block)
     tokens = lambda block, first=0, end=size: [(block, slot, False) for slot in range(first, end)]
 
     shown, rows = {}, []  # shown: token ids of each block in the picture
-    for block, (i, *_) in places.items():
+    for block, (i, *_) in indices.items():
         first, end = maps.slots[i].tolist()
         past = range(max(block - segments, 0), block + 1)
         shown |= dict(zip(past, maps.ids[i].reshape(-1, size)[-len(past) :]))
@@ -74,7 +74,7 @@ def make_picture(maps, layer: int, head: int | None, blocks: int | Sequence[int]
         rows += (memory(block) if updated(block) else []) + tokens(block, first, end)
     columns = []
     for block in sorted(shown):
-        columns += (memory(block) if block in places else []) + tokens(block, end=len(shown[block]))
+        columns += (memory(block) if block in indices else []) + tokens(block, end=len(shown[block]))
 
     column_of = {entry: i for i, entry in enumerate(columns)}
     row_of = {entry: i for i, entry in enumerate(rows)}
@@ -82,12 +82,12 @@ def make_picture(maps, layer: int, head: int | None, blocks: int | Sequence[int]
 
     def put(queries, keys, probabilities):
         # Keys of the window that hold no token have no column.
-        inside = [key in column_of for key in keys]
-        at = [column_of[key] for key in keys if key in column_of]
-        values[np.ix_([row_of[query] for query in queries], at)] = probabilities[:, inside]
+        exists = [key in column_of for key in keys]
+        column = [column_of[key] for key in keys if key in column_of]
+        values[np.ix_([row_of[query] for query in queries], column)] = probabilities[:, exists]
 
     slots = np.arange(size)
-    for block, (i, j, h) in places.items():
+    for block, (i, j, h) in indices.items():
         of_memory, of_tokens = (
             x.mean(axis=0) if h is None else x[h] for x in (maps.memory[i, j], maps.tokens[i, j])
         )

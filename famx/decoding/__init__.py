@@ -1,4 +1,4 @@
-"""Reading without end and writing from what was read; needs jax and flax alone."""
+"""Streaming of texts of any length, and generation from what was read; needs only jax and flax."""
 
 from famx.decoding.generation import Generation, Sampling, generate
 from famx.decoding.streaming import Streamer

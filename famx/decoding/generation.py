@@ -50,9 +50,9 @@ class Generation:
     Attributes:
       tokens: generated tokens, int32 `[B, max_new_tokens]`, 0 after an example's end.
       lengths: number of generated tokens, int32 `[B]`, a stop token included.
-      log_likelihood: log-likelihood of the tokens under the model, float32 `[B]`; temperature, `top_k`
-        and `top_p` do not change it.
-      logits: logits after the last token, float32 `[B, V]`.
+      log_likelihood: log-likelihood of the tokens under the model, at least float32 `[B]`; temperature,
+        `top_k` and `top_p` do not change it.
+      logits: logits after the last token, at least float32 `[B, V]`.
       state: `DecoderState` that has read each example's prompt and generated tokens, and no others.
     """
 
@@ -99,17 +99,15 @@ def generate(
     def write(carry):
         out, active, _, window = carry
         log_p = jax.nn.log_softmax(out.logits)
-        now = None if keys is None else jax.vmap(jax.random.fold_in)(keys, out.lengths)
-        token = jnp.where(active, choose(out.logits, sampling, now), 0)
+        token_keys = None if keys is None else jax.vmap(jax.random.fold_in)(keys, out.lengths)
+        token = jnp.where(active, choose(out.logits, sampling, token_keys), 0)
         picked = jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0]
         count = active.astype(jnp.int32)
-        hidden, state, window = apply(
-            "read_tokens", token[:, None], count, out.state, window, unroll
-        )
+        hidden, state, window = apply("read_tokens", token[:, None], count, out.state, window, unroll)
         logits = apply("logits", hidden[:, 0]).astype(log_p.dtype)
-        place = jnp.where(active, out.lengths, limit)
+        index = jnp.where(active, out.lengths, limit)  # `limit` is out of bounds: dropped
         out = Generation(
-            out.tokens.at[examples, place].set(token, mode="drop"),
+            out.tokens.at[examples, index].set(token, mode="drop"),
             out.lengths + count,
             out.log_likelihood + jnp.where(active, picked, 0),
             jnp.where(active[:, None], logits, out.logits),
@@ -162,10 +160,11 @@ def restrict(logits, top_k: int | None, top_p: float):
         return logits
     order = jnp.argsort(-logits, axis=-1, stable=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
-    kept = jnp.arange(vocab_size) < (top_k or vocab_size)
+    allowed = jnp.arange(vocab_size) < (top_k or vocab_size)
     if top_p < 1:
-        p = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-        kept = kept & (jnp.cumsum(p, axis=-1) - p < top_p)
+        p = jax.nn.softmax(jnp.where(allowed, ranked, -jnp.inf), axis=-1)
+        allowed = allowed & (jnp.cumsum(p, axis=-1) - p < top_p)
     rows = jnp.arange(logits.shape[0])[:, None]
-    kept = jnp.zeros(logits.shape, bool).at[rows, order].set(jnp.broadcast_to(kept, logits.shape))
-    return jnp.where(kept, logits, -jnp.inf)
+    allowed = jnp.broadcast_to(allowed, logits.shape)
+    allowed = jnp.zeros(logits.shape, bool).at[rows, order].set(allowed)
+    return jnp.where(allowed, logits, -jnp.inf)

@@ -10,7 +10,7 @@ import numpy as np
 from famx.decoding.generation import Generation, Sampling, generate
 from famx.modules import Decoder, DecoderState
 
-_BLOCKS = 8  # whole blocks per call: enough to hide the call, few enough to stay small
+_BLOCKS = 8  # whole blocks per call: enough to hide the cost of a call, few enough for a small program
 _PART_WIDTHS = (1, 16, 256)  # tokens per call within a block
 _HEAD_TOKENS = 256  # tokens whose logits exist at the same time
 _MAX_POSITION = 2**31 - 1  # int32
@@ -25,7 +25,8 @@ class Streamer:
 
     Args:
       module: the decoder.
-      zero_memory: set the memory to zero before every piece, to measure what it contributes.
+      zero_memory: set the memory to zero before every piece that is read, to measure what it contributes;
+        `generate` leaves it as it is.
     """
 
     def __init__(self, module: Decoder, zero_memory: bool = False):
@@ -217,7 +218,7 @@ class Streamer:
             left = np.asarray(lengths, np.int64).copy()
         if aligned and (lengths is not None or length % size):
             raise ValueError(
-                f"{length} tokens do not fill whole blocks of {size}: pad them, or do not promise it."
+                f"{length} tokens do not fill whole blocks of {size}: pad them, or leave out `aligned`."
             )
         position = np.zeros(batch, np.int64) if aligned else np.asarray(state.position, np.int64)
         check_position(position + left)
@@ -226,9 +227,9 @@ class Streamer:
         phase, done = position % size, np.zeros(batch, np.int64)
         pieces = []
         while left.any():
-            whole = (phase == 0) & (left >= size)
+            full = (phase == 0) & (left >= size)
             # Examples within a block are first read to its end; the remainders of all come last.
-            parts = (left > 0) & (phase > 0 if whole.any() else True)
+            parts = (left > 0) & (phase > 0 if full.any() else True)
             if parts.any():
                 count = np.where(parts, np.minimum(left, size - phase), 0)
                 width = next((w for w in self._widths if w >= count.max()), self._widths[-1])
@@ -238,11 +239,11 @@ class Streamer:
                     params, state, last, *piece, count.astype(np.int32), kind=kind
                 )
             else:
-                blocks = self._blocks if left[whole].min() >= self._blocks * size else 1
-                count = np.where(whole, blocks * size, 0)
+                blocks = self._blocks if left[full].min() >= self._blocks * size else 1
+                count = np.where(full, blocks * size, 0)
                 piece = _cut((tokens, targets), done, blocks * size)
                 out, state, last = self._read_blocks(
-                    params, state, last, *piece, whole, kind=kind, all_read=bool(whole.all())
+                    params, state, last, *piece, full, kind=kind, all_read=bool(full.all())
                 )
             pieces.append((done.copy(), count, out))
             done, left, phase = done + count, left - count, (phase + count) % size
@@ -272,8 +273,7 @@ def check_ids(ids, vocab_size: int) -> None:
     if isinstance(ids, np.ndarray) and ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         wrong = int(ids.min() if ids.min() < 0 else ids.max())
         raise ValueError(
-            f"Token id {wrong} is not in the vocabulary: the model knows the ids 0 to"
-            f" {vocab_size - 1}."
+            f"Token id {wrong} is not in the vocabulary: the model knows the ids 0 to {vocab_size - 1}."
         )
 
 
@@ -287,8 +287,8 @@ def check_position(end):
 
 
 def _cut(arrays, start, width):
-    """`width` tokens of each row of each array `[B, L]`, starting at the row's `start`; behind the end of
-    a row its last token is repeated."""
+    """`width` tokens of each row of each array `[B, L]`, from the row's `start` on; the last token is
+    repeated beyond the end of a row."""
     first, length = int(start[0]), arrays[0].shape[1]
     if (start == first).all() and first + width <= length:
         return tuple(x[:, first : first + width] for x in arrays)
@@ -307,6 +307,6 @@ def _gather(pieces, batch, length, kind):
             outs = [np.zeros((batch, length, *x.shape[2:]), x.dtype) for x in leaves]
         for row in np.flatnonzero(count):
             begin, n = start[row], count[row]
-            for whole, leaf in zip(outs, leaves):
-                whole[row, begin : begin + n] = leaf[row, :n]
+            for output, leaf in zip(outs, leaves):
+                output[row, begin : begin + n] = leaf[row, :n]
     return outs

@@ -32,9 +32,9 @@ class Fam(Memory):
       positions: RoPE positions of the memory of a block: "last", the block's last `N` (paper); "float",
         between this block and the next (B.4.3); "zero".
       start_from: "prompt", `N` embeddings run up the layers (B.4.6); "prefix", `N` in each layer.
-      update: "residual", the paper's; "gated", ours: a memory token is written as far as most of its
-        attention goes to the block, and else kept bit for bit.
-      update_scale: factor in (0, 1] of every update after the first; ours, 1 is the paper's.
+      update: "residual", the paper's; "gated", ours: a memory token is updated by the share `2 m - 1`,
+        where `m` is its attention on the block, and kept bit for bit where `m` is at most one half.
+      update_scale: factor in (0, 1] of every update after the first; ours; 1 is the paper's.
       normalize: RMS norm of each newly made `F`, without weights; ours.
     """
 
@@ -116,11 +116,11 @@ class Fam(Memory):
         return climb, jnp.where(first, new, self.updated(memory, new, probabilities))
 
     def updated(self, memory, new, probabilities):
-        """`F_t` of every update but the first; override it for another rule.
+        """`F_t` of every update after the first; override it for another rule.
 
         Args:
           memory: `F_{t-1} [B, N, D]`, float32 at least.
-          new: what Algorithm 2 makes of it and the block, scaled and normalised as the fields say.
+          new: `F_t` of Algorithm 2, scaled and normalised as the fields say.
           probabilities: attention of the memory's queries `[B, K, G, N, N + S]`; the first `N` columns
             are the memory itself.
         """
@@ -129,7 +129,7 @@ class Fam(Memory):
         gate = write_gate(probabilities, self.length).astype(memory.dtype)
         return memory + gate * (new - memory)
 
-    # What others ask.
+    # Information for the rest of the package.
 
     def axes(self):
         return ("memory", "embed")
@@ -144,12 +144,12 @@ class Fam(Memory):
         n, blocks = self.length, -(-length // config.block_size)
         # Before every block the memory gives keys and values; every token sees them all.
         read = blocks * n * price.keys_values + length * n * price.score
-        # Every block but the last updates it; its own keys and values are there already.
+        # Every block but the last updates it; the memory's own keys and values exist already.
         seen = n + config.block_size
         update = n * (price.project - price.keys_values + seen * price.score + price.feed_forward)
         once = 0
         if from_start and self.start_from == "prompt":
-            # Run up the layers; the last layer reads it, and goes no further.
+            # The prompt runs up the layers; its output of the last layer is not used.
             row = price.project + n * price.score + price.feed_forward
             once = (config.num_layers - 1) * n * row
         return read + (blocks - 1) * update, once
@@ -166,7 +166,7 @@ class Fam(Memory):
 
 
 class _Embeddings(nn.Module):
-    """`N` learned embeddings `[N, D]`, in expectation of the RMS of token embeddings."""
+    """`N` learned embeddings `[N, D]`, initialised with the expected RMS of token embeddings."""
 
     config: object
     length: int
@@ -182,8 +182,8 @@ class _Embeddings(nn.Module):
 def write_gate(probabilities, length: int):
     """`max(0, 2 m - 1)` of the attention mass `m` on the block, mean over heads: `[B, N, 1]`.
 
-    The gradient passes a closed gate as if it were open, or a memory that learned to hold could not
-    learn to write.
+    The gradient passes a closed gate as if it were open; otherwise a memory that has learned to hold
+    could not learn to write.
     """
     mass = jnp.mean(jnp.sum(probabilities[..., length:], -1), axis=(1, 2))
     gate = (2 * mass - 1)[..., None]

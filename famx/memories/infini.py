@@ -24,8 +24,8 @@ class Infini(Memory):
     """Infini-attention inside block sliding window attention.
 
     A block is written when it leaves the window, so that no token is in the window and in the memory at
-    once (the paper keeps no window: `memory_segments=0`). While nothing was written, tokens take the
-    attention to the window alone. The memory `{"matrix": [B, K, Dh, Dh], "normaliser": [B, K, Dh]}` is
+    once (the paper keeps no window: `memory_segments=0`). As long as nothing is written, tokens use only
+    the attention to the window. The memory `{"matrix": [B, K, Dh, Dh], "normaliser": [B, K, Dh]}` is
     float32: sums over a long text overflow half precision.
 
     Attributes:
@@ -80,7 +80,7 @@ class Infini(Memory):
         return memory, Opened(extra=before)
 
     def _increment(self, layer, memory, block, here):
-        """What blocks `[B, ...]` add to the memory; only the delta rule needs the memory before."""
+        """What blocks `[B, ...]` add to the memory; only the delta rule needs the earlier memory."""
         keys, values = (x.astype(_wide(layer.config)) for x in (block.keys, block.values))
         keys = layer.unrotate(keys, block.index, here)
         if self.delta:
@@ -90,7 +90,7 @@ class Infini(Memory):
         matrix = jnp.einsum("...skd,...ske->...kde", keys, values)
         return {"matrix": matrix, "normaliser": jnp.sum(keys, axis=-3)}
 
-    # What others ask.
+    # Information for the rest of the package.
 
     def axes(self):
         return {"matrix": ("kv_heads", "kv", None), "normaliser": ("kv_heads", "kv")}
@@ -101,8 +101,8 @@ class Infini(Memory):
 
     def flops(self, config, price, length, from_start):
         group, width = config.num_heads // config.num_kv_heads, config.head_dim
-        # From the start, tokens of the first M + 1 blocks find nothing written, and the last block to
-        # be written is the one that leaves the window before the last block.
+        # From the start, nothing is written yet for tokens of the first M + 1 blocks, and the last block
+        # that is written is the one that leaves the window before the last block.
         missing = config.memory_segments if from_start else 0
         read = max(length - (missing + 1) * config.block_size, 0) if from_start else length
         blocks = max(-(-length // config.block_size) - 1 - missing, 0)
@@ -136,14 +136,14 @@ def _feature(x):
 
 
 def _recall(x, memory):
-    """What the memory holds at queries or keys, and where it holds anything.
+    """What the memory recalls for queries or keys, and whether anything is written.
 
     Args:
-      x: before rotation `[..., S, K, G, Dh]`.
-      memory: leaves `[..., K, Dh, Dh]` and `[..., K, Dh]`.
+      x: queries or keys before rotation `[..., S, K, G, Dh]`.
+      memory: `matrix [..., K, Dh, Dh]` and `normaliser [..., K, Dh]`.
 
     Returns:
-      `s(x) A / (s(x) z) [..., S, K, G, Dh]`, zero where nothing was written; bool `[..., S, K, G, 1]`.
+      `s(x) A / (s(x) z) [..., S, K, G, Dh]`, zero where nothing is written; bool `[..., S, K, G, 1]`.
     """
     x = _feature(x.astype(memory["matrix"].dtype))
     weighted = jnp.einsum("...skgd,...kde->...skge", x, memory["matrix"])

@@ -14,13 +14,11 @@ from jax.sharding import PartitionSpec
 from famx.modules import Decoder
 from famx.modules.weights import mesh_axes
 
-_MATRICES = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab")}  # that logits are made with
+_MATRICES = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab")}  # matrices that give logits
 
 
-def cross_entropy(
-    module: Decoder, params, hidden, targets, weights, z_loss: float, chunk: int | None
-):
-    """Weighted sum of the losses, and where the arg-max is right.
+def cross_entropy(module: Decoder, params, hidden, targets, weights, z_loss: float, chunk: int | None):
+    """Weighted sum of the losses, and whether each arg-max is the target.
 
     Args:
       module: the decoder whose `logits` are scored.
@@ -42,7 +40,7 @@ def cross_entropy(
         return _in_chunks(module, params, hidden, targets, weights, z_loss, size)
 
     manual = {*rows, *columns}
-    cut = {
+    sharded = {
         name: tuple(
             tuple(a for a in axes if a in manual) for axes in mesh_axes(names, params[name].shape)
         )
@@ -51,14 +49,14 @@ def cross_entropy(
     }
 
     def local(params, hidden, targets, weights):
-        whole = {name: _whole(params[name], cut[name], module.config.dtype) for name in cut}
-        total, right = _in_chunks(
-            module, {**params, **whole}, hidden, targets, weights, z_loss, size
-        )
+        matrices = {
+            name: _gathered(params[name], axes, module.config.dtype) for name, axes in sharded.items()
+        }
+        total, right = _in_chunks(module, {**params, **matrices}, hidden, targets, weights, z_loss, size)
         return total[None], right
 
     specs = jax.tree.map(lambda _: PartitionSpec(), params)
-    specs |= {name: PartitionSpec(*axes) for name, axes in cut.items()}
+    specs |= {name: PartitionSpec(*axes) for name, axes in sharded.items()}
     tokens = PartitionSpec(rows, columns)
     totals, right = jax.shard_map(
         local,
@@ -75,26 +73,26 @@ def _on_mesh() -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _whole(matrix, axes, dtype):
-    """The whole of a matrix of which this device has a part, gathered in the compute dtype.
+def _gathered(matrix, axes, dtype):
+    """The matrix of which this device has a shard, gathered in the compute dtype.
 
-    The result has the dtype of the part, in which the gradients of chunks and devices are summed.
+    The result has the dtype of the shard, in which the gradients of chunks and devices are summed.
     """
-    kept, matrix = matrix.dtype, matrix.astype(dtype)
+    stored_dtype, matrix = matrix.dtype, matrix.astype(dtype)
     for axis, names in enumerate(axes):
         if names:
             matrix = jax.lax.all_gather(matrix, names, axis=axis, tiled=True)
-    return matrix.astype(kept)
+    return matrix.astype(stored_dtype)
 
 
-def _whole_backward(axes, dtype, _, grad):
+def _gathered_backward(axes, dtype, _, grad):
     for axis, names in enumerate(axes):
         if names:
             grad = jax.lax.psum_scatter(grad, names, scatter_dimension=axis, tiled=True)
     return (grad,)
 
 
-_whole.defvjp(lambda matrix, axes, dtype: (_whole(matrix, axes, dtype), None), _whole_backward)
+_gathered.defvjp(lambda matrix, axes, dtype: (_gathered(matrix, axes, dtype), None), _gathered_backward)
 
 
 def _in_chunks(module, params, hidden, targets, weights, z_loss, chunk):
@@ -110,7 +108,7 @@ def _in_chunks(module, params, hidden, targets, weights, z_loss, chunk):
     examples, length = targets.shape
     if chunk is None or chunk >= targets.size:
         return score(hidden, targets, weights)
-    # Every chunk holds tokens of all examples.
+    # Every chunk has tokens of all examples.
     chunks = -(-length // max(1, chunk // examples))
     size = -(-length // chunks)
 

@@ -3,7 +3,7 @@
 A batch is a mapping with `decoder_input_tokens` and `decoder_target_tokens`, int32 `[B, L]`, and
 optionally `decoder_loss_weights` float32 `[B, L]` (default: 1 where the target is not padding),
 `decoder_causal_attention` int32 `[B, L]` (1 on the prompt, for `predict`) and `answer_start` int32 `[B]`
-(targets from that place on count together as one exact match).
+(targets from that position on count together as one exact match).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import famx.memories  # noqa: F401, model.json names a memory by its kind
+import famx.memories  # noqa: F401, registers the kinds of memory that model.json may name
 from famx.decoding import Sampling, generate
 from famx.lora import Lora, combine, intercept, merged
 from famx.models.cross_entropy import cross_entropy
@@ -66,7 +66,7 @@ class DecoderModel:
         return self.module.config
 
     def describe(self) -> dict[str, Any]:
-        """The model as JSON can hold it; `from_description` makes it again."""
+        """The model as values that JSON can hold; `from_description` inverts it."""
         described = json.loads(json.dumps(self.config.to_dict()))
         if self.lora is not None:
             described["lora"] = json.loads(json.dumps(dataclasses.asdict(self.lora)))
@@ -176,9 +176,9 @@ class DecoderModel:
     def predict(self, params, batch: Batch):
         """Greedy continuations of the prompts and their log-likelihood.
 
-        The prompt is where `decoder_causal_attention` is 1, without its last place (in an input row,
-        shifted by one, that place holds the prompt's last token and predicts the first target). In a
-        batch without that feature the whole row, up to its padding, is the prompt. The vocabulary's eos,
+        The prompt is where `decoder_causal_attention` is 1, begin of text included; the last of these
+        positions predicts the first target. In a batch without that feature the whole row, up to its
+        padding, is the prompt. The vocabulary's eos,
         if it has one, ends a continuation and is part of it.
 
         Returns:

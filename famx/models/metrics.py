@@ -25,11 +25,11 @@ class Mean:
         return cls(jnp.zeros(()), jnp.zeros(()))
 
     def merge(self, other: "Mean") -> "Mean":
-        """The mean of both's values together."""
+        """The mean over the values of both."""
         return type(self)(self.total + other.total, self.count + other.count)
 
     def reduce(self) -> "Mean":
-        """Sums a leading axis away."""
+        """Sums over the leading axis, such as that of microbatches."""
         return type(self)(jnp.sum(self.total, 0), jnp.sum(self.count, 0))
 
     def compute(self):

@@ -19,14 +19,16 @@ def refusal(config, backend: str) -> str | None:
         if config.block_size % LANES:
             return f"{name} needs a block_size that is a multiple of {LANES}, got {config.block_size}."
         if config.dtype == "float64":
-            return f"{name} adds up in float32: set dtype to bfloat16 or float32, not float64."
+            return f"{name} accumulates in float32: set dtype to bfloat16 or float32, not float64."
     if backend == "cudnn":
         if config.dtype != "bfloat16":
-            return f"{name} computes in bfloat16 alone: set dtype to bfloat16, not {config.dtype}."
+            return f"{name} computes in bfloat16 only: set dtype to bfloat16, not {config.dtype}."
         if config.attention_softcap is not None:
-            return f"{name} knows no attention_softcap, and this model has {config.attention_softcap}."
+            return (
+                f"{name} does not support attention_softcap {config.attention_softcap}: set it to None."
+            )
         if config.head_dim % 8 or config.head_dim > 256:
-            return f"{name} needs a head_dim that 8 divides, at most 256, got {config.head_dim}."
+            return f"{name} needs a head_dim that is a multiple of 8 up to 256, got {config.head_dim}."
         sizes = {"block_size": config.block_size, "memory length": config.memory_columns}
         for field, size in sizes.items():
             if size % 2:
@@ -57,7 +59,7 @@ def resolve_backend(config, platform: str, devices: int = 1) -> str:
         return backend
     if platform == "tpu" and refusal(config, "splash") is None:
         return "splash"
-    # Heads wider than 128 need a Hopper GPU or a later one, which the name of the platform hides.
+    # Heads wider than 128 need a Hopper GPU or later, which the platform's name does not tell.
     if platform in _PLATFORMS["cudnn"] and refusal(config, "cudnn") is None and config.head_dim <= 128:
         return "cudnn"
     # Small blocks fit the cache anyway; a sharded batch must not be read row by row.

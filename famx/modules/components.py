@@ -106,9 +106,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        up = lambda name: Projection(
-            c, (c.mlp_dim,), ("embed",), ("mlp",), c.mlp_bias, name=name
-        )(x)
+        up = lambda name: Projection(c, (c.mlp_dim,), ("embed",), ("mlp",), c.mlp_bias, name=name)(x)
         hidden = _ACTIVATION[c.activation](up("gate" if c.gated_mlp else "up"))
         if c.gated_mlp:
             hidden = hidden * up("up")

@@ -9,11 +9,9 @@ from famx.modules.backends import ATTENTION_BACKENDS, refusal
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "offload")
 ROPE_LAYERS = ("global", "local", "none")
-# Fields of the memory. Weights fit a model with other values, except the memory's own parameters.
-MEMORY_FIELDS = (
-    *("block_size", "memory_segments", "memory", "window_mask", "stop_gradient_segments"),
-)
-# Fields that change results only by rounding: with other values it is still the same model.
+# Fields of the memory. With other values all parameters still fit, except the memory's own.
+MEMORY_FIELDS = (*("block_size", "memory_segments", "memory", "window_mask", "stop_gradient_segments"),)
+# Fields that change results only by rounding; models that differ in them count as the same.
 COMPUTATION_FIELDS = (
     *("dtype", "param_dtype", "blocks_per_chunk", "remat", "attention_backend"),
     "unroll_layers",
@@ -61,7 +59,7 @@ class DecoderConfig:
     # Memory.
     block_size: int = 1024  # S
     memory_segments: int = 3  # M: number of past blocks in the window
-    memory: memories.Memory = memories.Memory()  # what is kept beyond the window; none: BSWA
+    memory: memories.Memory = memories.Memory()  # memory beyond the window; the default is BSWA
     window_mask: bool = False  # Transformer-XL: each token sees exactly its last M * S
     stop_gradient_segments: bool = False  # the paper's ablation M1_SG
 
@@ -140,6 +138,8 @@ class DecoderConfig:
             fill("head_dim", self.embed_dim // self.num_heads)
         if self.mlp_dim is None:
             fill("mlp_dim", 4 * self.embed_dim)
+        for name in ("head_dim", "mlp_dim"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.query_scale is None:
             fill("query_scale", 1.0 / math.sqrt(self.head_dim))
         _require(
@@ -155,11 +155,11 @@ class DecoderConfig:
             fill("rope_layers", tuple(self.rope_layers))  # lists come from gin and JSON
             _require(
                 len(self.rope_layers) == self.num_layers,
-                f"rope_layers names {len(self.rope_layers)} layers, and there are {self.num_layers}.",
+                f"rope_layers lists {len(self.rope_layers)} layers, but the model has {self.num_layers}.",
             )
             for kind in self.rope_layers:
                 known = ", ".join(ROPE_LAYERS)
-                _require(kind in ROPE_LAYERS, f"rope_layers must name {known}; got {kind!r}.")
+                _require(kind in ROPE_LAYERS, f"rope_layers may contain {known}; got {kind!r}.")
         _one_of(self, "norm", ("rms", "layer"))
         _one_of(self, "activation", ACTIVATIONS)
         _one_of(self, "dtype", ("float32", "bfloat16", "float64"))

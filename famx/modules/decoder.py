@@ -54,7 +54,7 @@ class Decoder(nn.Module):
           valid: bool `[B, L]`, right padding False; None: all valid. Padding changes neither logits
             at valid tokens nor the state.
           aligned: a promise that every example of `state` is at the start of a block, which saves
-            the realignment. Broken, it gives wrong numbers.
+            the realignment. If it does not hold, results are wrong.
 
         Returns:
           Logits `[B, L, V]` in the compute dtype, and the `DecoderState` after the valid tokens.
@@ -95,12 +95,12 @@ class Decoder(nn.Module):
         alone is updated shard after shard. No number changes beyond rounding.
 
         Raises:
-          ValueError: `context_shards` does not divide the blocks of a chunk, or the memory is made
-            through the depth and there are several shards.
+          ValueError: `context_shards` does not divide the blocks of a chunk, or there are several shards
+            and the memory is `through_depth`.
         """
         c = self.config
         if self.is_initializing() and c.memory.through_depth:
-            tokens, valid = tokens[:, : c.block_size], None  # one block has all variables
+            tokens, valid = tokens[:, : c.block_size], None  # one block creates all variables
         batch, length = tokens.shape
         if state is None:
             state, aligned = self.initial_state(batch), True
@@ -163,8 +163,8 @@ class Decoder(nn.Module):
             hidden = hidden.swapaxes(0, 1)
         hidden = hidden.reshape(batch, slots, c.embed_dim)
         if not whole:
-            own = jnp.arange(length) + first
-            hidden = jnp.take_along_axis(hidden, own[..., None], axis=1)
+            source = jnp.arange(length) + first
+            hidden = jnp.take_along_axis(hidden, source[..., None], axis=1)
         return hidden, state
 
     def _read_chunk(self, tokens, state: DecoderState, context: ChunkContext, shards: int):
@@ -206,29 +206,27 @@ class Decoder(nn.Module):
         )
         return state, x
 
-    # Some tokens of an incomplete block, for decoding: open the window, read tokens as often as the
-    # block has room, close the window, complete the blocks that became full.
+    # Tokens within an incomplete block, for decoding: open the window, read tokens as long as the block
+    # has room, close the window, complete the blocks that became full.
 
     def open_window(self, state: DecoderState) -> TokenWindow:
-        """What each example's incomplete block reads; good until one of the blocks is full."""
+        """What each example's incomplete block reads; valid until one of the blocks is full."""
         step = lambda layer, climb, xs, context: layer.open_window(climb, *xs, context)
         climb = self._climbs(state)
         opening = None if climb is None else climb[0]
         return self._scan_layers(step, opening, self._by_layer(state), self._here(state))[1]
 
-    def read_tokens(
-        self, tokens, count, state: DecoderState, window: TokenWindow, unroll: bool = False
-    ):
-        """Reads tokens that do not leave each example's block, at the cost of these tokens alone.
+    def read_tokens(self, tokens, count, state: DecoderState, window: TokenWindow, unroll: bool = False):
+        """Reads tokens that stay within each example's block, at the cost of these tokens alone.
 
         Args:
           tokens: int32 `[B, W]`, `W <= S`.
-          count: number of real tokens, int32 `[B]`; may be 0, and must not exceed what is missing in
-            the example's block.
+          count: number of real tokens, int32 `[B]`; may be 0, and must not exceed the free slots of the
+            example's block.
           state: state to resume from.
           window: window of `state`.
-          unroll: trace every layer apart, which compiles for longer. In a loop over tokens XLA then
-            takes the weights out of their stacks once, not for every token.
+          unroll: trace each layer separately, which takes longer to compile. In a loop over tokens XLA
+            then takes the weights out of their stacks once, not for every token.
 
         Returns:
           The last layer's output `[B, W, D]`; the state, whose keys and values are not those of the
@@ -248,10 +246,10 @@ class Decoder(nn.Module):
         )
         index = jnp.arange(tokens.shape[1])
         columns = c.memory_columns
-        slots = columns + slot[:, None] + index  # in the window, behind the memory's columns
+        slots = columns + slot[:, None] + index  # in the window, after the memory's columns
         write = jnp.where(index < count[:, None], slots, columns + c.block_size)
         examples = jnp.arange(tokens.shape[0])[:, None]
-        # Slots behind the block's end are out of bounds: dropped.
+        # Slots beyond the block's end are out of bounds, so they are dropped.
         put = lambda array, new: array.at[:, examples, :, write].set(
             new.transpose(1, 2, 0, 3, 4), mode="drop"
         )
@@ -271,14 +269,10 @@ class Decoder(nn.Module):
         memory = state.memory
         if self.config.memory.exists:
             step = lambda layer, climb, xs, here: layer.complete_block(climb, *xs, here)
-            climb, memory = self._scan_layers(
-                step, self._climbs(state), self._by_layer(state), context
-            )
+            climb, memory = self._scan_layers(step, self._climbs(state), self._by_layer(state), context)
         if self.config.memory.through_depth:
             memory = self._made(climb, state)
-        shift = lambda window: jnp.pad(
-            window[:, :, 1:], [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0), (0, 0)]
-        )
+        shift = lambda window: jnp.pad(window[:, :, 1:], [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0), (0, 0)])
         done = state.replace(
             memory=memory,
             keys=shift(state.keys),
@@ -288,7 +282,7 @@ class Decoder(nn.Module):
         return done.select(full, state)
 
     def read_part(self, tokens, count, state: DecoderState):
-        """`read_tokens` and what must follow it: hidden `[B, W, D]` and the finished state."""
+        """`read_tokens` and the steps that must follow it: hidden `[B, W, D]` and the state."""
         hidden, state, window = self.read_tokens(tokens, count, state, self.open_window(state))
         state = self.close_window(state, window)
         full = (count > 0) & (state.position % self.config.block_size == 0)
@@ -306,23 +300,23 @@ class Decoder(nn.Module):
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         return x * math.sqrt(c.embed_dim) if c.scale_embeddings else x
 
-    # A memory that is made through the depth belongs to the model: layers get what climbs instead.
+    # A memory `through_depth` belongs to the model: layers get `climb` in place of a memory.
 
     def _climbs(self, state: DecoderState):
-        """What climbs while blocks open and while they close, for a memory through the depth; or None."""
-        remembers = self.config.memory
-        if not remembers.through_depth:
+        """First `climb` of `open` and of `close` for a memory `through_depth`; else None."""
+        rule = self.config.memory
+        if not rule.through_depth:
             return None
         memory = jax.tree.map(lambda m: m[0], state.memory)
-        return remembers.enter(self.memory, memory, self.config)
+        return rule.enter(self.memory, memory, self.config)
 
     def _by_layer(self, state: DecoderState):
-        """`(memory, keys, values)` with the layers in front."""
+        """`(memory, keys, values)`, layers first; no memory if it is `through_depth`."""
         memory = None if self.config.memory.through_depth else state.memory
         return memory, state.keys, state.values
 
     def _made(self, climb, state: DecoderState):
-        """The memory through the depth after a full block, from what climbed to the top."""
+        """The memory `through_depth` after a full block, from the `climb` of the last layer."""
         memory = jax.tree.map(lambda m: m[0], state.memory)
         made = self.config.memory.leave(self.memory, climb[1], memory, self.config)
         return jax.tree.map(lambda m: m[None], made)

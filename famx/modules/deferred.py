@@ -39,19 +39,19 @@ def scan(layer: nn.Module, method: str, carry, xs, *args):
     # Parameters may be boxed, as `init` returns them.
     rest = traverse_util.flatten_dict(nn.unbox(variables.get("params", {})))
     steps = jax.tree.leaves(xs)[0].shape[0]
-    found: dict[tuple, tuple] = {}  # per projection: module, input, output
+    projections: dict[tuple, tuple] = {}  # by path: module, input, output
 
     def step(kernels, rest, carry, x, args, slots):
         inputs: dict[tuple, Any] = {}
         params = traverse_util.unflatten_dict({**kernels, **rest})
-        with nn.intercept_methods(_tap(inputs, found, slots)):
+        with nn.intercept_methods(_tap(inputs, projections, slots)):
             carry, y = module.apply({"params": params}, carry, x, *args, method=method)
         return carry, y, inputs
 
     first = jax.tree.map(lambda x: x[0], xs)
     jax.eval_shape(step, {}, rest, carry, first, args, None)
     kernels, slots = {}, {}
-    for path, (projection, x, y) in found.items():
+    for path, (projection, x, y) in projections.items():
         names = (*projection.in_axes, *projection.out_axes)
         kernel = rest.pop((*path, "kernel")).astype(projection.config.dtype)
         kernels[path] = gathered(kernel, names, steps * x.size)  # once, not in every step
@@ -119,14 +119,14 @@ _scan.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def _through(y, slot):
-    """`y`; its gradient is also that of `slot`, which is not read."""
+    """`y`; its gradient is also the gradient of `slot`, whose value is not used."""
     return y
 
 
 _through.defvjp(lambda y, slot: (y, None), lambda _, grad: (grad, grad))
 
 
-def _tap(inputs, found, slots):
+def _tap(inputs, projections, slots):
     """An interceptor that records the input of each projection and adds a slot for its output's gradient.
 
     Without `slots` it only lists the projections.
@@ -138,7 +138,7 @@ def _tap(inputs, found, slots):
             return call(*args, **kwargs)
         y, path = call(*args, **kwargs), module.path
         if slots is None:
-            found[path] = (module, args[0], y)
+            projections[path] = (module, args[0], y)
             return y
         assert path not in inputs, f"{path} is called twice"
         inputs[path] = args[0].astype(module.config.dtype)

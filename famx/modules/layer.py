@@ -1,7 +1,7 @@
 """One Transformer layer with block sliding window attention (Algorithms 1 and 2 of the paper).
 
-The paper's letters are kept in comments: `I` input, `A` after attention, `O` output. What a layer
-remembers beyond its window, and how, is `DecoderConfig.memory` (`famx.modules.memory`).
+Comments use the paper's letters: `I` input, `A` after attention, `O` output. `DecoderConfig.memory`
+(`famx.modules.memory`) defines what a layer keeps beyond its window.
 """
 
 import functools
@@ -19,12 +19,12 @@ from famx.modules.memory import Block, Opened
 from famx.modules.state import where_examples
 from famx.modules.window import ChunkContext, Tokens, TokenWindow
 
-# Collection of attention masses, kept where it is mutable: `apply(..., mutable=["attention_mass"])`.
-# Per layer, mean over tokens: `tokens_on_memory [layers, B, C, K, G]`, and what the memory keeps.
+# Collection of shares of attention, filled if it is mutable: `apply(..., mutable=["attention_mass"])`.
+# Per layer, mean over tokens: `tokens_on_memory [layers, B, C, K, G]`, and what the memory adds.
 MASS = "attention_mass"
-# Collection of what the attention of the chunk's first block is computed from, kept likewise. Per layer:
-# `queries [B, S, H, Dh]`, `keys [B, M + 1, S, K, Dh]`, `memory_keys [B, N, K, Dh]` and, of each block in
-# turn, `memory_queries [C, B, N, H, Dh]`.
+# Collection of the inputs of the attention of the chunk's first block, filled likewise. Per layer:
+# `queries [B, S, H, Dh]`, `keys [B, M + 1, S, K, Dh]`, `memory_keys [B, N, K, Dh]` and, for every block,
+# `memory_queries [C, B, N, H, Dh]`.
 INPUTS = "attention_inputs"
 
 
@@ -50,7 +50,7 @@ class Layer(nn.Module):
             self.query_norm, self.key_norm = Norm(c, axis="kv"), Norm(c, axis="kv")
         self.memory = c.memory.layer_parameters(c)
 
-    # The layer's two halves, used alike for block tokens and by memories.
+    # The layer's two halves, for block tokens and for memories.
 
     def project(self, x):
         """Queries `[..., H, Dh]`, keys and values `[..., K, Dh]` of `Norm(x [..., D])`, not rotated."""
@@ -68,7 +68,7 @@ class Layer(nn.Module):
     def finish(self, x, attention, residual=None):
         """`O = FF(Norm(A)) + A` with `A = attention + residual`, `[..., D]`.
 
-        `residual` is `x` unless given; it differs in the first update of FAM alone.
+        `residual` is `x` unless given; it differs only in the first update of FAM.
         """
         residual = x if residual is None else residual
         attention = self.output(attention)
@@ -86,16 +86,16 @@ class Layer(nn.Module):
         return rope.angles(positions, here.rotation.token, beyond, dtype)
 
     def unrotate(self, keys, index, here: ChunkContext):
-        """Keys `[B, ..., S, K, Dh]` of the blocks `index`, int32 `[B, ...]`, as before their rotation.
+        """Keys `[B, ..., S, K, Dh]` of the blocks `index`, int32 `[B, ...]`, without their rotation.
 
-        Angles are fixed-point, so that this inverts the rotation but for rounding at any position.
+        Angles are fixed-point, so this inverts the rotation up to rounding at any position.
         """
         offset = here.offset.reshape(here.offset.shape + (1,) * index.ndim)
         positions = index[..., None] * self.config.block_size + jnp.arange(keys.shape[-3]) + offset
         return rope.rotate(keys, -self.angles(positions, here))
 
     def keep(self, collection: str, name: str, make):
-        """Keeps `make()` in a collection, if whoever applies the model asked for it."""
+        """Stores `make()` in a collection, if the caller of `apply` made it mutable."""
         if self.is_mutable_collection(collection) and not self.is_initializing():
             self.sow(collection, name, make())
 
@@ -106,8 +106,8 @@ class Layer(nn.Module):
 
         Args:
           x: `I`, `[P * B, C, S, D]`, see `ChunkContext`.
-          climb: what `open` and `close` of the layer below gave upwards (a pair), for a memory that is
-            made through the depth; else None.
+          climb: the pair of `climb` values that `open` and `close` of the layer below returned, for a
+            memory `through_depth`; else None.
           memory: the layer's memory before the chunk, leaves `[B, ...]`.
           keys, values: the window before the chunk `[B, M + 1, S, K, Dh]`, as in `DecoderState`.
           context: positions of the blocks.
@@ -123,8 +123,8 @@ class Layer(nn.Module):
         plain, k, v = self.project(x)
         q, k = rope.rotate(plain, angle), rope.rotate(k, angle)
         k, v = windows.merge(k, keys, context, size), windows.merge(v, values, context, size)
-        behind = lambda new, old: jnp.concatenate([windows.before(new, old, past), new], axis=1)
-        keys, values = behind(k, keys), behind(v, values)
+        with_past = lambda new, old: jnp.concatenate([windows.before(new, old, past), new], axis=1)
+        keys, values = with_past(k, keys), with_past(v, values)
         climb, memory, opened = self._remember(climb, memory, (k, v), (keys, values), context)
         if opened.keys is None:
             opened = opened.replace(keys=_no_columns(k), values=_no_columns(v))
@@ -143,32 +143,37 @@ class Layer(nn.Module):
         return out, climb, memory, keys, values
 
     def _remember(self, climb, memory, new, window, context: ChunkContext):
-        """`(climb, memory)` after the chunk, and what its blocks open, leaves `[P * B, C, ...]`.
+        """`(climb, memory)` after the chunk, and `Opened` of its blocks, leaves `[P * B, C, ...]`.
 
-        `new` are the chunk's keys and values, `window` the same with the `M` blocks before each shard.
+        `new` are the chunk's keys and values, `window` also has the `M` blocks before each shard.
         """
-        remembers, blocks = self.config.memory, new[0].shape[1]
-        lag = self.config.memory_segments if remembers.closes_oldest else 0
+        c, blocks = self.config, new[0].shape[1]
+        lag = c.memory_segments if c.memory.closes_oldest else 0
         index = context.first_block[:, None] + jnp.arange(blocks) - lag
-        closing = Block(*(tuple(y[:, :blocks] for y in window) if lag else new), index)
-        if not remembers.through_depth:
-            return climb, *remembers.scan(self, memory, closing, context)
-        opening, closes = climb
-        opening, opened = remembers.open(self, opening, memory, context)
-        block = jax.tree.map(lambda y: y[:, 0], closing)
-        closes, _ = remembers.close(self, closes, memory, opened, block, context)
+        to_close = Block(*(tuple(y[:, :blocks] for y in window) if lag else new), index)
+        if not c.memory.through_depth:
+            return climb, *c.memory.scan(self, memory, to_close, context)
+        block = jax.tree.map(lambda y: y[:, 0], to_close)
+        climb, opened = self._climb(climb, memory, block, context)
         opened = jax.tree.map(lambda y: y[:, None], opened.replace(held=None))
-        return (opening, closes), memory, opened
+        return climb, memory, opened
+
+    def _climb(self, climb, memory, block: Block, here: ChunkContext):
+        """`climb` for the layer above, and `Opened`, of a memory `through_depth` after a full block."""
+        rule, (opening, closing) = self.config.memory, climb
+        opening, opened = rule.open(self, opening, memory, here)
+        closing, _ = rule.close(self, closing, memory, opened, block, here)
+        return (opening, closing), opened
 
     def scan_memory(self, memory, blocks: Block, context: ChunkContext):
-        """The memory block after block, the only sequential part of a layer; see `Memory.scan`."""
+        """Updates the memory block by block, the only sequential part of a layer; see `Memory.scan`."""
         index = jnp.arange(blocks.keys.shape[1])
         xs = (index, *(y.swapaxes(0, 1) for y in (blocks.keys, blocks.values, blocks.index)))
-        if self.is_initializing():  # makes variables, which no scan can
+        if self.is_initializing():  # this creates variables, which a scan cannot
             opened = []
             for i in index:
-                memory, one = self.memory_step(memory, tuple(x[i] for x in xs), context)
-                opened.append(one)
+                memory, of_block = self.memory_step(memory, tuple(x[i] for x in xs), context)
+                opened.append(of_block)
             return memory, jax.tree.map(lambda *x: jnp.stack(x, axis=1), *opened)
         # Shards take turns. All compute at once; what a shard computes ahead of its turn is discarded.
         batch = jax.tree.leaves(memory)[0].shape[0]
@@ -189,9 +194,9 @@ class Layer(nn.Module):
         return last, jax.tree.map(lambda x: x.swapaxes(0, 1), opened)
 
     def memory_step(self, memory, xs, context: ChunkContext):
-        """The memory after one block, and what the block opened.
+        """The memory after one block, and `Opened` of that block.
 
-        `xs`: index in the chunk, then keys, values and index in the sequence of the block that closes.
+        `xs`: index in the chunk, and the fields of the `Block` that closes.
         """
         number, *block = xs
         here = context.block(number)
@@ -203,19 +208,19 @@ class Layer(nn.Module):
         return new, opened.replace(held=None)
 
     def _close(self, memory, opened: Opened, block: Block, here: ChunkContext):
-        """The memory of this layer after a full block; as it was where there is no block to take up."""
-        remembers = self.config.memory
-        if remembers.attends:
-            self.keep(INPUTS, "memory_queries", lambda: remembers.queries(opened))
-        _, new = remembers.close(self, None, memory, opened, block, here)
-        if remembers.closes_oldest and self.config.memory_segments:
+        """The memory of this layer after a full block; unchanged where `block` is before the start."""
+        rule = self.config.memory
+        if rule.attends:
+            self.keep(INPUTS, "memory_queries", lambda: rule.queries(opened))
+        _, new = rule.close(self, None, memory, opened, block, here)
+        if rule.closes_oldest and self.config.memory_segments:
             new = where_examples(block.index >= 0, new, memory)
         return new
 
-    # Some tokens of an incomplete block.
+    # Tokens within an incomplete block.
 
     def open_window(self, climb, memory, keys, values, context: ChunkContext):
-        """What the tokens of a block read, heads in front, from a state's `memory`, `keys`, `values`.
+        """What the tokens of a block read, heads first, from a state's `memory`, `keys`, `values`.
 
         Returns:
           `climb` for the layer above, and a `TokenWindow` of one layer, without the layers' axis.
@@ -226,19 +231,20 @@ class Layer(nn.Module):
             window.shape[0], c.memory_segments * c.block_size, *window.shape[3:]
         )
 
-        def own(columns, window):
+        def with_columns(columns, window):
             block = window[:, -1]
             return block if columns is None else jnp.concatenate([columns, block], axis=1)
 
-        parts = past(keys), past(values), own(opened.keys, keys), own(opened.values, values)
+        current = with_columns(opened.keys, keys), with_columns(opened.values, values)
+        parts = past(keys), past(values), *current
         return climb, TokenWindow(*(part.swapaxes(1, 2) for part in parts), opened.extra)
 
     def read_tokens(self, x, window: TokenWindow, context: ChunkContext):
         """`W` tokens that stay within each example's block: `[B, W, D] -> [B, W, D]`.
 
         Args:
-          x: `I` of the next `W` tokens; what follows the last real one is padding.
-          window: of this layer.
+          x: `I` of the next `W` tokens; those after the last real one are padding.
+          window: window of this layer.
           context: positions of the blocks; `start` is the first token's slot.
 
         Returns:
@@ -253,8 +259,8 @@ class Layer(nn.Module):
         q, k = rope.rotate(plain, angle), rope.rotate(k, angle)
         missing = jnp.maximum(c.memory_segments - context.first_block, 0)[:, None, None]
         mask = visible(c, rows[..., None], columns + jnp.arange(past), missing)[:, None, None]
-        slots = jnp.arange(-columns, c.block_size)  # the memory's columns come before the block
-        alone = c.window_mask and not past  # a window of no tokens: each token sees itself
+        slots = jnp.arange(-columns, c.block_size)  # the memory's columns precede the block
+        alone = c.window_mask and not past  # a window without past tokens: each token sees only itself
         end = jnp.zeros_like(context.start) if alone else context.start
         written = (slots < end[:, None])[:, None, None, None]
         causal = jnp.eye(width, dtype=bool) if alone else jnp.tril(jnp.ones((width, width), bool))
@@ -268,20 +274,16 @@ class Layer(nn.Module):
         return self.finish(x, attention), k, v
 
     def complete_block(self, climb, memory, keys, values, context: ChunkContext):
-        """`(climb, memory)` after the first block, which just became full; keys, values are a state's."""
-        remembers = self.config.memory
-        oldest = remembers.closes_oldest
-        slot, lag = (0, self.config.memory_segments) if oldest else (-1, 0)
+        """`(climb, memory)` after the block of `context` became full; keys, values are a state's."""
+        rule = self.config.memory
+        slot, lag = (0, self.config.memory_segments) if rule.closes_oldest else (-1, 0)
         block = Block(keys[:, slot], values[:, slot], context.first_block - lag)
-        if not remembers.through_depth:
-            _, opened = remembers.open(self, None, memory, context)
-            return climb, self._close(memory, opened, block, context)
-        opening, closes = climb
-        opening, opened = remembers.open(self, opening, memory, context)
-        closes, _ = remembers.close(self, closes, memory, opened, block, context)
-        return (opening, closes), memory
+        if rule.through_depth:
+            return self._climb(climb, memory, block, context)[0], memory
+        _, opened = rule.open(self, None, memory, context)
+        return climb, self._close(memory, opened, block, context)
 
 
 def _no_columns(x):
-    """Keys or values of no memory, `[B, C, 0, K, Dh]`, for those of the tokens `[B, C, S, K, Dh]`."""
+    """Keys or values of a memory without columns, `[B, C, 0, K, Dh]`, from `x [B, C, S, K, Dh]`."""
     return jnp.zeros(x.shape[:2] + (0,) + x.shape[3:], x.dtype)

@@ -1,11 +1,11 @@
-"""The seam of a memory: what a layer keeps of the blocks that it no longer sees, in four moments.
+"""Interface of a memory, which keeps what has left a layer's window: four moments.
 
 A memory is a frozen dataclass, `DecoderConfig.memory`. Its class derives from `Memory`, which keeps
 nothing and is block sliding window attention (BSWA), and overrides what it does differently:
 
-* `start`: what a layer remembers before the first token;
+* `start`: the memory before the first token;
 * `open`: once per block, before its tokens: what these read of the memory;
-* `attend`: the attention of tokens to their window and to what `open` gave;
+* `attend`: attention of tokens to their window and to the result of `open`;
 * `close`: once, when a block is full: the memory after it.
 
 Decoder, decoding, state passing, sharding, checkpoints, memory files, figures and maps know only this
@@ -21,14 +21,14 @@ import flax.struct
 import jax
 
 _KINDS: dict[str, type["Memory"]] = {}
-# Names of parameters `[..., N, D]` that are like embeddings of tokens, and may start as such.
+# Names of parameters `[..., N, D]` that are like token embeddings and may be initialised with such.
 PROMPTS = ("prompt", "prefix")
-COLLECTION = "memory"  # name of the parameters of a memory, above the layers and in each
+COLLECTION = "memory"  # name of a memory's parameters, above the layers and in each layer
 
 
 @flax.struct.dataclass
 class Opened:
-    """What a block meets of the memory, made by `Memory.open` before the block's tokens.
+    """What a block reads of the memory, made by `Memory.open` before the block's tokens.
 
     Attributes:
       keys, values: columns `[B, N, K, Dh]` that every token of the block attends to, in one softmax
@@ -48,8 +48,8 @@ class Block:
     """A block that is full, as `Memory.close` takes it up.
 
     Attributes:
-      keys: rotated keys `[B, S, K, Dh]`; `Layer.unrotate(keys, index, here)` gives them before rotation.
-      values: likewise, never rotated.
+      keys: rotated keys `[B, S, K, Dh]`; `Layer.unrotate(keys, index, here)` inverts the rotation.
+      values: values `[B, S, K, Dh]`, which are never rotated.
       index: index of the block in each example's sequence, int32 `[B]`.
     """
 
@@ -70,9 +70,9 @@ class Memory:
 
     A memory `through_depth` is made at the top of the stack and read from the bottom (Recurrent Memory
     Transformer). It belongs to the model and not to each layer (`DecoderState.memory` then has leaves
-    `[1, B, ...]`), and blocks are read one after another. In `open` and `close`, `climb` is what goes
-    from layer to layer: it begins as `enter` says, and `leave` makes the new memory of what `close`
-    gave in the last layer. For all others `climb` is None there.
+    `[1, B, ...]`), and blocks are read one after another. In `open` and `close`, `climb` is the value
+    passed from layer to layer: `enter` gives its first value, and `leave` makes the new memory from
+    what `close` returned in the last layer. For all other memories `climb` is None there.
 
     `open` is a pure function of its arguments and is called again where reading resumes within a block
     and, while text is written, before `close`. `open` and `close` together call each projection of the
@@ -80,9 +80,9 @@ class Memory:
 
     Class attributes:
       kind: name in model.json and in error messages; each subclass has its own.
-      through_depth: see above.
-      attends: whether the memory itself attends to its columns and the block when the block closes, by
-        the `queries`; attention maps then show it.
+      through_depth: see above; such a memory sets neither of the two attributes below.
+      attends: whether the memory itself attends, with `queries`, to its columns and the block in
+        `close`; attention maps then show it.
       closes_oldest: whether `close` takes the block that leaves the window, `M` blocks before the one
         just filled, so that no token is in the window and in the memory at once.
     """
@@ -94,18 +94,24 @@ class Memory:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "kind" not in cls.__dict__:  # a variation of its base, which has that name
-            return
         other = _KINDS.setdefault(cls.kind, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"A memory named {cls.kind!r} exists already: choose another `kind`.")
-        _KINDS[cls.kind] = cls
+            raise ValueError(
+                f"A memory named {cls.kind!r} exists already: give {cls.__qualname__} another `kind`."
+            )
+        if cls.through_depth and (cls.attends or cls.closes_oldest):
+            raise ValueError(
+                f"{cls.__qualname__} is `through_depth`, which goes with neither `attends` nor"
+                " `closes_oldest`."
+            )
+        if "kind" in cls.__dict__:  # gin derives a class of the same name and without a `kind`
+            _KINDS[cls.kind] = cls
 
-    # What it is.
+    # Description.
 
     @property
     def columns(self) -> int:
-        """`N`: keys and values that `open` gives every token of a block to attend to."""
+        """`N`: number of keys and values of `open` that every token of a block attends to."""
         return 0
 
     @property
@@ -114,7 +120,7 @@ class Memory:
         return type(self) is not Memory
 
     def check(self, config) -> str | None:
-        """One sentence that says what does not fit the config (all other fields are set), or None."""
+        """One sentence on what does not fit the config, whose other fields are all set; or None."""
         return None
 
     def parameters(self, config) -> nn.Module | None:
@@ -126,31 +132,31 @@ class Memory:
         return None
 
     def turns(self, radians) -> Any:
-        """Rotations of its own as fixed-point turns, from radians per token `[layers, Dh / 2]`.
+        """Additional rotations as fixed-point turns, from radians per token `[layers, Dh / 2]`.
 
-        Any pytree, leaves `[layers, ...]`; a layer finds its part in `here.rotation.memory`.
+        Any pytree, leaves `[layers, ...]`; a layer's part is `here.rotation.memory`.
         """
         return None
 
     # The four moments.
 
     def prompt(self, parameters, config) -> Any:
-        """What climbs into `start` of the first layer; `parameters`: the bound module of that name."""
+        """The `climb` of `start` in the first layer; `parameters`: the bound module of that name."""
         return None
 
     def start(self, layer, climb, here) -> tuple[Any, Any]:
         """`(climb, memory)` before the first token, without the batch axis.
 
-        A memory `through_depth` is asked once, with None for `layer`.
+        For a memory `through_depth` it is called once, with None for `layer`.
         """
         return climb, None
 
     def enter(self, parameters, memory, config) -> tuple[Any, Any]:
-        """What climbs through `open`, and what through `close`, from a memory of the whole model."""
+        """First values of `climb` for `open` and for `close`, from the memory of the whole model."""
         return memory, memory
 
     def leave(self, parameters, climb, memory, config) -> Any:
-        """The memory of the whole model after a block, from what `close` gave in the last layer."""
+        """The memory of the whole model after a block, from the `climb` of the last layer's `close`."""
         return climb
 
     def open(self, layer, climb, memory, here) -> tuple[Any, Opened]:
@@ -169,17 +175,17 @@ class Memory:
         return tokens.attend(tokens.query)
 
     def close(self, layer, climb, memory, opened: Opened, block: Block, here) -> tuple[Any, Any]:
-        """`(climb, memory)` after a block is full. See `closes_oldest` for which block it takes."""
+        """`(climb, memory)` after a block is full; `closes_oldest` says which block it gets."""
         return climb, memory
 
     def scan(self, layer, memory, blocks: Block, here) -> tuple[Any, Opened]:
-        """All blocks of a chunk, one after another; override it where blocks need not wait.
+        """Opens and closes the blocks of a chunk one after another; override it if they can be parallel.
 
         Args:
           layer: the bound layer.
-          memory: before the chunk, leaves `[B, ...]`.
-          blocks: what `close` takes, leaves `[P * B, C, ...]`; `P` shards of the chunk are folded into
-            the batch, first shard first (`ChunkContext`).
+          memory: memory before the chunk, leaves `[B, ...]`.
+          blocks: blocks that `close` gets, leaves `[P * B, C, ...]`; `P` shards of the chunk are
+            folded into the batch, first shard first (`ChunkContext`).
           here: context of the chunk.
 
         Returns:
@@ -188,21 +194,21 @@ class Memory:
         """
         return layer.scan_memory(memory, blocks, here) if self.exists else (memory, Opened())
 
-    # What others ask.
+    # Information for the rest of the package.
 
     def axes(self) -> Any:
         """Logical axes of the memory's leaves without layers and batch: a pytree of tuples of names."""
         return None
 
     def queries(self, opened: Opened):
-        """Queries `[B, N, H, Dh]` of a memory that `attends`, to its columns and the block."""
+        """Queries `[B, N, H, Dh]` of a memory that `attends`, which see its columns and the block."""
         return None
 
     def figures(self, parameters, memory) -> dict[str, jax.Array]:
-        """Scalars by name that say how it fares; training and evaluation log them.
+        """Scalars that describe the state of the memory, by name; training and evaluation log them.
 
         Args:
-          parameters: of `layer_parameters`, of one layer or of all in a stack; None: there are none.
+          parameters: parameters of `layer_parameters`, of one layer or stacked; None: there are none.
           memory: the memory, with any leading axes.
         """
         return {}
@@ -213,11 +219,11 @@ class Memory:
         Args:
           config: the `DecoderConfig`.
           price: `famx.training.flops.Price`: operations of a row of each projection, and of a score.
-          length: tokens.
-          from_start: whether the example begins from `start`.
+          length: number of tokens.
+          from_start: whether the example starts from `start`, not from an earlier memory.
 
         Returns:
-          Operations in each layer, and in all layers together once per batch.
+          Operations in each layer, and additional operations of all layers, once per batch.
         """
         return 0, 0
 

@@ -1,8 +1,8 @@
 """Rotary position embedding that stays exact at any position.
 
-Angles are 32-bit fixed-point turns: multiplying an unsigned position by an unsigned
-frequency wraps around at a full turn by itself, so the angle between two tokens depends on their
-distance alone, at position 10^9 as at position 0. (Float32 angles lose that beyond about 10^5.)
+Angles are 32-bit fixed-point turns: the product of an unsigned position and an unsigned frequency
+wraps around at a full turn by itself, so the angle between two tokens depends on their distance alone,
+at position 10^9 as at position 0. (Float32 angles lose that beyond about 10^5.)
 The frequency is rounded to 2^-33 turns per token, 3e-6 radians over 4096 tokens.
 """
 

@@ -23,17 +23,19 @@ def where_examples(mask, new, old, axis: int = 0):
 class DecoderState:
     """Everything that is needed to resume reading, the same size after ten tokens as after a million.
 
-    Legend: `B` batch, `M` memory segments, `S` block size, `K` key/value heads, `Dh` head width. Each
-    example has a position of its own in a block of its own.
+    Legend: `B` batch, `M` memory segments, `S` block size, `K` key/value heads, `Dh` head width. Examples
+    may be at different positions, and at different slots of their blocks.
 
     Attributes:
-      memory: what `DecoderConfig.memory` keeps, a pytree with leaves `[layers, B, ...]`; of FAM the
-        `F` of Algorithm 2, float32 `[layers, B, N, D]`; None for BSWA.
+      memory: what `DecoderConfig.memory` keeps, a pytree with leaves `[layers, B, ...]`, or
+        `[1, B, ...]` if it is `through_depth`; for FAM the `F` of Algorithm 2, at least float32
+        `[layers, B, N, D]`; None for BSWA.
       keys: rotated keys `[layers, B, M + 1, S, K, Dh]`: the last `M` blocks, oldest first, then the
         incomplete block. Slots that hold no token are zero.
       values: likewise.
       position: number of tokens read, int32 `[B]`; the slot in the block is `position % S`.
-      updates: number of memory updates, int32 `[B]`; 0 means that `memory` is still as it started.
+      updates: number of memory updates, one per full block, int32 `[B]`; 0 means that `memory` is as
+        it started.
       offset: random position offset, int32 `[B]`; 0 in inference.
     """
 
@@ -46,7 +48,7 @@ class DecoderState:
 
     @classmethod
     def initial(cls, config, batch_size: int, memory) -> "DecoderState":
-        """A state that has read nothing; `memory` is what layers start with, leaves `[layers, ...]`."""
+        """A state that has read nothing; `memory` without batch axis, leaves `[layers, ...]`."""
         c = config
         window = (c.num_layers, batch_size, c.memory_segments + 1, c.block_size)
         keys = jnp.zeros(window + (c.num_kv_heads, c.head_dim), c.dtype)
@@ -64,7 +66,7 @@ class DecoderState:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def zero_memory(self) -> "DecoderState":
-        """This state with every leaf of the memory zero, to measure what the memory is worth."""
+        """This state with every leaf of the memory zero, to measure what the memory contributes."""
         return dataclasses.replace(self, memory=jax.tree.map(jnp.zeros_like, self.memory))
 
     def map_examples(self, function, *others: "DecoderState") -> "DecoderState":

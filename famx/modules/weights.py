@@ -16,17 +16,17 @@ def mesh_axes(names: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[str,
     """Axes of the current mesh over which the current rules shard each axis of an array.
 
     Args:
-      names: logical axes of the array; the first rule that uses a mesh axis gets it.
+      names: logical axes of the array; the first rule that names a mesh axis uses it.
       shape: shape of the array; an axis that its mesh axes do not divide is not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    found = []
+    sharded = []
     for entry, size in zip(nn.logical_to_mesh_axes(names), shape, strict=True):
         axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
         axes = tuple(a for a in axes if a in mesh.axis_names and a not in mesh.manual_axes)
         divides = size % math.prod(mesh.shape[a] for a in axes) == 0
-        found.append(axes if divides else ())
-    return found
+        sharded.append(axes if divides else ())
+    return sharded
 
 
 def gathered(kernel, names: tuple[str, ...], activations: int):
@@ -45,21 +45,21 @@ def gathered(kernel, names: tuple[str, ...], activations: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(kernel, names):
-    return _constrained(kernel, _beside_a_batch(kernel, names))
+    return _constrained(kernel, _next_to_batch(kernel, names))
 
 
 def _backward(names, _, grad):
     # Constrained as a whole and then sharded, which is one scatter. Constrained to the shard at once, the
     # compiler may gather activations instead.
-    grad = _constrained(grad, _beside_a_batch(grad, names))
+    grad = _constrained(grad, _next_to_batch(grad, names))
     return (_constrained(grad, mesh_axes(names, grad.shape)),)
 
 
 _gathered.defvjp(lambda kernel, names: (_gathered(kernel, names), None), _backward)
 
 
-def _beside_a_batch(kernel, names):
-    """Mesh axes of the kernel next to a batch, which has its own mesh axes to itself."""
+def _next_to_batch(kernel, names):
+    """Mesh axes of the kernel that an array with a batch axis leaves free."""
     return mesh_axes(("batch", *names), (0, *kernel.shape))[1:]
 
 

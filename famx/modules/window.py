@@ -1,6 +1,6 @@
 """The window of a layer: keys and values of the last `M` blocks and of the incomplete one.
 
-Pure functions on arrays of blocks, and the values that describe where these are. Every kept array has
+Pure functions on arrays of blocks, and dataclasses that describe their positions. Arrays of a state have
 the axes `[B, M + 1, S, ...]`, oldest block first.
 """
 
@@ -26,12 +26,12 @@ class ChunkContext:
 
     Under context parallelism `P` shards of a chunk are read side by side as if they were examples, the
     first shard of all examples first: `B` below is then `P` times the batch, and `C` the blocks of a
-    shard (`shards`). Only what goes from shard to shard needs to know: the memory, and keys and values.
+    shard (`shards`). Only what passes from shard to shard depends on it: memory, keys and values.
 
     Attributes:
       first_block: index in its sequence of each example's first block of the chunk, int32 `[B]`.
       offset: random position offset, int32 `[B]`.
-      updates: memory updates before the chunk, int32 `[B]`.
+      updates: number of memory updates before the chunk, int32 `[B]`.
       start: number of tokens of the first block that the state already holds, int32 `[B]`; None: zero.
       stop: number of slots of the chunk that hold a token after it was read, int32 `[B]`; None: all.
       rotation: rotation of the layer; the decoder sets it.
@@ -53,7 +53,7 @@ class ChunkContext:
         return self.replace(first_block=self.first_block + index, updates=self.updates + index)
 
     def shards(self, count: int, blocks: int, size: int) -> "ChunkContext":
-        """The context of `count` shards of `blocks` blocks of `size` tokens, one after another."""
+        """The context of `count` consecutive shards of `blocks` blocks of `size` tokens."""
         if count == 1:
             return self
         shard = jnp.repeat(jnp.arange(count), self.first_block.shape[0])
@@ -93,10 +93,10 @@ class Tokens:
     Attributes:
       input: the layer's input `[..., D]`.
       query: rotated queries `[..., H, Dh]`.
-      plain_query: queries before the rotation; costs nothing where it is not used.
-      attend: function of rotated queries that gives `[..., H, Dh]`: one softmax over the window and the
-        memory's columns.
-      extra: what `Memory.open` left for `Memory.attend`, leaves `[B, C, ...]` or `[B, ...]`.
+      plain_query: queries before the rotation; they cost nothing if unused.
+      attend: function from rotated queries to attention `[..., H, Dh]`, in one softmax over the window
+        and the memory's columns.
+      extra: `Opened.extra`, leaves `[B, C, ...]` or `[B, ...]`.
     """
 
     input: jax.Array
@@ -107,12 +107,12 @@ class Tokens:
 
 
 def merge(new, window, context: ChunkContext, size: int):
-    """Keys or values of the chunk with the tokens that the state already holds put in their slots.
+    """Keys or values of the chunk, with those of tokens that the state already holds in their slots.
 
     Args:
-      new: of the chunk `[P * B, C, S, ...]`.
-      window: of the state `[B, M + 1, S, ...]`.
-      context: where tokens begin (`start`) and end (`stop`); slots without a token become zero.
+      new: keys or values of the chunk `[P * B, C, S, ...]`.
+      window: those of the state `[B, M + 1, S, ...]`.
+      context: gives where tokens begin (`start`) and end (`stop`); slots without a token become zero.
       size: `S`.
     """
     if context.start is not None:
@@ -131,12 +131,12 @@ def merge(new, window, context: ChunkContext, size: int):
 def before(new, window, past: int):
     """The `past` blocks before each shard `[P * B, M, ...]`: the state's, or those of earlier shards.
 
-    Shards give their neighbours the blocks that these read and no more: `M` blocks each.
+    A shard sends its neighbours only the blocks that they read: `M` blocks each.
     """
     shards, blocks = new.shape[0] // window.shape[0], new.shape[1]
     parts = []
     for distance in reversed(range(1, -(-past // blocks) + 1)):
-        count = min(blocks, past - (distance - 1) * blocks)  # blocks taken from `distance` shards before
+        count = min(blocks, past - (distance - 1) * blocks)  # blocks of the shard `distance` before
         ends = [past - (distance - 1 - i) * blocks for i in range(min(distance, shards))]
         of_state = [window[:, end - count : end] for end in ends]
         parts.append(next_shard(new[:, blocks - count :], jnp.concatenate(of_state), distance))
@@ -144,7 +144,7 @@ def before(new, window, past: int):
 
 
 def after(blocks, batch: int, context: ChunkContext, past: int, size: int):
-    """The window after the chunk: the last `M` full blocks of `[P * B, M + C, S, ...]` and the next."""
+    """The window after the chunk: of `[P * B, M + C, S, ...]` the last `M` full blocks and the next."""
     count, of_shard = past + 1, blocks.shape[1] - past
     blocks = jnp.pad(blocks, [(0, 0), (0, 1)] + [(0, 0)] * (blocks.ndim - 2))
     complete = context.complete(size)
@@ -162,9 +162,9 @@ def after(blocks, batch: int, context: ChunkContext, past: int, size: int):
 
 
 def next_shard(x, first, distance: int = 1):
-    """`x [P * B, ...]` of the shard `distance` before each one; `first` for the first ones.
+    """`x [P * B, ...]` of the shard `distance` before each; `first` for the first `distance` shards.
 
-    Written as a rotation, which is an exchange between neighbours where shards are cut over devices.
+    Written as a rotation, which is an exchange between neighbours if devices hold different shards.
     """
     count = first.shape[0]
     if count == x.shape[0]:
@@ -177,7 +177,7 @@ def next_shard(x, first, distance: int = 1):
 
 
 def taken(index, context: ChunkContext, size: int):
-    """Whether the memory takes up each block of a chunk: it exists and is full, bool `[P * B, C]`.
+    """Whether the memory takes in each block: it exists and the chunk's is full, bool `[P * B, C]`.
 
     Args:
       index: `Block.index`, int32 `[P * B, C]`.
@@ -189,7 +189,7 @@ def taken(index, context: ChunkContext, size: int):
 
 
 def running_sum(start, steps, mask):
-    """Sums over the blocks of a chunk, for memories that a block is added to.
+    """Sums over the blocks of a chunk, for memories to which each block is added.
 
     Args:
       start: sums before the chunk, leaves `[B, ...]`.
@@ -213,5 +213,5 @@ def running_sum(start, steps, mask):
 
 
 def _expand(x, like):
-    """`x` with axes of size 1 behind its own, as many as `like` has more."""
+    """`x` with axes of size 1 appended, up to the rank of `like`."""
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))

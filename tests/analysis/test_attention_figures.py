@@ -137,13 +137,13 @@ def test_sources_are_written_out():
 def test_what_does_not_exist_is_said_in_the_figure():
     without = make_maps(memory=Memory())
     sentences = lambda figure: {text.get_text() for axes in drawn(figure).axes for text in axes.texts}
-    assert sentences(figures.mass_figure(without.summary)) == {"the memory was never updated"}
-    assert sentences(figures.entropy_figure(without.summary)) == {"the memory was never updated"}
-    assert sentences(figures.travel_figure(without.summary, 0)) == {"there is no memory"}
+    assert sentences(figures.mass_figure(without.summary)) == {"the memory attended to no block"}
+    assert sentences(figures.entropy_figure(without.summary)) == {"the memory attended to no block"}
+    assert sentences(figures.travel_figure(without.summary, 0)) == {"there are no memory tokens"}
     axes = drawn(figures.map_figure(without.as_picture(0, 0, 4))).axes[0]
     assert axes.get_xlabel() == "keys (grey: not seen by the query)"
     incomplete = make_maps(block_size=64)
-    assert sentences(figures.travel_figure(incomplete.summary, 0)) == {"the memory was never updated"}
+    assert sentences(figures.travel_figure(incomplete.summary, 0)) == {"the memory attended to no block"}
 
 
 # ---------------------------------------------------------------- the page

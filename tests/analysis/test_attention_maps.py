@@ -9,6 +9,7 @@ import pytest
 import rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memories_table import REMEMBERING
 from modules.helpers import config, initial, precision, random_params, random_tokens, read
 from modules.oracle import Oracle
 
@@ -202,6 +203,20 @@ def test_pieces_choices_and_places_to_go_on_from_change_no_number(data):
     assert maps.summary.blocks == range(cut // S, 8)
 
 
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_maps_of_every_memory_go_on_within_a_block(name):
+    c = config(memory=REMEMBERING[name], num_layers=3)
+    params, tokens = random_params(c), random_tokens(1, 14)[0]
+    whole = reader(c).read(params, [tokens])
+    _, state = read(c, params, tokens[None, :6])
+    maps = reader(c).read(params, [tokens[6:]], state=state)
+    assert maps.blocks == (1, 2, 3) and maps.memory.shape == whole.memory[1:].shape
+    near = tolerance(c, 14)
+    np.testing.assert_allclose(maps.tokens[0, ..., 2:, :], whole.tokens[1, ..., 2:, :], atol=near)
+    np.testing.assert_allclose(maps.tokens[1:], whole.tokens[2:], atol=near)
+    np.testing.assert_allclose(maps.memory, whole.memory[1:], atol=near)
+
+
 def test_a_long_text_keeps_what_was_asked_for_and_compiles_nothing_anew():
     c = config()
     params, fresh = random_params(c), AttentionReader(Decoder(c))
@@ -324,11 +339,11 @@ def test_bad_input_is_told_in_one_sentence(tmp_path):
     params, tokens = random_params(c), random_tokens(1, 2 * S + 1)[0]
     for arguments, sentence in [
         (dict(layers=[2]), "There is no layer 2: the model has layers 0 to 1."),
-        (dict(layers=[]), "No layer is named: name one, or leave them out for all."),
+        (dict(layers=[]), "No layer is selected: select at least one, or leave layers out for all."),
         (dict(heads=[-1]), "There is no head -1: the model has heads 0 to 1."),
         (dict(blocks=[3]), "There is no block 3: the text has the blocks 0 to 2."),
         (dict(blocks=[-4]), "There is no block -4: the text has the blocks 0 to 2."),
-        (dict(state=initial(c, params, 2)), "Maps are of one text, but the state holds 2."),
+        (dict(state=initial(c, params, 2)), "Maps are of one text, but the state has 2 examples."),
     ]:
         with pytest.raises(ValueError) as caught:
             read_maps(c, params, tokens, **arguments)
@@ -343,7 +358,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path):
         (lambda: maps.as_picture(0), "There is no map of layer 0; kept layers: 1."),
         (lambda: maps.as_picture(1, 7), "There is no map of head 7; kept heads: 0, 1."),
         (lambda: maps.as_picture(1, blocks=2), "There is no map of block 2; kept blocks: 0."),
-        (lambda: maps.sources(1, 2), "Block 2 did not update the memory, so there are no sources."),
+        (lambda: maps.sources(1, 2), "The memory did not attend to block 2, so there are no sources."),
         (lambda: maps.sources(2, 0), "There is no layer 2: the model has layers 0 to 1."),
         (lambda: dataclasses.replace(maps, blocks=()).as_picture(1), "There is nothing to draw: no "),
     ]:

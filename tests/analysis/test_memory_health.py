@@ -87,8 +87,11 @@ def test_scalars_name_layers_and_updates():
 def test_every_memory_has_figures_of_each_layer(name):
     c = config(memory=REMEMBERING[name])
     health = MemoryMonitor(Decoder(c)).measure(random_params(c), random_tokens(2, 4 * S))
-    for values in (*health.shares.values(), *health.figures.values()):
-        assert values.shape[-1] == c.num_layers and np.isfinite(values).all()
+    of_memory = 1 if c.memory.through_depth else c.num_layers
+    assert health.figures
+    for values, layers in ((health.shares, c.num_layers), (health.figures, of_memory)):
+        for x in values.values():
+            assert x.shape[-1] == layers and np.isfinite(x).all()
 
 
 def test_the_gate_of_infini_is_the_share_of_the_memory():

@@ -47,9 +47,7 @@ def test_no_token_changes_a_logit_before_it(name):
     assert change.diagonal().min() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "name", ["paper", "no segments", "zero positions", "prefix", *REMEMBERING]
-)
+@pytest.mark.parametrize("name", ["paper", "no segments", "zero positions", "prefix", *REMEMBERING])
 def test_with_memory_every_token_reaches_all_that_follow(name):
     change = influence(config(**{**BASE, **VARIANTS[name]}), length=26)
     after = np.triu(np.ones_like(change, dtype=bool))
@@ -60,9 +58,7 @@ def test_with_memory_every_token_reaches_all_that_follow(name):
 @pytest.mark.parametrize("layers,segments", [(2, 1), (1, 2), (3, 0)])
 @pytest.mark.parametrize("window", [False, True])
 def test_without_memory_the_reach_is_exact(layers, segments, window):
-    c = config(
-        num_layers=layers, memory_segments=segments, window_mask=window, memory=Memory(), **BASE
-    )
+    c = config(num_layers=layers, memory_segments=segments, window_mask=window, memory=Memory(), **BASE)
     length, size = 22, c.block_size
     change = influence(c, length)
     source, target = np.arange(length)[:, None], np.arange(length)

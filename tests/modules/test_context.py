@@ -51,10 +51,10 @@ def check(c, shards, blocks, before=0, lengths=None):
     assert_close(*results, 1e-10)
 
 
-NO_MEMORY = [name for name in ALL if name not in REMEMBERING]
+OTHERS = [name for name in ALL if name not in REMEMBERING]
 
 
-@pytest.mark.parametrize("name", [*NO_MEMORY, *SIDE_BY_SIDE])
+@pytest.mark.parametrize("name", [*OTHERS, *SIDE_BY_SIDE])
 def test_shards_equal_the_whole(name):
     c = {"blocks_per_chunk": None, **ALL[name]}
     if c["blocks_per_chunk"] == 1:

@@ -47,7 +47,7 @@ MORE = {
         memory=Fam(2, start_from="prefix"), post_norms=True, qk_norm=True, attention_softcap=2.0,
         qkv_bias=True,
     ),
-}
+}  # fmt: skip
 EVERY_MEMORY = {
     name: dict(memory=memory, memory_segments=number % 3, blocks_per_chunk=2)
     for number, (name, memory) in enumerate(MEMORIES.items())

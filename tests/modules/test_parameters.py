@@ -13,6 +13,7 @@ from memories_table import MEMORIES
 from famx.memories import Fam
 from famx.mesh import LOGICAL_AXES
 from famx.modules import Decoder, Memory
+from famx.modules.memory import from_dict
 
 STYLES = {
     "plain": dict(),
@@ -123,6 +124,8 @@ BAD = [
     (dict(num_heads=4, num_kv_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
     (dict(num_kv_heads=0), "num_kv_heads 0"),
     (dict(head_dim=3), "head_dim 3 must be even"),
+    (dict(head_dim=0), "head_dim must be at least 1, got 0"),
+    (dict(mlp_dim=0), "mlp_dim must be at least 1, got 0"),
     (dict(memory=Fam(5)), "Fam.length 5 exceeds block_size 4"),
     (dict(memory=Fam(2, update_scale=0.0)), "Fam.update_scale must lie in"),
     (dict(memory=Fam(2, update_scale=1.5)), "Fam.update_scale must lie in"),
@@ -144,6 +147,25 @@ def test_a_bad_config_is_refused_with_a_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         config(**changes)
     assert str(error.value).endswith(".")
+
+
+def test_a_memory_has_a_kind_of_its_own():
+    """Else model.json would name its base, and a load would silently give that."""
+    with pytest.raises(ValueError, match="A memory named 'fam' exists already: give .*Other another"):
+
+        class Other(Fam):
+            pass
+
+    names = {"__module__": Fam.__module__, "__qualname__": Fam.__qualname__}
+    type("Fam", (Fam,), names)  # as gin derives a class
+    assert type(from_dict(Fam(3).to_dict())) is Fam
+
+
+def test_a_memory_through_the_depth_has_no_attention_of_its_own():
+    for attribute in ("attends", "closes_oldest"):
+        fields = {"kind": f"deep and {attribute}", "through_depth": True, attribute: True}
+        with pytest.raises(ValueError, match="`through_depth`, which goes with neither"):
+            type("Deep", (Memory,), fields)
 
 
 def test_defaults_are_filled_in():

@@ -30,8 +30,8 @@ def _gather_block(config, arrays, example, block):
     window = jax.lax.dynamic_slice(
         x, (example, block, 0, 0, 0), (1, count, config.block_size, heads, width)
     )
-    own = memory[example, block]
-    return jnp.concatenate([own, window.reshape(-1, heads, width)]).swapaxes(0, 1)
+    columns = memory[example, block]
+    return jnp.concatenate([columns, window.reshape(-1, heads, width)]).swapaxes(0, 1)
 
 
 def _head_major(config, x):
@@ -70,7 +70,7 @@ def _tile_forward(config, q, k, v, mask):
 
 
 def _tile_backward(config, q, k, v, out, lse, grad, mask):
-    """Gradients of `_tile_forward`'s output; scores are `[K, X, R]`, which is faster here."""
+    """Gradients of `_tile_forward`'s output; scores are `[K, X, R]`, which is faster."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     dot = functools.partial(jnp.einsum, preferred_element_type=wide)
     capped = softcap(dot("hxd,hrd->hxr", k, q) * config.query_scale, config.attention_softcap)

@@ -14,11 +14,11 @@ def over_mesh(function, args, batch_axis: str = BATCH_AXIS):
     """`function(*args)`, partitioned by batch and heads over the mesh of `jax.set_mesh`, if any.
 
     Args:
-      function: function with the arrays of `token_attention`; takes numbers of heads from their shapes.
+      function: function of the arrays of `token_attention`; takes numbers of heads from their shapes.
       args: `q, keys, values, memory_keys, memory_values, first_block`.
       batch_axis: logical axis of the batch. It and "heads" are sharded by the rules of
-        `nn.logical_axis_rules` if their sizes are divisible, else not; key heads go with the query
-        heads that read them.
+        `nn.logical_axis_rules` if their sizes are divisible; each device has the key heads that its query
+        heads read.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
@@ -27,34 +27,34 @@ def over_mesh(function, args, batch_axis: str = BATCH_AXIS):
     q, keys = args[:2]
     batch, heads = mesh_axes((batch_axis, "heads"), (q.shape[0], q.shape[3]))
     size = lambda axes: math.prod(mesh.shape[axis] for axis in axes)
-    whole_keys = keys.shape[3] % size(heads) != 0
+    replicate_keys = keys.shape[3] % size(heads) != 0
 
     def local(q, *rest):
-        if whole_keys:
+        if replicate_keys:
             *keys, first_block = rest
-            mine = _heads_read(args[0].shape[3], args[1].shape[3], heads, q.shape[3])
-            rest = *(jax.numpy.take(x, mine, axis=3) for x in keys), first_block
+            indices = _heads_read(args[0].shape[3], args[1].shape[3], heads, q.shape[3])
+            rest = *(jax.numpy.take(x, indices, axis=3) for x in keys), first_block
         return function(q, *rest)
 
     queries = P(batch or None, None, None, heads or None, None)
-    read = P(batch or None, None, None, None if whole_keys else heads or None, None)
+    columns = P(batch or None, None, None, None if replicate_keys else heads or None, None)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(queries, read, read, read, read, P(batch or None)),
+        in_specs=(queries, columns, columns, columns, columns, P(batch or None)),
         out_specs=queries,
         axis_names=free,
-        check_vma=False,  # kernels do not say over which axes their results vary
+        check_vma=False,  # kernels do not declare over which axes their results vary
     )(*args)
 
 
-def _heads_read(heads, kv_heads, axes, here):
-    """Indices of the key heads that the `here` query heads of this device read.
+def _heads_read(heads, kv_heads, axes, local_heads):
+    """Indices of the key heads that the `local_heads` query heads of this device read.
 
     One index if they share a key head; else one for each query head.
     """
     group = heads // kv_heads
-    first = jax.lax.axis_index(axes) * here
-    if group % here == 0:
+    first = jax.lax.axis_index(axes) * local_heads
+    if group % local_heads == 0:
         return first // group + jax.numpy.arange(1)
-    return (first + jax.numpy.arange(here)) // group
+    return (first + jax.numpy.arange(local_heads)) // group

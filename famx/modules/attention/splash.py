@@ -1,7 +1,7 @@
 """JAX's Pallas kernel for TPUs, splash attention, over all blocks of a chunk in one call.
 
 The `C` blocks of queries are one sequence of rows. The columns are
-`[M * S past | C * S own | C memories of N, each padded]`, each key there once: a sparse mask lets block
+`[M * S past | C * S own | C memories of N, each padded]`, each key once: a sparse mask lets block
 `t` see the tokens of blocks `t - M .. t` and memory `t`, and tiles without a visible pair are skipped.
 Past blocks before the start of a sequence, which differ by example, are masked by segment ids.
 """
@@ -27,7 +27,7 @@ def attention(config, q, keys, values, memory_keys, memory_values, first_block):
     """`token_attention` with the config first.
 
     Queries are scaled before the kernel, which costs one rounding more in bfloat16 than the plain
-    formula, and width of heads that does not fill the lanes of a TPU is padded by its memory layout.
+    formula. Head widths that do not fill the lanes of a TPU are padded by its memory layout.
     """
     batch, blocks, size, heads, width = q.shape
     kernel = _kernel(config, blocks, heads)
@@ -45,9 +45,9 @@ def attention(config, q, keys, values, memory_keys, memory_values, first_block):
     rows = rows.reshape(batch, -1, heads, width).swapaxes(1, 2)
     segments = None
     if config.memory_segments:
-        block = np.arange(columns) // size - config.memory_segments  # the memory's are all > 0
-        there = (first_block[:, None] + block >= 0).astype(jnp.int32)
-        segments = splash_attention_kernel.SegmentIds(jnp.ones((batch, blocks * size), jnp.int32), there)
+        block = np.arange(columns) // size - config.memory_segments  # columns of the memory: all > 0
+        exists = (first_block[:, None] + block >= 0).astype(jnp.int32)
+        segments = splash_attention_kernel.SegmentIds(jnp.ones((batch, blocks * size), jnp.int32), exists)
     out = jax.vmap(kernel)(rows, sequence(keys, memory_keys), sequence(values, memory_values), segments)
     return out.swapaxes(1, 2).reshape(q.shape)
 
@@ -58,7 +58,7 @@ def tile_size(block_size):
 
 
 def _slot(config):
-    """Columns that a memory of `N` takes, a power of two.
+    """Number of columns that a memory of `N` takes, a power of two.
 
     Not the minimum: the kernel of the keys' gradient takes as many steps for every tile of columns as for
     the tile that most rows see, and that would be a tile of many small memories.
@@ -84,8 +84,8 @@ def chunk_mask(config, blocks, own_only=False):
 def _kernel(config, blocks, heads):
     """Splash attention of `[H, C * S, Dh]` to `[K, X, Dh]`, forward and backward.
 
-    Queries' and keys' gradients come from a kernel each. The fused one would keep one
-    copy of the queries' gradient for every tile of columns.
+    The gradients of queries and keys come from a kernel each. The fused kernel would keep one copy of the
+    queries' gradient for every tile of columns.
     """
     tile = tile_size(config.block_size)
     sizes = splash_attention_kernel.BlockSizes(
@@ -103,7 +103,7 @@ def _kernel(config, blocks, heads):
 
     kernel = make(own_only=False)
     if config.stop_gradient_segments and config.memory_segments:
-        # The keys' gradient alone skips the tiles of past blocks.
+        # Only the keys' gradient skips the tiles of past blocks.
         kernel.dkv_mask_info = make(own_only=True).dkv_mask_info
     return kernel
 
@@ -113,7 +113,7 @@ class ChunkMask(splash_attention_mask.Mask):
     """Visibility, computed tile by tile and, within the kernel, again from row and column.
 
     Row `r` of block `t` sees column `x` if `lowest(r) <= top(x)` and `bottom(x) <= r + M * S`. For
-    tokens both ends are the column itself; memory `u` has those that only block `u` meets.
+    tokens both ends are the column itself; memory `u` has ends that only block `u` meets.
     """
 
     blocks: int  # C
