@@ -202,7 +202,7 @@ def test_settings_are_plain_values():
         (dict(checkpoint_path="/no/such"), "There is no checkpoint /no/such: /no/such is not"),
         (dict(checkpoint_path="{}/checkpoint_7"), "has no checkpoint of step 7; available steps: 1, 2."),
         (dict(checkpoint_path="{}/checkpoint_1", checkpoints="all"), "needs a MODEL_DIR, and"),
-        (dict(checkpoint_path="{}/.."), "is no directory of a trained model"),
+        (dict(checkpoint_path="{}/.."), "is not the directory of a trained model"),
     ],
 )  # fmt: skip
 def test_bad_settings_end_in_a_sentence(model_dir, changes, sentence):
@@ -285,6 +285,18 @@ def bad_input(monkeypatch, capsys):
 )
 def test_bad_bindings(bad_input, model_dir, binding, sentence):
     assert sentence in bad_input(*arguments(model_dir, binding))
+
+
+def test_short_names_stay_unambiguous_after_a_gin_file_has_used_them():
+    program = """
+import gin
+from famx.evaluation import bindable
+gin.parse_config("from __gin__ import dynamic_registration\\nfrom famx import evaluation\\n"
+                 "evaluation.PasskeyEvaluation.examples = 3")
+bindable.register()
+gin.parse_config("EVALUATIONS = @PasskeyEvaluation()")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_an_unset_path_or_a_stray_argument(bad_input):

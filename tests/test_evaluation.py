@@ -389,7 +389,7 @@ def test_text_without_memory_equals_an_obvious_loop():
         assert got[f"memory/{how}/accuracy"] == pytest.approx(accuracy, abs=1e-6)
     assert got["memory/kept/bits_per_token"] == got["bits_per_token"]
     figures = MemoryMonitor(MODEL.module).measure(PARAMS, row[:1, :50]).scalars()
-    assert {k: got[k] for k in figures} == pytest.approx(figures)  # of the longest document
+    assert {k: got[k] for k in figures} == pytest.approx(figures)  # those of the longest document
     assert "memory/rms/update_3" in figures
 
 
@@ -433,7 +433,7 @@ def test_another_vocabulary_is_refused():
     for evaluation in (make_evaluation(), TextEvaluation(documents), make_task_evaluation()):
         with pytest.raises(ConfigError, match="tokens, the model's only 50: choose an evaluation with"):
             evaluation.check(small)
-    TextEvaluation(Documents([make_tokens(5)])).check(MODEL)  # says nothing of a vocabulary
+    TextEvaluation(Documents([make_tokens(5)])).check(MODEL)  # a plain list has no vocabulary to check
 
 
 def test_blocks_too_small_for_the_probes_are_refused_before_the_run():
@@ -458,6 +458,8 @@ def test_an_evaluation_without_a_task_takes_that_of_the_run(tmp_path):
     assert PasskeyEvaluation().with_task(keys).task == passkey(filler="repeated")
     task = TaskEvaluation(length=40).with_task(keys)._task
     assert (task.digits, task.split, task.seed) == (1, "eval", 1)
+    task = TaskEvaluation(length=40, task_options={"digits": 2}).with_task(keys)._task
+    assert (task.digits, task.header) == (2, False)
     for evaluation in (
         PasskeyEvaluation(passkey(digits=2)), TaskEvaluation("passkey_words", 40),
         TextTaskEvaluation("own_jsonl"), TextEvaluation(Documents([make_tokens(5)])),
@@ -467,6 +469,8 @@ def test_an_evaluation_without_a_task_takes_that_of_the_run(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.txt").write_text(f"Text {i}.")
     texts = Data("own_text", {"targets": 32}, 2, options={"files": str(tmp_path / "*.txt")}).make_task
+    own = TextTaskEvaluation(task_options={"files": str(tmp_path / "3.txt")})
+    assert len(own.with_task(texts).task.paths) < len(texts().paths)
     held_out = TextEvaluation().with_task(texts).documents
     assert held_out.paths and not set(held_out.paths) & set(texts().paths)
     with pytest.raises(ConfigError, match="measures PassKey, but the run trains on TextFiles: set"):

@@ -36,7 +36,7 @@ from famx.model_dir import loading
 ROOT = gin_utils.gin_root()
 VOCAB = ByteVocabulary()
 MODEL = make_model(vocab_size=259, dtype="float64", param_dtype="float64")
-LENGTH = 72  # of the dense model's rows
+LENGTH = 72  # row length of the dense model
 NEW = 6
 PROMPTS = ["a", "one block", "A prompt of a few blocks, " * 2, "xy", "seven..", "eight...", "nine....."]
 
@@ -198,7 +198,7 @@ def test_a_memory_stands_before_every_prompt():
     _, memory = reader.read(_params(), start, np.array([ids("Read before. ")], np.int32))
     some = [Example(i, {}, np.array(VOCAB.encode(text), np.int32)) for i, text in enumerate(PROMPTS)]
     whole = in_batches(answers().predict, examples(["Read before. " + text for text in PROMPTS]))
-    found = in_batches(answers(memory=memory).predict, some)  # the memory is not used up
+    found = in_batches(answers(memory=memory).predict, some)  # the same memory can be used again
     for a, b in zip(whole, found, strict=True):
         assert a["aux"]["tokens"] == b["aux"]["tokens"]
         np.testing.assert_allclose(a["aux"]["scores"], b["aux"]["scores"], rtol=1e-9)
@@ -385,7 +385,7 @@ def test_progress_is_lines_in_a_file_and_a_bar_on_a_terminal(capsys, monkeypatch
     progress = LineProgress(10, 2)
     now[0] = 0.1
     progress.advance(6, 100)
-    assert capsys.readouterr().err == ""  # too soon
+    assert capsys.readouterr().err == ""  # too early for progress
     monkeypatch.setattr(progress, "_line_seconds", 0)
     progress.advance(8, 100)
     progress.advance(10, 100)
@@ -508,7 +508,7 @@ def test_bad_settings(bad_input, tmp_path, binding, sentence):
 def test_checkpoints_that_cannot_be_used(bad_input, model_dir, tmp_path):
     missing = f"CHECKPOINT_PATH='{model_dir}/checkpoint_9'"
     assert f"There is no checkpoint of step 9 in {model_dir}" in bad_input(missing)
-    assert "is no directory of a trained model" in bad_input(f"CHECKPOINT_PATH='{tmp_path}'")
+    assert "is not the directory of a trained model" in bad_input(f"CHECKPOINT_PATH='{tmp_path}'")
     without = write_model_dir(tmp_path / "model", make_model(), make_params(make_model().module), None)
     assert "has no vocabulary: put the vocabulary.json" in bad_input(f"CHECKPOINT_PATH='{without}'")
     with pytest.raises(ConfigError, match="holds another model, differing in embed_dim"):

@@ -27,7 +27,7 @@ from famx.training import loop
 
 BYTES = ByteVocabulary()
 NEW = 6  # tokens of an answer at most
-WIDTH = 192  # of the dense forward pass
+WIDTH = 192  # tokens in the dense forward pass
 QUESTION = "Who{}?\n\n (A) red\n (B) a cat\n (C) not (A)\n (D) both of these\n\n\nThe text {}."
 
 
@@ -180,7 +180,7 @@ def test_bytes_are_those_of_the_text_whatever_the_vocabulary(model, params):
     text_task("words_for_evaluation", [{"inputs": "", "targets": "the chat est là", "references": []}])
     words = WordVocabulary(["the", "chat", "est", "là"])
     evaluation = make("", "words_for_evaluation", task_options={"vocabulary": words})
-    free = make_model()  # has no vocabulary of its own
+    free = make_model()  # without a vocabulary of its own
     evaluation.check(free)
     found = evaluation(free, params, 0)
     assert found["bits_per_byte"] * 16 == pytest.approx(found["bits_per_token"] * 5)
@@ -454,11 +454,11 @@ def test_an_answer_or_a_record_that_is_missing_later_is_named(model, params, tmp
     evaluation.check(model)
     with pytest.raises(ConfigError, match="Example 3 of the validation split of 'answers_lost_for_eval"):
         evaluation(model, params, 0, tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())  # neither a part of the predictions
+    assert not list((tmp_path / "out").iterdir())  # no partial predictions either
 
     write(tmp_path / "own.jsonl", [{"inputs": "a", "targets": 3}] * 9)
     own = make("", "own_jsonl", task_options={"files": str(tmp_path / "own.jsonl")})
-    with pytest.raises(ConfigError, match="Column 'targets' holds '3', which is no text"):
+    with pytest.raises(ConfigError, match="Column 'targets' contains '3', which is not text"):
         own.check(model)
 
 

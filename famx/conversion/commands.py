@@ -1,4 +1,4 @@
-"""What `famx.convert` and `famx.export` do: settings as text, the work, and reports about it."""
+"""Commands of `famx.convert` and `famx.export`: parsing of settings, import and export, reports."""
 
 import ast
 import dataclasses
@@ -19,7 +19,7 @@ from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS
 from famx.modules.memory import Memory
 from famx.modules.memory import from_dict as memory_from_dict
 
-_FIELDS = (*MEMORY_FIELDS, *COMPUTATION_FIELDS)  # what an import may choose
+_FIELDS = (*MEMORY_FIELDS, *COMPUTATION_FIELDS)  # fields that an import may set
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -46,7 +46,8 @@ def convert(
       The import that was carried out.
 
     Raises:
-      ConfigError: the model or a setting cannot be used, before anything is written; or writing failed.
+      ConfigError: the model or a setting is not valid (raised before anything is written), or writing
+        failed.
     """
     check_destination(directory)
     with ByteProgress("checksum", keep_bar=False) as progress:
@@ -83,7 +84,7 @@ def export_checkpoint(
       adapter: saved adapter to merge, see `famx.model_dir.loading.load_model`.
 
     Raises:
-      ConfigError: the checkpoint or a setting cannot be used; known before the weights are read where
+      ConfigError: the checkpoint or a setting is not valid; known before the weights are read where
         possible.
     """
     size = parse_size(max_shard_size)
@@ -126,13 +127,8 @@ def read_fields(settings: Sequence[str], memory: str | None = None) -> dict[str,
         if name not in _FIELDS:
             what = "belongs to the pretrained model" if name in known else "is no field of a decoder"
             raise ConfigError(f"--set={setting}: {name} {what}.{nearest(name, _FIELDS)}")
-        value = _literal(text)
-        wanted = type(known[name])
-        if known[name] is None:  # blocks_per_chunk
-            wanted = (int, type(None))
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            raise ConfigError(f"--set={setting}: {name} is like {known[name]!r}, not {value!r}.")
-        fields[name] = value
+        fields[name] = _literal(text)
+        _check_type(f"--set={setting}", name, fields[name], known[name])
     return fields
 
 
@@ -150,9 +146,21 @@ def read_memory(text: str) -> Memory:
             raise ConfigError(f"--memory={text}: {setting} sets nothing, write it as FIELD=VALUE.")
         fields[name] = _literal(value)
     try:
-        return memory_from_dict(fields)
+        memory = memory_from_dict(fields)
     except ValueError as error:
         raise ConfigError(f"--memory={text}: {error}") from error
+    for field in dataclasses.fields(memory):
+        if field.name in fields and field.default is not dataclasses.MISSING:
+            _check_type(f"--memory={text}", field.name, fields[field.name], field.default)
+    return memory
+
+
+def _check_type(setting: str, name: str, value: object, default: object) -> None:
+    """Raises ConfigError unless `value` has the type of `default`; None stands for an optional int."""
+    wanted = {float: (int, float), type(None): (int, type(None))}.get(type(default), type(default))
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        example = "4 or None" if default is None else repr(default)
+        raise ConfigError(f"{setting}: {name} takes a value such as {example}, not {value!r}.")
 
 
 def _literal(text: str) -> object:

@@ -1,4 +1,4 @@
-"""GGUF files, the format of llama.cpp, as Hugging Face's names, layouts and `config.json`."""
+"""GGUF files, the format of llama.cpp, read with Hugging Face's names, layouts and `config.json`."""
 
 import math
 import os
@@ -30,7 +30,8 @@ ARCHITECTURES = {
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
 }
-# Llama's rotation pairs neighbours in these, halves of the head in the others and in Hugging Face's.
+# In these architectures RoPE rotates pairs of neighbours; in the others, as at Hugging Face, pairs of
+# one element from each half of the head.
 _INTERLEAVED = ("llama", "smollm3")
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -48,31 +49,31 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_POST_NORMS = ("gemma2", "gemma3")  # whose `ffn_norm` has another name at Hugging Face
+_POST_NORMS = ("gemma2", "gemma3")  # architectures whose `ffn_norm` has another name at Hugging Face
 _ROPE_FACTORS = "rope_freqs.weight"
-_ROPE_LENGTH = 8192  # on which every Llama 3 was trained before its positions were scaled
-_PIECE = 1 << 18  # values that are dequantised at once
+_ROPE_LENGTH = 8192  # length that every Llama 3 was trained on before its positions were scaled
+_PIECE = 1 << 18  # number of values that are dequantised at once
 
 
 class GgufSource:
-    """A GGUF file as if it were a directory of Hugging Face.
+    """A GGUF file, presented like a Hugging Face directory; see `tensor_source.Source`.
 
-    Queries and keys of llama.cpp's Llamas come back in Hugging Face's order, and the norms of Gemma
-    lose the 1 that was added to them. What the file does not say, but follows from its architecture,
-    is as llama.cpp has it.
+    Queries and keys of llama.cpp's Llamas are returned in Hugging Face's order, and the 1 that llama.cpp
+    adds to the norms of Gemma is subtracted. Settings that the file omits have llama.cpp's defaults for
+    the architecture.
 
     Args:
-      path: a file of one of `ARCHITECTURES`, all in one part.
+      path: a file of one of `ARCHITECTURES`, in a single part.
 
     Attributes:
-      config: as `config.json` holds it.
-      tensors: shape and dtype by Hugging Face's name; a tensor that has none there keeps its own.
+      config: content of the equivalent `config.json`.
+      tensors: shape and dtype by Hugging Face's name; a tensor without one keeps its name in the file.
       tokenizer: the file itself.
-      name: of the file, without its ending.
+      name: name of the file, without its suffix.
 
     Raises:
-      ConfigError: the package `gguf` is missing, or the file is none, damaged, a part of several, or
-        holds another architecture or types that cannot be read.
+      ConfigError: the package `gguf` is missing, or the file is not a GGUF file, is damaged, is one of
+        several parts, or holds an architecture or types that cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -113,7 +114,7 @@ class GgufSource:
         self.config = self._config()
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in Hugging Face's layout; float32 where it is quantised, else as it is stored."""
+        """The tensor in Hugging Face's layout; float32 if it is quantised, otherwise as stored."""
         tensor, info = self._tensors[name], self.tensors[name]
         out = np.empty(info.shape, getattr(ml_dtypes, info.dtype, info.dtype))
         order = self._order(name, len(out))
@@ -131,16 +132,16 @@ class GgufSource:
         return out
 
     def _added_one(self, name: str) -> bool:
-        """Whether llama.cpp added 1 to the tensor: it is a norm of Gemma."""
+        """Whether llama.cpp added 1 to the tensor, as it does for norms of Gemma."""
         return self._architecture.startswith("gemma") and name.endswith("norm.weight")
 
     def _dtype(self, name: str, tensor) -> str:
-        """Of what `read` gives."""
+        """Dtype of the array that `read` returns."""
         stored = _STORED.get(tensor.tensor_type.name, "float32")
         return "float32" if self._added_one(name) else stored
 
     def _order(self, name: str, rows: int) -> np.ndarray:
-        """For each row of Hugging Face's tensor, its place in the file's."""
+        """Index in the file's tensor of each row of Hugging Face's."""
         order = np.arange(rows)
         if self._architecture in _INTERLEAVED and re.search(r"\.[qk]_proj\.", name):
             heads = self.config[f"num_{'attention' if '.q_proj.' in name else 'key_value'}_heads"]
@@ -148,9 +149,9 @@ class GgufSource:
         return order
 
     def _translate(self, name: str) -> str:
-        """Hugging Face's name of a tensor, or its own where it has none there."""
-        found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        layer, part, kind = found.groups() if found else (None, None, None)
+        """Hugging Face's name of a tensor, or its name in the file if it has none."""
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        layer, part, kind = match.groups() if match else (None, None, None)
         names = _TOP_NAMES if layer is None else _LAYER_NAMES
         if part not in names:
             return name
@@ -169,7 +170,7 @@ class GgufSource:
             raise ConfigError(f"'{self._path}' is damaged at {key}; fetch it again.") from error
 
     def _get(self, key: str, default: Any = None) -> Any:
-        """A value of the architecture's own."""
+        """Value of a key under the architecture's prefix."""
         return self._value(f"{self._architecture}.{key}", default)
 
     def _size(self, key: str) -> int:
@@ -177,7 +178,7 @@ class GgufSource:
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
         if not isinstance(value, int):
-            why = "lacks" if value is None else "has a number for each layer, not one, of"
+            why = "lacks" if value is None else "has a number for each layer instead of a single one for"
             raise ConfigError(f"'{self._path}' {why} {self._architecture}.{key}; take another file.")
         return value
 
@@ -233,24 +234,24 @@ class GgufSource:
         return config
 
     def _gemma(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What Gemma 2 and 3 have besides."""
+        """Additional fields of config.json for Gemma 2 and 3."""
         layers, second = config["num_hidden_layers"], config["model_type"] == "gemma2"
-        # The models of 27 billion parameters alone scale queries by another width than the head's.
+        # Only the models of 27 billion parameters scale queries by a width other than the head's.
         large = layers == (46 if second else 62)
         scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
         every = self._get("attention.sliding_window_pattern", 2 if second else 6)
         slides = every if isinstance(every, list) else [(i + 1) % every != 0 for i in range(layers)]
         kinds = ("full_attention", "sliding_attention")
         windowed = "sliding_window" in config
-        found = {
+        fields = {
             "query_pre_attn_scalar": scalar,
             "layer_types": [kinds[bool(windowed and slide)] for slide in slides],
             "attn_logit_softcapping": self._get("attn_logit_softcapping", 50.0 if second else None),
             "final_logit_softcapping": self._get("final_logit_softcapping", 30.0 if second else None),
         }
         if not second:
-            found["rope_local_base_freq"] = self._get("rope.freq_base_swa", 1e4)
-        return found
+            fields["rope_local_base_freq"] = self._get("rope.freq_base_swa", 1e4)
+        return fields
 
     def _rope_scaling(self, head_dim: int, base: float) -> dict[str, Any] | None:
         kind = self._get("rope.scaling.type", "none")
@@ -258,21 +259,21 @@ class GgufSource:
             return {"rope_type": kind, "factor": self._get("rope.scaling.factor", 1.0)}
         if self._factors is None:
             return None
-        # The file has Llama 3's scaling as the divisor of each frequency.
-        given = np.asarray(self._factors.data, np.float64)
-        if np.all(given == 1):
+        # The file stores Llama 3's scaling as a divisor for each frequency.
+        divisors = np.asarray(self._factors.data, np.float64)
+        if np.all(divisors == 1):
             return None
         scaling = {
             "rope_type": "llama3",
-            "factor": float(given[-1]),
+            "factor": float(divisors[-1]),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": _ROPE_LENGTH,
         }
         turns = _ROPE_LENGTH * base ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
-        share = np.clip((turns - 1) / 3, 0, 1)  # of the unscaled frequency
+        share = np.clip((turns - 1) / 3, 0, 1)  # weight of the unscaled frequency
         expected = 1 / ((1 - share) / scaling["factor"] + share)
-        if given.shape != expected.shape or not np.allclose(given, expected, rtol=1e-3):
+        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
             raise ConfigError(
                 f"'{self._path}' scales its rotary positions ({_ROPE_FACTORS}) in another way than "
                 "Llama 3, which is not supported."

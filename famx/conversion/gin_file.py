@@ -1,4 +1,4 @@
-"""A gin file that binds a decoder, for `--gin_file` after that of a run."""
+"""The gin file of an imported model, for `--gin_file` after that of a run."""
 
 import dataclasses
 import textwrap
@@ -7,11 +7,12 @@ from famx.modules import DecoderConfig, Memory, RopeScaling
 
 
 def model_gin(config: DecoderConfig, name: str) -> str:
-    """A gin file of the model: every field that is not the default."""
-    memory, package, module = type(config.memory), *type(config.memory).__module__.rsplit(".", 1)
+    """Text of a gin file that binds every field that differs from its default."""
+    memory = type(config.memory)
+    package, _, module = memory.__module__.rpartition(".")
     imports = ["from famx import models", "from famx import modules"]
     if config.memory.exists:
-        imports.insert(0, f"from {package} import {module}")
+        imports.insert(0, f"from {package} import {module}" if package else f"import {module}")
     lines = [
         f"# The model that was imported from {' '.join(name.split())}.",
         "from __gin__ import dynamic_registration\n",

@@ -1,4 +1,4 @@
-"""The config.json of a decoder, checked by reading it back."""
+"""The config.json of a decoder, verified by converting it back."""
 
 import dataclasses
 from collections.abc import Mapping

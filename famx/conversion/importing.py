@@ -33,7 +33,7 @@ from famx.modules import Decoder, DecoderConfig
 from famx.modules.memory import PROMPTS, of_memory
 
 PROMPT_STARTS = ("normal", "tokens")
-_MARK = ".importing"  # in a directory whose import is under way, or was stopped
+_MARK = ".importing"  # file in a directory whose import is in progress or was interrupted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def write_model(
     seed: int = 0,
     on_bytes: Callable[[int], None] | None = None,
 ) -> pathlib.Path:
-    """Write a planned import. The checkpoint comes last, so that half a model is never taken for a model.
+    """Write a planned import; the checkpoint comes last, so that a partial import is no valid model.
 
     Args:
       plan: the import.
@@ -187,11 +187,11 @@ def check_tensors(source: Source, tensors: Sequence[families.Tensor]) -> None:
             f"{tensor.name} ({info.dtype})" for tensor, info in both if info.dtype not in READABLE
         ],
     }
-    found = [f"{what} {len(names)}: {some(names)}" for what, names in problems.items() if names]
-    if found:
+    faults = [f"{what} {len(names)}: {some(names)}" for what, names in problems.items() if names]
+    if faults:
         raise ConfigError(
             f"The tensors of {source.name} are not those that its config.json asks for; it"
-            f" {'; it '.join(found)}."
+            f" {'; it '.join(faults)}."
         )
 
 
@@ -200,7 +200,7 @@ def _by_standard_name(source: Source) -> dict[str, str]:
 
 
 def _sidecar(source: Source) -> Sidecar:
-    """What an export by famx saved in the source's directory; empty for other sources."""
+    """The sidecar of a directory that famx exported; empty for other sources."""
     directory = getattr(source, "directory", None)
     return (directory and read_sidecar(directory)) or Sidecar({}, {})
 

@@ -1,4 +1,4 @@
-"""`famx.json`: what an exported directory holds beyond a model of transformers.
+"""`famx.json`: the additions of famx to an exported directory of transformers.
 
     {"about": ..., "famx": version, "format": 1,
      "memory": {"block_size": 1024, "memory_segments": 3, "memory": {"kind": "fam", ...}, ...},
@@ -36,11 +36,11 @@ _ABOUT = (
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """What `famx.json` of a directory says.
+    """Contents of the `famx.json` of a directory.
 
     Attributes:
       fields: `MEMORY_FIELDS` of DecoderConfig.
-      parameters: the memory's parameters by path, such as "memory/prompt"; empty: it has none.
+      parameters: the memory's parameters by path, such as "memory/prompt"; empty if it has none.
     """
 
     fields: Mapping[str, Any]
@@ -69,10 +69,10 @@ def write_sidecar(
 
 
 def read_sidecar(directory: str | os.PathLike) -> Sidecar | None:
-    """What an export left in a directory next to the model of transformers; None: it is no export.
+    """The sidecar in the directory of an export; None if there is no `famx.json`.
 
     Raises:
-      ConfigError: it is damaged or of a format that is not known here.
+      ConfigError: it is damaged, or its format is unknown to this version of famx.
     """
     path = pathlib.Path(directory) / NAME
     if not path.is_file():

@@ -18,7 +18,7 @@ from famx.base.text import some
 from famx.conversion.gguf_source import GgufSource
 from famx.conversion.tensor_source import READABLE, Source, TensorInfo
 
-SIDE_FILES = (  # what an export gives back as it came
+SIDE_FILES = (  # files that an export returns unchanged
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt"),
@@ -29,14 +29,14 @@ _BLOCK = 1 << 20
 
 
 def open_source(path: str | os.PathLike, on_bytes: Callable[[int, int], None] | None = None) -> Source:
-    """The source at `path`; nothing but headers, and what there is a checksum for, is read.
+    """The source at `path`; reads only headers, and the files that a checksum is known for.
 
     Args:
       path: a directory with `config.json` and safetensors, or a GGUF file.
-      on_bytes: told how many bytes of how many had their checksum computed.
+      on_bytes: called as `on_bytes(bytes, total bytes)` while checksums are computed.
 
     Raises:
-      ConfigError: it is neither, or something in it is missing, cut short or damaged.
+      ConfigError: it is neither, or something in it is missing, truncated or damaged.
     """
     path = pathlib.Path(path).expanduser().absolute()
     if path.is_dir():
@@ -55,8 +55,11 @@ def open_source(path: str | os.PathLike, on_bytes: Callable[[int, int], None] | 
 class HuggingFaceSource:
     """`config.json` and safetensors, one file or several with an index; see `Source`.
 
-    Every file is there and as long as its header says, and has the SHA-256 that is known for it: from
-    a `.sha256` file next to it, or from what Hugging Face's downloads leave.
+    Construction checks that every file exists and is as long as its header says, and its SHA-256 if that
+    is known: from a `.sha256` file next to it, or from the metadata of a Hugging Face download.
+
+    Raises:
+      ConfigError: on construction, if a file is missing, truncated or damaged.
     """
 
     def __init__(
@@ -85,10 +88,10 @@ class HuggingFaceSource:
         self.tokenizer = self._tokenizer()
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as it is stored, read-only: pages of the file, which take no memory of their own.
+        """One tensor as it is stored, as a read-only memory map of the file.
 
         Raises:
-          ConfigError: the file cannot be read any more.
+          ConfigError: the file can no longer be read.
         """
         (file, start), info = self._places[name], self.tensors[name]
         with _readable(file):
@@ -101,7 +104,7 @@ class HuggingFaceSource:
         return _read_object(file)
 
     def _what_instead(self) -> str:
-        """What a directory without `config.json` is."""
+        """Description of a directory without `config.json`, as the end of a sentence."""
         names = sorted(os.listdir(self.directory))
         if "model.json" in names:
             return "it is a MODEL_DIR of famx, which needs no import."
@@ -112,7 +115,7 @@ class HuggingFaceSource:
         return "there is no config.json in it."
 
     def _weight_files(self) -> tuple[list[str], dict[str, str]]:
-        """`(names of the files, the file of each tensor as an index says it)`."""
+        """`(names of the weight files, {tensor: file} according to the index, if any)`."""
         names = sorted(path.name for path in self.directory.glob("*.safetensors"))
         names = [name for name in names if not name.startswith("adapter_")]
         if _SINGLE in names:
@@ -136,7 +139,7 @@ class HuggingFaceSource:
             raise ConfigError(f"{self.directory} has {some(names, 4)} but no {_INDEX}: download it too.")
         if list(self.directory.glob("*.bin")) or list(self.directory.glob("*.pt*")):
             raise ConfigError(
-                f"{self.directory} holds its weights as pickled PyTorch files alone, which are not read:"
+                f"{self.directory} holds its weights only as pickled PyTorch files, which are not read:"
                 " convert them to safetensors, with save_pretrained of transformers."
             )
         raise ConfigError(f"{self.directory} has a config.json but no weights: there is no {_SINGLE}.")
@@ -168,10 +171,10 @@ class HuggingFaceSource:
 
 
 def read_header(file: pathlib.Path) -> dict[str, tuple[TensorInfo, int]]:
-    """The tensors of a safetensors file, and at which byte each begins.
+    """The tensors of a safetensors file by name, each with the offset in bytes at which it begins.
 
     Raises:
-      ConfigError: it is no such file, or not as long as its header says.
+      ConfigError: it is not a safetensors file, or not as long as its header says.
     """
     with _readable(file), file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -207,16 +210,16 @@ def read_header(file: pathlib.Path) -> dict[str, tuple[TensorInfo, int]]:
 
 
 def known_sha256(file: pathlib.Path) -> str | None:
-    """The SHA-256 that `file` should have, if a file next to it says so."""
+    """The SHA-256 that `file` should have, from a file next to it or its cache entry; None: unknown."""
     checksum_file = file.with_name(f"{file.name}.sha256")
     note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
-    words = [pathlib.Path(os.path.realpath(file)).name]  # in Hugging Face's cache, a link to its sum
+    words = [pathlib.Path(os.path.realpath(file)).name]  # Hugging Face's cache: a link to <SHA-256>
     with contextlib.suppress(OSError, UnicodeDecodeError):
         words = checksum_file.read_text().split()[:1] or words
     with contextlib.suppress(OSError, UnicodeDecodeError):
         words += note.read_text().split()[1:2]  # commit, etag, time
-    found = (re.fullmatch(r"[0-9a-f]{64}", word.strip('"').lower()) for word in words)
-    return next((match[0] for match in found if match), None)
+    matches = (re.fullmatch(r"[0-9a-f]{64}", word.strip('"').lower()) for word in words)
+    return next((match[0] for match in matches if match), None)
 
 
 def _is_byte_level(spec: pathlib.Path) -> bool:
@@ -238,7 +241,7 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _readable(file: pathlib.Path) -> Iterator[None]:
-    """Turns what the system or the library says of a file into a sentence."""
+    """Turns an OSError about a file into a ConfigError."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
-"""What an import reads from: a pretrained model that gives one tensor at a time.
+"""Interface of the sources of an import: pretrained models that are read tensor by tensor.
 
-Names and layouts are those of Hugging Face, whatever the format.
+Names and layouts are Hugging Face's, whatever the format.
 """
 
 import dataclasses

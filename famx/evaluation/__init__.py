@@ -5,9 +5,9 @@ evaluation truncates its input to what fits into a window.
 
 An evaluation is a callable `evaluation(model, params, step) -> {name: float}`. Its optional
 `check(model)` raises ConfigError if the evaluation does not fit the model, before anything is compiled.
-An evaluation whose task is not set evaluates the task that a run trains on. For this, the run calls its
-`with_task(make_task)`, which returns a copy with the run's task, or the evaluation itself if its task is
-set. `make_task(**changes)` returns the run's task, with changed options if given.
+If the task of an evaluation is not set, it is the task that the run trains on: the run calls the
+evaluation's `with_task(make_task)`, which returns a copy with the run's task, or the evaluation itself if
+its task is set. `make_task(**changes)` returns the run's task, with changed options if given.
 
 With `health=True`, a model with memory also reports scalars named `memory/...`: the statistics of
 `famx.analysis.MemoryHealth`, and the same scores with the memory set to zero before every block

@@ -12,7 +12,10 @@ from famx.data.vocabularies import open_vocabulary
 
 @functools.cache
 def register() -> None:
-    """Registers the evaluations, and the tasks, texts and vocabularies that they take, with gin."""
+    """Registers the evaluations, and the tasks, texts and vocabularies that they take, with gin.
+
+    What a gin file has imported before keeps its name: under two names, the short one would be ambiguous.
+    """
     for configurable in (
         evaluation.PasskeyEvaluation,
         evaluation.TaskEvaluation,
@@ -22,4 +25,7 @@ def register() -> None:
         TextFiles,
         open_vocabulary,
     ):
-        gin.external_configurable(configurable, module=configurable.__module__)
+        try:
+            gin.get_configurable(configurable)
+        except ValueError:  # not registered yet
+            gin.external_configurable(configurable, module=configurable.__module__)

@@ -32,7 +32,8 @@ class TaskEvaluation:
       task: a task whose examples are made by index, or its registered name
         (`famx.data.tasks.registry`); None: the task that the run trains on.
       length: number of tokens per example, at least the task's minimum.
-      task_options: task options, as in training; `split` and `seed` are set by the evaluation.
+      task_options: task options, as in training, which override those of the run; `split` and `seed` are
+        set by the evaluation.
       examples: number of examples.
       batch_size: number of examples per batch.
       seed: seed of the examples, which belong to the split "eval".
@@ -61,7 +62,9 @@ class TaskEvaluation:
 
     def with_task(self, make_task: Callable[..., Any]) -> "TaskEvaluation":
         """A copy that evaluates a run's task, or itself if its task is set; see `famx.evaluation`."""
-        return self if self.task is not None else dataclasses.replace(self, task=make_task())
+        if self.task is not None:
+            return self
+        return dataclasses.replace(self, task=make_task(**(self.task_options or {})))
 
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
         """Returns `loss` (nats), `bits_per_token`, `accuracy`, `exact_match` and memory scalars."""

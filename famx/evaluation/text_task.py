@@ -58,7 +58,8 @@ class TextTaskEvaluation:
     Attributes:
       task: a text task or mixture, or its registered name (`famx.data.tasks.registry`); None: the task
         that the run trains on.
-      task_options: task options, as in training. The vocabulary is the model's unless given here.
+      task_options: task options, as in training, which override those of the run. The vocabulary is the
+        model's unless given here.
       split: split to score; its answers must be published. None means the split that GPT-3 was scored
         on for the GPT-3 suites, and "validation" for all other tasks.
       examples: maximum number of examples per task, drawn at random with `seed`; None scores all.
@@ -110,7 +111,9 @@ class TextTaskEvaluation:
 
     def with_task(self, make_task: Callable[..., Any]) -> "TextTaskEvaluation":
         """A copy that evaluates a run's task, or itself if its task is set; see `famx.evaluation`."""
-        return self if self.task is not None else dataclasses.replace(self, task=make_task())
+        if self.task is not None:
+            return self
+        return dataclasses.replace(self, task=make_task(**(self.task_options or {})))
 
     def __call__(
         self, model: DecoderModel, params, step: int, folder: str | os.PathLike | None = None
@@ -228,9 +231,7 @@ class TextTaskEvaluation:
         self, part: _Part, model: DecoderModel, params, vocabulary: Vocabulary, write: Write
     ) -> dict[str, float]:
         longest = self.max_prompt_tokens or part.task.max_tokens
-        answers = TextAnswers(
-            part.task, model, vocabulary, self.batch_size, self.max_new_tokens, longest
-        )
+        answers = TextAnswers(part.task, model, vocabulary, self.batch_size, self.max_new_tokens, longest)
         predictions = []
         for start in range(0, len(part.numbers), _WINDOW * self.batch_size):
             numbers = part.numbers[start : start + _WINDOW * self.batch_size]

@@ -1,4 +1,4 @@
-"""Use of a trained model: lines of a file in and out, and conversations."""
+"""Use of a trained model: answers to the lines of a file, and conversations."""
 
 from famx.inference.lines import infer
 

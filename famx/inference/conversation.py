@@ -189,7 +189,8 @@ class Conversation:
         Args:
           logits: `[1, V]` after the last token; None if nothing has been read.
           state: the `DecoderState`.
-          ended: whether the last answer includes its end token; None if the last text is not an answer.
+          ended: whether the last answer includes its end token; None if there was none since the state
+            was reset or loaded.
           before: arguments that `back` returns to; None if there is nothing to undo.
         """
         self._logits, self._state, self._ended, self._before = logits, state, ended, before

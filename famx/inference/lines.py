@@ -1,19 +1,18 @@
-"""The prompts of a JSON-lines file, continued by a model, or with scores of given continuations.
+"""Continuations of the prompts of a JSON-lines file, or log-likelihoods of given targets.
 
-A line is an object with `inputs`, a text (or with the fields that PROMPT_TEMPLATE names), or with
-`input_ids`, a list of token ids. For scores it has `targets`, a text or a list of texts; inputs and
-targets are encoded separately, without an end of text after either. The output has the same fields
-and these:
+An input line is an object with `inputs`, a text (or with the fields named by PROMPT_TEMPLATE), or with
+`input_ids`, a list of token ids. For scores it also has `targets`, a text or a list of texts; inputs and
+targets are encoded separately, without an end-of-text token. An output line has the fields of the input
+line and, depending on the mode:
 
     predict            prediction: text, without the token that stopped it
-    predict_with_aux   and aux: {scores: log-likelihood, tokens, num_tokens, finished: whether a stop
-                       token ended it}
-    score              score: log-likelihood of the targets given the inputs; num_tokens, of the targets
+    predict_with_aux   prediction, and aux: {scores: log-likelihood, tokens, num_tokens, finished: whether
+                       a stop token ended it}
+    score              score: log-likelihood of the targets given the inputs; num_tokens of the targets
 
-With CHAT_TEMPLATE a prompt is the message of a user in the chat template of an instruct model. With
-several samples each field is a list, and with a list of targets so are `score` and `num_tokens`. The
-tokens read are those of the prompt, with begin of text in front unless the ids bring it or a memory
-goes before them.
+With CHAT_TEMPLATE a prompt is a user message in the chat template of an instruct model. With several
+samples each field is a list, and with a list of targets so are `score` and `num_tokens`. The
+begin-of-text token is read before a prompt, unless `input_ids` start with it or a memory file has text.
 """
 
 import dataclasses
@@ -44,7 +43,7 @@ from famx.model_dir.loading import check_model, load_model
 from famx.model_dir.memory_file import load_memory, read_header
 from famx.models import DecoderModel
 
-_WINDOW = 4  # batches that are sorted by length together
+_WINDOW = 4  # number of batches within which lines are sorted by length
 
 
 @gin.configurable(module="famx.inference")
@@ -64,33 +63,32 @@ def infer(
     num_samples: int = 1,
     random_seed: int = 0,
 ) -> int:
-    """Write a line for each line of a file, or resume a run with equal settings that was stopped.
+    """Write an output line for each input line, or resume an interrupted run with equal settings.
 
-    The result of a line depends on its batch by rounding alone; its draws follow from the seed and
-    its number. Memory use does not grow with the file, nor with the length of a prompt beyond that of
-    its text.
+    The result of a line depends on its batch only by rounding; its draws depend only on the seed and the
+    line number. Memory use does not grow with the file, and with a prompt only by the size of its text.
 
     Args:
       checkpoint_path: a `MODEL_DIR` (its newest checkpoint) or one `MODEL_DIR/checkpoint_<step>`.
       input_file, output_file: see the module. The output appears when it is complete.
-      mode: one of `NEW_FIELDS`.
-      batch_size: lines at once.
-      model: what the checkpoint must hold; None: what its directory says.
-      adapter: of the model, see `famx.model_dir.loading.load_model`.
-      memory_file: a memory from which every prompt begins; None: they begin from nothing.
-      prompt_template: a prompt's text, with fields of the line in braces.
-      chat_template: whether each prompt is read as a user's message in the vocabulary's chat template,
-        which then also ends continuations.
-      sampling: how continuations are chosen and where they end.
-      stop_at_eos: whether end of text ends them too.
-      num_samples: continuations of each prompt.
-      random_seed: of all draws.
+      mode: a key of `NEW_FIELDS`.
+      batch_size: number of lines per batch.
+      model: definition that the checkpoint must hold; None: the one in its directory.
+      adapter: saved adapter, see `famx.model_dir.loading.load_model`.
+      memory_file: memory file whose state every prompt starts from; None: the initial state.
+      prompt_template: text of a prompt, with fields of the line in braces.
+      chat_template: whether each prompt is a user message in the vocabulary's chat template, whose
+        end-of-turn token then also ends continuations.
+      sampling: how tokens are chosen and what ends a continuation.
+      stop_at_eos: whether the end-of-text token (and that of the chat template) ends it too.
+      num_samples: number of continuations per prompt.
+      random_seed: seed of all draws.
 
     Returns:
-      Number of lines that the output has so far.
+      Number of lines written so far.
 
     Raises:
-      ConfigError: with one sentence, if the settings or a line make no sense.
+      ConfigError: a setting or a line is not valid.
     """
     _check_numbers(mode, batch_size, num_samples, random_seed, sampling)
     if not os.path.isfile(input_file):
@@ -111,6 +109,7 @@ def infer(
         "prompt_template": prompt_template,
         "vocabulary": fingerprint(vocabulary)[:16],
         "memory_file": memory_file and _digest(memory_file),
+        "chat_template": None,
     }
     if chat is not None:
         settings["chat_template"] = hashlib.sha256(vocabulary.chat_template.encode()).hexdigest()[:16]
@@ -128,9 +127,7 @@ def infer(
             _say(f"{output_file} is finished already.")
             return total
         streamer = Streamer(trained.model.module)
-        answers = Answers(
-            streamer, vocabulary, memory, batch_size, sampling, num_samples, random_seed
-        )
+        answers = Answers(streamer, vocabulary, memory, batch_size, sampling, num_samples, random_seed)
         answer = answers.score if mode == "score" else answers.predict
         notes = {"famx": famx.__version__, "checkpoint": str(trained.directory), "input": input_file}
         with output, graceful_stop() as stop:
@@ -153,17 +150,17 @@ def _write_lines(
     total: int,
     stop: Callable[[], bool],
 ) -> int:
-    """Answer the lines from `done` on, until all are written or `stop()`; the number written."""
+    """Answer the lines from `done` on, until all are written or `stop()`; return the number written."""
     if done:
-        _say(f"Going on after {done} of {total} lines.")
+        _say(f"Resuming after {done} of {total} lines.")
     window = _WINDOW * batch_size
     examples = lines.read(done - done % window)
     with LineProgress(total, done) as progress:
-        while some := list(itertools.islice(examples, window)):
+        while group := list(itertools.islice(examples, window)):
             ready: dict[int, Mapping[str, Any]] = {}
-            for batch in batches(some, batch_size):
+            for batch in batches(group, batch_size):
                 if all(example.line < done for example in batch):
-                    continue  # batches are as they were before the run was stopped
+                    continue  # written before the run was resumed, which makes the same batches
                 answers, tokens = answer(batch)
                 for example, new in zip(batch, answers):
                     chosen = {name: new[name] for name in NEW_FIELDS[lines.mode]}
@@ -241,8 +238,8 @@ class LineProgress(Progress):
     """Progress in lines, with the tokens per second that were read and written.
 
     Args:
-      total: lines of the file.
-      done: lines that an earlier run wrote.
+      total: number of lines of the file.
+      done: number of lines that an earlier run wrote.
     """
 
     def __init__(self, total: int, done: int):
@@ -250,7 +247,7 @@ class LineProgress(Progress):
         self._tokens = 0
 
     def advance(self, done: int, tokens: int) -> None:
-        """Show that `done` lines are written, for which `tokens` more tokens were read or written."""
+        """Show that `done` lines are written, and that `tokens` more tokens were read or written."""
         self._tokens += tokens
         self.update(done, lambda: f"tokens/s={self._speed()}", self._line)
 

@@ -1,4 +1,4 @@
-"""Texts of any length become a memory file of constant size."""
+"""Reads texts of any length into a memory file of constant size."""
 
 import os
 import time
@@ -18,18 +18,18 @@ def make_memory(
     overwrite: bool = False,
     adapter: str | None = None,
 ) -> None:
-    """Reads text files in order, with nothing between them, writes a memory file and prints its figures.
+    """Reads text files in order, with nothing between them, writes a memory file and prints its sizes.
 
     Args:
       checkpoint: model that reads, `MODEL_DIR` or `MODEL_DIR/checkpoint_<step>`.
       texts: files to read.
       out: memory file to write; may be `memory`, which is then replaced at the end.
       memory: memory file whose state reading starts from; None: an empty state.
-      overwrite: whether `out` is replaced if it exists; a file of `texts` never is.
+      overwrite: whether to replace `out` if it exists; a file of `texts` is never replaced.
       adapter: saved adapter, see `famx.model_dir.loading.load_model`.
 
     Raises:
-      ConfigError: a file or setting cannot be used; known before the model is loaded where possible.
+      ConfigError: a file or setting is not valid; known before the model is loaded where possible.
     """
     if not texts:
         raise ConfigError("There is nothing to read: add --read=FILE.")

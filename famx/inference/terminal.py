@@ -49,16 +49,16 @@ def chat(
       checkpoint: `MODEL_DIR` or `MODEL_DIR/checkpoint_<step>`.
       adapter: saved adapter, see `famx.model_dir.loading.load_model`.
       memory: memory file whose state the conversation starts from; None: an empty state.
-      fresh: whether each message is answered from the same state, see `Conversation`.
+      fresh: whether to answer each message from the same state, see `Conversation`.
       max_new_tokens, temperature, top_k, top_p: see `famx.decoding.Sampling`.
       seed: random seed for sampling.
-      template: text that is read for a message, with `{message}` in it and `\n` for a line end; None:
-        the model's chat template, or the message alone if it has none.
+      template: format of a message, with `{message}` in it and `\n` for a line end; None: the model's
+        chat template, or the plain message if it has none.
       system: system message for the model's chat template.
       stop: texts that end an answer, with `\n` for a line end.
 
     Raises:
-      ConfigError: a setting cannot be used; known before the weights are read where possible.
+      ConfigError: a setting is not valid; known before the weights are read where possible.
     """
     if template is not None:
         template = unescape(template)
@@ -68,7 +68,7 @@ def chat(
     try:
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p)
     except ValueError as error:
-        raise ConfigError(f"The answers cannot be written so: {error}") from error
+        raise ConfigError(f"The sampling settings are not valid: {error}") from error
     if memory:
         read_header(memory)
     trained = load_with_vocabulary(checkpoint, adapter)
@@ -142,7 +142,7 @@ def reply(conversation: Conversation, line: str) -> None:
     """
     if not line.startswith("/") or line.startswith("//"):
         show = lambda text: print(text, end="", flush=True)
-        # Not by KeyboardInterrupt, which foreign code may swallow.
+        # A KeyboardInterrupt could be swallowed by code of other packages.
         with graceful_stop((signal.SIGINT,), exit_on_repeat=False) as stop:
             conversation.exchange(line.removeprefix("/"), show, stop)
         print(flush=True)

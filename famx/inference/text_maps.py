@@ -1,4 +1,4 @@
-"""Attention maps of a text file: reads it with a model and writes everything about its attention."""
+"""Attention maps of a text file: reads it with a model and writes maps, figures and a summary."""
 
 import os
 import pathlib
@@ -28,11 +28,11 @@ def make_maps(
       checkpoint: model that reads, `MODEL_DIR` or `MODEL_DIR/checkpoint_<step>`.
       text: file to read.
       out: directory to write to; created if missing.
-      layers, heads, blocks: what to keep the maps of, see `AttentionReader.read`; at least one block.
+      layers, heads, blocks: selection of the maps, see `AttentionReader.read`; at least one block.
       overwrite: whether to write into `out` if it contains maps.
 
     Raises:
-      ConfigError: a file or setting cannot be used; known before the model is loaded where possible.
+      ConfigError: a file or setting is not valid; known before the model is loaded where possible.
     """
     if not text:
         raise ConfigError("There is nothing to read: add --text=FILE.")

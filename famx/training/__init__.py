@@ -1,1 +1,1 @@
-"""The engine: checkpoints, logs, optimisers, partitioning and the training loop."""
+"""Training: runs, feeds of batches, state passing, optimisers, logs and the training loop."""

@@ -1,9 +1,9 @@
 """Batches that are made on a thread before their steps begin.
 
-What a batch holds may depend on metrics (`famx.training.curriculum`). So that every run, resumed or not,
-draws the same batches, the batch of step `s` is made after the metrics of all steps up to
-`s - 1 - OBSERVED_DELAY` were observed, and of no later one: metrics are read `METRICS_DELAY` steps after
-their step began, and the batch that is made then is that of `BATCHES_AHEAD` steps later.
+The content of a batch may depend on metrics (`famx.training.curriculum`). A resumed run must draw the
+same batches as an uninterrupted one, so the batch of step `s` depends on exactly the metrics of the steps
+up to `s - 1 - OBSERVED_DELAY`: metrics are read `METRICS_DELAY` steps after their step began, and the
+batch that is made then is that of `BATCHES_AHEAD` steps later.
 """
 
 import queue
@@ -12,19 +12,19 @@ from typing import Any
 from famx.data.rows.prefetching import Prefetch
 from famx.training.feeds import Feed, Rows
 
-METRICS_DELAY = 2  # steps that may be under way on the devices while the host reads older metrics
-BATCHES_AHEAD = 2  # batches that are made while earlier steps are under way
+METRICS_DELAY = 2  # number of steps that may run on the devices while the host reads older metrics
+BATCHES_AHEAD = 2  # number of batches that are made while earlier steps run
 OBSERVED_DELAY = METRICS_DELAY + BATCHES_AHEAD
 
 
 class BatchesAhead:
-    """A feed on a thread; until `close` the feed belongs to the thread.
+    """Runs a feed on a thread; the feed must not be used elsewhere until `close`.
 
-    Ask for batches in the order of their steps, and take them in that order.
+    Batches are requested and taken in the order of their steps.
 
     Args:
-      feed: at the position of the first step that is asked for.
-      steps: steps of the run; for later ones no batch is made.
+      feed: the feed, at the position of the first requested step.
+      steps: number of steps of the run; no batch is made for later ones.
     """
 
     def __init__(self, feed: Feed, steps: int):
@@ -33,14 +33,14 @@ class BatchesAhead:
         self._next: tuple[Any, Rows | None] | None = None
 
     def ask(self, step: int, observed: tuple[int | None, float] | None = None) -> None:
-        """Lets the batch of `step` be made, once the feed has observed `(blocks, metric)`."""
+        """Requests the batch of `step`, which is made after the feed has observed `(blocks, metric)`."""
         self._requests.put((step, observed))
 
     def state(self) -> Any:
         """The feed's state before the batch that `take` returns next; waits for that batch.
 
         Raises:
-          Exception: whatever the feed raised, as `take` does.
+          Exception: whatever the feed raised; `take` raises it too.
         """
         if self._next is None:
             self._next = next(self._made)

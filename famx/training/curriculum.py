@@ -1,4 +1,4 @@
-"""A curriculum that unlocks longer documents, or older memories, once the model is accurate."""
+"""A curriculum that unlocks longer documents once the model is accurate."""
 
 import dataclasses
 
@@ -7,9 +7,9 @@ import numpy as np
 
 @dataclasses.dataclass
 class Curriculum:
-    """Which document lengths, in blocks, training draws from.
+    """Distribution of document lengths, in blocks, that training draws from.
 
-    Half of the draws are of the newest length, the others uniform over those before.
+    By default half of the draws are the newest length; the others are uniform over the lengths before.
 
     Attributes:
       blocks: lengths in the order in which they unlock.
@@ -17,7 +17,7 @@ class Curriculum:
         effect `famx.training.ahead.OBSERVED_DELAY` steps later.
       metric: name of the metric, computed on batches of the newest length alone.
       smoothing: weight of the past in the smoothed metric, per step of the newest length.
-      newest: share of the draws that go to the newest length.
+      newest: probability of drawing the newest length.
 
     Raises:
       ValueError: no length, or a share outside [0, 1].
@@ -59,9 +59,9 @@ class Curriculum:
         return True
 
     def get_state(self) -> dict:
-        """What a checkpoint keeps, as JSON can hold it."""
+        """State for a checkpoint, as JSON values."""
         return {"stage": self.stage, "level": self.level}
 
     def set_state(self, state: dict):
-        """Resumes from what `get_state` gave."""
+        """Resumes from a state that `get_state` returned."""
         self.stage, self.level = int(state["stage"]), float(state["level"])

@@ -1,8 +1,8 @@
-"""Where a training step's batch comes from.
+"""Feeds: sources of the batches of training steps.
 
 A feed has `next(step) -> Rows`, `observe(blocks, value)` for a curriculum, `prepare(rows, params, kept)
 -> kept` for states that are made before the step, and `get_state`/`set_state` for exact resumption.
-`next` and `observe` are called in the order of the steps and use numpy alone, so a thread can call them
+`next` and `observe` are called in the order of the steps and use only numpy, so a thread can call them
 before the steps begin (`famx.training.ahead`); `prepare` needs the parameters of its step.
 """
 
@@ -23,17 +23,17 @@ from famx.training.curriculum import Curriculum
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a feed is made from: a task, and the rows that are wanted of it.
+    """A task and the shape of the rows that a feed makes of it.
 
     Attributes:
       task: rows by index, documents, or a task of SeqIO.
-      batch_size: rows of the global batch.
-      length: tokens of a row.
-      block_size: tokens of a block.
+      batch_size: number of rows of the global batch.
+      length: number of tokens of a row.
+      block_size: number of tokens of a block.
       random_seed: seed of the order of documents and of the draws of a curriculum.
       shard: index of this host, and number of hosts.
-      curriculum: lengths to draw from; None: rows as long as they are.
-      packed: whether rows hold several documents; None: as the feed chooses.
+      curriculum: distribution of document lengths; None: rows of `length` tokens.
+      packed: whether rows hold several documents, see `famx.training.run.Data`.
     """
 
     task: Any
@@ -52,11 +52,11 @@ class Source:
 
     @property
     def is_seqio(self) -> bool:
-        """Whether the task is one of SeqIO's, neither rows by index nor documents."""
+        """Whether the task is one of SeqIO, neither rows by index nor documents."""
         return kind_of(self.task) is Kind.SEQIO
 
     def check_length(self, whole_blocks: bool) -> None:
-        """Raises ConfigError if a row is shorter than a block, or must hold whole blocks and does not."""
+        """Raises ConfigError if a row is shorter than a block, or does not hold whole blocks but must."""
         size, length = self.block_size, self.length
         if length < size:
             raise ConfigError(
@@ -84,11 +84,11 @@ class Refresh(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a feed gives a step.
+    """The rows of a step.
 
     Attributes:
       batch: this host's rows.
-      blocks: length of the documents in blocks; None without a curriculum's draws.
+      blocks: length of the documents in blocks; None if the task's rows are not made by index.
       longest: longest length that the curriculum has unlocked, in blocks; None without a curriculum.
       refresh: see `Feed.prepare`; None: nothing to prepare.
     """
@@ -100,25 +100,25 @@ class Rows(NamedTuple):
 
 
 class Feed:
-    """A feed without curriculum and without states; the base of the others."""
+    """Base class of the feeds; has no curriculum and prepares no states."""
 
     def next(self, step: int) -> Rows:
         """This host's rows of the step; called once for each step, in order."""
         raise NotImplementedError
 
     def get_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps to resume exactly here: a copy, as JSON can hold it."""
+        """State for a checkpoint, to resume exactly here: a copy, as JSON values."""
         raise NotImplementedError
 
     def set_state(self, state) -> None:
-        """Resumes from what `get_state` gave."""
+        """Resumes from a state that `get_state` returned."""
         raise NotImplementedError
 
     def observe(self, blocks: int | None, value: float) -> None:
         """Takes the metric of a batch of `blocks` into account."""
 
     def prepare(self, rows: Rows, params, kept):
-        """What the training state keeps, with the states that `rows` needs."""
+        """`kept`, the carried states of the training state, updated with the states that `rows` needs."""
         del rows, params
         return kept
 
@@ -151,9 +151,7 @@ class SeqioFeed(Feed):
         task, packed = source.task, bool(source.packed)
         vocabulary = task.output_features["targets"].vocabulary
         bos_id = check_bos(getattr(vocabulary, "bos_id", 1), task.name)
-        dataset = training_rows(
-            task, source.length, source.random_seed, source.shard, packed, bos_id
-        )
+        dataset = training_rows(task, source.length, source.random_seed, source.shard, packed, bos_id)
         self._dataset = dataset.batch(source.batch_size // source.shard[1], drop_remainder=True)
         self.set_state({"batches": 0})
 
@@ -165,13 +163,13 @@ class SeqioFeed(Feed):
         return {"batches": self._taken}
 
     def set_state(self, state):
-        """Skips the batches that were taken, of the same seeded order."""
+        """Skips the batches that were already taken; their seeded order is the same."""
         self._taken = int(state["batches"])
         self._batches = self._dataset.skip(self._taken).as_numpy_iterator()
 
 
 class IndexedFeed(Feed):
-    """Rows of a task that is a pure function of an index; step `s` has the indices from `s * B` on.
+    """Rows of a task that makes each by its index; step `s` has the indices `s * B` to `s * B + B - 1`.
 
     Args:
       source: its task has `batch(indices, length)`, such as `PasskeyTask`. A curriculum draws the
@@ -181,11 +179,16 @@ class IndexedFeed(Feed):
       ConfigError: the rows are too short for the task, or for the curriculum.
     """
 
-    _longer_documents = False  # than a row
+    _longer_documents = False  # whether documents may be longer than a row
 
     def __init__(self, source: Source):
         self.source, task, size = source, source.task, source.block_size
         self.blocks = -(-source.length // size)
+        if source.packed:
+            raise ConfigError(
+                "Data.packed joins documents to rows, but the task makes whole rows by index: leave it"
+                " out, or take a task of documents."
+            )
         if source.curriculum is None and source.length < task.min_length:
             raise ConfigError(
                 f"The rows hold {source.length} tokens, but the task needs {task.min_length}: raise"
@@ -212,7 +215,7 @@ class IndexedFeed(Feed):
         return None if self.source.curriculum is None else self.curriculum.newest_blocks
 
     def rng(self, step, stream):
-        """The draws of a step, a stream for each purpose."""
+        """Random generator of a step, with one stream per purpose."""
         return np.random.default_rng([self.source.random_seed, step, stream])
 
     def next(self, step):
@@ -220,11 +223,11 @@ class IndexedFeed(Feed):
         return Rows(self.fresh(step, blocks), blocks, self.longest)
 
     def fresh(self, step, blocks):
-        """A batch of whole documents of `blocks` blocks."""
+        """A batch of new documents of `blocks` blocks, each read from its start."""
         return self.rows(step * self.source.batch_size, blocks)
 
     def rows(self, first, blocks):
-        """The documents from index `first` on: this host's part of a global batch."""
+        """This host's rows of the global batch of documents that starts at index `first`."""
         source, (index, count) = self.source, self.source.shard
         rows = source.batch_size // count
         start = first + index * rows
@@ -242,17 +245,17 @@ class IndexedFeed(Feed):
 
 
 class AgedFeed(IndexedFeed):
-    """Rows that end documents longer than the gradient reaches: the aged-state pool.
+    """Last rows of documents that are longer than a row, with states from the aged-state pool.
 
-    The pool has `groups` groups of a batch each. Every `refresh_period` steps one group is replaced: new
-    documents, all of one length, are read up to their last row under the current weights without
-    gradient, and their states are kept. A step on a group trains the rest of its documents.
+    The pool has `groups` groups of one batch each. Every `refresh_period` steps one group is replaced:
+    new documents, all of one length, are read up to their last row with the current weights and without
+    gradient, and their states are kept. A step on a group trains on the last rows of its documents.
 
     Args:
       source: see `IndexedFeed`; its curriculum may draw documents longer than a row.
-      model: reads the documents.
+      model: model that reads the documents.
       groups, refresh_period: see above.
-      place: puts this host's rows on the devices.
+      place: function that puts this host's rows on the devices.
     """
 
     _longer_documents = True
@@ -271,8 +274,8 @@ class AgedFeed(IndexedFeed):
             )
         self.model, self.refresh_period, self.place = model, refresh_period, place
         self.streamer = Streamer(model.module)
-        self.lengths, self.firsts = [0] * groups, [0] * groups  # blocks and first index of each
-        self.made = 0  # groups ever made
+        self.lengths, self.firsts = [0] * groups, [0] * groups  # of each group: blocks, first index
+        self.made = 0  # number of groups made so far
         self._put = jax.jit(_put_group, donate_argnums=0, static_argnums=2)
 
     @property
@@ -296,14 +299,14 @@ class AgedFeed(IndexedFeed):
         return Rows({**batch, "lane": lane}, blocks, self.longest, refresh)
 
     def _refresh(self, step) -> Refresh | None:
-        """Decides whether a group is replaced before the step, and makes what its states read."""
+        """Chooses the group that is replaced before the step and makes its tokens; None: no group."""
         unlocked = [b for b in self.curriculum.blocks[: self.curriculum.stage + 1] if b > self.blocks]
         missing = [b for b in unlocked if b not in self.lengths]
         if not unlocked or (step % self.refresh_period and not missing):
             return None
         blocks = missing[-1] if missing else int(self.rng(step, 2).choice(unlocked))
         group = self.made % len(self.lengths)
-        # The indices of pool documents never meet those of the fresh ones.
+        # Indices of pool documents are disjoint from those of documents that are read from their start.
         self.lengths[group], self.firsts[group] = blocks, 2**40 + self.made * self.source.batch_size
         self.made += 1
         prefix = self.rows(self.firsts[group], blocks)["decoder_input_tokens"]
@@ -317,7 +320,7 @@ class AgedFeed(IndexedFeed):
         params = self.model.merged(params)
         state = self.streamer.initial_state(params, self.source.batch_size)
         _, state = self.streamer.read(params, state, self.place(prefix), aligned=True)
-        shardings = jax.tree.map(lambda x: x.sharding, pool)  # the pool's placement must not change
+        shardings = jax.tree.map(lambda x: x.sharding, pool)  # the pool must stay placed as it is
         return {**kept, "lanes": jax.device_put(self._put(pool, state, group), shardings)}
 
     def _group(self, group):
@@ -352,7 +355,7 @@ def _put_group(pool, state, group):
 
 
 def fresh_feed(source: Source) -> Feed:
-    """The feed whose examples begin before the first token: packed rows of documents, or rows by index.
+    """The feed of examples that begin before the first token: packed rows of documents, or rows by index.
 
     Raises:
       ConfigError: the task, the curriculum and the lengths do not fit.
@@ -373,8 +376,8 @@ def lane_feed(source: Source, document_length: int, num_documents: int) -> Feed:
     """The feed whose rows continue documents: continuous lanes.
 
     Args:
-      source: rows to make; of a task by index documents are cut.
-      document_length: tokens of such a document.
+      source: task and rows; a task by index is cut into documents.
+      document_length: number of tokens of such a document.
       num_documents: number of such documents.
 
     Raises:
@@ -396,9 +399,7 @@ def lane_feed(source: Source, document_length: int, num_documents: int) -> Feed:
     return _lanes(source, documents, packed=bool(source.packed))
 
 
-def aged_feed(
-    source: Source, model: DecoderModel, groups: int, refresh_period: int, place
-) -> AgedFeed:
+def aged_feed(source: Source, model: DecoderModel, groups: int, refresh_period: int, place) -> AgedFeed:
     """The feed of the aged-state pool, see `AgedFeed`.
 
     Raises:
@@ -422,7 +423,7 @@ def _lanes(source: Source, documents, packed: bool) -> LaneFeed:
 
 
 def check_bos(bos_id: int | None, name: str) -> int:
-    """`bos_id`, or ConfigError where the vocabulary of the task `name` has none."""
+    """`bos_id`; ConfigError if it is None, that is if the vocabulary of the task `name` has none."""
     if bos_id is None:
         raise ConfigError(
             f"The vocabulary of {name} has no token that begins a text: open it with bos_id=..., the id"

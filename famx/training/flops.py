@@ -1,8 +1,8 @@
 """Number of floating-point operations of a training step, counted from the configuration.
 
-Only what the loss depends on is counted: pairs of a query and a key that it sees, no masked ones;
-real tokens, no padding; updates of the memory that a later block reads; nothing twice, whatever is
-recomputed. A multiplication and its addition are two operations. Norms, softmax, rotations and the
+Only operations that the loss depends on are counted: pairs of a query and a key that is not masked;
+tokens, no padding; memory updates that a later block reads. Recomputation is not counted. A
+multiplication and its addition are two operations. Norms, softmax, rotations and the
 optimiser, which multiply no matrices, are left out, as is usual for model FLOPs utilisation.
 """
 
@@ -16,7 +16,7 @@ from famx.modules.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """What learns, which decides how much of a backward pass is computed.
+    """Which parameters learn; it determines how much of the backward pass is computed.
 
     Attributes:
       paths: paths of the parameters that learn, such as "layers/query/kernel"; None: all.
@@ -32,14 +32,14 @@ class Learning:
 
     @property
     def through_layers(self) -> bool:
-        """Whether the gradient goes back through the layers; then it does through all of them."""
+        """Whether gradients are computed through the layers, and then through all of them."""
         return self.paths is None or any(
             path.startswith(("layers/", "embedding", "memory")) for path in self.paths
         )
 
     def row(self, path: str, inputs: int, outputs: int) -> int:
-        """Operations of one row's product with the kernel of the projection at `path`."""
-        back = 1 + self.through_layers  # the product itself, and the gradient of its input
+        """Operations of one row in the projection at `path`, forward and backward."""
+        back = 1 + self.through_layers  # the forward product, and the gradient of its input
         count = 2 * inputs * outputs * (back + self.has(f"{path}/kernel"))
         if self.rank and self.has(f"{path}/lora_a"):
             count += 2 * self.rank * (inputs + outputs) * (back + 1)
@@ -48,13 +48,13 @@ class Learning:
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """Operations of one row in one layer, forward and backward, as `Memory.flops` counts with them.
+    """Operations of one row in one layer, forward and backward, for `Memory.flops`.
 
     Attributes:
       project: queries, keys, values and output.
       keys_values: keys and values alone.
       feed_forward: the feed-forward part.
-      score: one query with one key, in all heads, and the key's share of the values.
+      score: one query with one key in all heads: the score, and the weighted value.
     """
 
     project: int
@@ -72,22 +72,22 @@ def train_flops(
 ) -> dict[str, int]:
     """Matrix-product operations of one training step, forward and backward, by kind.
 
-    Where all learns, the backward pass counts twice the forward pass, also where a stopped gradient
-    would spare it. The gradient of a weight that does not learn is not counted; that of its input is,
-    in every layer, since the scan over layers goes down to the first layer's input.
+    If all parameters learn, the backward pass counts as twice the forward pass, even where a stopped
+    gradient saves some of it. The gradient of a weight that does not learn is not counted; that of its
+    input is, in every layer, since the scan over layers goes back to the first layer's input.
 
     Args:
-      config: sizes of the model.
-      batch: examples.
-      length: tokens of each example.
+      config: configuration of the model.
+      batch: number of examples.
+      length: number of tokens of each example.
       from_start: whether the examples begin with the prompt. If not, they continue from a state at a
         block boundary that has read at least `memory_segments` blocks.
-      learning: what learns.
+      learning: which parameters learn.
 
     Returns:
       Operations of the whole batch: `projections` (queries, keys, values, output), `attention` (of
       tokens to tokens), `feed_forward`, `memory` (all that the memory adds, 0 without one) and
-      `head`. Their sum is the step's. Adapters count with what they are added to.
+      `head`. Their sum is the total of the step. Adapters count with the projection that they belong to.
 
     Raises:
       ValueError: if `batch` or `length` is below 1.
@@ -96,7 +96,7 @@ def train_flops(
         raise ValueError(f"batch and length must be at least 1, got {batch} and {length}.")
     c, d, heads = config, config.embed_dim, config.num_heads * config.head_dim
     row = lambda name, inputs, outputs: learning.row(f"layers/{name}", inputs, outputs)
-    # Of one token in one layer; then of a score and its share of the values.
+    # Operations of one token in one layer; `pair`: of one score and its weighted value.
     keys_values = sum(row(name, d, c.num_kv_heads * c.head_dim) for name in ("key", "value"))
     project = keys_values + row("query", d, heads) + row("output", heads, d)
     up = ("mlp/gate", "mlp/up") if c.gated_mlp else ("mlp/up",)
@@ -121,7 +121,7 @@ def _visible_pairs(config: DecoderConfig, length: int, from_start: bool) -> int:
     """Pairs of a token and a token that it sees, in one example and one layer."""
     block, slot = np.divmod(np.arange(length, dtype=np.int64), config.block_size)
     past = config.memory_segments * config.block_size
-    if config.window_mask:  # each token sees the last M * S before it, its own block's included
+    if config.window_mask:  # each token sees the M * S tokens before it, including those of its own block
         before = np.minimum(np.arange(length), past) if from_start else past
         return int(np.sum(before + np.ones_like(slot)))
     before = np.minimum(block * config.block_size, past) if from_start else past

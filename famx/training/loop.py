@@ -28,23 +28,24 @@ from famx.training.speed import Profile, SpeedMeter
 from famx.training.step import TrainState, make_initializer, make_train_step
 
 _MAX_SKIPPED = 20  # steps in a row whose gradient was not finite
-_STOP_PERIOD = 10  # steps after which several processes agree on a stop: that waits for the devices
+_STOP_PERIOD = 10  # steps between agreements of several processes on a stop, which wait for the devices
 
 
 @gin.configurable
 def train(run: Run) -> dict[str, float]:
     """Trains a model, or resumes where the last run in `run.model_dir` stopped, bit for bit.
 
-    The host does not wait for the devices but to log, save and evaluate: batches are made ahead on a
-    thread, and metrics are read `METRICS_DELAY` steps late. A curriculum therefore sees the metrics of a
-    step `OBSERVED_DELAY` steps later, and gradients that are not finite end the run `METRICS_DELAY` steps
-    later than they could; after a resume just as in an uninterrupted run.
+    The host waits for the devices only to log, save and evaluate: batches are made ahead on a thread, and
+    metrics are read `METRICS_DELAY` steps late. A curriculum therefore sees the metrics of a step
+    `OBSERVED_DELAY` steps later, and gradients that are not finite end the run `METRICS_DELAY` steps
+    later than they could. A resumed run has the same delays as an uninterrupted one.
 
     Returns:
       The last logged scalars.
 
     Raises:
-      ConfigError: with one sentence, before anything is compiled, if the settings do not fit.
+      ConfigError: the settings do not fit; known before anything is compiled. Or too many steps in a row
+        had a gradient that was not finite.
     """
     run, directory, profile = _check(run)
     run, data = _open_data(run, directory)
@@ -58,7 +59,7 @@ def train(run: Run) -> dict[str, float]:
 
 
 def _check(run: Run) -> tuple[Run, pathlib.Path, Profile]:
-    """The run, ready for its devices; its directory; and the trace that is asked for."""
+    """The run, ready for its devices; its directory; and the trace of `run.profile_steps`."""
     if run.model_dir is None:
         raise ConfigError("MODEL_DIR is not set: training needs a directory for its checkpoints.")
     directory = check_model_dir(run.model_dir)
@@ -78,8 +79,8 @@ class _Data:
     """The opened data of a run.
 
     Attributes:
-      feed: rows for each step.
-      sharding: of a batch.
+      feed: source of the rows of each step.
+      sharding: sharding of a batch.
       initial_dir: `MODEL_DIR` of the checkpoint that the run begins from, or None.
       notes: sentences for the log.
     """
@@ -96,7 +97,7 @@ class _Data:
 
 
 def _open_data(run: Run, directory: pathlib.Path) -> tuple[Run, _Data]:
-    """The run with vocabulary and evaluation, and its data; then nothing is left to be checked."""
+    """The run with its vocabulary and evaluation set, and its data; makes all remaining checks."""
     initial_dir = initial_vocabulary = None
     if run.initial_checkpoint_path is not None:
         initial_dir = split_checkpoint(run.initial_checkpoint_path)[0]
@@ -126,14 +127,14 @@ def _open_data(run: Run, directory: pathlib.Path) -> tuple[Run, _Data]:
     data = _Data(None, batch_sharding(run.mesh), initial_dir, tuple(notes))
     feed = run.state_passing.feed(run.source(task), run.model, data.place)
     gin_utils.check_all_used()
-    check_same_model(directory, run.model.describe())  # last: it notes the model
+    check_same_model(directory, run.model.describe())  # last, as it writes model.json
     if jax.process_index() == 0 and vocabulary is not None:
         save_vocabulary(vocabulary, directory)
     return run, dataclasses.replace(data, feed=feed)
 
 
 def _vocabulary(task, run: Run):
-    """The task's vocabulary, which the model must have room for; None where it is not ours to save."""
+    """The task's vocabulary, or None if famx cannot save it; ConfigError if the model has fewer ids."""
     vocabulary, size = vocabulary_of(task), run.model.config.vocab_size
     if kind_of(task) is Kind.SEQIO:
         from famx.data.seqio import from_seqio_vocabulary
@@ -152,16 +153,16 @@ def _vocabulary(task, run: Run):
 
 @dataclasses.dataclass
 class _Session:
-    """A run that has begun: everything that changes from step to step, and where it is written.
+    """A run in progress: everything that changes from step to step, and its outputs.
 
     Attributes:
-      step: steps taken.
-      metrics: of steps that are not logged or not yet observed.
-      logged: steps taken at the last line of the log.
-      skipped: steps in a row without a finite gradient, among those whose metrics were read.
-      saved: steps taken at the last checkpoint.
-      longest: length in blocks that the curriculum unlocked last.
-      scalars: those of the last line of the log.
+      step: number of steps taken.
+      metrics: metrics of steps that are not logged or not yet observed.
+      logged: number of steps taken at the last line of the log.
+      skipped: number of latest steps in a row without a finite gradient, among those with metrics read.
+      saved: number of steps taken at the last checkpoint.
+      longest: length in blocks that the curriculum unlocked last; None without a curriculum.
+      scalars: scalars of the last line of the log.
     """
 
     run: Run
@@ -185,11 +186,11 @@ class _Session:
 
     @functools.cached_property
     def merge(self):
-        """Jitted: the decoder's own parameters of those that are trained."""
+        """Jitted function that merges adapters and int8 kernels into the decoder's parameters."""
         return jax.jit(self.run.model.merged)
 
     def save(self) -> None:
-        """Writes a checkpoint from which the run resumes exactly."""
+        """Saves a checkpoint from which the run resumes exactly."""
         self.metrics.drop(min(self.logged, self.step - OBSERVED_DELAY))
         position = {
             "feed": self.ahead.state(),
@@ -201,7 +202,7 @@ class _Session:
         self.saved = self.step
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluates and logs; the scores."""
+        """Evaluates, logs and returns the scores."""
         run = self.run
         if run.evaluation is None:
             return {}
@@ -216,7 +217,7 @@ class _Session:
 def _begin_or_resume(
     run: Run, data: _Data, directory: pathlib.Path, profile: Profile, stack: contextlib.ExitStack
 ) -> _Session:
-    """The session of a new run, or of the newest checkpoint; `stack` closes what it opens."""
+    """The session of a new run, or from the newest checkpoint; `stack` closes what it opens."""
     first = jax.process_index() == 0
     initialize, abstract = make_initializer(run)
     check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
@@ -235,9 +236,7 @@ def _begin_or_resume(
         state = TrainState.from_checkpoint(tree)
         data.feed.set_state(position["feed"])
     step = int(state.step)
-    log = stack.enter_context(
-        RunLog(str(directory), steps=run.steps, start_step=step, enabled=first)
-    )
+    log = stack.enter_context(RunLog(str(directory), steps=run.steps, start_step=step, enabled=first))
     if first:
         gin_utils.write_operative_config(str(directory))
     log.message(_opening(run, state) if step == 0 else f"Resuming from step {step} of {directory}.")
@@ -248,7 +247,7 @@ def _begin_or_resume(
     ahead = BatchesAhead(data.feed, run.steps)
     stack.callback(ahead.close)
     stack.callback(profile.close)
-    ahead.ask(step)  # its state has observed all that it may
+    ahead.ask(step)  # the feed has observed all metrics that this batch depends on
     for later in range(step + 1, step + BATCHES_AHEAD):
         ahead.ask(later, _observation(run, metrics.read(later - 1 - OBSERVED_DELAY)))
     stack.enter_context(run.on_mesh())
@@ -260,11 +259,11 @@ def _begin_or_resume(
 
 
 def _new_state(run: Run, data: _Data, initialize, writer: RunWriter, notes: list[str]) -> TrainState:
-    """The first state; what is left out of an initial checkpoint is said in `notes`."""
+    """The initial state; adds to `notes` what was not taken from the initial checkpoint."""
     pretrained, loaded = {}, None
     if run.initial_checkpoint_path is not None:
-        pretrained, more = load_pretrained(run.initial_checkpoint_path, run.model)
-        notes += more
+        pretrained, load_notes = load_pretrained(run.initial_checkpoint_path, run.model)
+        notes += load_notes
         writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
         trained = TrainedModel(run.model, pretrained, 0, data.initial_dir)
         loaded = run.state_passing.load(trained)
@@ -285,7 +284,7 @@ def _opening(run: Run, state: TrainState) -> str:
 
 
 def _step_through(session: _Session, stop) -> None:
-    """Takes the steps that are left, until `stop()`."""
+    """Takes the remaining steps, or those until `stop()`."""
     run, every, log, profile = session.run, session.run.every, session.log, session.profile
     train_step = make_train_step(run, session.abstract)
     session.speed.restart()
@@ -321,7 +320,7 @@ def _stopped(stop, step: int) -> bool:
 
 
 def _observe(session: _Session) -> None:
-    """Reads the metrics of `METRICS_DELAY` steps ago, and lets the next batch be made."""
+    """Reads the metrics of `METRICS_DELAY` steps ago, and requests the next batch."""
     seen = session.step - 1 - METRICS_DELAY
     entry = session.metrics.read(seen)
     if entry is not None:
@@ -330,7 +329,7 @@ def _observe(session: _Session) -> None:
 
 
 def _observation(run: Run, entry) -> tuple[int | None, float] | None:
-    """What a feed observes of a step's `(blocks, sums)`."""
+    """`(blocks, metric)` for the feed, from a step's `(blocks, sums)`."""
     if entry is None:
         return None
     blocks, sums = entry
@@ -338,7 +337,7 @@ def _observation(run: Run, entry) -> tuple[int | None, float] | None:
 
 
 def _skipped(skipped: int, entry, step: int, checkpointer: Checkpointer) -> int:
-    """Steps in a row without a finite gradient, up to `step`; too many end the run."""
+    """Number of steps in a row without a finite gradient, up to `step`; ConfigError if too many."""
     skipped = skipped + 1 if entry[1]["skipped"][0] else 0
     if skipped >= _MAX_SKIPPED:
         last = checkpointer.latest_step()
@@ -351,7 +350,7 @@ def _skipped(skipped: int, entry, step: int, checkpointer: Checkpointer) -> int:
 
 
 def _log(session: _Session) -> None:
-    """Writes a line of the log, the means since the last one; waits for the last step."""
+    """Writes a line of the log, with the means since the last one; waits for the last step."""
     scalars = session.metrics.means(session.logged) | session.speed.report()
     if session.longest is not None:
         scalars["blocks"] = session.longest
@@ -365,7 +364,7 @@ def _log(session: _Session) -> None:
 
 
 def _finish(session: _Session) -> dict[str, float]:
-    """Saves; a run that is complete is evaluated and reported. Returns the last logged scalars."""
+    """Saves, and evaluates and reports a complete run; returns the last logged scalars."""
     run, step, log = session.run, session.step, session.log
     if step == run.steps:
         skipped = session.skipped

@@ -1,4 +1,4 @@
-"""Metrics of the last steps, on the devices until the host needs them."""
+"""Metrics of recent steps, which stay on the devices until the host needs them."""
 
 import collections
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ Sums = Mapping[str, Sequence[float]]  # name -> (total, count)
 
 
 class RecentMetrics:
-    """Metrics of steps that are not logged yet, or not yet observed.
+    """Metrics of the steps that are not yet logged or not yet observed by a curriculum.
 
     Args:
-      saved: what `to_json` gave.
+      saved: entries that `to_json` returned.
     """
 
     def __init__(self, saved: Sequence[Any] = ()):
         self._entries = {step: (blocks, sums) for step, blocks, sums in saved}
 
     def add(self, step: int, blocks: int | None, metrics: Any) -> None:
-        """Notes what step `step` (counted from 0) returned, without waiting for it."""
+        """Adds the metrics that step `step` (counted from 0) returned, without waiting for them."""
         self._entries[step] = blocks, metrics
 
     def read(self, step: int) -> tuple[int | None, Sums] | None:
-        """`(blocks, sums)` of a step, once it is done; None if its metrics are not here."""
+        """`(blocks, sums)` of a step, after waiting for it; None if there is no entry for it."""
         if step not in self._entries:
             return None
         blocks, metrics = self._entries[step]
@@ -50,11 +50,11 @@ class RecentMetrics:
         return {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
 
     def to_json(self) -> list[Any]:
-        """All of them, as JSON can hold them; waits for the steps."""
+        """All entries as JSON values; waits for their steps."""
         return [[step, *self.read(step)] for step in list(self._entries)]
 
 
 def mean(sums: Sums, name: str) -> float:
-    """The mean of a metric of one step; 0 without any weight."""
+    """Mean of a metric of one step; 0 if its weights sum to 0."""
     total, count = sums.get(name, (0.0, 0.0))
     return total / count if count else 0.0

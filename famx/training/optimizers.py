@@ -1,7 +1,7 @@
 """Optimisers: functions of gin settings that return an optax.GradientTransformation.
 
-All clip the gradient's global norm first (`clip_norm`; None for no clipping) and decay weights only
-where `decay_mask` says. `learning_rate` is a number or a schedule of famx.training.schedules.
+All clip the gradient's global norm first (`clip_norm`; None for no clipping) and decay only the weights
+that `decay_mask` selects. `learning_rate` is a number or a schedule of famx.training.schedules.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,15 @@ import optax
 _Rate: TypeAlias = float | optax.Schedule
 _Mask = Callable[[Any], Any]
 
-# Path parts, lower case, of parameters that are tables or prompts rather than maps.
+# Words in the paths of parameters that are no matrices of linear maps, and of the memory's parameters.
 NOT_DECAYED = ("embed", "norm", "bias", "scale", "memory")
 
 
 @gin.configurable
 def decay_mask(params: Any, not_decayed: tuple[str, ...] = NOT_DECAYED) -> Any:
-    """True for each leaf to decay: at least 2-D and no part of its path contains a listed word.
+    """True for each leaf that is at least 2-D and whose path contains none of the words `not_decayed`.
 
-    A layer-stacked norm or bias is 2-D, hence the words.
+    The words are needed because norms and biases, stacked over layers, are 2-D too.
     """
 
     def decays(path, leaf):
@@ -65,9 +65,10 @@ def adafactor(
     The decay starts at 0 and grows as `1 - (step + 1) ** -0.8` up to `beta2`, which replaces a
     bias correction. Each parameter's update is clipped to a root mean square of 1.
 
-    Second moments of matrices are kept as a row and a column (factored); vectors and matrices
-    narrower than `min_dim_size_to_factor` keep them whole. `multiply_by_parameter_scale` makes the
-    learning rate relative to each parameter's size. The decay is multiplied by the learning rate.
+    Second moments of matrices are stored as a row and a column (factored); those of vectors and of
+    matrices narrower than `min_dim_size_to_factor` are stored in full. `multiply_by_parameter_scale`
+    makes the learning rate relative to each parameter's size. The decay is multiplied by the learning
+    rate.
     """
     parts = [
         optax.scale_by_factored_rms(
@@ -95,7 +96,7 @@ def lion(
     clip_norm: float | None = 1.0,
     mask: _Mask = decay_mask,
 ) -> optax.GradientTransformation:
-    """Lion: sign updates, one moment; wants a learning rate 3 to 10 times below AdamW's."""
+    """Lion: sign updates and one moment; needs a learning rate 3 to 10 times below AdamW's."""
     return _clipped(
         clip_norm, optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
     )

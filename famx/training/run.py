@@ -1,4 +1,6 @@
-"""A training run as one value: what training, compiling, benchmarks and tests have in common.
+"""A training run as one value, which training, compiling, benchmarks and tests share.
+
+For example:
 
     run = Run(
         model=DecoderModel(Decoder(config)),
@@ -47,16 +49,18 @@ from famx.training.trainable import Trainable
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run trains on.
+    """Training data: a task and the shape of its batches.
 
     Attributes:
-      task: the name of a task of `famx.data` or of SeqIO, or a task object.
-      lengths: `{"targets": L}`, the tokens of a row, through which gradients go.
-      batch_size: rows of the global batch.
-      options: settings of the task. For a name they win over what gin binds to the class that makes the
-        task; for an object, a dataclass, they replace its fields.
+      task: name of a task of `famx.data` or of SeqIO, or a task object.
+      lengths: `{"targets": L}`, the number of tokens of a row, through which gradients flow.
+      batch_size: number of rows of the global batch.
+      options: settings of the task. For a name, they override gin bindings of the class that makes the
+        task (a run of gin files refuses a setting that is given twice); for an object, which must be a
+        dataclass, they replace its fields.
       curriculum: lengths in blocks that unlock on accuracy; those beyond a row need `aged` states.
-      packed: fill rows with several documents; None: unless continuous lanes read them.
+      packed: whether a row holds several documents. None: yes, but not in continuous lanes nor for
+        SeqIO. A task by index has no documents to pack, except in continuous lanes.
     """
 
     task: Any
@@ -68,22 +72,21 @@ class Data:
 
     @property
     def length(self) -> int:
-        """Tokens of a row; ConfigError if `lengths` does not say."""
+        """Number of tokens of a row; ConfigError if `lengths` does not give it."""
         if "targets" not in self.lengths:
-            raise ConfigError(
-                "TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}."
-            )
+            raise ConfigError("TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}.")
         return self.lengths["targets"]
 
     def make_task(self, vocabulary: Any = None, **changes: Any) -> Any:
         """The task object.
 
         Args:
-          vocabulary: for a named task that can take any vocabulary and is given none; None: its own.
-          **changes: options that win over all others, such as `split="validation"`.
+          vocabulary: vocabulary for a named task that takes one and whose options give none; None: the
+            task's default.
+          **changes: options that override all others, such as `split="validation"`.
 
         Raises:
-          ConfigError: there is no such task, or it does not take its options.
+          ConfigError: there is no such task, or it does not take these options.
         """
         options = {**(self.options or {}), **changes}
         try:
@@ -105,7 +108,7 @@ class Data:
 
 
 def bound_options(name: str) -> dict[str, Any]:
-    """What gin binds to the class or function that makes the task `name`, apart from fixed options."""
+    """Gin bindings of the class or function that makes the task `name`, except for fixed options."""
     factory = registry.factory(name)
     fixed = getattr(factory, "keywords", {})
     target = getattr(factory, "func", factory)
@@ -117,7 +120,7 @@ def bound_options(name: str) -> dict[str, Any]:
 
 
 def _configured(factory):
-    """`factory`, called with what gin binds to its class or function."""
+    """`factory` with the gin bindings of its class or function."""
     if isinstance(factory, functools.partial):
         return functools.partial(_configured(factory.func), *factory.args, **factory.keywords)
     try:
@@ -134,7 +137,7 @@ class Every:
     Attributes:
       log: steps between two lines of the log.
       checkpoint: steps between two checkpoints.
-      evaluation: steps between two evaluations; 0: one at the end.
+      evaluation: steps between two evaluations; 0: only one, at the end.
 
     Raises:
       ConfigError: on construction, if a period is out of range.
@@ -147,9 +150,7 @@ class Every:
     def __post_init__(self):
         for name, least in (("log", 1), ("checkpoint", 1), ("evaluation", 0)):
             if getattr(self, name) < least:
-                raise ConfigError(
-                    f"Every.{name} must be at least {least}, not {getattr(self, name)}."
-                )
+                raise ConfigError(f"Every.{name} must be at least {least}, not {getattr(self, name)}.")
 
 
 @gin.configurable
@@ -158,27 +159,27 @@ class Run:
     """A training run.
 
     Attributes:
-      model: what is trained.
+      model: model to train.
       data: the task and the shape of its batches.
       optimizer: an optax transformation.
-      steps: steps of the whole run, earlier parts included.
-      model_dir: absolute directory of checkpoints and logs; None only where nothing is written.
-      random_seed: seed of parameters, data and everything else that is drawn.
-      state_passing: from which states examples begin, see `famx.training.state_passing`.
+      steps: number of steps of the whole run, including those before a resume.
+      model_dir: absolute directory of checkpoints and logs; None only if nothing is written.
+      random_seed: seed of parameters, data and all other random draws.
+      state_passing: states that examples begin from, see `famx.training.state_passing`.
       trainable: which parameters learn, see `famx.training.trainable`.
-      initial_checkpoint_path: where a new run takes its parameters from, a `MODEL_DIR` or one
-        `checkpoint_<step>` in it. The model may differ from the one there in its memory. A named task
-        takes the vocabulary there.
-      microbatches: parts of the batch that are read one after another, to need less memory; the step
-        is the same.
+      initial_checkpoint_path: checkpoint that a new run takes its parameters from, a `MODEL_DIR` or one
+        `checkpoint_<step>` in it. The model may differ from that of the checkpoint in its memory. A named
+        task takes the vocabulary of the checkpoint.
+      microbatches: number of parts of the batch that are computed one after another to save memory; the
+        result of the step is the same.
       evaluation: called as `evaluation(model, params, step) -> scalars`; its `report(model, params,
-        model_dir)`, if any, ends the run; its `check(model)`, if any, raises ConfigError before the run
-        begins; its `with_task(make_task)`, if any, gives it the task of the run (`make_task` is
-        `Data.make_task`).
+        model_dir)`, if any, is called at the end of the run; its `check(model)`, if any, raises
+        ConfigError before the run begins; its `with_task(make_task)`, if any, gives it the task of the
+        run (`make_task` is `Data.make_task`).
       every: periods of logs, checkpoints and evaluations.
       checkpoints_to_keep: number of checkpoints to keep, the newest; None keeps all.
-      mesh: devices; None: `famx.mesh.make_mesh()`.
-      rules: which logical axes are cut over which mesh axes; None: `famx.mesh.make_rules()`.
+      mesh: mesh of devices; None: `famx.mesh.make_mesh()`.
+      rules: sharding rules from logical to mesh axes; None: `famx.mesh.make_rules()`.
       profile_steps: "10:13" traces these steps to `MODEL_DIR/profile`, see `Profile`.
     """
 
@@ -200,15 +201,15 @@ class Run:
     profile_steps: str | None = None
 
     def ready(self, devices: Sequence[jax.Device] | None = None) -> "Run":
-        """This run with a mesh, rules, and its model as it is computed on them.
+        """A checked copy with mesh and rules set and the model adapted to them.
 
-        Without `TRAINABLE="lora"` the model has no adapters.
+        The model of the copy has no adapters unless `trainable` is "lora".
 
         Args:
-          devices: for a mesh that is not given; None: all devices.
+          devices: devices of the mesh if the run has none; None: all devices.
 
         Raises:
-          ConfigError: with one sentence, before anything is compiled, if the settings do not fit.
+          ConfigError: the settings do not fit; known before anything is compiled.
         """
         length, batch_size = self.data.length, self.data.batch_size
         mesh, rules = self.mesh, self.rules or make_rules()
@@ -216,7 +217,7 @@ class Run:
             mesh = make_mesh() if devices is None else make_mesh(devices=devices)
         check_batch_size(batch_size, mesh, self.microbatches)
         check_blocks(length, self.model.config, mesh)
-        resolve_backend(self.model.config, mesh.devices.flat[0].platform, mesh.size)  # or refuses
+        resolve_backend(self.model.config, mesh.devices.flat[0].platform, mesh.size)  # or raises
         model = dataclasses.replace(
             self.model,
             lora=self.model.lora if self.trainable.name == "lora" else None,
@@ -224,7 +225,7 @@ class Run:
         )
         params = model.abstract_params()
         self.trainable.check(params)
-        logical_to_sharding(params, mesh, rules)  # refuses what cannot be cut
+        logical_to_sharding(params, mesh, rules)  # raises if the mesh does not divide an axis
         return dataclasses.replace(self, model=model, mesh=mesh, rules=rules)
 
     def on_mesh(self) -> contextlib.AbstractContextManager[None]:
@@ -233,13 +234,13 @@ class Run:
 
     @property
     def learning(self) -> Learning:
-        """What learns, for the count of operations."""
+        """Which parameters learn, for the count of operations."""
         paths = flatten_dict(self.model.abstract_params(), sep="/")
         rank = 0 if self.model.lora is None else self.model.lora.rank
         return Learning({path for path in paths if self.trainable.learns(path)}, rank)
 
     def source(self, task: Any) -> Source:
-        """What the feed of this process is made from."""
+        """The source that the feed of this process is made from."""
         return Source(
             task, self.data.batch_size, self.data.length, self.model.config.block_size,
             self.random_seed, batch_shard(self.mesh, jax.process_index()),
@@ -247,7 +248,7 @@ class Run:
         )  # fmt: skip
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The batch of a step, as far as the step needs it, with shardings and without data."""
+        """Shapes, dtypes and shardings of those arrays of a batch that the step uses."""
         sharding = batch_sharding(self.mesh)
         rows, length = self.data.batch_size, self.data.length
         make = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)

@@ -1,4 +1,4 @@
-"""What a run reports: scalars to TensorBoard and metrics.jsonl, progress to the terminal."""
+"""Log of a run: scalars in TensorBoard and metrics.jsonl, progress in the terminal."""
 
 import json
 import pathlib
@@ -19,17 +19,17 @@ _FLUSH_SECONDS = 5
 class RunLog:
     """Writes `MODEL_DIR/metrics.jsonl`, TensorBoard events, and a bar or plain lines.
 
-    metrics.jsonl holds one JSON object per `write`: step, split, time (seconds since the epoch) and
-    the scalars. A run that resumes at `start_step` first drops the lines of later steps, which an
-    interrupted run may have written after its last checkpoint, so the file is one history.
+    metrics.jsonl has one JSON object per `write`: step, split, time (seconds since the epoch) and the
+    scalars. A run that resumes at `start_step` first drops the lines of later steps, which an interrupted
+    run may have written after its last checkpoint, so that no step occurs twice.
 
     Args:
         model_dir: existing directory.
-        name: names the TensorBoard run `MODEL_DIR/tensorboard/<name>` and the progress bar.
-        steps: for the bar's end and the remaining time; None if unknown.
-        start_step: the step the run starts after; 0 for a new run.
-        stream: where progress goes; standard error by default. A terminal gets a bar.
-        enabled: False makes every method do nothing (processes other than the first).
+        name: name of the TensorBoard run `MODEL_DIR/tensorboard/<name>` and of the progress bar.
+        steps: number of steps of the run, for the bar and the remaining time; None if unknown.
+        start_step: number of steps already taken; 0 for a new run.
+        stream: stream for progress, standard error by default; a terminal gets a bar.
+        enabled: whether methods do anything; False in all processes but the first.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class RunLog:
 
 
 def read_metrics(model_dir: str, split: str | None = None) -> list[dict]:
-    """The lines of metrics.jsonl, of one split if named; a line cut off by a kill is skipped."""
+    """The lines of metrics.jsonl, of one split or all; a line that a kill left incomplete is skipped."""
     path = pathlib.Path(model_dir) / _FILE
     if not path.exists():
         return []

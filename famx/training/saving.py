@@ -1,4 +1,4 @@
-"""What a run writes to its directory besides logs: checkpoints, adapters, what it began from."""
+"""Files that a run writes besides logs: checkpoints, adapters, and a record of what it began from."""
 
 import json
 import pathlib
@@ -15,16 +15,16 @@ from famx.model_dir.identity import weights_fingerprint
 from famx.training.run import Run
 from famx.training.step import TrainState
 
-_BASE_FILE = "base.json"  # what a run began from
+_BASE_FILE = "base.json"  # the initial checkpoint and its fingerprint
 
 
 class RunWriter:
-    """Writes the checkpoints of a run that is `ready`; adapters also as files of their own.
+    """Writes the checkpoints of a run that is `ready`, and its adapters also as separate files.
 
     Args:
       run: the run.
       directory: its `MODEL_DIR`.
-      checkpointer: of that directory.
+      checkpointer: checkpointer of that directory.
     """
 
     def __init__(self, run: Run, directory: pathlib.Path, checkpointer: Checkpointer):
@@ -32,17 +32,18 @@ class RunWriter:
         self._first = jax.process_index() == 0
 
     def note_base(self, checkpoint: str, initial_dir: pathlib.Path, params: Any) -> None:
-        """Notes the checkpoint that the run begins from, and copies what its export needs."""
+        """Records the checkpoint that the run begins from, and copies the files that an export needs."""
+        weights = weights_fingerprint(params)  # in all processes, which share the arrays
         if not self._first:
             return
-        base = {"checkpoint": str(checkpoint), "weights": weights_fingerprint(params)}
+        base = {"checkpoint": str(checkpoint), "weights": weights}
         write_json(self._directory / _BASE_FILE, base)
         source = initial_dir / "source"  # files of an imported model
         if source.is_dir():
             shutil.copytree(source, self._directory / "source", dirs_exist_ok=True)
 
     def save(self, step: int, state: TrainState, data: Any) -> None:
-        """Saves a checkpoint with the position in the data, and the adapters if there are any."""
+        """Saves a checkpoint with `data`, the position in the data, and the adapters if there are any."""
         self._checkpointer.save(step, state.to_checkpoint(), data, force=True)
         if self._run.model.lora is not None:
             self._save_adapter(state)

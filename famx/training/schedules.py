@@ -48,7 +48,7 @@ def warmup_cosine(
 
 @gin.configurable
 def warmup_rsqrt(learning_rate: float, warmup_steps: int) -> optax.Schedule:
-    """`learning_rate * sqrt(warmup_steps / step)` after the warm-up of at least a step."""
+    """`learning_rate * sqrt(warmup_steps / step)` after the warm-up, which takes at least one step."""
     _check(learning_rate, warmup_steps)
     if warmup_steps < 1:
         raise ConfigError("warmup_rsqrt needs warmup_steps of at least 1.")
@@ -67,7 +67,7 @@ def warmup_stable_decay(
     warmup_steps: int = 0,
     floor: float = 0.0,
 ) -> optax.Schedule:
-    """`learning_rate`, then a straight line to `floor` over the last `decay_steps` of the run."""
+    """`learning_rate`, then linear decay to `floor` over the last `decay_steps` of the run."""
     _check(learning_rate, warmup_steps, steps, floor)
     if not 1 <= decay_steps <= steps - warmup_steps:
         raise ConfigError(
@@ -92,16 +92,12 @@ def _warmed_up(learning_rate: float, warmup_steps: int, rate: _Rate) -> optax.Sc
     return schedule
 
 
-def _check(
-    learning_rate: float, warmup_steps: int, steps: int | None = None, floor: float = 0.0
-) -> None:
+def _check(learning_rate: float, warmup_steps: int, steps: int | None = None, floor: float = 0.0) -> None:
     if learning_rate <= 0:
         raise ConfigError(f"learning_rate must be above 0, not {learning_rate}.")
     if warmup_steps < 0:
         raise ConfigError(f"warmup_steps must not be negative, but is {warmup_steps}.")
     if steps is not None and steps <= warmup_steps:
-        raise ConfigError(
-            f"steps ({steps}) must be larger than warmup_steps ({warmup_steps})."
-        )
+        raise ConfigError(f"steps ({steps}) must be larger than warmup_steps ({warmup_steps}).")
     if not 0 <= floor <= learning_rate:
         raise ConfigError(f"floor must be between 0 and learning_rate, not {floor}.")

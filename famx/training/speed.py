@@ -15,7 +15,7 @@ from famx.base.errors import ConfigError
 from famx.modules import DecoderConfig
 from famx.training.flops import Learning, train_flops
 
-# Names that a run's scalars have for what depends on the machine.
+# Names of the scalars that depend on the machine.
 NAMES = ("tokens_per_second", "step_seconds", "data_wait", "mfu", "memory_gb")
 
 
@@ -25,7 +25,7 @@ class SpeedMeter:
     Args:
       config: configuration of the model.
       from_start: whether examples begin with the prompt, see `train_flops`.
-      learning: what learns; the operations of the backward pass depend on it.
+      learning: which parameters learn; the operations of the backward pass depend on it.
     """
 
     def __init__(self, config: DecoderConfig, from_start: bool, learning: Learning = Learning()):
@@ -54,13 +54,13 @@ class SpeedMeter:
             self._flops += sum(done.values())
 
     def report(self) -> dict[str, float]:
-        """The figures of `NAMES` that apply here, since the last report.
+        """The scalars of `NAMES` that are known on this machine, since the last report.
 
         Call it once the counted steps are done. `data_wait` is the share of the time that the loop waited
-        for batches; the devices may have had earlier steps to compute meanwhile, so it bounds the share
-        in which they were idle for want of a batch. `mfu` is the share of the devices' peak that went
-        into the operations of `train_flops`; `memory_gb` is the most that this process's first device
-        ever held, or on CPUs the process itself.
+        for batches; the devices may have computed earlier steps meanwhile, so it is an upper bound on
+        the share in which they were idle for lack of a batch. `mfu` is the share of the devices' peak
+        that was used for the operations of `train_flops`. `memory_gb` is the peak memory use of this
+        process's first device, or on CPUs of the process itself.
         """
         elapsed = time.monotonic() - self._began
         figures = {
@@ -107,7 +107,7 @@ class Profile:
             self._running = True
 
     def after(self, step: int, result) -> bool:
-        """Call after it; whether the trace has been written. `result` is what the step returned."""
+        """Call after step `step` with its result; returns whether the trace has just been written."""
         if not self._running or step < self.last:
             return False
         jax.block_until_ready(result)

@@ -1,16 +1,16 @@
-"""From which state the examples of a training step begin, and what is kept of the states they end in.
+"""State passing: the states that examples begin from, and what is kept of the states they end with.
 
 | STATE_PASSING | class | an example begins from | paper |
 |---|---|---|---|
 | `none` | `Fresh` | the state before the first token | |
-| `random` | `Random` | with a probability, the memory that the last step's first example left | RSP |
-| `continuous` | `Lanes` | the state in which its lane's last row ended | named as the ideal |
+| `random` | `Random` | with a probability, the final memory of the last step's first example | RSP |
+| `continuous` | `Lanes` | the final state of its lane's last row | named as the ideal |
 | `aged` | `Aged` | a state of a pool that has read a document up to its last row | ours |
 | `none`, INITIAL_MEMORY_FILE | `FromMemoryFile` | a saved memory, which learns | |
 
-Gradients never cross the step boundary. What is kept is a dict of pytrees under the names that
-checkpoints give them. A `DecoderState` is opaque here but for its batch axes: its memory may be any
-pytree of leaves `[layers, B, ...]`.
+Gradients never cross the step boundary. The kept states are a dict of pytrees, with the names that they
+have in checkpoints. Only the batch axes of a `DecoderState` are known here: its memory may be any pytree
+with leaves `[layers, B, ...]`.
 """
 
 import dataclasses
@@ -31,15 +31,16 @@ from famx.modules import DecoderState
 from famx.training.feeds import Feed, Source, aged_feed, fresh_feed, lane_feed
 from famx.training.trainable import Trainable
 
-MUTABLES, RANDOM = "flax_mutables", "state_passing"  # as t5x names what it keeps
+MUTABLES, RANDOM = "flax_mutables", "state_passing"  # t5x's names
 
 
 @dataclasses.dataclass(frozen=True)
 class StatePassing:
-    """A way to choose the states that examples begin from; the base of the others keeps nothing.
+    """Base class of state passing; keeps nothing, so that every example begins before the first token.
 
     Attributes:
-      from_prompt: whether examples begin before the first token, or so that it costs as much.
+      from_prompt: whether a step costs as much as if examples began before the first token, see
+        `famx.training.flops.train_flops`.
       aligned: whether every example begins at a block boundary.
     """
 
@@ -50,34 +51,34 @@ class StatePassing:
         """Raises ConfigError if the other settings of the `famx.training.run.Run` do not fit."""
 
     def feed(self, source: Source, model: DecoderModel, place) -> Feed:
-        """The feed of a task; `place` puts this host's rows on the devices."""
+        """The feed of a task; `place` is a function that puts this host's rows on the devices."""
         del model, place
         return fresh_feed(source)
 
     def batch_spec(self) -> dict[str, Any]:
-        """Name and dtype of what the feed's batches hold for each example besides rows."""
+        """Names and dtypes of the arrays `[B]` that the feed's batches have besides rows of tokens."""
         return {}
 
-    # ------ What the training state keeps
+    # ------ Kept states
 
     def load(self, trained) -> DecoderState | None:
-        """The state that `initial` takes, read with the `TrainedModel` that the run begins from."""
+        """A state from a file, for `initial`, or None; `trained`: the model that the run begins from."""
         del trained
 
     def initial(
         self, model: DecoderModel, params, batch_size: int, loaded: DecoderState | None = None
     ) -> dict[str, Any]:
-        """What is kept before the first step."""
+        """The kept states before the first step."""
         del model, params, batch_size, loaded
         return {}
 
     def shardings(self, model: DecoderModel, kept, mesh: Mesh, rules: Rules) -> dict[str, Any]:
-        """A sharding for each array of `kept` (arrays or ShapeDtypeStructs)."""
+        """The sharding of each array of `kept` (arrays or ShapeDtypeStructs)."""
         config = model.config
         return {name: state_sharding(state, config, mesh, rules) for name, state in kept.items()}
 
     def export(self, kept, directory: pathlib.Path, step: int) -> str | None:
-        """Writes what is of use after the run; a sentence that says where, or None."""
+        """Writes results of the run to files, if any; returns a sentence that names them, or None."""
         del kept, directory, step
 
     # ------ Within a step
@@ -86,27 +87,27 @@ class StatePassing:
         """The states that the batch begins from, and the random key for the rest of the step.
 
         Args:
-          kept: what the training state keeps.
+          kept: kept states.
           fresh: states before the first token.
-          batch: as the feed made it.
+          batch: batch of the feed.
           rng: random key of the step.
         """
         del kept, batch
         return fresh, rng
 
     def end(self, kept, state: DecoderState) -> dict[str, Any] | None:
-        """What is kept of the states after the batch; None: what was kept before, unchanged."""
+        """The kept states after the step, from `state` after the batch; None: `kept` unchanged."""
         del kept, state
 
     def cut(self, kept, parts: int) -> dict[str, Any] | None:
-        """What each of `parts` parts of the batch begins with, on a new first axis; None: all of it."""
+        """Kept states of each of `parts` parts of the batch, on a new first axis; None: all of `kept`."""
         del kept, parts
 
     def join(self, kept, ends) -> dict[str, Any] | None:
-        """What `end` is for the batch, from the stacked results of `end` for its parts."""
+        """The result of `end` for the batch, from the stacked results of `end` for its parts."""
         del kept, ends
 
-    # ------ What learns
+    # ------ Learning
 
     def part(self, trainable: Trainable, params, kept) -> dict[str, Any]:
         """The part of parameters and kept states that learns."""
@@ -114,7 +115,7 @@ class StatePassing:
         return trainable.part(params)
 
     def put(self, trainable: Trainable, params, kept, part) -> tuple[Any, dict[str, Any]]:
-        """`(params, kept)` with `part` in place of what learns."""
+        """`(params, kept)` with `part` in place of the part that learns."""
         return trainable.put(params, part), kept
 
 
@@ -131,7 +132,7 @@ class Random(StatePassing):
 
     Attributes:
       probability: probability that all examples of a step begin from the kept memory.
-      start_step: first step that may; from scratch, RSP at step 0 keeps a model from learning.
+      start_step: first step that may do so; from scratch, RSP at step 0 keeps a model from learning.
 
     Raises:
       ValueError: on construction, if `probability` is outside [0, 1].
@@ -145,7 +146,7 @@ class Random(StatePassing):
             raise ValueError(f"RSP's probability must lie in [0, 1], got {self.probability}.")
 
     def initial(self, model, params, batch_size=1, loaded=None):
-        """Zeros in place of a memory, and no update yet (`updates`, `steps`: int32 scalars)."""
+        """A memory of zeros, without the batch axis, and int32 scalars `updates` and `steps`, both 0."""
         del batch_size, loaded
         state = jax.eval_shape(lambda params: model.initial_state(params, 1), params)
         zeros = lambda x: jnp.zeros(x.shape[:1] + x.shape[2:], x.dtype)
@@ -153,13 +154,13 @@ class Random(StatePassing):
         return self._dict({"memory": memory, "updates": jnp.int32(0), "steps": jnp.int32(0)})
 
     def shardings(self, model, kept, mesh, rules):
-        """The memory is cut as that of one example's state; the counts are whole."""
+        """The memory is sharded like that of a single example's state; the counts are replicated."""
         params = without_boxes(model.abstract_params())
         state = jax.eval_shape(lambda params: model.initial_state(params, 1), params)
         no_batch = lambda x: NamedSharding(mesh, PartitionSpec(*x.spec[:1], *x.spec[2:]))
         memory = jax.tree.map(no_batch, state_sharding(state, model.config, mesh, rules).memory)
-        whole = NamedSharding(mesh, PartitionSpec())
-        return self._dict({"memory": memory, "updates": whole, "steps": whole})
+        replicated = NamedSharding(mesh, PartitionSpec())
+        return self._dict({"memory": memory, "updates": replicated, "steps": replicated})
 
     def start(self, kept, fresh, batch, rng):
         del batch
@@ -193,10 +194,10 @@ class Random(StatePassing):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Lanes(StatePassing):
-    """Every example begins from the state in which its lane's last row ended.
+    """Every example begins from the final state of its lane's last row.
 
     Attributes:
-      document_length: tokens of a document, for tasks whose examples are made by index.
+      document_length: number of tokens of a document, for tasks whose examples are made by index.
       num_documents: number of such documents.
     """
 
@@ -236,8 +237,8 @@ class Aged(StatePassing):
     """Every example begins before the first token, or from a state of the aged-state pool.
 
     Attributes:
-      groups: groups of the pool, each of a batch of states.
-      refresh_period: steps after which a group is replaced, see `famx.training.feeds.AgedFeed`.
+      groups: number of groups of the pool, each of one batch of states.
+      refresh_period: steps between two replacements of a group, see `famx.training.feeds.AgedFeed`.
     """
 
     from_prompt: ClassVar[bool] = False
@@ -264,10 +265,10 @@ class Aged(StatePassing):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class FromMemoryFile(StatePassing):
-    """Every example begins from the memory of a file (`famx.memory`), which is all that learns.
+    """Every example begins from the state in a memory file (`famx.memory`); only its memory learns.
 
     Attributes:
-      path: a memory file of one text, made by the checkpoint that the run begins from.
+      path: memory file of one text, made with the checkpoint that the run begins from.
     """
 
     from_prompt: ClassVar[bool] = False
@@ -285,13 +286,13 @@ class FromMemoryFile(StatePassing):
             )
         if run.trainable.name != "memory":
             raise ConfigError(
-                f"INITIAL_MEMORY_FILE needs TRAINABLE='memory', not {run.trainable.name!r}: it is what"
-                " learns."
+                f"INITIAL_MEMORY_FILE needs TRAINABLE='memory', not {run.trainable.name!r}: only that"
+                " memory learns."
             )
         if run.evaluation is not None:
             raise ConfigError(
-                "An evaluation begins from nothing, not from INITIAL_MEMORY_FILE: leave it out, and give"
-                " the memory that is trained to famx.infer as MEMORY_FILE."
+                "An evaluation cannot begin from INITIAL_MEMORY_FILE: leave it out, and give the trained"
+                " memory to famx.infer as MEMORY_FILE."
             )
 
     def load(self, trained):
@@ -304,7 +305,7 @@ class FromMemoryFile(StatePassing):
     def export(self, kept, directory, step):
         path = directory / f"memory_{step}.famem"
         memory_files.with_memory(self.path, path, kept["start"].memory)
-        return f"The memory that was trained is in {path}."
+        return f"The trained memory is in {path}."
 
     def start(self, kept, fresh, batch, rng):
         del batch
@@ -324,14 +325,14 @@ BY_NAME = {"none": Fresh, "random": Random, "continuous": Lanes, "aged": Aged}
 
 @gin.configurable
 def named(name: str = "none", memory_file: str | None = None) -> StatePassing:
-    """The state passing that STATE_PASSING names; its own settings come from gin.
+    """The state passing named by STATE_PASSING, with its settings from gin.
 
     Args:
       name: "none", "random", "continuous" or "aged".
       memory_file: INITIAL_MEMORY_FILE; every example then begins from it.
 
     Raises:
-      ConfigError: there is no such name, or it does not go with a memory file.
+      ConfigError: there is no such name, or it cannot be combined with a memory file.
     """
     if name not in BY_NAME:
         raise ConfigError(f"STATE_PASSING is {name!r}; choose one of {', '.join(BY_NAME)}.")
@@ -345,7 +346,7 @@ def named(name: str = "none", memory_file: str | None = None) -> StatePassing:
 
 
 def cut(x, parts: int, axis: int = 0):
-    """`x` in `parts` parts along `axis`, on a new first axis; part `i` has the rows `i`, `i + n`, ..."""
+    """Splits `axis` into `parts` parts, on a new first axis; part `i` has rows `i`, `i + parts`, ..."""
     shape = (*x.shape[:axis], -1, parts, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 

@@ -1,4 +1,4 @@
-"""The training state, where its arrays are placed, and one jitted step."""
+"""The training state with its shardings, and the jitted training step."""
 
 from typing import Any
 
@@ -19,13 +19,13 @@ from famx.training.run import Run
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run needs to resume, apart from the position of its data.
+    """Everything that a run needs to resume, except the position in its data.
 
     Attributes:
-      step: int32 scalar, steps taken.
+      step: int32 scalar, number of steps taken.
       params: the decoder's parameters.
       opt_state: optax state.
-      kept: what state passing keeps between steps, see `famx.training.state_passing`.
+      kept: states that are carried between steps, see `famx.training.state_passing`.
     """
 
     step: jax.Array
@@ -34,7 +34,7 @@ class TrainState:
     kept: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """The tree that is saved; its first entries are named as t5x names them."""
+        """The tree that is saved; all entries but `lanes` and `start` have t5x's names."""
         tree = {
             "target": self.params,
             "state": {"step": self.step, "param_states": self.opt_state},
@@ -44,7 +44,7 @@ class TrainState:
 
     @classmethod
     def from_checkpoint(cls, tree) -> "TrainState":
-        """The state of a tree that `to_checkpoint` made."""
+        """The state from a tree that `to_checkpoint` made."""
         kept = {name: part for name, part in tree.items() if name not in ("target", "state")}
         if not kept[passing.MUTABLES]:
             del kept[passing.MUTABLES]
@@ -52,13 +52,13 @@ class TrainState:
 
 
 def make_initializer(run: Run):
-    """How the training state of a run that is `ready` is made.
+    """Makes the initializer of the training state of a run that is `ready`.
 
     Returns:
-      `(initialize, abstract)`: a jitted function `(key, pretrained, loaded)` that makes a `TrainState`
-      in place, and that state as ShapeDtypeStructs with shardings. `pretrained`, a tree of some of the
-      parameters, takes their place and is donated; it may be empty. `loaded` is what
-      `run.state_passing.load` gave, or None.
+      `(initialize, abstract)`: a jitted function `(key, pretrained, loaded)` that makes a sharded
+      `TrainState`, and that state as ShapeDtypeStructs with shardings. `pretrained` is a tree of some of
+      the parameters, or empty; it replaces their initial values and is donated. `loaded` is the result of
+      `run.state_passing.load`, or None.
     """
     model, states, trainable = run.model, run.state_passing, run.trainable
     mesh, rules, optimizer = run.mesh, run.rules, run.optimizer
@@ -75,7 +75,7 @@ def make_initializer(run: Run):
 
     key = jax.random.key(0)
     abstract, boxed = jax.eval_shape(lambda key: initialize(key, unbox=False), key)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     params = logical_to_sharding(boxed, mesh, rules)
     kept = states.shardings(model, abstract.kept, mesh, rules)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -85,9 +85,9 @@ def make_initializer(run: Run):
         states.part(trainable, params, kept),
     )
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer, moment_sharding, abstract.opt_state, like, transform_non_params=lambda _: whole
+        optimizer, moment_sharding, abstract.opt_state, like, transform_non_params=lambda _: replicated
     )
-    shardings = TrainState(whole, params, opt_state, kept)
+    shardings = TrainState(replicated, params, opt_state, kept)
     abstract = jax.tree.map(place, abstract, shardings)
     return jax.jit(initialize, out_shardings=shardings, donate_argnums=1), abstract
 
@@ -95,11 +95,11 @@ def make_initializer(run: Run):
 def make_train_step(run: Run, abstract: TrainState):
     """The jitted `train_step(state, batch) -> (state, metrics)`; `state`, as `abstract`, is donated.
 
-    With several microbatches, the gradient of the batch is summed over its parts, read one after
-    another; losses are divided by the weights of the whole batch, so the step is the same.
+    With several microbatches, the gradient of the batch is summed over its parts, computed one after
+    another; losses are divided by the weights of the whole batch, so the result of the step is the same.
 
-    What does not learn comes back as it is, without a copy. A step whose gradient is not finite
-    changes nothing but the step number, and counts in the metric `skipped`.
+    Parameters that do not learn are returned unchanged, without a copy. A step whose gradient is not
+    finite changes only the step number, and counts in the metric `skipped`.
     """
     model, states, trainable = run.model, run.state_passing, run.trainable
 
@@ -107,7 +107,7 @@ def make_train_step(run: Run, abstract: TrainState):
         params, kept = states.put(trainable, state.params, state.kept, part)
         fresh = model.initial_state(params, batch["decoder_input_tokens"].shape[0])
         start, rng = states.start(kept, fresh, batch, rng)
-        if microbatch is not None:  # parts draw on their own, but for the states that they begin from
+        if microbatch is not None:  # parts draw independently, except for the initial states
             rng = jax.random.fold_in(rng, microbatch)
         loss, metrics, end = model.loss(params, batch, rng, start, normalizer, aligned=states.aligned)
         return loss, (metrics, states.end(kept, end))
@@ -115,14 +115,14 @@ def make_train_step(run: Run, abstract: TrainState):
     gradient = jax.grad(objective, has_aux=True)
 
     def accumulated(part, state: TrainState, batch, rng):
-        """`gradient` of the whole batch, by parts."""
+        """`gradient` of the whole batch, computed part by part."""
         n = run.microbatches
         normalizer = jnp.sum(loss_weights(batch, model.pad_id))
 
         def one(xs):
             index, batch, kept = xs
-            here = state if kept is None else state.replace(kept=kept)
-            grads, (metrics, end) = gradient(part, here, batch, rng, normalizer, index)
+            part_state = state if kept is None else state.replace(kept=kept)
+            grads, (metrics, end) = gradient(part, part_state, batch, rng, normalizer, index)
             return (grads, metrics), end
 
         def step(total, xs):

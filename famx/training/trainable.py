@@ -1,4 +1,4 @@
-"""Which parameters learn, by name. The others have neither gradient nor optimiser state.
+"""Selection of the parameters that learn; the others have neither gradient nor optimiser state.
 
 | `TRAINABLE` | what learns |
 |---|---|
@@ -24,7 +24,7 @@ from famx.modules.memory import of_memory
 
 NAMES = ("all", "lora", "memory")
 FROZEN_DTYPES = ("float32", "bfloat16", "int8")
-_WIDE = ("kernel", "embedding", "head")  # what a narrower dtype is for; norms and biases are small
+_WIDE = ("kernel", "embedding", "head")  # matrices; norms and biases are small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Trainable:
     """Which parameters learn, and how the others are stored.
 
     Attributes:
-      name: see the module.
+      name: one of the names in the module's table, or a regular expression.
       frozen_dtype: dtype of matrices that do not learn: "float32", "bfloat16", or "int8" for projections
-        with bfloat16 for the other matrices; None: as they are.
+        with bfloat16 for the other matrices; None: unchanged.
 
     Raises:
-      ConfigError: on construction, if a value makes no sense.
+      ConfigError: on construction, if a value is not valid.
     """
 
     name: str = "all"
@@ -67,8 +67,8 @@ class Trainable:
         return re.fullmatch(self.name, path) is not None
 
     def check(self, params) -> None:
-        """Raises ConfigError unless something in `params` learns."""
-        paths = [path for path in flatten_dict(params, sep="/")]
+        """Raises ConfigError unless at least one of the parameters learns."""
+        paths = list(flatten_dict(params, sep="/"))
         if self.name == "lora" and not any(path.endswith(ADAPTERS) for path in paths):
             raise ConfigError("TRAINABLE is 'lora', but the model has no adapters: set LORA=@Lora().")
         if not any(self.learns(path) for path in paths):
@@ -79,7 +79,7 @@ class Trainable:
             )
 
     def freeze(self, params) -> dict[str, Any]:
-        """`params`, boxed or not, with what does not learn in its dtype."""
+        """`params`, boxed or not, with the matrices that do not learn in `frozen_dtype`."""
         if self.frozen_dtype is None:
             return params
         flat = flatten_dict(params, sep="/")
@@ -89,8 +89,8 @@ class Trainable:
         for path in frozen:
             if path.rpartition("/")[2] in _WIDE and nn.unbox(flat[path]).dtype != jnp.int8:
                 to_int8 = self.frozen_dtype == "int8" and path.endswith("/kernel")
-                flat[path] = flat[path] if to_int8 else jax.tree.map(
-                    lambda leaf: leaf.astype(narrow), flat[path]
+                flat[path] = (
+                    flat[path] if to_int8 else jax.tree.map(lambda leaf: leaf.astype(narrow), flat[path])
                 )
         params = unflatten_dict(flat, sep="/")
         return quantize(params, map(re.escape, int8)) if self.frozen_dtype == "int8" and int8 else params

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from processes import start_process
 from published import LLAMA, MEMORY, make_weights, train_bpe, train_sentencepiece, write_source
 from reference_models import CONFIGS
+from relay_memory import Relay
 from tiny import assert_identical
 
 from famx.base import gin_utils
@@ -404,11 +405,12 @@ def test_settings_are_fields_of_the_decoder(data):
         ("block_size=", "--set=block_size= sets nothing"),
         ("block=3", "block is no field of a decoder. Did you mean block_size?"),
         ("num_layers=3", "num_layers belongs to the pretrained model."),
-        ("block_size=big", "block_size is like 1024, not 'big'."),
-        ("block_size=1.5", "block_size is like 1024, not 1.5."),
-        ("block_size=True", "block_size is like 1024, not True."),
-        ("window_mask=1", "window_mask is like False, not 1."),
-        ("remat=3", "remat is like 'none', not 3."),
+        ("block_size=big", "block_size takes a value such as 1024, not 'big'."),
+        ("block_size=1.5", "block_size takes a value such as 1024, not 1.5."),
+        ("block_size=True", "block_size takes a value such as 1024, not True."),
+        ("window_mask=1", "window_mask takes a value such as False, not 1."),
+        ("remat=3", "remat takes a value such as 'none', not 3."),
+        ("blocks_per_chunk=all", "blocks_per_chunk takes a value such as 4 or None, not 'all'."),
         ("memory=fam", "the memory has a flag of its own, --memory=KIND."),
     ],
 )
@@ -427,10 +429,14 @@ def test_memories_by_kind_and_fields():
     assert commands.read_memory("none") == Memory() and commands.read_memory("fam") == Fam()
     gated = commands.read_memory("fam:length=8, update=gated,normalize=True")
     assert gated == Fam(8, update="gated", normalize=True)
+    assert commands.read_memory("fam:update_scale=1") == Fam(update_scale=1)
     for text, said in (
         ("famm", "is of the kind 'famm', which is not known here"),
         ("fam:lenght=8", "has no field lenght; it has length, normalize"),
         ("fam:8", "8 sets nothing"),
+        ("fam:length=8.5", "length takes a value such as 64, not 8.5"),
+        ("fam:length=long", "length takes a value such as 64, not 'long'"),
+        ("fam:normalize=1", "normalize takes a value such as False, not 1"),
     ):
         with pytest.raises(ConfigError, match=said):
             commands.read_memory(text)
@@ -504,6 +510,13 @@ def test_the_gin_file_makes_the_same_decoder(tmp_path):
     assert result.returncode == 0, result.stderr
     made = [DecoderConfig.from_dict(json.loads(line)) for line in result.stdout.splitlines()]
     assert made == configs
+
+
+def test_a_memory_may_be_of_a_module_without_a_package():
+    sizes = dict(vocab_size=9, num_layers=1, embed_dim=8, num_heads=2)
+    text = model_gin(DecoderConfig(**sizes, memory=Relay(3), blocks_per_chunk=1), "a model")
+    assert "\nimport relay_memory\n" in text and "\n  memory = @relay_memory.Relay()\n" in text
+    assert "\nrelay_memory.Relay:\n  length = 3\n" in text
 
 
 @pytest.mark.slow

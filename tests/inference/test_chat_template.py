@@ -390,8 +390,9 @@ def test_answers_to_the_lines_of_a_file_end_with_the_turn(trained, tmp_path, mon
 
     assert answer("chat", chat_template=True) == written[: written.index(end) + 1]
     assert answer("on", chat_template=True, stop_at_eos=False) == written
-    with pytest.raises(ConfigError, match="chat"):  # begun with other settings
-        answer("chat")
+    for name, stops in {"chat": True, "on": False}.items():
+        with pytest.raises(ConfigError, match="other settings, differing in chat_template "):
+            answer(name, stop_at_eos=stops)
     trained = in_bytes(trained)
     other = write_model_dir(tmp_path / "other", trained.model, trained.params, ByteVocabulary())
     with pytest.raises(ConfigError, match="vocabulary has no chat template: set CHAT_TEMPLATE"):

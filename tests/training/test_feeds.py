@@ -294,6 +294,7 @@ def test_rows_need_not_fill_their_last_block():
         (dict(length=25), "The rows hold 25 tokens, but the task needs 26: raise TASK_FEATURE"),
         (dict(curriculum=Curriculum((4, 6))), "goes to 6 blocks, but the rows hold 4: raise"),
         (dict(curriculum=Curriculum((2, 4))), "shortest length of the curriculum is 2 blocks"),
+        (dict(packed=True), "Data.packed joins documents to rows, but the task makes whole rows"),
         (dict(states=Aged(groups=0)), "needs groups and refresh_period of at least 1"),
         (dict(states=Aged(refresh_period=0)), "needs groups and refresh_period of at least 1"),
         (dict(states=Aged(groups=2), curriculum=Curriculum((4, 5, 6, 7))),

@@ -35,6 +35,7 @@ from famx.model_dir.loading import load_model
 from famx.model_dir.memory_file import load_memory, save_memory
 from famx.models import DecoderModel
 from famx.modules import Memory
+from famx.training import saving
 from famx.training.run import Every
 from famx.training.state_passing import named
 from famx.training.step import make_initializer, make_train_step
@@ -71,6 +72,15 @@ def flat(tree):
 
 def logits(trained):
     return trained.model.module.apply({"params": trained.params}, TOKENS)[0]
+
+
+def test_every_process_reads_the_weights_that_are_noted(tmp_path, monkeypatch):
+    """Arrays over several processes can only be read by all of them together."""
+    read = []
+    monkeypatch.setattr(saving, "weights_fingerprint", read.append)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    saving.RunWriter(make_run(), tmp_path, None).note_base("checkpoint_0", tmp_path, {"a": 1})
+    assert read == [{"a": 1}] and not list(tmp_path.iterdir())
 
 
 def test_what_the_export_needs_travels_with_the_run(base, tmp_path):
@@ -231,6 +241,12 @@ def test_an_adapter_brings_the_memory_that_it_was_trained_with(base, tmp_path):
     adapted = load_model(base, adapter=str(tmp_path / "adapter"))
     assert adapted.model.config == model.config
     assert_close(logits(adapted), logits(load_model(str(tmp_path))), NEAR)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["famx_memory"]["memory"]["kind"] = "unheard-of"
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="cannot be used: memory is of the kind 'unheard-of'"):
+        load_model(base, adapter=str(tmp_path / "adapter"))
 
 
 def test_what_reads_a_model_takes_an_adapter(base, tmp_path):
@@ -272,9 +288,7 @@ def test_a_saved_memory_is_trained_alone(base, memory, tmp_path):
     tree = saved(tmp_path / "whole", STEPS)
     assert_identical(tree, saved(tmp_path / "parts", STEPS))
     trained = load_model(base)
-    assert_identical(
-        jax.tree.map(np.asarray, trained.params), jax.tree.map(np.asarray, tree["target"])
-    )
+    assert_identical(jax.tree.map(np.asarray, trained.params), jax.tree.map(np.asarray, tree["target"]))
     before = load_memory(memory, trained)
     after = load_memory(tmp_path / "whole" / f"memory_{STEPS}.famem", trained)
     assert np.abs(after.memory - before.memory).max() > 1e-3
@@ -318,7 +332,7 @@ def test_the_loss_from_a_memory_is_that_of_reading_on(base, memory):
     ),
     (
         dict(initial_memory_file="{memory}", trainable="memory", evaluation=lambda *args: {}),
-        "An evaluation begins from nothing",
+        "An evaluation cannot begin from INITIAL_MEMORY_FILE",
     ),
     (
         dict(initial_memory_file="{memory}", trainable="memory", model=make_model(block_size=16)),
