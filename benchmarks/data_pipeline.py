@@ -151,9 +151,9 @@ def section(sizes: Sizes, repeats: int) -> tables.Table:
     figures = {name: [] for name in PIPELINES}
     for turn in range(repeats):
         for name in PIPELINES if turn % 2 == 0 else reversed(PIPELINES):
-            command = [sys.executable, "-m", "benchmarks.data_pipeline", f"--measure={name}"]
+            arguments = [sys.executable, "-m", "benchmarks.data_pipeline", f"--measure={name}"]
             done = subprocess.run(
-                command + ["--quick"] * (sizes == QUICK), stdout=subprocess.PIPE, text=True, check=True,
+                arguments + ["--quick"] * (sizes == QUICK), stdout=subprocess.PIPE, text=True, check=True,
                 env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"},
             )  # fmt: skip
             figures[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -186,9 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(argv[0].removeprefix("--measure="), sizes)))
         return
     sections = {"data_pipeline": section}
-    command.run(
-        "benchmarks.data_pipeline", __doc__.splitlines()[0], sections, Sizes(), QUICK, 5, argv
-    )
+    command.run("benchmarks.data_pipeline", __doc__.splitlines()[0], sections, Sizes(), QUICK, 5, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from famx.base import gin_utils
 from famx.base.command_line import require
 from famx.base.errors import ConfigError
 
-# Macros that a training needs and a compilation does not.
+# Macros that training needs and compiling does not.
 _UNNEEDED = "MODEL_DIR MIXTURE_OR_TASK_NAME INITIAL_CHECKPOINT_PATH TRAIN_STEPS TEXT_FILES DATA_DIR"
 
 
@@ -44,6 +44,8 @@ def main() -> None:
     from famx.scale.compiling import compile_programs
     from famx.scale.programs import PROGRAMS
 
+    if not values.programs:
+        raise ConfigError(f"--programs is empty: choose from {', '.join(PROGRAMS)}.")
     for name in values.programs:
         if name not in PROGRAMS:
             raise ConfigError(f"There is no program {name!r}: choose from {', '.join(PROGRAMS)}.")

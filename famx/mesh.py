@@ -41,7 +41,7 @@ class Rules:
     """
 
     axes: Mapping[str, _MeshAxes]
-    may_replicate: tuple[str, ...] = ()  # axes that are not split if the mesh does not divide them
+    may_replicate: tuple[str, ...] = ()  # axes that are not split if the mesh does not divide their size
 
     def __post_init__(self):
         for name in (*self.axes, *self.may_replicate):
@@ -168,8 +168,8 @@ def _across_slices(sizes, devices, dcn_data: int | None, dcn_fsdp: int | None) -
     slices = len(counts)
     if len(set(counts.values())) > 1:
         raise ConfigError(
-            f"The {slices} slices have {_join(sorted(counts.values()))} devices: a mesh needs as many"
-            " of each."
+            f"The {slices} slices have {_join(sorted(counts.values()))} devices: a mesh needs the same"
+            " number in each slice."
         )
     if dcn_data is None:
         dcn_data = math.gcd(sizes["data"], max(slices // (dcn_fsdp or 1), 1))
@@ -177,8 +177,8 @@ def _across_slices(sizes, devices, dcn_data: int | None, dcn_fsdp: int | None) -
         dcn_fsdp = max(slices // max(dcn_data, 1), 1)
     if min(dcn_data, dcn_fsdp) < 1 or dcn_data * dcn_fsdp != slices:
         raise ConfigError(
-            f"dcn_data {dcn_data} x dcn_fsdp {dcn_fsdp} must multiply to the {slices} slice(s) that the"
-            " devices are of."
+            f"dcn_data {dcn_data} x dcn_fsdp {dcn_fsdp} must multiply to the {slices} slice(s) of the"
+            " devices."
         )
     for name, across in (("data", dcn_data), ("fsdp", dcn_fsdp)):
         if sizes[name] % across:
@@ -233,8 +233,8 @@ def batch_shard(mesh: Mesh, process: int) -> tuple[int, int]:
     """
     size = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     rows = collections.defaultdict(set)
-    for where, device in np.ndenumerate(mesh.devices):
-        rows[device.process_index].add(where[0] * mesh.shape["fsdp"] + where[1])
+    for (data, fsdp, *_), device in np.ndenumerate(mesh.devices):
+        rows[device.process_index].add(data * mesh.shape["fsdp"] + fsdp)
     parts = sorted({tuple(sorted(part)) for part in rows.values()})
     if sum(map(len, parts)) != size or len(set(map(len, parts))) > 1:
         raise ConfigError(
@@ -244,22 +244,27 @@ def batch_shard(mesh: Mesh, process: int) -> tuple[int, int]:
     return parts.index(tuple(sorted(rows[process]))), len(parts)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> None:
-    """Raise ConfigError unless devices and processes divide each microbatch evenly."""
+def check_batch_size(
+    batch_size: int, mesh: Mesh, num_microbatches: int = 1, setting: str = "BATCH_SIZE"
+) -> None:
+    """Raise ConfigError unless devices divide each microbatch evenly, and processes the batch.
+
+    `setting` is the name of the batch size in the sentence.
+    """
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size < 1 or batch_size % parts:
         raise ConfigError(
-            f"BATCH_SIZE {batch_size} cannot be divided over {parts} devices (data"
+            f"{setting} {batch_size} cannot be divided over {parts} devices (data"
             f" {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): use a multiple of {parts}."
         )
     if num_microbatches < 1 or batch_size % (parts * num_microbatches):
         raise ConfigError(
-            f"BATCH_SIZE {batch_size} cannot be cut into {num_microbatches} microbatches over {parts}"
+            f"{setting} {batch_size} cannot be cut into {num_microbatches} microbatches over {parts}"
             f" device(s): use a multiple of {parts * max(num_microbatches, 1)}."
         )
     if batch_size % jax.process_count():
         raise ConfigError(
-            f"BATCH_SIZE {batch_size} cannot be divided over {jax.process_count()} processes: use a"
+            f"{setting} {batch_size} cannot be divided over {jax.process_count()} processes: use a"
             f" multiple of {jax.process_count()}."
         )
 
@@ -309,14 +314,14 @@ def moment_sharding(leaf, parameter) -> NamedSharding:
     An array of the same shape has the same sharding; an array without one of the axes, a factored
     moment, is split along the other axes like the parameter; any other array is replicated.
     """
-    where, shape = parameter.sharding, parameter.shape
+    sharding, shape = parameter.sharding, parameter.shape
     if leaf.shape == shape:
-        return where
-    spec = (*where.spec, *[None] * (len(shape) - len(where.spec)))
+        return sharding
+    spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     for axis in range(len(shape)):
         if leaf.shape == shape[:axis] + shape[axis + 1 :]:
-            return NamedSharding(where.mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
-    return NamedSharding(where.mesh, PartitionSpec())
+            return NamedSharding(sharding.mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+    return NamedSharding(sharding.mesh, PartitionSpec())
 
 
 def _divisible(path, logical, shape, mesh: Mesh, rules: Rules) -> PartitionSpec:

@@ -21,7 +21,7 @@ def define_flags() -> None:
     flags.DEFINE_string("task", None, "Name of the task or mixture, such as scrolls_qasper or xlsum.")
     flags.DEFINE_string("source", None, "Folder or archive of the official files.")
     flags.DEFINE_string("data_dir", None, "Directory of the records; FAMX_DATA_DIR by default.")
-    flags.DEFINE_bool("allow_partial", False, "Prepare incomplete files, or other ones than published.")
+    flags.DEFINE_bool("allow_partial", False, "Accept incomplete files, or others than published.")
     flags.DEFINE_integer("num_shards", 1, "Number of files per split.")
 
 
@@ -36,7 +36,7 @@ def main() -> None:
 
         try:
             prepare(values.task, values.source, values.data_dir, values.allow_partial, values.num_shards)
-        except (ValueError, OSError) as error:  # broken files and full disks, in one sentence too
+        except (ValueError, OSError) as error:  # damaged files and full disks
             raise ConfigError(str(error)) from error
 
 

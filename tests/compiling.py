@@ -1,10 +1,10 @@
-"""Compiler options of tests, which compile much and compute little."""
+"""Compiler options for tests, whose programs take longer to compile than to run."""
 
 import jax
 
 
 def known(**options):
-    """Those of the options that the installed XLA knows; versions differ."""
+    """The options that the installed XLA knows; versions differ."""
 
     def is_known(name):
         try:

@@ -8,7 +8,7 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Small models compile for long and compute for moments. Subprocesses inherit this.
+# Small models take longer to compile than to run. Subprocesses inherit this.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
 if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
@@ -17,7 +17,7 @@ CACHE = pathlib.Path(tempfile.gettempdir()) / f"famx-jax-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-# triton and TensorFlow do not live in one process (it aborts); torch does without triton on CPUs.
+# A process that imports both triton and TensorFlow aborts; on CPUs torch does not need triton.
 sys.modules.setdefault("triton", None)
 
 import hypothesis  # noqa: E402

@@ -49,7 +49,7 @@ shared_streamer = functools.cache(Streamer)
 
 
 def make_trained(vocabulary=None) -> TrainedModel:
-    """Of random weights; the model has more ids than the vocabulary."""
+    """A model of random weights, which has more ids than its vocabulary."""
     vocabulary = passkey_words() if vocabulary is None else vocabulary
     model = make_model(vocab_size=128, vocabulary=vocabulary)
     return TrainedModel(model, make_params(model.module, seed=1), 1, pathlib.Path("/model/checkpoint_1"))
@@ -101,7 +101,7 @@ def test_an_answer_is_what_the_model_writes_at_once(count):
     conversation = Conversation(TRAINED, Sampling(count))
     answer, parts = talk(conversation)
     tokens = write_at_once(PROMPT, count)
-    assert VOCABULARY.eos_id not in tokens  # or choose other weights
+    assert VOCABULARY.eos_id not in tokens  # otherwise choose other weights
     assert answer == decode(tokens)
     assert len(parts) == -(-count // 32)
     assert_has_read(conversation, PROMPT + tokens)
@@ -137,7 +137,7 @@ def test_end_of_text_ends_an_answer_and_was_read():
 
 
 def test_a_stop_text_cuts_the_answer_wherever_it_lies():
-    """Inside a piece of the answer, across two pieces, inside a word, and at the very beginning."""
+    """It may lie inside a piece of the answer, across two pieces, inside a word, or at the start."""
     conversation = Conversation(TRAINED, Sampling(70, temperature=1.0))
     whole, parts = talk(conversation)
     border = len(parts[0])
@@ -181,7 +181,7 @@ def test_the_seed_alone_decides_what_is_drawn():
     assert talk(Conversation(TRAINED, WARM, seed=4)) != first
 
 
-# ---------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------- the state after messages
 
 
 @pytest.mark.parametrize("sampling", [Sampling(12), WARM])
@@ -202,7 +202,7 @@ def test_fresh_questions_get_the_same_answers_in_any_order(tmp_path, sampling):
         found.add(tuple(answers[question] for question in questions))
     (answers,) = found
     assert len(set(answers)) == 3
-    for question, answer in zip(questions, answers):  # and the same that is kept in a conversation
+    for question, answer in zip(questions, answers):  # the same in a conversation that keeps them
         conversation = Conversation(TRAINED, sampling)
         conversation.load(str(tmp_path / "book.famem"))
         assert talk(conversation, question)[0] == answer
@@ -287,7 +287,7 @@ def test_an_empty_message_continues_what_was_read():
     assert answer == decode(write_at_once(PROMPT, 12)[6:])
 
 
-# ---------------------------------------------------------------- lines
+# ---------------------------------------------------------------- lines of standard input
 
 
 @pytest.fixture
@@ -509,7 +509,7 @@ def test_what_is_wrong_is_told_before_the_start(bad_input, tmp_path):
     sentences = {
         (): "--checkpoint is not set: add --checkpoint=MODEL_DIR or MODEL_DIR/checkpoint_<step>.",
         ("--checkpoint=/no/such",): "There is no checkpoint /no/such: /no/such is not a directory.",
-        (f"--checkpoint={tmp_path}",): "is no directory of a trained model: it has no model.json.",
+        (f"--checkpoint={tmp_path}",): "is not the directory of a trained model: it has no model.json.",
         (f"--checkpoint={bare}",): "has no vocabulary.json, so text cannot be encoded: save the model's",
         (f"--checkpoint={small}",): "has 259 tokens, the model only 128: replace it by the vocabulary",
         ("--template=none",): "The template 'none' is not valid: it must contain {message}",

@@ -42,6 +42,7 @@ def test_values_are_parsed_anew_by_each_main():
     ("--famx_fast=maybe", "--famx_fast must be true or false, not maybe."),
     ("--famx_kind=c", "--famx_kind must be one of a, b, not c."),
     ("--famx_text", "Missing value for flag --famx_text."),
+    ("--nofamx_fast=1", "--nofamx_fast=1 does not take an argument."),
     ("stray", "Unknown argument stray: see --help."),
 ])  # fmt: skip
 def test_a_bad_argument_is_one_sentence(argument, sentence):

@@ -67,6 +67,9 @@ def test_eight_virtual_devices(tmp_path):
         compiling.fill_page([out], page, "other")
     with pytest.raises(ConfigError, match="page.md holds no reports of famx.compile --json"):
         compiling.fill_page([page], page, "sizes")
+    out.write_text("[]")
+    with pytest.raises(ConfigError, match="There are no reports in "):
+        compiling.fill_page([out], page, "sizes")
 
 
 class _Begins(Exception):
@@ -95,7 +98,7 @@ def test_what_is_compiled_is_the_run_that_trains(example, tmp_path, monkeypatch)
     devices = jax.devices()
 
     def comparable(run):
-        """Without what a compiler does not need; two optax transformations are never equal."""
+        """Only what a compiler needs, and no optimizer: optax transformations are never equal."""
         model = dataclasses.replace(run.model, vocabulary=None)
         changes = dict(model=model, model_dir=None, evaluation=None, optimizer=None)
         return dataclasses.replace(run, **changes)
@@ -122,8 +125,10 @@ def test_slices_that_are_not_there(tmp_path):
     assert train["chip"]["name"] == "v5e" and train["notes"] == []
     assert 1 < train["flops"] * 8 / train["model_flops"] < 1.3
     assert train["bound"]["interconnect"] > 0 and train["bound"]["memory"] > 0
-    assert train["bound"]["scheduled"] >= train["bound"]["roofline"] == max(
-        train["bound"][name] for name in ("compute", "memory", "interconnect", "network")
+    assert (
+        train["bound"]["scheduled"]
+        >= train["bound"]["roofline"]
+        == max(train["bound"][name] for name in ("compute", "memory", "interconnect", "network"))
     )
     assert "train on 2 x v5e:2x2: fits, 0." in run.stdout and " MFU at most " in run.stdout
 
@@ -131,7 +136,16 @@ def test_slices_that_are_not_there(tmp_path):
 @pytest.mark.parametrize("arguments, sentence", [
     ([], "--topology is not set: name what to compile for, such as --topology=v5e:4x4."),
     (["--topology=cpu:8", "--programs=train,fly"], "There is no program 'fly': choose from train, "),
+    (["--topology=cpu:8", "--programs="], "--programs is empty: choose from train, "),
     (["--topology=cpu:8", *FSDP, "--gin.BATCH_SIZE=12"], "BATCH_SIZE 12 cannot be divided over 8 "),
+    (
+        ["--topology=cpu:8", "--programs=decode", "--inference_batch_size=0"],
+        "--inference_batch_size 0 cannot be divided over 8 devices",
+    ),
+    (
+        ["--topology=cpu:8", "--json=no/such/file.json"],
+        "The directory of --json=no/such/file.json does not exist: create it first.",
+    ),
     (
         ["--topology=cpu:8", "--gin.make_mesh.tensor=8"],
         "heads of layers/key/kernel has size 4, which cannot be divided over 8 devices",

@@ -52,6 +52,10 @@ def test_a_process_of_a_cluster_detects_all(joined):
             "between 0 and 1, the last process",
         ),
         (dict(coordinator_address="x:1", num_processes=2, process_id=-1), "--process_id -1 must lie"),
+        (
+            dict(coordinator_address="x:1", num_processes=0, process_id=0),
+            "--num_processes must be at least 1, not 0.",
+        ),
         (dict(multiprocess=True, process_id=0), "--multiprocess finds the other processes by itself"),
     ],
 )
@@ -72,7 +76,7 @@ def test_no_cluster_around(monkeypatch, text, kind):
     with pytest.raises(ValueError) as caught:
         distributed.initialize(multiprocess=True)
     assert type(caught.value) is kind
-    assert ("found no TPU slice, GKE job or Slurm step" in str(caught.value)) == (kind is ConfigError)
+    assert ("detected no TPU slice, GKE job or Slurm step" in str(caught.value)) == (kind is ConfigError)
 
 
 TWO = """

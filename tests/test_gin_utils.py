@@ -9,6 +9,12 @@ import pytest
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.memories import Fam
+from famx.modules import Memory
+from famx.training.state_passing import Fresh
+
+build_memory = gin.external_configurable(Memory, "BuildMemory", module="famx_test")
+gin.external_configurable(Fam, "BuildFam", module="famx_test")
 
 
 @gin.configurable(module="famx_test")
@@ -74,9 +80,7 @@ def test_unknown_configurable_names_the_nearest():
 
 
 def test_unknown_parameter_names_the_nearest():
-    assert fails(["build_tool.alhpa = 1"]) == (
-        "build_tool has no parameter alhpa. Did you mean alpha?"
-    )
+    assert fails(["build_tool.alhpa = 1"]) == ("build_tool has no parameter alhpa. Did you mean alpha?")
 
 
 def test_unknown_parameter_in_a_file_names_the_line(tmp_path):
@@ -165,6 +169,20 @@ def test_a_macro_may_be_bound_for_what_another_run_would_call():
         gin_utils.check_all_used()
 
 
+def test_only_a_memory_that_was_replaced_may_have_bindings_without_effect():
+    """Model files bind the length of their memory; a run may choose another memory."""
+    gin_utils.parse_gin([], ["BuildFam.length = 8"])
+    with pytest.raises(ConfigError, match="BuildFam.length has no effect"):
+        gin_utils.check_all_used()
+    build_memory()
+    gin_utils.check_all_used()
+    gin.clear_config()
+    gin_utils.parse_gin([], ["Random.probability = 0.5"])
+    Fresh()
+    with pytest.raises(ConfigError, match="Random.probability has no effect"):
+        gin_utils.check_all_used()
+
+
 def test_check_all_used_sees_a_caller_that_overrides():
     gin_utils.parse_gin([], ["build_tool.alpha = 3"])
     build_tool(alpha=1)
@@ -188,7 +206,7 @@ def test_call_with_has_a_configuration_of_its_own(tmp_path):
     for _ in range(2):
         found = gin_utils.call_with(build_tool, [str(tmp_path / "a.gin")], settings)
         assert found == ({"a": (1, 2.5, None), "b": "it's"}, 2, str(tmp_path / "x"))
-    assert build_tool() == (1, 2, None)  # nothing is left of it, nor of what was before
+    assert build_tool() == (1, 2, None)  # all bindings are gone, earlier ones included
 
 
 @pytest.mark.parametrize("settings", [{"build_tool.alhpa": 1}, {"SIZE": 1}, {"build_tool.beta": set()}])

@@ -180,7 +180,7 @@ def test_memories_are_built_upon(directory, tmp_path, capsys):
     a, b, ab, out = (str(tmp_path / name) for name in ("a", "b", "ab.famem", "out.famem"))
     make_memory(directory, [a, b], ab)
     make_memory(directory, [a], out)
-    make_memory(directory, [b], out, memory=out)  # replaces the one it goes on from
+    make_memory(directory, [b], out, memory=out)  # replaces the file that it resumes from
     trained = load_model(directory)
     assert_close(restore_memory(out, trained), restore_memory(ab, trained), 1e-4)
     assert read_header(ab).sources == read_header(out).sources == ["a", "b"]

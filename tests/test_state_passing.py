@@ -110,7 +110,7 @@ def test_the_memory_of_the_first_example_is_kept():
 
 
 def test_reading_goes_on_with_the_ordinary_residual():
-    """An example that begins from a kept memory reads as the one that made it would read on."""
+    """An example that starts from a kept memory gives what the example that made it would give next."""
     tokens, more = make_tokens(3, 2 * BLOCK), make_tokens(3, BLOCK, seed=1)
     state = read(initial(PARAMS, 3), tokens)[1]
     random = Random(1.0)
@@ -136,7 +136,7 @@ def test_no_gradient_through_the_kept_memory():
     gradient = jax.jit(jax.grad(loss, (0, 1)))
     memory, params = gradient(of(kept)["memory"], PARAMS, 1, 1.0)
     assert not np.any(memory)
-    assert not np.any(params["memory"]["prompt"])  # nobody began from the prompt
+    assert not np.any(params["memory"]["prompt"])  # no example started from the prompt
     assert np.any(params["embedding"])
     memory, params = gradient(of(kept)["memory"], PARAMS, 0, 1.0)
     assert not np.any(memory) and np.any(params["memory"]["prompt"])

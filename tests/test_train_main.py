@@ -194,7 +194,7 @@ def test_a_binding_that_an_option_overrides_is_refused(bad_input, tmp_path):
 @pytest.fixture
 def bad_input(monkeypatch, capsys, tmp_path):
     """A function that runs famx.train in this process and returns its error sentence."""
-    monkeypatch.setattr("famx.base.gin_utils.write_operative_config", _never)  # a run begins with it
+    monkeypatch.setattr("famx.base.gin_utils.write_operative_config", _never)  # a run writes it first
 
     def call(*args):
         _forget()
@@ -256,7 +256,7 @@ def _forget():
 )  # fmt: skip
 def test_bad_settings(bad_input, tmp_path, bindings, sentence):
     assert sentence in bad_input(*arguments(tmp_path / "run", *bindings))
-    # Nothing is left that would stand in the way of the next try.
+    # No file is left that would prevent the next attempt.
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 

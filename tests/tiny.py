@@ -20,14 +20,14 @@ BLOCKS = 4  # the fewest that hold a row of `passkey`
 
 
 def fam(length: int) -> Memory:
-    """FAM of this length; without memory where it is 0."""
+    """FAM of this length, or no memory if it is 0."""
     return Fam(length) if length else Memory()
 
 
 def make_model(
     random_position_offset=False, lora=None, vocabulary=None, loss_chunk=None, **changes
 ) -> DecoderModel:
-    """A decoder of one layer, width 16 and blocks of 8 tokens; `changes` are of its sizes."""
+    """A decoder of one layer, width 16 and blocks of 8 tokens; `changes` replace config fields."""
     sizes = dict(
         vocab_size=260,  # enough for words and for bytes
         num_layers=1,
@@ -45,7 +45,7 @@ def make_model(
 
 
 def make_run(**changes) -> Run:
-    """A run of the tiny model on PassKey; `changes` are of `Run` and of its `Data`."""
+    """A run of the tiny model on PassKey; `changes` replace fields of `Run` and of its `Data`."""
     of_data = {field.name for field in dataclasses.fields(Data)}
     data = dict(
         task="passkey_words",

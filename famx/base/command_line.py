@@ -1,4 +1,4 @@
-"""Flags of the mains: declared when a main starts, explained by `--help`, refused in one sentence."""
+"""Flags of the mains: declaration when a main starts, `--help`, and errors in one sentence."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _HELP = {"-h", "-help", "--help", "-helpshort", "--helpshort"}
 _HELP_FULL = {"-helpfull", "--helpfull"}
 _WIDTH = 100
 
-_declared: list[str] = []  # by the main that runs now
+_declared: list[str] = []  # names of the flags of the main that is running
 
 
 def declare(*definitions: Callable[[], None] | None) -> None:
@@ -40,10 +40,10 @@ def parse(argv: Sequence[str], main: Callable[[], Any], settings: str) -> None:
     Args:
       argv: the program, then its arguments.
       main: the main that runs; its module says what it does.
-      settings: what else the sentence about a stray argument should say.
+      settings: end of the sentence about a stray argument.
 
     Raises:
-      ConfigError: a flag does not exist or has a value that it cannot take, or an argument is no flag.
+      ConfigError: a flag does not exist or its value is invalid, or an argument is not a flag.
     """
     options = set(argv[1 : argv.index("--")] if "--" in argv else argv[1:])
     if options & (_HELP | _HELP_FULL):
@@ -53,14 +53,14 @@ def parse(argv: Sequence[str], main: Callable[[], Any], settings: str) -> None:
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:  # ValueError for --noFLAG=VALUE
         raise ConfigError(_sentence(error)) from error
     if len(rest) > 1:
         raise ConfigError(f"Unknown argument {rest[1]}: {settings}")
 
 
-def _sentence(error: flags.Error) -> str:
-    """The sentence for what absl refuses."""
+def _sentence(error: Exception) -> str:
+    """Sentence for an error of absl's parser."""
     if isinstance(error, flags.UnrecognizedFlagError):
         name = f"--{error.flagname}"
         return f"There is no flag {name}.{nearest(name, [f'--{known}' for known in flags.FLAGS])}"
@@ -102,7 +102,7 @@ def require(sentences: Mapping[str, str]) -> None:
     """Raises ConfigError for the first flag without a value.
 
     Args:
-      sentences: what to say, by the name of the flag.
+      sentences: error sentence by name of the flag.
     """
     for name, sentence in sentences.items():
         if not flags.FLAGS[name].value:
@@ -110,7 +110,7 @@ def require(sentences: Mapping[str, str]) -> None:
 
 
 def json_object(text: str, flag: str) -> dict[str, Any]:
-    """The JSON object that a flag was given; empty for an empty text.
+    """The JSON object in the value of a flag; empty for an empty text.
 
     Args:
       text: value of the flag.
@@ -124,19 +124,20 @@ def json_object(text: str, flag: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"--{flag} is not JSON: {error}. Write it as '{{\"name\": value}}'.") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"--{flag} must be a JSON object, such as '{{\"data_dir\": \"/data\"}}'.")
+        example = '{"data_dir": "/data"}'
+        raise ConfigError(f"--{flag} must be a JSON object, such as '{example}'.")
     return value
 
 
 def integers(values: Sequence[str] | None, flag: str) -> list[int] | None:
-    """The whole numbers that a flag of a comma-separated list was given; None if it was not given.
+    """Integers of a comma-separated flag; None if the flag was not given.
 
     Args:
       values: value of the flag.
       flag: its name, for the sentence of an error.
 
     Raises:
-      ConfigError: one of the values is not a whole number.
+      ConfigError: one of the values is not an integer.
     """
     if values is None:
         return None

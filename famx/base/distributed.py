@@ -1,10 +1,10 @@
-"""Several processes that train one model: how they find each other.
+"""How the processes that train one model together find each other.
 
     python -m famx.train --multiprocess ...                              on TPU, GKE or Slurm
     python -m famx.train --coordinator_address=host:1234 --num_processes=2 --process_id=0 ...
 
-The first form takes everything from its surroundings; the second works everywhere, with one command
-per process. `launch/` writes these commands.
+The first form detects the cluster that it runs on; the second works everywhere, with one command per
+process. `launch/` writes these commands.
 """
 
 import re
@@ -47,6 +47,8 @@ def initialize(
     address, count, index = given
     if not re.fullmatch(r"[^\s:]+:\d+|\[[0-9a-fA-F:]+\]:\d+", address):
         raise ConfigError(f"--coordinator_address must be HOST:PORT, not {address}.")
+    if count < 1:
+        raise ConfigError(f"--num_processes must be at least 1, not {count}.")
     if not 0 <= index < count:
         raise ConfigError(f"--process_id {index} must lie between 0 and {count - 1}, the last process.")
     _join(address, count, index, cluster_detection_method="deactivate")
@@ -54,7 +56,7 @@ def initialize(
 
 def _join(*args, **kwargs) -> None:
     jax.distributed.initialize(*args, **kwargs)
-    # jax now takes SIGTERM for itself; before training a process shall end by it.
+    # jax now handles SIGTERM; until training begins, SIGTERM should end the process.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -65,6 +67,6 @@ def _detect() -> None:
         if "must be defined" not in str(error) and "should be defined" not in str(error):
             raise
         raise ConfigError(
-            "--multiprocess found no TPU slice, GKE job or Slurm step around it: start the command by"
-            " one of these, or give --coordinator_address, --num_processes and --process_id."
+            "--multiprocess detected no TPU slice, GKE job or Slurm step: start the command within one of"
+            " these, or give --coordinator_address, --num_processes and --process_id."
         ) from error

@@ -10,6 +10,8 @@ from gin import config as gin_config
 from famx.base.errors import ConfigError
 
 _MACRO = "gin.macro"
+# Base classes of which a run builds one subclass: bindings of the other subclasses do no harm.
+_ALTERNATIVES = ("famx.modules.memory.Memory",)
 
 
 def check_macros() -> None:
@@ -36,9 +38,7 @@ def check_required() -> None:
     for (scope, selector), params in gin_config._CONFIG.items():
         for param, value in params.items():
             if selector != _MACRO and _is_required(value):
-                raise ConfigError(
-                    not_set(f"{scope}/{short(selector)}.{param}".removeprefix("/"))
-                )
+                raise ConfigError(not_set(f"{scope}/{short(selector)}.{param}".removeprefix("/")))
 
 
 def check_all_used(ignore: Sequence[str] = ()) -> None:
@@ -47,8 +47,8 @@ def check_all_used(ignore: Sequence[str] = ()) -> None:
     To be called once everything configurable has been built. It catches what parsing cannot: a
     parameter of a function that this run never calls, or that its caller overrides. A parameter that is
     bound to nothing but a macro is exempt if a parameter in use is bound to the same macro: run files
-    bind LEARNING_RATE for every optimiser. A class that was never built is exempt too if another class
-    with the same base class was: settings of one memory do no harm where another memory was chosen.
+    bind LEARNING_RATE for every optimiser. Parameters of a memory that was never built are exempt if
+    another memory was: model files bind those of their default memory, which a run may replace.
 
     Args:
       ignore: names of configurables that are called only later.
@@ -82,10 +82,14 @@ def check_all_used(ignore: Sequence[str] = ()) -> None:
 
 
 def _replaced(selector: str, called: Mapping[tuple[str, str], Any]) -> bool:
-    """Whether the class `selector` was never built, and another one with the same base class was."""
+    """Whether the class `selector` was never built, but an alternative to it was."""
     selectors = {name for _, name in called}
     built = [_class_of(name) for name in selectors]
-    bases = getattr(_class_of(selector), "__mro__", ())[1:-1]
+    bases = [
+        base
+        for base in getattr(_class_of(selector), "__mro__", ())[1:]
+        if f"{base.__module__}.{base.__qualname__}" in _ALTERNATIVES
+    ]
     return selector not in selectors and any(
         cls is not None and issubclass(cls, base) for cls in built for base in bases
     )

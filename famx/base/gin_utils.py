@@ -140,7 +140,7 @@ def run(
 
 
 def _cache_compiled_programs() -> None:
-    """Keeps what jax compiles in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR is set."""
+    """Puts jax's compilation cache below the user's home, unless JAX_COMPILATION_CACHE_DIR is set."""
     name = "JAX_COMPILATION_CACHE_DIR"
     directory = os.environ.get(name, os.path.join(os.path.expanduser("~"), ".cache", "famx", "xla"))
     if "jax" in sys.modules:

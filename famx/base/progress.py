@@ -1,4 +1,4 @@
-"""Progress of a long task: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long task: a bar on a terminal, occasional plain lines elsewhere."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """How much of a task is done; a context manager, which removes or completes its bar.
+    """Progress of a task; a context manager that closes its bar.
 
     Args:
       name: shown in front of the bar.
@@ -22,7 +22,7 @@ class Progress:
       start: units that were done before.
       unit: name of a unit; "B" counts bytes and shows them with prefixes.
       line_seconds: shortest time between two plain lines; 0: a line at every update.
-      last_line: print the line at which the task is complete whatever the time.
+      last_line: print the line of the completed task whatever the time since the last line.
       keep_bar: leave the bar on the terminal when it is complete.
       stream: standard error by default. A terminal gets a bar.
 
@@ -59,7 +59,7 @@ class Progress:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that the rest takes at the average speed; None: unknown."""
+        """Estimated seconds for the rest of the task, at the average speed; None: unknown."""
         if self.total is None or self.done <= self._start:
             return None
         return self.elapsed * (self.total - self.done) / (self.done - self._start)
@@ -76,7 +76,7 @@ class Progress:
         Args:
           done: units, `start` included.
           note: makes the text behind the bar.
-          line: makes the plain line; None: nothing is shown but on a terminal.
+          line: makes the plain line; None: there is no plain line.
           total: units of the whole task, if they were unknown until now.
         """
         self._now = _monotonic()
@@ -94,7 +94,7 @@ class Progress:
                 self.message(line())
 
     def add(self, count: int = 1) -> None:
-        """Show that `count` more units are done, on a terminal alone."""
+        """Show that `count` more units are done, only on a terminal."""
         self.update(self.done + count)
 
     def each(self, items: Iterable[_Item]) -> Iterator[_Item]:

@@ -62,13 +62,13 @@ def interrupt_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_interrupt(sentence: str) -> Iterator[None]:
-    """A context that Ctrl-C ends, and the process with it: a sentence in place of a traceback."""
+    """A context in which Ctrl-C ends the process with a sentence in place of a traceback."""
     try:
         yield
     except KeyboardInterrupt:
         sys.stdout.flush()
         print(sentence, file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)  # orbax's threads would complain of the end of their event loop
+        os._exit(INTERRUPTED)  # orbax's threads would complain about a closed event loop
 
 
 @contextlib.contextmanager

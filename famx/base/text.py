@@ -1,4 +1,4 @@
-"""Numbers and names as a reader wants to see them."""
+"""Numbers and lists of names, formatted for readers."""
 
 from collections.abc import Sequence
 

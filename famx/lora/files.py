@@ -144,30 +144,30 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
                 f"The adapter {path} has {name} {config[name]!r} in {CONFIG}: only LoRA with a single"
                 " rank, without biases and without other trained modules, can be loaded."
             )
-    kernels, found, adapters = select(params, tuple(GROUPS)), {}, {}
+    kernels, parts, adapters = select(params, tuple(GROUPS)), {}, {}  # parts: tensors by path and layer
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if name.startswith(OURS):
             continue
         if match and _OURS.get(match[2]) in kernels:
-            found.setdefault(_OURS[match[2]], {})[match[3], int(match[1])] = tensor
+            parts.setdefault(_OURS[match[2]], {})[match[3], int(match[1])] = tensor
         else:
             raise ConfigError(f"The adapter {path} has {name}, which the base does not have.")
     rank = config["r"]
-    for ours, parts in found.items():
+    for ours, layers in parts.items():
         shape, n = value(kernels[ours]).shape, inputs_end(ours)
         width, out = math.prod(shape[1:n]), math.prod(shape[n:])
-        where = f"{path}: {_THEIRS[ours]}"
-        a = _stack(parts, "A", shape[0], (rank, width), where)
-        b = _stack(parts, "B", shape[0], (out, rank), where)
+        label = f"{path}: {_THEIRS[ours]}"
+        a = _stack(layers, "A", shape[0], (rank, width), label)
+        b = _stack(layers, "B", shape[0], (out, rank), label)
         adapters[f"{ours}/lora_a"] = a.reshape(*shape[:n], rank)
         adapters[f"{ours}/lora_b"] = b.reshape(shape[0], rank, *shape[n:])
     for name in tensors:
         if name.startswith(OURS):
-            adapters[name.removeprefix(OURS)] = _of_memory(tensors[name], name, params, path)
+            adapters[name.removeprefix(OURS)] = _memory_parameter(tensors[name], name, params, path)
     alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
     alpha = None if alpha == rank else alpha
-    lora = Lora(rank, alpha, config.get("lora_dropout", 0.0), _targets(found, kernels))
+    lora = Lora(rank, alpha, config.get("lora_dropout", 0.0), _targets(parts, kernels))
     return unflatten_dict(adapters, sep="/"), lora
 
 
@@ -192,7 +192,7 @@ def _read(path: pathlib.Path):
     return config, tensors, fingerprint
 
 
-def _stack(parts, letter: str, layers: int, shape, where: str):
+def _stack(parts, letter: str, layers: int, shape, label: str):
     """Transpose and stack the tensors of all layers: `[layers, *reversed(shape)]`.
 
     Raises:
@@ -201,26 +201,26 @@ def _stack(parts, letter: str, layers: int, shape, where: str):
     """
     deepest = max(layer for _, layer in parts) + 1
     if deepest > layers:
-        raise ConfigError(f"The adapter {where} is for {deepest} layers, but the base has {layers}.")
+        raise ConfigError(f"The adapter {label} is for {deepest} layers, but the base has {layers}.")
     tensors = []
     for layer in range(layers):
         tensor = parts.get((letter, layer))
         if tensor is None:
             raise ConfigError(
-                f"The adapter {where} has no lora_{letter} for layer {layer}: the base has more"
+                f"The adapter {label} has no lora_{letter} for layer {layer}: the base has more"
                 " layers than the adapter, or the adapter is incomplete."
             )
         if tensor.shape != shape:
             raise ConfigError(
-                f"The adapter {where} has a lora_{letter} of shape {list(tensor.shape)}, where the"
+                f"The adapter {label} has a lora_{letter} of shape {list(tensor.shape)}, where the"
                 f" base needs {list(shape)}: it belongs to another model."
             )
         tensors.append(tensor.T)
     return np.stack(tensors)
 
 
-def _of_memory(tensor, name: str, params, path):
-    """A parameter of the memory, checked against the base's."""
+def _memory_parameter(tensor, name: str, params, path):
+    """Parameter of the memory; ConfigError if the base has none of this name and shape."""
     ours = name.removeprefix(OURS)
     wanted = flatten_dict(params, sep="/").get(ours)
     if wanted is None:
@@ -236,10 +236,10 @@ def _of_memory(tensor, name: str, params, path):
     return tensor
 
 
-def _targets(found, kernels) -> tuple[str, ...]:
+def _targets(adapted, kernels) -> tuple[str, ...]:
     """`Lora.targets` of the adapted paths: the complete groups, and the other paths."""
-    whole = [
-        group for group, paths in GROUPS.items() if {p for p in paths if p in kernels} <= set(found)
+    complete = [
+        group for group, paths in GROUPS.items() if {p for p in paths if p in kernels} <= set(adapted)
     ]
-    rest = [path for path in kernels if path in found and not any(path in GROUPS[g] for g in whole)]
-    return (*whole, *rest)
+    rest = [path for path in kernels if path in adapted and not any(path in GROUPS[g] for g in complete)]
+    return (*complete, *rest)

@@ -67,9 +67,7 @@ class Checkpointer:
         try:
             if read_only:  # orbax warns that it is
                 logging.set_verbosity(logging.ERROR)
-            self._manager = ocp.CheckpointManager(
-                self.model_dir, options=options, item_handlers=handlers
-            )
+            self._manager = ocp.CheckpointManager(self.model_dir, options=options, item_handlers=handlers)
         finally:
             logging.set_verbosity(verbosity)
 
@@ -132,7 +130,7 @@ class Checkpointer:
         if step is not None and step not in steps:
             saved = ", ".join(map(str, steps))
             raise ConfigError(
-                f"There is no checkpoint of step {step} in {self.model_dir}; there are: {saved}."
+                f"There is no checkpoint of step {step} in {self.model_dir}; saved steps: {saved}."
             )
         return steps[-1] if step is None else int(step)
 
@@ -179,9 +177,7 @@ def _nest(flat: dict[tuple[str, ...], Any]) -> Any:
 
 def _unflatten(tree: Any, leaves: dict[tuple[str, ...], Any]) -> Any:
     """`tree` with the leaves that `_flatten` lists replaced."""
-    flat = traverse_util.flatten_dict(
-        {"": serialization.to_state_dict(tree)}, keep_empty_nodes=True
-    )
+    flat = traverse_util.flatten_dict({"": serialization.to_state_dict(tree)}, keep_empty_nodes=True)
     filled = {path: leaves.get(path[1:], _fill(leaf)) for path, leaf in flat.items()}
     return serialization.from_state_dict(tree, traverse_util.unflatten_dict(filled)[""])
 
@@ -236,7 +232,7 @@ def check_model_dir(path: str | os.PathLike, need_bytes: int = 0) -> pathlib.Pat
             f"MODEL_DIR must be an absolute path, not {path}: write {directory.absolute()}."
         )
     existing = directory
-    while not existing.exists():
+    while not os.path.exists(existing):  # Path.exists raises if a parent directory may not be read
         existing = existing.parent
     if not existing.is_dir():
         raise ConfigError(f"MODEL_DIR {path} cannot be used: {existing} is not a directory.")

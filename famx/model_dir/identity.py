@@ -1,5 +1,6 @@
 """Identity of a model: model.json of its directory, differences between models, fingerprints."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_json
+from famx.modules import memory as memories
 from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
 from famx.modules.memory import of_memory
 
@@ -33,9 +35,9 @@ def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
       ConfigError: the MODEL_DIR does not exist.
     """
     path = pathlib.Path(checkpoint).expanduser().absolute()
-    found = re.fullmatch(r"checkpoint_(\d+)", path.name)
-    directory, step = (path.parent, int(found[1])) if found else (path, None)
-    if not directory.is_dir():
+    match = re.fullmatch(r"checkpoint_(\d+)", path.name)
+    directory, step = (path.parent, int(match[1])) if match else (path, None)
+    if not os.path.isdir(directory):  # Path.is_dir raises if a parent directory may not be read
         raise ConfigError(f"There is no checkpoint {checkpoint}: {directory} is not a directory.")
     return directory, step
 
@@ -47,7 +49,7 @@ def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{model_dir} is no directory of a trained model: it has no {_MODEL_FILE}."
+            f"{model_dir} is not the directory of a trained model: it has no {_MODEL_FILE}."
         ) from error
     except ValueError as error:
         raise ConfigError(f"{path} is not readable as JSON: remove it to continue.") from error
@@ -69,8 +71,10 @@ def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def _flat(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with those of the memory among them, named as in `memory.length`."""
+    """The fields and those of the memory, which are named as in `memory.length` and get defaults."""
     memory = fields.get("memory") or {}
+    with contextlib.suppress(TypeError, ValueError):  # a kind or a field that is not known here
+        memory = json.loads(json.dumps(memories.from_dict(memory).to_dict()))
     rest = {name: value for name, value in fields.items() if name != "memory"}
     return rest | {f"memory.{name}": value for name, value in memory.items()}
 
@@ -105,7 +109,7 @@ def model_fingerprint(config: DecoderConfig, params) -> str:
 
 
 def weights_fingerprint(params) -> str:
-    """Hex digest of the weights without those of the memory; see `model_fingerprint`."""
+    """Hex digest of the weights except those of the memory; see `model_fingerprint`."""
     return _digest(hashlib.sha256(), split_memory(params)[0])
 
 

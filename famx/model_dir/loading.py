@@ -70,14 +70,16 @@ def load_model(
 
 
 def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
-    """The model with the adapters merged into its weights, and the memory of their training."""
+    """The model with the adapters merged into its weights, and the memory they were trained with."""
     config, memory = trained.model.config, adapter_memory(adapter)
     unknown = ", ".join(sorted(set(memory) - set(MEMORY_FIELDS)))
     if unknown:
         raise ConfigError(f"The adapter {adapter} has a memory of another version of famx: {unknown}.")
-    model = DecoderModel(
-        Decoder(config.with_fields(memory)), trained.model.vocabulary
-    )
+    try:
+        config = config.with_fields(memory)
+    except (TypeError, ValueError) as error:  # a kind of memory, or a field of it, that is not known here
+        raise ConfigError(f"The adapter {adapter} cannot be used: {error}") from error
+    model = DecoderModel(Decoder(config), trained.model.vocabulary)
     base, prompt = split_memory(trained.params)
     abstract = without_boxes(model.abstract_params())
     adapters, lora = load_adapter(adapter, abstract, weights_fingerprint(trained.params))
@@ -85,7 +87,7 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
     if flatten_dict(split_memory(adapters)[1]).keys() != flatten_dict(wanted).keys():
         if not _same_shapes(prompt, wanted):
             raise ConfigError(
-                f"The adapter {adapter} has no parameters of the memory, and the base none that fit."
+                f"The adapter {adapter} has no parameters of its memory, and the base none that fit."
             )
         base = combine(base, prompt)
     params = jax.jit(lambda tree: merged(tree, lora))(combine(base, adapters))
@@ -94,20 +96,20 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
 
 def check_model(directory: pathlib.Path, model: DecoderModel | None = None) -> DecoderModel:
     """The model of a `MODEL_DIR` with its vocabulary, after a comparison with `model` if given."""
-    # The backend that computed attention there may not exist here.
+    # The attention backend of the training may not exist on this machine.
     fields = {**read_model_config(directory), "attention_backend": "auto"}
     try:
-        noted = DecoderModel.from_description(fields)
-    except (TypeError, ValueError) as error:  # a field or a registered update that is not known here
+        stored = DecoderModel.from_description(fields)
+    except (TypeError, ValueError) as error:  # a field, or a kind of memory, that is not known here
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{directory} holds a model that is not known here: {error}") from error
-    model = dataclasses.replace(noted if model is None else model, lora=noted.lora)
-    differing = differing_fields(noted.describe(), model.describe())
+    model = dataclasses.replace(stored if model is None else model, lora=stored.lora)
+    differing = differing_fields(stored.describe(), model.describe())
     if differing:
         raise ConfigError(
             f"{directory} holds another model, differing in {differing}: give the model that was"
-            " trained, or leave it out, and the checkpoint's own is taken."
+            " trained, or none, to use the model of the checkpoint."
         )
     if model.vocabulary is None and (directory / "vocabulary.json").exists():
         model = dataclasses.replace(model, vocabulary=load_vocabulary(directory))
@@ -132,15 +134,14 @@ def restore_params(checkpointer: Checkpointer, model: DecoderModel, step: int | 
     shardings = flatten_dict(logical_to_sharding(boxed, mesh, rules))
     stored = {path[1:]: x for path, x in checkpointer.leaves(step).items() if path[0] == "target"}
     wanted = {
-        path: jax.ShapeDtypeStruct(
-            leaf.shape, stored.get(path, leaf).dtype, sharding=shardings[path]
-        )
+        path: jax.ShapeDtypeStruct(leaf.shape, stored.get(path, leaf).dtype, sharding=shardings[path])
         for path, leaf in flatten_dict(without_boxes(boxed)).items()
     }
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     for path in stored.keys() - wanted.keys():
         if path[-1] == SCALE:
-            wanted[path] = jax.ShapeDtypeStruct(stored[path].shape, stored[path].dtype, sharding=whole)
+            leaf = stored[path]
+            wanted[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
     tree, _, step = checkpointer.restore(step, {"target": unflatten_dict(wanted)}, partial=True)
     params = tree["target"]
     if any(path[-1] in (*ADAPTERS, SCALE) for path in wanted):
@@ -160,27 +161,27 @@ def load_pretrained(checkpoint: str, model: DecoderModel) -> tuple[dict[str, Any
       model: definition of the run.
 
     Returns:
-      The parameters, placed as by `restore_params`, and sentences for the user on those left out.
+      The parameters, placed as by `restore_params`, and sentences for the user about omitted ones.
 
     Raises:
       ConfigError: the checkpoint does not exist, or the models differ in other fields.
     """
     trained = load_model(checkpoint)
-    there, here = trained.model.config, model.config
+    stored, config = trained.model.config, model.config
     plain = lambda config: {k: v for k, v in config.to_dict().items() if k not in MEMORY_FIELDS}
-    differing = differing_fields(plain(there), plain(here))
+    differing = differing_fields(plain(stored), plain(config))
     if differing:
         raise ConfigError(
             f"INITIAL_CHECKPOINT_PATH {checkpoint} holds another model, differing in {differing}: give"
-            f" --gin_file={trained.directory.parent}/model.gin if it is there, or set these fields."
+            f" --gin_file={trained.directory.parent}/model.gin if it exists, or set these fields."
         )
     params, notes = dict(trained.params), []
     rest, prompt = split_memory(params)
     wanted = split_memory(without_boxes(model.abstract_params()))[1]
-    if there.memory.kind != here.memory.kind or not _same_shapes(prompt, wanted):
+    if stored.memory.kind != config.memory.kind or not _same_shapes(prompt, wanted):
         params = rest
         if wanted:
-            notes.append("The memory's parameters are drawn: the checkpoint has none of this shape.")
+            notes.append("The memory's parameters are initialised: the checkpoint has none that fit.")
     return params, notes
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,7 +98,7 @@ def with_memory(path: str | os.PathLike, out: str | os.PathLike, memory) -> Head
     The copy belongs to the same model; its logits are still those after the last token that was read.
 
     Raises:
-      ConfigError: `path` is no whole memory file, or `out` cannot be written.
+      ConfigError: `path` is not a memory file, or was cut or altered; `out` cannot be written.
     """
     header, arrays = _read(path, load=True)
     return _write(out, header, {**arrays, **_named({"memory": memory})})
@@ -148,8 +147,6 @@ def restore_memory(path: str | os.PathLike, trained: TrainedModel) -> tuple[jax.
         other weights or another vocabulary read the text.
     """
     header, arrays = _read(path, load=True)
-    if _checksum(header, arrays) != header.sha256:
-        raise ConfigError(f"{path} is damaged, its checksum does not fit: make the memory file again.")
     model = trained.model
     differing = differing_fields(header.model, json.loads(json.dumps(model.config.to_dict())))
     if differing:
@@ -176,8 +173,8 @@ def restore_memory(path: str | os.PathLike, trained: TrainedModel) -> tuple[jax.
 
 
 def _read(path, load: bool = False) -> tuple[Header, dict[str, np.ndarray]]:
-    """The header and, if asked for, the arrays."""
-    if not pathlib.Path(path).is_file():
+    """The header and, with `load`, the arrays, after a comparison with the checksum."""
+    if not os.path.isfile(path):
         raise ConfigError(f"There is no memory file {path}.")
     try:
         with safetensors.safe_open(path, "np") as file:
@@ -191,14 +188,16 @@ def _read(path, load: bool = False) -> tuple[Header, dict[str, np.ndarray]]:
                     f" format {FORMAT}: famx {fields['famx']} wrote it."
                 )
             header = Header(**fields)
-            names = file.keys() if load else ()
-            return header, {name: file.get_tensor(name) for name in names}
+            arrays = {name: file.get_tensor(name) for name in file.keys()} if load else {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is not a whole memory file: make it again, or copy it again."
         ) from error
+    if load and _checksum(header, arrays) != header.sha256:
+        raise ConfigError(f"{path} is damaged, its checksum does not fit: make the memory file again.")
+    return header, arrays
 
 
 def _checksum(header: Header, arrays: Mapping[str, np.ndarray]) -> str:

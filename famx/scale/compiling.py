@@ -26,23 +26,25 @@ def compile_programs(
     json_file: str | None = None,
     hlo_dir: str | None = None,
 ) -> bool:
-    """Compiles the programs that gin describes and prints what they need; whether all fit.
+    """Compiles the programs that gin describes, prints their reports, and returns whether all fit.
 
     Raises:
-      ConfigError: with one sentence, before anything is compiled, if the settings do not fit.
+      ConfigError: the settings do not fit together; known before anything is compiled.
     """
+    if json_file is not None and not pathlib.Path(json_file).absolute().parent.is_dir():
+        raise ConfigError(f"The directory of --json={json_file} does not exist: create it first.")
     devices, chip = topologies.devices(topology, num_slices)
-    where = topology if num_slices == 1 else f"{num_slices} x {topology}"
+    place = topology if num_slices == 1 else f"{num_slices} x {topology}"
 
-    given = run_from_gin()
+    gin_run = run_from_gin()
 
     def compiled(name: str, batch_size: int | None = None) -> Report:
-        run = run_on(given, devices, batch_size)
-        made = _lower(run, name, inference_batch_size)
-        return compile_report(made, run.mesh, where, chip, hlo_dir and pathlib.Path(hlo_dir))
+        run = run_on(gin_run, devices, batch_size)
+        program = _lower(run, name, inference_batch_size)
+        return compile_report(program, run.mesh, place, chip, hlo_dir and pathlib.Path(hlo_dir))
 
     if find is not None:
-        run = run_on(given, devices)
+        run = run_on(gin_run, devices)
         parts = run.microbatches * run.mesh.shape["data"] * run.mesh.shape["fsdp"]
         attempt = lambda size: compiled("train", size)
         reports = [fit.largest_batch(attempt, run.data.batch_size, parts, print)]
@@ -61,10 +63,10 @@ def compile_programs(
 
 
 def fill_page(json_files: Sequence[str], markdown_file: str, table_name: str) -> None:
-    """Fills a table of a page with what `run` wrote to JSON files, each program a row.
+    """Fills a table of a page with the reports of `compile_programs` in JSON files, one row per program.
 
     Raises:
-      ConfigError: the page has no such table, or a file is none of ours.
+      ConfigError: the page has no such table, a file holds other data, or there are no reports.
     """
     page, rows = pathlib.Path(markdown_file), []
     if not page.is_file() or tables.missing_markers(page, [table_name]):
@@ -74,13 +76,15 @@ def fill_page(json_files: Sequence[str], markdown_file: str, table_name: str) ->
             rows += [{"run": name.stem, **report["row"]} for report in json.loads(name.read_text())]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{name} holds no reports of famx.compile --json: {error}.") from error
+    if not rows:
+        raise ConfigError(f"There are no reports in {', '.join(map(str, json_files))}.")
     columns = dict.fromkeys(column for row in rows for column in row)
     rows = [{column: row.get(column, "-") for column in columns} for row in rows]
     tables.fill_markdown(page, tables.Table(table_name, "", (), rows))
 
 
 def run_from_gin() -> Run:
-    """The run that gin describes, without what a compiler does not need: evaluation and directory.
+    """The run that gin describes, without its evaluation and directory, which compiling does not need.
 
     Raises:
       ConfigError: the gin files are not those of a training run.
@@ -103,6 +107,7 @@ def run_on(run: Run, devices: Sequence[jax.Device], batch_size: int | None = Non
 def _lower(run: Run, name: str, inference_batch_size: int | None) -> programs.Program:
     if name == "train":
         return programs.train(run)
-    size = inference_batch_size or run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    reading, writing = programs.read_and_write(run, size)
+    if inference_batch_size is None:
+        inference_batch_size = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    reading, writing = programs.read_and_write(run, inference_batch_size)
     return reading if name == "prefill" else writing

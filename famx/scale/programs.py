@@ -21,15 +21,16 @@ PROGRAMS = ("train", "prefill", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A lowered program and what is known of it without looking inside.
+    """A lowered program and its properties that are known before it is compiled.
 
     Attributes:
-      lowered: to be compiled.
+      name: one of `PROGRAMS`.
+      lowered: the program, to be compiled.
       arguments: its arguments by kind, as ShapeDtypeStructs with shardings.
       parameters: number of parameters of the model.
       batch: rows of the global batch.
-      length: tokens of a row that it reads, or writes.
-      model_flops: operations that the result depends on, of all devices; None: not counted.
+      length: tokens per row that are read or written.
+      model_flops: operations that the result depends on, on all devices; None: not counted.
       config: configuration of the model.
     """
 
@@ -48,7 +49,7 @@ class Program:
 
 
 def train(run: Run) -> Program:
-    """The step that `famx.train` runs, of a run that is `ready`."""
+    """The training step of a run that is `ready`, as `famx.train` compiles it."""
     _, abstract = make_initializer(run)
     batch = run.abstract_batch()
     with on_mesh(run.mesh, run.rules):
@@ -61,7 +62,7 @@ def train(run: Run) -> Program:
     }
     config, rows, length = run.model.config, run.data.batch_size, run.data.length
     flops = None
-    if run.trainable.name == "all":  # otherwise parts of the backward pass are spared
+    if run.trainable.name == "all":  # otherwise parts of the backward pass are omitted
         flops = sum(train_flops(config, rows, length, run.state_passing.from_prompt).values())
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     return Program("train", lowered, arguments, count, rows, length, flops, config)
@@ -70,7 +71,7 @@ def train(run: Run) -> Program:
 def read_and_write(run: Run, batch_size: int) -> tuple[Program, Program]:
     """Prefill, the step that reads most of a long prompt, and decode, a block written token by token."""
     model, mesh = run.model, run.mesh
-    check_batch_size(batch_size, mesh)
+    check_batch_size(batch_size, mesh, setting="--inference_batch_size")
     config = model.config
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     boxed = jax.eval_shape(
@@ -92,8 +93,8 @@ def read_and_write(run: Run, batch_size: int) -> tuple[Program, Program]:
     arguments = {"parameters": params, "states": state}
     # Tokens in the middle of a text, whose last block updates the memory too; no logits. A training step
     # is three such passes.
-    whole, first = (train_flops(config, batch_size, n * length, from_start=False) for n in (2, 1))
-    flops = sum(whole[kind] - first[kind] for kind in whole if kind != "head") // 3
+    both, first = (train_flops(config, batch_size, n * length, from_start=False) for n in (2, 1))
+    flops = sum(both[kind] - first[kind] for kind in both if kind != "head") // 3
     return (
         Program("prefill", reading, arguments, count, batch_size, length, flops, config),
         Program("decode", writing, arguments, count, batch_size, config.block_size, None, config),

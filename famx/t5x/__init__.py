@@ -1,6 +1,7 @@
-"""The model definition under t5x's engine: what t5x must be told about it, and nothing else.
+"""Training, evaluation and inference of famx's models with t5x.
 
-Needs t5x, which is on no package index; docs/t5x.md says how to get it. What gin files name is here.
+Needs t5x, which is on no package index; docs/t5x.md says how to get it. Gin files name what this package
+exports.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""Tasks of famx for t5x: under a name of SeqIO's, and as the iterator that t5x trains on."""
+"""Tasks of famx for t5x: registered with SeqIO, and as the iterator that t5x trains on."""
 
 import hashlib
 import json
@@ -24,16 +24,14 @@ from famx.training.feeds import Feed, SeqioFeed, Source, fresh_feed
 from famx.training.run import bound_options
 
 
-def seqio_task(
-    name: str, options: Mapping[str, Any] | None = None, checkpoint: str | None = None
-) -> str:
-    """The name of a task in SeqIO's registry: with options it is one of its own, registered here.
+def seqio_task(name: str, options: Mapping[str, Any] | None = None, checkpoint: str | None = None) -> str:
+    """Name of a task in SeqIO's registry; a task with options is registered under a name of its own.
 
     Args:
-      name: of a task or mixture.
-      options: of a task of `famx.data`.
-      checkpoint: a `MODEL_DIR` or a checkpoint in it, whose vocabulary a task takes that can take any
-        and is given none.
+      name: name of a task or mixture.
+      options: options of a task of `famx.data`.
+      checkpoint: a `MODEL_DIR` or a checkpoint in it; its vocabulary is the task's if the task can take
+        any vocabulary and is given none.
 
     Raises:
       ConfigError: there is no such task, or it does not take these options.
@@ -53,10 +51,9 @@ def seqio_task(
 
 
 def task_options(name: str, options: Mapping[str, Any] | None, checkpoint: str | None) -> dict[str, Any]:
-    """`options`, what gin binds to the task's class, and the vocabulary of a checkpoint.
+    """Options of a task: those bound by gin to its class, `options`, and the checkpoint's vocabulary.
 
-    `options` win over gin; the vocabulary is for a task that can take any and is given none, see
-    `seqio_task`.
+    `options` win over gin; for the vocabulary see `seqio_task`.
     """
     options = {**bound_options(name), **(options or {})}
     if checkpoint is not None and "vocabulary" not in options and registry.takes(name, "vocabulary"):
@@ -67,7 +64,7 @@ def task_options(name: str, options: Mapping[str, Any] | None, checkpoint: str |
 
 
 def latest_checkpoint(path: str) -> str:
-    """The directory of one checkpoint: `path` itself, or the newest of the `MODEL_DIR` that it is.
+    """Directory of a checkpoint: `path` itself, or the newest one in it if it is a `MODEL_DIR`.
 
     Raises:
       ConfigError: there is no checkpoint.
@@ -78,9 +75,9 @@ def latest_checkpoint(path: str) -> str:
 
 
 class FeedIterator(DatasetIterator):
-    """A feed of our engine, with its position saved as our engine saves it.
+    """A feed of famx's training loop, whose position is saved in the format of that loop.
 
-    So either engine resumes where the other stopped, batch for batch.
+    So `famx.train` and t5x can each resume a run of the other, batch for batch.
     """
 
     def __init__(self, feed: Feed):
@@ -107,7 +104,7 @@ class FeedIterator(DatasetIterator):
         self._step, self._states = step, {step: state}
 
     def reset(self):
-        """Returns to the beginning."""
+        """Returns to the first batch."""
         self._go_to(0, self._beginning)
 
     @property
@@ -116,7 +113,7 @@ class FeedIterator(DatasetIterator):
         return self._spec
 
     def save(self, filename):
-        """Writes the position after as many steps as the checkpoint's directory is named for."""
+        """Writes the position after the step that the checkpoint's directory is named for."""
         path = pathlib.Path(filename)
         state = self._states.get(_step_of(path), self._states[self._step])
         text = json.dumps({"feed": state, "pending": []})
@@ -125,7 +122,7 @@ class FeedIterator(DatasetIterator):
             write_text(_engine_file(path), text)
 
     def restore(self, filename):
-        """Goes to the position that `save` wrote for this checkpoint."""
+        """Continues from the position that `save` wrote for this checkpoint."""
         path = pathlib.Path(filename)
         file = path if path.exists() else _engine_file(path)
         self._go_to(_step_of(path), json.loads(file.read_text())["feed"])
@@ -142,12 +139,12 @@ def get_dataset(
     options: Mapping[str, Any] | None = None,
     checkpoint: str | None = None,
 ) -> FeedIterator:
-    """The batches that t5x trains on: those of our engine, or those of any task of SeqIO's.
+    """The batches that t5x trains on: those of famx's training loop, or those of any SeqIO task.
 
     The arguments up to `continue_from_last_checkpoint` are t5x's.
 
     Args:
-      model: the model, for the size of its blocks.
+      model: the model, for its block size; needed for tasks of `famx.data`.
       options, checkpoint: see `seqio_task`.
 
     Raises:
@@ -170,7 +167,7 @@ def get_dataset(
 
 
 class _PipelineFeed(SeqioFeed):
-    """The batches of a dataset; its position is how many of them were taken."""
+    """Feed of the batches of a dataset; its position is the number of batches taken."""
 
     def __init__(self, dataset):
         self._dataset = dataset
@@ -182,11 +179,11 @@ def _copy(state: Any) -> Any:
 
 
 def _step_of(path: pathlib.Path) -> int:
-    """20 of .../checkpoint_20/dataset/train_ds-000-of-001, also while it is being written."""
+    """20 for .../checkpoint_20/dataset/train_ds-000-of-001, also under a temporary name."""
     return int(re.findall(r"checkpoint_(\d+)", str(path.parent))[-1])
 
 
 def _engine_file(path: pathlib.Path) -> pathlib.Path:
-    """Where our engine keeps the position, in the same checkpoint."""
-    parent = path.parent  # of several processes, each has a folder
+    """File of the same checkpoint in which famx's training loop keeps the position."""
+    parent = path.parent  # with several processes, each has a folder
     return (parent.parent if parent.name.startswith("process_") else parent) / "metadata"

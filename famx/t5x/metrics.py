@@ -1,4 +1,4 @@
-"""Metrics of the model definition as t5x wants them."""
+"""Metrics of a model in the type that t5x accepts."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,10 @@ from famx.models.metrics import Mean
 
 @flax.struct.dataclass
 class T5xMean(Mean, Metric):
-    """A `Mean` that is one of clu's metrics: t5x accepts no other."""
+    """A `Mean` that is also a metric of clu, since t5x accepts no other."""
 
 
 def as_t5x(metrics: Mapping[str, Mean]) -> dict[str, T5xMean]:
-    """`metrics` as t5x adds them up over microbatches and steps."""
+    """`metrics` in the type that t5x sums over microbatches and steps."""
     is_mean = lambda x: isinstance(x, Mean)
     return jax.tree.map(lambda m: T5xMean(m.total, m.count), dict(metrics), is_leaf=is_mean)

@@ -1,4 +1,4 @@
-"""A `DecoderModel` behind the contract of t5x's models."""
+"""A `DecoderModel` with the interface of t5x's models."""
 
 import dataclasses
 import functools
@@ -31,26 +31,28 @@ from famx.training.trainable import Trainable
 
 
 class T5xModel:
-    """A model as t5x drives it.
+    """A model with the interface of t5x's models.
 
     Args:
-      model: what our engine trains too; None: what `checkpoint` holds.
-      mixture_or_task_name: the data, whose vocabulary is the model's unless it has one.
-      task_options: settings of a task of `famx.data`.
-      optimizer: an optax transformation or an optimizer of t5x's; None to evaluate and infer.
-      model_dir: where training saves; model and vocabulary are noted there, as our engine does.
+      model: the model, as `famx.train` takes it; None: the model of `checkpoint`.
+      mixture_or_task_name: the data; a model without a vocabulary takes that of the data.
+      task_options: options of a task of `famx.data`.
+      optimizer: an optax transformation or a t5x optimizer; None to evaluate and infer.
+      model_dir: directory where training saves; model and vocabulary are written to it, as by
+        `famx.train`.
       state_passing: `Fresh` or `Random`, see `famx.training.state_passing`.
-      random_seed: parameters start as in our engine; None: t5x draws them.
-      checkpoint: a `MODEL_DIR`, or one `checkpoint_<step>` in it: what is evaluated, or begun from.
-      trainable: which parameters learn, without `frozen_dtype`: t5x cannot train with narrow weights.
+      random_seed: seed of the initial parameters, with which they are those of `famx.train`; None: t5x
+        draws them.
+      checkpoint: a `MODEL_DIR`, or one `checkpoint_<step>` in it, to evaluate or to start from.
+      trainable: which parameters are trained, without `frozen_dtype`: t5x differentiates every parameter.
 
     Attributes:
-      model: the `DecoderModel`, with the adapters that `trainable` asks for.
-      input_vocabulary, output_vocabulary: the task's, as SeqIO has it, or the model's.
-      optimizer_def: t5x's optimizer.
+      model: the `DecoderModel`; one that is trained has adapters only if `trainable` is "lora".
+      input_vocabulary, output_vocabulary: SeqIO's vocabulary of the task, or the model's.
+      optimizer_def: the optimizer for t5x.
 
     Raises:
-      ConfigError: with one sentence, if the settings do not fit.
+      ConfigError: the settings do not fit together.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class T5xModel:
             self._note(check_model_dir(model_dir))
 
     def _set_vocabulary(self, task_name: str) -> None:
-        """Takes the task's vocabulary, of SeqIO's kind; it must be the model's if that has one."""
+        """Sets SeqIO's vocabulary of the task, which must equal the model's if it has one."""
         vocabulary = seqio.get_mixture_or_task(task_name).output_features["targets"].vocabulary
         size, given = self.model.config.vocab_size, self.model.vocabulary
         if vocabulary.vocab_size > size:
@@ -123,7 +125,7 @@ class T5xModel:
 
     @property
     def module(self):
-        """The decoder, whose parameters t5x prints."""
+        """The decoder, for t5x's table of parameters."""
         return self.model.module
 
     @property
@@ -134,7 +136,7 @@ class T5xModel:
     # Variables.
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
-        """Fresh variables without boxes; their logical axes are in `params_axes`, as t5x wants them."""
+        """Initial variables without boxes; their logical axes are in `params_axes`, as t5x expects."""
         del input_shapes, input_types  # no parameter depends on them
         if self.random_seed is not None:
             rng = jax.random.key(self.random_seed)
@@ -152,7 +154,7 @@ class T5xModel:
         return isinstance(self.state_passing, Random) and self.model.config.memory.exists
 
     def _kept_axes(self, kept):
-        """Logical axes of what random state passing keeps, each under `<name>_axes`."""
+        """Logical axes of the arrays that random state passing keeps, each under `<name>_axes`."""
         axes, memory = self.model.config.memory.axes(), kept["memory"]
         names = {"memory": jax.tree.map(lambda _, names: ("layers", *names), memory, axes)}
         names |= {"updates": (), "steps": ()}
@@ -164,13 +166,13 @@ class T5xModel:
     # Training.
 
     def loss_fn(self, params, batch: Batch, dropout_rng, flax_mutables=None):
-        """t5x's training loss, without gradients for what does not learn.
+        """t5x's training loss, without gradients for frozen parameters.
 
-        With `flax_mutables` of random state passing, examples may begin from the kept memory; without a
-        random key they do not, and it stays as it is.
+        With `flax_mutables` of random state passing, examples may start from the memory in them; without
+        a random key they do not, and the memory is not updated.
 
         Returns:
-          `(loss, metrics)`, or `(loss, (metrics, flax_mutables))` where these are given.
+          `(loss, metrics)`, or `(loss, (metrics, flax_mutables))` if `flax_mutables` is given.
         """
         if self.trainable.name != "all":
             flat = flatten_dict(flax.core.unfreeze(params), sep="/")
@@ -218,22 +220,22 @@ class T5xModel:
 
 
 class Initializer(utils.TrainStateInitializer):
-    """t5x's, but a run that begins takes its parameters from a checkpoint, as our engine does.
+    """t5x's initializer, but a new run takes its parameters from a checkpoint, as with `famx.train`.
 
-    The model may differ from the one there in its memory; steps and optimizer state start at zero.
+    The model may differ from the checkpoint's in its memory; step and optimizer state start at zero.
     """
 
     def __init__(self, *args, initial_checkpoint_path: str, **kwargs):
         """
         Args:
           initial_checkpoint_path: a `MODEL_DIR`, or one `MODEL_DIR/checkpoint_<step>`.
-          *args, **kwargs: t5x's.
+          *args, **kwargs: those of t5x's initializer.
         """
         super().__init__(*args, **kwargs)
         self._initial, self._model = initial_checkpoint_path, kwargs["init_fn"].__self__.model
 
     def from_scratch(self, init_rng):
-        """A fresh state whose parameters are those of the initial checkpoint."""
+        """An initial state with the parameters of the initial checkpoint."""
         state = super().from_scratch(init_rng)
         pretrained, notes = load_pretrained(self._initial, self._model)
         for note in notes:

@@ -14,40 +14,38 @@ from famx.training.trainable import Trainable
 
 
 class OptaxOptimizer(OptaxWrapper):
-    """An optax transformation of the parameters that learn.
+    """An optax transformation of the trainable parameters.
 
-    The others stay bit for bit and have no state, so that checkpoints hold the optimizer's state as
-    our engine's do. The learning rate is the transformation's own: t5x's trainer only logs one.
+    The others stay bit for bit and have no optimizer state, so that the optimizer state in checkpoints is
+    that of `famx.train`. The transformation has its own learning rate: t5x's trainer only logs one.
 
     Args:
       optimizer: the transformation.
-      trainable: what learns.
+      trainable: which parameters are trained.
     """
 
-    def __init__(
-        self, optimizer: optax.GradientTransformation, trainable: Trainable = Trainable()
-    ):
+    def __init__(self, optimizer: optax.GradientTransformation, trainable: Trainable = Trainable()):
         super().__init__(optimizer)
         self.trainable = trainable
 
     def init_state(self, params):
-        """State of what learns alone."""
+        """Optimizer state of the trainable parameters."""
         return super().init_state(self.part(params))
 
     def apply_gradient(self, hyper_params, params, state: OptimizerState, grads):
-        """Updates what learns and hands the rest on as it is."""
+        """Updates the trainable parameters and returns the others unchanged."""
         part, grads = self.part(params), self.part(grads)
         part, state = super().apply_gradient(hyper_params, part, state, grads)
         return (part if self.trainable.name == "all" else freeze(combine(params, part))), state
 
     def derive_logical_axes(self, optimizer, param_logical_axes):
-        """Logical axes of parameters and of the state of what learns."""
+        """Logical axes of all parameters and of the optimizer state."""
         optimizer = optimizer.replace(target=self.part(optimizer.target))
         axes = super().derive_logical_axes(optimizer, self.part(param_logical_axes))
         return axes.replace(target=param_logical_axes)
 
     def part(self, tree: Any) -> Any:
-        """What learns of a tree of parameters, or of another tree with their names."""
+        """The trainable part of a tree of parameters, or of another tree with the same paths."""
         if self.trainable.name == "all":
             return tree
         flat = flatten_dict(unfreeze(tree), sep="/")
@@ -56,14 +54,14 @@ class OptaxOptimizer(OptaxWrapper):
 
 
 def learning_rate_fn(learning_rate: float | optax.Schedule) -> optax.Schedule:
-    """What t5x's trainer logs as the learning rate: that of the transformation, by step."""
+    """The learning rate by step, for the log of t5x's trainer."""
     return learning_rate if callable(learning_rate) else lambda step: jnp.float32(learning_rate)
 
 
 def _factored_axes(state: optax.FactoredState, params_axes) -> optax.FactoredState:
-    """Moments that are kept whole are cut as their parameter is; rows and columns are not cut."""
+    """Logical axes of moments: the parameter's for unfactored ones, none for rows and columns."""
 
-    def whole(axes, moment):
+    def unfactored(axes, moment):
         if isinstance(moment, optax.MaskedNode):
             return moment
         return axes if moment.ndim == len(axes) else None
@@ -75,7 +73,7 @@ def _factored_axes(state: optax.FactoredState, params_axes) -> optax.FactoredSta
         count=None,
         v_row=jax.tree.map(none, params_axes, state.v_row),
         v_col=jax.tree.map(none, params_axes, state.v_col),
-        v=jax.tree.map(whole, params_axes, state.v),
+        v=jax.tree.map(unfactored, params_axes, state.v),
     )
 
 

@@ -1,4 +1,4 @@
-"""t5x's rules for arrays, with our logical axes among them."""
+"""t5x's sharding rules, with rules for the logical axes of famx."""
 
 from collections.abc import Sequence
 
@@ -15,15 +15,15 @@ def logical_axis_rules(
     parameter_partitioning_dims: int = 1,
     may_replicate: Sequence[str] = (),
 ) -> list[tuple[str, str | None]]:
-    """t5x's standard rules, before them those of our axes.
+    """Rules for the logical axes of famx, followed by t5x's standard rules.
 
     Args:
-      activation_partitioning_dims: 2 cuts the width of activations over `model` too.
-      parameter_partitioning_dims: 2 cuts the width of parameters over `data` too.
-      may_replicate: axes to keep whole, such as "kv_heads" with fewer heads than `model` has parts.
+      activation_partitioning_dims: 2 also splits the width of activations over `model`.
+      parameter_partitioning_dims: 2 also splits the width of parameters over `data`.
+      may_replicate: axes that are not split, such as "kv_heads" with fewer heads than `model`'s size.
 
     Raises:
-      ConfigError: `may_replicate` names what is no logical axis.
+      ConfigError: a name in `may_replicate` is not a logical axis.
     """
     for name in may_replicate:
         if name not in LOGICAL_AXES:

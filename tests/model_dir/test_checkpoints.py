@@ -17,9 +17,11 @@ from processes import start_process
 
 import famx
 from famx.base.errors import ConfigError
+from famx.memories import Fam
 from famx.model_dir import checkpointer
 from famx.model_dir.checkpointer import Checkpointer, check_model_dir
-from famx.model_dir.identity import check_same_model
+from famx.model_dir.identity import check_same_model, split_checkpoint
+from famx.modules import Memory
 from famx.training import optimizers
 
 ROOT = str(pathlib.Path(famx.__file__).parent.parent)
@@ -33,9 +35,7 @@ class Lane:
 
 def make_tree(seed=0, optimizer=optimizers.adamw):
     key = jax.random.key(seed)
-    params = {
-        "layer": {"w": jax.random.normal(key, (4, 3)), "b": jnp.full(3, 0.1, jnp.bfloat16)}
-    }
+    params = {"layer": {"w": jax.random.normal(key, (4, 3)), "b": jnp.full(3, 0.1, jnp.bfloat16)}}
     optimizer = optimizer(optax.linear_schedule(1e-3, 0, 10), weight_decay=0.1)
     return {
         "target": params,
@@ -184,7 +184,7 @@ def test_missing_steps(tmp_path):
         with pytest.raises(ConfigError, match="There is no checkpoint in"):
             saver.restore(None, {})
     assert "no checkpoint of step 6" in refuse(tmp_path / "a", lambda tree: tree, step=6)
-    assert "there are: 5" in refuse(tmp_path / "b", lambda tree: tree, step=6)
+    assert "saved steps: 5" in refuse(tmp_path / "b", lambda tree: tree, step=6)
 
 
 KILLED = """
@@ -280,6 +280,14 @@ def test_model_dir_not_writable(tmp_path, monkeypatch):
         check_model_dir(tmp_path)
 
 
+def test_paths_that_the_system_refuses(tmp_path):
+    name = 300 * "x"  # longer than file systems allow; an error of the system, as a closed directory is
+    with pytest.raises(ConfigError, match="is not writable: File name too long"):
+        check_model_dir(tmp_path / name)
+    with pytest.raises(ConfigError, match="There is no checkpoint "):
+        split_checkpoint(str(tmp_path / name))
+
+
 def test_model_dir_full(tmp_path, monkeypatch):
     usage = lambda path: type("Usage", (), {"free": 3_000_000})  # noqa: E731
     monkeypatch.setattr(checkpointer.shutil, "disk_usage", usage)
@@ -302,6 +310,17 @@ def test_same_model(tmp_path):
         check_same_model(tmp_path, other)
     assert "embed_dim (64 there, 128 here), extra ('unset' there, None here)" in str(caught.value)
     check_same_model(tmp_path, config)
+
+
+def test_a_field_of_the_memory_that_was_not_written_has_its_default(tmp_path):
+    older = Fam(8).to_dict()
+    del older["normalize"]
+    check_same_model(tmp_path, {"memory": older})
+    check_same_model(tmp_path, {"memory": Fam(8).to_dict()})
+    with pytest.raises(ConfigError, match=r"memory.normalize \(False there, True here\)"):
+        check_same_model(tmp_path, {"memory": Fam(8, normalize=True).to_dict()})
+    with pytest.raises(ConfigError, match=r"memory.kind \('fam' there, 'none' here\)"):
+        check_same_model(tmp_path, {"memory": Memory().to_dict()})
 
 
 def test_model_json_damaged(tmp_path):

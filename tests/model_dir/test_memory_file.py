@@ -28,7 +28,13 @@ from famx.data.probes.passkey_text import passkey_words
 from famx.decoding import Streamer
 from famx.memories import Fam
 from famx.model_dir.loading import TrainedModel, load_model
-from famx.model_dir.memory_file import load_memory, read_header, restore_memory, save_memory
+from famx.model_dir.memory_file import (
+    load_memory,
+    read_header,
+    restore_memory,
+    save_memory,
+    with_memory,
+)
 from famx.modules import DecoderState
 
 
@@ -247,6 +253,9 @@ def test_an_altered_array_is_named_as_damage(saved):
     data[-5] ^= 1
     path.write_bytes(data)
     assert "is damaged, its checksum does not fit" in refusal(path, trained)
+    with pytest.raises(ConfigError, match="is damaged"):
+        with_memory(path, path.with_name("y.famem"), any_state(trained, 1)[1].memory)
+    assert not path.with_name("y.famem").exists()
 
 
 _WHOLE = {}
