@@ -44,9 +44,7 @@ def main() -> None:
     from famx.scale.compiling import compile_programs
     from famx.scale.programs import PROGRAMS
 
-    if not values.programs:
-        raise ConfigError(f"--programs is empty: choose from {', '.join(PROGRAMS)}.")
-    for name in values.programs:
+    for name in values.programs or [""]:
         if name not in PROGRAMS:
             raise ConfigError(f"There is no program {name!r}: choose from {', '.join(PROGRAMS)}.")
     gin_utils.parse_gin_flags(_UNNEEDED.split())

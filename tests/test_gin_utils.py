@@ -13,8 +13,15 @@ from famx.memories import Fam
 from famx.modules import Memory
 from famx.training.state_passing import Fresh
 
-build_memory = gin.external_configurable(Memory, "BuildMemory", module="famx_test")
-gin.external_configurable(Fam, "BuildFam", module="famx_test")
+
+@gin.configurable(module="famx_test")
+class BuildMemory(Memory):
+    kind = "built"
+
+
+@gin.configurable(module="famx_test")
+class BuildFam(Fam):
+    kind = "built_fam"
 
 
 @gin.configurable(module="famx_test")
@@ -174,7 +181,7 @@ def test_only_a_memory_that_was_replaced_may_have_bindings_without_effect():
     gin_utils.parse_gin([], ["BuildFam.length = 8"])
     with pytest.raises(ConfigError, match="BuildFam.length has no effect"):
         gin_utils.check_all_used()
-    build_memory()
+    BuildMemory()
     gin_utils.check_all_used()
     gin.clear_config()
     gin_utils.parse_gin([], ["Random.probability = 0.5"])
