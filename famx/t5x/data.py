@@ -15,7 +15,7 @@ from t5x import utils
 from famx.base.errors import ConfigError
 from famx.base.files import write_text
 from famx.data.seqio import register_named, register_tasks
-from famx.data.tasks import registry
+from famx.data.tasks import Kind, kind_of, registry
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import check_model
@@ -160,9 +160,10 @@ def get_dataset(
         task = registry.get(name, **task_options(name, options, checkpoint))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"MIXTURE_OR_TASK_NAME {name!r}: {error}") from error
+    packed = cfg.pack and kind_of(task) is not Kind.MADE  # t5x packs by default; such rows are whole
     return FeedIterator(fresh_feed(Source(
         task, cfg.batch_size, cfg.task_feature_lengths["targets"], model.config.block_size, cfg.seed,
-        (shard_id, num_shards), packed=cfg.pack,
+        (shard_id, num_shards), packed=packed,
     )))  # fmt: skip
 
 
