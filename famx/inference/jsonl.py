@@ -105,7 +105,7 @@ class ResumableLines:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{existing} exists, but not from a run like this one: {advice}") from error
         saved = {name: saved.get(name) for name in settings}
-        differing = differing_fields(saved, json.loads(json.dumps(settings)))
+        differing = differing_fields(saved, settings)
         if differing:
             raise ConfigError(
                 f"{existing} was made with other settings, differing in {differing}: {advice}"

@@ -109,10 +109,8 @@ def infer(
         "prompt_template": prompt_template,
         "vocabulary": fingerprint(vocabulary)[:16],
         "memory_file": memory_file and _digest(memory_file),
-        "chat_template": None,
+        "chat_template": chat and hashlib.sha256(vocabulary.chat_template.encode()).hexdigest()[:16],
     }
-    if chat is not None:
-        settings["chat_template"] = hashlib.sha256(vocabulary.chat_template.encode()).hexdigest()[:16]
     if mode != "score":
         settings |= {**dataclasses.asdict(sampling), "num_samples": num_samples}
         settings["random_seed"] = random_seed if sampling.temperature else None

@@ -71,12 +71,15 @@ def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def _flat(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields and those of the memory, which are named as in `memory.length` and get defaults."""
+    """The fields and those of the memory, which are named as in `memory.length` and get defaults.
+
+    All as JSON holds them, since one side of a comparison comes from a file: a tuple is a list there.
+    """
     memory = fields.get("memory") or {}
     with contextlib.suppress(TypeError, ValueError):  # a kind or a field that is not known here
-        memory = json.loads(json.dumps(memories.from_dict(memory).to_dict()))
+        memory = memories.from_dict(memory).to_dict()
     rest = {name: value for name, value in fields.items() if name != "memory"}
-    return rest | {f"memory.{name}": value for name, value in memory.items()}
+    return json.loads(json.dumps(rest | {f"memory.{name}": value for name, value in memory.items()}))
 
 
 def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any]) -> None:

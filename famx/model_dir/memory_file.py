@@ -148,7 +148,7 @@ def restore_memory(path: str | os.PathLike, trained: TrainedModel) -> tuple[jax.
     """
     header, arrays = _read(path, load=True)
     model = trained.model
-    differing = differing_fields(header.model, json.loads(json.dumps(model.config.to_dict())))
+    differing = differing_fields(header.model, model.config.to_dict())
     if differing:
         raise ConfigError(
             f"{path} is the memory of another model, differing in {differing}: load the checkpoint"
