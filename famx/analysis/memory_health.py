@@ -65,11 +65,9 @@ class MemoryMonitor:
     def __init__(self, module: Decoder):
         self.config = dataclasses.replace(module.config, blocks_per_chunk=1, remat="none")
         decoder = Decoder(self.config)
-        figures = jax.vmap(self.config.memory.figures)  # over layers
-        if self.config.memory.through_depth:  # one memory for all layers
-            figures = lambda *args: {
-                name: x[None] for name, x in self.config.memory.figures(*args).items()
-            }
+        # Over layers, of which a memory `through_depth` has one, and the parameters of all.
+        axes = None if self.config.memory.through_depth else 0, 0
+        figures = jax.vmap(self.config.memory.figures, axes)
 
         @jax.jit
         def step(params, state, tokens):
