@@ -22,6 +22,9 @@ sys.modules.setdefault("triton", None)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from famx.data.tasks import registry  # noqa: E402
 
 pytest_plugins = ["processes"]
 
@@ -38,6 +41,15 @@ def pytest_configure(config):
         import memories_table
 
         memories_table.add(config.getoption("--memory"))
+
+
+@pytest.fixture(autouse=True)
+def keep_tasks():
+    """Forgets the tasks that a test registers: which tests share a process differs between runs."""
+    before = dict(registry._FACTORIES)
+    yield
+    registry._FACTORIES.clear()
+    registry._FACTORIES.update(before)
 
 
 def pytest_runtest_teardown():

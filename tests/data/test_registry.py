@@ -12,11 +12,6 @@ from famx.data import PasskeyTask, TextFiles
 from famx.data.tasks import registry
 
 
-@pytest.fixture(autouse=True)
-def keep_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
-
-
 def test_our_names(tmp_path):
     assert set(famx.data.names()) >= {
         "passkey_words", "passkey_bytes", "python_stdlib", "own_text"}

@@ -210,8 +210,8 @@ class Poisoned:
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    monkeypatch.setitem(registry._FACTORIES, "poisoned", Poisoned)
+def poisoned():
+    registry.register("poisoned", Poisoned)
 
 
 @pytest.mark.usefixtures("poisoned")
