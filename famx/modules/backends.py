@@ -29,10 +29,8 @@ def refusal(config, backend: str) -> str | None:
             )
         if config.head_dim % 8 or config.head_dim > 256:
             return f"{name} needs a head_dim that is a multiple of 8 up to 256, got {config.head_dim}."
-        sizes = {"block_size": config.block_size, "memory length": config.memory_columns}
-        for field, size in sizes.items():
-            if size % 2:
-                return f"{name} needs an even {field}, got {size}."
+        if config.window_mask and not config.memory_segments:
+            return f"{name} does not support window_mask without memory_segments: choose xla."
     return None
 
 

@@ -1,7 +1,8 @@
 """Every way to compute attention gives what the plain formula gives, gradients included."""
 
 import dataclasses
-from unittest import mock
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import rounding
 from helpers import assert_close, config, fam, jit, random_params, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.cudnn import fused_attention_stablehlo
+from plain_kernels import PLAIN
 
 from famx.memories import Fam
 from famx.modules import Decoder, Memory
@@ -144,8 +145,8 @@ def test_the_sparse_mask_is_the_same_within_the_kernel(size, length):
     np.testing.assert_array_equal(within, mask[:, :])
 
 
-def cudnn_by_xla(c, *args):
-    return cudnn.attention(c, *args, implementation="xla")
+def with_plain_kernels(c, *args):
+    return cudnn.attention(c, *args, kernels=PLAIN)
 
 
 CUDNN_MASKS = [case for case in MASKS if "capped" not in case]
@@ -154,26 +155,52 @@ CUDNN_MASKS = [case for case in MASKS if "capped" not in case]
 @pytest.mark.parametrize("case", CUDNN_MASKS)
 def test_cudnn_equals_the_formula_but_for_its_kernel(case):
     c, *rest = masked(case, 64)
-    found = assert_equals_the_formula(c, cudnn_by_xla, *rest)
+    found = assert_equals_the_formula(c, with_plain_kernels, *rest)
     if c.stop_gradient_segments:
         assert_stopped(c, found)
 
 
-@settings(max_examples=8)
+@settings(max_examples=20)
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 3),
-    st.booleans(),
+    st.integers(0, 3), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_cudnn_masks_blocks_before_the_start(first_block, blocks, segments, window):
-    c = config(block_size=4, memory_segments=segments, window_mask=window, head_dim=8)
-    assert_equals_the_formula(c, cudnn_by_xla, first_block, blocks)
+def test_cudnn_masks_blocks_before_the_start(first_block, blocks, segments, length, window, stop):
+    c = config(
+        block_size=4, memory_segments=segments, memory=fam(length), head_dim=8,
+        window_mask=window and segments > 0, stop_gradient_segments=stop,
+    )  # fmt: skip
+    assert_equals_the_formula(c, with_plain_kernels, first_block, blocks)
 
 
-def test_cudnn_lowers_for_a_gpu_with_one_mask_for_all_blocks():
+def test_what_a_part_without_columns_gives_does_not_matter():
+    """The kernels may leave anything there; here, what is not a number."""
+
+    def spoil(x, lengths):
+        # The kernels get lengths of at least 1: where it is 1 here, there is no column.
+        return x if lengths is None else jnp.where((lengths > 1).reshape(-1, 1, 1, 1), x, jnp.nan)
+
+    def forward(scale, causal, q, k, v, lengths):
+        out, lse = PLAIN.forward(scale, causal, q, k, v, lengths)
+        return spoil(out, lengths), spoil(lse[..., None], lengths)[..., 0]
+
+    def backward(scale, causal, q, k, v, lengths, *rest):
+        return tuple(spoil(x, lengths) for x in PLAIN.backward(scale, causal, q, k, v, lengths, *rest))
+
+    for window in (False, True):
+        c = config(
+            block_size=4, memory_segments=2, memory=Memory(), head_dim=8, window_mask=window
+        )
+        attention = functools.partial(cudnn.attention, kernels=cudnn.Kernels(forward, backward))
+        assert_equals_the_formula(c, attention, [0, 1], 3)
+
+
+@pytest.mark.parametrize("window, calls", [(False, 2), (True, 3)])
+def test_cudnn_lowers_for_a_gpu_without_biases(window, calls):
     """As far as one comes without a GPU: the program that XLA would compile for one."""
     c = config(
         block_size=16, memory_segments=2, memory=Fam(4), num_heads=4, num_kv_heads=2, head_dim=8,
-        dtype="bfloat16", attention_backend="cudnn",
+        dtype="bfloat16", attention_backend="cudnn", window_mask=window,
     )  # fmt: skip
     *args, cotangent = (x.astype(jnp.bfloat16) for x in arrays(c, 3, 2))
 
@@ -181,12 +208,16 @@ def test_cudnn_lowers_for_a_gpu_with_one_mask_for_all_blocks():
         out, back = jax.vjp(lambda *x: token_attention(*x, np.zeros(2, np.int32), c), *args)
         return out, back(cotangent)
 
-    with mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000):
-        program = jax.jit(both).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    calls = [line for line in program.splitlines() if "__cudnn$fmha" in line]
-    assert ["Backward" in call for call in calls] == [False, True]
-    for call in calls:
-        assert "tensor<1x1x16x52xbf16>" in call and "tensor<6x52x2x8xbf16>" in call, call
+    program = jax.jit(both).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    lines = [line for line in program.splitlines() if "__cudnn$fmha" in line]
+    assert ["Backward" in line for line in lines] == [False] * calls + [True] * calls
+    for line in lines:
+        assert "Bias" not in re.search(r"@(\S+?)\(", line)[1]
+        arrays_of_four = re.findall(r"tensor<((?:\d+x){4})bf16>", line)
+        assert arrays_of_four and all(shape.endswith("x8x") for shape in arrays_of_four)  # no scores
+    masks = [re.search(r'mask_type[^A-Z]*([A-Z_]+)', line)[1] for line in lines]
+    of_window = ["PADDING_CAUSAL"] if window else []
+    assert masks == ["CAUSAL", "PADDING", *of_window] * 2
 
 
 def test_a_model_learns_the_same_through_splash(interpret):
@@ -226,7 +257,7 @@ def test_auto_goes_by_platform_and_shape():
         assert backend_of(platform) == "xla"
     assert backend_of("gpu", dtype="bfloat16", attention_softcap=3.0) == "xla"
     assert backend_of("gpu", dtype="bfloat16", head_dim=256) == "xla"
-    assert backend_of("gpu", dtype="bfloat16", memory=Fam(3)) == "xla"
+    assert backend_of("gpu", dtype="bfloat16", memory=Fam(3), block_size=127) == "cudnn"
     assert backend_of("cpu") == "blockwise"
     assert backend_of("cpu", 2) == "xla" == backend_of("cpu", block_size=64)
     assert backend_of("rocm", dtype="bfloat16") == "xla"
@@ -255,8 +286,10 @@ def test_a_chosen_backend_stays_or_is_refused():
         ),
         (dict(attention_backend="cudnn", head_dim=12), "a multiple of 8 up to 256, got 12"),
         (dict(attention_backend="cudnn", head_dim=264), "a multiple of 8 up to 256, got 264"),
-        (dict(attention_backend="cudnn", block_size=127), "an even block_size, got 127"),
-        (dict(attention_backend="cudnn", memory=Fam(3)), "an even memory length, got 3"),
+        (
+            dict(attention_backend="cudnn", memory_segments=0, window_mask=True),
+            "does not support window_mask without memory_segments",
+        ),
     ],
 )
 def test_what_a_backend_cannot_do_is_refused(changes, sentence):

@@ -14,9 +14,11 @@ import pytest
 import famx
 
 ROOT = str(pathlib.Path(famx.__file__).parent.parent)
+HERE = str(pathlib.Path(__file__).parent)
 
 EIGHT = """
 import functools, jax, numpy as np, flax.linen as nn
+from plain_kernels import PLAIN
 from famx.memories import Fam
 from famx.modules import DecoderConfig
 from famx.modules.attention import cudnn, dense, dispatch, splash, token_attention
@@ -48,7 +50,7 @@ def check(backend, sizes, rules=None, batch=4, cut=None, axis="batch", **changes
         seen.append((q.shape[0], q.shape[3], rest[0].shape[3]))
         if backend == "splash":
             return splash.attention(c, q, *rest)
-        return cudnn.attention(c, q, *rest, implementation="xla")
+        return cudnn.attention(c, q, *rest, kernels=PLAIN)
     expected = run(lambda *x: dense.attention(c, *x, first), args)
     with jax.set_mesh(make_mesh(**sizes)), nn.logical_axis_rules(rules or make_rules().pairs()):
         found = run(lambda *x: over_mesh(kernel, (*x, first), axis), args)
@@ -131,7 +133,9 @@ def run(code, **variables):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **variables},
+        env={
+            **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([ROOT, HERE]), **variables
+        },
     )
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr[-3000:]
 

@@ -3,14 +3,16 @@
 `token_attention` selects a backend; `dense` is the reference that the others are tested against.
 """
 
-from famx.modules.attention.common import attend, attend_parts, softcap, visible
+from famx.modules.attention.common import ATTENTION_RESULT, attend, attend_parts, softcap, visible
 from famx.modules.attention.dense import memory_mass
-from famx.modules.attention.dispatch import token_attention
+from famx.modules.attention.dispatch import attend_all, token_attention
 from famx.modules.attention.over_mesh import BATCH_AXIS
 
 __all__ = [
     "BATCH_AXIS",
+    "ATTENTION_RESULT",
     "attend",
+    "attend_all",
     "attend_parts",
     "memory_mass",
     "softcap",

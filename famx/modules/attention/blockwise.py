@@ -9,8 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from famx.modules.attention.common import MASKED, missing_blocks, softcap, visible
+from famx.modules.attention.common import ATTENTION_RESULT, MASKED, missing_blocks, softcap, visible
 
 
 def _tiles(config) -> list[tuple[slice, int]]:
@@ -116,7 +117,7 @@ def _attention_forward(config, q, keys, values, memory_keys, memory_values, firs
         return out, jnp.concatenate(lses, 1)
 
     out, lse = jax.lax.map(one_block, _indices(q))
-    out = out.reshape(q.shape)
+    out, lse = (checkpoint_name(x, ATTENTION_RESULT) for x in (out.reshape(q.shape), lse))
     return out, (q, keys, values, memory_keys, memory_values, first_block, out, lse)
 
 

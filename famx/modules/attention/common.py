@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from famx.modules.config import DecoderConfig
 
 MASKED = -1e30
+# Name, for rematerialisation policies, of a kernel's output and log-sum-exp: where these are kept, the
+# backward pass does not run the kernel again.
+ATTENTION_RESULT = "attention_result"
 
 
 def visible(config: DecoderConfig, rows, columns, missing):

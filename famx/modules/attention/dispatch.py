@@ -3,8 +3,10 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from famx.modules.attention import blockwise, cudnn, dense, splash
+from famx.modules.attention.common import attend_parts
 from famx.modules.attention.over_mesh import BATCH_AXIS, over_mesh
 from famx.modules.backends import resolve_backend
 from famx.modules.config import DecoderConfig
@@ -32,13 +34,35 @@ def token_attention(
       `[B, C, S, H, Dh]`.
     """
     args = q, keys, values, memory_keys, memory_values, first_block
-    backend = config.attention_backend
-    if backend == "auto":
-        backend = _fitting(config)
+    backend = _backend(config)
     if backend in _KERNELS:
         return over_mesh(functools.partial(_KERNELS[backend], config), args, batch_axis)
     function = blockwise.attention if backend == "blockwise" else dense.attention
     return function(config, *args)
+
+
+def attend_all(q, parts, config: DecoderConfig, batch_axis: str = BATCH_AXIS):
+    """Attention of queries to all columns, in one softmax: of a memory to itself and to a block.
+
+    Args:
+      q: rotated queries `[B, N, H, Dh]`.
+      parts: pairs of keys and values `[B, X, K, Dh]`.
+      config: scale, softcap and backend.
+      batch_axis: logical name of the axis `B`.
+
+    Returns:
+      `[B, N, H, Dh]`.
+    """
+    if _backend(config) == "cudnn":
+        keys, values = (jnp.concatenate(x, axis=1)[:, None] for x in zip(*parts, strict=True))
+        attend = functools.partial(cudnn.attend_all, config)
+        return over_mesh(attend, (q[:, None], keys, values), batch_axis)[:, 0]
+    heads_first = [(k.swapaxes(1, 2), v.swapaxes(1, 2), None) for k, v in parts]
+    return attend_parts(q, heads_first, config)[0]
+
+
+def _backend(config):
+    return _fitting(config) if config.attention_backend == "auto" else config.attention_backend
 
 
 def _fitting(config):

@@ -14,8 +14,8 @@ def over_mesh(function, args, batch_axis: str = BATCH_AXIS):
     """`function(*args)`, partitioned by batch and heads over the mesh of `jax.set_mesh`, if any.
 
     Args:
-      function: function of the arrays of `token_attention`; takes numbers of heads from their shapes.
-      args: `q, keys, values, memory_keys, memory_values, first_block`.
+      function: function of `args`; takes numbers of heads from their shapes.
+      args: queries `[B, C, S, H, Dh]`, then keys and values `[B, ..., K, Dh]` and vectors `[B]`.
       batch_axis: logical axis of the batch. It and "heads" are sharded by the rules of
         `nn.logical_axis_rules` if their sizes are divisible; each device has the key heads that its query
         heads read.
@@ -31,9 +31,8 @@ def over_mesh(function, args, batch_axis: str = BATCH_AXIS):
 
     def local(q, *rest):
         if replicate_keys:
-            *keys, first_block = rest
             indices = _heads_read(args[0].shape[3], args[1].shape[3], heads, q.shape[3])
-            rest = *(jax.numpy.take(x, indices, axis=3) for x in keys), first_block
+            rest = [x if x.ndim == 1 else jax.numpy.take(x, indices, axis=3) for x in rest]
         return function(q, *rest)
 
     queries = P(batch or None, None, None, heads or None, None)
@@ -41,7 +40,7 @@ def over_mesh(function, args, batch_axis: str = BATCH_AXIS):
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(queries, columns, columns, columns, columns, P(batch or None)),
+        in_specs=(queries, *(P(batch or None) if x.ndim == 1 else columns for x in args[1:])),
         out_specs=queries,
         axis_names=free,
         check_vma=False,  # kernels do not declare over which axes their results vary

@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
+from famx.modules.attention.common import ATTENTION_RESULT
 from famx.modules.backends import LANES
 
 INTERPRET = False  # True runs the kernel as plain JAX on any platform; for tests
@@ -98,7 +99,7 @@ def _kernel(config, blocks, heads):
         return splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes,
             attn_logits_soft_cap=config.attention_softcap,
-            head_shards=1, q_seq_shards=1, interpret=INTERPRET,
+            head_shards=1, q_seq_shards=1, interpret=INTERPRET, residual_checkpoint_name=ATTENTION_RESULT,
         )  # fmt: skip
 
     kernel = make(own_only=False)
