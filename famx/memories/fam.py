@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from famx.modules import rope
-from famx.modules.attention import attend
+from famx.modules.attention import attend, attend_all, attend_parts
 from famx.modules.components import partitioned, rms_normalize
 from famx.modules.layer import MASS
 from famx.modules.memory import Memory, Opened
@@ -102,10 +102,15 @@ class Fam(Memory):
 
     def close(self, layer, climb, memory, opened, block, here):
         q, k, v = opened.held
-        keys, values = jnp.concatenate([k, block.keys], 1), jnp.concatenate([v, block.values], 1)
-        attention, probabilities = attend(q, keys, values, None, layer.config)
-        on_itself = probabilities[..., : self.length]
-        layer.keep(MASS, "memory_on_itself", lambda: jnp.mean(jnp.sum(on_itself, -1), -1))
+        parts = (k, v), (block.keys, block.values)
+        probabilities = None
+        if self._reads_probabilities or layer.is_mutable_collection(MASS):
+            heads_first = [(k.swapaxes(1, 2), v.swapaxes(1, 2), None) for k, v in parts]
+            attention, probabilities = attend_parts(q, heads_first, layer.config)
+            on_itself = probabilities[..., : self.length]
+            layer.keep(MASS, "memory_on_itself", lambda: jnp.mean(jnp.sum(on_itself, -1), -1))
+        else:
+            attention = attend_all(q, parts, layer.config, here.batch_axis)
         first = (here.updates == 0)[:, None, None]
         new = layer.finish(memory, attention, jnp.where(first, 0, memory))  # A_F, then F_t
         new = new.astype(memory.dtype)
@@ -122,12 +127,16 @@ class Fam(Memory):
           memory: `F_{t-1} [B, N, D]`, float32 at least.
           new: `F_t` of Algorithm 2, scaled and normalised as the fields say.
           probabilities: attention of the memory's queries `[B, K, G, N, N + S]`; the first `N` columns
-            are the memory itself.
+            are the memory itself. None for the paper's rule, which needs none.
         """
         if self.update == "residual":
             return new
         gate = write_gate(probabilities, self.length).astype(memory.dtype)
         return memory + gate * (new - memory)
+
+    @property
+    def _reads_probabilities(self) -> bool:
+        return self.update != "residual" or type(self).updated is not Fam.updated
 
     # Information for the rest of the package.
 

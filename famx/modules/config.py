@@ -7,7 +7,7 @@ from famx.modules import memory as memories
 from famx.modules.backends import ATTENTION_BACKENDS, refusal
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
-REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "offload")
+REMAT_POLICIES = ("none", "full", "attention", "dots", "dots_no_batch", "offload")
 ROPE_LAYERS = ("global", "local", "none")
 # Fields of the memory. With other values all parameters still fit, except the memory's own.
 MEMORY_FIELDS = (*("block_size", "memory_segments", "memory", "window_mask", "stop_gradient_segments"),)

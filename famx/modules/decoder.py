@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from famx.modules import rope
-from famx.modules.attention import softcap
+from famx.modules import deferred, rope
+from famx.modules.attention import ATTENTION_RESULT, softcap
+from famx.modules.climb import scan_layers
 from famx.modules.components import Norm, embedding_init, product
 from famx.modules.config import DecoderConfig
 from famx.modules.layer import INPUTS, MASS, Layer
@@ -16,12 +17,17 @@ from famx.modules.state import DecoderState, where_examples
 from famx.modules.window import ChunkContext, TokenWindow, batch_axis
 
 _LAYER_INPUT = "layer_input"
+# The memory before each block is always kept: to make it again is the one serial part of a layer.
+_keep = jax.checkpoint_policies.save_only_these_names
+_both = jax.checkpoint_policies.save_from_both_policies
+_ATTENTION = _keep(deferred.CARRIES, ATTENTION_RESULT)
 _POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _keep(deferred.CARRIES),
+    "attention": _ATTENTION,
+    "dots": _both(_ATTENTION, jax.checkpoint_policies.dots_saveable),
+    "dots_no_batch": _both(_ATTENTION, jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT],
+        names_which_can_be_saved=[deferred.CARRIES], names_which_can_be_offloaded=[_LAYER_INPUT],
         offload_src="device", offload_dst="pinned_host",
     ),
 }  # fmt: skip
@@ -81,11 +87,23 @@ class Decoder(nn.Module):
         if c.memory.through_depth:
             memory = jax.tree.map(lambda m: m[None], c.memory.start(None, climb, context)[1])
         elif c.memory.exists:
-            step = lambda layer, climb, _, here: c.memory.start(layer, climb, here)
-            _, memory = self._scan_layers(step, climb, None, context)
+            memory = self._start(climb, context)
         else:
             memory = None
         return DecoderState.initial(c, batch_size, memory)
+
+    def _start(self, climb, context: ChunkContext):
+        """The memory of each layer before the first token; `climb` goes up the layers."""
+        if climb is None or self.is_initializing():
+            step = lambda layer, climb, _, here: self.config.memory.start(layer, climb, here)
+            return self._scan_layers(step, climb, None, context)[1]
+
+        def step(layer, climb, rotation):
+            here = context.replace(rotation=rotation)
+            return layer.config.memory.start(layer, climb, here)
+
+        rotations = jax.tree.map(jnp.asarray, rope.rotations(self.config))
+        return scan_layers(self.layers, step, climb, rotations)[1]
 
     def read(self, tokens, state=None, valid=None, aligned=False, context_shards: int = 1):
         """As `__call__`, but returns the last layer's output `[B, L, D]` in place of logits.

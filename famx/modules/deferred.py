@@ -1,13 +1,22 @@
-"""A scan over blocks that computes the gradients of its weights once, after the loop.
+"""A scan over blocks whose loops do only what must wait for the step before.
 
-The plain derivative of a scan adds a gradient of the size of every weight in each step, for the few
-tokens of the memory: more memory traffic than the step itself, and communication where weights are
-sharded. Here the steps keep the input of each projection and the gradient of its output, and one product
-over all steps gives the gradient of the weight.
+The plain derivative of a scan keeps every intermediate result of each step in a stack of its own, makes
+the steps once more where activations are rematerialised, and adds up a gradient of the size of every
+weight in each step. Here
+
+* what a step computes without the carry, such as the rotation of its positions, is computed for all
+  steps before the loop;
+* what is equal in every step is kept once. In rematerialised layers the loop keeps nothing but the carry
+  before each step, under the name `CARRIES` for their policies; from it all steps are linearised at once,
+  in parallel, so that the backward pass need not run the loop again;
+* projections of the same array are one product;
+* the gradient of a weight is one product over all steps after the loop, of the inputs of its projection
+  and the gradients of its outputs.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -15,13 +24,21 @@ import flax.linen as nn
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
 
-from famx.modules.components import Projection
-from famx.modules.weights import gathered
+from famx.modules.components import Projection, product
+from famx.modules.jaxprs import by_kind, depends, join, part, variables_of
+from famx.modules.weights import gathered, mesh_axes
+
+CARRIES = "memory_before_blocks"
+# Operations that are made again in every step rather than kept for each: their results are not smaller
+# than what they are made of.
+_CHEAP = frozenset({"broadcast_in_dim", "iota", "reshape", "squeeze", "expand_dims"})
 
 
-def scan(layer: nn.Module, method: str, carry, xs, *args):
+def scan(layer: nn.Module, method: str, carry, xs, *args, rematerialized: bool = True):
     """`lax.scan` of `layer.method(carry, x, *args) -> (carry, y)`; equal to it, gradients included.
 
     Args:
@@ -31,78 +48,383 @@ def scan(layer: nn.Module, method: str, carry, xs, *args):
       carry: initial carry.
       xs: arrays whose first axis is the steps.
       *args: arguments that are the same in every step.
+      rematerialized: whether the backward pass of the layer makes its activations again. If not, the loop
+        keeps what the gradients of its steps need, which it computes anyway.
 
     Returns:
       The last carry, and the stacked `y`.
     """
     module, variables = layer.unbind()
     # Parameters may be boxed, as `init` returns them.
-    rest = traverse_util.flatten_dict(nn.unbox(variables.get("params", {})))
+    params = traverse_util.flatten_dict(nn.unbox(variables.get("params", {})))
     steps = jax.tree.leaves(xs)[0].shape[0]
-    projections: dict[tuple, tuple] = {}  # by path: module, input, output
+    groups: list[_Group] = []
 
-    def step(kernels, rest, carry, x, args, slots):
-        inputs: dict[tuple, Any] = {}
-        params = traverse_util.unflatten_dict({**kernels, **rest})
-        with nn.intercept_methods(_tap(inputs, projections, slots)):
-            carry, y = module.apply({"params": params}, carry, x, *args, method=method)
-        return carry, y, inputs
+    def step(kernels, params, carry, x, args, slots):
+        tap = _Tap(params, groups, kernels, slots)
+        with nn.intercept_methods(tap):
+            tree = traverse_util.unflatten_dict(params | tap.alone())
+            carry, y = module.apply({"params": tree}, carry, x, *args, method=method)
+        return carry, y, tap.inputs
 
     first = jax.tree.map(lambda x: x[0], xs)
-    jax.eval_shape(step, {}, rest, carry, first, args, None)
-    kernels, slots = {}, {}
-    for path, (projection, x, y) in projections.items():
-        names = (*projection.in_axes, *projection.out_axes)
-        kernel = rest.pop((*path, "kernel")).astype(projection.config.dtype)
-        kernels[path] = gathered(kernel, names, steps * x.size)  # once, not in every step
-        slots[path] = jnp.zeros(y.shape, y.dtype)
-    named = lambda kernels: {(*path, "kernel"): kernel for path, kernel in kernels.items()}
-    traced, shapes = jax.make_jaxpr(lambda k, *rest: step(named(k), *rest), return_shape=True)(
-        kernels, rest, carry, first, args, slots
-    )
-    body = _Body(traced.jaxpr, jax.tree.structure(shapes))
+    jax.eval_shape(lambda *rest: step({}, *rest, None), params, carry, first, args)
+    kernels = {group.name: group.kernel(params, steps) for group in groups}
+    slots = {group.name: jnp.zeros(group.shape, group.dtype) for group in groups}
+    for path in (path for group in groups for path in group.paths):
+        del params[(*path, "kernel")]
+    traced, shapes = jax.make_jaxpr(step, return_shape=True)(kernels, params, carry, first, args, slots)
+    counts = [len(jax.tree.leaves(x)) for x in (kernels, params, carry, first, args, slots)]
+    body, before = _split(traced.jaxpr, counts, jax.tree.structure(shapes), rematerialized)
+    equal, each = before(traced.consts, jax.tree.leaves((params, args)), jax.tree.leaves(xs))
     slots = jax.tree.map(lambda slot: jnp.zeros((steps, *slot.shape), slot.dtype), slots)
-    return _scan(body, kernels, (rest, carry, xs, slots), (args, traced.consts))
+    leaves, tree = jax.tree.flatten(carry)
+    (first, *real), plain = zip(*(by_kind(x) for x in (leaves, equal, each)), strict=True)
+    # JAX takes what is the same for every layer out of the scan over layers, and would keep it as wide
+    # as the memory. So what tells steps apart is made to look as if it came with the carry.
+    first, plain = jax.lax.optimization_barrier((first, plain))
+    last, ys = _scan(body, kernels, first, *real, slots, plain)
+    return jax.tree.unflatten(tree, last), ys
+
+
+# ---------------------------------------------------------------- projections
+
+
+@dataclasses.dataclass
+class _Group:
+    """Projections that are computed as one product: of one array, or a single one.
+
+    Attributes:
+      x: the array.
+      members: the modules.
+      outputs: what each gives.
+    """
+
+    x: Any
+    members: list[Projection]
+    outputs: list[Any]
+
+    @property
+    def paths(self):
+        return [module.path for module in self.members]
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.members[0].path)
+
+    @property
+    def dtype(self):
+        return self.outputs[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the product."""
+        if len(self.members) == 1:
+            return self.outputs[0].shape
+        return (*self.x.shape[:-1], sum(math.prod(module.features) for module in self.members))
+
+    def kernel(self, params, steps: int):
+        """The kernel in the compute dtype, gathered once and not in every step."""
+
+        def of(module):
+            names = (*module.in_axes, *module.out_axes)
+            kernel = params[(*module.path, "kernel")].astype(module.config.dtype)
+            return gathered(kernel, names, steps * self.x.size)
+
+        kernels = [of(module) for module in self.members]
+        if len(kernels) == 1:
+            return kernels[0]
+        return jnp.concatenate([k.reshape(k.shape[0], -1) for k in kernels], axis=1)
+
+    def place(self, path) -> slice:
+        """The columns of the product that are those of a member."""
+        ends = np.cumsum([0, *(math.prod(module.features) for module in self.members)])
+        index = self.paths.index(path)
+        return slice(ends[index], ends[index + 1])
+
+
+class _Tap:
+    """Interceptor that computes projections group by group and puts each product through its slot.
+
+    Without `slots` it only lists the groups. A slot is an argument of zeros whose gradient is that of
+    the product.
+
+    Attributes:
+      inputs: what each product is made of, by name of the group.
+    """
+
+    def __init__(self, params, groups, kernels, slots):
+        self.params, self.groups, self.kernels, self.slots = params, groups, kernels, slots
+        self.inputs: dict[str, Any] = {}
+        self.products: dict[str, Any] = {}
+
+    def alone(self) -> dict[tuple, Any]:
+        """Kernels that projections find among their parameters, by path."""
+        groups = self.groups if self.slots is not None else ()
+        alone = (group for group in groups if len(group.members) == 1)
+        return {(*group.paths[0], "kernel"): self.kernels[group.name] for group in alone}
+
+    def __call__(self, call, args, kwargs, context):
+        module = context.module
+        if not isinstance(module, Projection) or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        (x,) = args
+        if self.slots is None:
+            y = call(x)
+            self._list(module, x, y)
+            return y
+        group = next(group for group in self.groups if module.path in group.paths)
+        if len(group.members) == 1:
+            assert group.name not in self.inputs, f"{group.name} is called twice"
+            self.inputs[group.name] = x.astype(module.config.dtype)
+            return _through(call(x), self.slots[group.name])
+        if group.name not in self.inputs:
+            x = self.inputs[group.name] = x.astype(module.config.dtype)
+            y = product(x, self.kernels[group.name], 1)
+            self.products[group.name] = _through(y, self.slots[group.name])
+        y = self.products[group.name][..., group.place(module.path)]
+        y = y.reshape(*y.shape[:-1], *module.features)
+        bias = self.params.get((*module.path, "bias"))
+        return y if bias is None else y + bias.astype(module.config.dtype)
+
+    def _list(self, module, x, y):
+        for group in self.groups:
+            assert module.path not in group.paths, f"{'/'.join(module.path)} is called twice"
+            if group.x is x and all(map(self._joins, (*group.members, module))):
+                group.members.append(module)
+                group.outputs.append(y)
+                return
+        self.groups.append(_Group(x, [module], [y]))
+
+    def _joins(self, module) -> bool:
+        """Whether a projection is a plain product, of columns that are not cut over devices."""
+        names = {path[-1] for path in self.params if path[:-1] == module.path}
+        sizes = jax.sharding.get_abstract_mesh().shape
+        axes = itertools.chain(*mesh_axes(module.out_axes, module.features))
+        whole = all(sizes[axis] == 1 for axis in axes)
+        return names <= {"kernel", "bias"} and len(module.in_axes) == 1 and whole
+
+
+@jax.custom_vjp
+def _through(y, slot):
+    """`y`; its gradient is also that of `slot`, which is not read."""
+    return y
+
+
+_through.defvjp(lambda y, slot: (y, None), lambda _, grad: (grad, grad))
+
+
+# ---------------------------------------------------------------- the step, split
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Body:
-    """A traced step, which includes the interceptors that were active while it was traced."""
+    """What a step computes from its carry; interceptors that were active when it was traced are in it.
+
+    Attributes:
+      jaxpr: function of the leaves of kernels, carry, `equal`, `each` and slots.
+      outputs: structure of its results: carry, `y`, inputs of the products.
+      equal: shape and dtype of each leaf that is equal in every step.
+      rematerialized: see `scan`.
+    """
 
     jaxpr: jex.Jaxpr
     outputs: Any
+    equal: list[jax.ShapeDtypeStruct]
+    rematerialized: bool
 
-    def __call__(self, consts, *args):
-        flat = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, consts))(*jax.tree.leaves(args))
-        return jax.tree.unflatten(self.outputs, flat)
+    def __call__(self, kernels, carry, equal, each, slots):
+        """`(leaves of the carry, y, inputs of the products by name)`."""
+        args = *jax.tree.leaves(kernels), *carry, *equal, *each, *jax.tree.leaves(slots)
+        flat = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, ()))(*args)
+        carry, y, inputs = jax.tree.unflatten(self.outputs, flat)
+        return jax.tree.leaves(carry), y, inputs
 
 
-def _loop(body: _Body, kernels, differentiated, rest):
-    """The plain scan: `(carry, ys)`, and the inputs of the projections in each step."""
-    (params, carry, xs, slots), (args, consts) = differentiated, rest
+def _split(jaxpr, counts: list[int], outputs, rematerialized: bool):
+    """The part of a step that waits for the carry, and a function that computes the rest beforehand.
 
-    def step(carry, xs):
-        carry, y, inputs = body(consts, kernels, params, carry, xs[0], args, xs[1])
-        return carry, (y, inputs)
+    Args:
+      jaxpr: a step.
+      counts: number of its arguments that are kernels, parameters, carry, `x`, further arguments, slots.
+      outputs: structure of its results.
+      rematerialized: see `scan`.
 
-    carry, (ys, inputs) = jax.lax.scan(step, carry, (xs, slots))
-    return (carry, ys), inputs
+    Returns:
+      `_Body`, and a function of `(consts, parameters and arguments, xs)` that gives the body's `equal`
+      and `each`.
+    """
+    invars = iter(jaxpr.invars)
+    kernels, params, carry, x, args, slots = ([next(invars) for _ in range(n)] for n in counts)
+    waiting, late, early = {*kernels, *carry, *slots}, [], []
+    for eqn in jaxpr.eqns:
+        waits = eqn.effects or any(v in waiting for v in variables_of(eqn.invars))
+        (late if waits else early).append(eqn)
+        waiting.update(eqn.outvars if waits else ())
+    read = dict.fromkeys(v for eqn in late for v in variables_of(eqn.invars) if v not in waiting)
+    read.update(dict.fromkeys(v for v in variables_of(jaxpr.outvars) if v not in waiting))
+    for eqn in reversed(early):
+        if eqn.primitive.name in _CHEAP and any(v in read for v in eqn.outvars):
+            late.insert(0, eqn)
+            for v in eqn.outvars:
+                read.pop(v, None)
+            read.update(dict.fromkeys(variables_of(eqn.invars)))
+    varies = depends(early, x)
+    equal = [v for v in read if v not in varies]
+    each = [v for v in read if v in varies]
+    of_step = part(jaxpr, [*kernels, *carry, *equal, *each, *slots], jaxpr.outvars, late)
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equal]
+    body = _Body(of_step, outputs, shapes, rematerialized)
+    given = *jaxpr.constvars, *params, *args
+    of_all = part(jaxpr, given, equal, [eqn for eqn in early if not varies.intersection(eqn.outvars)])
+    of_each = part(jaxpr, [*given, *x], each, early)
+
+    def before(consts, others, xs):
+        others = *consts, *others
+        function = lambda jaxpr: jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
+        rows = jax.vmap(function(of_each), [None] * len(others) + [0] * len(xs))
+        return function(of_all)(*others), rows(*others, *xs) if each else []
+
+    return body, before
+
+
+# ---------------------------------------------------------------- the loop and its gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(body, kernels, differentiated, rest):
-    return _loop(body, kernels, differentiated, rest)[0]
+def _scan(body: _Body, kernels, carry, equal, each, slots, plain):
+    """The last carry (leaves of both kinds) and the stacked `y`; `plain`: of carry, `equal`, `each`."""
+    carry, equal, each = (join(*pair) for pair in zip((carry, equal, each), plain, strict=True))
+
+    def step(carry, xs):
+        after, y, _ = body(kernels, carry, equal, *xs)
+        return after, y
+
+    return jax.lax.scan(step, carry, (each, slots))
 
 
-def _forward(body, kernels, differentiated, rest):
-    loop = lambda differentiated: _loop(body, kernels, differentiated, rest)
-    result, pullback, inputs = jax.vjp(loop, differentiated, has_aux=True)
-    return result, (pullback, inputs, kernels)
+def _forward(body, kernels, carry, equal, each, slots, plain):
+    carry, equal, each = (join(*pair) for pair in zip((carry, equal, each), plain, strict=True))
+    linear = _Linear(body, (kernels, equal), carry, (each, slots))
+    last, ys, inputs, pullbacks = (linear.at_once if body.rematerialized else linear.step_by_step)()
+    return (last, ys), (pullbacks, inputs, kernels)
 
 
-def _backward(body, residuals, grads):
-    pullback, inputs, kernels = residuals
-    ((*others, outputs),) = pullback(grads)
+class _Pullbacks:
+    """The pullbacks of all steps: what each of them keeps, and what they have in common.
+
+    A pullback takes the gradients of the carry's real leaves and of `y`. It gives those of the real
+    leaves of carry, `equal` and `each`, and of the slots.
+    """
+
+    def __init__(self, tree, stacked, common):
+        self.tree, self.stacked, self.common = tree, stacked, common
+
+    def of_step(self, stacked):
+        """The pullback of a step; `stacked`: the step's part of `self.stacked`."""
+        return jax.tree.unflatten(self.tree, join(stacked, self.common))
+
+
+jax.tree_util.register_pytree_node(
+    _Pullbacks,
+    lambda pullbacks: ((pullbacks.stacked, pullbacks.common), pullbacks.tree),
+    lambda tree, children: _Pullbacks(tree, *children),
+)
+
+
+class _Linear:
+    """All steps, linearised: each with the pullback of its results.
+
+    Args:
+      body: the step.
+      common: kernels, and what else is equal in every step.
+      carry: initial carry.
+      xs: what each step has, and slots.
+    """
+
+    def __init__(self, body, common, carry, xs):
+        self.body, self.common, self.carry, self.xs = body, common, carry, xs
+        first = jax.tree.map(lambda x: x[0], xs)
+        traced, shapes = jax.make_jaxpr(self._step, return_shape=True)(common, carry, first)
+        self.function = jex.jaxpr_as_fun(traced)
+        after, y, inputs, pullback = shapes
+        self.results, self.pullback = jax.tree.structure((y, inputs)), jax.tree.structure(pullback)
+        # What differs from step to step; the rest, such as the kernels, is kept once.
+        given = len(jax.tree.leaves(common))
+        varies = depends(traced.jaxpr.eqns, traced.jaxpr.invars[given:])
+        self.differs = [bool(variables_of([v])) and v in varies for v in traced.jaxpr.outvars]
+        count = len(after) + self.results.num_leaves
+        self.differs[:count] = [True] * count
+
+    def _step(self, common, carry, xs):
+        (kernels, equal), (each, slots) = common, xs
+        (carry, *other), (equal, *more), (each, *rest) = map(by_kind, (carry, equal, each))
+
+        def real(carry, equal, each, slots):
+            given = join(carry, *other), join(equal, *more), join(each, *rest)
+            after, y, inputs = self.body(kernels, *given, slots)
+            after, others = by_kind(after)
+            return (after, y), (others, inputs)
+
+        (after, y), pullback, (others, inputs) = jax.vjp(real, carry, equal, each, slots, has_aux=True)
+        return join(after, others), y, inputs, pullback
+
+    def at_once(self):
+        """`(last carry, y, inputs of the products, _Pullbacks)`: the loop keeps only the carry."""
+        (kernels, equal), common = self.common, jax.tree.leaves(self.common)
+
+        def step(carry, xs):
+            return self.body(kernels, carry, equal, *xs)[0], carry
+
+        last, carries = jax.lax.scan(step, self.carry, self.xs)
+        carries = [checkpoint_name(x, CARRIES) for x in carries]
+        given = [*common, *carries, *jax.tree.leaves(self.xs)]
+        axes = [None] * len(common) + [0] * (len(given) - len(common))
+        out_axes = [0 if differs else None for differs in self.differs]
+        rows = jax.vmap(self.function, axes, out_axes)(*given)
+        return last, *self._results(rows[len(last) :])
+
+    def step_by_step(self):
+        """The same with one loop, which keeps everything: no step is computed twice."""
+        common, count = jax.tree.leaves(self.common), len(self.carry)
+        of_step = lambda carry, xs: self.function(*common, *carry, *jax.tree.leaves(xs))
+
+        def step(carry, xs):
+            rows = of_step(carry, xs)
+            return rows[:count], [x for x, differs in zip(rows, self.differs) if differs][count:]
+
+        last, stacked = jax.lax.scan(step, self.carry, self.xs)
+        first = of_step(self.carry, jax.tree.map(lambda x: x[0], self.xs))  # for what does not differ
+        stacked = iter(stacked)
+        pairs = list(zip(first, self.differs, strict=True))[count:]
+        return last, *self._results([next(stacked) if differs else x for x, differs in pairs])
+
+    def _results(self, rows):
+        count = self.results.num_leaves
+        kept = list(zip(rows[count:], self.differs[len(self.carry) + count :], strict=True))
+        pick = lambda which: [x if differs == which else None for x, differs in kept]
+        y, inputs = jax.tree.unflatten(self.results, rows[:count])
+        return y, inputs, _Pullbacks(self.pullback, pick(True), pick(False))
+
+
+def _backward(body, residuals, gradients):
+    pullbacks, inputs, kernels = residuals
+    last, ys = gradients
+    wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    zeros = [None if x is None else wide(x) for x in by_kind(body.equal)[0]]
+
+    def step(sums, xs):
+        (carry, totals), (stacked, y) = sums, xs
+        carry, equal, each, slots = pullbacks.of_step(stacked)((carry, y))
+        totals = jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, equal)
+        return (carry, totals), (each, slots)
+
+    # Those of leaves that are no real numbers are of a dtype without elements.
+    last = [None if x.dtype == jax.dtypes.float0 else x for x in last]
+    (carry, equal), (each, outputs) = jax.lax.scan(
+        step, (last, zeros), (pullbacks.stacked, ys), reverse=True
+    )
+    equal = jax.tree.map(lambda x, like: x.astype(like.dtype), equal, by_kind(body.equal)[0])
 
     def of_kernel(kernel, x, dy):
         shared = (x.ndim + dy.ndim - kernel.ndim) // 2  # axes of steps, examples and tokens
@@ -111,37 +433,7 @@ def _backward(body, residuals, grads):
         return jnp.matmul(rows(x).T, rows(dy)).reshape(kernel.shape).astype(kernel.dtype)
 
     of_kernels = jax.tree.map(of_kernel, kernels, inputs, outputs)
-    return of_kernels, (*others, outputs), None
+    return of_kernels, carry, equal, each, outputs, None
 
 
 _scan.defvjp(_forward, _backward)
-
-
-@jax.custom_vjp
-def _through(y, slot):
-    """`y`; its gradient is also the gradient of `slot`, whose value is not used."""
-    return y
-
-
-_through.defvjp(lambda y, slot: (y, None), lambda _, grad: (grad, grad))
-
-
-def _tap(inputs, projections, slots):
-    """An interceptor that records the input of each projection and adds a slot for its output's gradient.
-
-    Without `slots` it only lists the projections.
-    """
-
-    def project(call, args, kwargs, context):
-        module = context.module
-        if not isinstance(module, Projection) or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        y, path = call(*args, **kwargs), module.path
-        if slots is None:
-            projections[path] = (module, args[0], y)
-            return y
-        assert path not in inputs, f"{path} is called twice"
-        inputs[path] = args[0].astype(module.config.dtype)
-        return _through(y, slots[path])
-
-    return project

@@ -179,17 +179,18 @@ class Layer(nn.Module):
         batch = jax.tree.leaves(memory)[0].shape[0]
         shards = blocks.keys.shape[0] // batch
         first = jax.tree.map(lambda m: jnp.tile(m, (shards,) + (1,) * (m.ndim - 1)), memory)
+        scan = functools.partial(deferred.scan, rematerialized=self.config.remat != "none")
         for _ in range(shards - 1):
-            last, _ = deferred.scan(self, "memory_step", first, xs, context)
+            last, _ = scan(self, "memory_step", first, xs, context)
             first = jax.tree.map(windows.next_shard, last, memory)
         if self.is_mutable_collection(MASS) or self.is_mutable_collection(INPUTS):
-            scan = nn.scan(
+            kept = nn.scan(
                 Layer.memory_step, variable_broadcast="params", variable_axes={MASS: 0, INPUTS: 0},
                 split_rngs={"params": False}, in_axes=(0, nn.broadcast),
             )  # fmt: skip
-            last, opened = scan(self, first, xs, context)
+            last, opened = kept(self, first, xs, context)
         else:
-            last, opened = deferred.scan(self, "memory_step", first, xs, context)
+            last, opened = scan(self, "memory_step", first, xs, context)
         last = jax.tree.map(lambda m: m[-batch:], last)
         return last, jax.tree.map(lambda x: x.swapaxes(0, 1), opened)
 

@@ -35,6 +35,7 @@ class ChunkContext:
       start: number of tokens of the first block that the state already holds, int32 `[B]`; None: zero.
       stop: number of slots of the chunk that hold a token after it was read, int32 `[B]`; None: all.
       rotation: rotation of the layer; the decoder sets it.
+      batch_axis: logical name of the axis `B`.
     """
 
     first_block: jax.Array
@@ -43,6 +44,7 @@ class ChunkContext:
     start: jax.Array | None = None
     stop: jax.Array | None = None
     rotation: rope.Rotation | None = None
+    batch_axis: str = flax.struct.field(pytree_node=False, default="batch")
 
     def complete(self, size: int):
         """Number of blocks of the chunk that are full after it was read, int32 `[B]`; None: all."""
@@ -65,6 +67,7 @@ class ChunkContext:
             updates=tile(self.updates) + shard * blocks,
             start=start if start is None else jnp.where(shard == 0, tile(start), 0),
             stop=stop if stop is None else jnp.clip(tile(stop) - shard * blocks * size, 0, blocks * size),
+            batch_axis=batch_axis(count),
         )
 
 

@@ -1,19 +1,24 @@
 """The scan over blocks adds up no gradient of a weight: that is made once, after the loop."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import assert_close, config, jit, random_params, random_tokens
 
 from famx.memories import Fam
 from famx.modules import Decoder, deferred, layer
+from famx.modules.components import Norm, Projection
+from famx.scale import hlo
 
 WIDE = dict(dtype="float64", param_dtype="float64")
 
 
-def plain(module, method, carry, xs, *args):
+def plain(module, method, carry, xs, *args, rematerialized=True):
     """What `deferred.scan` equals: the lifted scan of Flax, differentiated as it stands."""
     step = lambda module, carry, x: getattr(module, method)(carry, x, *args)
     scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
@@ -43,6 +48,106 @@ def test_the_gradient_is_that_of_a_plain_scan(changes, monkeypatch):
     got = jit(c, gradient(c, tokens))(params)
     monkeypatch.setattr(layer.deferred, "scan", plain)
     assert_close(got, jit(c, gradient(c, tokens))(params), 1e-10)
+
+
+class Steps(nn.Module):
+    """Projections of one array and of another, a carry that counts, and what every step has alike."""
+
+    def setup(self):
+        c = config(**WIDE)
+        project = lambda size: Projection(c, (size,), ("embed",), ("mlp",), use_bias=True)
+        self.left, self.right, self.back = project(3), project(5), project(4)
+        self.norm = Norm(c)
+
+    def __call__(self, carry, x, factor):
+        y, count = carry
+        position, offset = x
+        z = self.norm(y) + jnp.sin(position * factor["scale"])
+        z = jnp.concatenate([self.left(z) * factor["count"], self.right(z)], axis=-1)
+        y = y + jnp.where(count % 3 == 0, 0, self.back(z)) + offset
+        return (y, count + factor["count"]), (z, count)
+
+
+def steps_and_their_gradient(scan):
+    module, rng = Steps(), np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    carry, xs = (draw(2, 4), jnp.int32(1)), (draw(6), draw(6, 2, 4))
+    scale = jnp.float64(0.3)
+    init = lambda key: module.init(key, carry, (xs[0][0], xs[1][0]), {"scale": scale, "count": 2})
+    params = nn.unbox(init(jax.random.key(0)))
+
+    def loss(params, y, xs, scale):
+        bound = module.bind(params)
+        factor = {"scale": scale, "count": jnp.int32(2)}
+        (y, count), (zs, counts) = scan(bound, "__call__", (y, carry[1]), xs, factor)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(zs)), (count, counts)
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(params, carry[0], xs, scale)
+
+
+@pytest.mark.parametrize("rematerialized", [False, True])
+def test_integers_in_the_carry_and_all_kinds_of_arguments(rematerialized):
+    scan = functools.partial(deferred.scan, rematerialized=rematerialized)
+    with jax.enable_x64(True):
+        assert_close(steps_and_their_gradient(scan), steps_and_their_gradient(plain), 1e-10)
+
+
+def loops_over(steps, c, tokens):
+    """Kernels and stacked results of each loop of this many steps in a compiled gradient."""
+    lowered = jax.jit(gradient(c, tokens)).lower(random_params(c))
+    module = hlo.parse(lowered.compile({"xla_backend_optimization_level": 0}).as_text())
+    found = []
+    for computation in module.computations.values():
+        for x in computation.instructions.values():
+            if x.opcode == "while" and module.trip_count(x, computation) == steps:
+                found.append(module.computations[x.called("body")])
+    return found
+
+
+def test_the_memory_is_never_scanned_again():
+    """Rematerialised layers keep the memory before each block: one loop forward, one backward."""
+    c = config(num_layers=3, remat="full")
+    assert len(loops_over(7, c, random_tokens(2, 7 * c.block_size))) == 2
+
+
+def test_the_forward_loop_keeps_the_memory_alone():
+    """Not the intermediate results of its steps; and it computes no rotation, which needs no memory."""
+    c = config(num_layers=3, mlp_dim=20, remat="full")
+    jaxpr = jax.make_jaxpr(gradient(c, random_tokens(2, 7 * c.block_size)))(random_params(c)).jaxpr
+    forward, backward = loops_of(7, jaxpr)
+    kept = forward.outvars[forward.params["num_carry"] :]
+    assert [v.aval.shape for v in kept] == [(7, 2, c.memory.length, c.embed_dim)]
+    for eqn in (forward, backward):
+        names = {inner.primitive.name for inner in equations(eqn.params["jaxpr"].jaxpr)}
+        assert not names & {"cos", "sin"}, names
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def loops_of(steps, jaxpr):
+    """The scans of this many steps that compute something, forward ones first."""
+    found = [
+        eqn for eqn in equations(jaxpr)
+        if eqn.primitive.name == "scan" and eqn.params["length"] == steps and eqn.params["jaxpr"].eqns
+    ]  # fmt: skip
+    return sorted(found, key=lambda eqn: eqn.params["reverse"])
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("gated_mlp, count", [(True, 4), (False, 4)])
+def test_projections_of_one_array_are_one_product(gated_mlp, count, remat):
+    """Queries, keys and values; gate and up; each with one product backward. Two more are attention."""
+    c = config(gated_mlp=gated_mlp, mlp_dim=20, remat=remat)
+    jaxpr = jax.make_jaxpr(gradient(c, random_tokens(2, 7 * c.block_size)))(random_params(c)).jaxpr
+    forward, backward = loops_of(7, jaxpr)
+    dots = lambda eqn: sum(1 for _ in products(eqn.params["jaxpr"].jaxpr))
+    # Attention has two parts, the memory's own columns and the block's, with two products each.
+    assert dots(forward) == count + 4 and dots(backward) == count + 8
 
 
 def products(jaxpr, depth=0):

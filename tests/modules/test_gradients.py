@@ -143,7 +143,7 @@ def test_tiles_of_large_blocks_give_the_same():
 
 @pytest.mark.parametrize(
     "changes",
-    [*(dict(remat=policy) for policy in ("full", "dots", "dots_no_batch", "offload")),
+    [*(dict(remat=policy) for policy in ("full", "attention", "dots", "dots_no_batch", "offload")),
      dict(unroll_layers=2), dict(unroll_layers=9, remat="full")],
 )  # fmt: skip
 def test_how_it_is_computed_changes_no_number(changes):
