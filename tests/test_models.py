@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import types
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -93,6 +94,30 @@ def test_a_chunked_loss_is_the_same_loss(chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, expected)
 
 
+@pytest.mark.parametrize("weighted", [0, 1, 7, BATCH * LENGTH])
+def test_logits_are_made_of_weighted_tokens_alone(weighted):
+    """Chunks without a weight are skipped; values and gradients are those of all tokens at once."""
+    batch, made = make_batch(), []
+    weights = np.zeros(BATCH * LENGTH, np.float32)
+    weights[np.random.default_rng(3).permutation(BATCH * LENGTH)[:weighted]] = 0.5
+    batch["decoder_loss_weights"] = weights.reshape(BATCH, LENGTH)
+    model = make_model(z_loss=0.01, loss_chunk=5)
+    head = Decoder.logits
+
+    def counted(module, hidden):
+        jax.debug.callback(lambda: made.append(hidden.shape[0]))
+        return head(module, hidden)
+
+    with mock.patch.object(Decoder, "logits", counted):
+        function = jax.jit(jax.value_and_grad(lambda p, b: model.loss(p, b)[:2], has_aux=True))
+        got = function(variables(), batch)
+        jax.block_until_ready(got)
+        jax.effects_barrier()
+    assert made == [5] * -(-weighted // 5)
+    expected = value_and_grad(z_loss=0.01)(variables(), batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, expected)
+
+
 def test_z_loss_adds_the_squared_log_partition():
     batch = make_batch()
     logits, weights = log_probabilities(batch)[1], batch["decoder_loss_weights"]
@@ -138,11 +163,15 @@ def test_exact_match_counts_answers_that_are_right_as_a_whole():
     targets[1, 8] = (targets[1, 8] + 1) % VOCAB  # one wrong digit
     batch["decoder_target_tokens"] = targets
     batch["answer_start"] = np.array([6, 6, 6], np.int32)
+    batch["decoder_loss_weights"] = np.ones((BATCH, LENGTH), np.float32)
     (_, metrics), _ = value_and_grad()(variables(), batch)
     np.testing.assert_allclose(metrics["exact_match"].compute(), 2 / 3, rtol=1e-6)
     batch["answer_start"] = np.array([5, 6, 9], np.int32)  # one answer too early
     (_, metrics), _ = value_and_grad()(variables(), batch)
     np.testing.assert_allclose(metrics["exact_match"].compute(), 1 / 3, rtol=1e-6)
+    batch["decoder_loss_weights"][1, 8] = 0  # the wrong digit is not part of the answer
+    (_, metrics), _ = value_and_grad()(variables(), batch)
+    np.testing.assert_allclose(metrics["exact_match"].compute(), 2 / 3, rtol=1e-6)
 
 
 def test_the_loss_goes_on_from_a_state():

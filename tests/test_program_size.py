@@ -23,13 +23,15 @@ MEMORIES = {"FAM": Fam(length=2), "BSWA": Memory()}
 PROJECTIONS, ATTENTION = 7, 2
 FORWARD = PROJECTIONS + ATTENTION
 BACKWARD = 2 * FORWARD  # each product has a gradient for both of its factors
-# In the scan over blocks a projection computes the gradient of its input only. The gradient of its
-# weights is computed after the scan for all blocks at once, in the body of the loop over layers.
-SCAN_BACKWARD = PROJECTIONS + 2 * ATTENTION
+# In the scan over blocks projections of one array are one product: query, key and value; gate and up.
+# The memory attends to two parts, itself and the block. A product computes its input's gradient alone.
+# That of its weights is made after the scan for all blocks at once, in the body of the loop over layers.
+MERGED = 4
+SCAN_FORWARD, SCAN_BACKWARD = MERGED + 2 * ATTENTION, MERGED + 4 * ATTENTION
 HEAD = 3
 
-# Number of operations of the sizes below. jax 0.10.2 and 0.11.2 differ by less than 0.3%.
-OPERATIONS = {"FAM": 2835, "BSWA": 978}
+# Number of operations of the sizes below, each loop's body counted once.
+OPERATIONS = {"FAM": 3038, "BSWA": 1082}
 LEEWAY = 1.03
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast"}  # these compute nothing
 
@@ -89,10 +91,12 @@ def test_products_of_block_sliding_window_attention():
 
 @pytest.mark.slow
 def test_products_of_the_memory():
-    prompt = [(1, FORWARD), (1, BACKWARD)]
-    tokens = [(1, FORWARD), (1, BACKWARD + PROJECTIONS)]
-    memory = [(2, FORWARD), (2, SCAN_BACKWARD)]
-    assert products("FAM") == sorted([(0, HEAD), *prompt, *tokens, *memory])
+    # The gradients of the prompt's climb are computed for all layers at once.
+    prompt = [(1, FORWARD), (1, PROJECTIONS + 2 * ATTENTION)]
+    outside = [(0, HEAD + FORWARD - 1 + BACKWARD)]
+    tokens = [(1, FORWARD), (1, BACKWARD + MERGED)]
+    memory = [(2, SCAN_FORWARD), (2, SCAN_BACKWARD)]
+    assert products("FAM") == sorted([*outside, *prompt, *tokens, *memory])
 
 
 @pytest.mark.slow
@@ -110,13 +114,13 @@ def test_loops_do_not_grow_with_layers_and_blocks(sizes):
 def test_the_memory_costs_what_a_layer_does():
     """A step of the scan is a layer's pass over `N` tokens instead of `S`, and so is the prompt."""
     (_, forward), (_, backward) = sorted(
-        (x for x in loops("BSWA") if x[0]), key=lambda x: x[1]["dot"]
+        (x for x in loops("BSWA") if x[0] and x[1]["dot"]), key=lambda x: x[1]["dot"]
     )
     layer = sum(forward.values()) + sum(backward.values())
     inner = sorted((sum(counts.values()) for depth, counts in loops("FAM") if depth == 2))
     assert len(inner) == 2 and sum(inner) <= 1.1 * layer
-    # One layer for the prompt, one for the scan, one for what both store for their backward passes.
-    assert operations("FAM") - operations("BSWA") <= 3 * layer
+    # Less than a layer for the scan; two for the prompt, computed twice; and what the scan keeps.
+    assert operations("FAM") - operations("BSWA") <= 3.2 * layer
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec
 from famx.modules import Decoder
 from famx.modules.weights import mesh_axes
 
+# Name of the loop over chunks in compiled programs; famx.scale reads their number from it.
+CHUNKS = "at_most_{}_chunks"
 _MATRICES = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab")}  # matrices that give logits
 
 
@@ -32,7 +34,7 @@ def cross_entropy(module: Decoder, params, hidden, targets, weights, z_loss: flo
     Returns:
       A scalar (float32 at least), and bool `[B, L]`.
     """
-    params = {name: leaf for name, leaf in params.items() if name != "layers"}
+    params = {name: leaf for name, leaf in params.items() if name in (*_MATRICES, "final_norm")}
     rows, columns = mesh_axes(("batch", "length"), targets.shape) if _on_mesh() else ((), ())
     devices = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in (*rows, *columns))
     size = None if chunk is None else max(1, chunk // devices)
@@ -95,32 +97,109 @@ def _gathered_backward(axes, dtype, _, grad):
 _gathered.defvjp(lambda matrix, axes, dtype: (_gathered(matrix, axes, dtype), None), _gathered_backward)
 
 
+# ---------------------------------------------------------------- one device
+
+
 def _in_chunks(module, params, hidden, targets, weights, z_loss, chunk):
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    """`cross_entropy` of one device; only tokens with a weight cost anything.
 
-    def score(hidden, targets, weights):
-        logits = module.apply({"params": params}, hidden, method="logits").astype(wide)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        loss = log_z - picked + z_loss * jnp.square(log_z)
-        return jnp.sum(loss * weights), jnp.argmax(logits, axis=-1) == targets
+    Tokens with a weight come first, and the loop ends with the last chunk that has one.
+    """
+    tokens, width = targets.size, hidden.shape[-1]
+    size = min(chunk or tokens, tokens)
+    order = jnp.argsort(weights.reshape(-1) == 0, stable=True).astype(jnp.int32)
+    order = jnp.pad(order, (0, -tokens % size), constant_values=tokens).reshape(-1, size)
+    chunks = -(-jnp.sum(weights != 0, dtype=jnp.int32) // size)
+    rows = targets.reshape(-1), weights.reshape(-1), order, chunks
+    total, right = _sum((module, z_loss), params, hidden.reshape(-1, width), rows)
+    return total, right.reshape(targets.shape)
 
-    examples, length = targets.shape
-    if chunk is None or chunk >= targets.size:
-        return score(hidden, targets, weights)
-    # Every chunk has tokens of all examples.
-    chunks = -(-length // max(1, chunk // examples))
-    size = -(-length // chunks)
 
-    def split(x):
-        x = jnp.pad(x, [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(examples, chunks, size, *x.shape[2:]).swapaxes(0, 1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum(loss, params, hidden, rows):
+    """Sum of the losses, and whether the arg-max of each weighted token is its target, bool `[tokens]`.
 
-    def step(total, xs):
-        loss, right = score(*xs)
-        return total + loss, right
+    Args:
+      loss: the decoder and the coefficient of the squared log-partition.
+      params: parameters of the decoder's `logits`.
+      hidden: `[tokens, D]`.
+      rows: targets and weights `[tokens]`; indices of the tokens of each chunk `[chunks, size]`, of which
+        those out of bounds stand for no token; and the number of chunks that count.
+    """
+    targets, weights, order, chunks = rows
 
-    total, right = jax.lax.scan(
-        jax.checkpoint(step), jnp.zeros((), wide), (split(hidden), split(targets), split(weights))
-    )
-    return total, right.swapaxes(0, 1).reshape(examples, -1)[:, :length]
+    def step(number, sums):
+        total, right = sums
+        index = order[number]
+        logits = _logits(loss[0], params, _take(hidden, index))
+        value, hit, _ = _score(loss[1], logits, _take(targets, index), _take(weights, index))
+        return total + value, right.at[index].set(hit, mode="drop")
+
+    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+    with jax.named_scope(CHUNKS.format(len(order))):
+        return jax.lax.fori_loop(0, chunks, step, (zero, jnp.zeros(targets.shape, bool)))
+
+
+def _sum_forward(loss, params, hidden, rows):
+    """`_sum`, and its gradients in the same loop, so that logits are computed once and none is kept."""
+    targets, weights, order, chunks = rows
+    module, z_loss = loss
+    cast = lambda x: x.astype(module.config.dtype) if x.ndim > 1 else x
+    matrices = jax.tree.map(cast, params)  # once, not in every chunk
+
+    def step(number, sums):
+        total, right, of_params, of_hidden = sums
+        index = order[number]
+        logits, pullback = jax.vjp(
+            lambda params, hidden: _logits(module, params, hidden), matrices, _take(hidden, index)
+        )
+        value, hit, gradient = _score(z_loss, logits, _take(targets, index), _take(weights, index))
+        more, of_rows = pullback(gradient.astype(logits.dtype))
+        of_params = jax.tree.map(lambda total, x: total + x.astype(total.dtype), of_params, more)
+        right, of_hidden = (
+            total.at[index].set(x, mode="drop") for total, x in ((right, hit), (of_hidden, of_rows))
+        )
+        return total + value, right, of_params, of_hidden
+
+    wide = lambda dtype: jnp.promote_types(dtype, jnp.float32)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), params)
+    start = jnp.zeros((), wide(hidden.dtype)), jnp.zeros(targets.shape, bool), zeros, 0 * hidden
+    with jax.named_scope(CHUNKS.format(len(order))):
+        total, right, of_params, of_hidden = jax.lax.fori_loop(0, chunks, step, start)
+    of_params = jax.tree.map(lambda x, like: x.astype(like.dtype), of_params, params)
+    return (total, right), (of_params, of_hidden)
+
+
+def _sum_backward(loss, gradients, grad):
+    scaled = jax.tree.map(lambda x: (x * grad[0]).astype(x.dtype), gradients)
+    return *scaled, None
+
+
+_sum.defvjp(_sum_forward, _sum_backward)
+
+
+def _logits(module, params, hidden):
+    return module.apply({"params": params}, hidden, method="logits")
+
+
+def _score(z_loss: float, logits, targets, weights):
+    """Sum of weighted losses, whether each arg-max is the target, and the gradient of the logits.
+
+    Args:
+      logits: `[size, V]`; `targets` and `weights`: `[size]`.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    losses = log_z - picked + z_loss * jnp.square(log_z)
+    # Compared with column numbers, the target costs no scatter into an array of logits.
+    is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
+    probabilities = jnp.exp(logits - log_z[:, None])
+    gradient = probabilities * (1 + 2 * z_loss * log_z[:, None]) - is_target
+    hits = jnp.argmax(logits, axis=-1) == targets
+    return jnp.sum(losses * weights), hits, gradient * weights[:, None]
+
+
+def _take(array, index):
+    """Rows of an array; those out of bounds are zero, so that they have no weight."""
+    return jnp.take(array, index, axis=0, mode="fill", fill_value=0)

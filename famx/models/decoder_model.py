@@ -155,8 +155,8 @@ class DecoderModel:
             "accuracy": Mean.of(correct, weights),
         }
         if "answer_start" in batch:
-            before = jnp.arange(tokens.shape[1]) < batch["answer_start"][:, None]
-            metrics["exact_match"] = Mean.of(jnp.all(correct | before, axis=1))
+            ignored = jnp.arange(tokens.shape[1]) < batch["answer_start"][:, None]
+            metrics["exact_match"] = Mean.of(jnp.all(correct | ignored | (weights == 0), axis=1))
         of_layers = params["layers"].get(COLLECTION)
         for name, value in self.config.memory.figures(of_layers, state.memory).items():
             metrics[f"memory_{name}"] = Mean.of(jax.lax.stop_gradient(value))

@@ -5,6 +5,8 @@ import functools
 import math
 import re
 
+from famx.models.cross_entropy import CHUNKS
+
 _BYTES = {"pred": 1, "token": 0, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"(\w+)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"(?:ENTRY )?%?([^\s(]+) \(.*\{$")
@@ -114,8 +116,12 @@ class Module:
         """Number of iterations of a `while` instruction of `computation`; None if it is unknown.
 
         XLA usually annotates it. Otherwise it follows from the counter if that starts at a constant, is
-        increased by a constant and is compared with a constant.
+        increased by a constant and is compared with a constant. The loop over the chunks of the loss,
+        which ends with the last token that has a weight, has its largest number in its name.
         """
+        largest = re.search(CHUNKS.format(r"(\d+)"), loop.attribute(r'op_name="([^"]*)"') or "")
+        if largest:
+            return int(largest[1])
         known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
         if known:
             return int(known)
