@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,10 @@ class Streamer:
         @functools.partial(jax.jit, static_argnums=1)
         def initial(params, batch_size):
             state = apply(params, "initial_state", batch_size)
-            return jax.tree.map(jnp.copy, state)  # keys and values may share a buffer of zeros
+            state = jax.tree.map(jnp.copy, state)  # keys and values may share a buffer of zeros
+            # Split over a mesh as after reading, or the first reading would be compiled twice.
+            names = lambda x, axis: tuple("batch" if i == axis else None for i in range(x.ndim))
+            return state.map_examples(lambda x, axis: nn.with_logical_constraint(x, names(x, axis)))
 
         @functools.partial(jax.jit, donate_argnums=(2,), static_argnames="sampling")
         def write(params, logits, state, seeds, samples, sampling):

@@ -1,6 +1,9 @@
 """Reading in chunks of any size equals reading at once, and compiles nothing again."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -203,3 +206,31 @@ def test_bad_input_is_refused_with_a_sentence():
     with pytest.raises(ValueError, match="This would be token 2,147,483,649, and positions end at"):
         old = state.replace(position=state.position + (2**31 - 4))
         reader.read(params, old, random_tokens(3, 5))
+
+
+ON_A_MESH = """
+import jax, jax.numpy as jnp, numpy as np
+from flax.linen import unbox
+from famx.decoding import Streamer
+from famx.memories import Fam
+from famx.mesh import make_mesh, make_rules, on_mesh
+from famx.modules import Decoder, DecoderConfig
+
+module = Decoder(DecoderConfig(vocab_size=13, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12,
+                               block_size=4, memory=Fam(2)))
+params = unbox(module.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+with on_mesh(make_mesh(), make_rules()):
+    streamer = Streamer(module)
+    state = streamer.initial_state(params, 8)
+    for leaf in (state.keys, jax.tree.leaves(state.memory)[0], state.position):
+        assert {shard.data.size * 4 for shard in leaf.addressable_shards} == {leaf.size}
+    for _ in range(2):
+        _, state = streamer.read(params, state, np.zeros((8, 4), np.int32), aligned=True)
+assert streamer._read_blocks._cache_size() == 1
+"""
+
+
+def test_on_a_mesh_the_state_is_split_from_the_start():
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    subprocess.run([sys.executable, "-c", ON_A_MESH], check=True, env=env)
