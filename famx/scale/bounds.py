@@ -15,7 +15,8 @@ import math
 from collections.abc import Sequence
 
 from famx.base.chips import Chip
-from famx.scale.costs import DCN, Collective, Region
+from famx.scale.collectives import DCN, Collective
+from famx.scale.costs import Region
 
 
 @dataclasses.dataclass(frozen=True)

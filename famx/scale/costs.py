@@ -20,13 +20,9 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from famx.scale.collectives import COLLECTIVES, between_slices, collective
 from famx.scale.hlo import Array, Computation, Instruction, Module
 
-COLLECTIVES = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
-    *("collective-permute", "collective-broadcast"),
-)
-DCN = "network "  # prefix of the kinds of collectives between slices (data center network)
 _FREE = {  # opcodes without memory traffic
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency"),
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "domain"),
@@ -36,35 +32,6 @@ _FREE_CALLS = {  # targets of custom calls without memory traffic
     *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"),
     *("AsyncCollectiveStart", "AsyncCollectiveDone", "SPMDFullToShardShape", "SPMDShardToFullShape"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A collective operation of the program.
-
-    Attributes:
-      kind: one of `COLLECTIVES`, with the prefix `DCN` if it is between slices.
-      groups: groups of partition ids that exchange data. For a permutation, its (source, target)
-        pairs; for a collective between slices, one group with a number per slice.
-      bytes: size on one device of the operand or of the result, whichever is larger.
-    """
-
-    kind: str
-    groups: tuple[tuple[int, ...], ...]
-    bytes: int
-
-    @property
-    def size(self) -> int:
-        """Number of partitions per group."""
-        return max(map(len, self.groups), default=1)
-
-    @property
-    def sent(self) -> float:
-        """Bytes that one device sends with a ring algorithm that is optimal in bandwidth."""
-        n, kind = self.size, self.kind.removeprefix(DCN)
-        if kind in ("collective-permute", "collective-broadcast"):
-            return self.bytes
-        return self.bytes * (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
 
 @dataclasses.dataclass
@@ -79,7 +46,9 @@ class Region:
       collectives: number of runs of each collective.
       products: operations by source operation.
       traffic: main memory traffic by instruction.
-      kernels: custom kernels whose operations are unknown and therefore not counted.
+      kernels: number of kernels and copies that a GPU executes. A call of a library counts as one
+        kernel, whatever it launches.
+      uncounted: custom kernels whose operations are unknown and therefore not counted.
       inner: the loops inside this region.
     """
 
@@ -90,7 +59,8 @@ class Region:
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     traffic: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    kernels: set[str] = dataclasses.field(default_factory=set)
+    kernels: int = 0
+    uncounted: set[str] = dataclasses.field(default_factory=set)
     inner: list["Region"] = dataclasses.field(default_factory=list)
 
     @property
@@ -111,15 +81,15 @@ class Region:
             yield from region.walk(runs, path)
 
     def total(self, name: str) -> float:
-        """Total of the property `name`, "flops" or "bytes", over all runs of all loops."""
+        """Total of `name`, "flops", "bytes" or "kernels", over all runs of all loops."""
         return sum(runs * getattr(region, name) for runs, _, region in self.walk())
 
     def all_collectives(self) -> collections.Counter:
         """Number of runs of each collective over all loops."""
         totals = collections.Counter()
         for runs, _, region in self.walk():
-            for collective, count in region.collectives.items():
-                totals[collective] += runs * count
+            for exchange, count in region.collectives.items():
+                totals[exchange] += runs * count
         return totals
 
 
@@ -155,8 +125,7 @@ class _Walk:
     def _instruction(self, region, computation, instruction: Instruction, seen, fused) -> None:
         opcode = instruction.opcode
         if opcode == "while":
-            trips = self.module.trip_count(instruction, computation)
-            region.inner.append(self.region(instruction.called("body"), _label(instruction), trips))
+            region.inner.append(self._loop(computation, instruction))
             return
         if opcode == "conditional":
             region.inner.append(self._costliest_branch(instruction))
@@ -184,6 +153,7 @@ class _Walk:
         if fused:
             region.work.append((flops, 0.0))
             return
+        region.kernels += _is_kernel(instruction)
         moved = self._bytes(computation, instruction)
         region.traffic[opcode + " " + _label(instruction)] += moved
         if opcode in ("copy-start", "slice-start"):
@@ -197,8 +167,16 @@ class _Walk:
         self._add(fusion, computation, seen, fused=True)
         region.collectives += fusion.collectives
         region.products += fusion.products
-        region.kernels |= fusion.kernels
+        region.uncounted |= fusion.uncounted
         return fusion.flops
+
+    def _loop(self, computation, instruction: Instruction) -> Region:
+        trips = self.module.trip_count(instruction, computation)
+        body = self.region(instruction.called("body"), _label(instruction), trips)
+        if not instruction.attribute(r'"(known_trip_count)"'):  # otherwise a GPU skips the condition
+            condition = self.module.computations[instruction.called("condition")]
+            body.kernels += sum(map(_is_kernel, condition.instructions.values()))
+        return body
 
     def _costliest_branch(self, instruction: Instruction) -> Region:
         names = instruction.attribute(r"branch_computations=\{([^}]*)\}")
@@ -230,9 +208,7 @@ class _Walk:
 
     def _bytes(self, computation, instruction) -> float:
         opcode = instruction.opcode
-        if opcode in _FREE or opcode.endswith("-done"):
-            return 0
-        if opcode == "custom-call" and _target(instruction) in _FREE_CALLS:
+        if _is_free(instruction):
             return 0
         operands = [_arrays_of(computation, name) for name in instruction.operands]
         if opcode == "fusion":
@@ -284,78 +260,6 @@ class _Walk:
         results = [r for r in roots if r.opcode != "parameter" and r.name not in passed_along]
         used = [p for p in parameters if any(u.opcode != "tuple" for u in inside.users[p.name])]
         return sum(_bytes(i.arrays) for i in used + results)
-
-
-def collective(instruction: Instruction, kind: str) -> Collective:
-    """Parses a collective instruction, or the start of an asynchronous one."""
-    if kind == "collective-permute":
-        pairs = instruction.attribute(r"source_target_pairs=\{((?:\{[^}]*\},?)*)\}") or ""
-        groups = tuple(tuple(map(int, p.split(","))) for p in re.findall(r"\{([^}]+)\}", pairs))
-    else:
-        groups = _groups(instruction.attributes)
-    sizes = [array.bytes for array in instruction.arrays if array.space != 2]
-    if instruction.opcode.endswith("-start"):  # (operands, results, ...)
-        size = max(sizes)
-    else:
-        size = sum(sizes)
-    if kind == "reduce-scatter":
-        size = sum(sizes) * max(map(len, groups), default=1)
-    return Collective(kind, groups, size)
-
-
-def between_slices(computation: Computation, instruction: Instruction) -> Collective | None:
-    """The collective between slices that a `send` to the host belongs to; None if it is another send.
-
-    The hosts of a TPU exchange data between slices; the target slices are written as in `{1,2}x{0:3}`.
-    """
-    kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
-    if kind is None:
-        return None
-    kind = kind.lower().replace("_", "-")
-    slices = instruction.attribute(r'_xla_megascale_target="\{([^}]*)\}') or ""
-    ends = [list(map(int, part.split(":"))) for part in slices.split(",") if part]
-    count = sum(part[-1] - part[0] + 1 for part in ends)
-    size = sum(a.bytes for a in _arrays_of(computation, instruction.operands[0]))
-    if kind not in COLLECTIVES:
-        kind = "collective-permute"
-    return Collective(DCN + kind, (tuple(range(count)),), size * (count if kind == "all-gather" else 1))
-
-
-def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
-    """Parses replica groups.
-
-    Notations are `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` and `mesh['a'=2,'b'=2] {'a'}`.
-    """
-    match = re.search(r"replica_groups=\{((?:\{[^}]*\},?)*)\}", attributes)
-    if match:
-        return tuple(tuple(map(int, g.split(","))) for g in re.findall(r"\{([^}]+)\}", match[1]))
-    match = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if match:
-        numbers = lambda text: tuple(map(int, text.split(",")))
-        order = numbers(match[3]) if match[3] else None
-        return _cut(_ids(numbers(match[2]), order), numbers(match[1])[-1])
-    match = re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*?)\{([^}]*)\}", attributes)
-    if match:
-        axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])]
-        inside = re.findall(r"'([^']+)'", match[2])
-        names, shape = [name for name, _ in axes], tuple(size for _, size in axes)
-        outer = [i for i, name in enumerate(names) if name not in inside]
-        order = (*outer, *(names.index(name) for name in inside))
-        return _cut(_ids(shape, order), math.prod(shape[names.index(name)] for name in inside))
-    return ()
-
-
-def _ids(shape, order=None) -> list[int]:
-    """Ids 0, 1, ... of an array of `shape`, transposed to `order` and flattened."""
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    ids = [0]
-    for axis in order or range(len(shape)):
-        ids = [i + j * strides[axis] for i in ids for j in range(shape[axis])]
-    return ids
-
-
-def _cut(ids, size):
-    return tuple(tuple(ids[i : i + size]) for i in range(0, len(ids), size))
 
 
 # ---------------------------------------------------------------- operations of matrix products
@@ -415,13 +319,13 @@ def _call_flops(region, computation, instruction) -> float:
     estimate = instruction.attribute(r'"cost_estimate":(\{[^}]*\})')
     if estimate:
         return float(json.loads(estimate).get("flops", 0))
-    axes = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+    axes = instruction.attribute(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]')
     if target.startswith("__cublas") and axes is not None:
         left = _arrays_of(computation, instruction.operands[0])[0]
         summed = math.prod(left.dims[int(axis)] for axis in re.findall(r"\d+", axes))
         return 2.0 * instruction.arrays[0].size * summed
     if target == "tpu_custom_call" or target.startswith(("__cudnn", "__onednn", "triton", "__gpu")):
-        region.kernels.add(target)
+        region.uncounted.add(target)
     return 0.0
 
 
@@ -476,6 +380,19 @@ def _slice_start(instruction, operands) -> float:
     """Main memory traffic of an asynchronous slice."""
     part = instruction.arrays[len(operands[0])]
     return sum(part.bytes for array in (operands[0][0], part) if array.space == 0)
+
+
+def _is_free(instruction: Instruction) -> bool:
+    """Whether an instruction moves nothing."""
+    opcode = instruction.opcode
+    if opcode == "custom-call":
+        return _target(instruction) in _FREE_CALLS
+    return opcode in _FREE or opcode.endswith("-done")
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    """Whether an instruction that is not fused is a kernel or a copy on a GPU."""
+    return not _is_free(instruction) and instruction.opcode not in ("while", "conditional", "call")
 
 
 def _arrays_of(computation: Computation, name: str) -> tuple[Array, ...]:

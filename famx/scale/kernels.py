@@ -11,6 +11,8 @@ from famx.scale.hlo import Array, Instruction
 # Matrix products per tile. Forward: scores and values. The backward kernels recompute the scores and the
 # gradient of the weights, and add the gradient of the queries (dq), or of keys and values (dkv).
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+# cuDNN has one backward kernel for all gradients.
+_CUDNN = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
 
 Kernels = Callable[[Instruction, Sequence[Array]], float | None]
 
@@ -24,6 +26,9 @@ def of_model(config: DecoderConfig) -> Kernels:
     """
 
     def operations(instruction: Instruction, operands: Sequence[Array]) -> float | None:
+        products = _CUDNN.get(instruction.attribute(r'custom_call_target="([^"]*)"'))
+        if products is not None:
+            return products * _cudnn_product(instruction, *operands[:2])
         kernel = re.match(r"splash_mha_([a-z]+)_", instruction.name)
         if kernel is None or kernel[1] not in _PRODUCTS:
             return None
@@ -34,6 +39,21 @@ def of_model(config: DecoderConfig) -> Kernels:
         return 2.0 * _PRODUCTS[kernel[1]] * width * pairs
 
     return operations
+
+
+def _cudnn_product(instruction: Instruction, queries: Array, keys: Array) -> float:
+    """Operations of one matrix product of cuDNN's attention of `[X, S, H, Dh]` to `[X, Y, K, Dh]`.
+
+    A causal mask hides half of the square of the first columns. Lengths are known only when the program
+    runs: all columns count.
+    """
+    batch, rows, heads, width = queries.dims
+    columns = keys.dims[1]
+    pairs = rows * columns
+    if "CAUSAL" in (instruction.attribute(r'"mask_type":\s*"(\w+)"') or ""):
+        square = min(rows, columns)
+        pairs = square**2 / 2 + (rows - square) * columns
+    return 2.0 * batch * heads * width * pairs
 
 
 def visible_tiles(config: DecoderConfig, blocks: int, of_keys: bool = False) -> int:

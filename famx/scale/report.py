@@ -13,11 +13,13 @@ import numpy as np
 from famx.base.chips import Chip
 from famx.base.files import write_text
 from famx.base.tables import Table
-from famx.scale import bounds, costs, hlo, kernels
+from famx.scale import bounds, collectives, costs, hlo, kernels, launches
 from famx.scale.programs import Program
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _LOOPS = 12  # number of loops that a report lists
+# Parts of a loop's name that tell the pass it belongs to; the first match counts.
+_PASSES = {"rematted_computation": "recomputed", "transpose(": "backward", "jvp(": "forward"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Report:
       memory: bytes by kind. `temporaries` are activations, gradients and everything else allocated
         during a run; for a program that does not fit, what the compiler says it would need.
       available: bytes available to a program, as the compiler says, otherwise the chip's memory.
-      fits: whether the program could be compiled.
+      fits: whether the program could be compiled and, on a GPU, whose compiler has no limit, needs no
+        more than is available.
       parameters: number of parameters of the model.
       chip: the chip, with its published rates.
       model_flops: operations that the result depends on, on all devices; None if not counted.
@@ -44,6 +47,8 @@ class Report:
       bound: bounds on the time of a run; None if the chip's rates are unknown or it does not fit.
       collectives: rows with kind, mesh axes, group size, count and bytes sent.
       loops: the loops that take longest by the schedule, with seconds per resource.
+      kernels: for a GPU, a row for the program and each loop: its pass, how often it runs, and kernels
+        and launches (CUDA graphs, and kernels outside of them) of one run; None if unknown.
       notes: what the figures leave out.
     """
 
@@ -63,6 +68,7 @@ class Report:
     bound: bounds.Bound | None = None
     collectives: tuple[dict[str, Any], ...] = ()
     loops: tuple[dict[str, Any], ...] = ()
+    kernels: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -87,6 +93,15 @@ class Report:
         """Upper bound of the tokens per second on all devices, by the roofline; None if unknown."""
         return self.bound and self.batch * self.length / self.bound.roofline
 
+    def launched(self) -> dict[str, int]:
+        """Kernels, CUDA graphs and single launches of one run of a GPU program; {} for others."""
+        if not self.kernels:
+            return {}
+        total = lambda name: sum(row["runs"] * (row[name] or 0) for row in self.kernels)
+        known = all(row["graphs"] is not None for row in self.kernels)
+        names = ("kernels", "graphs", "single launches") if known else ("kernels",)
+        return {name: total(name) for name in names}
+
     def line(self) -> str:
         """A one-line summary."""
         gib = lambda count: f"{count / 2**30:.2f}"
@@ -98,6 +113,7 @@ class Report:
             over = self.needed - self.available
             return f"{where}does not fit, {room} on each device, {gib(over)} GiB too many"
         text = f"{where}fits, {room}" if self.available else f"{where}{room}"
+        text += "".join(f"; {n:,} {name}" for name, n in self.launched().items())
         if self.bound is None:
             return text
         b = self.bound
@@ -120,6 +136,7 @@ class Report:
         if self.bound is not None:
             values["bound"]["roofline"] = self.bound.roofline
         values["utilisation"] = self.utilisation
+        values["launched"] = self.launched()
         values["row"] = self.row()
         values["tokens_per_second"] = self.tokens_per_second()
         return values
@@ -142,6 +159,10 @@ class Report:
         if self.loops:
             title = "loops, seconds per run as scheduled"
             tables.append(Table("loops", title, (), list(self.loops)))
+        if self.kernels:
+            title = ", ".join(f"{n:,} {name}" for name, n in self.launched().items())
+            rows = [{k: "-" if v is None else v for k, v in row.items()} for row in self.kernels]
+            tables.append(Table("kernels", f"kernels and launches: {title}", (), rows))
         return tables
 
     def row(self) -> dict[str, Any]:
@@ -164,7 +185,7 @@ class Report:
         if self.utilisation:
             row["MFU at most"] = f"{self.utilisation['roofline']:.1%}"
             row["as scheduled"] = f"{self.utilisation['scheduled']:.1%}"
-        return row
+        return row | {name: f"{n}" for name, n in self.launched().items()}
 
     def _work(self) -> list[dict[str, Any]]:
         rows = []
@@ -201,13 +222,14 @@ def compile_report(
       jax.errors.JaxRuntimeError: compilation failed for a reason other than a lack of memory, which
         is reported by `fits=False`.
     """
+    platform = next(iter(mesh.devices.flat)).platform
     names = dict(
         program=program.name, topology=topology, mesh=dict(mesh.shape), batch=program.batch,
         length=program.length, parameters=program.parameters, model_flops=program.model_flops, chip=chip,
     )  # fmt: skip
     memory = program.argument_bytes()
     try:
-        compiled, text = _compile(program, next(iter(mesh.devices.flat)).platform)
+        compiled, text, launched = _compile(program, platform)
     except jax.errors.JaxRuntimeError as error:
         shortage = _shortage(str(error), sum(memory.values()))
         if shortage is None:
@@ -227,33 +249,40 @@ def compile_report(
         write_text(hlo_dir / f"{program.name}.hlo", text)
     region = costs.count(hlo.parse(text), kernels.of_model(program.config))
     network = bounds.Network([mesh.devices.flat[place] for place in first_slice(mesh)], chip)
+    gpu = platform == "gpu"
+    too_large = gpu and chip.memory and sum(memory.values()) > chip.memory
     return Report(
-        **names, memory=memory, available=chip.memory, fits=True,
+        **names, memory=memory, available=chip.memory, fits=not too_large,
         flops=region.total("flops"), bytes=region.total("bytes"),
         bound=bounds.bound(region, chip, network) if chip.flops else None,
         collectives=_collectives(region, mesh),
         loops=_loops(region, chip, network) if chip.flops else (),
-        notes=_notes(region),
+        kernels=_kernels(region, launched) if gpu else (), notes=_notes(region, text),
     )  # fmt: skip
 
 
-def _compile(program: Program, platform: str):
-    """The compiled program and its optimised HLO text.
+def _compile(program: Program, platform: str) -> tuple[Any, str, launches.Launches | None]:
+    """The compiled program, its optimised HLO text, and what the host launches if it is for a GPU.
 
     jaxlib 0.10.2 cannot read back the programs with asynchronous gathers that libtpu 0.0.52 writes, so
-    for TPUs the text is taken from the compiler's dump.
+    for TPUs the text is taken from the compiler's dump, as are a GPU's launches.
     """
-    if platform != "tpu":
+    if platform not in ("tpu", "gpu"):
         compiled = program.lowered.compile()
-        return compiled, compiled.as_text()
+        return compiled, compiled.as_text(), None
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)  # cached programs are not dumped
     try:
         with tempfile.TemporaryDirectory() as folder:
             dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             compiled = program.lowered.compile(compiler_options=dump)
-            (text,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
-            return compiled, text.read_text()
+            files = pathlib.Path(folder)
+            if platform == "gpu":
+                thunks = list(files.glob("*.thunk_sequence_after_thunk_passes.txt"))
+                launched = launches.parse(thunks[0].read_text()) if len(thunks) == 1 else None
+                return compiled, compiled.as_text(), launched
+            (text,) = files.glob("*.after_optimizations.txt")
+            return compiled, text.read_text(), None
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
 
@@ -279,7 +308,7 @@ def _collectives(region, mesh) -> tuple[dict[str, Any], ...]:
     """Rows of the report's collectives, those of the same kind, axes and group size added up."""
     totals = collections.defaultdict(lambda: [0, 0.0])  # {key: [count, bytes]}
     for collective, count in region.all_collectives().items():
-        between = collective.kind.startswith(costs.DCN)
+        between = collective.kind.startswith(collectives.DCN)
         axes = "slices" if between else mesh_axes(collective.groups, mesh)
         key = collective.kind, axes, collective.size
         if collective.kind == "collective-permute":
@@ -327,6 +356,21 @@ def _loops(region, chip, network) -> tuple[dict[str, Any], ...]:
     return tuple(rows[:_LOOPS])
 
 
+def _kernels(region, launched: launches.Launches | None) -> tuple[dict[str, Any], ...]:
+    """Rows of the report's kernels, in the order of the program."""
+    return tuple(
+        {
+            "loop": _short(path[-1]),
+            "pass": next((name for part, name in _PASSES.items() if part in path[-1]), "-"),
+            "runs": runs,
+            "kernels": inner.kernels,
+            "graphs": launches_of and launches_of.graphs,
+            "single launches": launches_of and launches_of.single,
+        }
+        for runs, path, inner, launches_of in launches.by_region(region, launched)
+    )
+
+
 def _short(name: str) -> str:
     """A loop's name without the parts that all loops have in common."""
     parts = name.split("/")
@@ -335,12 +379,14 @@ def _short(name: str) -> str:
     return "/".join(specific or parts)[-72:]
 
 
-def _notes(region) -> tuple[str, ...]:
+def _notes(region, text: str) -> tuple[str, ...]:
     notes = []
     unknown = [_short(path[-1]) for _, path, inner in region.walk() if inner.trips is None]
     if unknown:
         notes.append(f"loops without a known number of runs, counted once: {', '.join(unknown)}")
-    uncounted = sorted({kernel for _, _, inner in region.walk() for kernel in inner.kernels})
+    uncounted = sorted({kernel for _, _, inner in region.walk() for kernel in inner.uncounted})
     if uncounted:
         notes.append(f"kernels with unknown operations, not counted: {', '.join(uncounted)}")
+    if 'custom_call_target="__cudnn' in text:
+        notes.append("workspaces of cuDNN are chosen on the device and not included in the memory")
     return tuple(notes)

@@ -8,7 +8,8 @@ import pytest
 
 from famx.base.chips import CHIPS, find, peak_flops
 from famx.scale.bounds import Network, bound
-from famx.scale.costs import DCN, Collective, Region
+from famx.scale.collectives import DCN, Collective
+from famx.scale.costs import Region
 
 V5E, V5P = CHIPS["TPU v5 lite"], CHIPS["TPU v5"]
 

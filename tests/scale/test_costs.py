@@ -16,7 +16,7 @@ from tiny import fam, make_model, make_params
 import famx
 from famx.memories import Fam
 from famx.modules import DecoderConfig, Memory
-from famx.scale import costs, hlo, kernels
+from famx.scale import collectives, costs, hlo, kernels
 from famx.training.flops import train_flops
 
 ROOT = str(pathlib.Path(famx.__file__).parent.parent)
@@ -242,9 +242,9 @@ def test_one_collective_in_several_fusions_counts_once():
 
 
 def test_a_kernel_that_nobody_knows_is_named():
-    assert costs.count(hlo.parse(FUSED)).kernels == {"tpu_custom_call"}
+    assert costs.count(hlo.parse(FUSED)).uncounted == {"tpu_custom_call"}
     known = costs.count(hlo.parse(FUSED), lambda instruction, _: 5.0 * (instruction.name == "k"))
-    assert not known.kernels and known.total("flops") == 5
+    assert not known.uncounted and known.total("flops") == 5
 
 
 @pytest.mark.parametrize("kind, sent", [
@@ -264,7 +264,7 @@ def test_what_the_hosts_do_between_slices(kind, sent):
     )
     program = costs.count(hlo.parse(text))
     ((collective, number),) = program.collectives.items()
-    assert collective.kind.startswith(costs.DCN) and (number, collective.sent) == (1, sent)
+    assert collective.kind.startswith(collectives.DCN) and (number, collective.sent) == (1, sent)
     assert program.bytes == 2 * 512
 
 
@@ -277,7 +277,7 @@ def test_what_the_hosts_do_between_slices(kind, sent):
     ("mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
 ])  # fmt: skip
 def test_groups_in_every_notation(text, groups):
-    assert costs._groups(f", replica_groups={text}, dimensions={{0}}") == groups
+    assert collectives._groups(f", replica_groups={text}, dimensions={{0}}") == groups
 
 
 def test_the_tiles_of_splash_attention_are_those_that_see_something():
