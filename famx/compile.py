@@ -18,7 +18,11 @@ _UNNEEDED = "MODEL_DIR MIXTURE_OR_TASK_NAME INITIAL_CHECKPOINT_PATH TRAIN_STEPS 
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("topology", None, "TPU slice such as v5p:4x4x4 (or v4, v5e, v6e), gpu, or cpu:8.")
+    flags.DEFINE_string(
+        "topology", None,
+        "TPU slice such as v5p:4x4x4 (or v4, v5e, v6e); a100, h100, h200 or b200, or several, h100:8;"
+        " gpu for this machine's; cpu:8.",
+    )  # fmt: skip
     flags.DEFINE_integer("num_slices", 1, "Number of slices, joined by the data-centre network.")
     flags.DEFINE_list("programs", ["train"], "Programs to compile: train, prefill, decode.")
     flags.DEFINE_integer("inference_batch_size", None, "Rows of prefill and decode; default 1 per shard.")

@@ -1,4 +1,4 @@
-"""Devices to compile for: TPU slices by name, without hardware; this machine's GPUs; virtual CPUs."""
+"""Devices to compile for: TPU slices and GPUs by name, without hardware; this machine's; virtual CPUs."""
 
 import importlib.util
 import os
@@ -10,6 +10,7 @@ from jax.experimental import topologies
 
 from famx.base.chips import TPUS, Chip, find
 from famx.base.errors import ConfigError
+from famx.scale import gpus
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
@@ -21,8 +22,9 @@ def devices(topology: str, num_slices: int = 1) -> tuple[Sequence[jax.Device], C
     """Devices of a topology and their chip. Call it before JAX initialises its backends.
 
     Args:
-      topology: a TPU slice such as "v5p:4x4x4", which need not exist; "gpu" for the GPUs of this
-        machine; "cpu:8" for 8 virtual CPU devices.
+      topology: a TPU slice such as "v5p:4x4x4", or GPUs of one machine such as "h100" or "h100:8",
+        neither of which need exist; "gpu" for the GPUs of this machine; "cpu:8" for 8 virtual CPU
+        devices.
       num_slices: number of TPU slices, connected by the data center network.
 
     Raises:
@@ -35,6 +37,8 @@ def devices(topology: str, num_slices: int = 1) -> tuple[Sequence[jax.Device], C
         selected = _tpus(name, shape, num_slices)
     elif num_slices > 1:
         raise ConfigError(f"--num_slices is for TPUs only, not for --topology={topology}.")
+    elif name in gpus.GPUS and topology != f"{name}:":
+        selected = gpus.devices(name, shape)
     elif topology == "gpu":
         selected = _gpus()
     elif re.fullmatch(r"cpu:[1-9]\d*", topology):
@@ -92,4 +96,5 @@ def _gpus() -> Sequence[jax.Device]:
 
 def _known() -> str:
     tpus = "; ".join(f"{name}:" + ", ".join(shapes) for name, shapes in SHAPES.items())
-    return f"use one of {tpus}; gpu; cpu:N"
+    named = ", ".join(gpus.GPUS)
+    return f"use one of {tpus}; {named}, alone or as h100:8; gpu; cpu:N"
