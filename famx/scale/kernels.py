@@ -11,8 +11,9 @@ from famx.scale.hlo import Array, Instruction
 # Matrix products per tile. Forward: scores and values. The backward kernels recompute the scores and the
 # gradient of the weights, and add the gradient of the queries (dq), or of keys and values (dkv).
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-# cuDNN has one backward kernel for all gradients.
-_CUDNN = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
+# cuDNN's fused attention, with or without biases, has one backward call for all gradients.
+_CUDNN = re.compile(r"__cudnn\$fmha\w*?(Backward)?$")
+_CUDNN_FORWARD, _CUDNN_BACKWARD = 2, 5
 
 Kernels = Callable[[Instruction, Sequence[Array]], float | None]
 
@@ -26,8 +27,9 @@ def of_model(config: DecoderConfig) -> Kernels:
     """
 
     def operations(instruction: Instruction, operands: Sequence[Array]) -> float | None:
-        products = _CUDNN.get(instruction.attribute(r'custom_call_target="([^"]*)"'))
-        if products is not None:
+        cudnn = _CUDNN.match(instruction.attribute(r'custom_call_target="([^"]*)"') or "")
+        if cudnn:
+            products = _CUDNN_BACKWARD if cudnn[1] else _CUDNN_FORWARD
             return products * _cudnn_product(instruction, *operands[:2])
         kernel = re.match(r"splash_mha_([a-z]+)_", instruction.name)
         if kernel is None or kernel[1] not in _PRODUCTS:
