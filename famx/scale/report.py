@@ -1,7 +1,9 @@
 """Reports on compiled programs: memory per device and bounds on time, as tables and JSON values."""
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import pathlib
 import re
 import tempfile
@@ -9,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from famx.base.chips import Chip
 from famx.base.files import write_text
@@ -257,7 +260,7 @@ def compile_report(
         bound=bounds.bound(region, chip, network) if chip.flops else None,
         collectives=_collectives(region, mesh),
         loops=_loops(region, chip, network) if chip.flops else (),
-        kernels=_kernels(region, launched) if gpu else (), notes=_notes(region, text),
+        kernels=_kernels(region, launched) if gpu else (), notes=_notes(region, text, gpu),
     )  # fmt: skip
 
 
@@ -270,21 +273,32 @@ def _compile(program: Program, platform: str) -> tuple[Any, str, launches.Launch
     if platform not in ("tpu", "gpu"):
         compiled = program.lowered.compile()
         return compiled, compiled.as_text(), None
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # cached programs are not dumped
+    with _no_compilation_cache(), tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = program.lowered.compile(compiler_options=dump)
+        files = pathlib.Path(folder)
+        if platform == "gpu":
+            thunks = list(files.glob("*.thunk_sequence_after_thunk_passes.txt"))
+            launched = launches.parse(thunks[0].read_text()) if len(thunks) == 1 else None
+            return compiled, compiled.as_text(), launched
+        (text,) = files.glob("*.after_optimizations.txt")
+        return compiled, text.read_text(), None
+
+
+@contextlib.contextmanager
+def _no_compilation_cache():
+    """Compiles without JAX's cache, whose programs are not dumped and cannot be loaded without a device.
+
+    JAX looks at the setting only once, hence the resets.
+    """
+    enabled = jax.config.jax_enable_compilation_cache
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-            compiled = program.lowered.compile(compiler_options=dump)
-            files = pathlib.Path(folder)
-            if platform == "gpu":
-                thunks = list(files.glob("*.thunk_sequence_after_thunk_passes.txt"))
-                launched = launches.parse(thunks[0].read_text()) if len(thunks) == 1 else None
-                return compiled, compiled.as_text(), launched
-            (text,) = files.glob("*.after_optimizations.txt")
-            return compiled, text.read_text(), None
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def _shortage(message: str, arguments: int) -> tuple[int, int] | None:
@@ -376,10 +390,10 @@ def _short(name: str) -> str:
     parts = name.split("/")
     parts = parts[1:] if parts[0].startswith("jit(") and parts[1:] else parts
     specific = [p for p in parts if p not in ("while", "body", "closed_call", "checkpoint")]
-    return "/".join(specific or parts)[-72:]
+    return "/".join(name for name, _ in itertools.groupby(specific or parts))[-72:]
 
 
-def _notes(region, text: str) -> tuple[str, ...]:
+def _notes(region, text: str, gpu: bool) -> tuple[str, ...]:
     notes = []
     unknown = [_short(path[-1]) for _, path, inner in region.walk() if inner.trips is None]
     if unknown:
@@ -387,6 +401,8 @@ def _notes(region, text: str) -> tuple[str, ...]:
     uncounted = sorted({kernel for _, _, inner in region.walk() for kernel in inner.uncounted})
     if uncounted:
         notes.append(f"kernels with unknown operations, not counted: {', '.join(uncounted)}")
+    if gpu:
+        notes.append("memory traffic includes what the L2 cache serves, which can make times too long")
     if 'custom_call_target="__cudnn' in text:
         notes.append("workspaces of cuDNN are chosen on the device and not included in the memory")
     return tuple(notes)
