@@ -18,11 +18,8 @@ _UNNEEDED = "MODEL_DIR MIXTURE_OR_TASK_NAME INITIAL_CHECKPOINT_PATH TRAIN_STEPS 
 
 
 def define_flags() -> None:
-    flags.DEFINE_string(
-        "topology", None,
-        "TPU slice such as v5p:4x4x4 (or v4, v5e, v6e); a100, h100, h200 or b200, or several, h100:8;"
-        " gpu for this machine's; cpu:8.",
-    )  # fmt: skip
+    topology = "TPU slice such as v5p:4x4x4 (or v4, v5e, v6e); GPUs such as h100 or h100:8 (a100, h200,"
+    flags.DEFINE_string("topology", None, f"{topology} b200); gpu for those of this machine; or cpu:8.")
     flags.DEFINE_integer("num_slices", 1, "Number of slices, joined by the data-centre network.")
     flags.DEFINE_list("programs", ["train"], "Programs to compile: train, prefill, decode.")
     flags.DEFINE_integer("inference_batch_size", None, "Rows of prefill and decode; default 1 per shard.")
@@ -45,12 +42,9 @@ def main() -> None:
         return fill_page(*page)
     require({"topology": "--topology is not set: name what to compile for, such as --topology=v5e:4x4."})
 
-    from famx.scale.compiling import compile_programs
-    from famx.scale.programs import PROGRAMS
+    from famx.scale.compiling import check_programs, compile_programs
 
-    for name in values.programs or [""]:
-        if name not in PROGRAMS:
-            raise ConfigError(f"There is no program {name!r}: choose from {', '.join(PROGRAMS)}.")
+    check_programs(values.programs)
     gin_utils.parse_gin_flags(_UNNEEDED.split())
     fits = compile_programs(
         values.topology, values.num_slices, values.programs, values.inference_batch_size, values.find,

@@ -17,6 +17,20 @@ from famx.scale.report import Report, compile_report
 from famx.training.run import Run
 
 
+def check_programs(names: Sequence[str]) -> None:
+    """Checks names of programs.
+
+    Raises:
+      ConfigError: there are none, or a name is unknown.
+    """
+    choice = f"choose from {', '.join(programs.PROGRAMS)}."
+    if not names:
+        raise ConfigError(f"--programs is empty: {choice}")
+    for name in names:
+        if name not in programs.PROGRAMS:
+            raise ConfigError(f"There is no program {name!r}: {choice}")
+
+
 def compile_programs(
     topology: str,
     num_slices: int = 1,
