@@ -136,7 +136,7 @@ def test_slices_that_are_not_there(tmp_path):
 @pytest.mark.parametrize("arguments, sentence", [
     ([], "--topology is not set: name what to compile for, such as --topology=v5e:4x4."),
     (["--topology=cpu:8", "--programs=train,fly"], "There is no program 'fly': choose from train, "),
-    (["--topology=cpu:8", "--programs="], "There is no program '': choose from train, "),
+    (["--topology=cpu:8", "--programs="], "--programs is empty: choose from train, "),
     (["--topology=cpu:8", *FSDP, "--gin.BATCH_SIZE=12"], "BATCH_SIZE 12 cannot be divided over 8 "),
     (
         ["--topology=cpu:8", "--programs=decode", "--inference_batch_size=0"],
