@@ -9,14 +9,13 @@ weight in each step. Here
 * what is equal in every step is kept once. In rematerialised layers the loop keeps nothing but the carry
   before each step, under the name `CARRIES` for their policies; from it all steps are linearised at once,
   in parallel, so that the backward pass need not run the loop again;
-* projections of the same array are one product;
+* projections of the same array are one product, on one device;
 * the gradient of a weight is one product over all steps after the loop, of the inputs of its projection
   and the gradients of its outputs.
 """
 
 import dataclasses
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -30,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from famx.modules.components import Projection, product
 from famx.modules.jaxprs import by_kind, depends, join, part, variables_of
-from famx.modules.weights import gathered, mesh_axes
+from famx.modules.weights import gathered
 
 CARRIES = "memory_before_blocks"
 # Operations that are made again in every step rather than kept for each: their results are not smaller
@@ -197,12 +196,13 @@ class _Tap:
         self.groups.append(_Group(x, [module], [y]))
 
     def _joins(self, module) -> bool:
-        """Whether a projection is a plain product, of columns that are not cut over devices."""
+        """Whether a projection is a plain product on one device.
+
+        On a mesh the gradient of a joint kernel would be exchanged apart from that of the tokens.
+        """
         names = {path[-1] for path in self.params if path[:-1] == module.path}
-        sizes = jax.sharding.get_abstract_mesh().shape
-        axes = itertools.chain(*mesh_axes(module.out_axes, module.features))
-        whole = all(sizes[axis] == 1 for axis in axes)
-        return names <= {"kernel", "bias"} and len(module.in_axes) == 1 and whole
+        mesh = jax.sharding.get_abstract_mesh()
+        return names <= {"kernel", "bias"} and len(module.in_axes) == 1 and (mesh.empty or mesh.size == 1)
 
 
 @jax.custom_vjp
