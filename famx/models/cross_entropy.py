@@ -141,7 +141,12 @@ def _sum(loss, params, hidden, rows):
 
 
 def _sum_forward(loss, params, hidden, rows):
-    """`_sum`, and its gradients in the same loop, so that logits are computed once and none is kept."""
+    """`_sum`, and its gradients in the same loop, so that logits are computed once and none is kept.
+
+    Nothing is computed for parameters that do not learn, nor for `hidden` if it depends on none that do.
+    """
+    learn = jax.tree.map(lambda x: x.perturbed, (params, hidden))
+    params, hidden, rows = jax.tree.map(lambda x: x.value, (params, hidden, rows))
     targets, weights, order, chunks = rows
     module, z_loss = loss
     cast = lambda x: x.astype(module.config.dtype) if x.ndim > 1 else x
@@ -150,24 +155,25 @@ def _sum_forward(loss, params, hidden, rows):
     def step(number, sums):
         total, right, of_params, of_hidden = sums
         index = order[number]
+        inputs = matrices, _take(hidden, index)
         logits, pullback = jax.vjp(
-            lambda params, hidden: _logits(module, params, hidden), matrices, _take(hidden, index)
+            lambda some: _logits(module, *_filled(some, inputs)), _only(inputs, learn)
         )
         value, hit, gradient = _score(z_loss, logits, _take(targets, index), _take(weights, index))
-        more, of_rows = pullback(gradient.astype(logits.dtype))
+        ((more, of_rows),) = pullback(gradient.astype(logits.dtype))
         of_params = jax.tree.map(lambda total, x: total + x.astype(total.dtype), of_params, more)
-        right, of_hidden = (
-            total.at[index].set(x, mode="drop") for total, x in ((right, hit), (of_hidden, of_rows))
-        )
-        return total + value, right, of_params, of_hidden
+        put = lambda total, x: total.at[index].set(x, mode="drop")
+        return total + value, put(right, hit), of_params, jax.tree.map(put, of_hidden, of_rows)
 
     wide = lambda dtype: jnp.promote_types(dtype, jnp.float32)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), params)
-    start = jnp.zeros((), wide(hidden.dtype)), jnp.zeros(targets.shape, bool), zeros, 0 * hidden
+    start = jnp.zeros((), wide(hidden.dtype)), jnp.zeros(targets.shape, bool)
     with jax.named_scope(CHUNKS.format(len(order))):
-        total, right, of_params, of_hidden = jax.lax.fori_loop(0, chunks, step, start)
-    of_params = jax.tree.map(lambda x, like: x.astype(like.dtype), of_params, params)
-    return (total, right), (of_params, of_hidden)
+        total, right, *gradients = jax.lax.fori_loop(
+            0, chunks, step, (*start, *_only((zeros, 0 * hidden), learn))
+        )
+    like = _only((params, hidden), learn)
+    return (total, right), jax.tree.map(lambda x, like: x.astype(like.dtype), tuple(gradients), like)
 
 
 def _sum_backward(loss, gradients, grad):
@@ -175,7 +181,17 @@ def _sum_backward(loss, gradients, grad):
     return *scaled, None
 
 
-_sum.defvjp(_sum_forward, _sum_backward)
+_sum.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
+
+
+def _only(tree, learn):
+    """The leaves that learn; None in place of the others."""
+    return jax.tree.map(lambda x, learns: x if learns else None, tree, learn)
+
+
+def _filled(some, tree):
+    """`some`, with the leaves of `tree` in place of None."""
+    return jax.tree.map(lambda x, y: y if x is None else x, some, tree, is_leaf=lambda x: x is None)
 
 
 def _logits(module, params, hidden):

@@ -1,4 +1,4 @@
-"""The scan over blocks adds up no gradient of a weight: that is made once, after the loop."""
+"""The scans over blocks and over the prompt's layers, whose gradients are made after the loop."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+import plain_scans
 import pytest
 from helpers import assert_close, config, jit, random_params, random_tokens
 
@@ -16,13 +17,6 @@ from famx.modules.components import Norm, Projection
 from famx.scale import hlo
 
 WIDE = dict(dtype="float64", param_dtype="float64")
-
-
-def plain(module, method, carry, xs, *args, rematerialized=True):
-    """What `deferred.scan` equals: the lifted scan of Flax, differentiated as it stands."""
-    step = lambda module, carry, x: getattr(module, method)(carry, x, *args)
-    scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-    return scan(module, carry, xs)
 
 
 def gradient(c, tokens):
@@ -46,7 +40,9 @@ def test_the_gradient_is_that_of_a_plain_scan(changes, monkeypatch):
     c = config(**WIDE, **changes)
     params, tokens = random_params(c), random_tokens(2, 16)
     got = jit(c, gradient(c, tokens))(params)
-    monkeypatch.setattr(layer.deferred, "scan", plain)
+    monkeypatch.setattr(Decoder, "_start", plain_scans.start)
+    assert_close(got, jit(c, gradient(c, tokens))(params), 1e-10)
+    monkeypatch.setattr(layer.deferred, "scan", plain_scans.scan)
     assert_close(got, jit(c, gradient(c, tokens))(params), 1e-10)
 
 
@@ -89,7 +85,7 @@ def steps_and_their_gradient(scan):
 def test_integers_in_the_carry_and_all_kinds_of_arguments(rematerialized):
     scan = functools.partial(deferred.scan, rematerialized=rematerialized)
     with jax.enable_x64(True):
-        assert_close(steps_and_their_gradient(scan), steps_and_their_gradient(plain), 1e-10)
+        assert_close(steps_and_their_gradient(scan), steps_and_their_gradient(plain_scans.scan), 1e-10)
 
 
 def loops_over(steps, c, tokens):
@@ -167,5 +163,5 @@ def test_no_weight_gradient_is_made_in_the_loop(monkeypatch):
         return {depth for depth, shape in products(jaxpr) if sorted(shape) == [8, 20]}
 
     assert loops_around_weight_gradients() == {1}  # of layers, not of the blocks within
-    monkeypatch.setattr(deferred, "scan", plain)
+    monkeypatch.setattr(deferred, "scan", plain_scans.scan)
     assert loops_around_weight_gradients() == {1, 2}
