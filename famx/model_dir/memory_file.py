@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 import famx
 from famx.base.errors import ConfigError
@@ -115,6 +114,8 @@ def _name(path) -> str:
 
 
 def _write(path, header: Header, arrays: Mapping[str, np.ndarray]) -> Header:
+    import safetensors.numpy
+
     header = dataclasses.replace(header, sha256="")
     header = dataclasses.replace(header, sha256=_checksum(header, arrays))
     data = safetensors.numpy.save(dict(arrays), {_KEY: json.dumps(dataclasses.asdict(header))})
@@ -176,6 +177,8 @@ def _read(path, load: bool = False) -> tuple[Header, dict[str, np.ndarray]]:
     """The header and, with `load`, the arrays, after a comparison with the checksum."""
     if not os.path.isfile(path):
         raise ConfigError(f"There is no memory file {path}.")
+    import safetensors  # not needed where no memory file is read or written
+
     try:
         with safetensors.safe_open(path, "np") as file:
             text = (file.metadata() or {}).get(_KEY)
