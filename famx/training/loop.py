@@ -223,7 +223,7 @@ def _begin_or_resume(
     check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
     checkpointer = stack.enter_context(Checkpointer(directory, keep=run.checkpoints_to_keep))
     writer = RunWriter(run, directory, checkpointer)
-    notes, position = list(data.notes), {}
+    notes, position = [*data.notes, *writer.notes()], {}
     if checkpointer.latest_step() is None:
         state = _new_state(run, data, initialize, writer, notes)
     else:

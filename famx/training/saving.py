@@ -1,5 +1,6 @@
 """Files that a run writes besides logs: checkpoints, adapters, and a record of what it began from."""
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -30,6 +31,13 @@ class RunWriter:
     def __init__(self, run: Run, directory: pathlib.Path, checkpointer: Checkpointer):
         self._run, self._directory, self._checkpointer = run, directory, checkpointer
         self._first = jax.process_index() == 0
+        self._can_save_adapter = importlib.util.find_spec("safetensors") is not None
+
+    def notes(self) -> list[str]:
+        """Sentences about files that will be missing."""
+        if self._run.model.lora is None or self._can_save_adapter:
+            return []
+        return ["The adapters are saved in the checkpoints alone: the package safetensors is missing."]
 
     def note_base(self, checkpoint: str, initial_dir: pathlib.Path, params: Any) -> None:
         """Records the checkpoint that the run begins from, and copies the files that an export needs."""
@@ -43,9 +51,9 @@ class RunWriter:
             shutil.copytree(source, self._directory / "source", dirs_exist_ok=True)
 
     def save(self, step: int, state: TrainState, data: Any) -> None:
-        """Saves a checkpoint with `data`, the position in the data, and the adapters if there are any."""
+        """Saves a checkpoint with `data`, the position in the data, and the adapters if possible."""
         self._checkpointer.save(step, state.to_checkpoint(), data, force=True)
-        if self._run.model.lora is not None:
+        if self._run.model.lora is not None and self._can_save_adapter:
             self._save_adapter(state)
 
     def _save_adapter(self, state: TrainState) -> None:
