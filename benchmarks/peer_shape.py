@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of a model and its batch."""
+    """Sizes of a model and its batch, and how a training step is computed."""
 
     vocabulary: int
     layers: int
@@ -18,6 +18,8 @@ class Shape:
     memory_length: int  # N, memory tokens
     batch: int
     length: int  # tokens per example
+    dtype: str = "float32"  # of activations; parameters are float32
+    device: str = "cpu"  # of PyTorch
 
     @property
     def head_dim(self) -> int:

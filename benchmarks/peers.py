@@ -50,14 +50,26 @@ _TINY = Shape(
 QUICK = Sizes(small=_TINY, large=_TINY, steps=2)
 
 
+# Implementations of PyTorch and their builders, by the number M of past blocks that they attend to.
+TORCH = {
+    1: {
+        "block-recurrent-transformer-pytorch": ("benchmarks.peers_torch:block_recurrent", {}),
+        "transformers Mistral, sdpa": ("benchmarks.peers_torch:sliding_window", {"segments": 1}),
+    },
+    0: {
+        "recurrent-memory-transformer-pytorch": ("benchmarks.peers_torch:recurrent_memory", {}),
+        "infini-transformer-pytorch": ("benchmarks.peers_torch:infini", {}),
+    },
+}
+
+
 def one_segment(sizes: Sizes, repeats: int, shape: Shape, name: str) -> Table:
     """Table of the implementations that attend to the current and the previous block."""
     builds = {
         "famx FAM": (_FAMX, {"segments": 1, "memory": True}),
         "famx BSWA": (_FAMX, {"segments": 1, "memory": False}),
         "famx FAM, 1 key/value head": (_FAMX, {"segments": 1, "memory": True, "kv_heads": 1}),
-        "block-recurrent-transformer-pytorch": ("benchmarks.peers_torch:block_recurrent", {}),
-        "transformers Mistral, sdpa": ("benchmarks.peers_torch:sliding_window", {"segments": 1}),
+        **TORCH[1],
         "meliad Block-Recurrent": (
             "benchmarks.peers_meliad:block_recurrent",
             {"path": sizes.meliad and str(sizes.meliad)},
@@ -76,8 +88,7 @@ def no_segment(sizes: Sizes, repeats: int, shape: Shape, name: str) -> Table:
     builds = {
         "famx FAM": (_FAMX, {"segments": 0, "memory": True}),
         "famx BSWA": (_FAMX, {"segments": 0, "memory": False}),
-        "recurrent-memory-transformer-pytorch": ("benchmarks.peers_torch:recurrent_memory", {}),
-        "infini-transformer-pytorch": ("benchmarks.peers_torch:infini", {}),
+        **TORCH[0],
     }
     notes = (
         "recurrent-memory-transformer-pytorch: N memory tokens before and N after each block;"

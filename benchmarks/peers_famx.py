@@ -1,5 +1,7 @@
 """famx's entry in the comparison: the training step of `famx.training`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -10,16 +12,25 @@ from famx.memories import Fam
 from famx.modules import Decoder, DecoderConfig, Memory
 
 
-def build(shape: dict, segments: int, memory: bool, kv_heads: int | None = None) -> Peer:
-    """Builds FAM, or BSWA if `memory` is False, with `segments` past blocks in the window."""
-    shape = Shape(**shape)
-    config = DecoderConfig(
+def config_of(
+    shape: Shape, segments: int, memory: bool = True, kv_heads: int | None = None
+) -> DecoderConfig:
+    """FAM, or BSWA if `memory` is False, with `segments` past blocks in the window."""
+    return DecoderConfig(
         vocab_size=shape.vocabulary, num_layers=shape.layers, embed_dim=shape.width,
         num_heads=shape.heads, num_kv_heads=kv_heads, mlp_dim=shape.feed_forward,
         block_size=shape.block, memory_segments=segments,
         memory=Fam(shape.memory_length) if memory else Memory(), tied_embeddings=False,
-        unroll_layers=shape.layers,
+        dtype=shape.dtype,
     )  # fmt: skip
+
+
+def build(shape: dict, segments: int, memory: bool, kv_heads: int | None = None) -> Peer:
+    """Builds the model of `config_of`, with all layers unrolled."""
+    shape = Shape(**shape)
+    config = dataclasses.replace(
+        config_of(shape, segments, memory, kv_heads), unroll_layers=shape.layers
+    )
     params = workloads.parameters(config)
     facts = {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),

@@ -2,8 +2,9 @@
 
 Model sizes are set to those of the shape wherever a package offers them. All four feed-forwards are
 gated; packages that derive the hidden width from a multiplier get the one that yields the shape's width.
-Fused attention is used where available. Everything else is the package's default, except for the
-residual streams of the Recurrent Memory Transformer: one, as in a plain Transformer, instead of four.
+Fused attention is used where available, and bfloat16 by autocast. Everything else is the package's
+default, except for the residual streams of the Recurrent Memory Transformer: one, as in a plain
+Transformer, instead of four.
 """
 
 import os
@@ -100,13 +101,17 @@ def _peer(
     shape: Shape,
     facts: dict | None = None,
 ) -> Peer:
-    inputs, targets = map(torch.tensor, shape.tokens())
+    model = model.to(shape.device)
+    inputs, targets = (torch.tensor(x, device=shape.device) for x in shape.tokens())
+    narrow = torch.autocast(shape.device, torch.bfloat16, enabled=shape.dtype == "bfloat16")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
 
     def step():
-        value = F.cross_entropy(logits(inputs).flatten(0, 1), targets.flatten())
+        with narrow:
+            scores = logits(inputs)
+        value = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -115,7 +120,9 @@ def _peer(
 
     embeddings = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     (table,) = (e for e in embeddings if e.shape == (shape.vocabulary, shape.width))
-    last = logits(inputs)[:, -shape.block :, : shape.landmark].logsumexp(-1).mean()
+    with narrow:
+        scores = logits(inputs)
+    last = scores[:, -shape.block :, : shape.landmark].float().logsumexp(-1).mean()
     (gradient,) = torch.autograd.grad(last, table)
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -3,7 +3,8 @@
 Two frameworks in one process would compete for threads. Here each has a process that builds the model
 once and then takes training steps on request. The caller waits for each answer, so only one process
 computes at a time. Requests and answers are lines of JSON on standard input and output; this module has
-both ends. Everything runs on the CPU. No framework is imported here; each implementation imports its own.
+both ends. JAX runs on the CPU there, PyTorch where the shape says. No framework is imported here; each
+implementation imports its own.
 """
 
 import dataclasses
