@@ -8,7 +8,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -39,13 +39,13 @@ class Spread:
 class Timings:
     """Seconds per function and round: `{name: float64 [rounds]}`."""
 
-    seconds: Mapping[str, np.ndarray]
+    seconds: Mapping[Hashable, np.ndarray]
 
-    def spread(self, name: str, scale: float = 1.0) -> Spread:
+    def spread(self, name: Hashable, scale: float = 1.0) -> Spread:
         """Spread of the function's seconds, multiplied by `scale`."""
         return Spread.of(self.seconds[name] * scale)
 
-    def ratio(self, name: str, reference: str, scale: float = 1.0) -> Spread:
+    def ratio(self, name: Hashable, reference: Hashable, scale: float = 1.0) -> Spread:
         """Spread of `scale * seconds[name] / seconds[reference]`.
 
         Quotients are taken within each round, so that slow changes of the load cancel.
@@ -53,14 +53,17 @@ class Timings:
         return Spread.of(self.seconds[name] / self.seconds[reference] * scale)
 
 
-def interleave(functions: Mapping[str, Callable[[], Any]], repeats: int) -> Timings:
-    """Times every function once per round, after one untimed call of each.
+def interleave(
+    functions: Mapping[Hashable, Callable[[], Any]], repeats: int, warm_up: bool = True
+) -> Timings:
+    """Times every function once per round.
 
     Every second round runs in reverse order, so that no function always follows the same one.
 
     Args:
       functions: `{name: function}`; each must already be compiled, and return the arrays to wait for.
       repeats: number of timed rounds.
+      warm_up: call each function once before, untimed.
 
     Raises:
       ValueError: there are no functions or no rounds.
@@ -69,7 +72,7 @@ def interleave(functions: Mapping[str, Callable[[], Any]], repeats: int) -> Timi
         raise ValueError(f"Nothing to measure: {len(functions)} functions, {repeats} repeats.")
     names = list(functions)
     seconds = {name: [] for name in names}
-    for name in names:
+    for name in names if warm_up else ():
         jax.block_until_ready(functions[name]())
     for turn in range(repeats):
         for name in names if turn % 2 == 0 else reversed(names):

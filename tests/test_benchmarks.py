@@ -6,8 +6,10 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,16 @@ from famx.modules.attention import token_attention
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
-from benchmarks import checkouts, device, inference, timing, train_step, workloads  # noqa: E402
+from benchmarks import (  # noqa: E402
+    budget,
+    checkouts,
+    device,
+    device_sections,
+    inference,
+    timing,
+    train_step,
+    workloads,
+)
 from benchmarks.full_attention import full_attention  # noqa: E402
 from famx.base import tables  # noqa: E402
 
@@ -259,31 +270,219 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path, capsys):
 
 # A device at real sizes.
 
+# Packages that a machine with a GPU need not have.
+OTHERS = (
+    "tensorflow", "tensorflow_datasets", "seqio", "t5x", "clu", "safetensors", "tokenizers",
+    "sentencepiece", "jinja2", "matplotlib", "torch", "transformers",
+)  # fmt: skip
+WITHOUT_OTHERS = f"""
+import sys
+for name in {OTHERS}:
+    sys.modules[name] = None
+from benchmarks import device, device_sections
+device_sections.peak_flops = lambda kind: 1e12
+device.main()
+"""
+# Training steps that cost nothing, of which the third one never compiles.
+HANGING = """
+import time
+from benchmarks import device, workloads
+started = []
+def train_step(config, batch, length, loss_chunk=None):
+    started.append(config)
+    while len(started) > 2:
+        time.sleep(1000)
+    return workloads.Workload(lambda: time.sleep(0.01), temp_bytes=1)
+train_step.cache_clear = lambda: None
+workloads.train_step = train_step
+device.main()
+"""
+
+
+def device_page(folder):
+    return pathlib.Path(shutil.copy(ROOT / "docs" / "gpu.md", folder / "gpu.md"))
+
+
+def device_command(program, folder, *options):
+    page, figures = device_page(folder), folder / "figures.json"
+    arguments = ["--quick", f"--json={figures}", f"--markdown={page}", *options]
+    return [sys.executable, "-c", program, *arguments], figures, page
+
 
 @pytest.mark.slow
-def test_a_device_is_measured_with_each_backend_that_it_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "peak_flops", lambda kind: 1e12)
-    figures, page = tmp_path / "figures.json", tmp_path / "gpu.md"
-    shutil.copy(ROOT / "docs" / "gpu.md", page)
-    device.main(["--quick", "--repeats=2", f"--json={figures}", f"--markdown={page}"])
+def test_a_device_is_measured_with_few_packages(tmp_path):
+    command, figures, page = device_command(
+        WITHOUT_OTHERS, tmp_path, "--repeats=2", "--peers", "--budget_seconds=800"
+    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the package safetensors is missing" in done.stderr  # where an adapter would be saved
     sections = json.loads(figures.read_text())["sections"]
-    assert list(sections) == ["device_135m", "device_1b"]
+    assert list(sections) == list(device_sections.SECTIONS)
     kind = jax.devices()[0].device_kind
-    for section in sections.values():
-        assert section["title"] in page.read_text()
-        assert f"one device, {kind}; its peak: 1 TFLOP/s" in section["notes"][1]
-        models = [(row["model"], row["backend"]) for row in section["rows"]]
-        assert models == [(m, b) for b in ("xla", "blockwise") for m in ("FAM", "BSWA")]
-        for row in section["rows"]:
-            assert all(math.isfinite(x) and x > 0 for x in numbers(row)), row
-            assert row["MFU %"]["median"] == pytest.approx(100 * row["TFLOP/s"]["median"])
-        fam, bswa = section["rows"][:2]
-        assert fam["TFLOP"] > bswa["TFLOP"] and bswa["time / BSWA"]["median"] == 1
+    for name, section in sections.items():
+        assert section["title"] in page.read_text() and section["title"] in done.stdout
+        assert f"one device, {kind}; its peak: 1 TFLOP/s in bfloat16, dense" in section["notes"]
+        for row in section["rows"] if name != "device_peers" else ():
+            assert row["tokens/s"]["median"] > 0, (name, row)
+            assert all(math.isfinite(x) and x >= 0 for x in numbers(row)), (name, row)
+    fam, bswa = sections["device_135m"]["rows"]
+    assert (fam["model"], bswa["model"], fam["backend"]) == ("FAM", "BSWA", "xla")
+    assert fam["TFLOP"] > bswa["TFLOP"] and bswa["time / BSWA"]["median"] == 1
+    assert fam["MFU %"]["median"] == pytest.approx(100 * fam["TFLOP/s"]["median"])
+    finetune = sections["device_finetune"]["rows"]
+    assert [row["model"] for row in finetune] == ["FAM", "BSWA"]
+    assert all(0 <= row["data_wait %"]["upper"] <= 100 for row in finetune)
+    decode = [(row["batch"], row["model"]) for row in sections["device_decode"]["rows"]]
+    assert decode == [(batch, model) for batch in (1, 2) for model in ("FAM", "BSWA")]
+    peers_section = sections["device_peers"]
+    assert "left out: the package torch is not installed." in peers_section["notes"]
+    assert {row["seconds"] for row in peers_section["rows"]} == {"left out"}
+
+
+_SPENT = pytest.param("15 seconds are spent", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("ending", ["SIGTERM", "SIGINT", _SPENT])
+def test_a_device_run_that_is_cut_off_leaves_its_tables(ending, tmp_path):
+    budget = 15 if "seconds" in ending else 600
+    sections = ["device_135m", "device_1b", "device_135m_short"]
+    command, figures, page = device_command(
+        HANGING, tmp_path, f"--only={','.join(sections)}", f"--budget_seconds={budget}"
+    )
+    began = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if budget == 600:
+        while "device_1b" not in (figures.read_text() if figures.exists() else ""):
+            assert time.monotonic() - began < 500 and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.Signals[ending])
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == (128 + signal.Signals[ending] if budget == 600 else 0)
+    measured = json.loads(figures.read_text())["sections"]
+    assert list(measured) == sections
+    cut = [f"cut off: {ending}" in section["notes"] for section in measured.values()]
+    if budget == 600:
+        assert cut == [False, True, True]
+        assert all(row["seconds"]["median"] > 0 for row in measured["device_135m"]["rows"])
+    for name in sections[1:]:
+        assert {row["seconds"] for row in measured[name]["rows"]} == {"not measured"} and cut[-1]
+        assert measured[name]["title"] in page.read_text() and measured[name]["title"] in printed
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """Sets the function that makes the training steps of `benchmarks.device`; default: nothing to do."""
+
+    def set_step(make=lambda config: lambda: time.sleep(0.001)):
+        function = lambda config, *_: workloads.Workload(make(config), 1)
+        function.cache_clear = lambda: None
+        monkeypatch.setattr(workloads, "train_step", function)
+
+    return set_step
+
+
+def device_rows(tmp_path, name, *options):
+    """Rows by model, and notes, of one section of `benchmarks.device`."""
+    figures = tmp_path / "figures.json"
+    device.main(["--quick", f"--only={name}", f"--json={figures}", "--budget_seconds=500", *options])
+    section = json.loads(figures.read_text())["sections"][name]
+    return {row["model"]: row for row in section["rows"]}, section["notes"]
+
+
+def test_what_does_not_fit_the_budget_is_left_out(step, tmp_path, monkeypatch):
+    step()
+    needs = {**device_sections.QUICK.needs, "train FAM": 501.0}
+    monkeypatch.setattr(
+        device, "QUICK", dataclasses.replace(device_sections.QUICK, needs=needs, large_rows=(2, 40))
+    )
+    rows, _ = device_rows(tmp_path, "device_1b")
+    assert rows["FAM"]["seconds"] == "no time left" and rows["FAM"]["tokens/s"] == ""
+    assert rows["BSWA"]["tokens/s"]["median"] > 0 and rows["BSWA"]["time / BSWA"]["median"] == 1
+
+
+def test_a_kind_of_measurement_needs_what_it_took():
+    limit = budget.Budget(100.0, {"a": 200.0}, spent=10.0)
+    assert 80 < limit.remaining < 90 and not limit.allows("a")
+    limit.learn("a", 5.0)
+    assert limit.allows("a")
+
+
+def test_an_error_is_a_word_in_its_row(step, tmp_path, capsys):
+    def make(config):
+        if config.memory_columns:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+
+        def run():
+            raise ValueError("two\nlines")
+
+        return run
+
+    step(make)
+    rows, notes = device_rows(tmp_path, "device_135m")
+    assert [row["seconds"] for row in rows.values()] == ["out of memory", "ValueError"]
+    assert "FAM, xla: RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes." in notes
+    assert "BSWA, xla: two lines" in notes and "Traceback" in capsys.readouterr().err
+
+
+def test_all_backends_are_measured_on_request(step, tmp_path):
+    step()
+    figures = tmp_path / "figures.json"
+    device.main(["--quick", "--only=device_1b", "--backends=all", f"--json={figures}"])
+    rows = json.loads(figures.read_text())["sections"]["device_1b"]["rows"]
+    found = [(row["model"], row["backend"], row["time / BSWA"]["median"] > 0) for row in rows]
+    assert found == [(m, b, True) for b in ("xla", "blockwise") for m in ("FAM", "BSWA")]
 
 
 def test_backends_of_other_devices():
-    config = device.Sizes().config(device.Sizes().large)
-    assert device.backends(config, "gpu") == ["xla", "blockwise", "cudnn"]
-    assert device.backends(config, "tpu") == ["xla", "blockwise", "splash"]
-    small = device.Sizes().config(device.Sizes().small)
+    sizes = device_sections.Sizes()
+    config = sizes.config(sizes.large)
+    assert device_sections.backends(config, "gpu", "all") == ["cudnn", "xla", "blockwise"]
+    assert device_sections.backends(config, "tpu", "all") == ["splash", "xla", "blockwise"]
+    assert device_sections.backends(config, "gpu", "auto") == ["cudnn"]
+    small = sizes.config(sizes.small)
     assert (small.num_kv_heads, small.head_dim, config.head_dim) == (3, 64, 128)
+
+
+def test_other_implementations_take_turns_with_fam(step, tmp_path, monkeypatch):
+    step()
+    program = """
+import time
+from benchmarks.turns import Peer
+def build(shape, falls=True):
+    assert (shape["device"], shape["dtype"]) == ("cpu", "bfloat16")
+    losses = iter(range(99, 0, -1))
+    return Peer(lambda: float(next(losses)) if falls else 1.0, {"parameters": 7})
+"""
+    (tmp_path / "fake_device_peer.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    build = "fake_device_peer:build"
+    builds = {1: {"fake": (build, {}), "flat": (build, {"falls": False})}}
+    monkeypatch.setattr(device_sections.peers, "TORCH", builds)
+    monkeypatch.setattr(device_sections, "torch_refusal", lambda platform: None)
+    rows, notes = device_rows(tmp_path, "device_peers", "--peers")
+    assert list(rows) == ["famx FAM", "fake", "flat"]
+    assert rows["famx FAM"]["tokens/s, FAM / this"]["median"] == 1
+    assert rows["fake"]["tokens/s, FAM / this"]["median"] > 0 and rows["fake"]["parameters"] == 7
+    assert rows["flat"]["seconds"] == "left out"
+    assert any(note.startswith("left out: flat: its loss does not fall") for note in notes)
+
+
+def test_torch_must_find_the_device(monkeypatch):
+    assert "not measured on a device of the kind tpu" in device_sections.torch_refusal("tpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert device_sections.torch_refusal("gpu") == "the package torch is not installed."
+
+
+@pytest.mark.slow
+def test_a_training_step_starts_again_after_one_that_failed():
+    config = device_sections.QUICK.config(device_sections.QUICK.small)
+    workload = workloads.train_step(config, 1, 24, 8)
+    first = [float(workload.run()[1]["loss"].compute()) for _ in range(2)]
+    workloads._training_states(config).clear()  # as a step leaves it that runs out of memory
+    assert float(workload.run()[1]["loss"].compute()) == first[0] > first[1]
+
+
+def test_the_gpu_page_has_a_place_for_every_section():
+    assert tables.missing_markers(ROOT / "docs" / "gpu.md", device_sections.SECTIONS) == []
