@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+import famx.data
 from benchmarks import peers, peers_famx, workloads
 from benchmarks.budget import Budget
 from benchmarks.peer_shape import Shape
@@ -21,7 +22,7 @@ from benchmarks.workloads import Workload
 from famx.base.chips import peak_flops
 from famx.lora import Lora
 from famx.memories import Fam
-from famx.models import DecoderModel
+from famx.models import DecoderModel, loss_weights
 from famx.modules import Decoder, DecoderConfig, Memory
 from famx.modules.backends import ATTENTION_BACKENDS, refusal, resolve_backend
 from famx.training import loop
@@ -212,7 +213,9 @@ def _finetuning_figures(run: Run, budget: Budget) -> Figures:
     lines = read_metrics(folder, "train")[1:]
     column = lambda name: np.array([line[name] for line in lines])
     data, config = run.data, run.model.config
-    work = train_flops(config, data.batch_size, data.length, learning=run.learning)
+    task = famx.data.get(data.task, **data.options)
+    weighted = np.count_nonzero(loss_weights(task.batch(range(data.batch_size), data.length)))
+    work = train_flops(config, data.batch_size, data.length, learning=run.learning, weighted=weighted)
     return {
         "seconds": Spread.of(column("step_seconds")),
         "tokens/s": Spread.of(column("tokens_per_second")),

@@ -216,7 +216,7 @@ def random_offset(rng, batch_size: int, rope_base: float):
 
 
 def loss_weights(batch: Batch, pad_id: int = 0):
-    """Float32 `[B, L]`: the batch's own weights, or 1 where a target is not padding."""
+    """Float32 `[B, L]`, of numpy if the batch is: its own weights, or 1 where a target is not padding."""
     weights = batch.get("decoder_loss_weights")
     if weights is None:
         weights = batch["decoder_target_tokens"] != pad_id

@@ -1,9 +1,10 @@
 """Number of floating-point operations of a training step, counted from the configuration.
 
 Only operations that the loss depends on are counted: pairs of a query and a key that is not masked;
-tokens, no padding; memory updates that a later block reads. Recomputation is not counted. A
-multiplication and its addition are two operations. Norms, softmax, rotations and the
-optimiser, which multiply no matrices, are left out, as is usual for model FLOPs utilisation.
+tokens, no padding; logits of tokens with a loss weight; memory updates that a later block reads.
+Recomputation is not counted. A multiplication and its addition are two operations. Norms, softmax,
+rotations and the optimiser, which multiply no matrices, are left out, as is usual for model FLOPs
+utilisation.
 """
 
 import dataclasses
@@ -69,6 +70,7 @@ def train_flops(
     length: int,
     from_start: bool = True,
     learning: Learning = Learning(),
+    weighted: int | None = None,
 ) -> dict[str, int]:
     """Matrix-product operations of one training step, forward and backward, by kind.
 
@@ -83,6 +85,8 @@ def train_flops(
       from_start: whether the examples begin with the prompt. If not, they continue from a state at a
         block boundary that has read at least `memory_segments` blocks.
       learning: which parameters learn.
+      weighted: number of tokens with a loss weight, in all examples; None: every token. The others need
+        no logits.
 
     Returns:
       Operations of the whole batch: `projections` (queries, keys, values, output), `attention` (of
@@ -94,6 +98,7 @@ def train_flops(
     """
     if batch < 1 or length < 1:
         raise ValueError(f"batch and length must be at least 1, got {batch} and {length}.")
+    weighted = batch * length if weighted is None else weighted
     c, d, heads = config, config.embed_dim, config.num_heads * config.head_dim
     row = lambda name, inputs, outputs: learning.row(f"layers/{name}", inputs, outputs)
     # Operations of one token in one layer; `pair`: of one score and its weighted value.
@@ -113,7 +118,7 @@ def train_flops(
         "attention": batch * c.num_layers * _visible_pairs(c, length, from_start) * pair,
         "feed_forward": batch * c.num_layers * length * feed,
         "memory": batch * c.num_layers * by_layer + once,
-        "head": batch * length * 2 * d * c.vocab_size * (1 + into_head + table),
+        "head": weighted * 2 * d * c.vocab_size * (1 + into_head + table),
     }
 
 

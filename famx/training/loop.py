@@ -8,6 +8,7 @@ from typing import Any
 
 import gin
 import jax
+import numpy as np
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
@@ -18,6 +19,7 @@ from famx.mesh import batch_sharding
 from famx.model_dir.checkpointer import Checkpointer, check_model_dir
 from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
+from famx.models import loss_weights
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY, BatchesAhead
 from famx.training.feeds import Feed
 from famx.training.metrics import RecentMetrics, mean
@@ -303,7 +305,8 @@ def _step_through(session: _Session, stop) -> None:
         session.state, metrics = train_step(state, batch)
         session.metrics.add(session.step, rows.blocks, metrics)
         session.step += 1
-        session.speed.count(*batch["decoder_target_tokens"].shape)
+        weighted = np.mean(loss_weights(rows.batch, run.model.pad_id) != 0)
+        session.speed.count(*batch["decoder_target_tokens"].shape, weighted)
         if profile.after(session.step, metrics):
             log.message(f"The trace of steps {run.profile_steps} is in {profile.directory}.")
         if session.step % every.log == 0 or session.step == run.steps:

@@ -45,12 +45,16 @@ class SpeedMeter:
         yield
         self._waited += time.monotonic() - began
 
-    def count(self, batch: int, length: int) -> None:
-        """Counts a step over `batch` examples of `length` tokens, on all devices together."""
+    def count(self, batch: int, length: int, weighted: float = 1.0) -> None:
+        """Counts a step over `batch` examples of `length` tokens, on all devices together.
+
+        `weighted` is the share of the tokens that have a loss weight.
+        """
         self._tokens += batch * length
         self._steps += 1
         if self._peak is not None:
-            done = train_flops(self._config, batch, length, self._from_start, self._learning)
+            tokens = round(weighted * batch * length)
+            done = train_flops(self._config, batch, length, self._from_start, self._learning, tokens)
             self._flops += sum(done.values())
 
     def report(self) -> dict[str, float]:

@@ -58,6 +58,10 @@ def test_the_report_counts_tokens_steps_waiting_and_operations(monkeypatch):
     now[0] += 5.0
     meter.count(1, 5)
     assert meter.report()["tokens_per_second"] == 1.0  # since the last report
+    now[0] += 1.0
+    meter.count(4, 32, weighted=0.25)  # the others need no logits
+    less = flops // 2 - 3 * 2 * 96 * config.embed_dim * config.vocab_size
+    assert meter.report()["mfu"] == less / (2 * 275e12)
     learning = Learning({"layers/query/kernel"})
     meter = SpeedMeter(config, True, learning)
     now[0] += 1.0
@@ -69,7 +73,12 @@ def test_the_report_counts_tokens_steps_waiting_and_operations(monkeypatch):
 def test_a_run_reports_its_speed_and_traces_the_steps_that_are_asked_for(tmp_path, capsys, monkeypatch):
     """All five figures, in the lines of progress, in TensorBoard and in metrics.jsonl."""
     monkeypatch.setattr(speed, "peak_flops", lambda kind: 1e12)
+    counted, count = [], SpeedMeter.count
+    monkeypatch.setattr(SpeedMeter, "count", lambda *args: (counted.append(args[1:]), count(*args)))
     run(tmp_path, steps=4, every=Every(log=2), profile_steps="2:3")
+    # Only the answer and the end mark of each row have a weight.
+    assert [(batch, length) for batch, length, _ in counted] == [(4, BLOCKS * BLOCK)] * 4
+    assert all(0 < weighted * BLOCKS * BLOCK <= 3 for *_, weighted in counted)
     lines = read_metrics(str(tmp_path), "train")
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
@@ -98,7 +107,7 @@ def test_a_run_that_trains_adapters_counts_the_operations_of_its_backward_pass(t
     monkeypatch.setattr(speed, "train_flops", lambda *args: counted.append(args) or {"all": 1})
     model = make_model(lora=Lora(rank=2, targets=("layers/query",)))
     run(tmp_path, steps=1, model=model, trainable=Trainable("lora"))
-    learning = counted[0][-1]
+    learning = counted[0][-2]
     assert sorted(learning.paths) == ["layers/query/lora_a", "layers/query/lora_b", "memory/prompt"]
     assert learning.rank == 2 and counted[0][1:4] == (4, BLOCKS * BLOCK, True)
 
