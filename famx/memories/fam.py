@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from famx.modules import rope
-from famx.modules.attention import attend, attend_all, attend_parts
+from famx.modules.attention import attend_all, attend_parts
 from famx.modules.components import partitioned, rms_normalize
 from famx.modules.layer import MASS
 from famx.modules.memory import Memory, Opened
@@ -89,7 +89,7 @@ class Fam(Memory):
         if climb is None:
             return None, layer.memory().astype(jnp.promote_types(layer.config.dtype, jnp.float32))
         q, k, v = layer.qkv(climb, self._angles(layer, here.first_block - 1, here)[0])
-        attention, _ = attend(q, k, v, None, layer.config)
+        attention = attend_all(q[None], [(k[None], v[None])], layer.config)[0]
         return layer.finish(climb, attention).astype(climb.dtype), climb
 
     def open(self, layer, climb, memory, here):

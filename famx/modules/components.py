@@ -1,15 +1,18 @@
 """Norms, projections and the feed-forward part of a Transformer layer."""
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from famx.modules.config import DecoderConfig
 from famx.modules.weights import gathered
 
 _EMBEDDING = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+_PLAIN = ({"kernel"}, {"kernel", "bias"})  # leaves of a projection without adapters and scales
 _ACTIVATION = {
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -97,6 +100,42 @@ class Projection(nn.Module):
             x = x + self.param("bias", zeros, self.features, c.param_dtype).astype(c.dtype)
         return x
 
+    def jointly(self, x, *others: "Projection") -> list:
+        """What this projection and others make of the same array: by one product if that pays."""
+        members, dtype = (self, *others), self.config.dtype
+        if can_join(members):
+            kernel = joint([nn.unbox(p.get_variable("params", "kernel")) for p in members], dtype)
+            if kernel.size <= x.size:
+                return separate(product(x.astype(dtype), kernel, 1), members)
+        return [p(x) for p in members]
+
+
+def can_join(members: Sequence[Projection]) -> bool:
+    """Whether projections of one array can be one product: plain ones, on one device.
+
+    On a mesh the gradient of a joint kernel would be exchanged apart from those of its parts.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    one_device = mesh.empty or mesh.size == 1
+    plain = lambda p: len(p.in_axes) == 1 and set(p.variables.get("params", ())) in _PLAIN
+    return one_device and all(map(plain, members))
+
+
+def joint(kernels, dtype):
+    """Kernels `[in, *out]` next to each other, `[in, sum of out]`."""
+    return jnp.concatenate([k.reshape(k.shape[0], -1) for k in kernels], axis=1).astype(dtype)
+
+
+def separate(y, members: Sequence[Projection]) -> list:
+    """The results of projections, biases added, from those of their joint kernel without."""
+    ends = np.cumsum([math.prod(p.features) for p in members])[:-1]
+    parts = [
+        part.reshape(*part.shape[:-1], *p.features)
+        for part, p in zip(jnp.split(y, ends, axis=-1), members, strict=True)
+    ]
+    bias = lambda p: nn.unbox(p.get_variable("params", "bias")).astype(p.config.dtype)
+    return [part + bias(p) if p.use_bias else part for part, p in zip(parts, members, strict=True)]
+
 
 class FeedForward(nn.Module):
     """`[..., D] -> [..., D]`, gated (`activation(x W_g) * x W_u`) or plain."""
@@ -106,8 +145,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        up = lambda name: Projection(c, (c.mlp_dim,), ("embed",), ("mlp",), c.mlp_bias, name=name)(x)
-        hidden = _ACTIVATION[c.activation](up("gate" if c.gated_mlp else "up"))
+        up = lambda name: Projection(c, (c.mlp_dim,), ("embed",), ("mlp",), c.mlp_bias, name=name)
         if c.gated_mlp:
-            hidden = hidden * up("up")
+            gate, linear = up("gate").jointly(x, up("up"))
+            hidden = _ACTIVATION[c.activation](gate) * linear
+        else:
+            hidden = _ACTIVATION[c.activation](up("up")(x))
         return Projection(c, (c.embed_dim,), ("mlp",), ("embed",), c.mlp_bias, name="down")(hidden)

@@ -9,7 +9,7 @@ weight in each step. Here
 * what is equal in every step is kept once. In rematerialised layers the loop keeps nothing but the carry
   before each step, under the name `CARRIES` for their policies; from it all steps are linearised at once,
   in parallel, so that the backward pass need not run the loop again;
-* projections of the same array are one product, on one device;
+* projections of the same array are one product (`Projection.jointly`);
 * the gradient of a weight is one product over all steps after the loop, of the inputs of its projection
   and the gradients of its outputs.
 """
@@ -23,11 +23,10 @@ import flax.linen as nn
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
-from famx.modules.components import Projection, product
+from famx.modules.components import Projection, can_join, joint, product, separate
 from famx.modules.jaxprs import by_kind, depends, join, part, variables_of
 from famx.modules.weights import gathered
 
@@ -60,7 +59,7 @@ def scan(layer: nn.Module, method: str, carry, xs, *args, rematerialized: bool =
     groups: list[_Group] = []
 
     def step(kernels, params, carry, x, args, slots):
-        tap = _Tap(params, groups, kernels, slots)
+        tap = _Tap(groups, kernels, slots)
         with nn.intercept_methods(tap):
             tree = traverse_util.unflatten_dict(params | tap.alone())
             carry, y = module.apply({"params": tree}, carry, x, *args, method=method)
@@ -69,7 +68,7 @@ def scan(layer: nn.Module, method: str, carry, xs, *args, rematerialized: bool =
     first = jax.tree.map(lambda x: x[0], xs)
     jax.eval_shape(lambda *rest: step({}, *rest, None), params, carry, first, args)
     kernels = {group.name: group.kernel(params, steps) for group in groups}
-    slots = {group.name: jnp.zeros(group.shape, group.dtype) for group in groups}
+    slots = {g.name: jnp.zeros(g.product.shape, g.product.dtype) for g in groups}
     for path in (path for group in groups for path in group.paths):
         del params[(*path, "kernel")]
     traced, shapes = jax.make_jaxpr(step, return_shape=True)(kernels, params, carry, first, args, slots)
@@ -94,14 +93,14 @@ class _Group:
     """Projections that are computed as one product: of one array, or a single one.
 
     Attributes:
-      x: the array.
       members: the modules.
-      outputs: what each gives.
+      x: shape and dtype of the array.
+      product: of the product.
     """
 
-    x: Any
-    members: list[Projection]
-    outputs: list[Any]
+    members: tuple[Projection, ...]
+    x: jax.ShapeDtypeStruct
+    product: jax.ShapeDtypeStruct
 
     @property
     def paths(self):
@@ -111,39 +110,17 @@ class _Group:
     def name(self) -> str:
         return "/".join(self.members[0].path)
 
-    @property
-    def dtype(self):
-        return self.outputs[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the product."""
-        if len(self.members) == 1:
-            return self.outputs[0].shape
-        return (*self.x.shape[:-1], sum(math.prod(module.features) for module in self.members))
-
     def kernel(self, params, steps: int):
         """The kernel in the compute dtype, gathered once and not in every step."""
-
-        def of(module):
-            names = (*module.in_axes, *module.out_axes)
-            kernel = params[(*module.path, "kernel")].astype(module.config.dtype)
-            return gathered(kernel, names, steps * self.x.size)
-
-        kernels = [of(module) for module in self.members]
-        if len(kernels) == 1:
-            return kernels[0]
-        return jnp.concatenate([k.reshape(k.shape[0], -1) for k in kernels], axis=1)
-
-    def place(self, path) -> slice:
-        """The columns of the product that are those of a member."""
-        ends = np.cumsum([0, *(math.prod(module.features) for module in self.members)])
-        index = self.paths.index(path)
-        return slice(ends[index], ends[index + 1])
+        kernels, first = [params[(*path, "kernel")] for path in self.paths], self.members[0]
+        if len(kernels) > 1:
+            return joint(kernels, first.config.dtype)
+        kernel = kernels[0].astype(first.config.dtype)
+        return gathered(kernel, (*first.in_axes, *first.out_axes), steps * self.x.size)
 
 
 class _Tap:
-    """Interceptor that computes projections group by group and puts each product through its slot.
+    """Interceptor that puts the product of each group through its slot.
 
     Without `slots` it only lists the groups. A slot is an argument of zeros whose gradient is that of
     the product.
@@ -152,10 +129,9 @@ class _Tap:
       inputs: what each product is made of, by name of the group.
     """
 
-    def __init__(self, params, groups, kernels, slots):
-        self.params, self.groups, self.kernels, self.slots = params, groups, kernels, slots
+    def __init__(self, groups, kernels, slots):
+        self.groups, self.kernels, self.slots = groups, kernels, slots
         self.inputs: dict[str, Any] = {}
-        self.products: dict[str, Any] = {}
 
     def alone(self) -> dict[tuple, Any]:
         """Kernels that projections find among their parameters, by path."""
@@ -164,45 +140,37 @@ class _Tap:
         return {(*group.paths[0], "kernel"): self.kernels[group.name] for group in alone}
 
     def __call__(self, call, args, kwargs, context):
-        module = context.module
-        if not isinstance(module, Projection) or context.method_name != "__call__":
+        module, method = context.module, context.method_name
+        if not isinstance(module, Projection) or method not in ("__call__", "jointly"):
             return call(*args, **kwargs)
-        (x,) = args
+        x, *others = args
+        members = (module, *others)
         if self.slots is None:
-            y = call(x)
-            self._list(module, x, y)
-            return y
-        group = next(group for group in self.groups if module.path in group.paths)
-        if len(group.members) == 1:
-            assert group.name not in self.inputs, f"{group.name} is called twice"
-            self.inputs[group.name] = x.astype(module.config.dtype)
+            return self._list(call, x, members)
+        paths = [member.path for member in members]
+        group = next((group for group in self.groups if group.paths == paths), None)
+        if group is None:  # each is called alone
+            return call(*args, **kwargs)
+        assert group.name not in self.inputs, f"{group.name} is called twice"
+        x = self.inputs[group.name] = x.astype(module.config.dtype)
+        if not others:
             return _through(call(x), self.slots[group.name])
-        if group.name not in self.inputs:
-            x = self.inputs[group.name] = x.astype(module.config.dtype)
-            y = product(x, self.kernels[group.name], 1)
-            self.products[group.name] = _through(y, self.slots[group.name])
-        y = self.products[group.name][..., group.place(module.path)]
-        y = y.reshape(*y.shape[:-1], *module.features)
-        bias = self.params.get((*module.path, "bias"))
-        return y if bias is None else y + bias.astype(module.config.dtype)
+        y = product(x, self.kernels[group.name], 1)
+        return separate(_through(y, self.slots[group.name]), members)
 
-    def _list(self, module, x, y):
-        for group in self.groups:
-            assert module.path not in group.paths, f"{'/'.join(module.path)} is called twice"
-            if group.x is x and all(map(self._joins, (*group.members, module))):
-                group.members.append(module)
-                group.outputs.append(y)
-                return
-        self.groups.append(_Group(x, [module], [y]))
-
-    def _joins(self, module) -> bool:
-        """Whether a projection is a plain product on one device.
-
-        On a mesh the gradient of a joint kernel would be exchanged apart from that of the tokens.
-        """
-        names = {path[-1] for path in self.params if path[:-1] == module.path}
-        mesh = jax.sharding.get_abstract_mesh()
-        return names <= {"kernel", "bias"} and len(module.in_axes) == 1 and (mesh.empty or mesh.size == 1)
+    def _list(self, call, x, members):
+        if len(members) == 1:
+            y = result = call(x)
+        elif can_join(members):
+            dtype = members[0].config.dtype
+            kernels = [nn.unbox(p.get_variable("params", "kernel")) for p in members]
+            y = product(x.astype(dtype), joint(kernels, dtype), 1)
+            result = separate(y, members)
+        else:
+            return call(x, *members[1:])
+        shapes = (jax.ShapeDtypeStruct(z.shape, z.dtype) for z in (x, y))
+        self.groups.append(_Group(members, *shapes))
+        return result
 
 
 @jax.custom_vjp

@@ -55,7 +55,7 @@ class Layer(nn.Module):
     def project(self, x):
         """Queries `[..., H, Dh]`, keys and values `[..., K, Dh]` of `Norm(x [..., D])`, not rotated."""
         x = self.attention_norm(x)
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        q, k, v = self.query.jointly(x, self.key, self.value)
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v

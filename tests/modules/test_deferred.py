@@ -59,7 +59,8 @@ class Steps(nn.Module):
         y, count = carry
         position, offset = x
         z = self.norm(y) + jnp.sin(position * factor["scale"])
-        z = jnp.concatenate([self.left(z) * factor["count"], self.right(z)], axis=-1)
+        left, right = self.left.jointly(z, self.right)
+        z = jnp.concatenate([left * factor["count"], right], axis=-1)
         y = y + jnp.where(count % 3 == 0, 0, self.back(z)) + offset
         return (y, count + factor["count"]), (z, count)
 
