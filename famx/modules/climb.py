@@ -16,7 +16,8 @@ def scan_layers(layers: nn.Module, function, carry, xs):
 
     Equal to `lax.scan`, gradients included. The loops carry nothing but the carry, and then its
     gradient; the gradients of the parameters are made for all layers at once, for which the backward
-    pass computes each layer twice. That is for little work in many layers, such as that of a prompt.
+    pass computes each layer twice. That is for little work in many layers, such as that of a prompt, on
+    one device: all layers' weights are used at once.
 
     Args:
       layers: a bound layer with all its parameters, with the layers in front.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from famx.modules.config import DecoderConfig
-from famx.modules.weights import gathered
+from famx.modules.weights import gathered, one_device
 
 _EMBEDDING = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
 _PLAIN = ({"kernel"}, {"kernel", "bias"})  # leaves of a projection without adapters and scales
@@ -115,10 +115,8 @@ def can_join(members: Sequence[Projection]) -> bool:
 
     On a mesh the gradient of a joint kernel would be exchanged apart from those of its parts.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    one_device = mesh.empty or mesh.size == 1
     plain = lambda p: len(p.in_axes) == 1 and set(p.variables.get("params", ())) in _PLAIN
-    return one_device and all(map(plain, members))
+    return one_device() and all(map(plain, members))
 
 
 def joint(kernels, dtype):

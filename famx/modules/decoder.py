@@ -14,6 +14,7 @@ from famx.modules.components import Norm, embedding_init, product
 from famx.modules.config import DecoderConfig
 from famx.modules.layer import INPUTS, MASS, Layer
 from famx.modules.state import DecoderState, where_examples
+from famx.modules.weights import one_device
 from famx.modules.window import ChunkContext, TokenWindow, batch_axis
 
 _LAYER_INPUT = "layer_input"
@@ -94,7 +95,8 @@ class Decoder(nn.Module):
 
     def _start(self, climb, context: ChunkContext):
         """The memory of each layer before the first token; `climb` goes up the layers."""
-        if climb is None or self.is_initializing():
+        # On a mesh, gradients of all layers at once would gather the weights of all layers at once.
+        if climb is None or self.is_initializing() or not one_device():
             step = lambda layer, climb, _, here: self.config.memory.start(layer, climb, here)
             return self._scan_layers(step, climb, None, context)[1]
 

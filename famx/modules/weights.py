@@ -12,6 +12,12 @@ import jax
 from jax.sharding import PartitionSpec
 
 
+def one_device() -> bool:
+    """Whether the program that is traced has no mesh, or one of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def mesh_axes(names: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[str, ...]]:
     """Axes of the current mesh over which the current rules shard each axis of an array.
 
