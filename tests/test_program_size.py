@@ -23,15 +23,17 @@ MEMORIES = {"FAM": Fam(length=2), "BSWA": Memory()}
 PROJECTIONS, ATTENTION = 7, 2
 FORWARD = PROJECTIONS + ATTENTION
 BACKWARD = 2 * FORWARD  # each product has a gradient for both of its factors
-# In the scan over blocks projections of one array are one product: query, key and value; gate and up.
+# For tokens, and in the scan over blocks, projections of one array are one product: query, key and value;
+# gate and up. The prompt has too few rows for that.
+MERGED = 4
 # The memory attends to two parts, itself and the block. A product computes its input's gradient alone.
 # That of its weights is made after the scan for all blocks at once, in the body of the loop over layers.
-MERGED = 4
 SCAN_FORWARD, SCAN_BACKWARD = MERGED + 2 * ATTENTION, MERGED + 4 * ATTENTION
+TOKENS_FORWARD, TOKENS_BACKWARD = MERGED + ATTENTION, 2 * (MERGED + ATTENTION)
 HEAD = 3
 
 # Number of operations of the sizes below, each loop's body counted once.
-OPERATIONS = {"FAM": 3038, "BSWA": 1082}
+OPERATIONS = {"FAM": 2967, "BSWA": 1023}
 LEEWAY = 1.03
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast"}  # these compute nothing
 
@@ -39,7 +41,7 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast"}  # the
 @functools.cache
 def model(name: str, layers: int) -> DecoderModel:
     # No size is 1: XLA would compute such a product without a `dot`.
-    sizes = dict(vocab_size=24, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=40, block_size=8)
+    sizes = dict(vocab_size=24, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, block_size=8)
     config = DecoderConfig(
         num_layers=layers, **sizes, memory_segments=1, memory=MEMORIES[name], attention_backend="xla"
     )
@@ -86,7 +88,7 @@ def operations(name: str, **sizes) -> int:
 
 @pytest.mark.slow
 def test_products_of_block_sliding_window_attention():
-    assert products("BSWA") == [(0, HEAD), (1, FORWARD), (1, BACKWARD)]
+    assert products("BSWA") == [(0, HEAD), (1, TOKENS_FORWARD), (1, TOKENS_BACKWARD)]
 
 
 @pytest.mark.slow
@@ -94,7 +96,7 @@ def test_products_of_the_memory():
     # The gradients of the prompt's climb are computed for all layers at once.
     prompt = [(1, FORWARD), (1, PROJECTIONS + 2 * ATTENTION)]
     outside = [(0, HEAD + FORWARD - 1 + BACKWARD)]
-    tokens = [(1, FORWARD), (1, BACKWARD + MERGED)]
+    tokens = [(1, TOKENS_FORWARD), (1, TOKENS_BACKWARD + MERGED)]
     memory = [(2, SCAN_FORWARD), (2, SCAN_BACKWARD)]
     assert products("FAM") == sorted([*outside, *prompt, *tokens, *memory])
 
@@ -120,7 +122,7 @@ def test_the_memory_costs_what_a_layer_does():
     inner = sorted((sum(counts.values()) for depth, counts in loops("FAM") if depth == 2))
     assert len(inner) == 2 and sum(inner) <= 1.1 * layer
     # Less than a layer for the scan; two for the prompt, computed twice; and what the scan keeps.
-    assert operations("FAM") - operations("BSWA") <= 3.2 * layer
+    assert operations("FAM") - operations("BSWA") <= 3.3 * layer
 
 
 @pytest.mark.slow

@@ -10,9 +10,10 @@ import numpy as np
 import plain_scans
 import pytest
 from helpers import assert_close, config, jit, random_params, random_tokens
+from jax.sharding import AbstractMesh
 
 from famx.memories import Fam
-from famx.modules import Decoder, deferred, layer
+from famx.modules import Decoder, decoder, deferred, layer
 from famx.modules.components import Norm, Projection
 from famx.scale import hlo
 
@@ -44,6 +45,17 @@ def test_the_gradient_is_that_of_a_plain_scan(changes, monkeypatch):
     assert_close(got, jit(c, gradient(c, tokens))(params), 1e-10)
     monkeypatch.setattr(layer.deferred, "scan", plain_scans.scan)
     assert_close(got, jit(c, gradient(c, tokens))(params), 1e-10)
+
+
+@pytest.mark.parametrize("devices, at_once", [(1, True), (2, False)])
+def test_on_a_mesh_the_gradient_of_the_prompt_is_made_layer_by_layer(devices, at_once, monkeypatch):
+    """Otherwise the weights of all layers would be gathered at the same time."""
+    c, tokens, calls = config(), random_tokens(2, 8), []
+    scan_layers = decoder.scan_layers
+    monkeypatch.setattr(decoder, "scan_layers", lambda *args: calls.append(1) or scan_layers(*args))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((devices,), ("fsdp",))):
+        jax.eval_shape(lambda params: Decoder(c).apply({"params": params}, tokens), random_params(c))
+    assert bool(calls) == at_once
 
 
 class Steps(nn.Module):
