@@ -60,14 +60,14 @@ _TINY = (("vocab_size", 32), ("num_layers", 1), ("embed_dim", 16), ("num_heads",
 QUICK = Sizes(_TINY, _TINY, (16, 1, 4), length=40, small_batch=1, loss_chunk=16)
 
 
-def backends(config: DecoderConfig, platform: str) -> list[str]:
-    """Attention backends that can compute this model on `platform`."""
+def backends(config: DecoderConfig, device: jax.Device) -> list[str]:
+    """Attention backends that can compute this model on `device`."""
 
     def runs(backend):
         if backend == "auto" or refusal(config, backend):
             return False
         try:
-            resolve_backend(dataclasses.replace(config, attention_backend=backend), platform)
+            resolve_backend(dataclasses.replace(config, attention_backend=backend), device)
         except ValueError:
             return False
         return True
@@ -78,9 +78,9 @@ def backends(config: DecoderConfig, platform: str) -> list[str]:
 def section(name: str, title: str, sizes: Sizes, model, batch: int, repeats: int) -> Table:
     """Table of training steps of FAM and BSWA with each backend, and of the share of the peak rate."""
     device = jax.devices()[0]
-    peak, platform = peak_flops(device.device_kind), jax.default_backend()
+    peak = peak_flops(device.device_kind)
     steps, configs = {}, {}
-    for backend in backends(sizes.config(model), platform):
+    for backend in backends(sizes.config(model), device):
         for kind, changes in (("FAM", {}), ("BSWA", {"memory": Memory()})):
             config = sizes.config(model, attention_backend=backend, **changes)
             configs[f"{kind} {backend}"] = config

@@ -217,7 +217,7 @@ class Run:
             mesh = make_mesh() if devices is None else make_mesh(devices=devices)
         check_batch_size(batch_size, mesh, self.microbatches)
         check_blocks(length, self.model.config, mesh)
-        resolve_backend(self.model.config, mesh.devices.flat[0].platform, mesh.size)  # or raises
+        resolve_backend(self.model.config, mesh.devices.flat[0], mesh.size)  # or raises
         model = dataclasses.replace(
             self.model,
             lora=self.model.lora if self.trainable.name == "lora" else None,
