@@ -328,3 +328,29 @@ def test_a_step_for_gpus_that_does_not_fit(tmp_path):
     assert {row["axes"] for row in train["collectives"]} == {"fsdp"}
     assert train["bound"]["interconnect"] > 0 and train["chip"]["link"] == 450e9
     assert "does not fit" in run.stdout and "Try a smaller loss_chunk" in run.stdout
+
+
+def report_of(tmp_path, *arguments):
+    out = tmp_path / "out.json"
+    run = compile_main("--gin.DecoderConfig.dtype='bfloat16'", f"--json={out}", *arguments)
+    assert run.returncode == 0, run.stderr
+    return json.loads(out.read_text())[0], run.stdout
+
+
+def test_graphs_that_hold_loops_and_collectives(tmp_path):
+    pytest.importorskip("jax_cuda13_plugin", reason="pip install 'famx[cuda13-compiler]'")
+    two = ["--topology=h100:2", "--gin.BATCH_SIZE=2"]
+    train, _ = report_of(tmp_path, *two, "--gin.XLA_OPTIONS='graphs'")
+    assert (train["launched"]["graphs"], train["launched"]["single launches"]) == (1, 0)
+
+
+def test_gathers_ahead_of_their_iteration(tmp_path):
+    pytest.importorskip("jax_cuda13_plugin", reason="pip install 'famx[cuda13-compiler]'")
+    shares = []
+    for choice in ("default", "overlap"):
+        fsdp = ["--topology=h100:2", "--gin.BATCH_SIZE=2", f"--gin.XLA_OPTIONS='{choice}'"]
+        train, printed = report_of(tmp_path, *fsdp)
+        seconds = sum(row["seconds"] for row in train["collectives"])
+        shares.append(sum(row["seconds"] * row["hidden"] for row in train["collectives"]) / seconds)
+        assert f"; {shares[-1]:.0%} of the collectives' time beside other work" in printed
+    assert 0 <= shares[0] < shares[1] <= 1
