@@ -157,7 +157,9 @@ class _Walk:
             # share a channel: count it once. Outside of fusions, different ones may share a channel.
             if not fused or channel is None or (kind, channel) not in seen:
                 seen.add((kind, channel))
-                region.collectives[collective(instruction, kind)] += 1
+                exchange = collective(instruction, kind)
+                alone = exchange.groups and exchange.size == 1  # a sum over an axis of one device
+                region.collectives.update({} if alone else {exchange: 1})
             if fused:
                 return
             if opcode.endswith("-start"):

@@ -188,12 +188,14 @@ ENTRY %main (p: f32[4,8], q: f32[2], x: f32[32,16], y: f32[16,8]) -> f32[4,8] {
   %g = f32[16,8]{1,0} get-tuple-element(%d), index=0
   %r = ((f32[16,8]{1,0}), f32[4,8]{1,0}) reduce-scatter-start(%g), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%sum
   %o = f32[4,8]{1,0} reduce-scatter-done(%r)
-  ROOT %c = f32[4,8]{1,0} copy(%o)
+  %a = f32[4,8]{1,0} all-reduce(%o), channel_id=1, replica_groups={{0},{1},{2},{3}}, to_apply=%sum
+  ROOT %c = f32[4,8]{1,0} copy(%a)
 }
 """  # noqa: E501
 
 
 def test_combined_collectives_and_those_that_share_a_channel():
+    """A sum over a single device exchanges nothing."""
     program = costs.count(hlo.parse(COLLECTIVES))
     sent = {x.kind: (x.bytes, n) for x, n in program.all_collectives().items()}
     assert sent == {"all-gather": (4 * (16 * 8 + 8), 1), "reduce-scatter": (4 * 16 * 8, 1)}
