@@ -283,7 +283,8 @@ def test_a_device_is_measured_with_each_backend_that_it_has(tmp_path, monkeypatc
 
 def test_backends_of_other_devices():
     config = device.Sizes().config(device.Sizes().large)
-    assert device.backends(config, "gpu") == ["xla", "blockwise", "cudnn"]
-    assert device.backends(config, "tpu") == ["xla", "blockwise", "splash"]
+    gpu, tpu = (jax.sharding.AbstractDevice("", None, platform) for platform in ("gpu", "tpu"))
+    assert device.backends(config, gpu) == ["xla", "blockwise", "cudnn"]
+    assert device.backends(config, tpu) == ["xla", "blockwise", "splash"]
     small = device.Sizes().config(device.Sizes().small)
     assert (small.num_kv_heads, small.head_dim, config.head_dim) == (3, 64, 128)
