@@ -118,7 +118,7 @@ def training(name: str, model: str, sizes: Sizes, repeats: int, fields, rows: tu
     base = sizes.config(fields, remat="full")
     groups = [
         [_training_row(config, rows, sizes) for config in _both(base, attention_backend=backend)]
-        for backend in backends(base, jax.default_backend(), sizes.backends)
+        for backend in backends(base, jax.devices()[0], sizes.backends)
     ]
     return Plan(
         name,
@@ -151,19 +151,19 @@ def _training_figures(row: Row, workload: Workload, times: Timings) -> Figures:
     }
 
 
-def backends(config: DecoderConfig, platform: str, which: str) -> list[str]:
-    """The backend that `auto` picks on `platform`; if `which` is "all", then all others that can run."""
+def backends(config: DecoderConfig, device: jax.Device, which: str) -> list[str]:
+    """The backend that `auto` picks on `device`; if `which` is "all", then all others that can run."""
 
     def runs(backend):
         if backend == "auto" or refusal(config, backend):
             return False
         try:
-            resolve_backend(dataclasses.replace(config, attention_backend=backend), platform)
+            resolve_backend(dataclasses.replace(config, attention_backend=backend), device)
         except ValueError:
             return False
         return True
 
-    first = resolve_backend(config, platform)
+    first = resolve_backend(config, device)
     others = [backend for backend in ATTENTION_BACKENDS if runs(backend) and backend != first]
     return [first, *others] if which == "all" else [first]
 

@@ -438,9 +438,10 @@ def test_all_backends_are_measured_on_request(step, tmp_path):
 def test_backends_of_other_devices():
     sizes = device_sections.Sizes()
     config = sizes.config(sizes.large)
-    assert device_sections.backends(config, "gpu", "all") == ["cudnn", "xla", "blockwise"]
-    assert device_sections.backends(config, "tpu", "all") == ["splash", "xla", "blockwise"]
-    assert device_sections.backends(config, "gpu", "auto") == ["cudnn"]
+    gpu, tpu = (jax.sharding.AbstractDevice("", None, platform) for platform in ("gpu", "tpu"))
+    assert device_sections.backends(config, gpu, "all") == ["cudnn", "xla", "blockwise"]
+    assert device_sections.backends(config, tpu, "all") == ["splash", "xla", "blockwise"]
+    assert device_sections.backends(config, gpu, "auto") == ["cudnn"]
     small = sizes.config(sizes.small)
     assert (small.num_kv_heads, small.head_dim, config.head_dim) == (3, 64, 128)
 

@@ -3,7 +3,8 @@
 Sources for TPUs: the tables "Key specifications" of Google Cloud's pages on v4, v5e, v5p and v6e; for the
 links of the interconnect and the data center network the chapter on TPUs of "How To Scale Your Model"
 (jax-ml), which gives attained rates (Cloud's own figures are a tenth higher). For GPUs: NVIDIA's data
-sheets, dense bfloat16 without sparsity, of the SXM form where there are several.
+sheets, dense bfloat16 without sparsity, of the SXM form where there are several, and its table of compute
+capabilities.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ class Chip:
       axes: number of axes of the torus; 0: all devices are equally far from each other.
       wrap: an axis whose number of chips is a multiple of this is closed to a ring.
       network: bytes to other slices through the data center network; 0: unknown.
+      capability: CUDA compute capability; () for a TPU.
     """
 
     name: str
@@ -33,6 +35,12 @@ class Chip:
     axes: int = 0
     wrap: int = 1
     network: float = 0.0
+    capability: tuple[int, ...] = ()
+
+
+def _gpu(name, tera, giga, bandwidth, capability, link=0) -> Chip:
+    """A GPU, of which NVIDIA states TFLOP/s, GB, and GB/s of main memory and NVLink."""
+    return Chip(name, tera * 1e12, giga * 1e9, bandwidth * 1e9, link * 1e9, capability=capability)
 
 
 _GIB = 2**30
@@ -43,15 +51,15 @@ CHIPS = {
     "TPU v5e": Chip("v5e", 197e12, 16 * _GIB, 819e9, 45e9, 2, 16, 3.125e9),
     "TPU v5": Chip("v5p", 459e12, 95 * _GIB, 2765e9, 90e9, 3, 4, 6.25e9),
     "TPU v6": Chip("v6e", 918e12, 32 * _GIB, 1638e9, 90e9, 2, 16, 12.5e9),
-    "H100 PCIe": Chip("H100 PCIe", 756e12, 80e9, 2000e9),
-    "H100": Chip("H100", 989e12, 80e9, 3350e9, 450e9),
-    "GH200": Chip("GH200", 989e12, 96e9, 4000e9, 450e9),
-    "H200": Chip("H200", 989e12, 141e9, 4800e9, 450e9),
-    "B200": Chip("B200", 2250e12, 180e9, 7700e9, 900e9),
-    "A100": Chip("A100", 312e12, 80e9, 2039e9, 300e9),
-    "L40S": Chip("L40S", 362e12, 48e9, 864e9),
-    "L4": Chip("L4", 121e12, 24e9, 300e9),
-    "V100": Chip("V100", 125e12, 32e9, 900e9, 150e9),
+    "H100 PCIe": _gpu("H100 PCIe", 756, 80, 2000, (9, 0)),
+    "H100": _gpu("H100", 989, 80, 3350, (9, 0), 450),
+    "GH200": _gpu("GH200", 989, 96, 4000, (9, 0), 450),
+    "H200": _gpu("H200", 989, 141, 4800, (9, 0), 450),
+    "B200": _gpu("B200", 2250, 180, 7700, (10, 0), 900),
+    "A100": _gpu("A100", 312, 80, 2039, (8, 0), 300),
+    "L40S": _gpu("L40S", 362, 48, 864, (8, 9)),
+    "L4": _gpu("L4", 121, 24, 300, (8, 9)),
+    "V100": _gpu("V100", 125, 32, 900, (7, 0), 150),
 }
 TPUS = ("v4", "v5e", "v5p", "v6e")
 

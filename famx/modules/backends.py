@@ -1,10 +1,15 @@
-"""Attention backends: which one can compute a model's attention on a platform. Plain Python."""
+"""Attention backends: which one can compute a model's attention on a device."""
 
+import jax
+
+from famx.base.chips import find
 from famx.base.errors import ConfigError
 
 ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "splash", "cudnn")
 LANES = 128  # lanes of a TPU's vector registers; splash attention tiles rows and columns by them
 _PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
+_NARROW = 128  # head_dim up to which cuDNN computes on any GPU; wider heads need compute capability 9.0
+_HOPPER = (9, 0)
 
 
 def refusal(config, backend: str) -> str | None:
@@ -34,19 +39,20 @@ def refusal(config, backend: str) -> str | None:
     return None
 
 
-def resolve_backend(config, platform: str, devices: int = 1) -> str:
-    """The attention backend of a program for `devices` devices of `platform`; never "auto".
+def resolve_backend(config, device, devices: int = 1) -> str:
+    """The attention backend of a program for `devices` devices like `device`; never "auto".
 
     Args:
       config: a `DecoderConfig`.
-      platform: what the program is compiled for ("tpu", "gpu", "cuda", "cpu"), which is not always
-        where it is compiled.
+      device: one of the devices that the program is compiled for, which are not always those where it
+        is compiled: a `jax.Device`, or what a mesh knows of it (`jax.sharding.AbstractDevice`).
       devices: number of devices of all processes.
 
     Raises:
-      ConfigError: the config names a backend that the platform does not have.
+      ConfigError: the config names a backend that the device does not have.
     """
-    backend = config.attention_backend
+    backend, platform = config.attention_backend, device.platform
+    wide = config.head_dim > _NARROW
     if backend != "auto":
         platforms = _PLATFORMS.get(backend, (platform,))
         if platform not in platforms:
@@ -54,13 +60,32 @@ def resolve_backend(config, platform: str, devices: int = 1) -> str:
                 f"attention_backend {backend!r} runs on {platforms[0].upper()} alone, not on"
                 f" {platform.upper()}: choose auto or xla."
             )
+        if backend == "cudnn" and wide and _computes_wide_heads(device) is False:
+            raise ConfigError(
+                f"attention_backend 'cudnn' needs a Hopper GPU or a later one for head_dim"
+                f" {config.head_dim}, more than {_NARROW}, not {device.device_kind}: choose auto or xla."
+            )
         return backend
     if platform == "tpu" and refusal(config, "splash") is None:
         return "splash"
-    # Heads wider than 128 need a Hopper GPU or later, which the platform's name does not tell.
-    if platform in _PLATFORMS["cudnn"] and refusal(config, "cudnn") is None and config.head_dim <= 128:
-        return "cudnn"
+    if platform in _PLATFORMS["cudnn"] and refusal(config, "cudnn") is None:
+        if not wide or _computes_wide_heads(device):
+            return "cudnn"
     # Small blocks fit the cache anyway; a sharded batch must not be read row by row.
     if platform == "cpu" and devices == 1 and config.block_size >= 128:
         return "blockwise"
     return "xla"
+
+
+def _computes_wide_heads(device) -> bool | None:
+    """Whether cuDNN computes wide heads on a GPU; None if that is not known.
+
+    A mesh knows only the kind of its devices: a published one, or that of this process's devices.
+    """
+    chip = find(device.device_kind)
+    if chip is not None:
+        return chip.capability >= _HOPPER
+    for local in jax.devices():
+        if local.device_kind == device.device_kind and hasattr(local, "compute_capability"):
+            return tuple(map(int, local.compute_capability.split("."))) >= _HOPPER
+    return None

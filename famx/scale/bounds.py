@@ -160,7 +160,25 @@ def bound(program: Region, chip: Chip, network: Network) -> Bound:
     )
 
 
+def hidden_seconds(program: Region, chip: Chip, network: Network) -> collections.Counter:
+    """Seconds of each collective of a GPU program during which other work is scheduled.
+
+    That is the work between its start and its end, at full rate, up to the collective's own time.
+    """
+    hidden = collections.Counter()
+    for runs, _, region in program.walk():
+        for exchange, beside in region.beside:
+            own = sum(network.seconds(collections.Counter([exchange])))
+            hidden[exchange] += runs * min(own, _work_seconds(beside, chip))
+    return hidden
+
+
 def scheduled_seconds(region: Region, chip: Chip, network: Network) -> float:
     """Time of one run of a region by its schedule, without its inner loops."""
-    work = sum(max(flops / chip.flops, moved / chip.bandwidth) for flops, moved in region.work)
+    work = _work_seconds(region.work, chip)
     return max(work, region.bytes / chip.bandwidth, *network.seconds(region.collectives))
+
+
+def _work_seconds(work: Sequence[tuple[float, float]], chip: Chip) -> float:
+    """Time of instructions one after the other, each as long as its operations or its bytes take."""
+    return sum(max(flops / chip.flops, moved / chip.bandwidth) for flops, moved in work)

@@ -50,13 +50,13 @@ def collective(instruction: Instruction, kind: str) -> Collective:
     else:
         groups = _groups(instruction.attributes)
     sizes = [array.bytes for array in instruction.arrays if array.space != 2]
-    if instruction.opcode.endswith("-start"):  # (operands, results, ...)
-        size = max(sizes)
-    else:
-        size = sum(sizes)
+    n = len(instruction.operands)
+    if instruction.opcode.endswith("-start") and len(sizes) >= 2 * n:  # (operands, results, ...)
+        return Collective(kind, groups, max(sum(sizes[:n]), sum(sizes[n : 2 * n])))
+    results = sum(sizes)
     if kind == "reduce-scatter":
-        size = sum(sizes) * max(map(len, groups), default=1)
-    return Collective(kind, groups, size)
+        results *= max(map(len, groups), default=1)
+    return Collective(kind, groups, results)
 
 
 def between_slices(computation: Computation, instruction: Instruction) -> Collective | None:

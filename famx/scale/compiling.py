@@ -113,7 +113,7 @@ def run_on(run: Run, devices: Sequence[jax.Device], batch_size: int | None = Non
     run = run.ready(devices)
     # "auto" would be resolved for this machine, not for the devices that are compiled for.
     config = run.model.config
-    backend = resolve_backend(config, devices[0].platform, len(devices))
+    backend = resolve_backend(config, devices[0], len(devices))
     module = Decoder(dataclasses.replace(config, attention_backend=backend))
     return dataclasses.replace(run, model=dataclasses.replace(run.model, module=module))
 

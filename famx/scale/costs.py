@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-from famx.scale.collectives import COLLECTIVES, between_slices, collective
+from famx.scale.collectives import COLLECTIVES, Collective, between_slices, collective
 from famx.scale.hlo import Array, Computation, Instruction, Module
 
 _FREE = {  # opcodes without memory traffic
@@ -44,6 +44,7 @@ class Region:
       work: (operations, bytes) of each instruction, in execution order.
       moved: bytes read and written by asynchronous copies, which overlap with the computation.
       collectives: number of runs of each collective.
+      beside: each collective that a GPU starts and waits for later, with the work in between.
       products: operations by source operation.
       traffic: main memory traffic by instruction.
       kernels: number of kernels and copies that a GPU executes. A call of a library counts as one
@@ -57,6 +58,7 @@ class Region:
     work: list[tuple[float, float]] = dataclasses.field(default_factory=list)
     moved: float = 0
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    beside: list[tuple[Collective, list[tuple[float, float]]]] = dataclasses.field(default_factory=list)
     products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     traffic: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     kernels: int = 0
@@ -112,11 +114,23 @@ class _Walk:
 
     def __init__(self, module: Module, kernels: Callable):
         self.module, self.kernels = module, kernels
+        # Work beside each collective that has started and not ended, by the name of its start.
+        self.running: dict[str, list[tuple[float, float]]] = {}
 
     def region(self, computation: str, name: str, trips: int | None) -> Region:
         region = Region(name, trips)
+        outside, self.running = self.running, {}
         self._add(region, self.module.computations[computation], set())
+        self.running = outside
+        self._beside((region.total("flops"), region.total("bytes")))
         return region
+
+    def _beside(self, work: tuple[float, float]) -> None:
+        """Adds work beside the running collectives, an equal part to each, since they share the links."""
+        flops, moved = (amount / max(len(self.running), 1) for amount in work)
+        for others in self.running.values():
+            if any(work):
+                others.append((flops, moved))
 
     def _add(self, region: Region, computation: Computation, seen: set, fused: bool = False) -> None:
         for instruction in computation.instructions.values():
@@ -140,12 +154,19 @@ class _Walk:
         if kind in COLLECTIVES:
             channel = instruction.attribute(r"channel_id=(\d+)")
             # A collective fused with concurrent computation appears as several instructions, which
-            # share a channel: count it once.
-            if channel is None or channel not in seen:
-                seen.add(channel)
-                region.collectives[collective(instruction, kind)] += 1
+            # share a channel: count it once. Outside of fusions, different ones may share a channel.
+            if not fused or channel is None or (kind, channel) not in seen:
+                seen.add((kind, channel))
+                exchange = collective(instruction, kind)
+                alone = exchange.groups and exchange.size == 1  # a sum over an axis of one device
+                region.collectives.update({} if alone else {exchange: 1})
             if fused:
                 return
+            if opcode.endswith("-start"):
+                self.running[instruction.name] = []
+                region.beside.append((collective(instruction, kind), self.running[instruction.name]))
+        elif opcode.endswith("-done") and instruction.operands:
+            self.running.pop(instruction.operands[0], None)
         flops = self._flops(region, computation, instruction)
         if opcode == "fusion":
             inside = self.module.computations[instruction.called("calls")]
@@ -160,6 +181,8 @@ class _Walk:
             region.moved += moved
         else:
             region.work.append((flops, moved))
+            if kind not in COLLECTIVES:
+                self._beside((flops, moved))
 
     def _fused(self, region, computation, seen) -> float:
         """Operations inside a fusion. Its collectives, products and kernels are added to the region."""

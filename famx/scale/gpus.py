@@ -21,7 +21,7 @@ _INSTALL = 'pip install "famx[cuda13-compiler]"'
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU as XLA's compiler needs to know it; its memory and rates are in `famx.base.chips`.
+    """A GPU as XLA's compiler needs to know it; the rest of it is in `famx.base.chips`.
 
     Sources: NVIDIA's data sheets and architecture white papers (multiprocessors, clock, L2 cache); the
     table of technical specifications per compute capability of the CUDA programming guide (shared
@@ -30,7 +30,6 @@ class Gpu:
 
     Attributes:
       kind: device kind, as JAX names it on such a device.
-      capability: CUDA compute capability.
       cores: multiprocessors.
       lanes: float32 operations that a multiprocessor starts per clock.
       clock: highest clock rate in GHz.
@@ -39,7 +38,6 @@ class Gpu:
     """
 
     kind: str
-    capability: tuple[int, int]
     cores: int
     lanes: int
     clock: float
@@ -55,7 +53,7 @@ class Gpu:
         sm_100a) are those that a device of this kind has.
         """
         chip = find(self.kind)
-        major, minor = self.capability
+        major, minor = chip.capability
         extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
         info = {
             "name": f'"{self.kind}"',
@@ -105,10 +103,10 @@ _ALIKE = {
 }
 
 GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 40 * _MIB, 164),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 50 * _MIB, 228),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 1.98, 50 * _MIB, 228),
-    "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 1.965, 126 * _MIB, 228),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 108, 64, 1.41, 40 * _MIB, 164),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 132, 128, 1.98, 50 * _MIB, 228),
+    "h200": Gpu("NVIDIA H200", 132, 128, 1.98, 50 * _MIB, 228),
+    "b200": Gpu("NVIDIA B200", 148, 128, 1.965, 126 * _MIB, 228),
 }
 
 

@@ -48,7 +48,8 @@ class Report:
       flops: executed operations; None if the program does not fit.
       bytes: main memory traffic; None if the program does not fit.
       bound: bounds on the time of a run; None if the chip's rates are unknown or it does not fit.
-      collectives: rows with kind, mesh axes, group size, count and bytes sent.
+      collectives: rows with kind, mesh axes, group size, count and bytes sent; for a GPU also seconds at
+        full rate, and the share of them during which other work is scheduled ("hidden").
       loops: the loops that take longest by the schedule, with seconds per resource.
       kernels: for a GPU, a row for the program and each loop: its pass, how often it runs, and kernels
         and launches (CUDA graphs, and kernels outside of them) of one run; None if unknown.
@@ -105,6 +106,13 @@ class Report:
         names = ("kernels", "graphs", "single launches") if known else ("kernels",)
         return {name: total(name) for name in names}
 
+    def hidden(self) -> float | None:
+        """Share of the time of a GPU program's collectives during which other work is scheduled."""
+        total = sum(row.get("seconds", 0) for row in self.collectives)
+        if not total:
+            return None
+        return sum(row["seconds"] * row["hidden"] for row in self.collectives) / total
+
     def line(self) -> str:
         """A one-line summary."""
         gib = lambda count: f"{count / 2**30:.2f}"
@@ -117,6 +125,8 @@ class Report:
             return f"{where}does not fit, {room} on each device, {gib(over)} GiB too many"
         text = f"{where}fits, {room}" if self.available else f"{where}{room}"
         text += "".join(f"; {n:,} {name}" for name, n in self.launched().items())
+        if (hidden := self.hidden()) is not None:
+            text += f"; {hidden:.0%} of the collectives' time beside other work"
         if self.bound is None:
             return text
         b = self.bound
@@ -158,7 +168,10 @@ class Report:
         if self.collectives:
             rows = [{**row, "GB": row["bytes"] / 1e9} for row in self.collectives]
             rows = [{k: v for k, v in row.items() if k != "bytes"} for row in rows]
-            tables.append(Table("collectives", "collectives per run and device", (), rows))
+            title = "collectives per run and device"
+            if (hidden := self.hidden()) is not None:
+                title += f", {hidden:.0%} of their time beside other work"
+            tables.append(Table("collectives", title, (), rows))
         if self.loops:
             title = "loops, seconds per run as scheduled"
             tables.append(Table("loops", title, (), list(self.loops)))
@@ -258,7 +271,7 @@ def compile_report(
         **names, memory=memory, available=chip.memory, fits=not too_large,
         flops=region.total("flops"), bytes=region.total("bytes"),
         bound=bounds.bound(region, chip, network) if chip.flops else None,
-        collectives=_collectives(region, mesh),
+        collectives=_collectives(region, mesh, chip if gpu and chip.link else None, network),
         loops=_loops(region, chip, network) if chip.flops else (),
         kernels=_kernels(region, launched) if gpu else (), notes=_notes(region, text, gpu),
     )  # fmt: skip
@@ -318,21 +331,25 @@ def _shortage(message: str, arguments: int) -> tuple[int, int] | None:
     return None
 
 
-def _collectives(region, mesh) -> tuple[dict[str, Any], ...]:
+def _collectives(region, mesh, gpu: Chip | None, network) -> tuple[dict[str, Any], ...]:
     """Rows of the report's collectives, those of the same kind, axes and group size added up."""
-    totals = collections.defaultdict(lambda: [0, 0.0])  # {key: [count, bytes]}
+    totals = collections.defaultdict(lambda: np.zeros(4))  # {key: count, bytes, seconds, hidden seconds}
+    hidden = bounds.hidden_seconds(region, gpu, network) if gpu else {}
     for collective, count in region.all_collectives().items():
         between = collective.kind.startswith(collectives.DCN)
         axes = "slices" if between else mesh_axes(collective.groups, mesh)
         key = collective.kind, axes, collective.size
         if collective.kind == "collective-permute":
             key = *key[:2], len(collective.groups)
-        totals[key][0] += count
-        totals[key][1] += count * collective.sent
-    rows = [
-        {"kind": kind, "axes": axes, "group": size, "count": count, "bytes": sent}
-        for (kind, axes, size), (count, sent) in totals.items()
-    ]
+        seconds = sum(network.seconds(collections.Counter([collective]))) if gpu else 0
+        totals[key] += count, count * collective.sent, count * seconds, hidden.get(collective, 0)
+    rows = []
+    for (kind, axes, size), figures in totals.items():
+        count, sent, seconds, beside = figures.tolist()
+        row = {"kind": kind, "axes": axes, "group": size, "count": int(count), "bytes": sent}
+        if gpu:
+            row |= {"seconds": seconds, "hidden": beside / seconds if seconds else 0.0}
+        rows.append(row)
     return tuple(sorted(rows, key=lambda row: -row["bytes"]))
 
 

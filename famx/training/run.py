@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from famx.base.errors import ConfigError
+from famx.base.xla_options import DEFAULT, compiler_options
 from famx.data.tasks import registry
 from famx.mesh import (
     Rules,
@@ -181,6 +182,7 @@ class Run:
       mesh: mesh of devices; None: `famx.mesh.make_mesh()`.
       rules: sharding rules from logical to mesh axes; None: `famx.mesh.make_rules()`.
       profile_steps: "10:13" traces these steps to `MODEL_DIR/profile`, see `Profile`.
+      xla_options: compiler options of the step: "default", or a choice of `famx.base.xla_options`.
     """
 
     model: DecoderModel
@@ -199,6 +201,7 @@ class Run:
     mesh: Mesh | None = None
     rules: Rules | None = None
     profile_steps: str | None = None
+    xla_options: str = DEFAULT
 
     def ready(self, devices: Sequence[jax.Device] | None = None) -> "Run":
         """A checked copy with mesh and rules set and the model adapted to them.
@@ -217,7 +220,8 @@ class Run:
             mesh = make_mesh() if devices is None else make_mesh(devices=devices)
         check_batch_size(batch_size, mesh, self.microbatches)
         check_blocks(length, self.model.config, mesh)
-        resolve_backend(self.model.config, mesh.devices.flat[0].platform, mesh.size)  # or raises
+        resolve_backend(self.model.config, mesh.devices.flat[0], mesh.size)  # or raises
+        compiler_options(self.xla_options, mesh.devices.flat[0].platform, mesh.shape)  # likewise
         model = dataclasses.replace(
             self.model,
             lora=self.model.lora if self.trainable.name == "lora" else None,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from famx.base.xla_options import compiler_options
 from famx.lora import combine
 from famx.mesh import logical_to_sharding, moment_sharding
 from famx.models import loss_weights
@@ -158,4 +159,7 @@ def make_train_step(run: Run, abstract: TrainState):
         return TrainState(state.step + 1, params, opt_state, kept), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    options = compiler_options(run.xla_options, run.mesh.devices.flat[0].platform, run.mesh.shape)
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options or None
+    )

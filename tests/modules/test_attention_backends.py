@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,15 @@ import rounding
 from helpers import assert_close, config, fam, jit, random_params, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice
 from plain_kernels import PLAIN
 
+from famx.base.errors import ConfigError
 from famx.memories import Fam
 from famx.modules import Decoder, Memory
 from famx.modules.attention import cudnn, dense, splash, token_attention, visible
 from famx.modules.backends import resolve_backend
+from famx.scale.gpus import GPUS
 
 SIZE = 128  # the least block of the splash kernel
 
@@ -245,8 +249,9 @@ def test_a_model_learns_the_same_through_splash(interpret):
     assert_close(grad, expected_grad, rounding.bound(3 * additions + 2 * SIZE, largest))
 
 
-def backend_of(platform, devices=1, **changes):
-    return resolve_backend(config(**{"block_size": SIZE, "head_dim": 8, **changes}), platform, devices)
+def backend_of(platform, devices=1, kind="", **changes):
+    device = AbstractDevice(kind, None, platform)  # as a mesh describes its devices
+    return resolve_backend(config(**{"block_size": SIZE, "head_dim": 8, **changes}), device, devices)
 
 
 def test_auto_goes_by_platform_and_shape():
@@ -256,11 +261,31 @@ def test_auto_goes_by_platform_and_shape():
         assert backend_of(platform, dtype="bfloat16") == "cudnn"
         assert backend_of(platform) == "xla"
     assert backend_of("gpu", dtype="bfloat16", attention_softcap=3.0) == "xla"
-    assert backend_of("gpu", dtype="bfloat16", head_dim=256) == "xla"
     assert backend_of("gpu", dtype="bfloat16", memory=Fam(3), block_size=127) == "cudnn"
     assert backend_of("cpu") == "blockwise"
     assert backend_of("cpu", 2) == "xla" == backend_of("cpu", block_size=64)
     assert backend_of("rocm", dtype="bfloat16") == "xla"
+
+
+def test_wide_heads_need_a_hopper_gpu(monkeypatch):
+    wide = dict(dtype="bfloat16", head_dim=256)
+    of = lambda kind, **changes: backend_of("gpu", kind=kind, **{**wide, **changes})
+    for gpu in GPUS.values():
+        assert of(gpu.kind) == ("xla" if "A100" in gpu.kind else "cudnn")
+        assert of(gpu.kind, head_dim=128) == "cudnn"
+    with pytest.raises(ConfigError) as caught:
+        of(GPUS["a100"].kind, attention_backend="cudnn")
+    assert str(caught.value) == (
+        "attention_backend 'cudnn' needs a Hopper GPU or a later one for head_dim 256, more than 128, not"
+        " NVIDIA A100-SXM4-80GB: choose auto or xla."
+    )
+    # A kind that is not in the table is asked, if it is there.
+    assert of("NVIDIA X") == "xla" and of("NVIDIA X", attention_backend="cudnn") == "cudnn"
+    for capability, backend in (("12.0", "cudnn"), ("8.6", "xla")):
+        here = types.SimpleNamespace(device_kind="NVIDIA X", compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda here=here: [here])
+        assert of("NVIDIA X") == backend
+        assert of("NVIDIA Y") == "xla"
 
 
 def test_a_chosen_backend_stays_or_is_refused():

@@ -17,7 +17,7 @@ ROOT = str(pathlib.Path(famx.__file__).parent.parent)
 HERE = str(pathlib.Path(__file__).parent)
 
 EIGHT = """
-import functools, jax, numpy as np, flax.linen as nn
+import functools, types, jax, numpy as np, flax.linen as nn
 from plain_kernels import PLAIN
 from famx.memories import Fam
 from famx.modules import DecoderConfig
@@ -74,7 +74,7 @@ xla(dict(data=2, fsdp=2, context=2), folded, batch=8, axis="folded", cut=(1, 4, 
 # `auto` on several TPUs, pretended, without a mesh: nothing says how to cut the kernel.
 c = DecoderConfig(vocab_size=8, num_layers=1, embed_dim=8, num_heads=2, head_dim=8, block_size=128,
                   memory_segments=0)
-jax.default_backend = lambda: "tpu"
+jax.devices = lambda: [types.SimpleNamespace(platform="tpu", device_kind="TPU v5e")]
 called = []
 dispatch._KERNELS["splash"] = lambda c, q, *rest: called.append(q.shape[0]) or q
 q, empty = np.ones((8, 1, 128, 2, 8), np.float32), np.ones((8, 1, 0, 2, 8), np.float32)

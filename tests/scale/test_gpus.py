@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from famx.base.chips import find
+from famx.base.chips import Chip, find
 from famx.base.errors import ConfigError
 from famx.modules import DecoderConfig
-from famx.scale import costs, gpus, hlo, kernels, launches, topologies
+from famx.scale import bounds, costs, gpus, hlo, kernels, launches, topologies
 from famx.scale.gpus import GPUS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -173,6 +173,63 @@ def test_a_causal_mask_starts_in_the_first_row_and_column(rows, columns, pairs):
     assert kernels.of_model(CONFIG)(instruction, [queries, keys, keys]) == 5 * 2 * pairs
 
 
+# ---------------------------------------------------------------- collectives
+
+COLLECTIVES = """HloModule m, is_scheduled=true
+
+ENTRY %main (p: f32[4,8], q: f32[2], x: f32[32,16], y: f32[16,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %q = f32[2]{0} parameter(1)
+  %x = f32[32,16]{1,0} parameter(2)
+  %y = f32[16,8]{1,0} parameter(3)
+  %s = ((f32[4,8]{1,0}, f32[2]{0}), (f32[16,8]{1,0}, f32[8]{0})) all-gather-start(%p, /*index=1*/%q), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %z = f32[32,8]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %d = (f32[16,8]{1,0}, f32[8]{0}) all-gather-done(%s)
+  %g = f32[16,8]{1,0} get-tuple-element(%d), index=0
+  %r = ((f32[16,8]{1,0}), f32[4,8]{1,0}) reduce-scatter-start(%g), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%sum
+  %o = f32[4,8]{1,0} reduce-scatter-done(%r)
+  %a = f32[4,8]{1,0} all-reduce(%o), channel_id=1, replica_groups={{0},{1},{2},{3}}, to_apply=%sum
+  ROOT %c = f32[4,8]{1,0} copy(%a)
+}
+"""  # noqa: E501
+
+
+def test_combined_collectives_and_those_that_share_a_channel():
+    """A sum over a single device exchanges nothing."""
+    program = costs.count(hlo.parse(COLLECTIVES))
+    sent = {x.kind: (x.bytes, n) for x, n in program.all_collectives().items()}
+    assert sent == {"all-gather": (4 * (16 * 8 + 8), 1), "reduce-scatter": (4 * 16 * 8, 1)}
+
+
+@pytest.mark.parametrize("link, share", [(204, 0.5), (816, 1), (102, 0.25)])
+def test_work_beside_a_collective_hides_it(link, share):
+    """A product of a second beside a gather of two seconds, or half of one, or four."""
+    product = 2 * 32 * 16 * 8
+    chip = Chip("x", flops=product, memory=1, bandwidth=1e9, link=link)
+    program = costs.count(hlo.parse(COLLECTIVES))
+    network = bounds.Network([None] * 4, chip)
+    hidden = bounds.hidden_seconds(program, chip, network)
+    seconds = lambda kind: {x.kind: s for x, s in hidden.items()}[kind]
+    assert seconds("all-gather") == pytest.approx(share * 544 * 3 / 4 / link)
+    assert seconds("reduce-scatter") == 0
+
+
+def test_collectives_at_once_share_the_work_beside_them():
+    """So that no work hides more than its own time; a loop between them counts with all its runs."""
+    second = '  %s2 = ((f32[2]{0}), f32[8]{0}) all-gather-start(%q), replica_groups={{0,1,2,3}}\n  %z ='
+    end = "  %d2 = f32[8]{0} all-gather-done(%s2)\n  %d ="
+    text = COLLECTIVES.replace("  %z =", second).replace("  %d =", end)
+    (_, one), (_, other), _ = costs.count(hlo.parse(text)).beside
+    assert one == other == [(32 * 16 * 8, 4 * (32 * 8 + 32 * 16 + 16 * 8) / 2)]
+    gather = "  %g = (f32[32,16]{1,0}, f32[64,16]{1,0}) all-gather-start(%x), replica_groups={{0,1}}"
+    text = PROGRAM.replace("  %w =", f"{gather}\n  %w =")
+    text = text.replace("  ROOT %out", "  %h = f32[64,16]{1,0} all-gather-done(%g)\n  ROOT %out")
+    program = costs.count(hlo.parse(text), kernels.of_model(CONFIG))
+    ((_, beside),) = program.beside
+    (loop,) = program.inner
+    assert beside == [(loop.total("flops"), loop.total("bytes"))] and loop.flops > 0
+
+
 # ---------------------------------------------------------------- launches
 
 THUNKS = """\
@@ -273,3 +330,29 @@ def test_a_step_for_gpus_that_does_not_fit(tmp_path):
     assert {row["axes"] for row in train["collectives"]} == {"fsdp"}
     assert train["bound"]["interconnect"] > 0 and train["chip"]["link"] == 450e9
     assert "does not fit" in run.stdout and "Try a smaller loss_chunk" in run.stdout
+
+
+def report_of(tmp_path, *arguments):
+    out = tmp_path / "out.json"
+    run = compile_main("--gin.DecoderConfig.dtype='bfloat16'", f"--json={out}", *arguments)
+    assert run.returncode == 0, run.stderr
+    return json.loads(out.read_text())[0], run.stdout
+
+
+def test_graphs_that_hold_loops_and_collectives(tmp_path):
+    pytest.importorskip("jax_cuda13_plugin", reason="pip install 'famx[cuda13-compiler]'")
+    two = ["--topology=h100:2", "--gin.BATCH_SIZE=2"]
+    train, _ = report_of(tmp_path, *two, "--gin.XLA_OPTIONS='graphs'")
+    assert (train["launched"]["graphs"], train["launched"]["single launches"]) == (1, 0)
+
+
+def test_gathers_ahead_of_their_iteration(tmp_path):
+    pytest.importorskip("jax_cuda13_plugin", reason="pip install 'famx[cuda13-compiler]'")
+    shares = []
+    for choice in ("default", "overlap"):
+        fsdp = ["--topology=h100:2", "--gin.BATCH_SIZE=2", f"--gin.XLA_OPTIONS='{choice}'"]
+        train, printed = report_of(tmp_path, *fsdp)
+        seconds = sum(row["seconds"] for row in train["collectives"])
+        shares.append(sum(row["seconds"] * row["hidden"] for row in train["collectives"]) / seconds)
+        assert f"; {shares[-1]:.0%} of the collectives' time beside other work" in printed
+    assert 0 <= shares[0] < shares[1] <= 1

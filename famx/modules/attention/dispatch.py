@@ -26,7 +26,7 @@ def token_attention(
       memory_keys, memory_values: columns of the memory before each block `[B, C, N, K, Dh]`.
       first_block: index in its sequence of each example's first query block, int32 `[B]`; blocks
         before the start of the sequence are masked.
-      config: sizes, mask and backend; `auto` picks a backend for the mesh's platform
+      config: sizes, mask and backend; `auto` picks a backend for the mesh's devices
         (`jax.set_mesh`), or for this process's devices if no mesh is set.
       batch_axis: logical name of the axis `B`, by which kernels are partitioned over a mesh.
 
@@ -68,7 +68,7 @@ def _backend(config):
 def _fitting(config):
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
-        return resolve_backend(config, mesh.abstract_device.platform, mesh.size)
-    backend = resolve_backend(config, jax.default_backend(), jax.device_count())
+        return resolve_backend(config, mesh.abstract_device, mesh.size)
+    backend = resolve_backend(config, jax.devices()[0], jax.device_count())
     # Without a mesh it is undefined how several devices would share a kernel.
     return "xla" if backend in _KERNELS and jax.device_count() > 1 else backend
