@@ -7,6 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from famx.modules import Decoder, DecoderState
+from famx.modules.prepared import apart, computing, with_joint_kernels
+
+# Tokens that are written before the host looks whether to go on: a GPU would stand still meanwhile. Those
+# after the end of a block or of all texts write nothing.
+_TOKENS_AT_ONCE = {"gpu": 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,8 @@ def generate(
     """Continues every example of `state`; a pure function, to be jitted.
 
     An inner loop writes tokens until some example's block is full; an outer one then updates the memory
-    of exactly those examples. So no token pays for work that only the last one of a block needs.
+    of exactly those examples. So no token pays for work that only the last one of a block needs. What a
+    token needs of the weights is made once: cast to the compute dtype, and joined.
 
     Args:
       module: the decoder.
@@ -89,41 +95,47 @@ def generate(
     batch, limit = state.batch_size, sampling.max_new_tokens
     room = jnp.full((batch,), limit) if room is None else jnp.clip(room, 0, limit)
     size = module.config.block_size
-    unroll = _platform() == "cpu"  # faster on CPUs, but keeps a second copy of the weights
+    steps = min(_TOKENS_AT_ONCE.get(_platform(), 1), limit)
     stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
     examples = jnp.arange(batch)
+    params = with_joint_kernels(computing(params, module.config, tables=True))
+    layers = apart(params["layers"])
 
     def apply(method, *args):
         return module.apply({"params": params}, *args, method=method)
 
     def write(carry):
-        out, active, _, window = carry
-        log_p = jax.nn.log_softmax(out.logits)
+        out, active, full, window, goes_on = carry
+        writes = active & goes_on
         token_keys = None if keys is None else jax.vmap(jax.random.fold_in)(keys, out.lengths)
-        token = jnp.where(active, choose(out.logits, sampling, token_keys), 0)
-        picked = jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0]
-        count = active.astype(jnp.int32)
-        hidden, state, window = apply("read_tokens", token[:, None], count, out.state, window, unroll)
-        logits = apply("logits", hidden[:, 0]).astype(log_p.dtype)
-        index = jnp.where(active, out.lengths, limit)  # `limit` is out of bounds: dropped
+        token = jnp.where(writes, choose(out.logits, sampling, token_keys), 0)
+        picked = jnp.take_along_axis(out.logits, token[:, None], axis=1)[:, 0]
+        picked -= jax.nn.logsumexp(out.logits, axis=1)
+        count = writes.astype(jnp.int32)
+        hidden, state, window = apply("read_tokens", token[:, None], count, out.state, window, layers)
+        logits = apply("logits", hidden[:, 0]).astype(out.logits.dtype)
+        index = jnp.where(writes, out.lengths, limit)  # `limit` is out of bounds: dropped
         out = Generation(
             out.tokens.at[examples, index].set(token, mode="drop"),
             out.lengths + count,
-            out.log_likelihood + jnp.where(active, picked, 0),
-            jnp.where(active[:, None], logits, out.logits),
+            out.log_likelihood + jnp.where(writes, picked, 0),
+            jnp.where(writes[:, None], logits, out.logits),
             state,
         )
-        full = active & (state.position % size == 0)
-        active = active & (out.lengths < room) & ~jnp.any(token[:, None] == stops, axis=1)
-        return out, active, full, window
+        full = full | writes & (state.position % size == 0)
+        stopped = (out.lengths >= room) | jnp.any(token[:, None] == stops, axis=1)
+        active = active & ~(writes & stopped)
+        return out, active, full, window, jnp.any(active) & ~jnp.any(full)
+
+    def write_some(carry):
+        with jax.named_scope("tokens"):
+            return jax.lax.fori_loop(0, steps, lambda _, carry: write(carry), carry)
 
     def write_to_end_of_block(carry):
         out, active = carry
-        out, active, full, window = jax.lax.while_loop(
-            lambda carry: jnp.any(carry[1]) & ~jnp.any(carry[2]),
-            write,
-            (out, active, jnp.zeros((batch,), bool), apply("open_window", out.state)),
-        )
+        window = apply("open_window", out.state, layers)
+        start = (out, active, jnp.zeros((batch,), bool), window, True)
+        out, active, full, window, _ = jax.lax.while_loop(lambda carry: carry[-1], write_some, start)
         state = apply("close_window", out.state, window)
         return out.replace(state=apply("complete_blocks", state, full)), active
 

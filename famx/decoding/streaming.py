@@ -10,6 +10,7 @@ import numpy as np
 
 from famx.decoding.generation import Generation, Sampling, generate
 from famx.modules import Decoder, DecoderState
+from famx.modules.prepared import computing, with_joint_kernels
 
 _BLOCKS = 8  # whole blocks per call: enough to hide the cost of a call, few enough for a small program
 _PART_WIDTHS = (1, 16, 256)  # tokens per call within a block
@@ -71,6 +72,7 @@ class Streamer:
 
         @functools.partial(jax.jit, donate_argnums=(1, 2), static_argnames=("kind", "all_read"))
         def read_blocks(params, state, last, tokens, targets, reads, kind, all_read):
+            params = with_joint_kernels(computing(params, config, tables=kind != "state"))
             hidden, new = apply(params, "read", tokens, reset(state), aligned=True)
             new = new if all_read else new.select(reads, state)
             last = keep_last(last, hidden, jnp.where(reads, tokens.shape[1], 0))
@@ -78,6 +80,7 @@ class Streamer:
 
         @functools.partial(jax.jit, donate_argnums=(1, 2), static_argnames="kind")
         def read_part(params, state, last, tokens, targets, count, kind):
+            params = computing(params, config, tables=kind != "state")
             hidden, state = apply(params, "read_part", tokens, count, reset(state))
             return head(params, hidden, targets, kind), state, keep_last(last, hidden, count)
 

@@ -1,5 +1,6 @@
 """Norms, projections and the feed-forward part of a Transformer layer."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ _ACTIVATION = {
     "relu": nn.relu,
     "squared_relu": lambda x: jnp.square(nn.relu(x)),
 }
+
+JOINT = "joint_kernel"  # leaf of the first of several projections: the kernels of all, side by side
 
 
 def partitioned(init, *axes: str):
@@ -69,8 +72,19 @@ def product(x, kernel, axes: int, **kwargs):
     """
     inner, outer = kernel.shape[:axes], kernel.shape[axes:]
     rows = x.reshape(-1, math.prod(inner))
-    y = jnp.matmul(rows, kernel.reshape(rows.shape[1], -1), **kwargs)
+    kernel, multiply = kernel.reshape(rows.shape[1], -1), lambda x, y: jnp.matmul(x, y, **kwargs)
+    if rows.shape[0] == 1:
+        y = jax.lax.platform_dependent(
+            rows, kernel, cuda=functools.partial(_of_row, multiply), default=multiply
+        )
+    else:
+        y = multiply(rows, kernel)
     return y.reshape(x.shape[: x.ndim - axes] + outer)
+
+
+def _of_row(multiply, row, kernel):
+    """The product of a row, computed twice: of one alone XLA makes a sum that first copies the kernel."""
+    return multiply(jax.lax.optimization_barrier(jnp.concatenate([row, row])), kernel)[:1]
 
 
 class Projection(nn.Module):
@@ -101,12 +115,18 @@ class Projection(nn.Module):
         return x
 
     def jointly(self, x, *others: "Projection") -> list:
-        """What this projection and others make of the same array: by one product if that pays."""
-        members, dtype = (self, *others), self.config.dtype
-        if can_join(members):
-            kernel = joint([nn.unbox(p.get_variable("params", "kernel")) for p in members], dtype)
-            if kernel.size <= x.size:
-                return separate(product(x.astype(dtype), kernel, 1), members)
+        """What this projection and others make of the same array: by one product if that pays.
+
+        It does with a `JOINT` kernel, which was made beforehand. Else it does if there are more rows than
+        it takes to make that kernel, and if it is not so wide that to take the results apart costs more
+        than to read the rows for each.
+        """
+        members, kernel = (self, *others), joint_kernel((self, *others))
+        if kernel is not None:
+            rows, columns = kernel.shape
+            pays = kernel.size <= x.size and columns <= len(members) * rows
+            if pays or self.has_variable("params", JOINT):
+                return separate(product(x.astype(self.config.dtype), kernel, 1), members)
         return [p(x) for p in members]
 
 
@@ -119,9 +139,19 @@ def can_join(members: Sequence[Projection]) -> bool:
     return one_device() and all(map(plain, members))
 
 
-def joint(kernels, dtype):
+def joint_kernel(members: Sequence[Projection]):
+    """The kernel `[in, sum of out]` of projections of one array; None if they cannot be one product."""
+    leaf = lambda p, name: nn.unbox(p.get_variable("params", name))
+    if members[0].has_variable("params", JOINT):
+        return leaf(members[0], JOINT)
+    if can_join(members):
+        return joint([leaf(p, "kernel") for p in members]).astype(members[0].config.dtype)
+    return None
+
+
+def joint(kernels):
     """Kernels `[in, *out]` next to each other, `[in, sum of out]`."""
-    return jnp.concatenate([k.reshape(k.shape[0], -1) for k in kernels], axis=1).astype(dtype)
+    return jnp.concatenate([k.reshape(k.shape[0], -1) for k in kernels], axis=1)
 
 
 def separate(y, members: Sequence[Projection]) -> list:

@@ -13,11 +13,13 @@ from famx.modules.climb import scan_layers
 from famx.modules.components import Norm, embedding_init, product
 from famx.modules.config import DecoderConfig
 from famx.modules.layer import INPUTS, MASS, Layer
+from famx.modules.prepared import apart
 from famx.modules.state import DecoderState, where_examples
 from famx.modules.weights import one_device
-from famx.modules.window import ChunkContext, TokenWindow, batch_axis
+from famx.modules.window import ChunkContext, TokenWindow, batch_axis, column_count, columns_before
 
 _LAYER_INPUT = "layer_input"
+_WRITTEN = ("keys", "values")  # fields of a window that tokens are written to
 # The memory before each block is always kept: to make it again is the one serial part of a layer.
 _keep = jax.checkpoint_policies.save_only_these_names
 _both = jax.checkpoint_policies.save_from_both_policies
@@ -229,14 +231,24 @@ class Decoder(nn.Module):
     # Tokens within an incomplete block, for decoding: open the window, read tokens as long as the block
     # has room, close the window, complete the blocks that became full.
 
-    def open_window(self, state: DecoderState) -> TokenWindow:
-        """What each example's incomplete block reads; valid until one of the blocks is full."""
-        step = lambda layer, climb, xs, context: layer.open_window(climb, *xs, context)
-        climb = self._climbs(state)
-        opening = None if climb is None else climb[0]
-        return self._scan_layers(step, opening, self._by_layer(state), self._here(state))[1]
+    def open_window(self, state: DecoderState, layers=None):
+        """What each example's incomplete block reads; valid until one of the blocks is full.
 
-    def read_tokens(self, tokens, count, state: DecoderState, window: TokenWindow, unroll: bool = False):
+        Args:
+          state: state to resume from.
+          layers: as for `read_tokens`.
+
+        Returns:
+          A `TokenWindow` of all layers; a list of those of each layer if there are `layers`.
+        """
+        climb, context, xs = self._climbs(state), self._here(state), self._by_layer(state)
+        opening = None if climb is None else climb[0]
+        if layers is not None:
+            return self._each_layer(layers, "open_window", opening, apart(xs), context)[1]
+        step = lambda layer, climb, xs, context: layer.open_window(climb, *xs, context)
+        return self._scan_layers(step, opening, xs, context)[1]
+
+    def read_tokens(self, tokens, count, state: DecoderState, window: TokenWindow, layers=None):
         """Reads tokens that stay within each example's block, at the cost of these tokens alone.
 
         Args:
@@ -244,9 +256,10 @@ class Decoder(nn.Module):
           count: number of real tokens, int32 `[B]`; may be 0, and must not exceed the free slots of the
             example's block.
           state: state to resume from.
-          window: window of `state`.
-          unroll: trace each layer separately, which takes longer to compile. In a loop over tokens XLA
-            then takes the weights out of their stacks once, not for every token.
+          window: window of `state`, made with the same `layers`.
+          layers: list of the parameters of each layer (`prepared.apart`); None: the decoder's own, in a
+            loop over the layers. Without that loop a token is one line of operations, which a GPU can
+            record as one graph, but which takes longer to compile.
 
         Returns:
           The last layer's output `[B, W, D]`; the state, whose keys and values are not those of the
@@ -255,32 +268,38 @@ class Decoder(nn.Module):
         """
         c = self.config
         slot = state.position % c.block_size
-
-        def layer_step(layer, x, window, context):
-            x, k, v = layer.read_tokens(x, window, context)
-            return x, (k, v)
-
-        context = self._here(state).replace(start=slot)
-        hidden, (k, v) = self._scan_layers(
-            layer_step, self._embed(tokens), window, context, c.num_layers if unroll else 1
-        )
+        context, x = self._here(state).replace(start=slot), self._embed(tokens)
+        if layers is None:
+            step = lambda layer, x, window, context: layer.read_tokens(x, window, context)
+            hidden, (k, v) = self._scan_layers(step, x, window, context)
+        else:
+            xs = [(of_layer,) for of_layer in window]
+            hidden, written = self._each_layer(layers, "read_tokens", x, xs, context)
+            k, v = zip(*written, strict=True)
         index = jnp.arange(tokens.shape[1])
-        columns = c.memory_columns
-        slots = columns + slot[:, None] + index  # in the window, after the memory's columns
-        write = jnp.where(index < count[:, None], slots, columns + c.block_size)
+        columns = columns_before(c) + slot[:, None] + index
+        write = jnp.where(index < count[:, None], columns, column_count(c) + index)  # dropped there
         examples = jnp.arange(tokens.shape[0])[:, None]
-        # Slots beyond the block's end are out of bounds, so they are dropped.
-        put = lambda array, new: array.at[:, examples, :, write].set(
-            new.transpose(1, 2, 0, 3, 4), mode="drop"
-        )
-        window = window.replace(keys=put(window.keys, k), values=put(window.values, v))
+
+        def put(window, k, v):
+            set_ = lambda array, new: array.at[examples, :, write].set(
+                new, mode="drop", unique_indices=True
+            )
+            return window.replace(keys=set_(window.keys, k), values=set_(window.values, v))
+
+        window = jax.vmap(put)(window, k, v) if layers is None else [*map(put, window, k, v)]
         return hidden, state.replace(position=state.position + count), window
 
-    def close_window(self, state: DecoderState, window: TokenWindow) -> DecoderState:
-        """The state with the keys and values that `read_tokens` wrote to the window."""
-        n = self.config.memory_columns
-        put = lambda blocks, new: blocks.at[:, :, -1].set(new[:, :, :, n:].swapaxes(2, 3))
-        return state.replace(keys=put(state.keys, window.keys), values=put(state.values, window.values))
+    def close_window(self, state: DecoderState, window) -> DecoderState:
+        """The state with the keys and values that `read_tokens` wrote to the window, or to a list."""
+        start = columns_before(self.config)
+        own = lambda x: x[..., start : start + self.config.block_size, :].swapaxes(-3, -2)
+        if isinstance(window, list):
+            keys, values = (jnp.stack([own(getattr(w, name)) for w in window]) for name in _WRITTEN)
+        else:
+            keys, values = (own(getattr(window, name)) for name in _WRITTEN)
+        put = lambda blocks, new: blocks.at[:, :, -1].set(new)
+        return state.replace(keys=put(state.keys, keys), values=put(state.values, values))
 
     def complete_blocks(self, state: DecoderState, full):
         """The state after the examples `full`, bool `[B]`, have filled their blocks."""
@@ -343,6 +362,23 @@ class Decoder(nn.Module):
 
     def _here(self, state: DecoderState) -> ChunkContext:
         return ChunkContext(state.position // self.config.block_size, state.offset, state.updates)
+
+    def _each_layer(self, layers, method: str, x, xs, context: ChunkContext):
+        """Like `_scan_layers` of `layer.method(x, *xs, context) -> (x, y)`, layer after layer.
+
+        `layers` and `xs` are lists of what each layer has, and `ys` is one, too.
+        """
+        module = Layer(self.config, parent=None)
+
+        @jax.jit  # traced once
+        def step(params, *args):
+            return module.apply({"params": params}, *args, method=method)
+
+        ys, rotations = [], apart(rope.rotations(self.config))
+        for params, of_layer, rotation in zip(layers, xs, rotations, strict=True):
+            x, y = step(params, x, *of_layer, context.replace(rotation=rotation))
+            ys.append(y)
+        return x, ys
 
     def _scan_layers(self, step, carry, xs, context: ChunkContext, unroll: int = 1):
         """Scans `step(layer, carry, x, context) -> (carry, y)`, with each layer's own `context`."""

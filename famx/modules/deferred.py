@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
-from famx.modules.components import Projection, can_join, joint, product, separate
+from famx.modules.components import JOINT, Projection, joint, joint_kernel, product, separate
 from famx.modules.jaxprs import by_kind, depends, join, part, variables_of
 from famx.modules.weights import gathered
 
@@ -71,6 +71,7 @@ def scan(layer: nn.Module, method: str, carry, xs, *args, rematerialized: bool =
     slots = {g.name: jnp.zeros(g.product.shape, g.product.dtype) for g in groups}
     for path in (path for group in groups for path in group.paths):
         del params[(*path, "kernel")]
+        params.pop((*path, JOINT), None)
     traced, shapes = jax.make_jaxpr(step, return_shape=True)(kernels, params, carry, first, args, slots)
     counts = [len(jax.tree.leaves(x)) for x in (kernels, params, carry, first, args, slots)]
     body, before = _split(traced.jaxpr, counts, jax.tree.structure(shapes), rematerialized)
@@ -113,8 +114,10 @@ class _Group:
     def kernel(self, params, steps: int):
         """The kernel in the compute dtype, gathered once and not in every step."""
         kernels, first = [params[(*path, "kernel")] for path in self.paths], self.members[0]
+        if (*first.path, JOINT) in params:
+            return params[(*first.path, JOINT)]
         if len(kernels) > 1:
-            return joint(kernels, first.config.dtype)
+            return joint(kernels).astype(first.config.dtype)
         kernel = kernels[0].astype(first.config.dtype)
         return gathered(kernel, (*first.in_axes, *first.out_axes), steps * self.x.size)
 
@@ -161,10 +164,8 @@ class _Tap:
     def _list(self, call, x, members):
         if len(members) == 1:
             y = result = call(x)
-        elif can_join(members):
-            dtype = members[0].config.dtype
-            kernels = [nn.unbox(p.get_variable("params", "kernel")) for p in members]
-            y = product(x.astype(dtype), joint(kernels, dtype), 1)
+        elif (kernel := joint_kernel(members)) is not None:
+            y = product(x.astype(members[0].config.dtype), kernel, 1)
             result = separate(y, members)
         else:
             return call(x, *members[1:])

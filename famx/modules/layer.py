@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from famx.modules import deferred, rope
 from famx.modules import window as windows
-from famx.modules.attention import attend_parts, memory_mass, token_attention, visible
+from famx.modules.attention import attend_apart, memory_mass, token_attention, visible
 from famx.modules.components import FeedForward, Norm, Projection
 from famx.modules.config import DecoderConfig
 from famx.modules.memory import Block, Opened
@@ -228,17 +228,15 @@ class Layer(nn.Module):
         """
         c = self.config
         climb, opened = c.memory.open(self, climb, memory, context)
-        past = lambda window: window[:, : c.memory_segments].reshape(
-            window.shape[0], c.memory_segments * c.block_size, *window.shape[3:]
-        )
 
         def with_columns(columns, window):
-            block = window[:, -1]
-            return block if columns is None else jnp.concatenate([columns, block], axis=1)
+            blocks = window.reshape(window.shape[0], -1, *window.shape[3:])
+            x = blocks if columns is None else jnp.concatenate([columns, blocks], axis=1)
+            unused = windows.column_count(c) - x.shape[1]
+            return jnp.pad(x, [(0, 0), (0, unused), (0, 0), (0, 0)]).swapaxes(1, 2)
 
-        current = with_columns(opened.keys, keys), with_columns(opened.values, values)
-        parts = past(keys), past(values), *current
-        return climb, TokenWindow(*(part.swapaxes(1, 2) for part in parts), opened.extra)
+        parts = with_columns(opened.keys, keys), with_columns(opened.values, values)
+        return climb, TokenWindow(*parts, opened.extra)
 
     def read_tokens(self, x, window: TokenWindow, context: ChunkContext):
         """`W` tokens that stay within each example's block: `[B, W, D] -> [B, W, D]`.
@@ -249,30 +247,26 @@ class Layer(nn.Module):
           context: positions of the blocks; `start` is the first token's slot.
 
         Returns:
-          `O`, and the tokens' keys and values `[B, W, K, Dh]`, which the window does not hold yet.
+          `O`, and the tokens' `(keys, values)` `[B, W, K, Dh]`, which the window does not hold yet.
         """
-        c, columns = self.config, self.config.memory_columns
-        width, past = x.shape[1], c.memory_segments * c.block_size
-        rows = context.start[:, None] + jnp.arange(width)
+        c, index = self.config, jnp.arange(x.shape[1])
+        rows = context.start[:, None] + index
         positions = (context.first_block * c.block_size + context.offset)[:, None] + rows
         angle = self.angles(positions, context)
         plain, k, v = self.project(x)
-        q, k = rope.rotate(plain, angle), rope.rotate(k, angle)
+        rotated = rope.rotate(jnp.concatenate([plain, k], axis=-2), angle)
+        q, k = rotated[..., : c.num_heads, :], rotated[..., c.num_heads :, :]
         missing = jnp.maximum(c.memory_segments - context.first_block, 0)[:, None, None]
-        mask = visible(c, rows[..., None], columns + jnp.arange(past), missing)[:, None, None]
-        slots = jnp.arange(-columns, c.block_size)  # the memory's columns precede the block
-        alone = c.window_mask and not past  # a window without past tokens: each token sees only itself
-        end = jnp.zeros_like(context.start) if alone else context.start
-        written = (slots < end[:, None])[:, None, None, None]
-        causal = jnp.eye(width, dtype=bool) if alone else jnp.tril(jnp.ones((width, width), bool))
+        columns, block = jnp.arange(window.keys.shape[-2]), windows.columns_before(c)
+        written = columns < block + context.start[:, None, None]
+        seen = visible(c, rows[..., None], columns, missing) & written
         parts = (
-            (window.past_keys, window.past_values, mask),
-            (window.keys, window.values, written),
-            (k.swapaxes(1, 2), v.swapaxes(1, 2), causal),
+            (window.keys, window.values, seen[:, None, None]),
+            (k.swapaxes(1, 2), v.swapaxes(1, 2), visible(c, index[:, None], block + index, 0)),
         )
-        attend = lambda query: attend_parts(query, parts, c)[0]
+        attend = lambda query: attend_apart(query, parts, c)
         attention = c.memory.attend(self, Tokens(x, q, plain, attend, window.extra), context)
-        return self.finish(x, attention), k, v
+        return self.finish(x, attention), (k, v)
 
     def complete_block(self, climb, memory, keys, values, context: ChunkContext):
         """`(climb, memory)` after the block of `context` became full; keys, values are a state's."""

@@ -20,6 +20,21 @@ def batch_axis(shards: int) -> str:
     return "batch" if shards == 1 else "context_batch"
 
 
+def columns_before(config) -> int:
+    """Columns that a block's tokens attend to before those of the block itself: `N + M * S`."""
+    return config.memory_columns + config.memory_segments * config.block_size
+
+
+def column_count(config) -> int:
+    """Columns of a `TokenWindow`: `N + (M + 1) * S`, and some that nothing reads if they are few.
+
+    In a number of columns that is no multiple of 128, XLA may copy a GPU's window in every product.
+    """
+    count = columns_before(config) + config.block_size
+    more = -count % 128
+    return count + more if more * 32 <= count else count
+
+
 @flax.struct.dataclass
 class ChunkContext:
     """Positions of the chunk's blocks; shared by all layers except `rotation`.
@@ -76,14 +91,12 @@ class TokenWindow:
     """What the tokens of an incomplete block read, in the order of matrix products.
 
     Attributes:
-      past_keys, past_values: keys and values of the past blocks `[layers, B, K, M * S, Dh]`; they stay
-        the same until the block is complete.
-      keys, values: the memory's columns and the block's own `[layers, B, K, N + S, Dh]`.
+      keys, values: of the memory's columns, the past blocks and the block's own tokens,
+        `[layers, B, K, X, Dh]` with `X` of `column_count`; all but the own stay the same until the
+        block is full.
       extra: `Opened.extra` of the block, leaves `[layers, B, ...]`.
     """
 
-    past_keys: jax.Array
-    past_values: jax.Array
     keys: jax.Array
     values: jax.Array
     extra: Any = None

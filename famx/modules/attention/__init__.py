@@ -3,7 +3,14 @@
 `token_attention` selects a backend; `dense` is the reference that the others are tested against.
 """
 
-from famx.modules.attention.common import ATTENTION_RESULT, attend, attend_parts, softcap, visible
+from famx.modules.attention.common import (
+    ATTENTION_RESULT,
+    attend,
+    attend_apart,
+    attend_parts,
+    softcap,
+    visible,
+)
 from famx.modules.attention.dense import memory_mass
 from famx.modules.attention.dispatch import attend_all, token_attention
 from famx.modules.attention.over_mesh import BATCH_AXIS
@@ -13,6 +20,7 @@ __all__ = [
     "ATTENTION_RESULT",
     "attend",
     "attend_all",
+    "attend_apart",
     "attend_parts",
     "memory_mass",
     "softcap",

@@ -3,6 +3,8 @@
 Column layout of all scores: `[N memory | M * S past, oldest first | S own block]`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -58,6 +60,32 @@ def attend(q, keys, values, mask, config: DecoderConfig):
     """
     heads_first = lambda x: jnp.swapaxes(x, -3, -2)
     return attend_parts(q, ((heads_first(keys), heads_first(values), mask),), config)
+
+
+def attend_apart(q, parts, config: DecoderConfig):
+    """`attend_parts` without the probabilities, for few queries: nothing as wide as a part is copied.
+
+    Scores are `[..., K, G * Q, X]`, rows of a matrix product, and their sum divides its result.
+    """
+    groups = config.num_kv_heads
+    q = jnp.moveaxis(q.reshape(q.shape[:-2] + (groups, -1, q.shape[-1])), -4, -2)
+    shape, wide = q.shape, jnp.promote_types(q.dtype, jnp.float32)
+    rows = q.reshape(shape[:-3] + (-1, shape[-1]))
+    scores = []
+    for keys, _, mask in parts:
+        score = jnp.matmul(rows, jnp.swapaxes(keys, -1, -2), preferred_element_type=wide)
+        score = score.reshape(shape[:-1] + score.shape[-1:])
+        score = softcap(score * config.query_scale, config.attention_softcap)
+        scores.append(score if mask is None else jnp.where(mask, score, MASKED))
+    highest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
+    out, total = 0, 0
+    for score, (_, values, _) in zip(scores, parts, strict=True):
+        weights = jnp.exp(score - highest)
+        total += jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.astype(values.dtype).reshape(rows.shape[:-1] + weights.shape[-1:])
+        out += jnp.matmul(weights, values, preferred_element_type=wide).reshape(shape)
+    out = jnp.moveaxis((out / total).astype(values.dtype), -2, -4)
+    return out.reshape(out.shape[:-3] + (-1, out.shape[-1]))
 
 
 def attend_parts(q, parts, config: DecoderConfig):
