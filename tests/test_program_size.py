@@ -23,13 +23,13 @@ MEMORIES = {"FAM": Fam(length=2), "BSWA": Memory()}
 PROJECTIONS, ATTENTION = 7, 2
 FORWARD = PROJECTIONS + ATTENTION
 BACKWARD = 2 * FORWARD  # each product has a gradient for both of its factors
-# For tokens, and in the scan over blocks, projections of one array are one product: query, key and value;
-# gate and up. The prompt has too few rows for that.
-MERGED = 4
+# In the scan over blocks projections of one array are one product: query, key and value; gate and up. For
+# tokens the former are, as gate and up are too wide to gain by it. The prompt has too few rows for either.
+MERGED, TOKENS = 4, 5
 # The memory attends to two parts, itself and the block. A product computes its input's gradient alone.
 # That of its weights is made after the scan for all blocks at once, in the body of the loop over layers.
 SCAN_FORWARD, SCAN_BACKWARD = MERGED + 2 * ATTENTION, MERGED + 4 * ATTENTION
-TOKENS_FORWARD, TOKENS_BACKWARD = MERGED + ATTENTION, 2 * (MERGED + ATTENTION)
+TOKENS_FORWARD, TOKENS_BACKWARD = TOKENS + ATTENTION, 2 * (TOKENS + ATTENTION)
 HEAD = 3
 
 # Number of operations of the sizes below, each loop's body counted once.

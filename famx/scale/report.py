@@ -21,6 +21,7 @@ from famx.scale.programs import Program
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _LOOPS = 12  # number of loops that a report lists
+_TOKENS = re.compile(r"/tokens/while$")  # the loop of `famx.decoding.generate` whose run is a token
 # Parts of a loop's name that tell the pass it belongs to; the first match counts.
 _PASSES = {"rematted_computation": "recomputed", "transpose(": "backward", "jvp(": "forward"}
 
@@ -53,6 +54,7 @@ class Report:
       loops: the loops that take longest by the schedule, with seconds per resource.
       kernels: for a GPU, a row for the program and each loop: its pass, how often it runs, and kernels
         and launches (CUDA graphs, and kernels outside of them) of one run; None if unknown.
+      each: of these, what a block of prefill or a token of decode takes: `{"block" or "token": totals}`.
       notes: what the figures leave out.
     """
 
@@ -73,6 +75,7 @@ class Report:
     collectives: tuple[dict[str, Any], ...] = ()
     loops: tuple[dict[str, Any], ...] = ()
     kernels: tuple[dict[str, Any], ...] = ()
+    each: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -99,12 +102,7 @@ class Report:
 
     def launched(self) -> dict[str, int]:
         """Kernels, CUDA graphs and single launches of one run of a GPU program; {} for others."""
-        if not self.kernels:
-            return {}
-        total = lambda name: sum(row["runs"] * (row[name] or 0) for row in self.kernels)
-        known = all(row["graphs"] is not None for row in self.kernels)
-        names = ("kernels", "graphs", "single launches") if known else ("kernels",)
-        return {name: total(name) for name in names}
+        return _launched(self.kernels)
 
     def hidden(self) -> float | None:
         """Share of the time of a GPU program's collectives during which other work is scheduled."""
@@ -125,6 +123,8 @@ class Report:
             return f"{where}does not fit, {room} on each device, {gib(over)} GiB too many"
         text = f"{where}fits, {room}" if self.available else f"{where}{room}"
         text += "".join(f"; {n:,} {name}" for name, n in self.launched().items())
+        for unit, launched in self.each.items():
+            text += f"; a {unit} " + ", ".join(f"{n:,} {name}" for name, n in launched.items())
         if (hidden := self.hidden()) is not None:
             text += f"; {hidden:.0%} of the collectives' time beside other work"
         if self.bound is None:
@@ -178,7 +178,11 @@ class Report:
         if self.kernels:
             title = ", ".join(f"{n:,} {name}" for name, n in self.launched().items())
             rows = [{k: "-" if v is None else v for k, v in row.items()} for row in self.kernels]
-            tables.append(Table("kernels", f"kernels and launches: {title}", (), rows))
+            notes = [
+                f"a {unit}: {', '.join(f'{n:,} {name}' for name, n in launched.items())}"
+                for unit, launched in self.each.items()
+            ]
+            tables.append(Table("kernels", f"kernels and launches: {title}", tuple(notes), rows))
         return tables
 
     def row(self) -> dict[str, Any]:
@@ -267,13 +271,14 @@ def compile_report(
     network = bounds.Network([mesh.devices.flat[place] for place in first_slice(mesh)], chip)
     gpu = platform == "gpu"
     too_large = gpu and chip.memory and sum(memory.values()) > chip.memory
+    regions = list(launches.by_region(region, launched)) if gpu else []
     return Report(
         **names, memory=memory, available=chip.memory, fits=not too_large,
         flops=region.total("flops"), bytes=region.total("bytes"),
         bound=bounds.bound(region, chip, network) if chip.flops else None,
         collectives=_collectives(region, mesh, chip if gpu and chip.link else None, network),
         loops=_loops(region, chip, network) if chip.flops else (),
-        kernels=_kernels(region, launched) if gpu else (), notes=_notes(region, text, gpu),
+        kernels=_kernels(regions), each=_each(program, regions), notes=_notes(region, text, gpu),
     )  # fmt: skip
 
 
@@ -387,8 +392,8 @@ def _loops(region, chip, network) -> tuple[dict[str, Any], ...]:
     return tuple(rows[:_LOOPS])
 
 
-def _kernels(region, launched: launches.Launches | None) -> tuple[dict[str, Any], ...]:
-    """Rows of the report's kernels, in the order of the program."""
+def _kernels(regions) -> tuple[dict[str, Any], ...]:
+    """Rows of the report's kernels, in the order of the program; `regions` are of `by_region`."""
     return tuple(
         {
             "loop": _short(path[-1]),
@@ -398,8 +403,25 @@ def _kernels(region, launched: launches.Launches | None) -> tuple[dict[str, Any]
             "graphs": launches_of and launches_of.graphs,
             "single launches": launches_of and launches_of.single,
         }
-        for runs, path, inner, launches_of in launches.by_region(region, launched)
+        for runs, path, inner, launches_of in regions
     )
+
+
+def _each(program: Program, regions) -> dict[str, dict[str, int]]:
+    """What a block of prefill or a token of decode launches, see `Report.each`."""
+    rows = _kernels(regions)
+    if rows and program.name == "prefill":
+        return {"block": _launched(rows, program.length // program.config.block_size)}
+    tokens = [row for row, (_, path, *_) in zip(rows, regions) if any(map(_TOKENS.search, path))]
+    return {"token": _launched(tokens, tokens[0]["runs"])} if tokens else {}
+
+
+def _launched(rows, parts: int = 1) -> dict[str, int]:
+    """Totals of rows of kernels, divided by a number of parts; {} without rows."""
+    known = all(row["graphs"] is not None for row in rows)
+    names = ("kernels", "graphs", "single launches") if known else ("kernels",)
+    total = lambda name: sum(row["runs"] * (row[name] or 0) for row in rows)
+    return {name: round(total(name) / parts) for name in names} if rows else {}
 
 
 def _short(name: str) -> str:

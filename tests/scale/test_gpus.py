@@ -320,6 +320,24 @@ def test_a_step_for_gpus_that_are_not_there(tmp_path):
     assert " kernels; " in run.stdout and "\nkernels and launches: " in run.stdout
 
 
+def test_a_token_is_one_graph(tmp_path):
+    pytest.importorskip("jax_cuda13_plugin", reason="pip install 'famx[cuda13-compiler]'")
+    out = tmp_path / "out.json"
+    run = compile_main(
+        "--topology=h100", "--programs=prefill,decode", "--inference_batch_size=4", f"--json={out}",
+        "--gin.DecoderConfig.dtype='bfloat16'", "--gin.BATCH_SIZE=4",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    prefill, decode = json.loads(out.read_text())
+    token = decode["each"]["token"]
+    assert (token["graphs"], token["single launches"]) == (1, 0)
+    (loop,) = (row for row in decode["kernels"] if row["loop"].endswith("tokens"))
+    assert loop["runs"] == 8 and loop["kernels"] == token["kernels"] < 60
+    block = prefill["each"]["block"]
+    assert 0 < block["graphs"] < block["kernels"] == round(prefill["launched"]["kernels"] / 8)
+    assert f"; a token {token['kernels']} kernels, 1 graphs, 0 single launches" in run.stdout
+
+
 def test_a_step_for_gpus_that_does_not_fit(tmp_path):
     pytest.importorskip("jax_cuda13_plugin", reason="pip install 'famx[cuda13-compiler]'")
     out = tmp_path / "out.json"
