@@ -84,7 +84,7 @@ def test_many_rows_on_one_device_have_one_product(rows, context, number):
         assert products(*make(rows)) == number
 
 
-@pytest.mark.parametrize("rows", [8, 1])
+@pytest.mark.parametrize("rows", [8, 2])
 def test_a_projection_with_an_adapter_is_computed_alone(rows):
     module, params, x = make(rows)
     plain = module.apply({"params": params}, x)
