@@ -24,7 +24,7 @@ PROJECTIONS, ATTENTION = 7, 2
 FORWARD = PROJECTIONS + ATTENTION
 BACKWARD = 2 * FORWARD  # each product has a gradient for both of its factors
 # In the scan over blocks projections of one array are one product: query, key and value; gate and up. For
-# tokens only the first three are; gate and up are too wide to gain. The prompt has too few rows for either.
+# tokens only the first three are: gate and up are too wide. The prompt has too few rows for either.
 MERGED, TOKENS = 4, 5
 # The memory attends to two parts, itself and the block. A product computes its input's gradient alone.
 # That of its weights is made after the scan for all blocks at once, in the body of the loop over layers.
