@@ -67,7 +67,7 @@ def scan(layer: nn.Module, method: str, carry, xs, *args, rematerialized: bool =
 
     first = jax.tree.map(lambda x: x[0], xs)
     jax.eval_shape(lambda *rest: step({}, *rest, None), params, carry, first, args)
-    kernels = {group.name: group.kernel(params, steps) for group in groups}
+    kernels = {group.name: group.kernel(params) for group in groups}
     slots = {g.name: jnp.zeros(g.product.shape, g.product.dtype) for g in groups}
     for path in (path for group in groups for path in group.paths):
         del params[(*path, "kernel")]
@@ -95,12 +95,10 @@ class _Group:
 
     Attributes:
       members: the modules.
-      x: shape and dtype of the array.
-      product: of the product.
+      product: shape and dtype of the product.
     """
 
     members: tuple[Projection, ...]
-    x: jax.ShapeDtypeStruct
     product: jax.ShapeDtypeStruct
 
     @property
@@ -111,7 +109,7 @@ class _Group:
     def name(self) -> str:
         return "/".join(self.members[0].path)
 
-    def kernel(self, params, steps: int):
+    def kernel(self, params):
         """The kernel in the compute dtype, gathered once and not in every step."""
         kernels, first = [params[(*path, "kernel")] for path in self.paths], self.members[0]
         if (*first.path, JOINT) in params:
@@ -119,7 +117,7 @@ class _Group:
         if len(kernels) > 1:
             return joint(kernels).astype(first.config.dtype)
         kernel = kernels[0].astype(first.config.dtype)
-        return gathered(kernel, (*first.in_axes, *first.out_axes), steps * self.x.size)
+        return gathered(kernel, (*first.in_axes, *first.out_axes))
 
 
 class _Tap:
@@ -169,8 +167,7 @@ class _Tap:
             result = separate(y, members)
         else:
             return call(x, *members[1:])
-        shapes = (jax.ShapeDtypeStruct(z.shape, z.dtype) for z in (x, y))
-        self.groups.append(_Group(members, *shapes))
+        self.groups.append(_Group(members, jax.ShapeDtypeStruct(y.shape, y.dtype)))
         return result
 
 

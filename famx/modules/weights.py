@@ -35,14 +35,15 @@ def mesh_axes(names: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[str,
     return sharded
 
 
-def gathered(kernel, names: tuple[str, ...], activations: int):
+def gathered(kernel, names: tuple[str, ...], activations: float = math.inf):
     """Gathers `kernel` over the mesh axes of the batch; its gradient is scattered in one step.
 
     Args:
       kernel: kernel in the compute dtype, in which it is sent.
       names: logical axes of the kernel.
       activations: number of elements that the kernel is multiplied with. If they are fewer than those of
-        the kernel, as for a prompt or a single token, the kernel is not gathered.
+        the kernel, as for a prompt or a single token, the kernel is not gathered. By default it is, as
+        before a loop, which might gather it in every step.
     """
     if jax.sharding.get_abstract_mesh().empty or activations < kernel.size:
         return kernel

@@ -15,6 +15,7 @@ import famx
 from famx.mesh import make_rules
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig, Memory
+from famx.scale import hlo
 from famx.training.step import make_initializer, make_train_step
 
 ROOT = str(pathlib.Path(famx.__file__).parent.parent)
@@ -30,12 +31,12 @@ from famx.training.state_passing import named
 from famx.training.step import make_initializer
 from famx.training import optimizers
 from famx.mesh import make_mesh, make_rules
-from test_memory_of_training import compile_step, shapes_of
+from test_memory_of_training import compile_step, gathers, shapes_of
 from tiny import make_run
 
 config = DecoderConfig(
-    vocab_size=256_000, num_layers=18, embed_dim=1536, num_heads=12, mlp_dim=8 * 1536, block_size=16,
-    memory_segments=1, memory=Fam(4), dtype="bfloat16", remat="full", attention_backend="xla",
+    vocab_size=256_000, num_layers=18, embed_dim=1536, num_heads=12, mlp_dim=8 * 1536, block_size=64,
+    memory_segments=1, memory=Fam(64), dtype="bfloat16", remat="full", attention_backend="xla",
 )
 size = lambda leaf: leaf.size * leaf.dtype.itemsize
 shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -43,7 +44,7 @@ shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dty
 def state_on(mesh, optimizer, mode):
     run = make_run(
         model=DecoderModel(Decoder(config), loss_chunk=128), optimizer=optimizer, mesh=mesh,
-        batch_size=8, lengths={"targets": 64}, state_passing=named(mode),
+        batch_size=16, lengths={"targets": 256}, state_passing=named(mode),
     ).ready()
     return run, make_initializer(run)[1]
 
@@ -83,6 +84,10 @@ assert largest <= max(matrices) / 8, largest
 # The table alone is gathered as a whole, for the loss; nothing is larger, as all layers' would be.
 table = abstract.params["embedding"].size
 assert max(math.prod(shape) for _, shape in shapes_of(compiled)) == table
+# However few the rows are, weights are gathered before the loop over blocks, not activations in it.
+weights = min(matrices) / 18
+assert [depth for depth, size in gathers(compiled) if size >= weights and depth >= 2] == []
+assert any(size >= weights for depth, size in gathers(compiled) if depth == 1)
 print("done")
 """
 
@@ -99,6 +104,23 @@ def shapes_of(compiled):
     """`(dtype, shape)` of every result in the compiled program."""
     found = set(re.findall(r"(\w+)\[([\d,]+)\]", compiled.as_text()))
     return [(dtype, tuple(map(int, shape.split(",")))) for dtype, shape in found]
+
+
+def gathers(compiled):
+    """`(depth, size)`: each gather's number of loops around it and the elements of its result."""
+    module, found = hlo.parse(compiled.as_text()), []
+
+    def visit(computation, depth):
+        for x in module.computations[computation].instructions.values():
+            if x.opcode.startswith("all-gather"):
+                found.append((depth, max(array.size for array in x.arrays)))
+            if x.opcode == "while":
+                visit(x.called("body"), depth + 1)
+            elif x.opcode == "call":
+                visit(x.called("to_apply"), depth)
+
+    visit(module.entry, 0)
+    return found
 
 
 @pytest.mark.slow
