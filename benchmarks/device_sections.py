@@ -115,7 +115,7 @@ QUICK = Sizes(
 def training(name: str, model: str, sizes: Sizes, repeats: int, fields, rows: tuple[int, int]) -> Plan:
     """Training steps of FAM and BSWA, with one or all attention backends."""
     batch, length = rows
-    base = sizes.config(fields, remat="full")
+    base = sizes.config(fields, remat="attention")
     groups = [
         [_training_row(config, rows, sizes) for config in _both(base, attention_backend=backend)]
         for backend in backends(base, jax.devices()[0], sizes.backends)
