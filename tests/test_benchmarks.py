@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rounding
+from processes import start_process
 
 from famx.modules import Decoder, DecoderConfig, Memory
 from famx.modules.attention import token_attention
@@ -351,7 +352,7 @@ def test_a_device_run_that_is_cut_off_leaves_its_tables(ending, tmp_path):
         HANGING, tmp_path, f"--only={','.join(sections)}", f"--budget_seconds={budget}"
     )
     began = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = start_process(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if budget == 600:
         while "device_1b" not in (figures.read_text() if figures.exists() else ""):
             assert time.monotonic() - began < 500 and process.poll() is None

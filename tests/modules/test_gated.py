@@ -31,21 +31,26 @@ def test_gradient_passes_a_closed_gate_as_an_open_one(mass):
     np.testing.assert_allclose(slope, 2 * GATED.memory_columns, rtol=1e-5)
 
 
-def read(monkeypatch, gate, blocks):
-    """The memory after so many blocks, with every gate held at `gate`."""
+def read(monkeypatch, gate):
+    """The states after one block and after six, read block by block, with every gate held at `gate`."""
     make = lambda p, length: jnp.full((p.shape[0], GATED.memory_columns, 1), gate)
     monkeypatch.setattr(fam, "write_gate", make)
-    tokens = random_tokens(2, 6 * GATED.block_size)[:, : blocks * GATED.block_size]
-    apply = jax.jit(lambda p, t: Decoder(GATED).apply({"params": p}, t))
-    return apply(random_params(GATED), tokens)[1]
+    params, size = random_params(GATED), GATED.block_size
+    apply = jax.jit(lambda tokens, state: Decoder(GATED).apply({"params": params}, tokens, state)[1])
+    state = Decoder(GATED).apply({"params": params}, 2, method="initial_state")
+    states = []
+    for block in np.split(np.asarray(random_tokens(2, 6 * size)), 6, axis=1):
+        state = apply(block, state)
+        states.append(state)
+    return states[0], states[-1]
 
 
 def test_a_closed_gate_keeps_the_memory_bit_for_bit(monkeypatch):
-    first, last = read(monkeypatch, 0.0, 1), read(monkeypatch, 0.0, 6)
-    assert np.asarray(first.memory[0]).tobytes() == np.asarray(last.memory[0]).tobytes()
+    first, last = read(monkeypatch, 0.0)
+    assert np.asarray(first.memory).tobytes() == np.asarray(last.memory).tobytes()
     assert last.updates.tolist() == [6, 6]
 
 
 def test_an_open_gate_writes(monkeypatch):
-    first, last = read(monkeypatch, 1.0, 1), read(monkeypatch, 1.0, 6)
+    first, last = read(monkeypatch, 1.0)
     assert np.abs(np.asarray(first.memory) - np.asarray(last.memory)).max() > 0.1
