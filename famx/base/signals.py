@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STDERR = 2  # the file descriptor, which threads of C++ write to as well
 INTERRUPTED = 128 + signal.SIGINT  # the shell's exit code for a command that Ctrl-C ended
 
 _stopped = False
@@ -67,8 +68,12 @@ def exit_on_interrupt(sentence: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.stdout.flush()
-        print(sentence, file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)  # orbax's threads would complain about a closed event loop
+        sys.stderr.flush()
+        # Threads of orbax complain about a closed event loop as long as they run.
+        stderr = os.dup(_STDERR)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
+        os.write(stderr, f"{sentence}\n".encode())
+        os._exit(INTERRUPTED)
 
 
 @contextlib.contextmanager

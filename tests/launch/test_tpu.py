@@ -226,7 +226,7 @@ def test_slices_that_are_there_are_used_and_a_running_training_is_followed(cloud
 
 
 def test_starting_twice_trains_once(cloud):
-    (cloud / "python").write_text(f"{TRAIN}echo x >> $HOME/starts; sleep 2\n")
+    (cloud / "python").write_text(f"{TRAIN}echo x >> $HOME/starts; sleep 60\n")
     config = make_config(cloud)
     job, commands = make_job(config), Commands(dry_run=False)
     tpu.write_stage(config, job, commands)
@@ -238,7 +238,11 @@ def test_starting_twice_trains_once(cloud):
     ):
         assert commands.run(*words) == 0
     assert slices.status(assume="") == "running"
-    assert (cloud / "workers/0/starts").read_text() == "x\n"
+    starts = cloud / "workers/0/starts"
+    while not starts.exists():  # the training starts in the background
+        time.sleep(0.1)
+    time.sleep(1)  # for a second one
+    assert starts.read_text() == "x\n"
 
 
 # ---------------------------------------------------------------- Ctrl-C, secrets, dry run
