@@ -59,6 +59,7 @@ setup(
             "pytest>=9",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.5",
+            "tokamax>=0.0.12",
             "hypothesis>=6.100",
             "setuptools>=65.5",
             "wheel",
@@ -81,6 +82,8 @@ setup(
         "cuda13-compiler": ["jax[cuda13-local]>=0.10.2,<0.12", "nvidia-cuda-nvcc>=13,<14"],
         "notebooks": ["jupyter", *NOTEBOOKS],
         "convert": TOKENIZERS,
+        # Another library of attention kernels: attention_backend "tokamax".
+        "tokamax": ["tokamax>=0.0.12"],
         # Implementations that `python -m benchmarks.peers` compares with famx.
         "peers": [
             "torch>=2.6",

@@ -1,11 +1,13 @@
 """Attention backends: which one can compute a model's attention on a device."""
 
+import importlib.util
+
 import jax
 
 from famx.base.chips import find
 from famx.base.errors import ConfigError
 
-ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "splash", "cudnn")
+ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "splash", "cudnn", "tokamax")
 LANES = 128  # lanes of a TPU's vector registers; splash attention tiles rows and columns by them
 _PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
 _NARROW = 128  # head_dim up to which cuDNN computes on any GPU; wider heads need compute capability 9.0
@@ -25,6 +27,8 @@ def refusal(config, backend: str) -> str | None:
             return f"{name} needs a block_size that is a multiple of {LANES}, got {config.block_size}."
         if config.dtype == "float64":
             return f"{name} accumulates in float32: set dtype to bfloat16 or float32, not float64."
+    if backend == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        return f"{name} needs the package tokamax: pip install 'famx[tokamax]', or choose auto."
     if backend == "cudnn":
         if config.dtype != "bfloat16":
             return f"{name} computes in bfloat16 only: set dtype to bfloat16, not {config.dtype}."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import re
 import types
 
@@ -19,7 +20,7 @@ from plain_kernels import PLAIN
 from famx.base.errors import ConfigError
 from famx.memories import Fam
 from famx.modules import Decoder, Memory
-from famx.modules.attention import cudnn, dense, splash, token_attention, visible
+from famx.modules.attention import cudnn, dense, splash, tokamax, token_attention, visible
 from famx.modules.backends import resolve_backend
 from famx.scale.gpus import GPUS
 
@@ -162,6 +163,30 @@ def test_cudnn_equals_the_formula_but_for_its_kernel(case):
     found = assert_equals_the_formula(c, with_plain_kernels, *rest)
     if c.stop_gradient_segments:
         assert_stopped(c, found)
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_tokamax_equals_the_formula(case):
+    pytest.importorskip("tokamax")
+    c, *rest = masked(case, 64)
+    found = assert_equals_the_formula(c, tokamax.attention, *rest)
+    if c.stop_gradient_segments:
+        assert_stopped(c, found)
+
+
+def test_a_model_reads_the_same_through_tokamax():
+    pytest.importorskip("tokamax")
+    tokens = random_tokens(2, 40)
+    run = lambda backend: Decoder(config(attention_backend=backend)).apply(
+        {"params": random_params(config())}, tokens
+    )[0]
+    np.testing.assert_allclose(run("tokamax"), run("xla"), atol=2e-4)
+
+
+def test_tokamax_that_is_not_installed_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package tokamax: pip install 'famx.tokamax.', or"):
+        config(attention_backend="tokamax")
 
 
 @settings(max_examples=20)

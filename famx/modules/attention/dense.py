@@ -22,9 +22,12 @@ def memory_mass(q, keys, memory_keys, first_block, config: DecoderConfig):
     return jnp.mean(jnp.sum(probabilities[..., : config.memory_columns], -1), -1)
 
 
-def _attention(config, q, keys, values, memory_keys, memory_values, first_block):
-    """Output and probabilities `[B, C, K, G, S, X]`."""
-    blocks, size = q.shape[1], config.block_size
+def windows(config: DecoderConfig, keys, values, memory_keys, memory_values, first_block):
+    """Each block's columns: keys and values `[B, C, X, K, Dh]`, and their mask, bool `[B, C, S, X]`.
+
+    Arguments as `token_attention`; the keys of a block are copied for every block that sees them.
+    """
+    blocks, size = memory_keys.shape[1], config.block_size
 
     def window(x, memory):
         past = [x[:, m : m + blocks] for m in range(config.memory_segments)]
@@ -35,4 +38,10 @@ def _attention(config, q, keys, values, memory_keys, memory_values, first_block)
     keys, values = window(keys, memory_keys), window(values, memory_values)
     missing = missing_blocks(first_block[:, None], jnp.arange(blocks), config)[..., None, None]
     mask = visible(config, jnp.arange(size)[:, None], jnp.arange(keys.shape[2]), missing)
+    return keys, values, mask
+
+
+def _attention(config, q, *rest):
+    """Output and probabilities `[B, C, K, G, S, X]`."""
+    keys, values, mask = windows(config, *rest)
     return attend(q, keys, values, mask[:, :, None, None], config)

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from famx.modules.attention import blockwise, cudnn, dense, splash
+from famx.modules.attention import blockwise, cudnn, dense, splash, tokamax
 from famx.modules.attention.common import attend_parts
 from famx.modules.attention.over_mesh import BATCH_AXIS, over_mesh
 from famx.modules.backends import resolve_backend
 from famx.modules.config import DecoderConfig
 
-_KERNELS = {"splash": splash.attention, "cudnn": cudnn.attention}
+_KERNELS = {"splash": splash.attention, "cudnn": cudnn.attention, "tokamax": tokamax.attention}
 
 
 def token_attention(
