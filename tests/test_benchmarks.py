@@ -1,6 +1,7 @@
 """The benchmark command from end to end at tiny sizes, and its parts."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -433,15 +434,21 @@ def test_all_backends_are_measured_on_request(step, tmp_path):
     device.main(["--quick", "--only=device_1b", "--backends=all", f"--json={figures}"])
     rows = json.loads(figures.read_text())["sections"]["device_1b"]["rows"]
     found = [(row["model"], row["backend"], row["time / BSWA"]["median"] > 0) for row in rows]
-    assert found == [(m, b, True) for b in ("xla", "blockwise") for m in ("FAM", "BSWA")]
+    tokamax = ["tokamax"] if importlib.util.find_spec("tokamax") else []
+    assert found == [(m, b, True) for b in ("xla", "blockwise", *tokamax) for m in ("FAM", "BSWA")]
 
 
-def test_backends_of_other_devices():
+@pytest.mark.parametrize("tokamax", [[], ["tokamax"]], ids=["without", "with"])
+def test_backends_of_other_devices(monkeypatch, tokamax):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: tokamax or None if name == "tokamax" else find(name)
+    )
     sizes = device_sections.Sizes()
     config = sizes.config(sizes.large)
     gpu, tpu = (jax.sharding.AbstractDevice("", None, platform) for platform in ("gpu", "tpu"))
-    assert device_sections.backends(config, gpu, "all") == ["cudnn", "xla", "blockwise"]
-    assert device_sections.backends(config, tpu, "all") == ["splash", "xla", "blockwise"]
+    assert device_sections.backends(config, gpu, "all") == ["cudnn", "xla", "blockwise", *tokamax]
+    assert device_sections.backends(config, tpu, "all") == ["splash", "xla", "blockwise", *tokamax]
     assert device_sections.backends(config, gpu, "auto") == ["cudnn"]
     small = sizes.config(sizes.small)
     assert (small.num_kv_heads, small.head_dim, config.head_dim) == (3, 64, 128)
