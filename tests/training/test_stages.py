@@ -10,13 +10,14 @@ import pytest
 from test_loop import Probe, history, saved, saved_data
 from tiny import BLOCK, assert_identical, make_model, make_run, passkey
 
+from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.data import ContinuousLanes
 from famx.model_dir.loading import check_model, load_model
 from famx.training import loop, session
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import Source
-from famx.training.run import Every
+from famx.training.run import Every, Run
 from famx.training.stages import Place, stages_of
 from famx.training.state_passing import Aged, FromMemoryFile, Lanes, named
 
@@ -129,8 +130,9 @@ def test_what_carries_on_and_what_begins_anew(whole):
     assert lanes["position"].max() == pool["position"].max() == 0 and pool["position"].shape == (4,)
     assert saved(whole, 6)["lanes"]["position"].max() > 0
     assert [saved_data(whole, step)["stage"]["index"] for step in (3, 4, 6, 8, 13)] == [0, 1, 1, 2, 2]
-    count = jax.tree.leaves(saved(whole)["state"]["param_states"])
-    assert any(leaf.shape == () and int(leaf) == STEPS for leaf in count)  # of the schedule and of Adam
+    tree = saved(whole, STEPS)["state"]
+    counts = [int(leaf) for leaf in jax.tree.leaves(tree) if leaf.shape == ()]
+    assert counts == [STEPS] * 3  # the number of steps, Adam's and the schedule's
     assert [(x["step"], x["stage"]) for x in history(whole)] == [(4, 1), (5, 2), (8, 2), (10, 3), (13, 3)]
 
 
@@ -211,7 +213,7 @@ def test_until_ends_a_stage_early_and_resumes_exactly(tmp_path):
     loop.train(run_of(tmp_path / "whole", stages))
     first = [x["step"] for x in history(tmp_path / "whole") if x["stage"] == 1][-1]
     assert 4 < first < 9  # metrics are seen late
-    assert saved_data(tmp_path / "whole")["stage"] == {"index": 1, "first": first, "level": 0.0}
+    assert saved_data(tmp_path / "whole", STEPS)["stage"] == {"index": 1, "first": first, "level": 0.0}
     stopped_and_resumed(tmp_path / "resumed", (3, first - 1, first, first + 1), stages=stages)
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
@@ -259,6 +261,27 @@ def test_a_line_keeps_what_it_leaves_out():
     assert runs[2].data.options == {**runs[0].data.options, "digits": 2}
     assert [stage.steps for stage in stages] == [1, 2, 3, None]
     assert all(run.stages == () and run.steps == STEPS for run in runs)
+
+
+def test_stages_are_lines_of_gin():
+    """References, macros and bindings reach them as they reach the run."""
+    files = ["gin_configs/runs/pretrain.gin", "gin_configs/models/tiny.gin"]
+    settings = dict(
+        STAGES=[
+            {"steps": 2, "block_size": 16, "blocks": 4},
+            {"state_passing": "aged", "curriculum": {"blocks": (4, 8)}},
+        ],
+        MODEL_DIR="/unused",
+        MIXTURE_OR_TASK_NAME="passkey_words",
+        TASK_FEATURE_LENGTHS={"targets": 64},
+        TRAIN_STEPS=5,
+        BATCH_SIZE=2,
+    )
+    binding = {"famx.training.state_passing.Aged.groups": 3}
+    stages = gin_utils.call_with(lambda: stages_of(Run()), files, settings | binding)
+    assert stages[0].run.model.config.block_size == 16
+    assert stages[1].run.state_passing == Aged(groups=3)
+    assert stages[1].run.data.curriculum == Curriculum((4, 8))
 
 
 BAD = {
