@@ -139,7 +139,7 @@ def _check_line(line: Mapping[str, Any]) -> None:
     for key in line:
         if key not in _KEYS:
             raise ConfigError(
-                f"There is no setting {key!r}; choose from {', '.join(_KEYS)}.{nearest(str(key), _KEYS)}"
+                f"A stage has no setting {key!r}; choose from {', '.join(_KEYS)}.{nearest(str(key), _KEYS)}"
             )
     for key in _COUNTS:
         value = line.get(key, 1)
