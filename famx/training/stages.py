@@ -138,9 +138,8 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
 def _check_line(line: Mapping[str, Any]) -> None:
     for key in line:
         if key not in _KEYS:
-            raise ConfigError(
-                f"A stage has no setting {key!r}; choose from {', '.join(_KEYS)}.{nearest(str(key), _KEYS)}"
-            )
+            choice = f"choose from {', '.join(_KEYS)}.{nearest(str(key), _KEYS)}"
+            raise ConfigError(f"A stage has no setting {key!r}; {choice}")
     for key in _COUNTS:
         value = line.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -292,7 +292,7 @@ BAD = {
     "0 steps": (({"steps": 0}, {}), "Stage 1 .*steps must be a whole number of at least 1, not 0"),
     "half a row": (({"blocks": 4.5},), "blocks must be a whole number of at least 1, not 4.5"),
     "row": (({"steps": 1}, {"block_size": 12}), "Stage 2 .*12 tokens does not divide the row of 32"),
-    "memory": (({"steps": 1}, {"block_size": 1, "blocks": 32}), "Stage 2 .*Fam.length 2 exceeds block_size 1"),
+    "memory": (({"steps": 1}, {"block_size": 1, "blocks": 32}), "Stage 2 .*exceeds block_size 1"),
     "segments": (({"memory_segments": -1},), "memory_segments must not be negative"),
     "sum": (({"steps": 3}, {"steps": 4}), "add up to 7, but TRAIN_STEPS is 13"),
     "none left": (({"steps": 13}, {}), "take 13 steps, but TRAIN_STEPS is 13: none is left"),

@@ -185,9 +185,9 @@ class PasskeyTask(Probe):
     @property
     def _fillers(self) -> tuple[str, ...]:
         """The fillers that an example's is drawn from."""
-        if isinstance(self.filler, tuple):
-            return self.filler
-        return _MIXED if self.filler == "mixed" else (self.filler,)
+        if isinstance(self.filler, str):
+            return _MIXED if self.filler == "mixed" else (self.filler,)
+        return tuple(self.filler)
 
     def _header(self, opened: bool) -> np.ndarray:
         """The opening sentences of a row that is `opened` by them, or nothing."""
