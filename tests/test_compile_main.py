@@ -72,6 +72,30 @@ def test_eight_virtual_devices(tmp_path):
         compiling.fill_page([out], page, "sizes")
 
 
+def test_each_stage_of_another_shape_is_a_program(tmp_path):
+    out = tmp_path / "stages.json"
+    stages = (
+        {"steps": 3},
+        {"steps": 3, "options": {"digits": 2}, "curriculum": {"blocks": (1, 2)}},
+        {"block_size": 16, "batch_size": 16, "state_passing": "continuous"},
+    )
+    run = compile_main(
+        f"--gin.STAGES={stages}", "--topology=cpu:8", "--programs=train,prefill", f"--json={out}",
+        f"--hlo={tmp_path}",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    first, last, prefill = json.loads(out.read_text())
+    names = [report["program"] for report in (first, last, prefill)]
+    assert names == ["train_stage_1", "train_stage_3", "prefill"]
+    assert "Stage 2 has the program of stage 1." in run.stdout
+    assert (first["batch"], last["batch"]) == (8, 16) and first["length"] == last["length"] == 64
+    assert first["memory"]["states"] == 0 < last["memory"]["states"]
+    assert prefill["length"] == 8 * 16  # with the last stage's block size
+    assert {path.stem for path in tmp_path.glob("*.hlo")} == set(names)
+    run = compile_main(f"--gin.STAGES={stages[:1] + ({'batch_size': 12},)}", "--topology=cpu:8")
+    assert run.returncode == 2 and "famx: error: Stage 2 of STAGES: BATCH_SIZE 12" in run.stderr
+
+
 class _Begins(Exception):
     """Raised where training would begin."""
 
@@ -80,8 +104,8 @@ class _Begins(Exception):
 def test_what_is_compiled_is_the_run_that_trains(example, tmp_path, monkeypatch):
     begun = []
 
-    def begin(run, *args):
-        begun.append(run)
+    def begin(stages, *args):
+        begun.extend(stage.run for stage in stages)
         raise _Begins
 
     monkeypatch.setattr(loop, "_begin_or_resume", begin)

@@ -20,6 +20,7 @@ from famx.data.probes.passkey_text import passkey_words
 from famx.data.vocabularies import as_vocabulary
 from famx.evaluation import (
     PROBES,
+    STANDARD_PROBES,
     PasskeyEvaluation,
     TaskEvaluation,
     TextEvaluation,
@@ -47,7 +48,8 @@ def make_evaluation(**changes):
 
 def probe_task(evaluation, probe):
     return dataclasses.replace(
-        passkey(), split="eval", seed=evaluation.seed, depth=0.0, block_size=BLOCK, **PROBES[probe]
+        passkey(),
+        **{"split": "eval", "seed": evaluation.seed, "depth": 0.0, "block_size": BLOCK, **PROBES[probe]},
     )
 
 
@@ -65,7 +67,7 @@ def test_passkey_numbers_equal_a_direct_evaluation(oracle_params):
     evaluation = make_evaluation(examples=24)
     scores = evaluation(MODEL, oracle_params, 0)
     scores = {name: score for name, score in scores.items() if not name.startswith("memory/")}
-    assert set(scores) == {f"{probe}/{blocks}" for probe in PROBES for blocks in (3, 5)}
+    assert set(scores) == {f"{probe}/{blocks}" for probe in STANDARD_PROBES for blocks in (3, 5)}
     for name, score in scores.items():
         probe, blocks = name.split("/")
         batch = probe_task(evaluation, probe).batch(range(24), int(blocks) * BLOCK)
@@ -81,7 +83,7 @@ def test_passkey_numbers_equal_a_direct_evaluation(oracle_params):
 
 def test_probes_are_what_they_are_called():
     evaluation, length = make_evaluation(), 16 * BLOCK
-    rows = {p: probe_task(evaluation, p).batch(range(8), length) for p in PROBES}
+    rows = {p: probe_task(evaluation, p).batch(range(8), length) for p in STANDARD_PROBES}
     examples = [probe_task(evaluation, "overwrite").example(i, length) for i in range(8)]
     for example in examples:
         first, second = example["positions"]
@@ -92,6 +94,30 @@ def test_probes_are_what_they_are_called():
     assert (filler == filler[0]).all()
     filler = rows["hold"]["decoder_target_tokens"][:, 2 * BLOCK : 4 * BLOCK]
     assert not (filler == filler[0]).all()
+
+
+def test_probes_for_what_a_run_trained_on():
+    """Each differs from `hold` in one thing, also if the task draws it."""
+    task = PasskeyTask("bytes", header=0.5, filler=("repeated", "python_stdlib"), depth=None)
+    evaluation = PasskeyEvaluation(task, probes=tuple(PROBES))
+    rows = {
+        probe: [evaluation._task(512, probe).example(i, 4096) for i in range(6)] for probe in PROBES
+    }
+    for probe, examples in rows.items():
+        for example in examples:
+            text = task.vocab.decode(example["tokens"])
+            assert text.startswith("There is an important info") == (probe != "hold_headerless")
+            assert ("The grass is green." in text) == (probe == "hold_repeated")
+            assert len(example["positions"]) == (2 if probe == "overwrite" else 1)
+    starts = {probe: {x["positions"][0] for x in examples} for probe, examples in rows.items()}
+    assert starts["hold_headerless"] == {0} and len(starts["hold"]) == len(starts["hold_text"]) == 1
+    assert len(starts["hold_anywhere"]) == 6 and max(starts["hold_anywhere"]) > 1000
+    words = [set(task.vocab.decode(x["tokens"][1000:3000]).split()) for x in rows["hold_text"]]
+    assert not any("anchor" in found and "basket" in found for found in words)
+    with pytest.raises(ConfigError, match="no probe 'holding': choose from hold, hold_repeated"):
+        PasskeyEvaluation(probes=("holding",))
+    with pytest.raises(ConfigError, match="'python_stdlib' is real text"):
+        PasskeyEvaluation(passkey(), probes=("hold_text",)).check(MODEL)
 
 
 def test_evaluation_never_reads_a_training_row():
@@ -156,12 +182,12 @@ def test_passkey_of_a_tokenizer_equals_a_direct_evaluation(tmp_path, name):
     scale = np.full((vocabulary.vocab_size, 1), 0.05, np.float32)
     scale[sorted(liked - {vocabulary.pad_id})] = 2.0
     params["embedding"] = params["embedding"] * scale
-    evaluation = PasskeyEvaluation(task, blocks=(3,), examples=examples, health=False)
+    evaluation = PasskeyEvaluation(task, (3,), examples=examples, health=False, probes=tuple(PROBES))
     scores = evaluation(model, params, 0)
     assert set(scores) == {f"{probe}/3" for probe in PROBES}
     for probe, options in PROBES.items():
         common = dict(split="eval", seed=1, depth=0.0, block_size=size)
-        batch = dataclasses.replace(task, **common, **options).batch(range(examples), 3 * size)
+        batch = dataclasses.replace(task, **{**common, **options}).batch(range(examples), 3 * size)
         best = np.argmax(jitted({"params": params}, batch["decoder_input_tokens"])[0], axis=-1)
         right, expected = [], batch["answer"].copy()
         for i, start in enumerate(batch["answer_start"]):
@@ -364,7 +390,8 @@ def test_answers_without_memory_equal_an_obvious_loop(sizes):
 def test_passkey_reports_the_memory_of_the_longest_documents():
     evaluation = make_evaluation(examples=6)
     scores = evaluation(MODEL, PARAMS, 0)
-    assert {f"memory/zeroed/{probe}/{blocks}" for probe in PROBES for blocks in (3, 5)} <= set(scores)
+    names = {f"{probe}/{blocks}" for probe in STANDARD_PROBES for blocks in (3, 5)}
+    assert {f"memory/zeroed/{name}" for name in names} <= set(scores)
     tokens = probe_task(evaluation, "hold").batch(range(4), 5 * BLOCK)["decoder_input_tokens"]
     figures = MemoryMonitor(MODEL.module).measure(PARAMS, tokens).scalars()
     assert len(figures) == 4 + 4 and {k: scores[k] for k in figures} == pytest.approx(figures)

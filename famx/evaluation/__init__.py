@@ -14,9 +14,16 @@ With `health=True`, a model with memory also reports scalars named `memory/...`:
 (`memory/zeroed/...`). The difference between the two scores is what the memory contributes.
 """
 
-from famx.evaluation.passkey import PROBES, PasskeyEvaluation
+from famx.evaluation.passkey import PROBES, STANDARD_PROBES, PasskeyEvaluation
 from famx.evaluation.task import TaskEvaluation
 from famx.evaluation.text import TextEvaluation
 from famx.evaluation.text_task import TextTaskEvaluation
 
-__all__ = ["PROBES", "PasskeyEvaluation", "TaskEvaluation", "TextEvaluation", "TextTaskEvaluation"]
+__all__ = [
+    "PROBES",
+    "STANDARD_PROBES",
+    "PasskeyEvaluation",
+    "TaskEvaluation",
+    "TextEvaluation",
+    "TextTaskEvaluation",
+]

@@ -24,23 +24,32 @@ from famx.models import DecoderModel
 PROBES = {
     "hold": dict(filler="random_words", second_key=0.0),
     "hold_repeated": dict(filler="repeated", second_key=0.0),
+    "hold_text": dict(filler="python_stdlib", second_key=0.0),
+    "hold_headerless": dict(filler="random_words", second_key=0.0, header=False),
+    "hold_anywhere": dict(filler="random_words", second_key=0.0, depth=None),
     "overwrite": dict(filler="random_words", second_key=1.0, second_key_depth=0.5),
 }
+STANDARD_PROBES = ("hold", "hold_repeated", "overwrite")
 
 
 @dataclasses.dataclass
 class PasskeyEvaluation:
     """Exact match of the pass key in streamed documents of increasing length.
 
-    Three probes (`PROBES`) are scored. In `hold` and `hold_repeated` one key is at the start of the
-    document and the question at its end; the filler is random words or, as in the paper, one repeated
-    sentence. In `overwrite` a second key in the middle replaces the first. Both kinds are needed: a
-    memory that is written once and never again passes `hold` and fails `overwrite`.
+    The standard probes are three. In `hold` and `hold_repeated` one key is at the start of the document
+    and the question at its end; the filler is random words or, as in the paper, one repeated sentence.
+    In `overwrite` a second key in the middle replaces the first. Both kinds are needed: a memory that is
+    written once and never again passes `hold` and fails `overwrite`.
+
+    The others of `PROBES` are `hold` with one change each, which a model passes only if it was trained
+    for it: `hold_text` has real text as filler (not in words), `hold_headerless` no header, and
+    `hold_anywhere` a key at any depth.
 
     Attributes:
       task: the task whose header, vocabulary and number of digits are used; its split is set to
-        "eval". An answer counts as correct only if all its tokens are. None takes the task that the run
-        trains on, or the paper's task outside of a run.
+        "eval". A header that it draws is always there, except in `hold_headerless`. An answer counts as
+        correct only if all its tokens are. None takes the task that the run trains on, or the paper's
+        task outside of a run.
       blocks: document lengths, in blocks, that `__call__` scores during training.
       report_blocks: document lengths, in blocks, that `report` scores at the end of training.
       train_blocks: longest training document in blocks, marked in the figure; None draws no mark.
@@ -50,6 +59,10 @@ class PasskeyEvaluation:
       health: whether to report memory scalars, see `famx.evaluation`. The statistics are measured on
         the longest `hold` documents, and every score is repeated with the memory zeroed.
       health_tokens: maximum number of tokens read for the memory statistics.
+      probes: names of the probes that are scored.
+
+    Raises:
+      ConfigError: on construction, there is no such probe.
     """
 
     task: PasskeyTask | None = None
@@ -60,6 +73,14 @@ class PasskeyEvaluation:
     seed: int = 1
     health: bool = True
     health_tokens: int = HEALTH_TOKENS
+    probes: Sequence[str] = STANDARD_PROBES
+
+    def __post_init__(self):
+        for probe in self.probes:
+            if probe not in PROBES:
+                raise ConfigError(
+                    f"PasskeyEvaluation has no probe {probe!r}: choose from {', '.join(PROBES)}."
+                )
 
     def with_task(self, make_task: Callable[..., Any]) -> "PasskeyEvaluation":
         """A copy that evaluates a run's task, or itself if its task is set; see `famx.evaluation`.
@@ -94,7 +115,7 @@ class PasskeyEvaluation:
         size = model.config.block_size
         table = {
             probe: {b: scores[f"{probe}/{b}"] for b in self.report_blocks if f"{probe}/{b}" in scores}
-            for probe in PROBES
+            for probe in self.probes
         }
         folder = pathlib.Path(model_dir)
         result = {
@@ -117,9 +138,9 @@ class PasskeyEvaluation:
 
     def check(self, model: DecoderModel) -> None:
         """Raises ConfigError if a probe does not fit the model's block size or vocabulary."""
-        for options in PROBES.values():
+        for probe in self.probes:
             try:
-                self._task(model.config.block_size, options)
+                self._task(model.config.block_size, probe)
             except ValueError as error:
                 raise ConfigError(str(error)) from error
         check_vocabulary(self._base_task.vocab, model, "PasskeyEvaluation.task")
@@ -128,20 +149,21 @@ class PasskeyEvaluation:
     def _base_task(self) -> PasskeyTask:
         return PasskeyTask() if self.task is None else self.task
 
-    def _task(self, block_size: int, options) -> PasskeyTask:
+    def _task(self, block_size: int, probe: str) -> PasskeyTask:
+        task = self._base_task
         common = dict(
             split="eval", seed=self.seed, depth=0.0, block_size=block_size, second_key_depth=None,
-            second_key_recent=False,
+            second_key_recent=False, header=task.header > 0,
         )  # fmt: skip
-        return dataclasses.replace(self._base_task, **{**common, **options})
+        return dataclasses.replace(task, **{**common, **PROBES[probe]})
 
     def _measure(self, model, params, lengths) -> dict[str, float]:
         size = model.config.block_size
         health = self.health and model.config.memory.exists
         scores, zeroed, longest = {}, {}, None
         for blocks in lengths:
-            for probe, options in PROBES.items():
-                task = self._task(size, options)
+            for probe in self.probes:
+                task = self._task(size, probe)
                 if task.min_length > blocks * size:
                     continue
                 batch = task.batch(range(self.examples), blocks * size)

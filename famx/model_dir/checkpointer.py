@@ -114,12 +114,27 @@ class Checkpointer:
                 partial_restore=partial,
             )
         }
-        if (self.model_dir / f"checkpoint_{step}" / _DATASET / "metadata").exists():
+        if self._has_data_state(step):
             items[_DATASET] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         leaves = traverse_util.flatten_dict(restored[_STATE])
         tree = _unflatten(abstract_tree, leaves)
         return tree, restored.get(_DATASET), step
+
+    def data_state(self, step: int | None = None) -> Any:
+        """The data state of a checkpoint alone, None if it has none; by default of the newest.
+
+        Raises:
+            ConfigError: there is no such checkpoint.
+        """
+        step = self.find(step)
+        if not self._has_data_state(step):
+            return None
+        items = ocp.args.Composite(**{_DATASET: ocp.args.JsonRestore()})
+        return self._manager.restore(step, args=items)[_DATASET]
+
+    def _has_data_state(self, step: int) -> bool:
+        return (self.model_dir / f"checkpoint_{step}" / _DATASET / "metadata").exists()
 
     def find(self, step: int | None) -> int:
         """`step`, or the newest step for None; ConfigError if it is not saved."""

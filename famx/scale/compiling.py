@@ -1,6 +1,7 @@
 """From gin files to reports: the work of `python -m famx.compile`."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from famx.modules.backends import resolve_backend
 from famx.scale import fit, programs, topologies
 from famx.scale.report import Report, compile_report
 from famx.training.run import Run
+from famx.training.stages import Stage, stages_of
 
 
 def check_programs(names: Sequence[str]) -> None:
@@ -42,6 +44,9 @@ def compile_programs(
 ) -> bool:
     """Compiles the programs that gin describes, prints their reports, and returns whether all fit.
 
+    Stages of a run are programs of their own where their shapes differ; text is read and written with the
+    model of the last one.
+
     Raises:
       ConfigError: the settings do not fit together; known before anything is compiled.
     """
@@ -50,23 +55,30 @@ def compile_programs(
     devices, chip = topologies.devices(topology, num_slices)
     place = topology if num_slices == 1 else f"{num_slices} x {topology}"
 
-    gin_run = run_from_gin()
+    stages = stages_of(run_from_gin())
+    for stage in stages:
+        with stage.errors():
+            run_on(stage.run, devices)
 
-    def compiled(name: str, batch_size: int | None = None) -> Report:
-        run = run_on(gin_run, devices, batch_size)
+    def compiled(name: str, stage: Stage, batch_size: int | None = None) -> Report:
+        run = run_on(stage.run, devices, batch_size)
         program = _lower(run, name, inference_batch_size)
+        if name == "train" and stage.count > 1:
+            program = dataclasses.replace(program, name=f"train_stage_{stage.index + 1}")
         return compile_report(program, run.mesh, place, chip, hlo_dir and pathlib.Path(hlo_dir))
 
+    reports = []
     if find is not None:
-        run = run_on(gin_run, devices)
-        parts = run.microbatches * run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-        attempt = lambda size: compiled("train", size)
-        reports = [fit.largest_batch(attempt, run.data.batch_size, parts, print)]
+        for stage in _of_other_shapes(stages):
+            run = run_on(stage.run, devices)
+            parts = run.microbatches * run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+            attempt = functools.partial(compiled, "train", stage)
+            reports.append(fit.largest_batch(attempt, run.data.batch_size, parts, print))
     else:
-        reports = []
         for name in wanted:
-            reports.append(compiled(name))
-            print("\n\n".join(table.text() for table in reports[-1].tables()) + "\n", flush=True)
+            for stage in _of_other_shapes(stages) if name == "train" else stages[-1:]:
+                reports.append(compiled(name, stage))
+                print("\n\n".join(table.text() for table in reports[-1].tables()) + "\n", flush=True)
     for report in reports:
         print(report.line())
         if not report.fits:
@@ -116,6 +128,22 @@ def run_on(run: Run, devices: Sequence[jax.Device], batch_size: int | None = Non
     backend = resolve_backend(config, devices[0], len(devices))
     module = Decoder(dataclasses.replace(config, attention_backend=backend))
     return dataclasses.replace(run, model=dataclasses.replace(run.model, module=module))
+
+
+def _of_other_shapes(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages without those that train with the program of a stage before; prints which these are."""
+    found: dict[int, tuple] = {}
+    for stage in stages:
+        run = stage.run
+        program = (
+            run.model, run.state_passing, run.microbatches, run.data.batch_size, run.data.length
+        )  # fmt: skip
+        same = next((index for index, other in found.items() if other == program), None)
+        if same is None:
+            found[stage.index] = program
+        else:
+            print(f"Stage {stage.index + 1} has the program of stage {same + 1}.")
+    return [stages[index] for index in found]
 
 
 def _lower(run: Run, name: str, inference_batch_size: int | None) -> programs.Program:

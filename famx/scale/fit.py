@@ -82,7 +82,7 @@ def advice(report: Report) -> str:
     tries = []
     if weights > report.available / 2:
         tries.append("more devices along fsdp (make_mesh.fsdp), or TRAINABLE='lora' with FROZEN_DTYPE")
-    if report.program == "train":
+    if report.program.startswith("train"):
         tries += [
             "a smaller loss_chunk",
             "remat 'full'",

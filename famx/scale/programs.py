@@ -24,7 +24,7 @@ class Program:
     """A lowered program and its properties that are known before it is compiled.
 
     Attributes:
-      name: one of `PROGRAMS`.
+      name: one of `PROGRAMS`; with stages, that of the training step names its stage.
       lowered: the program, to be compiled.
       arguments: its arguments by kind, as ShapeDtypeStructs with shardings.
       parameters: number of parameters of the model.

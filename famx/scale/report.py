@@ -33,7 +33,8 @@ class Report:
     Bytes, operations and seconds are those of one device unless stated otherwise.
 
     Attributes:
-      program: name of the program: "train", "prefill" or "decode".
+      program: name of the program: "train", or "train_stage_<number>" of a run of stages; "prefill";
+        "decode".
       topology: name of the topology.
       mesh: `{axis: size}`.
       batch: rows of the global batch.
@@ -138,7 +139,7 @@ class Report:
         if self.utilisation:
             u = self.utilisation
             text += f"; MFU at most {u['roofline']:.1%}, {u['scheduled']:.1%} as scheduled"
-        if self.program == "train":
+        if self.program.startswith("train"):
             text += f"; at most {self.tokens_per_second():,.0f} tokens/s"
         return text
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.core
@@ -45,6 +45,7 @@ class T5xModel:
         draws them.
       checkpoint: a `MODEL_DIR`, or one `checkpoint_<step>` in it, to evaluate or to start from.
       trainable: which parameters are trained, without `frozen_dtype`: t5x differentiates every parameter.
+      stages: stages of the run; must be empty.
 
     Attributes:
       model: the `DecoderModel`; one that is trained has adapters only if `trainable` is "lora".
@@ -66,6 +67,7 @@ class T5xModel:
         random_seed: int | None = None,
         checkpoint: str | None = None,
         trainable: Trainable = Trainable(),
+        stages: Sequence[Mapping[str, Any]] = (),
     ):
         if model is None and checkpoint is None:
             raise ConfigError("MODEL is not set: add a model file such as gin_configs/models/tiny.gin.")
@@ -76,6 +78,8 @@ class T5xModel:
                 f"Under t5x STATE_PASSING is 'none' or 'random', which {type(state_passing).__name__} is"
                 " not: t5x carries no states from row to row. Train with famx.train for the others."
             )
+        if stages:
+            raise ConfigError("Under t5x STAGES is (): t5x has no stages. Train with famx.train instead.")
         if trainable.frozen_dtype is not None:
             raise ConfigError("Under t5x FROZEN_DTYPE is None: t5x differentiates every parameter.")
         self.state_passing, self.random_seed, self.trainable = state_passing, random_seed, trainable

@@ -20,6 +20,10 @@ from famx.decoding import Streamer
 from famx.models import DecoderModel
 from famx.training.curriculum import Curriculum
 
+# Indices of documents made by index: those of a stage, and in it those that fill the aged-state pool, are
+# disjoint from all others.
+_STAGE, _POOL = 2**41, 2**40
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -34,6 +38,8 @@ class Source:
       shard: index of this host, and number of hosts.
       curriculum: distribution of document lengths; None: rows of `length` tokens.
       packed: whether rows hold several documents, see `famx.training.run.Data`.
+      stage: index of the stage of the run, see `famx.training.stages`; each has documents of its own, or
+        an order of its own.
     """
 
     task: Any
@@ -44,6 +50,14 @@ class Source:
     shard: tuple[int, int] = (0, 1)
     curriculum: Curriculum | None = None
     packed: bool | None = None
+    stage: int = 0
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of documents."""
+        if self.stage == 0:
+            return self.random_seed
+        return int(np.random.SeedSequence([self.random_seed, self.stage]).generate_state(1)[0])
 
     @property
     def indexed(self) -> bool:
@@ -122,6 +136,9 @@ class Feed:
         del rows, params
         return kept
 
+    def share(self, other: "Feed") -> None:
+        """Uses the compiled programs of the feed of another stage where they are the same."""
+
 
 class LaneFeed(Feed):
     """Documents read by lanes: continuous ones, or packed rows."""
@@ -151,7 +168,7 @@ class SeqioFeed(Feed):
         task, packed = source.task, bool(source.packed)
         vocabulary = task.output_features["targets"].vocabulary
         bos_id = check_bos(getattr(vocabulary, "bos_id", 1), task.name)
-        dataset = training_rows(task, source.length, source.random_seed, source.shard, packed, bos_id)
+        dataset = training_rows(task, source.length, source.order_seed, source.shard, packed, bos_id)
         self._dataset = dataset.batch(source.batch_size // source.shard[1], drop_remainder=True)
         self.set_state({"batches": 0})
 
@@ -170,6 +187,8 @@ class SeqioFeed(Feed):
 
 class IndexedFeed(Feed):
     """Rows of a task that makes each by its index; step `s` has the indices `s * B` to `s * B + B - 1`.
+
+    These are counted from the first index of the stage.
 
     Args:
       source: its task has `batch(indices, length)`, such as `PasskeyTask`. A curriculum draws the
@@ -230,7 +249,7 @@ class IndexedFeed(Feed):
         """This host's rows of the global batch of documents that starts at index `first`."""
         source, (index, count) = self.source, self.source.shard
         rows = source.batch_size // count
-        start = first + index * rows
+        start = source.stage * _STAGE + first + index * rows
         length = source.length if blocks == self.blocks else blocks * source.block_size
         return source.task.batch(range(start, start + rows), length)
 
@@ -306,8 +325,7 @@ class AgedFeed(IndexedFeed):
             return None
         blocks = missing[-1] if missing else int(self.rng(step, 2).choice(unlocked))
         group = self.made % len(self.lengths)
-        # Indices of pool documents are disjoint from those of documents that are read from their start.
-        self.lengths[group], self.firsts[group] = blocks, 2**40 + self.made * self.source.batch_size
+        self.lengths[group], self.firsts[group] = blocks, _POOL + self.made * self.source.batch_size
         self.made += 1
         prefix = self.rows(self.firsts[group], blocks)["decoder_input_tokens"]
         return Refresh(group, prefix[:, : (blocks - self.blocks) * self.source.block_size])
@@ -322,6 +340,10 @@ class AgedFeed(IndexedFeed):
         _, state = self.streamer.read(params, state, self.place(prefix), aligned=True)
         shardings = jax.tree.map(lambda x: x.sharding, pool)  # the pool must stay placed as it is
         return {**kept, "lanes": jax.device_put(self._put(pool, state, group), shardings)}
+
+    def share(self, other):
+        if isinstance(other, AgedFeed) and other.model.module == self.model.module:
+            self.streamer = other.streamer
 
     def _group(self, group):
         source, blocks = self.source, self.lengths[group]
@@ -416,7 +438,7 @@ def aged_feed(source: Source, model: DecoderModel, groups: int, refresh_period: 
 def _lanes(source: Source, documents, packed: bool) -> LaneFeed:
     vocabulary = vocabulary_of(source.task) or ByteVocabulary()
     lanes = (PackedRows if packed else ContinuousLanes)(
-        documents, source.batch_size, source.length, source.random_seed, *source.shard,
+        documents, source.batch_size, source.length, source.order_seed, *source.shard,
         bos_id=check_bos(vocabulary.bos_id, "the task"), pad_id=vocabulary.pad_id,
     )  # fmt: skip
     return LaneFeed(lanes)

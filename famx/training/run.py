@@ -183,6 +183,8 @@ class Run:
       rules: sharding rules from logical to mesh axes; None: `famx.mesh.make_rules()`.
       profile_steps: "10:13" traces these steps to `MODEL_DIR/profile`, see `Profile`.
       xla_options: compiler options of the step: "default", or a choice of `famx.base.xla_options`.
+      stages: settings that change within the run, a dict for each stage, see `famx.training.stages`;
+        empty: they stay as they are.
     """
 
     model: DecoderModel
@@ -202,6 +204,7 @@ class Run:
     rules: Rules | None = None
     profile_steps: str | None = None
     xla_options: str = DEFAULT
+    stages: Sequence[Mapping[str, Any]] = ()
 
     def ready(self, devices: Sequence[jax.Device] | None = None) -> "Run":
         """A checked copy with mesh and rules set and the model adapted to them.
@@ -243,12 +246,12 @@ class Run:
         rank = 0 if self.model.lora is None else self.model.lora.rank
         return Learning({path for path in paths if self.trainable.learns(path)}, rank)
 
-    def source(self, task: Any) -> Source:
-        """The source that the feed of this process is made from."""
+    def source(self, task: Any, stage: int = 0) -> Source:
+        """The source that the feed of this process is made from; `stage`: index of the stage."""
         return Source(
             task, self.data.batch_size, self.data.length, self.model.config.block_size,
             self.random_seed, batch_shard(self.mesh, jax.process_index()),
-            self.data.curriculum, self.data.packed,
+            self.data.curriculum, self.data.packed, stage,
         )  # fmt: skip
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

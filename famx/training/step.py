@@ -93,6 +93,19 @@ def make_initializer(run: Run):
     return jax.jit(initialize, out_shardings=shardings, donate_argnums=1), abstract
 
 
+def with_new_states(run: Run, state: TrainState, abstract: TrainState) -> TrainState:
+    """`state` with the kept states that `run` begins with; the rest carries on.
+
+    Args:
+      run: a run that is `ready`, which does not begin from a memory file.
+      state: state of a run of the same model and optimizer. Its own kept states are not used.
+      abstract: the state of `run`, as `make_initializer` describes it.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.kept)
+    initial = lambda params: run.state_passing.initial(run.model, params, run.data.batch_size)
+    return state.replace(kept=jax.jit(initial, out_shardings=shardings)(state.params))
+
+
 def make_train_step(run: Run, abstract: TrainState):
     """The jitted `train_step(state, batch) -> (state, metrics)`; `state`, as `abstract`, is donated.
 

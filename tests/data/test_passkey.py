@@ -69,6 +69,36 @@ def test_filler_before_the_key_and_without_header():
     assert text_of(task, row) == REPEATED_FILLER + " " + statement(key) + QUESTION + key
 
 
+def test_header_and_filler_may_be_drawn_for_each_example():
+    """A drawn row is the row of a task that sets what was drawn, so that its other draws are the same."""
+    fillers = ("repeated", "random_words", "python_stdlib")
+    task = PasskeyTask("bytes", header=0.5, filler=list(fillers), depth=None, second_key=0.3)
+    assert hash(task) == hash(dataclasses.replace(task, filler=fillers))
+    drawn = []
+    for index in range(120):
+        row = task.example(index, 1500)
+        header = text_of(task, row).startswith(HEADER)
+        same = [
+            filler for filler in fillers
+            if np.array_equal(
+                dataclasses.replace(task, header=header, filler=filler).example(index, 1500)["tokens"],
+                row["tokens"],
+            )
+        ]  # fmt: skip
+        assert len(same) == 1
+        assert row["filler_tokens"] == 1500 - task.overhead(len(row["positions"]) == 2, header)
+        drawn.append((header, *same))
+    counts = [drawn.count((header, filler)) for header in (True, False) for filler in fillers]
+    assert min(counts) > 8 and sum(counts) == 120
+    assert task.min_length == dataclasses.replace(task, header=True).min_length
+    mixed = PasskeyTask("bytes", filler="mixed", header=False)
+    both = dataclasses.replace(mixed, filler=("random_words", "repeated"))
+    for index in range(20):
+        np.testing.assert_array_equal(
+            mixed.example(index, 500)["tokens"], both.example(index, 500)["tokens"]
+        )
+
+
 @settings(max_examples=150, deadline=None)
 @given(tasks(), st.integers(0, 10**6), st.integers(0, 700))
 def test_any_row(task, index, extra):
@@ -272,6 +302,10 @@ def test_min_length_is_the_smallest(block_size, second_key):
     [
         (dict(vocabulary="letters"), "'letters' is not a vocabulary, .* choose 'words', 'bytes', the"),
         (dict(filler="poem"), "choose one of repeated"),
+        (dict(filler=()), "at least one filler"),
+        (dict(filler=("repeated", "mixed")), "'mixed'; choose one of repeated"),
+        (dict(filler=("repeated", "python_stdlib")), "set vocabulary to 'bytes'"),
+        (dict(header=2), "A probe's header is 2; it must be between 0 and 1"),
         (dict(split="test"), "choose one of train, eval"),
         (dict(filler="python_stdlib"), "set vocabulary to 'bytes'"),
         (dict(digits=0), "at least 1 digit"),

@@ -16,6 +16,7 @@ from 100 000 do.)
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -26,7 +27,8 @@ from famx.data.probes.placement import BlockPlaces
 from famx.data.probes.probe import CONTENT, FILLER, PLACES, Probe
 from famx.data.vocabularies import Vocabulary, WordVocabulary, as_vocabulary
 
-FILLERS = ("repeated", "random_words", "python_stdlib", "mixed")
+FILLERS = ("repeated", "random_words", "python_stdlib")
+_MIXED = ("random_words", "repeated")  # the filler "mixed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +49,16 @@ class PasskeyTask(Probe):
       digits: number of digits of a key; the first may be 0.
       filler: "repeated" (the paper's sentences, repeated), "random_words", "python_stdlib" (Python's
         documentation, from a random place on; not in words; the only filler with digits), or "mixed":
-        one of the first two, drawn for each example.
+        one of the first two, drawn for each example. Or a tuple of the first three, of which one is
+        drawn for each example.
       depth: fraction of the filler before the first key statement; None draws it for each example.
       second_key: probability of a second, different key; the answer is then the second key.
       second_key_depth: place of the second statement as a fraction of the filler that remains after
         the first; None draws it for each example.
       second_key_recent: draw the second statement's distance from the question log-uniformly, so that
         long rows have recent second keys as often as old ones; needs `second_key_depth=None`.
-      header: begin rows with the paper's opening sentences. Without them, a row in other
-        vocabularies than words and bytes begins with a space.
+      header: begin rows with the paper's opening sentences; or the probability of that, drawn for each
+        example. Without them, a row in other vocabularies than words and bytes begins with a space.
       block_size: if given, every key statement is moved to the nearest place where it is within one
         block of this number of tokens, both as targets and as inputs (one position later). Question
         and answer are the last tokens: they are within one block if the length is a multiple of it.
@@ -68,12 +71,12 @@ class PasskeyTask(Probe):
 
     vocabulary: str | Vocabulary = "words"
     digits: int = 5
-    filler: str = "repeated"
+    filler: str | Sequence[str] = "repeated"
     depth: float | None = 0.0
     second_key: float = 0.0
     second_key_depth: float | None = None
     second_key_recent: bool = False
-    header: bool = True
+    header: bool | float = True
     block_size: int | None = None
     mention_weight: float = 0.5
 
@@ -81,8 +84,14 @@ class PasskeyTask(Probe):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("filler", self.filler, FILLERS)
-        if self.filler == "python_stdlib" and isinstance(self.vocab, WordVocabulary):
+        if not isinstance(self.filler, str):  # lists come from gin
+            object.__setattr__(self, "filler", tuple(self.filler))
+        if not self._fillers:
+            raise ValueError("PassKey needs at least one filler, but the tuple of fillers is empty.")
+        several = isinstance(self.filler, tuple)
+        for filler in self.filler if several else (self.filler,):
+            check_choice("filler", filler, FILLERS if several else (*FILLERS, "mixed"))
+        if "python_stdlib" in self._fillers and isinstance(self.vocab, WordVocabulary):
             raise ValueError(
                 "PassKey's filler 'python_stdlib' is real text, which the word vocabulary cannot "
                 "spell; set vocabulary to 'bytes', or to a tokenizer's."
@@ -90,6 +99,7 @@ class PasskeyTask(Probe):
         if self.digits < 1:
             raise ValueError(f"A pass key needs at least 1 digit, but digits is {self.digits}.")
         check_fraction("depth", self.depth, optional=True)
+        check_fraction("header", self.header)
         check_fraction("second_key", self.second_key)
         check_fraction("second_key_depth", self.second_key_depth, optional=True)
         if self.second_key_recent and self.second_key_depth is not None:
@@ -116,26 +126,32 @@ class PasskeyTask(Probe):
     @property
     def min_length(self) -> int:
         size = self._texts.statement_width
-        end = self._blocks.later(len(self._header)) + size
+        end = self._blocks.later(len(self._header(self.header > 0))) + size
         end = self._blocks.later(end) + size if self.second_key > 0 else end
         return end + self._asked_width
 
-    def overhead(self, second_key: bool) -> int:
-        """Largest number of tokens of a row that are not filler, with or without a second key."""
+    def overhead(self, second_key: bool, header: bool | None = None) -> int:
+        """Largest number of tokens of a row that are not filler.
+
+        Args:
+          second_key: whether the row has a second key.
+          header: whether it begins with the header; None: if any row does.
+        """
         statements = (2 if second_key else 1) * self._texts.statement_width
-        return len(self._header) + statements + self._asked_width
+        header = self.header > 0 if header is None else header
+        return len(self._header(header)) + statements + self._asked_width
 
     def _row(self, index, length):
         # Every draw is made in every case, so that no option shifts the draws of another.
-        draw = self._rng(index, PLACES).random(4)
-        two = bool(draw[0] < self.second_key)
-        kind = ("repeated", "random_words")[int(draw[1] < 0.5)] if self.filler == "mixed" else self.filler
-        starts = self._place(length, two, draw)
+        draw = self._rng(index, PLACES).random(5)
+        two, opened = bool(draw[0] < self.second_key), bool(draw[4] < self.header)
+        kind = self._fillers[int(draw[1] * len(self._fillers))]
+        starts = self._place(length, two, opened, draw)
         texts, keys = self._texts, self._keys(index)[: 2 if two else 1]
         encoded = [texts.key(key) for key in keys]
 
         weights = np.zeros(length, np.float32)
-        parts = [(0, self._header)]
+        parts = [(0, self._header(opened))]
         for start, key in zip(starts, encoded):
             ids, mention = texts.statement(key)
             parts.append((start, ids))
@@ -167,8 +183,15 @@ class PasskeyTask(Probe):
         return PasskeyTexts(self.vocab, self.digits)
 
     @property
-    def _header(self) -> np.ndarray:
-        return self._texts.header if self.header else np.zeros(0, np.int32)
+    def _fillers(self) -> tuple[str, ...]:
+        """The fillers that an example's is drawn from."""
+        if isinstance(self.filler, str):
+            return _MIXED if self.filler == "mixed" else (self.filler,)
+        return tuple(self.filler)
+
+    def _header(self, opened: bool) -> np.ndarray:
+        """The opening sentences of a row that is `opened` by them, or nothing."""
+        return self._texts.header if opened else np.zeros(0, np.int32)
 
     @property
     def _asked_width(self) -> int:
@@ -188,24 +211,24 @@ class PasskeyTask(Probe):
         # The inputs of a statement are one position after its targets: both must fit.
         return BlockPlaces(size=self._texts.statement_width + 1, block_size=self.block_size)
 
-    def _place(self, length: int, two: bool, draw: np.ndarray) -> list[int]:
-        """Starts of the one or two statements in a row of `length` tokens.
+    def _place(self, length: int, two: bool, opened: bool, draw: np.ndarray) -> list[int]:
+        """Starts of the one or two statements in a row of `length` tokens, `opened` by the header or not.
 
         Uniform draws 2 and 3 place the first and the second statement if no depth is set.
         """
-        size = self._texts.statement_width
-        filler = length - self.overhead(two)
+        size, header = self._texts.statement_width, len(self._header(opened))
+        filler = length - self.overhead(two, opened)
         depth = draw[2] if self.depth is None else self.depth
-        low = self._blocks.later(len(self._header))
+        low = self._blocks.later(header)
         last = self._blocks.earlier(length - self._asked_width - size)
         high = self._blocks.earlier(last - size) if two else last
-        first = self._blocks.nearest(len(self._header) + round(depth * filler), low, high)
+        first = self._blocks.nearest(header + round(depth * filler), low, high)
         if not two:
             return [first]
         second_depth = draw[3] if self.second_key_depth is None else self.second_key_depth
         if self.second_key_recent:
             room = max(filler, 1)
             second_depth = 1 - min(room ** draw[3] / room, 1.0)
-        remaining = filler - (first - len(self._header))
+        remaining = filler - (first - header)
         second = first + size + round(second_depth * remaining)
         return [first, self._blocks.nearest(second, self._blocks.later(first + size), last)]

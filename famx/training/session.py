@@ -1,0 +1,162 @@
+"""A training run in progress: what changes from step to step and from stage to stage."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+
+from famx.model_dir.checkpointer import Checkpointer
+from famx.training.ahead import BATCHES_AHEAD, OBSERVED_DELAY, BatchesAhead
+from famx.training.feeds import Feed
+from famx.training.metrics import RecentMetrics, mean
+from famx.training.run import Run
+from famx.training.run_log import RunLog
+from famx.training.saving import RunWriter
+from famx.training.speed import Profile, SpeedMeter
+from famx.training.stages import Place
+from famx.training.step import TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenData:
+    """The opened data of a run.
+
+    Attributes:
+      feeds: for each stage, the source of the rows of its steps.
+      sharding: sharding of a batch.
+      initial_dir: `MODEL_DIR` of the checkpoint that the run begins from, or None.
+      notes: sentences for the log.
+    """
+
+    feeds: tuple[Feed, ...]
+    sharding: Any
+    initial_dir: pathlib.Path | None
+    notes: tuple[str, ...]
+
+    def place(self, batch):
+        """This host's rows as arrays of the global batch."""
+        make = lambda x: jax.make_array_from_process_local_data(self.sharding, x)
+        return jax.tree.map(make, batch)
+
+
+@dataclasses.dataclass
+class Session:
+    """A run in progress: everything that changes from step to step, and its outputs.
+
+    Attributes:
+      last: the run of the last stage, whose model and evaluation are those of the whole run.
+      place: the stage that the run is in.
+      step: number of steps taken.
+      metrics: metrics of steps that are not logged or not yet observed.
+      logged: number of steps taken at the last line of the log.
+      skipped: number of latest steps in a row without a finite gradient, among those with metrics read.
+      saved: number of steps taken at the last checkpoint.
+      ahead, speed, train_step: of the stage, see `enter`.
+      longest: length in blocks that the curriculum unlocked last; None without a curriculum.
+      scalars: scalars of the last line of the log.
+      programs: jitted steps, each with the run and the shardings that it was made for.
+    """
+
+    last: Run
+    data: OpenData
+    directory: pathlib.Path
+    profile: Profile
+    checkpointer: Checkpointer
+    writer: RunWriter
+    log: RunLog
+    place: Place
+    state: TrainState
+    step: int
+    metrics: RecentMetrics
+    logged: int
+    skipped: int
+    saved: int
+    ahead: BatchesAhead | None = None
+    speed: SpeedMeter | None = None
+    train_step: Any = None
+    longest: int | None = None
+    scalars: dict[str, float] = dataclasses.field(default_factory=dict)
+    programs: list[tuple[Run, Any, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def run(self) -> Run:
+        """The run with the settings of the stage."""
+        return self.place.stage.run
+
+    @property
+    def feed(self) -> Feed:
+        """The feed of the stage."""
+        return self.data.feeds[self.place.index]
+
+    def enter(self, abstract: TrainState) -> None:
+        """Begins to make batches of the stage, and takes its program.
+
+        Args:
+          abstract: `state` as ShapeDtypeStructs with shardings.
+        """
+        run, step = self.run, self.step
+        self.close()
+        self.ahead, self.longest = BatchesAhead(self.feed, self.place.end), None
+        self.ahead.ask(step)  # the feed has observed all metrics that this batch depends on
+        for later in range(step + 1, step + BATCHES_AHEAD):
+            self.ahead.ask(later, self.observation(later - 1 - OBSERVED_DELAY))
+        self.speed = SpeedMeter(run.model.config, run.state_passing.from_prompt, run.learning)
+        self.train_step = self.program(abstract)
+
+    def program(self, abstract: TrainState):
+        """The jitted step of the stage: that of an earlier one if they differ in their data alone."""
+        run = self.run
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        traced = lambda run: (run.model, run.state_passing, run.microbatches)
+        for other, known, train_step in self.programs:
+            if traced(other) == traced(run) and known == shardings:
+                return train_step
+        train_step = make_train_step(run, abstract)
+        self.programs.append((run, shardings, train_step))
+        return train_step
+
+    def observation(self, step: int) -> tuple[int | None, float] | None:
+        """`(blocks, metric)` of a step for the feed; None for one before the stage or without metrics."""
+        entry = self.metrics.read(step)
+        if entry is None or step < self.place.first:
+            return None
+        blocks, sums = entry
+        return blocks, mean(sums, getattr(self.run.data.curriculum, "metric", "loss"))
+
+    def close(self) -> None:
+        """Ends the making of batches."""
+        if self.ahead is not None:
+            self.ahead.close()
+
+    @functools.cached_property
+    def merge(self):
+        """Jitted function that merges adapters and int8 kernels into the decoder's parameters."""
+        return jax.jit(self.last.model.merged)
+
+    def save(self) -> None:
+        """Saves a checkpoint from which the run resumes exactly."""
+        self.metrics.drop(min(self.logged, self.step - OBSERVED_DELAY))
+        position = {
+            "feed": self.ahead.state(),
+            "pending": self.metrics.to_json(),
+            "logged": self.logged,
+            "skipped": self.skipped,
+        }
+        if self.place.stage.count > 1:
+            position["stage"] = self.place.get_state()
+        self.writer.save(self.step, self.state, position)
+        self.saved = self.step
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates, logs and returns the scores."""
+        run = self.last
+        if run.evaluation is None:
+            return {}
+        scores = run.evaluation(run.model, self.merge(self.state.params), self.step)
+        self.log.write(self.step, scores, split="eval")
+        shown = {name: value for name, value in scores.items() if not name.startswith("memory/")}
+        text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self.log.message(f"Step {self.step}: {text}")
+        return scores

@@ -1,0 +1,319 @@
+"""Stages of a run: one `Run` for each, made from the lines of `Run.stages`.
+
+A stage begins where the one before ended: parameters, optimiser state and the number of steps carry on.
+What belongs to a stage alone begins anew: the feed, its curriculum and the states that state passing
+keeps. All random draws are functions of the seed, the stage and the step.
+
+| key of a line | meaning |
+|---|---|
+| `steps` | largest number of steps; the last stage may leave it out and takes what is left |
+| `block_size`, `memory_segments` | these fields of `DecoderConfig`, which no parameter depends on |
+| `blocks` | tokens of a row, in blocks; without it a row keeps its tokens |
+| `batch_size` | rows of a step |
+| `microbatches` | as `Run.microbatches` |
+| `state_passing` | a name as of `STATE_PASSING`, or an object |
+| `options` | options of the task, in addition to those of the stages before |
+| `curriculum` | fields of `Curriculum`, in addition to those before; an object; or None: none |
+| `until` | `{"exact_match": 0.95}` ends the stage early, see `Place` |
+
+What a line leaves out stays as in the line before; `steps` and `until` are a line's own.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from famx.base.errors import ConfigError
+from famx.base.gin_checks import nearest
+from famx.modules import Decoder
+from famx.training.curriculum import Curriculum
+from famx.training.metrics import Sums, mean
+from famx.training.run import Run
+from famx.training.state_passing import FromMemoryFile, StatePassing, named
+
+_COUNTS = ("steps", "block_size", "blocks", "batch_size", "microbatches")
+_KEYS = (*_COUNTS, "memory_segments", "state_passing", "options", "curriculum", "until")
+_METRICS = ("exact_match", "accuracy")  # those that `until` may name: shares that training raises
+_SMOOTHING = 0.9  # weight of the past in the metric of `until`, as in a curriculum by default
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a run.
+
+    Attributes:
+      index: its index, from 0.
+      count: number of stages of the run.
+      run: the run with the settings of this stage, without stages of its own.
+      steps: largest number of steps of the stage; None for one that lasts as long as the run.
+      until: `(metric, value)` that ends the stage early, or None.
+    """
+
+    index: int
+    count: int
+    run: Run
+    steps: int | None = None
+    until: tuple[str, float] | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether the run ends with this stage."""
+        return self.index + 1 == self.count
+
+    @property
+    def longest(self) -> int:
+        """The longest documents of the stage, in blocks."""
+        data = self.run.data
+        row = -(-data.length // self.run.model.config.block_size)
+        return row if data.curriculum is None else max(data.curriculum.blocks)
+
+    def ready(self, devices: Sequence[jax.Device] | None = None) -> "Stage":
+        """The stage with its run `ready`, see `Run.ready`."""
+        with self.errors():
+            return dataclasses.replace(self, run=self.run.ready(devices))
+
+    def with_vocabulary(self, vocabulary: Any) -> "Stage":
+        """The stage with a vocabulary for its model."""
+        model = dataclasses.replace(self.run.model, vocabulary=vocabulary)
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, model=model))
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Context in which a ConfigError names the stage, if the run has several."""
+        try:
+            yield
+        except ConfigError as error:
+            if self.count == 1:
+                raise
+            raise ConfigError(f"Stage {self.index + 1} of STAGES: {error}") from error
+
+    def __str__(self):
+        config, data = self.run.model.config, self.run.data
+        return (
+            f"stage {self.index + 1} of {self.count}: rows of {data.length} tokens in blocks of"
+            f" {config.block_size}, batches of {data.batch_size}"
+        )
+
+
+def stages_of(run: Run) -> tuple[Stage, ...]:
+    """The stages of a run; a run without stages is its own only stage.
+
+    Raises:
+      ConfigError: a line does not fit; the sentence names the stage.
+    """
+    lines = run.stages
+    if not lines:
+        return (Stage(0, 1, run),)
+    if isinstance(lines, Mapping) or not all(isinstance(line, Mapping) for line in lines):
+        raise ConfigError(
+            "STAGES must be a tuple of dicts, one for each stage: ({'steps': 100}, {'blocks': 8})."
+            " A tuple of one has a comma: ({'blocks': 8},)."
+        )
+    if isinstance(run.state_passing, FromMemoryFile):
+        raise ConfigError(
+            "INITIAL_MEMORY_FILE and STAGES exclude each other: each stage would begin with the memory"
+            " of the file again. Leave one of them out."
+        )
+    stages: list[Stage] = []
+    current = dataclasses.replace(run, stages=())
+    blocks = None
+    for index, line in enumerate(lines):
+        with Stage(index, len(lines), run).errors():
+            _check_line(line)
+            blocks = line.get("blocks", blocks)
+            try:
+                current = _with_line(current, line, blocks)
+            except (ValueError, TypeError) as error:
+                sentence = str(error).split("\n  In call to configurable")[0]
+                raise ConfigError(sentence) from error
+            stage = Stage(index, len(lines), current, line.get("steps"), _until(line))
+            stages.append(stage)
+    _check_steps(stages, run.steps)
+    return tuple(stages)
+
+
+def _check_line(line: Mapping[str, Any]) -> None:
+    for key in line:
+        if key not in _KEYS:
+            choice = f"choose from {', '.join(_KEYS)}.{nearest(str(key), _KEYS)}"
+            raise ConfigError(f"A stage has no setting {key!r}; {choice}")
+    for key in _COUNTS:
+        value = line.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{key} must be a whole number of at least 1, not {value!r}.")
+    options = line.get("options", {})
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"options must be a dict of options of the task, not {options!r}.")
+
+
+def _with_line(run: Run, line: Mapping[str, Any], blocks: int | None) -> Run:
+    """`run` with the settings of a line; `blocks`: those of this line or of one before."""
+    config = run.model.config
+    fields = {key: line[key] for key in ("block_size", "memory_segments") if key in line}
+    config = dataclasses.replace(config, **fields)
+    data, size = run.data, config.block_size
+    if blocks is not None:
+        data = dataclasses.replace(data, lengths={**data.lengths, "targets": blocks * size})
+    elif "block_size" in line and data.length % size:
+        raise ConfigError(
+            f"A block of {size} tokens does not divide the row of {data.length} tokens that"
+            " TASK_FEATURE_LENGTHS gives: set 'blocks', the blocks of a row, or another block_size."
+        )
+    options = {**(data.options or {}), **line.get("options", {})}
+    data = dataclasses.replace(
+        data,
+        batch_size=line.get("batch_size", data.batch_size),
+        options=options or data.options,
+        curriculum=_curriculum(line.get("curriculum", data.curriculum), data.curriculum),
+    )
+    model = run.model
+    if fields:
+        model = dataclasses.replace(model, module=Decoder(config))
+    return dataclasses.replace(
+        run,
+        model=model,
+        data=data,
+        microbatches=line.get("microbatches", run.microbatches),
+        state_passing=_state_passing(line.get("state_passing", run.state_passing)),
+    )
+
+
+def _curriculum(given: Any, before: Curriculum | None) -> Curriculum | None:
+    if given is None or isinstance(given, Curriculum):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"curriculum must be a dict of fields of Curriculum, or None, not {given!r}.")
+    names = [field.name for field in dataclasses.fields(Curriculum)]
+    for name in given:
+        if name not in names:
+            raise ConfigError(
+                f"A curriculum has no {name!r}; choose from {', '.join(names)}.{nearest(name, names)}"
+            )
+    if before is not None:
+        return dataclasses.replace(before, **given)
+    if "blocks" not in given:
+        raise ConfigError("The first curriculum needs 'blocks', its lengths in the order of unlocking.")
+    return Curriculum(**given)
+
+
+def _state_passing(given: Any) -> StatePassing:
+    if isinstance(given, StatePassing):
+        return given
+    if not isinstance(given, str):
+        raise ConfigError(f"state_passing must be a name such as 'aged', not {given!r}.")
+    return named(given)
+
+
+def _until(line: Mapping[str, Any]) -> tuple[str, float] | None:
+    until = line.get("until")
+    if until is None:
+        return None
+    if isinstance(until, Mapping) and len(until) == 1:
+        ((metric, value),) = until.items()
+        if metric in _METRICS and isinstance(value, int | float) and 0 < value < 1:
+            return metric, float(value)
+    raise ConfigError(
+        f"until must name one metric of {', '.join(_METRICS)} and a value between 0 and 1, such as"
+        f" {{'exact_match': 0.95}}, not {until!r}."
+    )
+
+
+def _check_steps(stages: Sequence[Stage], steps: int | None) -> None:
+    """Raises ConfigError if the stages do not fill `steps`; None: the number of steps does not matter."""
+    *first, last = stages
+    for stage in first:
+        if stage.steps is None:
+            with stage.errors():
+                raise ConfigError("steps is missing: only the last stage takes the steps that are left.")
+    if last.until is not None:
+        with last.errors():
+            raise ConfigError("until ends a stage before the next one, and this one is the last.")
+    early = any(stage.until for stage in first)
+    if early and last.steps is not None:
+        with last.errors():
+            raise ConfigError(
+                "Leave out its steps: a stage before may end early by its until, and the last stage takes"
+                " all steps that are left of TRAIN_STEPS."
+            )
+    if steps is None:
+        return
+    used = sum(stage.steps for stage in first)
+    if last.steps is not None and used + last.steps != steps:
+        raise ConfigError(
+            f"The steps of STAGES add up to {used + last.steps}, but TRAIN_STEPS is {steps}: change one"
+            " of them, or leave out the steps of the last stage, which then takes what is left."
+        )
+    if used >= steps:
+        raise ConfigError(
+            f"The stages before the last take {used} steps, but TRAIN_STEPS is {steps}: none is left for"
+            " the last stage."
+        )
+
+
+class Place:
+    """The stage that a run is in, and what a checkpoint needs of it.
+
+    A stage ends after its number of steps, or by its `until`: as soon as the metric, smoothed over those
+    of its batches that have its longest documents, reaches the value. Metrics are seen as late as a
+    curriculum sees them, in a resumed run as in any other.
+
+    Args:
+      stages: the stages of the run.
+      steps: number of steps of the run.
+
+    Attributes:
+      index: index of the stage.
+      first: number of steps of the run when the stage began.
+      level: the smoothed metric of `until`.
+    """
+
+    def __init__(self, stages: Sequence[Stage], steps: int):
+        self._stages, self._steps = stages, steps
+        self.index, self.first, self.level = 0, 0, 0.0
+
+    @property
+    def stage(self) -> Stage:
+        """The stage."""
+        return self._stages[self.index]
+
+    @property
+    def end(self) -> int:
+        """The number of steps of the run with which the stage ends at the latest."""
+        return self._steps if self.stage.last else self.first + self.stage.steps
+
+    def observe(self, blocks: int | None, sums: Sums) -> None:
+        """Takes the metrics of a step of this stage into account; `blocks`: length of its documents."""
+        if self.stage.until is not None and blocks in (None, self.stage.longest):
+            value = mean(sums, self.stage.until[0])
+            self.level = _SMOOTHING * self.level + (1 - _SMOOTHING) * value
+
+    def over(self, step: int) -> bool:
+        """Whether the stage is over after so many steps of the run, and another one follows."""
+        if self.stage.last:
+            return False
+        reached = self.stage.until is not None and self.level >= self.stage.until[1]
+        return reached or step >= self.end
+
+    def advance(self, step: int) -> None:
+        """Enters the next stage after `step` steps of the run."""
+        self.index, self.first, self.level = self.index + 1, step, 0.0
+
+    def get_state(self) -> dict[str, Any]:
+        """State for a checkpoint, as JSON values."""
+        return {"index": self.index, "first": self.first, "level": self.level}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Resumes from a state that `get_state` returned.
+
+        Raises:
+          ConfigError: the run has fewer stages now.
+        """
+        if state["index"] >= len(self._stages):
+            raise ConfigError(
+                f"The run was stopped in stage {state['index'] + 1}, but STAGES has only"
+                f" {len(self._stages)}: give the stages that it began with."
+            )
+        self.index, self.first, self.level = state["index"], state["first"], state["level"]
