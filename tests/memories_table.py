@@ -14,8 +14,8 @@ from famx.modules import Memory
 MEMORIES: dict[str, Memory] = {  # fmt: skip
     "no memory": Memory(),
     "fam": Fam(2),
-    "fam with all that is ours": Fam(
-        2, update="gated", update_scale=0.5, normalize="measured", first_residual="ordinary",
+    "fam with options": Fam(
+        2, update_scale=0.5, normalize="measured", first_residual="ordinary",
         bias="minus_log_length", adapter_rank=2,
     ),
     "infini": Infini(),

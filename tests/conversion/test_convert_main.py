@@ -245,7 +245,8 @@ def test_an_export_brings_its_prompt_and_its_memory(tmp_path):
     assert plan.config == config
     kept = stored(write_model(plan, tmp_path / "same"), plan)[("memory", "prompt")]
     np.testing.assert_array_equal(kept, prompt)
-    drawn = stored(write_model(plan, tmp_path / "drawn", MemoryStart("normal")), plan)[("memory", "prompt")]
+    written = write_model(plan, tmp_path / "drawn", MemoryStart("normal"))
+    drawn = stored(written, plan)[("memory", "prompt")]
     np.testing.assert_array_equal(drawn, MemoryStart().draw_prompt(config, (3, 16), 0, None))
 
     other = plan_import(open_source(directory), {"memory": Fam(2)})

@@ -66,7 +66,7 @@ CASES = {
         memory=Fam(2, adapter_rank=1, start_from="prefix", bias="zero"), gated_mlp=False,
         parallel_block=True, activation="relu",
     ),
-    "all that is ours": dict(memory=MEMORIES["fam with all that is ours"]),
+    "all options": dict(memory=dataclasses.replace(MEMORIES["fam with options"], update="gated")),
     "like llama": dict(
         num_heads=4, num_kv_heads=2, head_dim=4, rope_base=500.0, rope_scaling=LLAMA3,
         tied_embeddings=False, qkv_bias=True, query_scale=0.3,
