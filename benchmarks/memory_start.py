@@ -29,7 +29,7 @@ from famx.models.memory_start import MemoryStart
 from famx.modules import Decoder, DecoderConfig, Memory
 from famx.modules.memory import PROMPTS, is_measured, of_memory
 
-TOPICS = ("execmodel", "imports", "with", "formatstrings")  # of pydoc, each of more than 2,000 tokens
+TOPICS = ("execmodel", "compound", "typesseq", "formatstrings")  # of pydoc, more than 2,000 tokens each
 ORDINARY = {"first_residual": "ordinary"}
 BIASED = ORDINARY | {"bias": "minus_log_length"}
 CHOICES = (

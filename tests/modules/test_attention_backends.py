@@ -248,25 +248,24 @@ def with_bias(c, bias, q, keys, values, memory_keys, memory_values, first_block)
 
 def by_formula(c, bias, q, keys, values, memory_keys, memory_values, first_block):
     """The bias added to dense scores, each block on its own."""
-    outs = []
-    for t in range(q.shape[1]):
-        past = [keys[:, m : m + 1] for m in range(t, t + c.memory_segments)]
-        old = [values[:, m : m + 1] for m in range(t, t + c.memory_segments)]
-        if c.stop_gradient_segments:
-            past, old = jax.lax.stop_gradient((past, old))
-        join = lambda memory, past, own: jnp.concatenate(
-            [memory[:, t], *(x[:, 0] for x in past), own[:, t + c.memory_segments]], axis=1
-        )
-        k, v = (jnp.repeat(x, c.num_heads // c.num_kv_heads, axis=2) for x in (
-            join(memory_keys, past, keys), join(memory_values, old, values)))  # fmt: skip
+
+    def window(x, memory, t):
+        past = x[:, t : t + c.memory_segments].reshape(len(x), -1, *x.shape[3:])
+        past = jax.lax.stop_gradient(past) if c.stop_gradient_segments else past
+        joined = jnp.concatenate([memory[:, t], past, x[:, t + c.memory_segments]], axis=1)
+        return jnp.repeat(joined, c.num_heads // c.num_kv_heads, axis=2)
+
+    def block(t):
+        k, v = window(keys, memory_keys, t), window(values, memory_values, t)
         scores = jnp.einsum("bshd,bxhd->bhsx", q[:, t], k) * c.query_scale
         columns = jnp.arange(k.shape[1])
         scores += jnp.where(columns < c.memory_columns, bias[:, None, None], 0)
         missing = jnp.maximum(c.memory_segments - first_block - t, 0)[:, None, None]
         seen = visible(c, jnp.arange(c.block_size)[:, None], columns, missing)
-        outs.append(jnp.einsum(
-            "bhsx,bxhd->bshd", jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30)), v))  # fmt: skip
-    return jnp.stack(outs, axis=1)
+        shares = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30))
+        return jnp.einsum("bhsx,bxhd->bshd", shares, v)
+
+    return jnp.stack([block(t) for t in range(q.shape[1])], axis=1)
 
 
 @pytest.mark.parametrize("case", BIASES)
@@ -280,7 +279,7 @@ def test_every_backend_adds_the_bias_of_the_memory(case, backend, interpret, mon
     monkeypatch.setattr(dispatch, "_backend", lambda config: backend)
     monkeypatch.setitem(dispatch._KERNELS, "cudnn", with_plain_kernels)
     *args, cotangent = arrays(c, blocks, len(first_block))
-    first_block, bias = np.array(first_block, np.int32), np.linspace(-3, 1, c.num_heads, dtype="float32")
+    first_block, bias = jnp.array(first_block), np.linspace(-3, 1, c.num_heads, dtype="float32")
 
     def run(function):
         def both(bias, *args):
