@@ -125,8 +125,8 @@ def table(measured, rows: int, length: int) -> tables.Table:
     """The table of `(name, losses)`."""
     made = [
         {"memory": name}
-        | {f"block {i}": round(float(x), 2) for i, x in enumerate(losses)}
-        | {"mean": round(float(losses.mean()), 3)}
+        | {f"block {i}": f"{x:.2f}" for i, x in enumerate(losses)}
+        | {"mean": f"{losses.mean():.3f}"}
         for name, losses in measured
     ]
     notes = (f"Nats per token; memory of {length}, no past blocks; number of texts: {rows}",)

@@ -508,7 +508,7 @@ def test_a_memory_is_measured_by_the_loss_of_each_block(tmp_path, capsys):
     rows = json.loads(figures.read_text())["sections"]["memory_start"]["rows"]
     names = ["no memory", "prompt text", "first_residual=ordinary, prompt text"]
     assert [row["memory"] for row in rows] == names and all(name in page.read_text() for name in names)
-    losses = np.array([[row[f"block {i}"] for i in range(3)] for row in rows])
+    losses = np.array([[float(row[f"block {i}"]) for i in range(3)] for row in rows])
     # The first block sees the prompt alone; the second a memory whose first update differs.
     assert losses[1, 0] == losses[2, 0] and (losses[1, 1:] != losses[2, 1:]).all()
 
