@@ -16,7 +16,7 @@ MEMORIES: dict[str, Memory] = {  # fmt: skip
     "fam": Fam(2),
     "fam with options": Fam(
         2, update_scale=0.5, normalize="measured", first_residual="ordinary",
-        bias="minus_log_length", adapter_rank=2,
+        bias="minus_log_length", adapter_rank=3,
     ),
     "infini": Infini(),
     "infini with the delta rule": Infini(delta=True, gate_init=1.0),
