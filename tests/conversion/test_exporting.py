@@ -133,7 +133,7 @@ def test_a_memory_with_adapters_goes_out_apart_and_comes_back(tmp_path):
     original.mkdir()
     (original / "config.json").write_text(json.dumps(hf))
     wanted = families.tensors(hf, families.decoder_config(hf))
-    arrays = {tensor.name: draw(tensor.name, tensor.shape) for tensor in wanted}
+    arrays = {tensor.name: draw(tensor.name, tensor.shape, is_gemma(hf)) for tensor in wanted}
     safetensors.numpy.save_file(arrays, original / "model.safetensors")
     memory = Fam(2, adapter_rank=1, bias="minus_log_length", first_residual="ordinary")
     first = convert(original, tmp_path / "first", **{**MEMORY, "memory": memory})

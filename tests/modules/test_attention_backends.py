@@ -279,14 +279,14 @@ def test_every_backend_adds_the_bias_of_the_memory(case, backend, interpret, mon
     monkeypatch.setattr(dispatch, "_backend", lambda config: backend)
     monkeypatch.setitem(dispatch._KERNELS, "cudnn", with_plain_kernels)
     *args, cotangent = arrays(c, blocks, len(first_block))
-    first_block, bias = jnp.array(first_block), np.linspace(-3, 1, c.num_heads, dtype="float32")
+    first_block, bias = np.array(first_block), np.linspace(-3, 1, c.num_heads, dtype="float32")
 
     def run(function):
-        def both(bias, *args):
+        def both(cotangent, first_block, bias, *args):
             out, back = jax.vjp(lambda *x: function(c, *x, first_block), bias, *args)
             return out, *back(cotangent)
 
-        return jit(c, both)(bias, *args)
+        return jit(c, both)(cotangent, first_block, bias, *args)
 
     names = "out bias q k v mk mv".split()
     for name, found, expected in zip(names, run(with_bias), run(by_formula), strict=True):

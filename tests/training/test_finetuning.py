@@ -345,7 +345,7 @@ def test_the_loss_from_a_memory_is_that_of_reading_on(base, memory):
     (dict(lora=None), "TRAINABLE is 'lora', but the model has no adapters: set LORA=@Lora()."),
     (dict(lora=Lora(rank=17)), "The rank of LoRA is 17, but layers/key is only 16 wide"),
     (dict(trainable="layers/mpl/.*"), "leaves nothing to learn: it matches no whole path; the param"),
-    (dict(trainable="["), "TRAINABLE '[' is neither one of all, lora, memory nor a regular express"),
+    (dict(trainable="["), "TRAINABLE '[' is neither one of all, lora, memory, norms nor a reg"),
     (dict(trainable="memory", model=make_model(memory=Memory())), "the model has no memory"),
     (dict(frozen_dtype="int4"), "FROZEN_DTYPE must be None or one of float32, bfloat16, int8; got"),
     (dict(model=make_model(mlp_dim=48)), "holds another model, differing in mlp_dim (32 there, 48 h"),
