@@ -106,6 +106,11 @@ def export(
             write_json(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
         notes = _write_side_files(new, hf, dtype, source, trained.model.vocabulary)
         memory = flatten_dict(split_memory(trained.params)[1], sep="/")
+        if any(path.endswith("/kernel") for path in memory):
+            notes.append(
+                "The adapters of the memory cannot be merged into the weights, since the text does not go"
+                " through them: they are among the memory's parameters."
+            )
         write_sidecar(new, config, {path: np.asarray(x) for path, x in memory.items()}, trained.step)
         mode = (new / "config.json").stat().st_mode  # safetensors writes files for their owner alone
         for path in new.rglob("*.safetensors"):

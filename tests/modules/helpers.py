@@ -41,7 +41,7 @@ def random_params(config: DecoderConfig, seed: int = 0):
     def draw(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         x = rng.standard_normal(leaf.shape)
-        if name.endswith("scale"):
+        if name.endswith(("scale", "rms")):
             x = 1 + 0.3 * x
         elif name.endswith("bias"):
             x = 0.3 * x
@@ -51,8 +51,10 @@ def random_params(config: DecoderConfig, seed: int = 0):
             x = x / np.sqrt(leaf.shape[1])
         elif name == "head":
             x = x / np.sqrt(leaf.shape[0])
+        if "adapters/" in name:  # smaller than what they are added to, as adapters are
+            x = 0.5 * x
         # Sharp attention, so that a wrong mask or position is seen in the logits.
-        return (2 * x if "query/kernel" in name else x).astype(leaf.dtype)
+        return (2 * x if name.endswith("/query/kernel") else x).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes(config))
 
