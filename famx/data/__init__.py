@@ -12,8 +12,10 @@ from famx.data.rows import ContinuousLanes, PackedRows, Prefetch, decoder_batch
 from famx.data.storage import (
     JsonlRecords,
     RecordDocuments,
+    TableRecords,
     TextFiles,
     TFRecordRecords,
+    open_records,
     stdlib_text_files,
     write_tfrecords,
 )
@@ -55,6 +57,7 @@ __all__ = [
     "SentencePieceVocabulary",
     "Suite",
     "TFRecordRecords",
+    "TableRecords",
     "TextFiles",
     "TextTask",
     "WordVocabulary",
@@ -66,6 +69,7 @@ __all__ = [
     "kind_of",
     "load_vocabulary",
     "names",
+    "open_records",
     "open_vocabulary",
     "register",
     "register_task",

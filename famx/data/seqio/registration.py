@@ -27,7 +27,7 @@ _replaceable: set[str] = set()  # names that `register_tasks` registered and no 
 def register_tasks() -> None:
     """Register the tasks that come with famx with SeqIO, under their names and with default settings.
 
-    Tasks of your own files (`own_text`, `own_jsonl`) are left out; suites become mixtures. Names that
+    Tasks of your own files (`own_text`, `own_records`) are left out; suites become mixtures. Names that
     SeqIO already knows are skipped, so it may be called more than once. Files are looked for when
     examples are read, not here.
     """

@@ -14,7 +14,7 @@ import numpy as np
 
 from famx.base.files import move_into_place, scratch_directory
 from famx.data.storage import tfrecord
-from famx.data.storage.paths import matching_files
+from famx.data.storage.paths import listed, matching_files
 from famx.data.vocabularies import token_ids
 
 _OPEN_FILES = 64
@@ -31,7 +31,7 @@ class _Records:
         self._spans = np.concatenate(spans)  # [records, (first byte, byte after the last)]
         self._files: dict[str, Any] = {}
         if not len(self._spans):
-            raise ValueError(f"There is no record in {_listed(self.paths)}; name files with data.")
+            raise ValueError(f"There is no record in {listed(self.paths)}; name files with data.")
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -110,7 +110,7 @@ class JsonlRecords(_Records):
             if field not in record:
                 raise ValueError(
                     f"{_line(path, start)} has no column '{field}'; its columns are "
-                    f"{_listed(record)}."
+                    f"{listed(record)}."
                 )
         return {field: record[field] for field in self.fields}
 
@@ -221,7 +221,7 @@ class RecordDocuments:
     ):
         """
         Args:
-          records: `JsonlRecords`, `TFRecordRecords`, or any sequence of dicts.
+          records: what `famx.data.storage.open_records` returns, or any sequence of dicts.
           tokens: column with the token ids, or with the text.
           weights: column with the loss weights of the tokens; None: every weight is 1.
           vocabulary: encodes the text; not needed for token ids.
@@ -239,7 +239,7 @@ class RecordDocuments:
         for column in filter(None, (self.tokens, self.weights)):
             if column not in record:
                 raise ValueError(
-                    f"Record {i} has no column '{column}'; its columns are {_listed(record)}."
+                    f"Record {i} has no column '{column}'; its columns are {listed(record)}."
                 )
         tokens = self._ids(record[self.tokens], i)
         if self.weights is None:
@@ -271,8 +271,3 @@ def _line(path: str, start: int) -> str:
             data = file.read(min(start, 2**20))
             number, start = number + data.count(b"\n"), start - len(data)
     return f"Line {number} of {path}"
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"

@@ -9,6 +9,7 @@ from famx.base.errors import ConfigError
 from famx.data.vocabularies import Vocabulary, token_ids
 
 CUTS = ("left", "middle")
+RANK_COLUMNS = ("choices", "answer")
 
 Item = TypeVar("Item", covariant=True)
 
@@ -117,6 +118,13 @@ def example_of_record(record: Mapping[str, Any]) -> Example:
     if "contexts" in record:
         example["contexts"] = texts(record["contexts"])
     return example
+
+
+def example_of_row(row: Mapping[str, Any]) -> Example:
+    """Turn a row of a table whose columns are those of an example into one, without missing values."""
+    names = ("id", "inputs", "targets", "references", *RANK_COLUMNS, "contexts")
+    example = {name: row[name] for name in names if row.get(name) is not None}
+    return {"id": "", "inputs": "", "targets": "", "references": []} | example
 
 
 def _with_eos(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

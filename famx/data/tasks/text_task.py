@@ -16,7 +16,9 @@ answer, see `famx.data.tasks.ranking`) and "documents" (the whole text is the ta
 
 The records of a task are looked for in this order:
 
-1. `DATA_DIR/NAME/SPLIT.tfrecord-*`, which `python -m famx.prepare` writes,
+1. `DATA_DIR/NAME/SPLIT.tfrecord-*`, which `python -m famx.prepare` writes, or Parquet or Arrow files in
+   DATA_DIR/NAME (see `famx.data.storage.opening`) with the columns `inputs`, `targets` and `references`,
+   and, for kind "rank", `choices` and `answer`,
 2. the official files, in one of the task's folders of DATA_DIR,
 3. the folder of TensorFlow Datasets, if it has prepared the task.
 
@@ -40,15 +42,24 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.data.metrics import next_token_accuracy, rank_accuracy
-from famx.data.storage import TFRecordRecords, complete_shards, tfds_shards
+from famx.data.storage import (
+    TableRecords,
+    TFRecordRecords,
+    complete_shards,
+    dataset_splits,
+    tfds_shards,
+)
+from famx.data.storage.tables import ARROW, PARQUET
 from famx.data.tasks import ranking, registry
 from famx.data.tasks.examples import (
+    RANK_COLUMNS,
     Example,
     Examples,
     Records,
     TaskDocuments,
     check_cut,
     example_of_record,
+    example_of_row,
 )
 from famx.data.vocabularies import Vocabulary, as_vocabulary
 
@@ -157,6 +168,9 @@ class TextTask:
         prepared = complete_shards(self.prepared_name(split)) if self.root else []
         if prepared:
             return Examples(TFRecordRecords(prepared), example_of_record)
+        rows = self._prepared_rows(split)
+        if rows is not None:
+            return Examples(rows, example_of_row)
         records = self.open_official(split)
         missing = getattr(records, "missing", ())
         if missing and not self.allow_partial:
@@ -166,6 +180,15 @@ class TextTask:
                 f"Published: {self.published}."
             )
         return Examples(records, self.preprocess)
+
+    def _prepared_rows(self, split: str) -> Records | None:
+        """Parquet or Arrow files whose rows are examples; None if there are none."""
+        files = dataset_splits(os.path.join(self.root, self.name)).get(split, []) if self.root else []
+        if not files or not files[0].endswith(PARQUET + ARROW):
+            return None
+        needed = {"inputs", "targets", "references", *(RANK_COLUMNS if self.kind == "rank" else ())}
+        rows = TableRecords(files)
+        return rows if needed <= set(rows.columns) else None
 
     def open_official(self, split: str) -> Records:
         """Open the official records of a split, from the task's folders or TensorFlow Datasets'.
