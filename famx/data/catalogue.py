@@ -10,6 +10,7 @@ from famx.data.formats import (
     isabelle,
     narrative_qa,
     offline,
+    own_chat,
     own_records,
     pg19,
     scrolls,
@@ -32,6 +33,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "python_stdlib": functools.partial(TextFiles, files=None),
     "own_text": TextFiles,
     **own_records.TASKS,
+    **own_chat.TASKS,
 }
 
 

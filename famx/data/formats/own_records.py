@@ -23,6 +23,7 @@ from famx.data.formats.texts import Part
 from famx.data.metrics import accuracy, rouge, token_f1
 from famx.data.storage import dataset_splits, open_records
 from famx.data.storage.paths import listed, matching_files
+from famx.data.storage.tables import ARROW, PARQUET
 from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.text_task import TextTask
 from famx.data.vocabularies import Vocabulary
@@ -117,11 +118,16 @@ class OwnSplits:
             if "validation" in splits and splits["validation"] != self.files["train"]:
                 self.files["validation"] = splits["validation"]
 
+    @property
+    def are_tables(self) -> bool:
+        """True if the files are Parquet or Arrow files, whose columns are known."""
+        return self.files["train"][0].endswith(PARQUET + ARROW)
+
     def first(self) -> Mapping[str, Any]:
         """The first record for training, with all columns."""
         return open_records(self.files["train"])[0]
 
-    def open(self, columns: Sequence[str], split: str) -> Records:
+    def open(self, columns: Sequence[str] | None, split: str) -> Records:
         """Open the records of a split; see `famx.data.storage.open_records`."""
         if split in self.files and "validation" in self.files:
             return open_records(self.files[split], columns)
@@ -132,7 +138,7 @@ class OwnSplits:
     def task(
         self,
         name: str,
-        columns: Sequence[str],
+        columns: Sequence[str] | None,
         preprocess: Callable[[Mapping[str, Any]], Example],
         kind: str,
         vocabulary: str | Vocabulary,
