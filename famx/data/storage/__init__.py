@@ -6,9 +6,10 @@ from famx.data.storage.records import (
     JsonlRecords,
     RecordDocuments,
     TFRecordRecords,
+    write_tfrecord_file,
     write_tfrecords,
 )
-from famx.data.storage.shards import complete_shards, tfds_shards
+from famx.data.storage.shards import complete_shards, shard_paths, tfds_shards
 from famx.data.storage.tables import TableRecords
 from famx.data.storage.text_files import TextFiles
 
@@ -23,8 +24,10 @@ __all__ = [
     "matching_files",
     "open_records",
     "open_split",
+    "shard_paths",
     "stdlib_text_files",
     "tfds_shards",
     "validation_names",
+    "write_tfrecord_file",
     "write_tfrecords",
 ]

@@ -15,6 +15,7 @@ import numpy as np
 from famx.base.files import move_into_place, scratch_directory
 from famx.data.storage import tfrecord
 from famx.data.storage.paths import listed, matching_files
+from famx.data.storage.shards import shard_paths
 from famx.data.vocabularies import token_ids
 
 _OPEN_FILES = 64
@@ -196,18 +197,29 @@ def write_tfrecords(
         raise ValueError(f"The folder {folder} does not exist; make it first.")
     if num_shards < 1:
         raise ValueError(f"Records need at least 1 shard, but num_shards is {num_shards}.")
-    paths = [f"{os.fspath(name)}-{i:05d}-of-{num_shards:05d}" for i in range(num_shards)]
+    paths = shard_paths(os.fspath(name), num_shards)
     with scratch_directory(name) as unfinished:
         parts = [unfinished / str(i) for i in range(num_shards)]
         files = [open(part, "wb") for part in parts]
         try:
             for i, record in enumerate(records):
-                files[i % num_shards].write(tfrecord.frame(tfrecord.encode_example(record)))
+                files[i % num_shards].write(_frame(record))
         finally:
             for file in files:
                 file.close()
         move_into_place(dict(zip(parts, paths)))
     return paths
+
+
+def write_tfrecord_file(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one file of records, with the types and errors of `write_tfrecords`."""
+    with open(path, "wb") as file:
+        for record in records:
+            file.write(_frame(record))
+
+
+def _frame(record: Mapping[str, Any]) -> bytes:
+    return tfrecord.frame(tfrecord.encode_example(record))
 
 
 class RecordDocuments:
