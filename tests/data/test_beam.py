@@ -11,6 +11,7 @@ import pytest
 import famx.data
 from famx.base.errors import ConfigError
 from famx.data.beam import _call, map_on_workers
+from famx.data.storage import write_tfrecords
 from famx.data.tools.prepare import prepare
 
 needs_beam = pytest.mark.skipif(
@@ -111,6 +112,8 @@ def test_prepared_files_are_the_same_bytes(tmp_path):
     settings = dict(allow_partial=True, num_shards=3)
     counts = prepare("scrolls_qasper", source, str(tmp_path / "one"), message=str, **settings)
     messages = []
+    (tmp_path / "two" / "scrolls_qasper").mkdir(parents=True)  # of another number of files and examples
+    write_tfrecords(tmp_path / "two" / "scrolls_qasper" / "train.tfrecord", [{"id": "1"}], 5)
     for _ in range(2):
         found = prepare("scrolls_qasper", source, str(tmp_path / "two"), message=messages.append,
                         beam_options=PROCESSES, **settings)  # fmt: skip

@@ -109,7 +109,7 @@ def prepare(
         )
     for text in problems:
         message(f"Not as published: {text}.")
-    written: dict[str, list[str]] = {}
+    written: set[str] = set()
     if beam_options is not None:
         jobs = [
             _Job(member, split, found.folder, member.prepared_name(split, data_dir))
@@ -118,7 +118,8 @@ def prepare(
         ]
         records_of = lambda job: opened[job.task.name][0][job.split].records
         missing = [job for job in jobs if not _exists(job.name, records_of(job))]
-        written = _write_on_workers(missing, data_dir, num_shards, beam_options)
+        _write_on_workers(missing, data_dir, num_shards, beam_options)
+        written = {job.name for job in missing}
     counts = {
         member.name: _write(member, opened[member.name][0], data_dir, num_shards, message, written)
         for member in tasks if opened[member.name][0]
@@ -179,28 +180,30 @@ class _Job(NamedTuple):
 
 
 def _write(task, splits, data_dir, num_shards, message, written) -> dict[str, int]:
-    """Write the splits of a task, except for those whose files are `written`, {name: their paths}."""
+    """Write the splits of a task, except for those whose names are in `written`."""
     folder = os.path.join(data_dir, task.name)
     os.makedirs(folder, exist_ok=True)
     for split, (records, _) in splits.items():
         name = task.prepared_name(split, data_dir)
-        shards = complete_shards(name)
-        if name in written:
-            paths = written[name]
-        elif _exists(name, records):
-            message(f"{name}: {len(records)} examples exist already; delete them to write them again.")
-            continue
-        else:
+        if name not in written:
+            before = complete_shards(name)
+            if _exists(name, records):
+                message(f"{name}: {len(records)} examples exist already; delete them to write them again.")
+                continue
             examples = Examples(records, task.preprocess)
             rows = (examples[i] for i in range(len(examples)))
             with Progress(f"{task.name} {split}", len(examples)) as progress:
-                paths = write_tfrecords(name, progress.each(rows), num_shards)
-        for old in set(shards) - set(paths):
-            os.remove(old)
+                _remove_others(before, write_tfrecords(name, progress.each(rows), num_shards))
         message(f"{name}: {len(records)} examples.")
     counts = {split: len(opened.records) for split, opened in splits.items()}
     write_json(os.path.join(folder, "prepared.json"), {"task": task.name, "examples": counts})
     return counts
+
+
+def _remove_others(before: Sequence[str], written: Sequence[str]) -> None:
+    """Remove files of an earlier set of another number of files."""
+    for path in set(before) - set(written):
+        os.remove(path)
 
 
 def _exists(name: str, records: Records) -> bool:
@@ -210,12 +213,9 @@ def _exists(name: str, records: Records) -> bool:
 
 def _write_on_workers(
     jobs: Sequence[_Job], data_dir: str, num_shards: int, beam_options: str
-) -> dict[str, list[str]]:
-    """Write all splits in one pipeline of Beam, whose workers open the sources themselves.
-
-    Returns:
-      the paths of the files of each split by `_Job.name`, as `write_tfrecords` names them.
-    """
+) -> None:
+    """Write all splits in one pipeline of Beam, whose workers open the sources themselves."""
+    before = {job.name: complete_shards(job.name) for job in jobs}
     paths = {job.name: shard_paths(job.name, num_shards) for job in jobs}
     with contextlib.ExitStack() as stack:
         unfinished = [stack.enter_context(scratch_directory(job.name)) for job in jobs]
@@ -223,7 +223,7 @@ def _write_on_workers(
         map_on_workers(write, len(jobs) * num_shards, data_dir, beam_options)
         for folder, job in zip(unfinished, jobs):
             move_into_place({folder / str(k): path for k, path in enumerate(paths[job.name])})
-    return paths
+            _remove_others(before[job.name], paths[job.name])
 
 
 def _write_shard(jobs: Sequence[_Job], folders: Sequence[str], num_shards: int, i: int) -> None:
