@@ -188,7 +188,8 @@ def _write(task, splits, data_dir, num_shards, message, written) -> dict[str, in
         if name not in written:
             before = complete_shards(name)
             if _exists(name, records):
-                message(f"{name}: {len(records)} examples exist already; delete them to write them again.")
+                count = len(records)
+                message(f"{name}: {count} examples exist already; delete them to write them again.")
                 continue
             examples = Examples(records, task.preprocess)
             rows = (examples[i] for i in range(len(examples)))
