@@ -1,8 +1,8 @@
 """Data: vocabularies, files, rows, metrics and tasks by name.
 
 The packages import in one direction: `vocabularies`, `metrics` <- `storage` <- `rows` <- `tasks` <-
-`probes` <- `formats` <- `catalogue` <- `seqio`. All but `famx.data.seqio` need only numpy, and Parquet and
-Arrow files pyarrow; `famx.data.seqio.register_tasks()` registers the same tasks with SeqIO.
+`probes` <- `formats` <- `catalogue` <- `seqio`. All but `famx.data.seqio` need only numpy, and Parquet
+and Arrow files pyarrow; `famx.data.seqio.register_tasks()` registers the same tasks with SeqIO.
 """
 
 from famx.data.catalogue import register_tasks
