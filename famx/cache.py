@@ -1,4 +1,4 @@
-"""Writes a task's examples in SeqIO's cache layout, without Apache Beam.
+"""Writes a task's examples in SeqIO's cache layout, in this process or on the workers of Apache Beam.
 
     python -m famx.cache --task scrolls_qasper --output_dir /cache
 
@@ -15,7 +15,7 @@ The same command resumes an interrupted one. See `famx.data.seqio_cache`.
 from absl import flags
 
 from famx.base import gin_utils
-from famx.base.command_line import json_object, require
+from famx.base.command_line import BEAM_OPTIONS, json_object, require
 from famx.base.signals import exit_on_interrupt
 
 
@@ -30,6 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("length", None, "Tokens per example, for tasks that generate their examples.")
     flags.DEFINE_integer("examples", None, "Examples per split, for tasks that generate their examples.")
     flags.DEFINE_multi_string("module_import", [], "Module that registers SeqIO tasks.")
+    flags.DEFINE_string("beam_options", None, BEAM_OPTIONS)
 
 
 def main() -> None:
@@ -46,6 +47,7 @@ def main() -> None:
         cache_by_name(
             values.task, values.output_dir, options, values.vocabulary, values.split or None,
             values.num_shards, values.decoder_only, values.length, values.examples, values.module_import,
+            values.beam_options,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ language. If the numbers of records differ from the published ones, nothing is w
 from absl import flags
 
 from famx.base import gin_utils
-from famx.base.command_line import require
+from famx.base.command_line import BEAM_OPTIONS, require
 from famx.base.errors import ConfigError
 from famx.base.signals import exit_on_interrupt
 
@@ -23,6 +23,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", None, "Directory of the records; FAMX_DATA_DIR by default.")
     flags.DEFINE_bool("allow_partial", False, "Accept incomplete files, or others than published.")
     flags.DEFINE_integer("num_shards", 1, "Number of files per split.")
+    flags.DEFINE_string("beam_options", None, BEAM_OPTIONS)
 
 
 def main() -> None:
@@ -35,7 +36,10 @@ def main() -> None:
         from famx.data.tools.prepare import prepare
 
         try:
-            prepare(values.task, values.source, values.data_dir, values.allow_partial, values.num_shards)
+            prepare(
+                values.task, values.source, values.data_dir, values.allow_partial, values.num_shards,
+                beam_options=values.beam_options,
+            )  # fmt: skip
         except (ValueError, OSError) as error:  # damaged files and full disks
             raise ConfigError(str(error)) from error
 

@@ -489,7 +489,7 @@ def test_an_evaluation_without_a_task_takes_that_of_the_run(tmp_path):
     assert (task.digits, task.header) == (2, False)
     for evaluation in (
         PasskeyEvaluation(passkey(digits=2)), TaskEvaluation("passkey_words", 40),
-        TextTaskEvaluation("own_jsonl"), TextEvaluation(Documents([make_tokens(5)])),
+        TextTaskEvaluation("own_records"), TextEvaluation(Documents([make_tokens(5)])),
     ):  # fmt: skip
         assert evaluation.with_task(keys) is evaluation
 

@@ -52,6 +52,7 @@ PLACES = {
     "tensorflow_text": TENSORFLOW,
     "seqio": TENSORFLOW,
     "tokamax": (WITH_TOKAMAX,),
+    "apache_beam": ("data.beam",),
 }
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 100, 10

@@ -399,9 +399,9 @@ def test_it_is_the_evaluation_of_a_training_run(data, tmp_path):
     made = make_model(vocabulary=BYTES)
     write(tmp_path / "own.jsonl", [{"inputs": "ab? ", "targets": ["abba", "baab"]}] * 40)
     options = {"files": str(tmp_path / "own.jsonl")}
-    evaluation = make("", "own_jsonl", task_options=options, max_new_tokens=4)
+    evaluation = make("", "own_records", task_options=options, max_new_tokens=4)
     loop.train(make_run(
-        model_dir=str(tmp_path / "run"), model=made, task="own_jsonl", lengths={"targets": 16},
+        model_dir=str(tmp_path / "run"), model=made, task="own_records", lengths={"targets": 16},
         options=options, evaluation=evaluation,
     ))  # fmt: skip
     from famx.training.run_log import read_metrics
@@ -457,7 +457,7 @@ def test_an_answer_or_a_record_that_is_missing_later_is_named(model, params, tmp
     assert not list((tmp_path / "out").iterdir())  # no partial predictions either
 
     write(tmp_path / "own.jsonl", [{"inputs": "a", "targets": 3}] * 9)
-    own = make("", "own_jsonl", task_options={"files": str(tmp_path / "own.jsonl")})
+    own = make("", "own_records", task_options={"files": str(tmp_path / "own.jsonl")})
     with pytest.raises(ConfigError, match="Column 'targets' contains '3', which is not text"):
         own.check(model)
 

@@ -16,6 +16,12 @@ _HELP = {"-h", "-help", "--help", "-helpshort", "--helpshort"}
 _HELP_FULL = {"-helpfull", "--helpfull"}
 _WIDTH = 100
 
+# Help of the flag of the commands that can run as a pipeline, see `famx.data.beam`.
+BEAM_OPTIONS = (
+    "Divide the files among the workers of an Apache Beam pipeline with these flags of Beam's, such as "
+    "'--direct_num_workers=4 --direct_running_mode=multi_processing' or '--runner=DataflowRunner ...'."
+)
+
 _declared: list[str] = []  # names of the flags of the main that is running
 
 

@@ -1,8 +1,8 @@
 """Data: vocabularies, files, rows, metrics and tasks by name.
 
 The packages import in one direction: `vocabularies`, `metrics` <- `storage` <- `rows` <- `tasks` <-
-`probes` <- `formats` <- `catalogue` <- `seqio`. All but `famx.data.seqio` need only numpy;
-`famx.data.seqio.register_tasks()` registers the same tasks with SeqIO.
+`probes` <- `formats` <- `catalogue` <- `seqio`. All but `famx.data.seqio` need only numpy, and Parquet
+and Arrow files pyarrow; `famx.data.seqio.register_tasks()` registers the same tasks with SeqIO.
 """
 
 from famx.data.catalogue import register_tasks
@@ -12,8 +12,10 @@ from famx.data.rows import ContinuousLanes, PackedRows, Prefetch, decoder_batch
 from famx.data.storage import (
     JsonlRecords,
     RecordDocuments,
+    TableRecords,
     TextFiles,
     TFRecordRecords,
+    open_records,
     stdlib_text_files,
     write_tfrecords,
 )
@@ -55,6 +57,7 @@ __all__ = [
     "SentencePieceVocabulary",
     "Suite",
     "TFRecordRecords",
+    "TableRecords",
     "TextFiles",
     "TextTask",
     "WordVocabulary",
@@ -66,6 +69,7 @@ __all__ = [
     "kind_of",
     "load_vocabulary",
     "names",
+    "open_records",
     "open_vocabulary",
     "register",
     "register_task",

@@ -10,7 +10,8 @@ from famx.data.formats import (
     isabelle,
     narrative_qa,
     offline,
-    own_jsonl,
+    own_chat,
+    own_records,
     pg19,
     scrolls,
     xlsum,
@@ -31,7 +32,8 @@ TASKS: dict[str, Callable[..., Any]] = {
     **xlsum.TASKS,
     "python_stdlib": functools.partial(TextFiles, files=None),
     "own_text": TextFiles,
-    **own_jsonl.TASKS,
+    **own_records.TASKS,
+    **own_chat.TASKS,
 }
 
 

@@ -1,4 +1,4 @@
-"""Examples of a task in SeqIO's cache layout, without Apache Beam.
+"""Examples of a task in SeqIO's cache layout, by one process or by the workers of Apache Beam.
 
 What is cached is the output of the task's preprocessors before its `CacheDatasetPlaceholder`. SeqIO
 reads 16 files at a time and takes 16 examples of each in turn; the examples are distributed over the
@@ -8,18 +8,23 @@ error.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
 import os
+import pickle
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.base.files import replacing, write_json, write_text
 from famx.base.progress import Progress
+from famx.data.beam import map_on_workers
+from famx.data.storage import shard_paths
 from famx.data.storage.records import TFRecordRecords
 from famx.data.tasks import IndexedDocuments, Kind, Suite, has_settings, kind_of, registry, vocabulary_of
 from famx.data.vocabularies import open_vocabulary
@@ -33,6 +38,7 @@ def cache(
     splits: Sequence[str] | None = None,
     num_shards: int = 16,
     message: Callable[[str], None] = print,
+    workers: "Workers | None" = None,
 ) -> dict[str, dict[str, int]]:
     """Cache a SeqIO task, or all tasks of a mixture.
 
@@ -42,6 +48,7 @@ def cache(
       splits: names of splits; None: all splits of the task.
       num_shards: number of files per split.
       message: called with each line of the report.
+      workers: write the files, which are the same; None: this process writes them.
 
     Returns:
       The number of examples per task and split.
@@ -54,7 +61,7 @@ def cache(
 
     if num_shards < 1:
         raise ConfigError(f"num_shards is {num_shards}; it must be at least 1.")
-    counts: dict[str, dict[str, int]] = {}
+    plans: list[_Plan] = []
     for member in seqio.get_subtasks(task):
         if not member.supports_caching:
             raise ConfigError(
@@ -69,67 +76,120 @@ def cache(
         folder = os.path.join(os.path.expanduser(output_dir), seqio.get_task_dir_from_name(member.name))
         try:
             os.makedirs(folder, exist_ok=True)
-            counts[member.name] = {
-                split: _cache_split(member, split, folder, num_shards, message)
-                for split in splits or member.splits
-            }
-            write_text(os.path.join(folder, "COMPLETED"), "")
+            plans += [_begin(member, x, folder, num_shards) for x in splits or member.splits]
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise ConfigError(f"{folder} cannot be written to: {error.strerror}.") from error
+    made = {} if workers is None else workers.write(plans, os.path.expanduser(output_dir))
+    counts: dict[str, dict[str, int]] = {}
+    for plan in plans:
+        if workers is None:
+            _write_files(plan.task, plan.split, plan.paths, plan.missing)
+        done = _finish(plan, [made[path] for path in plan.paths if path in made], message)
+        counts.setdefault(plan.task.name, {})[plan.split] = done
+    for folder in dict.fromkeys(os.path.dirname(plan.paths[0]) for plan in plans):
+        write_text(os.path.join(folder, "COMPLETED"), "")
     return counts
 
 
-def _cache_split(task, split, folder, num_shards, message) -> int:
-    """Write the missing files of a split; return the number of its examples."""
-    import seqio
-    import tensorflow as tf
+class _Plan(NamedTuple):
+    """A split to write.
 
-    dataset = task.source.get_dataset(split=split, shuffle=False)
-    preprocessed = lambda x: task.preprocess_precache(x, seed=0).prefetch(tf.data.AUTOTUNE)
-    sources = task.source.num_input_examples(split)
-    if sources is None:
-        sources = sum(1 for _ in dataset)
-    first = next(iter(preprocessed(dataset)), None)
+    Attributes:
+      task, split: the split of a SeqIO task.
+      first: its first example.
+      paths: its files.
+      missing: indices of the files that are missing.
+    """
+
+    task: Any
+    split: str
+    first: Mapping[str, Any]
+    paths: Sequence[str]
+    missing: Sequence[int]
+
+    def json_path(self, name: str) -> str:
+        """Path of `info`, `stats` or `begun` of the split."""
+        return os.path.join(os.path.dirname(self.paths[0]), f"{name}.{self.split}.json")
+
+
+def _begin(task, split: str, folder: str, num_shards: int) -> _Plan:
+    """Check the split and what exists of it, and write `begun.SPLIT.json`."""
+    first = next(iter(_preprocessed(task, task.source.get_dataset(split=split, shuffle=False))), None)
     if first is None:
         raise ConfigError(f"The {split} split of '{task.name}' is empty; there is nothing to cache.")
     begun = {
         "num_shards": num_shards,
-        "sources": int(sources),
+        "sources": _sources(task, split),
         "first_example": hashlib.sha256(_serialised(first)).hexdigest(),
     }
-    name = os.path.join(folder, f"{split}.tfrecord")
-    info_path, begun_path = (os.path.join(folder, f"{x}.{split}.json") for x in ("info", "begun"))
-    _check_same(begun, begun_path, folder, split)
-    paths = [f"{name}-{k:05d}-of-{num_shards:05d}" for k in range(num_shards)]
+    paths = shard_paths(os.path.join(folder, f"{split}.tfrecord"), num_shards)
     missing = [k for k, path in enumerate(paths) if not os.path.exists(path)]
-    if not missing and os.path.exists(info_path):
-        examples = len(_records(paths))
-        message(f"{name}: {examples} examples exist already.")
-        return examples
+    plan = _Plan(task, split, first, paths, missing)
+    _check_same(begun, plan.json_path("begun"), folder, split)
     for file in os.listdir(folder):
         if file.startswith(f".{split}.tfrecord-"):  # temporary file of a command that was killed
             os.remove(os.path.join(folder, file))
-    owner = shard_of(np.arange(sources), int(sources), num_shards)
-    write_json(begun_path, begun)
-    total = int(np.isin(owner, missing).sum())
-    owners = tf.constant(owner)
-    with Progress(f"{task.name} {split}", total) as progress:
-        for k in missing:
-            selected = dataset.enumerate().filter(lambda i, _, k=k: owners[i] == k).map(lambda _, x: x)
-            with replacing(paths[k]) as unfinished, tf.io.TFRecordWriter(str(unfinished)) as writer:
-                for example in preprocessed(selected):
-                    writer.write(_serialised(example))
-                    progress.add()
-    stats = _stats(task, paths)
-    write_json(os.path.join(folder, f"stats.{split}.json"), stats, sort_keys=True)
+    write_json(plan.json_path("begun"), begun)
+    return plan
+
+
+def _finish(plan: _Plan, made: Sequence[Mapping[str, int]], message: Callable[[str], None]) -> int:
+    """Write `stats` and `info` of a split; return the number of its examples.
+
+    Args:
+      plan: the split, whose files are complete.
+      made: `_stats` of the missing files, if they are known.
+      message: called with a line.
+    """
+    import seqio
+
+    name = plan.paths[0].rpartition("-00000-of-")[0]
+    if not plan.missing and os.path.exists(plan.json_path("info")):
+        examples = len(_records(plan.paths))
+        message(f"{name}: {examples} examples exist already.")
+        return examples
+    known = [plan.paths[k] for k in plan.missing] if made else []
+    stats = _joined_stats([_stats(plan.task, [x for x in plan.paths if x not in known]), *made])
+    write_json(plan.json_path("stats"), stats, sort_keys=True)
     info = {
-        "num_shards": num_shards,
-        "features": {x: _feature(value) for x, value in first.items()},
+        "num_shards": len(plan.paths),
+        "features": {x: _feature(value) for x, value in plan.first.items()},
         "seqio_version": seqio.__version__,
     }
-    write_json(info_path, info, sort_keys=True)
+    write_json(plan.json_path("info"), info, sort_keys=True)
     message(f"{name}: {stats['examples']} examples.")
     return stats["examples"]
+
+
+def _write_files(task, split: str, paths: Sequence[str], wanted: Sequence[int]) -> None:
+    """Write the files `wanted` of a split, each completely or not at all."""
+    import tensorflow as tf
+
+    dataset = task.source.get_dataset(split=split, shuffle=False)
+    size = _sources(task, split)
+    owner = shard_of(np.arange(size), size, len(paths))
+    owners = tf.constant(owner)
+    with Progress(f"{task.name} {split}", int(np.isin(owner, wanted).sum())) as progress:
+        for k in wanted:
+            selected = dataset.enumerate().filter(lambda i, _, k=k: owners[i] == k).map(lambda _, x: x)
+            with replacing(paths[k]) as unfinished, tf.io.TFRecordWriter(str(unfinished)) as writer:
+                for example in _preprocessed(task, selected):
+                    writer.write(_serialised(example))
+                    progress.add()
+
+
+def _preprocessed(task, dataset):
+    import tensorflow as tf
+
+    return task.preprocess_precache(dataset, seed=0).prefetch(tf.data.AUTOTUNE)
+
+
+def _sources(task, split: str) -> int:
+    """Number of examples of a split before preprocessing."""
+    size = task.source.num_input_examples(split)
+    if size is None:
+        size = sum(1 for _ in task.source.get_dataset(split=split, shuffle=False))
+    return int(size)
 
 
 def shard_of(i: np.ndarray, size: int, num_shards: int) -> np.ndarray:
@@ -189,6 +249,8 @@ def _records(paths: Sequence[str]) -> Sequence[Mapping[str, Any]]:
 
 def _stats(task, paths: Sequence[str]) -> dict[str, int]:
     """Number of examples; for each token feature, the total and the maximum without pad and eos."""
+    if not any(os.path.getsize(path) for path in paths):
+        return {"examples": 0}
     records = _records(paths)
     stats = {"examples": len(records)}
     for i in range(len(records)):
@@ -203,6 +265,88 @@ def _stats(task, paths: Sequence[str]) -> dict[str, int]:
             elif isinstance(value, bytes):
                 stats[f"{name}_chars"] = stats.get(f"{name}_chars", 0) + len(value.decode())
     return stats
+
+
+def _joined_stats(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The `_stats` of several files from those of each."""
+    joined: dict[str, int] = {}
+    for name, value in (item for part in parts for item in part.items()):
+        before = joined.get(name, 0)
+        joined[name] = max(before, value) if name.endswith("_max_tokens") else before + value
+    return joined
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The SeqIO task or mixture of a name, which any process can make.
+
+    Attributes:
+      name, options, decoder_only, length, examples: see `seqio_task`.
+      vocabulary: tokenizer file that replaces the task's vocabulary.
+      modules: modules to import, which register tasks with SeqIO.
+    """
+
+    name: str
+    options: Mapping[str, Any] | None = None
+    vocabulary: str | None = None
+    decoder_only: bool = False
+    length: int | None = None
+    examples: int | None = None
+    modules: tuple[str, ...] = ()
+
+    def task(self) -> Any:
+        """Make the task; raises ConfigError if a module, the tokenizer or the task cannot be used."""
+        for module in self.modules:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ConfigError(f"The module {module} cannot be imported: {error}.") from error
+        options = self.options
+        if self.vocabulary:
+            options = {**(options or {}), "vocabulary": open_vocabulary(self.vocabulary)}
+        return seqio_task(self.name, options, self.decoder_only, self.length, self.examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """The workers of a pipeline of Apache Beam, each of which writes a file at a time.
+
+    Attributes:
+      recipe: makes the task on a worker.
+      beam_options: flags of Beam, see `famx.data.beam`.
+    """
+
+    recipe: Recipe
+    beam_options: str
+
+    def write(self, plans: Sequence[_Plan], folder: str) -> dict[str, dict[str, int]]:
+        """Write the missing files of all splits in one pipeline; return the `_stats` of each path."""
+        files = [(x.task.name, x.split, list(x.paths), k) for x in plans for k in x.missing]
+        write = functools.partial(_write_on_worker, pickle.dumps(self.recipe), files)
+        stats = map_on_workers(write, len(files), folder, self.beam_options)
+        return {paths[k]: made for (_, _, paths, k), made in zip(files, stats)}
+
+
+_making = threading.Lock()  # SeqIO's registry is not made for several threads
+
+
+@functools.lru_cache(maxsize=1)
+def _members(recipe: bytes) -> dict[str, Any]:
+    """The tasks of a pickled `Recipe` by name."""
+    import seqio
+
+    return {task.name: task for task in seqio.get_subtasks(pickle.loads(recipe).task())}
+
+
+def _write_on_worker(
+    recipe: bytes, files: Sequence[tuple[str, str, list[str], int]], i: int
+) -> dict[str, int]:
+    """Write one of the files, each (task, split, files of the split, index); return its `_stats`."""
+    member, split, paths, k = files[i]
+    with _making:
+        task = _members(recipe)[member]
+    _write_files(task, split, paths, [k])
+    return _stats(task, [paths[k]])
 
 
 def seqio_task(
@@ -289,31 +433,26 @@ def cache_by_name(
     length: int | None = None,
     examples: int | None = None,
     modules: Sequence[str] = (),
+    beam_options: str | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Cache a task by its name; see `seqio_task` and `cache`.
+    """Cache a task by its name; see `Recipe` and `cache`.
 
     Args:
-      name, options, decoder_only, length, examples: see `seqio_task`.
+      name, options, vocabulary, decoder_only, length, examples, modules: see `Recipe`.
       output_dir, splits, num_shards: see `cache`.
-      vocabulary: tokenizer file that replaces the task's vocabulary.
-      modules: modules to import, which register tasks with SeqIO.
+      beam_options: flags of Apache Beam, whose workers then write the files; None: this process writes
+        them.
 
     Returns:
       The number of examples per task and split.
 
     Raises:
-      ConfigError: a module, the tokenizer or the task cannot be used, a file is broken, or the disk is
-        full.
+      ConfigError: a module, the tokenizer or the task cannot be used, a file is broken, the disk is full,
+        or as `famx.data.beam.map_on_workers`.
     """
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"The module {module} cannot be imported: {error}.") from error
+    recipe = Recipe(name, options, vocabulary, decoder_only, length, examples, tuple(modules))
+    workers = None if beam_options is None else Workers(recipe, beam_options)
     try:
-        if vocabulary:
-            options = {**(options or {}), "vocabulary": open_vocabulary(vocabulary)}
-        task = seqio_task(name, options, decoder_only, length, examples)
-        return cache(task, output_dir, splits, num_shards)
+        return cache(recipe.task(), output_dir, splits, num_shards, workers=workers)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error

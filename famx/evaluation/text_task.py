@@ -47,6 +47,7 @@ class TextTaskEvaluation:
     * "rank": `accuracy` of taking the choice (followed by end of text) with the highest likelihood
       after the inputs.
     * "documents": `next_token_accuracy`, `bits_per_token` and `bits_per_byte` of the text.
+    * "chat": the same of the tokens that the assistant writes.
 
     Each task of a mixture or suite is scored separately, as `<task>/<metric>`, with every example
     counted once whatever the task's mixing rate. A mixture also has the unweighted mean over its tasks
@@ -134,12 +135,12 @@ class TextTaskEvaluation:
           ConfigError: an example has no answer, or its record is malformed.
         """
         vocabulary = self._vocabulary(model)
-        if all(part.task.kind == "documents" for part in self._parts):
+        if all(part.task.is_read for part in self._parts):
             folder = None
         scores = {}
         with predictions_file(folder, step) as write:
             for part in self._parts:
-                score = self._score_documents if part.task.kind == "documents" else self._score_answers
+                score = self._score_documents if part.task.is_read else self._score_answers
                 scores[part.task.name] = score(part, model, params, vocabulary, write)
         scores = self._made.summary(scores)
         if self.health and model.config.memory.exists:
@@ -281,7 +282,7 @@ class _Documents(list):
 
 
 class _Counted:
-    """Selected documents that record what is read: `sizes` is `{index: (tokens, bytes)}`."""
+    """Selected documents that record what is scored: `sizes` is `{index: (tokens, bytes)}`."""
 
     def __init__(self, documents: TaskDocuments, numbers: Sequence[int]):
         self.documents, self.numbers, self.vocab = documents, numbers, documents.vocab
@@ -292,17 +293,18 @@ class _Counted:
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, weights = self.documents[self.numbers[i]]
+        scored = tokens[weights > 0]
         if isinstance(self.vocab, ByteVocabulary):  # truncation may split a character
-            num_bytes = int(np.sum(tokens >= self.vocab.num_special_ids))
+            num_bytes = int(np.sum(scored >= self.vocab.num_special_ids))
         else:
-            num_bytes = len(self.vocab.decode(tokens.tolist()).encode())
-        self.sizes[i] = len(tokens), num_bytes
+            num_bytes = len(self.vocab.decode(scored.tolist()).encode())
+        self.sizes[i] = len(scored), num_bytes
         return tokens, weights
 
 
 def _check_answer(part: _Part, number: int, example: Example) -> None:
     """Raises ConfigError if the example has no answer to score against."""
-    if part.task.kind == "documents":
+    if part.task.is_read:
         return
     if not example["answer" if part.task.kind == "rank" else "references"]:
         raise ConfigError(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.data.vocabularies.chat_template import ChatTemplate
 from famx.decoding import Sampling, Streamer
-from famx.inference.chat_template import ChatTemplate
 from famx.inference.reading import encode_file
 from famx.mesh import make_mesh, make_rules, on_mesh
 from famx.model_dir.identity import split_checkpoint

@@ -32,9 +32,9 @@ from famx.base.errors import ConfigError
 from famx.base.progress import Progress
 from famx.base.signals import graceful_stop
 from famx.data.vocabularies import Vocabulary, fingerprint
+from famx.data.vocabularies.chat_template import ChatTemplate
 from famx.decoding import Sampling, Streamer
 from famx.inference.answers import Answers
-from famx.inference.chat_template import ChatTemplate
 from famx.inference.jsonl import ResumableLines
 from famx.inference.prompts import NEW_FIELDS, Lines, batches
 from famx.mesh import make_mesh, make_rules, on_mesh

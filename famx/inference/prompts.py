@@ -9,7 +9,7 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.data.vocabularies import Vocabulary
-from famx.inference.chat_template import ChatTemplate
+from famx.data.vocabularies.chat_template import ChatTemplate
 from famx.inference.jsonl import place, read_objects
 
 NEW_FIELDS = {

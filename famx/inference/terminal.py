@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from famx.base.errors import ConfigError
 from famx.base.signals import graceful_stop
+from famx.data.vocabularies.chat_template import ChatTemplate
 from famx.decoding import Sampling
-from famx.inference.chat_template import ChatTemplate
 from famx.inference.conversation import Conversation, check_template, load_with_vocabulary
 from famx.inference.reading import ReadProgress
 from famx.model_dir.loading import TrainedModel

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from famx.data.vocabularies.chat_template import ChatTemplate
 from famx.decoding import Sampling, Streamer
-from famx.inference.chat_template import ChatTemplate
 from famx.model_dir.loading import load_model
 
 ROOT = pathlib.Path(__file__).parents[2]

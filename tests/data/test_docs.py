@@ -30,7 +30,8 @@ def test_its_commands_run(tmp_path):
     for split in ("train", "validation", "test"):
         line = '{"id": "1", "pid": "1_0", "input": "What?", "output": "That."}\n'
         (tmp_path / "DOWNLOADS" / "qasper" / f"{split}.jsonl").write_text(line)
-    commands = re.findall(r"^python -m (famx\.(?:prepare|cache|inspect_data) .*)$", PAGE, re.MULTILINE)
+    block = PAGE.split("## Commands")[1].split("```")[1]
+    commands = re.findall(r"^python -m (famx\.(?:prepare|cache|inspect_data) .*)$", block, re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
         if command.startswith("famx.prepare"):

@@ -15,7 +15,7 @@ from famx.data.tasks import Made, Scored, vocabulary_of
 
 def test_every_task_of_famx_has_its_kind():
     kinds = {name: set() for name in Kind}
-    for name in set(TASKS) - {"own_jsonl", "gpt3_rank", "gpt3_gen"}:
+    for name in set(TASKS) - {"own_records", "own_chat", "gpt3_rank", "gpt3_gen"}:
         kinds[kind_of(famx.data.get(name))].add(name)
     assert kinds[Kind.MADE] == {*PROBES, "flan_packed"}
     assert kinds[Kind.DOCUMENTS] == {"own_text", "python_stdlib"} and not kinds[Kind.SEQIO]

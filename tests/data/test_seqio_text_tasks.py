@@ -113,7 +113,7 @@ before = names()
 import famx.data.seqio
 assert names() == before, "importing registers nothing"
 famx.data.seqio.register_tasks()
-assert set(famx.data.names()) - names() == {"own_text", "own_jsonl"}
+assert set(famx.data.names()) - names() == {"own_text", "own_records", "own_chat"}
 qasper = seqio.get_mixture_or_task("scrolls_qasper")
 famx.data.seqio.register_tasks()
 assert seqio.get_mixture_or_task("scrolls_qasper") is qasper, "a second call changes nothing"

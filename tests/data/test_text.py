@@ -174,7 +174,8 @@ def test_every_task_takes_the_directory_of_a_model(tmp_path):
     save_vocabulary(vocabulary, tmp_path / "model")
     (tmp_path / "a.txt").write_text("The grass is green.")
     (tmp_path / "a.jsonl").write_text('{"text": "The sky is blue."}\n' * 30)
-    more = {"own_text": "a.txt", "own_jsonl": "a.jsonl"}
+    (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Hi"}]}\n' * 30)
+    more = {"own_text": "a.txt", "own_records": "a.jsonl", "own_chat": "b.jsonl"}
     for name in famx.data.names():
         options = {"files": str(tmp_path / more[name])} if name in more else {}
         if name in ("copy_at_distance", "associative_recall"):

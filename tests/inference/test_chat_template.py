@@ -19,57 +19,22 @@ from trained import write_model_dir
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
+from chat_templates import CHATML, SPECIAL, TEMPLATES, make_vocabulary, whole_text  # noqa: E402
+
 from famx.base.errors import ConfigError  # noqa: E402
 from famx.data import ByteVocabulary  # noqa: E402
-from famx.data.vocabularies import BytePairVocabulary, SentencePieceVocabulary  # noqa: E402
+from famx.data.vocabularies import SentencePieceVocabulary  # noqa: E402
+from famx.data.vocabularies.chat_template import ChatTemplate  # noqa: E402
 from famx.decoding import Sampling, Streamer  # noqa: E402
 from famx.inference import conversation as module  # noqa: E402
 from famx.inference import lines as inference  # noqa: E402
-from famx.inference.chat_template import ChatTemplate  # noqa: E402
 from famx.inference.conversation import Conversation  # noqa: E402
 from famx.inference.prompts import Lines  # noqa: E402
 from famx.inference.terminal import default_template  # noqa: E402
 from famx.model_dir.loading import TrainedModel  # noqa: E402
 
-SPECIAL = ["<|pad|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nBe brief<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-TRIMMED = (  # as Llama 3: begin of text, and messages without spaces around them
-    "{{- bos_token }}\n{%- for message in messages %}\n"
-    "    {{- '<|im_start|>' + message.role + '\n\n' + message.content | trim + '<|im_end|>' }}\n"
-    "{%- endfor %}\n{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n\n' }}{%- endif %}"
-)
-INST = (  # as Llama 2 and Mistral: no prompt for answers, and roles that must alternate
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Roles must alternate user and assistant') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% else %}{% generation %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endgeneration %}"
-    "{% endif %}{% endfor %}"
-)
-TEMPLATES = {"chatml": CHATML, "trimmed": TRIMMED, "inst": INST}
 HOSTILE = st.lists(st.sampled_from([*SPECIAL, "<|im_", "end|>", "<", "s>", "a", " ", "\n"]), max_size=9)
 TEXT = st.text(max_size=30) | st.text(" ab\n<>|", max_size=20)
-
-
-def make_vocabulary(folder, template):
-    """Bytes and special tokens, no merges."""
-    tokens = [*SPECIAL, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, [])
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|pad|>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return BytePairVocabulary(folder / "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +45,6 @@ def vocabularies(tmp_path_factory):
 
 def make_template(tmp_path, text, system=None):
     return ChatTemplate(make_vocabulary(tmp_path / "made", text), system)
-
-
-def whole_text(vocabulary, ids):
-    """The text of ids, special tokens included."""
-    return vocabulary._text.decode(ids, skip_special_tokens=False)
 
 
 def user(text):

@@ -1,9 +1,9 @@
 """Flan v2 (Longpre et al., 2023): instructions in packed rows, on which TransformerFAM was finetuned.
 
-Files: the public dumps of the five submixtures, as uncompressed JSON lines or as TFRecords, anywhere
-below DATA_DIR/flan or DATA_DIR/flan_v2. A file belongs to the submixture named by the file or its nearest
-folder, such as `cot/part-0.jsonl`, `niv2_submix_original/train.jsonl` or `t0_zs_opt_train.jsonl`; in
-other files each record names it in `task_source`.
+Files: the public dumps of the five submixtures, as uncompressed JSON lines, Parquet, Arrow or TFRecords,
+anywhere below DATA_DIR/flan or DATA_DIR/flan_v2. A file belongs to the submixture named by the file or
+its nearest folder, such as `cot/part-0.jsonl`, `niv2_submix_original/train.jsonl` or
+`t0_zs_opt_train.jsonl`; in other files each record names it in `task_source`.
 
 | submixture | weight | names | task_source |
 |---|---|---|---|
@@ -33,7 +33,7 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.data.rows import decoder_batch
-from famx.data.storage import JsonlRecords, TFRecordRecords
+from famx.data.storage import TFRecordRecords, open_records
 from famx.data.tasks.examples import Example, Examples, Records, encode_example
 from famx.data.tasks.kinds import SPLITS
 from famx.data.tasks.mixtures import Mixture
@@ -49,7 +49,8 @@ _SOURCES = {"flan": "flan2021", "p3": "t0", "dialogue": "dialog", **{name: name 
 # The start of a file's or folder's name; "flan_v2" and "flan_2022" name the whole collection.
 _NAME = re.compile(
     r"(flan2021|flan(?![_-]?(?:v?2|collection))|t0|p3|niv2|cot|dialog(?:ue)?)(?![a-z0-9])", re.IGNORECASE)
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet")
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+_ROWS = (".jsonl", ".parquet", ".arrow")
 
 
 # ------ The records of a submixture
@@ -93,7 +94,7 @@ def open_submix(submix: str, folder: str, split: str) -> JoinedRecords:
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in sorted(names):
             path = os.path.join(place, name)
-            if not (name.endswith(".jsonl") or ".tfrecord" in name) or name.endswith(_COMPRESSED):
+            if not (name.endswith(_ROWS) or ".tfrecord" in name) or name.endswith(_COMPRESSED):
                 compressed = compressed or (path if name.endswith(_COMPRESSED) else None)
                 continue
             empty = False
@@ -116,7 +117,7 @@ def open_submix(submix: str, folder: str, split: str) -> JoinedRecords:
 
 
 def _open(path: str) -> Records:
-    return JsonlRecords([path]) if path.endswith(".jsonl") else TFRecordRecords([path])
+    return open_records([path]) if path.endswith(_ROWS) else TFRecordRecords([path])
 
 
 def _submix_of_path(path: str) -> str | None:

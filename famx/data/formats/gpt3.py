@@ -11,12 +11,13 @@
 | gen | lambada | first word |
 | gen | natural_questions, squad_v2, trivia_qa, web_questions | exact match; F1 |
 
-Records come from DATA_DIR/gpt3/TASK/SPLIT.jsonl with the field names of TensorFlow Datasets, or from the
-records that TensorFlow Datasets has prepared, by default in the split on which GPT-3 was scored. Prompts
-are those of the GPT-3 paper (arXiv 2005.14165, appendix G) without examples. Its figures do not show
-every line break, so ours may differ; SQuAD has one question in each prompt. The TransformerFAM paper
-names both Winograd and WSC273 but not their difference: here both read `wsc273`, unless
-DATA_DIR/gpt3/winograd has other schemas with the same fields.
+Records come from DATA_DIR/gpt3/TASK/SPLIT.jsonl with the field names of TensorFlow Datasets, from Parquet
+or Arrow files with these columns in that folder, or from the records that TensorFlow Datasets has
+prepared, by default in the split on which GPT-3 was scored. Prompts are those of the GPT-3 paper (arXiv
+2005.14165, appendix G) without examples. Its figures do not show every line break, so ours may differ;
+SQuAD has one question in each prompt. The TransformerFAM paper names both Winograd and WSC273 but not
+their difference: here both read `wsc273`, unless DATA_DIR/gpt3/winograd has other schemas with the same
+fields.
 
     suite = famx.data.get("gpt3_rank", data_dir="/data")
     suite.evaluate(predictions)  # {"gpt3_boolq/accuracy": ..., ..., "average": ...}
@@ -37,7 +38,7 @@ import numpy as np
 from famx.base.errors import ConfigError
 from famx.data.formats import gpt3_prompts as prompts
 from famx.data.metrics import Texts, accuracy, squad, text_exact_match, trivia_qa
-from famx.data.storage import JsonlRecords
+from famx.data.storage import open_split
 from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.suites import Suite
 from famx.data.tasks.text_task import Metric, TextTask, task_factories
@@ -120,11 +121,8 @@ def _plain(value: Any) -> Any:
     return value.item() if value.size == 1 else value.tolist()
 
 
-def _open_jsonl(columns: Sequence[str], folder: str, split: str) -> Records:
-    path = os.path.join(folder, f"{split}.jsonl")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(None, "missing", path)
-    records = JsonlRecords([path], columns)
+def _open_rows(columns: Sequence[str], folder: str, split: str) -> Records:
+    records = open_split(folder, split, columns)
     return _Articles(records) if "questions" in columns else records
 
 
@@ -171,7 +169,7 @@ def _task(
     return cls(
         name=f"gpt3_{name}",
         kind="generation" if metrics else "rank",
-        open_split=functools.partial(_open_jsonl, tuple(columns.split())),
+        open_split=functools.partial(_open_rows, tuple(columns.split())),
         preprocess=prompt,
         metrics=tuple(_of_first_line(metric) for metric in metrics or (text_exact_match,)),
         splits=tuple(splits.split()),

@@ -2,7 +2,8 @@
 
 Official files: `documents.csv`, `qaps.csv` and the stories `tmp/<document_id>.content`, which the data
 set's script `download_stories.sh` fetches: books as plain text, film scripts as HTML. `summaries.csv` is
-not used. (SCROLLS' version of the task is `scrolls_narrative_qa`.)
+not used. Or Parquet or Arrow files with the columns `document`, `question` and `answers`, as on Hugging
+Face. (SCROLLS' version of the task is `scrolls_narrative_qa`.)
 
 Inputs are the question, a blank line, the story and a blank line; the two answers are the references.
 The story is the text between the words `story_start` and `story_end` of `documents.csv`, if they occur.
@@ -19,12 +20,45 @@ from typing import Any
 
 from famx.data.formats.texts import EmptySplit
 from famx.data.metrics import rouge, token_f1
-from famx.data.tasks.examples import Example
+from famx.data.storage import open_split as open_rows
+from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.text_task import TextTask, task_factories
 
 PUBLISHED = "https://github.com/google-deepmind/narrativeqa"
-_HTML = re.compile(rb"<(?:html|!doctype|head|body|pre)\b", re.IGNORECASE)
+_HTML = re.compile(r"<(?:html|!doctype|head|body|pre)\b", re.IGNORECASE)
 _BLOCKS = {"br", "p", "div", "tr", "li", "table", "h1", "h2", "h3", "h4", "hr"}
+
+
+def open_split(folder: str, split: str) -> Records:
+    """Open the questions of a split, from the official files or from a table."""
+    try:
+        return NarrativeQaRecords(folder, split)
+    except FileNotFoundError as error:
+        try:
+            return _TableQuestions(open_rows(folder, split, ("document", "question", "answers")))
+        except FileNotFoundError:
+            raise error from None
+
+
+class _TableQuestions:
+    """Questions as Hugging Face publishes them, each with its whole story."""
+
+    def __init__(self, records: Records):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        record = self.records[i]
+        document, answers = record["document"], [answer["text"] for answer in record["answers"]]
+        story = _between(document["text"], document.get("start") or "", document.get("end") or "")
+        return {
+            "document_id": document["id"],
+            "question": record["question"]["text"],
+            "answers": answers,
+            "story": story,
+        }
 
 
 class NarrativeQaRecords:
@@ -96,7 +130,12 @@ def _story(path: str, start: str, end: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("cp1252", errors="replace")
-    if _HTML.search(data[:4096]):
+    return _between(text, start, end)
+
+
+def _between(text: str, start: str, end: str) -> str:
+    """The story in a file's text, from the words `start` to the words `end`."""
+    if _HTML.search(text[:4096]):
         text = _text_of_html(text)
     text = text.replace("\r\n", "\n")
     first = next((place.start() for place in _places(text, start)), 0)
@@ -150,7 +189,7 @@ TASKS = task_factories([
     TextTask(
         name="narrative_qa",
         kind="generation",
-        open_split=NarrativeQaRecords,
+        open_split=open_split,
         preprocess=preprocess,
         metrics=(rouge, token_f1),
         folders=("narrative_qa", "narrativeqa", "narrativeqa-master"),

@@ -1,8 +1,8 @@
 """PG-19 (Rae et al., 2019): books published before 1919, for language modelling.
 
 Official files: `{train,validation,test}/<book id>.txt`; `metadata.csv`, with titles and dates, is not
-used. A document is a book. The TransformerFAM paper cuts books at 256k tokens (`max_tokens`) and reports
-next-token accuracy.
+used. Or Parquet or Arrow files with the columns `short_book_title` and `text`. A document is a book. The
+TransformerFAM paper cuts books at 256k tokens (`max_tokens`) and reports next-token accuracy.
 """
 
 import os
@@ -10,22 +10,41 @@ import re
 from typing import Any
 
 from famx.data.formats.texts import TextFolder, preprocess_text
+from famx.data.storage import open_split as open_rows
 from famx.data.tasks.examples import Records
 from famx.data.tasks.text_task import TextTask, task_factories
 
 PUBLISHED = "https://github.com/google-deepmind/pg19"
 
 
-def open_split(folder: str, split: str) -> TextFolder:
-    """Open the books of `folder/{split}`, in the order of their numbers."""
+def open_split(folder: str, split: str) -> Records:
+    """Open the books of `folder/{split}`, in the order of their numbers, or of the rows of a table."""
     books = os.path.join(folder, split)
-    if not os.path.isdir(books):
-        raise FileNotFoundError(None, "missing", os.path.join(books, "*.txt"))
-    names = [name for name in os.listdir(books) if name.endswith(".txt")]
+    exists = os.path.isdir(books)
+    names = [name for name in os.listdir(books) if name.endswith(".txt")] if exists else []
     if not names:
-        raise ValueError(f"There is no book (*.txt) in {books}; copy it again.")
+        try:
+            return _TableBooks(open_rows(folder, split, ("short_book_title", "text")))
+        except FileNotFoundError as error:
+            if exists:
+                raise ValueError(f"There is no book (*.txt) in {books}; copy it again.") from error
+            raise FileNotFoundError(None, "missing", os.path.join(books, "*.txt")) from error
     names.sort(key=lambda name: ([int(x) for x in re.findall(r"\d+", name)], name))
     return TextFolder([os.path.join(books, x) for x in names], [x[: -len(".txt")] for x in names])
+
+
+class _TableBooks:
+    """Books as Hugging Face publishes them, which are named by their titles."""
+
+    def __init__(self, records: Records):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        record = self.records[i]
+        return {"name": record["short_book_title"], "text": record["text"]}
 
 
 class _TfdsBooks:

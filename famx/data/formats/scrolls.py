@@ -1,8 +1,8 @@
 """SCROLLS (Shaham et al., 2022): seven tasks over long English texts.
 
 Official files: `<task>/{train,validation,test}.jsonl`, each line with `id`, `pid`, `input` and
-`output`. Lines with the same `id` are one example with several references, as in SCROLLS' evaluator; the
-test split has no outputs.
+`output`, or Parquet or Arrow files with these columns. Lines with the same `id` are one example with
+several references, as in SCROLLS' evaluator; the test split has no outputs.
 
 | task | kind | metrics, the first as in the TransformerFAM paper |
 |---|---|---|
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from famx.data.metrics import rouge, text_exact_match, token_f1
-from famx.data.storage.records import JsonlRecords
+from famx.data.storage import open_split as open_rows
 from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.text_task import TextTask, task_factories
 
@@ -61,11 +61,8 @@ def _each(rows: Records):
 
 
 def open_split(folder: str, split: str) -> GroupedRecords:
-    """Open the examples of `folder/{split}.jsonl`; reads the file once to group its rows."""
-    path = os.path.join(folder, f"{split}.jsonl")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(None, "missing", path)
-    return GroupedRecords(JsonlRecords(path, _COLUMNS))
+    """Open the examples of a split of `folder`; reads its rows once to group them."""
+    return GroupedRecords(open_rows(folder, split, _COLUMNS))
 
 
 class _TfdsRows:

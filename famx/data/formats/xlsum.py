@@ -1,8 +1,9 @@
 """XL-Sum (Hasan et al., 2021), version 2: BBC articles and their summaries in 45 languages.
 
 Official files: `<language>_{train,val,test}.jsonl`, each line with `id`, `url`, `title`, `summary`
-and `text`, in a tar.bz2 archive per language or for all. Every language is a task `xlsum_<language>`;
-`xlsum` is the mixture of all languages in proportion to their numbers of examples.
+and `text`, in a tar.bz2 archive per language or for all; or Parquet or Arrow files with these columns in
+a folder `<language>`. Every language is a task `xlsum_<language>`; `xlsum` is the mixture of all
+languages in proportion to their numbers of examples.
 
 ROUGE uses the tokens of `famx.data.metrics.unicode_tokens`, because the English tokenizer finds no tokens
 in most of these scripts. The scores are comparable with each other but not with published ones;
@@ -16,8 +17,8 @@ from typing import Any
 
 from famx.base.errors import ConfigError
 from famx.data.metrics import rouge, unicode_tokens
-from famx.data.storage.records import JsonlRecords
-from famx.data.tasks.examples import Example
+from famx.data.storage import JsonlRecords, open_split
+from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.mixtures import Mixture
 from famx.data.tasks.text_task import TextTask, task_factories
 from famx.data.vocabularies import Vocabulary
@@ -90,16 +91,19 @@ def preprocess(record: Mapping[str, Any]) -> Example:
     }
 
 
-def _open_split(language: str) -> Callable[[str, str], JsonlRecords]:
-    def open_split(folder: str, split: str) -> JsonlRecords:
+def _open_split(language: str) -> Callable[[str, str], Records]:
+    def open_language(folder: str, split: str) -> Records:
         names = ("val", "dev", "validation") if split == "validation" else (split,)
         paths = [os.path.join(folder, f"{language}_{name}.jsonl") for name in names]
         path = next((path for path in paths if os.path.isfile(path)), None)
-        if path is None:
-            raise FileNotFoundError(None, "missing", paths[0])
-        return JsonlRecords(path, _COLUMNS)
+        if path is not None:
+            return JsonlRecords(path, _COLUMNS)
+        try:
+            return open_split(os.path.join(folder, language), split, _COLUMNS)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(None, "missing", paths[0]) from error
 
-    return open_split
+    return open_language
 
 
 def xlsum(

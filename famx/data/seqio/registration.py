@@ -27,9 +27,9 @@ _replaceable: set[str] = set()  # names that `register_tasks` registered and no 
 def register_tasks() -> None:
     """Register the tasks that come with famx with SeqIO, under their names and with default settings.
 
-    Tasks of your own files (`own_text`, `own_jsonl`) are left out; suites become mixtures. Names that
-    SeqIO already knows are skipped, so it may be called more than once. Files are looked for when
-    examples are read, not here.
+    Tasks of your own files (`own_text`, `own_records`, `own_chat`) are left out; suites become mixtures.
+    Names that SeqIO already knows are skipped, so it may be called more than once. Files are looked for
+    when examples are read, not here.
     """
     known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     mixtures = {}
@@ -147,12 +147,12 @@ def register_text_task(
 
     Features are `inputs` and `targets`, int32 tokens of the two texts, with eos after the targets; for
     tasks of kind "documents", `targets` alone. `references`, the accepted answers, go to the
-    metrics, which are the task's. With `decoder_only`, features are those of `TextTask.documents`:
-    `targets` int32 and `loss_weights` float32.
+    metrics, which are the task's. With `decoder_only`, and for kind "chat", features are those of
+    `TextTask.documents`: `targets` int32 and `loss_weights` float32.
 
     Args:
       task: the task, with `data_dir`, `vocabulary`, `max_tokens` and `cut` as wanted. `max_tokens`
-        matters with `decoder_only` and for "documents".
+        matters with `decoder_only`, and for "documents" and "chat".
       name: name in SeqIO's registry; None: the task's name.
       decoder_only: join inputs and targets into one sequence with loss weights.
       lazy: register every split that the task may have without looking at the files; missing files
@@ -168,7 +168,8 @@ def register_text_task(
     name = name or task.name
     examples = functools.cache(task.examples)
     splits = task.splits if lazy else _existing_splits(task, examples)
-    one_sequence = decoder_only or task.kind == "documents"
+    decoder_only = decoder_only or task.kind == "chat"
+    one_sequence = decoder_only or task.is_read
 
     @functools.cache
     def documents(split):
@@ -227,7 +228,7 @@ def _text_features(task: TextTask, decoder_only: bool) -> dict[str, seqio.Featur
     if decoder_only:
         return _weighted_features(task.vocab)
     vocabulary = as_seqio_vocabulary(task.vocab)
-    if task.kind == "documents":  # `TaskDocuments` has appended eos
+    if task.is_read:  # `TaskDocuments` has appended eos
         return {"targets": seqio.Feature(vocabulary, add_eos=False)}
     return {
         "targets": seqio.Feature(vocabulary, add_eos=task.vocab.eos_id is not None),

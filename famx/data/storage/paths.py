@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
@@ -21,6 +21,8 @@ def matching_files(patterns: str | Sequence[str]) -> list[str]:
         # A name that exists is not expanded, even if it has characters of glob patterns.
         matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         files = [os.path.abspath(path) for path in matches if os.path.isfile(path)]
+        if not files and os.path.isdir(pattern):
+            raise ValueError(f"'{pattern}' is a directory; name its files, such as '{pattern}/*'.")
         if not files:
             raise ValueError(
                 f"No file matches '{pattern}' (working directory: {os.getcwd()}); check the path, and "
@@ -64,3 +66,9 @@ def validation_names(names: Sequence[str], fraction: float, seed: int = 0) -> se
     ranked = sorted(names, key=lambda name: hashes[name])
     count = sum(x < fraction for x in hashes.values())
     return set(ranked[: min(max(count, 1), len(ranked) - 1)])
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names with commas between them for a sentence, at most 20 of them; "none" if there is none."""
+    names = list(names)
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"

@@ -14,7 +14,8 @@ import numpy as np
 
 from famx.base.files import move_into_place, scratch_directory
 from famx.data.storage import tfrecord
-from famx.data.storage.paths import matching_files
+from famx.data.storage.paths import listed, matching_files
+from famx.data.storage.shards import shard_paths
 from famx.data.vocabularies import token_ids
 
 _OPEN_FILES = 64
@@ -31,7 +32,7 @@ class _Records:
         self._spans = np.concatenate(spans)  # [records, (first byte, byte after the last)]
         self._files: dict[str, Any] = {}
         if not len(self._spans):
-            raise ValueError(f"There is no record in {_listed(self.paths)}; name files with data.")
+            raise ValueError(f"There is no record in {listed(self.paths)}; name files with data.")
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -110,7 +111,7 @@ class JsonlRecords(_Records):
             if field not in record:
                 raise ValueError(
                     f"{_line(path, start)} has no column '{field}'; its columns are "
-                    f"{_listed(record)}."
+                    f"{listed(record)}."
                 )
         return {field: record[field] for field in self.fields}
 
@@ -196,18 +197,29 @@ def write_tfrecords(
         raise ValueError(f"The folder {folder} does not exist; make it first.")
     if num_shards < 1:
         raise ValueError(f"Records need at least 1 shard, but num_shards is {num_shards}.")
-    paths = [f"{os.fspath(name)}-{i:05d}-of-{num_shards:05d}" for i in range(num_shards)]
+    paths = shard_paths(os.fspath(name), num_shards)
     with scratch_directory(name) as unfinished:
         parts = [unfinished / str(i) for i in range(num_shards)]
         files = [open(part, "wb") for part in parts]
         try:
             for i, record in enumerate(records):
-                files[i % num_shards].write(tfrecord.frame(tfrecord.encode_example(record)))
+                files[i % num_shards].write(_frame(record))
         finally:
             for file in files:
                 file.close()
         move_into_place(dict(zip(parts, paths)))
     return paths
+
+
+def write_tfrecord_file(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one file of records, with the types and errors of `write_tfrecords`."""
+    with open(path, "wb") as file:
+        for record in records:
+            file.write(_frame(record))
+
+
+def _frame(record: Mapping[str, Any]) -> bytes:
+    return tfrecord.frame(tfrecord.encode_example(record))
 
 
 class RecordDocuments:
@@ -221,7 +233,7 @@ class RecordDocuments:
     ):
         """
         Args:
-          records: `JsonlRecords`, `TFRecordRecords`, or any sequence of dicts.
+          records: what `famx.data.storage.open_records` returns, or any sequence of dicts.
           tokens: column with the token ids, or with the text.
           weights: column with the loss weights of the tokens; None: every weight is 1.
           vocabulary: encodes the text; not needed for token ids.
@@ -239,7 +251,7 @@ class RecordDocuments:
         for column in filter(None, (self.tokens, self.weights)):
             if column not in record:
                 raise ValueError(
-                    f"Record {i} has no column '{column}'; its columns are {_listed(record)}."
+                    f"Record {i} has no column '{column}'; its columns are {listed(record)}."
                 )
         tokens = self._ids(record[self.tokens], i)
         if self.weights is None:
@@ -271,8 +283,3 @@ def _line(path: str, start: int) -> str:
             data = file.read(min(start, 2**20))
             number, start = number + data.count(b"\n"), start - len(data)
     return f"Line {number} of {path}"
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"

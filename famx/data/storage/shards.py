@@ -16,6 +16,11 @@ def complete_shards(name: str) -> list[str]:
     return next((paths for size, paths in sorted(sets.items()) if len(paths) == size), [])
 
 
+def shard_paths(name: str, num_shards: int) -> list[str]:
+    """Paths `name-00000-of-00010` etc. of a set of shards."""
+    return [f"{name}-{k:05d}-of-{num_shards:05d}" for k in range(num_shards)]
+
+
 def tfds_shards(name: str, split: str) -> list[str]:
     """Shards of the newest version that TensorFlow Datasets has prepared; [] if there is none.
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from famx.data.storage.paths import matching_files, stdlib_text_files, validation_names
+from famx.data.storage.tables import ARROW, PARQUET
 from famx.data.vocabularies import ByteVocabulary, Vocabulary, as_vocabulary, token_ids
 
 
@@ -48,6 +49,12 @@ class TextFiles:
             )
         self.vocab = as_vocabulary(vocabulary)
         paths = matching_files(stdlib_text_files() if files is None else files)
+        tables = [path for path in paths if path.endswith(PARQUET + ARROW)]
+        if tables:
+            raise ValueError(
+                f"{tables[0]} is a table, not a text; read its rows with the task own_records, which "
+                "takes the same `files`."
+            )
         sizes = {path: os.path.getsize(path) for path in paths}
         paths = [path for path in paths if sizes[path]]
         if not paths:

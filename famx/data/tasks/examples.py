@@ -7,8 +7,10 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.data.vocabularies import Vocabulary, token_ids
+from famx.data.vocabularies.chat_template import ChatTemplate
 
 CUTS = ("left", "middle")
+RANK_COLUMNS = ("choices", "answer")
 
 Item = TypeVar("Item", covariant=True)
 
@@ -53,18 +55,35 @@ class TaskDocuments:
     ):
         self.examples, self.kind, self.vocab = examples, kind, vocabulary
         self.max_tokens, self.cut = max_tokens, cut
+        if kind == "chat":
+            if not vocabulary.chat_template:
+                raise ConfigError(
+                    "Conversations are spelled by a chat template, and the vocabulary has none: give the "
+                    "directory of an instruct model as `vocabulary`, or train from one."
+                )
+            self._template = ChatTemplate(vocabulary)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         example = self.examples[i]
+        if self.kind == "chat":
+            return self._conversation(example, i)
         if self.kind == "documents":
             tokens = _with_eos(token_ids(example["targets"], self.vocab), self.vocab)
             tokens = tokens[: self.max_tokens]
             return tokens, np.ones(len(tokens), np.float32)
         return encode_example(
             example["inputs"], example["targets"], self.vocab, self.max_tokens, self.cut)
+
+    def _conversation(self, example: Example, i: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            tokens, weights = self._template.conversation(example["messages"], example.get("tools"))
+        except ConfigError as error:
+            raise ConfigError(f"Conversation {i}: {error}") from error
+        begin = int(len(tokens) > 0 and tokens[0] == self.vocab.bos_id)  # rows begin with this id
+        return tokens[begin:][: self.max_tokens], weights[begin:][: self.max_tokens]
 
 
 def encode_example(
@@ -119,6 +138,13 @@ def example_of_record(record: Mapping[str, Any]) -> Example:
     return example
 
 
+def example_of_row(row: Mapping[str, Any]) -> Example:
+    """Turn a row of a table whose columns are those of an example into one, without missing values."""
+    names = ("id", "inputs", "targets", "references", *RANK_COLUMNS, "contexts")
+    example = {name: row[name] for name in names if row.get(name) is not None}
+    return {"id": "", "inputs": "", "targets": "", "references": []} | example
+
+
 def _with_eos(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     if vocabulary.eos_id is None:
         return tokens
@@ -134,6 +160,8 @@ def _without_lone_surrogates(example: Example) -> Example:
                 value.encode()
             except UnicodeEncodeError:
                 return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if isinstance(value, dict):
+            return {name: valid(x) for name, x in value.items()}
         return [valid(x) for x in value] if isinstance(value, list) else value
 
     return {name: valid(value) for name, value in example.items()}

@@ -9,14 +9,18 @@ dict:
   choices list[str], answer list[int]: for kind "rank", the candidates and the indices of the right ones
   contexts list[str]: for kind "rank", if the candidates differ in the prompt: a prompt for each, which
     `targets` follows; `inputs` is not used then
+  messages list of dicts, tools list: for kind "chat", what the chat template spells, in place of texts
   id str: the identifier in the data set, if there is one
 
 Kinds: "generation" (the model writes the answer), "rank" (the candidate with the highest score is the
-answer, see `famx.data.tasks.ranking`) and "documents" (the whole text is the target: language modelling).
+answer, see `famx.data.tasks.ranking`), "documents" (the whole text is the target: language modelling) and
+"chat" (conversations, of which the assistant's turns are the target).
 
 The records of a task are looked for in this order:
 
-1. `DATA_DIR/NAME/SPLIT.tfrecord-*`, which `python -m famx.prepare` writes,
+1. `DATA_DIR/NAME/SPLIT.tfrecord-*`, which `python -m famx.prepare` writes, or Parquet or Arrow files in
+   DATA_DIR/NAME (see `famx.data.storage.opening`) with the columns `inputs`, `targets` and `references`,
+   and, for kind "rank", `choices` and `answer`,
 2. the official files, in one of the task's folders of DATA_DIR,
 3. the folder of TensorFlow Datasets, if it has prepared the task.
 
@@ -40,19 +44,28 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.data.metrics import next_token_accuracy, rank_accuracy
-from famx.data.storage import TFRecordRecords, complete_shards, tfds_shards
+from famx.data.storage import (
+    TableRecords,
+    TFRecordRecords,
+    complete_shards,
+    dataset_splits,
+    tfds_shards,
+)
+from famx.data.storage.tables import ARROW, PARQUET
 from famx.data.tasks import ranking, registry
 from famx.data.tasks.examples import (
+    RANK_COLUMNS,
     Example,
     Examples,
     Records,
     TaskDocuments,
     check_cut,
     example_of_record,
+    example_of_row,
 )
 from famx.data.vocabularies import Vocabulary, as_vocabulary
 
-KINDS = ("generation", "rank", "documents")
+KINDS = ("generation", "rank", "documents", "chat")
 
 Metric = Callable[[Sequence[list[str]], Sequence[str]], dict[str, float]]
 
@@ -66,7 +79,7 @@ class TextTask:
 
     Args:
       name: name in the registry, and of the folder of prepared records.
-      kind: "generation", "rank" or "documents".
+      kind: "generation", "rank", "documents" or "chat".
       open_split: `open_split(folder, split)` opens the official records, by number and without loading
         them all; it raises FileNotFoundError with the name of the first missing file. Records may have
         the attributes `num_rows`, their number of rows in the official files, and `missing`, the names
@@ -133,6 +146,11 @@ class TextTask:
                 f"{', '.join(self.splits)}."
             )
 
+    @property
+    def is_read(self) -> bool:
+        """True if examples are texts to read, not prompts to answer."""
+        return self.kind in ("documents", "chat")
+
     # ------ Location of the records
 
     @property
@@ -157,6 +175,9 @@ class TextTask:
         prepared = complete_shards(self.prepared_name(split)) if self.root else []
         if prepared:
             return Examples(TFRecordRecords(prepared), example_of_record)
+        rows = self._prepared_rows(split)
+        if rows is not None:
+            return Examples(rows, example_of_row)
         records = self.open_official(split)
         missing = getattr(records, "missing", ())
         if missing and not self.allow_partial:
@@ -166,6 +187,15 @@ class TextTask:
                 f"Published: {self.published}."
             )
         return Examples(records, self.preprocess)
+
+    def _prepared_rows(self, split: str) -> Records | None:
+        """Parquet or Arrow files whose rows are examples; None if there are none."""
+        files = dataset_splits(os.path.join(self.root, self.name)).get(split, []) if self.root else []
+        if not files or not files[0].endswith(PARQUET + ARROW):
+            return None
+        needed = {"inputs", "targets", "references", *(RANK_COLUMNS if self.kind == "rank" else ())}
+        rows = TableRecords(files)
+        return rows if needed <= set(rows.columns) else None
 
     def open_official(self, split: str) -> Records:
         """Open the official records of a split, from the task's folders or TensorFlow Datasets'.
@@ -220,13 +250,15 @@ class TextTask:
         """The examples of a split as documents: (tokens int32 `[n]`, loss weights float32 `[n]`).
 
         A document is the inputs (weight 0), the targets (weight 1) and eos (weight 1), if the
-        vocabulary has one. Arguments that are None default to the task's settings.
+        vocabulary has one. For kind "chat", it is what the vocabulary's chat template writes, without a
+        bos at its start, since rows begin with bos; `ChatTemplate.conversation` gives the weights.
+        Arguments that are None default to the task's settings.
 
         Args:
           split: name of the split.
           vocabulary: see `famx.data.vocabularies.as_vocabulary`.
           max_tokens: longest document. Inputs are cut and targets never, so a document whose targets
-            alone are longer stays longer. For kind "documents", the end is cut off, eos included.
+            alone are longer stays longer. For kind "documents" and "chat", the end is cut off.
           cut: which part of the inputs is removed: "left", or "middle", which keeps their end and a
             question at their beginning.
 
@@ -278,8 +310,8 @@ class TextTask:
         Args:
           split: name of the split.
           predictions: one per example. For kind "generation", strings. For "rank", the scores of the
-            choices, measured by accuracy; or strings, scored by the metrics. For "documents", pairs
-            (number of tokens predicted right, number of tokens), scored by next-token accuracy.
+            choices, measured by accuracy; or strings, scored by the metrics. For "documents" and "chat",
+            pairs (number of tokens predicted right, number of tokens), scored by next-token accuracy.
           indices: indices of the predicted examples; None: all, in order.
           lengths: for "rank", lengths by which the scores of the choices are divided.
 
@@ -296,7 +328,7 @@ class TextTask:
             )
         if not len(predictions):
             raise ValueError(f"No predictions of '{self.name}' were given; give at least one.")
-        if self.kind == "documents":
+        if self.is_read:
             correct, count = np.asarray(predictions, np.float64).sum(axis=0)
             return {"next_token_accuracy": next_token_accuracy(correct, count)}
         by_rank = self.kind == "rank" and not isinstance(predictions[0], str)

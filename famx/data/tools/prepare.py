@@ -5,7 +5,9 @@ archives. The records are written to DATA_DIR/TASK/SPLIT.tfrecord-00000-of-00001
 not at all; an interrupted preparation resumes at the first split that was not written.
 """
 
+import contextlib
 import errno
+import functools
 import hashlib
 import lzma
 import os
@@ -15,12 +17,20 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from famx.base.errors import ConfigError
-from famx.base.files import new_directory, write_json
+from famx.base.files import move_into_place, new_directory, replacing, scratch_directory, write_json
 from famx.base.progress import Progress
+from famx.data.beam import map_on_workers
 from famx.data.formats.texts import EmptySplit
-from famx.data.storage import TFRecordRecords, complete_shards, write_tfrecords
+from famx.data.storage import (
+    TFRecordRecords,
+    complete_shards,
+    shard_paths,
+    write_tfrecord_file,
+    write_tfrecords,
+)
 from famx.data.tasks import Mixture, Suite, TextTask, registry
 from famx.data.tasks.examples import Examples, Records
 
@@ -35,6 +45,7 @@ def prepare(
     allow_partial: bool = False,
     num_shards: int = 1,
     message: Callable[[str], None] = print,
+    beam_options: str | None = None,
 ) -> dict[str, dict[str, int]]:
     """Write the records of a task, or of all tasks of a mixture, with `prepared.json` next to them.
 
@@ -45,6 +56,8 @@ def prepare(
       allow_partial: accept missing splits, and other numbers of records than published.
       num_shards: number of files per split.
       message: called with each line of the report.
+      beam_options: flags of Apache Beam, whose workers then write the files, each one at a time (see
+        `famx.data.beam`); the files are the same. None: this process writes them.
 
     Returns:
       The number of examples per task and split.
@@ -96,8 +109,19 @@ def prepare(
         )
     for text in problems:
         message(f"Not as published: {text}.")
+    written: set[str] = set()
+    if beam_options is not None:
+        jobs = [
+            _Job(member, split, found.folder, member.prepared_name(split, data_dir))
+            for member in tasks
+            for split, found in opened[member.name][0].items()
+        ]
+        records_of = lambda job: opened[job.task.name][0][job.split].records
+        missing = [job for job in jobs if not _exists(job.name, records_of(job))]
+        _write_on_workers(missing, data_dir, num_shards, beam_options)
+        written = {job.name for job in missing}
     counts = {
-        member.name: _write(member, opened[member.name][0], data_dir, num_shards, message)
+        member.name: _write(member, opened[member.name][0], data_dir, num_shards, message, written)
         for member in tasks if opened[member.name][0]
     }  # fmt: skip
     for folder in unpacked:
@@ -105,14 +129,21 @@ def prepare(
     return counts
 
 
-def _open(task: TextTask, folders: Sequence[str]) -> tuple[dict[str, Records], list[str]]:
-    """Open the splits of a task; return {split: records} and part of a sentence for each problem."""
+class _Split(NamedTuple):
+    """The records of a split, and the folder in which they were found."""
+
+    records: Records
+    folder: str
+
+
+def _open(task: TextTask, folders: Sequence[str]) -> tuple[dict[str, _Split], list[str]]:
+    """Open the splits of a task; return them by name, and part of a sentence for each problem."""
     splits, problems = {}, []
     for split in task.splits:
         missing, empty = None, None
         for folder in folders:
             try:
-                splits[split] = task.open_split(folder, split)
+                splits[split] = _Split(task.open_split(folder, split), folder)
                 break
             except FileNotFoundError as error:
                 missing = missing or error.filename
@@ -121,7 +152,7 @@ def _open(task: TextTask, folders: Sequence[str]) -> tuple[dict[str, Records], l
         else:
             problems.append(empty or f"{missing or f'its {split} split'} is missing")
             continue
-        records = splits[split]
+        records = splits[split].records
         rows, wanted = getattr(records, "num_rows", len(records)), task.counts.get(split)
         files = getattr(records, "missing", ())
         if files:
@@ -133,25 +164,76 @@ def _open(task: TextTask, folders: Sequence[str]) -> tuple[dict[str, Records], l
     return splits, problems
 
 
-def _write(task, splits, data_dir, num_shards, message) -> dict[str, int]:
+class _Job(NamedTuple):
+    """A split to write.
+
+    Attributes:
+      task, split: the split.
+      source: the folder in which its records were found.
+      name: path of its files without their numbers.
+    """
+
+    task: TextTask
+    split: str
+    source: str
+    name: str
+
+
+def _write(task, splits, data_dir, num_shards, message, written) -> dict[str, int]:
+    """Write the splits of a task, except for those whose names are in `written`."""
     folder = os.path.join(data_dir, task.name)
     os.makedirs(folder, exist_ok=True)
-    for split, records in splits.items():
+    for split, (records, _) in splits.items():
         name = task.prepared_name(split, data_dir)
-        shards = complete_shards(name)
-        if shards and len(TFRecordRecords(shards)) == len(records):
-            message(f"{name}: {len(records)} examples exist already; delete them to write them again.")
-            continue
-        examples = Examples(records, task.preprocess)
-        rows = (examples[i] for i in range(len(examples)))
-        with Progress(f"{task.name} {split}", len(examples)) as progress:
-            written = write_tfrecords(name, progress.each(rows), num_shards)
-        for old in set(shards) - set(written):
-            os.remove(old)
+        if name not in written:
+            before = complete_shards(name)
+            if _exists(name, records):
+                count = len(records)
+                message(f"{name}: {count} examples exist already; delete them to write them again.")
+                continue
+            examples = Examples(records, task.preprocess)
+            rows = (examples[i] for i in range(len(examples)))
+            with Progress(f"{task.name} {split}", len(examples)) as progress:
+                _remove_others(before, write_tfrecords(name, progress.each(rows), num_shards))
         message(f"{name}: {len(records)} examples.")
-    counts = {split: len(records) for split, records in splits.items()}
+    counts = {split: len(opened.records) for split, opened in splits.items()}
     write_json(os.path.join(folder, "prepared.json"), {"task": task.name, "examples": counts})
     return counts
+
+
+def _remove_others(before: Sequence[str], written: Sequence[str]) -> None:
+    """Remove files of an earlier set of another number of files."""
+    for path in set(before) - set(written):
+        os.remove(path)
+
+
+def _exists(name: str, records: Records) -> bool:
+    shards = complete_shards(name)
+    return bool(shards) and len(TFRecordRecords(shards)) == len(records)
+
+
+def _write_on_workers(
+    jobs: Sequence[_Job], data_dir: str, num_shards: int, beam_options: str
+) -> None:
+    """Write all splits in one pipeline of Beam, whose workers open the sources themselves."""
+    before = {job.name: complete_shards(job.name) for job in jobs}
+    paths = {job.name: shard_paths(job.name, num_shards) for job in jobs}
+    with contextlib.ExitStack() as stack:
+        unfinished = [stack.enter_context(scratch_directory(job.name)) for job in jobs]
+        write = functools.partial(_write_shard, jobs, list(map(str, unfinished)), num_shards)
+        map_on_workers(write, len(jobs) * num_shards, data_dir, beam_options)
+        for folder, job in zip(unfinished, jobs):
+            move_into_place({folder / str(k): path for k, path in enumerate(paths[job.name])})
+            _remove_others(before[job.name], paths[job.name])
+
+
+def _write_shard(jobs: Sequence[_Job], folders: Sequence[str], num_shards: int, i: int) -> None:
+    """Write one file, counted over all jobs: the examples `k`, `k + num_shards`, ... of a split."""
+    job, k = jobs[i // num_shards], i % num_shards
+    examples = Examples(job.task.open_split(job.source, job.split), job.task.preprocess)
+    rows = (examples[n] for n in range(k, len(examples), num_shards))
+    with replacing(os.path.join(folders[i // num_shards], str(k))) as path:  # Beam may repeat a call
+        write_tfrecord_file(path, rows)
 
 
 # ------ The official files

@@ -1,4 +1,4 @@
-"""The base class of vocabularies, and the import of optional tokenizer packages."""
+"""The base class of vocabularies, and the import of optional packages."""
 
 import functools
 import hashlib
@@ -80,12 +80,21 @@ class Vocabulary:
         return ids
 
 
-def optional_package(name: str, what: str) -> ModuleType:
-    """Import the package `name`, which `what` need; raise ConfigError if it is not installed."""
+def optional_package(name: str, what: str, extra: str = "tokenizers") -> ModuleType:
+    """Import a module of a package that not every installation has.
+
+    Args:
+      name: name of the module.
+      what: what needs it, a plural, for the sentence of the error.
+      extra: the extra of famx that installs it.
+
+    Raises:
+      ConfigError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"{what} need the package '{name}', which is not installed; run "
-            "pip install 'famx[tokenizers]'."
+            f"{what} need the package '{name.partition('.')[0]}', which is not installed; run "
+            f"pip install 'famx[{extra}]'."
         ) from error

@@ -12,8 +12,8 @@ import pytest
 import famx.data
 from famx.base import gin_utils
 from famx.data import ContinuousLanes, WordVocabulary
-from famx.data.formats.own_jsonl import __doc__ as DOC
-from famx.data.formats.own_jsonl import own_jsonl
+from famx.data.formats.own_records import __doc__ as DOC
+from famx.data.formats.own_records import own_records
 
 
 def write(path, rows, newline="\n"):
@@ -23,21 +23,21 @@ def write(path, rows, newline="\n"):
 
 def test_texts_are_documents(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": f"Text {i} 🙂", "n": i} for i in range(50)], "\r\n")
-    task = famx.data.get("own_jsonl", files=path, validation_fraction=0.2)
+    task = famx.data.get("own_records", files=path, validation_fraction=0.2)
     parts = [[x["targets"] for x in task.examples(split)] for split in ("train", "validation")]
     assert sorted(parts[0] + parts[1]) == sorted(f"Text {i} 🙂" for i in range(50))
     assert 2 <= len(parts[1]) <= 25
     tokens, weights = task[0]
     assert task.vocab.decode(tokens) == parts[0][0] and (weights == 1).all()
     write(tmp_path / "a.jsonl", [{"text": f"Text {i} 🙂"} for i in range(60)])
-    more = [x["targets"] for x in own_jsonl(path, validation_fraction=0.2).examples("validation")]
+    more = [x["targets"] for x in own_records(path, validation_fraction=0.2).examples("validation")]
     assert [x for x in more if int(x.split()[1]) < 50] == parts[1]
 
 
 def test_inputs_and_targets_carry_the_loss_on_the_targets(tmp_path):
     rows = [{"q": "a b", "r": ["b", "c"]}, {"q": "b", "r": "a"}]
     train, held = (write(tmp_path / name, rows) for name in ("train.jsonl", "held.jsonl"))
-    task = own_jsonl(train, inputs="q", targets="r", validation_files=held, split="validation",
+    task = own_records(train, inputs="q", targets="r", validation_files=held, split="validation",
                      vocabulary=WordVocabulary(["a", "b", "c"]))  # fmt: skip
     assert task.kind == "generation" and len(task) == len(task.examples("train")) == 2
     tokens, weights = task[0]
@@ -52,25 +52,25 @@ def test_bad_records_get_a_sentence(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"body": "x", "inputs": "y"}])
     with pytest.raises(ValueError, match="neither a column 'text' nor both 'inputs' and 'targets'; their "
                                          "columns are body, inputs"):  # fmt: skip
-        own_jsonl(path)
+        own_records(path)
     path = write(tmp_path / "a.jsonl", [{"text": "x"}, {"text": None}])
     with pytest.raises(ValueError, match="Column 'text' contains 'None', which is not text"):
-        own_jsonl(path, validation_files=path).examples("train")[1]
+        own_records(path, validation_files=path).examples("train")[1]
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text"\n')
     with pytest.raises(ValueError, match="Line 2 of .*a.jsonl is broken JSON"):
-        own_jsonl(path, validation_files=path).examples("train")[1]
+        own_records(path, validation_files=path).examples("train")[1]
     with pytest.raises(ValueError, match="No file matches"):
-        own_jsonl(str(tmp_path / "none*"))
+        own_records(str(tmp_path / "none*"))
     with pytest.raises(ValueError, match="below 1"):
-        own_jsonl(path, validation_fraction=1.0)
+        own_records(path, validation_fraction=1.0)
     with pytest.raises(ValueError, match="validation split has none of 1 records"):
-        own_jsonl(write(tmp_path / "b.jsonl", [{"text": "x"}])).examples("validation")
+        own_records(write(tmp_path / "b.jsonl", [{"text": "x"}])).examples("validation")
 
 
 def test_lone_halves_of_surrogate_pairs_are_replaced(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a\\ud83d b \\ud83d\\ude00"}\n')
-    task = own_jsonl(str(path), validation_files=str(path))
+    task = own_records(str(path), validation_files=str(path))
     assert task.vocab.decode(task[0][0]) == "a\N{REPLACEMENT CHARACTER} b 😀"
 
 
