@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from famx.base.files import replacing
-from famx.data.tasks.examples import Example, cut_tokens, encode_example
+from famx.data.tasks.examples import Example, cut_tokens
 from famx.data.tasks.text_task import TextTask
 from famx.data.vocabularies import Vocabulary, token_ids
 from famx.decoding import Sampling
@@ -38,6 +38,7 @@ class TextAnswers:
       max_new_tokens: maximum length of a generated answer.
       max_prompt_tokens: maximum length of the inputs, truncated the way the task truncates them; None
         for no limit.
+      score_end: score end of text after each choice, too.
     """
 
     task: TextTask
@@ -46,6 +47,7 @@ class TextAnswers:
     batch_size: int
     max_new_tokens: int
     max_prompt_tokens: int | None
+    score_end: bool = False
 
     def __call__(self, params, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Answers the examples.
@@ -87,7 +89,9 @@ class TextAnswers:
             numbers = {inputs: len(prompts) + i for i, inputs in enumerate(targets)}
             places.append([(numbers[x], targets[x].index(target)) for x, target in requests])
             for inputs, texts in targets.items():
-                tokens = [encode_example("", text, self.vocabulary)[0] for text in texts]
+                tokens = [token_ids(text, self.vocabulary) for text in texts]
+                if self.score_end and self.vocabulary.eos_id is not None:
+                    tokens = [np.append(ids, np.int32(self.vocabulary.eos_id)) for ids in tokens]
                 if not all(map(len, tokens)):
                     raise ValueError(f"A choice of '{self.task.name}' has no tokens: {texts}.")
                 prompt = self._prompt(inputs)

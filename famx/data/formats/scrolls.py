@@ -1,8 +1,9 @@
 """SCROLLS (Shaham et al., 2022): seven tasks over long English texts.
 
 Official files: `<task>/{train,validation,test}.jsonl`, each line with `id`, `pid`, `input` and
-`output`. Lines with the same `id` are one example with several references, as in SCROLLS' evaluator; the
-test split has no outputs.
+`output`: one line for each answer to a question. In the train split every line is an example, so that all
+answers are learnt. In the other splits lines with the same `id` are one example with several references,
+as in SCROLLS' evaluator; the test split has no outputs.
 
 | task | kind | metrics, the first as in the TransformerFAM paper |
 |---|---|---|
@@ -35,6 +36,20 @@ _CHOICES = re.compile(
     r"^ *\(A\)(.*?)^ *\(B\)(.*?)^ *\(C\)(.*?)^ *\(D\)(.*?)(?:\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
+class AnswerRecords:
+    """Rows as published, each with a list `outputs` of its one output."""
+
+    def __init__(self, rows: Records):
+        self.rows, self.num_rows = rows, len(rows)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = self.rows[i]
+        return {**row, "outputs": [] if row["output"] is None else [row["output"]]}
+
+
 class GroupedRecords:
     """Rows with the same `id` as one record with a list `outputs`, in the order of their first rows."""
 
@@ -60,12 +75,16 @@ def _each(rows: Records):
     return (rows[i] for i in range(len(rows)))
 
 
-def open_split(folder: str, split: str) -> GroupedRecords:
-    """Open the examples of `folder/{split}.jsonl`; reads the file once to group its rows."""
+def _records(rows: Records, split: str) -> AnswerRecords | GroupedRecords:
+    return AnswerRecords(rows) if split == "train" else GroupedRecords(rows)
+
+
+def open_split(folder: str, split: str) -> AnswerRecords | GroupedRecords:
+    """Open the examples of `folder/{split}.jsonl`; to group its rows the file is read once."""
     path = os.path.join(folder, f"{split}.jsonl")
     if not os.path.isfile(path):
         raise FileNotFoundError(None, "missing", path)
-    return GroupedRecords(JsonlRecords(path, _COLUMNS))
+    return _records(JsonlRecords(path, _COLUMNS), split)
 
 
 class _TfdsRows:
@@ -138,7 +157,7 @@ TASKS = task_factories(
         folders=(os.path.join("scrolls", name), name),
         published=PUBLISHED,
         tfds=f"scrolls/{name}",
-        open_tfds=lambda records, split: GroupedRecords(_TfdsRows(records, split)),
+        open_tfds=lambda records, split: _records(_TfdsRows(records, split), split),
         counts=dict(zip(("train", "validation", "test"), counts)),
     )
     for name, (metrics, counts) in _MEMBERS.items()

@@ -25,7 +25,7 @@ from famx.data.probes.catalogue import PROBES
 from famx.data.probes.counting import CodedWordsProbe, CommonWordsProbe
 from famx.data.probes.needles import NeedleProbe
 from famx.data.probes.passkey import PasskeyTask
-from famx.data.probes.probe import Probe, text_form
+from famx.data.probes.probe import Probe
 from famx.data.probes.recall import CopyProbe, RecallProbe
 from famx.data.probes.tracing import VariableProbe
 
@@ -40,5 +40,4 @@ __all__ = [
     "Probe",
     "RecallProbe",
     "VariableProbe",
-    "text_form",
 ]
