@@ -15,8 +15,16 @@ With `health=True`, a model with memory also reports scalars named `memory/...`:
 """
 
 from famx.evaluation.passkey import PROBES, PasskeyEvaluation
+from famx.evaluation.probes import ProbeEvaluation
 from famx.evaluation.task import TaskEvaluation
 from famx.evaluation.text import TextEvaluation
 from famx.evaluation.text_task import TextTaskEvaluation
 
-__all__ = ["PROBES", "PasskeyEvaluation", "TaskEvaluation", "TextEvaluation", "TextTaskEvaluation"]
+__all__ = [
+    "PROBES",
+    "PasskeyEvaluation",
+    "ProbeEvaluation",
+    "TaskEvaluation",
+    "TextEvaluation",
+    "TextTaskEvaluation",
+]

@@ -60,14 +60,14 @@ class TextAnswers:
         Raises:
           ValueError: a choice is tokenised to nothing.
         """
-        answers = _answers_of(self.model.module, self.vocabulary, self.batch_size, self.max_new_tokens)
+        answers = answers_of(self.model.module, self.vocabulary, self.batch_size, self.max_new_tokens)
         if self.task.kind == "rank":
             return self._rank(functools.partial(answers.score, params), examples)
         return self._write(functools.partial(answers.predict, params), examples)
 
     def _write(self, answer: Callable, examples: Sequence[Example]) -> list[dict[str, Any]]:
         prompts = [Prompt(i, {}, self._prompt(x["inputs"])) for i, x in enumerate(examples)]
-        answers = _in_batches(answer, prompts, self.batch_size)
+        answers = in_batches(answer, prompts, self.batch_size)
         return [
             {
                 "prediction": row["prediction"],
@@ -96,7 +96,7 @@ class TextAnswers:
                     raise ValueError(f"A choice of '{self.task.name}' has no tokens: {texts}.")
                 prompt = self._prompt(inputs)
                 prompts.append(Prompt(len(prompts), {"targets": texts}, prompt, tokens))
-        answers = _in_batches(answer, prompts, self.batch_size)
+        answers = in_batches(answer, prompts, self.batch_size)
         rows = []
         for example, pairs in zip(examples, places):
             scored = [(answers[i]["score"][k], answers[i]["num_tokens"][k]) for i, k in pairs]
@@ -113,14 +113,14 @@ class TextAnswers:
 
 
 @functools.lru_cache(maxsize=8)
-def _answers_of(module: Decoder, vocabulary: Vocabulary, batch_size: int, max_new_tokens: int) -> Answers:
+def answers_of(module: Decoder, vocabulary: Vocabulary, batch_size: int, max_new_tokens: int) -> Answers:
     """Cached per model and settings, so that all checkpoints share the compiled programs."""
     stops = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
     sampling = Sampling(max_new_tokens, stop_tokens=stops)
     return Answers(streamer_of(module), vocabulary, None, batch_size, sampling, 1, 0)
 
 
-def _in_batches(answer: Callable, prompts: Sequence[Prompt], batch_size: int) -> list[dict[str, Any]]:
+def in_batches(answer: Callable, prompts: Sequence[Prompt], batch_size: int) -> list[dict[str, Any]]:
     """Answers to the prompts, in order. Prompts of similar length share a batch."""
     answers = {}
     for batch in batches(prompts, batch_size):

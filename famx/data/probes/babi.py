@@ -27,15 +27,15 @@ OBJECTS = ("football", "milk", "apple")
 MOVES = ("moved to", "went to", "journeyed to", "travelled to", "went back to")
 TAKES = ("took", "got", "grabbed", "picked up")
 DROPS = ("dropped", "discarded", "left", "put down")
-# Number of facts before a question of bAbI 1.2, which asks after an even number of them: of qa1 all equally
-# often, of the others at these shares of the questions.
+# Number of facts before a question of bAbI 1.2, which asks after an even number of them: of qa1 all
+# equally often, of the others at these shares of the questions.
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 FACTS = {
     "qa1": (2, 4, 6, 8, 10),
     "qa2": (2, 6, 8, 10, 12, 14, 16, 18, 22, 26, 30, 40),
     "qa3": (4, 16, 26, 30, 38, 42, 50, 62, 76, 94, 116, 148),
 }
-RECENT = 5
+RECENT = 5  # the answer rests on one of so many last facts, and perhaps on earlier ones
 FEWEST = {"qa1": 1, "qa2": 2, "qa3": 3}  # facts that a question needs
 
 

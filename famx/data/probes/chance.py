@@ -1,9 +1,9 @@
 """Trivial answers to a probe's question, which need no memory of what was asked for.
 
-Their scores are the chance level above which a score says something. A strategy either does not read the
-text ("blind"), or reads it and ignores the question: it names what stands first or last, say. A score of a
-probe should be read beside `chance`, since metrics that look for a string in the answer forgive an answer
-that names everything.
+Their scores are the chance level above which a score says something. A strategy either does not read
+the text ("blind"), or reads it and ignores the question: it names what stands first or last, say. A score
+should be read beside them, since metrics that look for strings in the answer forgive an answer that names
+everything.
 """
 
 import re
