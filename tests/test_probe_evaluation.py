@@ -19,6 +19,8 @@ from famx.decoding import Sampling
 from famx.evaluation import ProbeEvaluation
 from famx.evaluation.common import streamer_of, without_memory
 from famx.evaluation.probe_table import Cell, ProbeTable
+from famx.inference.answers import Answers
+from famx.inference.prompts import Example as Prompt
 from famx.modules import Memory
 
 BYTES = ByteVocabulary()
@@ -61,34 +63,32 @@ class Knowing:
 
 
 def needle(text):
-    return re.search(r"One of the special magic numbers for \S+ is: (\d+)\.", text)[1]
+    return re.search(r"One of the special magic \w+ for \S+ is: (\S+)\.", text)[1]
 
 
 # ---------------------------------------------------------------- scores
 
 
-@pytest.mark.parametrize("memory", [True, False])
-def test_answers_are_those_of_the_model_after_the_published_prompt(model, params, tmp_path, memory):
-    evaluation = make(memory="with" if memory else "without", probes=[NEEDLE, "ruler_vt"], lengths=[1500])
-    evaluation(model, params, 7, tmp_path)
+@pytest.mark.parametrize("memory, name, length", [(True, NEEDLE, 600), (False, "ruler_vt", 1500)])
+def test_answers_are_those_of_the_model_after_the_published_prompt(
+    model, params, tmp_path, memory, name, length
+):
+    which = "with" if memory else "without"
+    make(memory=which, probes=name, lengths=[length], examples=3)(model, params, 7, tmp_path)
+    answers = cells(tmp_path)[f"{name}-{length}-{which}_memory"]["result"]["answers"]
+    assert [row["index"] for row in answers] == [0, 1, 2]
     reader, weights = (model, params) if memory else without_memory(model, params)
-    streamer = streamer_of(reader.module)
-    for name in (NEEDLE, "ruler_vt"):
-        probe = PROBES[name](split="eval", seed=1)
-        cell = cells(tmp_path)[f"{name}-1500-{'with' if memory else 'without'}_memory"]
-        answers = cell["result"]["answers"]
-        assert [row["index"] for row in answers] == list(range(5))
-        for row in answers[:2]:
-            prompt = probe.prompt(row["index"], 1500, 6)
-            tokens = np.array([[BYTES.bos_id, *BYTES.encode(prompt["inputs"])]], np.int32)
-            assert tokens.shape[1] + 6 <= 1500
-            logits, state = streamer.read(weights, streamer.initial_state(weights, 1), tokens)
-            sampling = Sampling(6, stop_tokens=(BYTES.eos_id,))
-            out = streamer.generate(weights, logits, state, sampling)
-            written = np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
-            written = written[:-1] if written[-1] == BYTES.eos_id else written
-            assert row["prediction"] == BYTES.decode([i for i in written if i < BYTES.vocab_size])
-            assert row["references"] == prompt["references"]
+    streamer, probe = streamer_of(reader.module), PROBES[name](split="eval", seed=1)
+    for row in answers[:2]:
+        prompt = probe.prompt(row["index"], length, 6)
+        tokens = np.array([[BYTES.bos_id, *BYTES.encode(prompt["inputs"])]], np.int32)
+        assert tokens.shape[1] + 6 <= length
+        logits, state = streamer.read(weights, streamer.initial_state(weights, 1), tokens)
+        out = streamer.generate(weights, logits, state, Sampling(6, stop_tokens=(BYTES.eos_id,)))
+        written = np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
+        written = written[:-1] if written[-1] == BYTES.eos_id else written
+        assert row["prediction"] == BYTES.decode([i for i in written if i < BYTES.vocab_size])
+        assert row["references"] == prompt["references"]
 
 
 def test_the_score_is_the_benchmarks(model, params, monkeypatch, tmp_path):
@@ -128,6 +128,32 @@ def test_without_memory_is_the_same_decoder_without_it(model, params):
     zero = make_model(vocabulary=BYTES, block_size=64, memory=fam(0))
     np.testing.assert_array_equal(read(bare, rest), read(zero, rest))
     assert (read(bare, rest) != read(model, params)).any()
+
+
+def test_prompts_beyond_the_reach_of_the_windows_are_not_read(model, params, monkeypatch):
+    bare, rest = without_memory(model, params)
+    streamer = streamer_of(bare.module)
+    answers = Answers(streamer, BYTES, None, 3, Sampling(70), 1, 0)
+    rng, reach = np.random.default_rng(0), bare.config.reach
+    assert reach == 64
+    sizes = [reach + 64, reach + 65, 900]
+    examples = [Prompt(i, {}, rng.integers(3, 250, n).astype(np.int32)) for i, n in enumerate(sizes)]
+    with monkeypatch.context() as whole:
+        whole.setattr(answers, "_out_of_reach", lambda prompts: np.zeros(3, np.int32))
+        expected = answers.predict(rest, examples)
+    read, shapes = streamer.read, []
+
+    def recorded(params, state, tokens, lengths):
+        shapes.append(lengths.tolist())
+        return read(params, state, tokens, lengths)
+
+    monkeypatch.setattr(streamer, "read", recorded)
+    rows, count = answers.predict(rest, examples)
+    assert [row["aux"]["tokens"] for row in rows] == [row["aux"]["tokens"] for row in expected[0]]
+    assert shapes == [[128, 65, 900 - 13 * 64]] and count == expected[1] == sum(sizes) + 3 * 70
+    full = Answers(streamer_of(model.module), BYTES, None, 3, Sampling(70), 1, 0)
+    prompts = [example.prompt for example in examples]
+    assert not full._out_of_reach(prompts).any()  # a memory reaches to the first token
 
 
 def test_a_model_without_memory_has_one_score_per_cell(params, monkeypatch, tmp_path):
@@ -196,9 +222,10 @@ def test_a_table_without_a_folder_writes_nothing(tmp_path, monkeypatch):
         (dict(lengths=[200, 4000]), "begin with 200, too few for 'ruler_niah_single_1'"),
         (dict(probe_options={NEEDLE: {"colour": 1}}), "'ruler_niah_single_1': .*colour"),
         (dict(probe_options={NEEDLE: {"keys": "letters"}}), "choose one of words, numbers, uuids"),
-        (dict(probes=["copy_at_distance"]), "cannot spell|does not fit into a block"),
+        (dict(probes=["copy_at_distance"], probe_options={"copy_at_distance": {"block_size": 4}}),
+         "does not fit into a block of 4"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_gets_a_sentence(model, changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         make(**changes).check(model)
@@ -233,8 +260,8 @@ def test_one_command_makes_the_table(model, params, tmp_path):
         sys.executable, "-m", "famx.eval", f"--gin_file={ROOT / 'gin_configs/runs/probes.gin'}",
         f"--gin.CHECKPOINT_PATH='{tmp_path / 'model'}'", "--gin.LENGTHS=(700, 900)",
         "--gin.EXAMPLES=2", "--gin.PROBE_BATCH_SIZE=2",
-        "--gin.evaluation.ProbeEvaluation.max_new_tokens=4",
-        f"--gin.evaluation.ProbeEvaluation.probes=('{NEEDLE}',)",
+        "--gin.ProbeEvaluation.max_new_tokens=4",
+        f"--gin.ProbeEvaluation.probes=('{NEEDLE}',)",
     ]  # fmt: skip
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr

@@ -35,10 +35,6 @@ class Cell:
         """The score, 0 to 100; None: not measured."""
         return None if self.result is None else self.result["score"]
 
-    def measured(self, result: dict[str, Any]) -> None:
-        """Takes over a result."""
-        self.result = result
-
     def read(self, folder: pathlib.Path | None) -> bool:
         """Takes over an earlier result with the same settings; returns whether there is one."""
         if folder is None:

@@ -6,7 +6,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -112,17 +112,20 @@ class ProbeEvaluation:
         parent = None if folder is None else pathlib.Path(folder)
         table = ProbeTable(parent, step, list(self._cells(model)))
         began, halted, bare = time.monotonic(), False, None
+        of, prompts = None, _Prompts([], [])  # of the last cell; the next may be without memory
         for cell in table.cells:
             if cell.read(table.folder):
                 continue
             late = self.minutes is not None and time.monotonic() - began >= 60 * self.minutes
-            halted = halted or late or stop()  # a signal to one process is asked for by all, once each
+            halted = halted or stop() or late  # every process must ask, equally often
             if halted:
                 continue
             if not cell.memory and model.config.memory.exists and bare is None:
                 bare = without_memory(model, params)
+            if of != (cell.probe, cell.length):
+                of, prompts = (cell.probe, cell.length), self._prompts(cell, model)
             which = bare if bare is not None and not cell.memory else (model, params)
-            cell.measured(self._measure(cell, *which))
+            cell.result = self._measure(cell, prompts, *which)
             cell.write(table.folder)
             table.write()
             print(f"Checkpoint {step}: {cell}", file=sys.stderr, flush=True)
@@ -186,28 +189,38 @@ class ProbeEvaluation:
                 for memory in wanted if exists else (False,):
                     yield Cell(name, length, memory, settings)
 
-    def _measure(self, cell: Cell, model: DecoderModel, params) -> dict[str, Any]:
+    def _prompts(self, cell: Cell, model: DecoderModel) -> "_Prompts":
+        probe, vocabulary = self._probe(cell.probe, model), model.vocabulary
+        room = self._room(probe)
+        examples = [probe.prompt(i, cell.length, room) for i in range(self.examples)]
+        ids = [np.insert(token_ids(x["inputs"], vocabulary), 0, vocabulary.bos_id) for x in examples]
+        return _Prompts(examples, [Prompt(i, {}, tokens) for i, tokens in enumerate(ids)])
+
+    def _measure(
+        self, cell: Cell, prompts: "_Prompts", model: DecoderModel, params
+    ) -> dict[str, Any]:
         """The score of a cell, those of trivial strategies on the same examples, and the answers."""
         began, probe = time.monotonic(), self._probe(cell.probe, model)
-        room, vocabulary = self._room(probe), model.vocabulary
-        answers = answers_of(model.module, vocabulary, self.batch_size, room)
-        examples, predictions = [], []
-        for start in range(0, self.examples, self.batch_size):
-            numbers = range(start, min(start + self.batch_size, self.examples))
-            made = [probe.prompt(number, cell.length, room) for number in numbers]
-            ids = [np.insert(token_ids(x["inputs"], vocabulary), 0, vocabulary.bos_id) for x in made]
-            prompts = [Prompt(number, {}, tokens) for number, tokens in zip(numbers, ids)]
-            rows = in_batches(lambda batch: answers.predict(params, batch), prompts, self.batch_size)
-            examples += made
-            predictions += [row["prediction"] for row in rows]
-        ((metric, score),) = probe.score(examples, predictions).items()
+        answers = answers_of(model.module, model.vocabulary, self.batch_size, self._room(probe))
+        rows = in_batches(
+            lambda batch: answers.predict(params, batch), prompts.encoded, self.batch_size
+        )
+        predictions = [row["prediction"] for row in rows]
+        ((metric, score),) = probe.score(prompts.examples, predictions).items()
         return dict(
             score=score,
             metric=metric,
-            trivial=chance(probe, examples),
+            trivial=chance(probe, prompts.examples),
             seconds=round(time.monotonic() - began, 1),
             answers=[
                 {"index": i, "prediction": prediction, "references": example["references"]}
-                for i, (example, prediction) in enumerate(zip(examples, predictions))
+                for i, (example, prediction) in enumerate(zip(prompts.examples, predictions))
             ],
         )
+
+
+class _Prompts(NamedTuple):
+    """The examples of a probe at a length, and each as tokens."""
+
+    examples: list[dict[str, Any]]
+    encoded: list[Prompt]

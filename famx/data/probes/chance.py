@@ -130,7 +130,7 @@ def _letters(probe: CopyProbe | RecallProbe) -> Iterator[tuple[str, Strategy]]:
         yield "the first letter", _of_text(_first, letter)
         yield "the last letter", _of_text(_last, letter)
     else:
-        yield "the last letters", _of_text(_last, r"remember ([a-z](?: [a-z])*) \.")
+        yield "the last letters", _of_text(_last, r"remember ([a-z](?: [a-z])*) ?\.")
 
 
 _STRATEGIES: dict[type, Callable[[Any], Iterator[tuple[str, Strategy]]]] = {
