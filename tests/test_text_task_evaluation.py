@@ -317,7 +317,7 @@ def test_only_a_few_batches_of_examples_are_read_at_once(data, model, params, mo
 def test_a_model_is_compiled_once(data, model, params):
     evaluation = make(data, "scrolls_qasper")
     evaluation(model, params, 0)
-    answers = text_answers._answers_of(model.module, ByteVocabulary(), 4, NEW)
+    answers = text_answers.answers_of(model.module, ByteVocabulary(), 4, NEW)
     assert answers.streamer is streamer_of(model.module)
     before = answers._write._cache_size(), answers.streamer._read_part._cache_size()
     assert before[0] == 1
