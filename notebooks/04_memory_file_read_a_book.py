@@ -32,7 +32,6 @@ from matplotlib.figure import Figure
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.data import PasskeyTask
-from famx.data.probes import text_form
 from famx.decoding import Sampling
 from famx.inference.conversation import Conversation
 from famx.inference.memorize import describe
@@ -64,7 +63,7 @@ QUESTION = "What is the pass key? The pass key is"
 
 def book(index):
     """A text without the question at its end, and the key in its first sentence."""
-    form = text_form(task, index, BLOCKS * task.block_size)
+    form = task.prompt(index, BLOCKS * task.block_size)
     return form["inputs"].removesuffix(QUESTION).strip(), form["references"][0]
 
 

@@ -64,9 +64,11 @@ def greedy(model, params, inputs):
     return BYTES.decode([i for i in written if i < BYTES.vocab_size])
 
 
-def likelihood(model, params, inputs, target):
-    """Log-likelihood of the target with end of text, and its number of tokens."""
+def likelihood(model, params, inputs, target, end=False):
+    """Log-likelihood of the target, with end of text if `end`, and its number of tokens."""
     tokens, weights = encode_example(inputs, target, BYTES)
+    if not end:
+        tokens, weights = tokens[:-1], weights[:-1]
     found = log_p(model, params, tokens)[np.arange(len(tokens)), tokens]
     return float((found * weights).sum()), int(weights.sum())
 
@@ -131,18 +133,20 @@ def test_written_answers_equal_a_dense_greedy_loop(data, model, params, tmp_path
     assert found == task.evaluate("validation", expected) and 0 < found["rougeL"] < 100, expected
 
 
-def test_choices_are_ranked_by_their_likelihood(data, model, params, tmp_path):
+@pytest.mark.parametrize("end", [False, True])
+def test_choices_are_ranked_by_their_likelihood(data, model, params, tmp_path, end):
     examples = famx.data.get("scrolls_quality", data_dir=data).examples("validation")
     chosen = {}
     for how in (None, "sum", "mean", "unconditional"):
         folder = tmp_path / str(how)
-        found = make(data, "scrolls_quality", length_normalize=how)(model, params, 7, folder)
+        settings = dict(length_normalize=how, **({"score_end": True} if end else {}))
+        found = make(data, "scrolls_quality", **settings)(model, params, 7, folder)
         rows, hits = predictions(folder), 0
         for example, row in zip(examples, rows, strict=True):
             scores = []
             for choice in example["choices"]:
-                score, count = likelihood(model, params, example["inputs"], choice)
-                bare, _ = likelihood(model, params, "", choice)
+                score, count = likelihood(model, params, example["inputs"], choice, end)
+                bare, _ = likelihood(model, params, "", choice, end)
                 scores.append({"mean": score / count, "unconditional": score - bare}.get(how, score))
             assert row["prediction"] == pytest.approx(scores, abs=1e-3)
             hits += int(np.argmax(scores)) in example["answer"]
@@ -313,7 +317,7 @@ def test_only_a_few_batches_of_examples_are_read_at_once(data, model, params, mo
 def test_a_model_is_compiled_once(data, model, params):
     evaluation = make(data, "scrolls_qasper")
     evaluation(model, params, 0)
-    answers = text_answers._answers_of(model.module, ByteVocabulary(), 4, NEW)
+    answers = text_answers.answers_of(model.module, ByteVocabulary(), 4, NEW)
     assert answers.streamer is streamer_of(model.module)
     before = answers._write._cache_size(), answers.streamer._read_part._cache_size()
     assert before[0] == 1

@@ -15,6 +15,7 @@ With `health=True`, a model with memory also reports scalars named `memory/...`:
 """
 
 from famx.evaluation.passkey import PROBES, STANDARD_PROBES, PasskeyEvaluation
+from famx.evaluation.probes import ProbeEvaluation
 from famx.evaluation.task import TaskEvaluation
 from famx.evaluation.text import TextEvaluation
 from famx.evaluation.text_task import TextTaskEvaluation
@@ -23,6 +24,7 @@ __all__ = [
     "PROBES",
     "STANDARD_PROBES",
     "PasskeyEvaluation",
+    "ProbeEvaluation",
     "TaskEvaluation",
     "TextEvaluation",
     "TextTaskEvaluation",

@@ -18,6 +18,7 @@ def register() -> None:
     """
     for configurable in (
         evaluation.PasskeyEvaluation,
+        evaluation.ProbeEvaluation,
         evaluation.TaskEvaluation,
         evaluation.TextEvaluation,
         evaluation.TextTaskEvaluation,

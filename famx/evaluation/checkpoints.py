@@ -55,7 +55,8 @@ def evaluate(
     """Runs every evaluation on every selected checkpoint, oldest first.
 
     Training may write to the directory at the same time. On SIGTERM or SIGINT the evaluation in
-    progress is finished and the function returns; the same call resumes with the next one.
+    progress, or the cell of its table, is finished and the function returns; the same call resumes with
+    the next one.
 
     Args:
       checkpoint_path: a `MODEL_DIR`, or one `MODEL_DIR/checkpoint_<step>`.
@@ -125,7 +126,7 @@ def evaluate(
                     break
                 _say(f"Checkpoint {step} ({place}): {name} ({number} of {len(pending)}) ...")
                 with on_mesh(mesh, rules):
-                    output.run(name, evaluation, model, params, step)
+                    output.run(name, evaluation, model, params, step, stop)
         if stop():
             _say("Stopped. Run the same command to resume.")
         elif wait and not any(output.results.values()):
@@ -303,12 +304,24 @@ class _Output:
             _say(f"Checkpoint {step}: {name} has already been evaluated{hint}.")
         return reused
 
-    def run(self, name: str, evaluation: Any, model: DecoderModel, params, step: int) -> None:
+    def run(
+        self,
+        name: str,
+        evaluation: Any,
+        model: DecoderModel,
+        params,
+        step: int,
+        stop: Callable[[], bool],
+    ) -> None:
         """Runs one evaluation of the checkpoint of a step and writes its result."""
         began = time.monotonic()
-        # An evaluation that writes more than scalars gets its result folder.
-        writes_files = getattr(evaluation, "writes_predictions", False)
-        extra = {"folder": self.directory / name} if writes_files else {}
+        # An evaluation that writes more than scalars gets its result folder, and a long one is told
+        # whether to stop.
+        extra: dict[str, Any] = {}
+        if getattr(evaluation, "writes_predictions", False):
+            extra["folder"] = self.directory / name
+        if getattr(evaluation, "stops_between_cells", False):
+            extra["stop"] = stop
         scalars = {k: float(v) for k, v in evaluation(model, params, step, **extra).items()}
         seconds = time.monotonic() - began
         _write_result(

@@ -1,5 +1,6 @@
 """Code shared by the evaluations: cached compiled programs, memory statistics and checks."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,8 @@ from famx.analysis import MemoryMonitor
 from famx.base.errors import ConfigError
 from famx.decoding import Streamer
 from famx.models import DecoderModel
+from famx.modules import Decoder, Memory
+from famx.modules.memory import COLLECTION
 
 HEALTH_TOKENS = 65_536  # default limit of tokens read for the memory statistics
 _HEALTH_ROWS = 4  # number of examples over which the memory statistics are averaged
@@ -48,6 +51,22 @@ def memory_figures(model: DecoderModel, params, tokens, max_tokens: int) -> dict
     length = max(max_tokens // len(tokens), model.config.block_size)
     health = _monitor_of(model.module).measure(params, tokens[:, :length])
     return {} if health is None else health.scalars()
+
+
+def without_memory(model: DecoderModel, params) -> tuple[DecoderModel, Any]:
+    """The same weights without memory: block sliding window attention.
+
+    Returns:
+      `(model, params)`; the memory's parameters are left out.
+    """
+    config = dataclasses.replace(model.config, memory=Memory())
+
+    def rest(tree):
+        if not isinstance(tree, Mapping):
+            return tree
+        return {name: rest(value) for name, value in tree.items() if name != COLLECTION}
+
+    return dataclasses.replace(model, module=Decoder(config)), rest(params)
 
 
 def check_vocabulary(vocabulary: Any, model: DecoderModel, name: str) -> None:

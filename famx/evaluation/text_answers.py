@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from famx.base.files import replacing
-from famx.data.tasks.examples import Example, cut_tokens, encode_example
+from famx.data.tasks.examples import Example, cut_tokens
 from famx.data.tasks.text_task import TextTask
 from famx.data.vocabularies import Vocabulary, token_ids
 from famx.decoding import Sampling
@@ -38,6 +38,7 @@ class TextAnswers:
       max_new_tokens: maximum length of a generated answer.
       max_prompt_tokens: maximum length of the inputs, truncated the way the task truncates them; None
         for no limit.
+      score_end: score end of text after each choice, too.
     """
 
     task: TextTask
@@ -46,6 +47,7 @@ class TextAnswers:
     batch_size: int
     max_new_tokens: int
     max_prompt_tokens: int | None
+    score_end: bool = False
 
     def __call__(self, params, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Answers the examples.
@@ -58,14 +60,14 @@ class TextAnswers:
         Raises:
           ValueError: a choice is tokenised to nothing.
         """
-        answers = _answers_of(self.model.module, self.vocabulary, self.batch_size, self.max_new_tokens)
+        answers = answers_of(self.model.module, self.vocabulary, self.batch_size, self.max_new_tokens)
         if self.task.kind == "rank":
             return self._rank(functools.partial(answers.score, params), examples)
         return self._write(functools.partial(answers.predict, params), examples)
 
     def _write(self, answer: Callable, examples: Sequence[Example]) -> list[dict[str, Any]]:
         prompts = [Prompt(i, {}, self._prompt(x["inputs"])) for i, x in enumerate(examples)]
-        answers = _in_batches(answer, prompts, self.batch_size)
+        answers = in_batches(answer, prompts, self.batch_size)
         return [
             {
                 "prediction": row["prediction"],
@@ -87,12 +89,14 @@ class TextAnswers:
             numbers = {inputs: len(prompts) + i for i, inputs in enumerate(targets)}
             places.append([(numbers[x], targets[x].index(target)) for x, target in requests])
             for inputs, texts in targets.items():
-                tokens = [encode_example("", text, self.vocabulary)[0] for text in texts]
+                tokens = [token_ids(text, self.vocabulary) for text in texts]
+                if self.score_end and self.vocabulary.eos_id is not None:
+                    tokens = [np.append(ids, np.int32(self.vocabulary.eos_id)) for ids in tokens]
                 if not all(map(len, tokens)):
                     raise ValueError(f"A choice of '{self.task.name}' has no tokens: {texts}.")
                 prompt = self._prompt(inputs)
                 prompts.append(Prompt(len(prompts), {"targets": texts}, prompt, tokens))
-        answers = _in_batches(answer, prompts, self.batch_size)
+        answers = in_batches(answer, prompts, self.batch_size)
         rows = []
         for example, pairs in zip(examples, places):
             scored = [(answers[i]["score"][k], answers[i]["num_tokens"][k]) for i, k in pairs]
@@ -109,14 +113,14 @@ class TextAnswers:
 
 
 @functools.lru_cache(maxsize=8)
-def _answers_of(module: Decoder, vocabulary: Vocabulary, batch_size: int, max_new_tokens: int) -> Answers:
+def answers_of(module: Decoder, vocabulary: Vocabulary, batch_size: int, max_new_tokens: int) -> Answers:
     """Cached per model and settings, so that all checkpoints share the compiled programs."""
     stops = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
     sampling = Sampling(max_new_tokens, stop_tokens=stops)
     return Answers(streamer_of(module), vocabulary, None, batch_size, sampling, 1, 0)
 
 
-def _in_batches(answer: Callable, prompts: Sequence[Prompt], batch_size: int) -> list[dict[str, Any]]:
+def in_batches(answer: Callable, prompts: Sequence[Prompt], batch_size: int) -> list[dict[str, Any]]:
     """Answers to the prompts, in order. Prompts of similar length share a batch."""
     answers = {}
     for batch in batches(prompts, batch_size):

@@ -44,8 +44,7 @@ class TextTaskEvaluation:
 
     * "generation": text is generated greedily after the inputs until end of text, and scored by the
       task's metrics.
-    * "rank": `accuracy` of taking the choice (followed by end of text) with the highest likelihood
-      after the inputs.
+    * "rank": `accuracy` of taking the choice with the highest likelihood after the inputs.
     * "documents": `next_token_accuracy`, `bits_per_token` and `bits_per_byte` of the text.
     * "chat": the same of the tokens that the assistant writes.
 
@@ -67,9 +66,11 @@ class TextTaskEvaluation:
       max_new_tokens: maximum length of a generated answer.
       batch_size: number of examples per batch; it does not change scores beyond rounding.
       length_normalize: how choices are compared: by log-likelihood ("sum"), by log-likelihood per
-        token, end of text included ("mean"), or by log-likelihood minus that of the choice without the
+        token ("mean"), or by log-likelihood minus that of the choice without the
         question ("unconditional"). None takes the setting of the GPT-3 suites, and "sum" for all
         other tasks.
+      score_end: whether the likelihood of a choice includes that of end of text after it. Without it
+        only the completion counts, as in GPT-3's and lm-evaluation-harness' scores.
       max_prompt_tokens: maximum length of inputs, and of documents of kind "documents", truncated the
         way the task truncates them. None uses the task's `max_tokens`.
       seed: seed with which `examples` are drawn.
@@ -90,6 +91,7 @@ class TextTaskEvaluation:
     max_new_tokens: int = 256
     batch_size: int = 8
     length_normalize: str | None = None
+    score_end: bool = False
     max_prompt_tokens: int | None = None
     seed: int = 0
     health: bool = True
@@ -232,7 +234,9 @@ class TextTaskEvaluation:
         self, part: _Part, model: DecoderModel, params, vocabulary: Vocabulary, write: Write
     ) -> dict[str, float]:
         longest = self.max_prompt_tokens or part.task.max_tokens
-        answers = TextAnswers(part.task, model, vocabulary, self.batch_size, self.max_new_tokens, longest)
+        answers = TextAnswers(
+            part.task, model, vocabulary, self.batch_size, self.max_new_tokens, longest, self.score_end
+        )
         predictions = []
         for start in range(0, len(part.numbers), _WINDOW * self.batch_size):
             numbers = part.numbers[start : start + _WINDOW * self.batch_size]

@@ -65,7 +65,11 @@ class Answers:
           of `famx.inference`, and the number of tokens read and written.
         """
         prompts = [example.prompt for example in batch]
-        logits, state = self.streamer.read(params, self._start(params), *self._pad(prompts))
+        start, skipped = self._start(params), self._out_of_reach(prompts)
+        if skipped.any():
+            start = start.replace(position=start.position + skipped)
+        near = self._pad([prompt[count:] for prompt, count in zip(prompts, skipped)])
+        logits, state = self.streamer.read(params, start, *near)
         lines, max_tokens = np.zeros((2, self.batch_size), np.int32)
         lines[: len(batch)] = [example.line for example in batch]
         max_tokens[: len(batch)] = self.sampling.max_new_tokens  # 0 for padding rows: they end at once
@@ -125,6 +129,17 @@ class Answers:
         if self.memory is None:
             return self.streamer.initial_state(params, self.batch_size)
         return self.memory.take(np.zeros(self.batch_size, np.int32))
+
+    def _out_of_reach(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """Number of first tokens of each prompt that no continuation depends on, int32 `[batch_size]`.
+
+        They are whole blocks, beyond the reach of the stacked windows. With a memory there are none.
+        """
+        skipped, config = np.zeros(self.batch_size, np.int32), self.streamer.module.config
+        if self.memory is None and config.reach is not None:
+            last = np.array([len(prompt) - 1 for prompt in prompts]) // config.block_size
+            skipped[: len(prompts)] = np.maximum(last * config.block_size - config.reach, 0)
+        return skipped
 
     def _pad(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Pad to `batch_size` rows: tokens int32 `[batch_size, L]`, lengths int64 `[batch_size]`."""

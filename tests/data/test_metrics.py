@@ -113,6 +113,31 @@ def test_ruler_looks_for_references_in_the_prediction(pairs):
         {"string_match_all": 100 * sum(shares) / len(shares)})
 
 
+@pytest.mark.parametrize(
+    "prediction, right",
+    [
+        ("The most recent location of Mary is garden.", True),
+        ("\nAnswer: GARDEN. The kitchen is next.", True),
+        ("garden or kitchen", False),
+        ("the kitchen", False),
+        ("the office, and before it the garden", True),  # the question names the office
+        ("nowhere", False),
+        ("garden<example> kitchen", True),
+        ("x. garden", False),
+    ],
+)
+def test_babilong_wants_one_label_in_the_first_sentence(prediction, right):
+    labels = ("kitchen", "garden", "office")
+    question = "Where was Mary before the office?"
+    score = metrics.babilong_accuracy(["garden"], [prediction], [question], labels)
+    assert score == {"accuracy": 100.0 * right}
+
+
+def test_babilong_needs_a_question_for_each_prediction():
+    with pytest.raises(ValueError, match="1 predictions, but 0 questions"):
+        metrics.babilong_accuracy(["garden"], ["garden"], [], ["garden"])
+
+
 def test_ruler_counts_all_or_one():
     targets, predictions = [["12", "Blue", "x"], ["7"]], ["it is BLUE, 123", "none"]
     assert metrics.string_match_all(targets, predictions) == pytest.approx({"string_match_all": 100 / 3})

@@ -14,7 +14,6 @@ from pretrained import TOKENIZERS, write_byte_pair, write_tokenizer
 from test_passkey import HEADER, QUESTION, statement
 
 from famx.data import ByteVocabulary, PasskeyTask, WordVocabulary, open_vocabulary
-from famx.data.probes import text_form
 from famx.data.probes.passkey_text import FILLER_WORDS, REPEATED_FILLER, passkey_words
 from famx.data.probes.python_docs import python_docs_sentences
 from famx.data.vocabularies import as_vocabulary
@@ -201,9 +200,9 @@ def test_rows_of_words_and_bytes_never_change(vocabulary, digest):
     assert sha.hexdigest()[:16] == digest
 
 
-def test_text_form_names_the_key(vocabularies):
+def test_the_prompt_names_the_key(vocabularies):
     task = PasskeyTask(vocabulary=vocabularies["byte_pair_digits"])
-    form = text_form(task, 4, 300)
+    form = task.prompt(4, 300)
     assert form["inputs"].endswith("The pass key is") and form["references"][0].isdigit()
 
 

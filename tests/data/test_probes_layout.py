@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from famx.data import ByteVocabulary, PasskeyTask
-from famx.data.probes import PROBES, NeedleProbe, Probe, text_form
+from famx.data.probes import PROBES, NeedleProbe, Probe
+from famx.data.probes.fitting import largest
 from famx.data.probes.haystacks import (
     cyclic_end,
     encode_units,
@@ -20,21 +21,23 @@ from famx.data.probes.haystacks import (
 from famx.data.probes.python_docs import python_docs_sentences
 
 NAMES = [name for name in PROBES if not name.startswith("passkey")]
+LONGEST_UNIT = 1 + max(len(s) for split in (False, True) for s in python_docs_sentences(split))
 IN_BYTES = [name for name in NAMES if name.startswith(("ruler", "babilong"))]
 
 
 class PairVocabulary:
-    """Two letters are one token: neither bytes nor words. Encodes ASCII."""
+    """Two letters are one token: neither bytes nor words."""
 
-    pad_id, bos_id, eos_id, unk_id, vocab_size = 0, 1, 2, None, 3 + 128 + 128 * 128
+    pad_id, bos_id, eos_id, unk_id, vocab_size = 0, 1, 2, None, 3 + 2**14 + 2**28
 
     def encode(self, text):
         pairs = [text[i : i + 2] for i in range(0, len(text), 2)]
-        return [3 + ord(p) if len(p) == 1 else 131 + 128 * ord(p[0]) + ord(p[1]) for p in pairs]
+        single, both = 3, 3 + 2**14
+        return [single + ord(p) if len(p) == 1 else both + 2**14 * ord(p[0]) + ord(p[1]) for p in pairs]
 
     def decode(self, ids):
-        letters = [chr(i - 3) if i < 131 else chr((i - 131) // 128) + chr((i - 131) % 128) for i in ids]
-        return "".join(letters)
+        letters = [divmod(i - 3 - 2**14, 2**14) if i >= 3 + 2**14 else (i - 3,) for i in ids]
+        return "".join(chr(letter) for pair in letters for letter in pair)
 
     def __eq__(self, other):
         return isinstance(other, PairVocabulary)
@@ -160,18 +163,64 @@ def test_batch_is_its_rows_shifted(name):
         batch["decoder_input_tokens"][:, 1:], batch["decoder_target_tokens"][:, :-1])
 
 
-def test_every_probe_has_a_text_form_passkey_included():
-    for factory in PROBES.values():
+def test_every_probe_has_a_prompt_passkey_included():
+    for name, factory in PROBES.items():
         probe = factory()
-        length = length_of(probe, 100)
-        texts = text_form(probe, 3, length)
-        assert isinstance(texts["inputs"], str) and len(texts["references"]) >= 1
+        length = length_of(probe, 200)
+        texts = probe.prompt(3, length)
+        assert all(reference in texts["inputs"] for reference in texts["references"]), name
         if isinstance(probe, PasskeyTask):
-            assert texts["references"][0] in texts["inputs"] and texts["references"][0].isdigit()
+            assert texts["references"][0].isdigit()
             assert texts["inputs"].rstrip().endswith("The pass key is")
         assert isinstance(probe, Probe)
         row = probe.example(3, length)
-        assert texts == dict(inputs=row["inputs"], references=row["references"])
+        assert texts["references"] == row["references"]
+        if name not in IN_BYTES:
+            assert texts == dict(inputs=row["inputs"], references=row["references"])
+        # A right answer is one that the row is trained on.
+        answer = probe.vocab.decode(row["answer"])
+        assert list(probe.score([texts], [answer]).values()) == [100.0], name
+        assert list(probe.score([texts], ["nothing"]).values()) == [0.0], name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(IN_BYTES), st.integers(0, 10**6), st.integers(0, 3000), st.integers(0, 200),
+    st.booleans(),
+)  # fmt: skip
+def test_a_prompt_is_the_largest_that_fits(name, index, extra, room, pairs):
+    probe = PROBES[name](**({"vocabulary": PairVocabulary()} if pairs else {}))
+    length = probe.min_length + extra + room
+    prompt = probe.prompt(index, length, room)
+    size = 1 + len(probe.vocab.encode(prompt["inputs"])) + room
+    assert size <= length
+    if "sentences" in prompt:  # one more would not have fitted
+        longest = {"noise": 90, "needles": 120}.get(probe.haystack, LONGEST_UNIT)
+        assert length - size < longest
+        more = probe.prompt(index, length + longest, room)
+        assert more["sentences"] > prompt["sentences"] and more["references"] == prompt["references"]
+    assert sorted(prompt["references"]) == sorted(probe.example(index, length)["references"])
+
+
+def test_a_prompt_that_does_not_fit_gets_a_sentence():
+    with pytest.raises(ValueError, match="into 300 tokens, of which 128 are for the answer"):
+        PROBES["ruler_niah_single_1"]().prompt(0, 300, 128)
+    with pytest.raises(ValueError, match="does not fit into 1000 tokens"):
+        PROBES["ruler_cwe"]().prompt(0, 1000)
+    with pytest.raises(ValueError, match="numbered from 0"):
+        PROBES["ruler_niah_single_1"]().prompt(-1, 3000)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=300), st.integers(0, 900), st.integers(0, 40))
+def test_largest_finds_what_a_search_one_by_one_finds(steps, room, low):
+    sizes = np.cumsum(steps)
+    high = len(sizes) - 1
+    low = min(low, high)
+    fitting = [n for n in range(low, high + 1) if sizes[n] <= room]
+    asked = []
+    found = largest(lambda n: asked.append(n) or int(sizes[n]), room, low, high)
+    assert found == max(fitting, default=None) and all(low <= n <= high for n in asked)
+    assert len(asked) < 60
 
 
 def test_examples_of_all_probes_have_one_shape():

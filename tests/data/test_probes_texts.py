@@ -1,5 +1,6 @@
 """RULER's and BABILong's probes: slow readers that parse the prompt find the references."""
 
+import dataclasses
 import re
 from collections import Counter
 
@@ -17,7 +18,7 @@ from famx.data.probes import (
     VariableProbe,
 )
 from famx.data.probes import words as word_lists
-from famx.data.probes.babi import FACTS, Fact, ask, tell
+from famx.data.probes.babi import FACTS, FEWEST, Fact, ask, tell
 from famx.data.probes.passkey_text import REPEATED_FILLER
 from famx.data.probes.python_docs import python_docs_sentences
 
@@ -73,10 +74,12 @@ def test_a_reader_of_all_needles_finds_the_references(probe, index, extra):
     assert row["inputs"].startswith("A special" if singular else "Some special")
 
 
-def test_the_text_of_the_first_variant_is_rulers():
+@pytest.mark.parametrize("of_row", [True, False])
+def test_the_text_of_the_first_variant_is_rulers(of_row):
     probe = PROBES["ruler_niah_single_1"](depth=0.5)
     noise = len(REPEATED_FILLER) + 1
-    row = probe.example(0, 1000 - probe.example(0, 1000)["filler_tokens"] + 4 * noise)
+    length = 1000 - probe.example(0, 1000)["filler_tokens"] + 4 * noise
+    row = probe.example(0, length) if of_row else probe.prompt(0, length)
     [(_, key, value)] = NEEDLE.findall(row["inputs"])
     needle = f"One of the special magic numbers for {key} is: {value}."
     assert row["inputs"].split("\n") == [
@@ -132,6 +135,21 @@ def test_depth_places_the_needle_that_is_asked_for(haystack, unit, depth):
             assert before == depth * row["filler_tokens"]
 
 
+@pytest.mark.parametrize("name", ["single_2", "multikey_2"])
+def test_a_prompt_begins_with_a_whole_sentence_and_joins_all_by_one_separator(name):
+    probe = PROBES[f"ruler_niah_{name}"]()
+    header, context, question = probe.prompt(0, 4000)["inputs"].split("\n", 1)[0], *(
+        probe.prompt(0, 4000)["inputs"].split("\n", 1)[1].rsplit("\n", 1))  # fmt: skip
+    assert header.endswith("quiz you about the number afterwards.") and question.startswith("What is")
+    if name == "single_2":
+        before, after = NEEDLE.sub("", context, count=1).split("  ")
+        around = " ".join([*python_docs_sentences(False)] * 2) + " "
+        assert f"{before} {after} " in around and "  " not in context.strip()
+        assert any(context.startswith(sentence) for sentence in python_docs_sentences(False))
+    else:
+        assert all(NEEDLE.fullmatch(line) for line in context.split("\n"))
+
+
 def test_drawn_depths_are_spread_evenly():
     probe = NeedleProbe()
     places = [probe.example(i, 10_000)["positions"][0] for i in range(300)]
@@ -182,12 +200,29 @@ def test_following_all_assignments_finds_the_variables(chains, hops, shown, hays
     assert len(row["references"]) == hops + 1 and len(statements) == chains * (hops + 1)
     assert f"{hops + 1} variables are assigned the value {asked}, they are:" in text
     assert len(set(value_of.values())) == chains and len(row["positions"]) == len(statements)
+    assert row["inputs"].endswith("they are: ") and probe.vocab.decode(row["answer"])[0] != " "
     if shown:  # the demonstration is right, about other variables and another value
         shown_value = re.search(r"assigned the value (\d+) in the text", solved)[1]
         names = solved.split("they are: ")[1].split()
         assert len(names) == hops + 1 and all(len(name) == 3 for name in names)
         assert f"VAR {names[0]} = {shown_value}\n" in solved and shown_value != asked
-        assert all(f"VAR {b} = VAR {a}\n" in solved for a, b in zip(names, names[1:]))
+        assert all(f"VAR {b} = VAR {a} \n" in solved for a, b in zip(names, names[1:]))
+        assert solved.endswith("they are:  " + " ".join(names))  # two spaces, as in RULER
+        assert solved.count(REPEATED_FILLER) == 5  # the fewest; bytes are more than 500 tokens
+
+
+def test_a_demonstration_has_about_500_tokens():
+    class Words:
+        """Three letters are one token, about as in a trained tokenizer."""
+
+        pad_id, bos_id, eos_id, unk_id, vocab_size = 0, 1, 2, None, 1000
+
+        def encode(self, text):
+            return [3 + ord(text[i]) for i in range(0, len(text), 3)]
+
+    probe = VariableProbe(vocabulary=Words())
+    shown = probe._parts(0).header.rsplit("Memorize", 1)[0]
+    assert 450 < len(probe.vocab.encode(shown)) <= 500 and shown.count(REPEATED_FILLER) > 5
 
 
 def test_several_chains_interleave():
@@ -222,12 +257,16 @@ def test_counting_the_list_finds_the_common_words(index, length, shown):
     numbered = " ".join(f"{i}. {word}" for i, word in enumerate(row["references"], 1))
     assert probe.vocab.decode(row["answer"]) == " " + numbered
     assert row["filler_tokens"] < 3 * 30  # one more word would not have fitted
+    # All are equally frequent: an order that the text determines.
+    assert row["references"] == sorted(row["references"])
     assert probe.example(index, length + 5000)["references"] == row["references"]
+    backwards = " ".join(f"{i}. {word}" for i, word in enumerate(row["references"][::-1], 1))
+    assert probe.score([row], [backwards]) == {"string_match_all": 100.0}
     if shown:
         few, answer = before[1].split("\nQuestion: ")
         counts = Counter(re.findall(r"\d+\. ([a-z-]+)", few))
         most = [w for w, n in counts.items() if n == max(counts.values())]
-        assert set(re.findall(r"\d+\. ([a-z-]+)", answer.split("are:")[1])) == set(most)
+        assert re.findall(r"\d+\. ([a-z-]+)", answer.split("are:")[1]) == sorted(most)
         assert len(most) == 10
 
 
@@ -296,8 +335,8 @@ def answer_by_reading(facts, question):
     thing, then = re.fullmatch(r"Where was the (\w+) before the (\w+)\?", question).groups()
     places = [place_of_object(thing, now) for now in range(len(facts))]
     changes = [p for i, p in enumerate(places) if p and (not i or p != places[i - 1])]
-    assert changes.count(then) == 1 and changes[-1] == then
-    return changes[changes.index(then) - 1]
+    assert changes[-1] == then
+    return changes[-2]
 
 
 @settings(max_examples=200, deadline=None)
@@ -308,15 +347,28 @@ def answer_by_reading(facts, question):
 def test_reading_the_facts_answers_the_question(task, haystack, index, extra):
     probe = BabiProbe(task=task, haystack=haystack)
     row = probe.example(index, probe.min_length + extra)
-    facts = [match.groups() for match in FACT.finditer(row["inputs"])]
-    fewest, most = FACTS[task]
-    assert fewest <= len(facts) == len(row["positions"]) <= most
+    story = row["inputs"].split("<context>\n")[1]
+    facts = [match.groups() for match in FACT.finditer(story)]
+    assert FACTS[task][0] <= len(facts) == len(row["positions"]) <= FACTS[task][-1]
     for start, fact in zip(row["positions"], facts):
         assert FACT.match(probe.vocab.decode(row["tokens"][start + 1 :])).groups() == fact
-    question = re.search(r"\nQuestion: (.+)\nAnswer:$", row["inputs"])[1]
+    question = re.search(r"\n</context>\n\nQuestion: (.+\?)$", row["inputs"])[1]
     answer = answer_by_reading(facts, question)
     assert row["references"] == [answer]
-    assert probe.vocab.decode(row["answer"]) == f" {answer}"
+    if task == "qa1":  # bAbI asks about somebody of the last five facts
+        assert question.split()[-1].rstrip("?") in {person for person, _, _ in facts[-5:]}
+    written = probe.vocab.decode(row["answer"])
+    _, _, *words = question.removesuffix("?").split()
+    assert written == "\nAnswer: " + {
+        "qa1": f"The most recent location of {words[0]} is {answer}.",
+        "qa2": f"The {words[-1]} is in the {answer}.",
+        "qa3": f"Before the {words[-1]} the {words[1 % len(words)]} was in the {answer}.",
+    }[task]
+    prompt = probe.prompt(index, len(row["tokens"]))
+    assert probe.score([prompt], [written]) == {"accuracy": 100.0}
+    plain = dataclasses.replace(probe, instructed=False)
+    assert plain.prompt(index, len(row["tokens"]))["inputs"].startswith("<context>\n")
+    assert plain.vocab.decode(plain.example(index, len(row["tokens"]))["answer"]) == f"\nAnswer: {answer}"
 
 
 @settings(max_examples=100, deadline=None)
@@ -340,24 +392,43 @@ def test_nothing_impossible_happens_in_a_story(seed, number, objects):
         assert objects or action == "move"
 
 
-def test_questions_that_have_two_answers_are_not_asked():
+def test_questions_are_about_the_present_stay():
     walk = [Fact("Mary", "move", "garden"), Fact("Mary", "take", "milk"), Fact("Mary", "move", "office")]
     back = [*walk, Fact("Mary", "move", "garden")]
     assert [q.answer for q in ask("qa3", walk)] == ["garden"]
-    assert ask("qa3", back) == [] and ask("qa3", walk[:2]) == []
+    assert ask("qa3", back) == [("Where was the milk before the garden?", "office")]
+    assert ask("qa3", walk[:2]) == []
+    others = [Fact("John", "move", place) for place in ("office", "garden", "office", "garden", "office")]
+    # Of five other facts none leads to the milk or to Mary.
+    assert ask("qa2", [*walk, *others]) == ask("qa3", [*walk, *others]) == []
+    assert ask("qa2", [*walk, *others[:4]]) == [("Where is the milk?", "office")]
+    assert ask("qa1", [*walk, *others]) == [("Where is John?", "office")]
     assert ask("qa2", walk[:1]) == [] and ask("qa2", walk)[0] == ("Where is the milk?", "office")
 
 
 def test_facts_lie_between_the_two_fractions_and_stay_the_same_at_every_length():
     probe = BabiProbe(task="qa2", haystack="noise", between=(0.4, 0.6))
+    context = lambda row: row["inputs"].split("<context>\n")[1]
     for index in range(20):
-        row = probe.example(index, 10_000)
-        texts = [m[0] for m in FACT.finditer(row["inputs"])]
-        before = np.array(row["positions"]) - np.cumsum([0, *(1 + len(t) for t in texts[:-1])])
+        row = probe.example(index, 20_000)
+        texts = [m[0] for m in FACT.finditer(context(row))]
+        header = len(row["inputs"].partition("<context>")[0].encode()) + len("<context>")
+        inserted = np.cumsum([0, *(1 + len(t) for t in texts[:-1])])
+        before = np.array(row["positions"]) - header - inserted
         share = before / row["filler_tokens"]
         slack = 46 / row["filler_tokens"]
         assert 0.4 - slack <= share.min() and share.max() <= 0.6 + slack
-        assert [m[0] for m in FACT.finditer(probe.example(index, 2000)["inputs"])] == texts
+        assert [m[0] for m in FACT.finditer(context(probe.example(index, 4000)))] == texts
+
+
+@pytest.mark.parametrize("task, mean", [("qa1", 6.0), ("qa2", 15.6), ("qa3", 51.0)])
+def test_stories_have_as_many_facts_as_babis(task, mean):
+    probe = BabiProbe(task=task, haystack="noise")
+    numbers = np.array([len(probe._parts(index).hidden) for index in range(500)])
+    assert (numbers % 2 == 0).all() and abs(numbers.mean() / mean - 1) < 0.08
+    assert numbers.min() >= FACTS[task][0] and numbers.max() <= FACTS[task][-1]
+    few = BabiProbe(task=task, haystack="noise", facts=(FEWEST[task], FEWEST[task] + 1))
+    assert {len(few._parts(i).hidden) for i in range(40)} == {FEWEST[task], FEWEST[task] + 1}
 
 
 @pytest.mark.parametrize("task", list(FACTS))
@@ -400,7 +471,7 @@ def test_the_word_lists_hold_different_plain_words():
         (CodedWordsProbe, dict(alpha=1.0), "above 1"),
         (CodedWordsProbe, dict(letters=2), "between 4 and 12"),
         (BabiProbe, dict(task="qa4"), "choose one of qa1, qa2, qa3"),
-        (BabiProbe, dict(facts=(1, 5)), "at least 2 facts"),
+        (BabiProbe, dict(task="qa2", facts=(1, 5)), "at least 2 facts"),
         (BabiProbe, dict(facts=(8, 5)), "give the smallest and the largest number"),
         (BabiProbe, dict(between=(0.2, 1.2)), "between 0 and 1"),
         (BabiProbe, dict(between=(0.6, 0.4)), "lower fraction first"),

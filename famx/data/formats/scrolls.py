@@ -1,8 +1,9 @@
 """SCROLLS (Shaham et al., 2022): seven tasks over long English texts.
 
 Official files: `<task>/{train,validation,test}.jsonl`, each line with `id`, `pid`, `input` and
-`output`, or Parquet or Arrow files with these columns. Lines with the same `id` are one example with
-several references, as in SCROLLS' evaluator; the test split has no outputs.
+`output`, or Parquet or Arrow files with these columns: one row for each answer to a question. In the
+train split every row is an example, so that all answers are learnt. In the other splits rows with the same
+`id` are one example with several references, as in SCROLLS' evaluator; the test split has no outputs.
 
 | task | kind | metrics, the first as in the TransformerFAM paper |
 |---|---|---|
@@ -35,6 +36,20 @@ _CHOICES = re.compile(
     r"^ *\(A\)(.*?)^ *\(B\)(.*?)^ *\(C\)(.*?)^ *\(D\)(.*?)(?:\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
+class AnswerRecords:
+    """Rows as published, each with a list `outputs` of its one output."""
+
+    def __init__(self, rows: Records):
+        self.rows, self.num_rows = rows, len(rows)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = self.rows[i]
+        return {**row, "outputs": [] if row["output"] is None else [row["output"]]}
+
+
 class GroupedRecords:
     """Rows with the same `id` as one record with a list `outputs`, in the order of their first rows."""
 
@@ -60,9 +75,13 @@ def _each(rows: Records):
     return (rows[i] for i in range(len(rows)))
 
 
-def open_split(folder: str, split: str) -> GroupedRecords:
-    """Open the examples of a split of `folder`; reads its rows once to group them."""
-    return GroupedRecords(open_rows(folder, split, _COLUMNS))
+def _records(rows: Records, split: str) -> AnswerRecords | GroupedRecords:
+    return AnswerRecords(rows) if split == "train" else GroupedRecords(rows)
+
+
+def open_split(folder: str, split: str) -> AnswerRecords | GroupedRecords:
+    """Open the examples of a split of `folder`; to group its rows they are read once."""
+    return _records(open_rows(folder, split, _COLUMNS), split)
 
 
 class _TfdsRows:
@@ -135,7 +154,7 @@ TASKS = task_factories(
         folders=(os.path.join("scrolls", name), name),
         published=PUBLISHED,
         tfds=f"scrolls/{name}",
-        open_tfds=lambda records, split: GroupedRecords(_TfdsRows(records, split)),
+        open_tfds=lambda records, split: _records(_TfdsRows(records, split), split),
         counts=dict(zip(("train", "validation", "test"), counts)),
     )
     for name, (metrics, counts) in _MEMBERS.items()

@@ -29,6 +29,7 @@ value is not a string.
 
 from famx.data.metrics.answers import (
     accuracy,
+    babilong_accuracy,
     normalize_squad,
     normalize_trivia_qa,
     passkey_accuracy,
@@ -51,6 +52,7 @@ from famx.data.metrics.text_tokens import english_tokens, unicode_tokens
 __all__ = [
     "Texts",
     "accuracy",
+    "babilong_accuracy",
     "bits_per_byte",
     "digit_accuracy",
     "english_tokens",

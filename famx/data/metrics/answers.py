@@ -102,6 +102,33 @@ def string_match_part(targets: Texts, predictions: Sequence[str]) -> dict[str, f
     return mean_over_examples(["string_match_part"], _contained, targets, predictions)
 
 
+def babilong_accuracy(
+    targets: Texts, predictions: Sequence[str], questions: Sequence[str], labels: Sequence[str]
+) -> dict[str, float]:
+    """`{"accuracy"}` of BABILong: predictions whose first sentence names the target and no other label.
+
+    The first sentence ends at the first full stop, or where an example or a context begins. Labels that
+    the question names do not count, and case is ignored.
+
+    Args:
+      targets: the label that is right, of each example.
+      predictions, questions: one string per example.
+      labels: all possible answers.
+
+    Raises:
+      ValueError: as `mean_over_examples`.
+    """
+    if len(questions) != len(predictions):
+        raise ValueError(f"There are {len(predictions)} predictions, but {len(questions)} questions.")
+
+    def named(text: str) -> set[str]:
+        return {label for label in labels if label.lower() in text.lower()}
+
+    first = [re.split(r"\.|<context>|<example>", text.lower())[0] for text in predictions]
+    left = [" ".join(sorted(named(x) - named(question))) for x, question in zip(first, questions)]
+    return accuracy(targets, left)
+
+
 def _contained(reference: str, prediction: str) -> tuple[bool]:
     return (reference.lower() in prediction.lower(),)
 

@@ -1,18 +1,25 @@
 """Stories like those of bAbI's first three tasks, scattered in a long text as in BABILong.
 
 The stories come from a simulator: people walk between places, take objects and put them down. People,
-places, objects and verbs are those of the bAbI tasks (arXiv 1502.05698). The layout is that of BABILong
-(arXiv 2406.10149): all facts in order between the sentences of a long text, and the question last.
+places, objects, verbs and the number of facts are those of the bAbI tasks (arXiv 1502.05698). The prompt
+is that of BABILong (arXiv 2406.10149): instruction, examples, the form of the answer, then all facts in
+order between the sentences of a long text, and the question last.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from famx.data.metrics import babilong_accuracy
+from famx.data.probes.babi_prompts import ANSWERS, PROMPTS
 from famx.data.probes.checks import check_choice, check_fraction
 from famx.data.probes.haystack_probe import HaystackProbe
 from famx.data.probes.probe import CONTENT, PLACES, Parts
+from famx.data.vocabularies import ByteVocabulary
 
 PEOPLE = ("Mary", "John", "Daniel", "Sandra")
 LOCATIONS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
@@ -20,7 +27,16 @@ OBJECTS = ("football", "milk", "apple")
 MOVES = ("moved to", "went to", "journeyed to", "travelled to", "went back to")
 TAKES = ("took", "got", "grabbed", "picked up")
 DROPS = ("dropped", "discarded", "left", "put down")
-FACTS = {"qa1": (2, 10), "qa2": (4, 16), "qa3": (6, 24)}  # smallest and largest number in a story
+# Number of facts before a question of bAbI 1.2, which asks after an even number of them: of qa1 all
+# equally often, of the others at these shares of the questions.
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+FACTS = {
+    "qa1": (2, 4, 6, 8, 10),
+    "qa2": (2, 6, 8, 10, 12, 14, 16, 18, 22, 26, 30, 40),
+    "qa3": (4, 16, 26, 30, 38, 42, 50, 62, 76, 94, 116, 148),
+}
+RECENT = 5  # the answer rests on one of so many last facts, and perhaps on earlier ones
+FEWEST = {"qa1": 1, "qa2": 2, "qa3": 3}  # facts that a question needs
 
 
 class Fact(NamedTuple):
@@ -42,30 +58,37 @@ class Question(NamedTuple):
 class BabiProbe(HaystackProbe):
     """A question about where a person or an object is, or where an object was before its present place.
 
-    The story of an index is the same at every length. The answer is a place; a right output contains
-    it and no other place.
+    The story of an index is the same at every length. A right answer names one place, beside those of the
+    question, in its first sentence (`famx.data.metrics.babilong_accuracy`). Unlike in bAbI, people act
+    only after their place was told; as in bAbI, an object may have been in its present place before, and
+    qa3 asks about its present stay there.
 
     Attributes:
       task: "qa1" (one supporting fact: where a person is), "qa2" (two: where an object is) or "qa3"
         (three: where an object was before its present place).
-      facts: smallest and largest number of facts of a story; None takes those of `FACTS`.
+      instructed: begin with BABILong's instruction, examples and form of the answer. Otherwise the prompt
+        is context and question alone, and the answer is one word.
+      facts: smallest and largest number of facts of a story, all equally likely; None: as in bAbI
+        (`FACTS`).
       between: fractions of the filler between which all facts are placed.
       haystack: "python_docs" or "noise".
     """
 
     haystack: str = "python_docs"
     task: str = "qa1"
+    instructed: bool = True
     facts: tuple[int, int] | None = None
     between: tuple[float, float] = (0.0, 1.0)
+
+    written_tokens: ClassVar[int] = 20
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("task", self.task, tuple(FACTS))
-        fewest, most = self._facts
-        if not FACTS[self.task][0] <= fewest <= most:
+        if self.facts is not None and not FEWEST[self.task] <= self.facts[0] <= self.facts[1]:
             raise ValueError(
-                f"A story of {self.task} has at least {FACTS[self.task][0]} facts, but facts is "
-                f"{(fewest, most)}; give the smallest and the largest number."
+                f"A story of {self.task} has at least {FEWEST[self.task]} facts, but facts is "
+                f"{self.facts}; give the smallest and the largest number."
             )
         for value in self.between:
             check_fraction("between", value)
@@ -73,41 +96,78 @@ class BabiProbe(HaystackProbe):
             raise ValueError(f"A probe's between is {self.between}; give the lower fraction first.")
         self._encode(self._widest().hidden[0])
 
-    @property
-    def _facts(self) -> tuple[int, int]:
-        return FACTS[self.task] if self.facts is None else self.facts
+    @functools.cached_property
+    def min_length(self) -> int:
+        if isinstance(self.vocab, ByteVocabulary):
+            return super().min_length
+        # The longest of the few sentences is known; their bytes would be a bound far too high.
+        size = lambda texts: max(len(self._encode(text)) for text in texts)
+        parts = self._widest()
+        asked = [(q, p) for q in self._all_questions() for p in LOCATIONS]
+        return (
+            len(self._encode(self._header_of_row(parts)))
+            + len(parts.hidden) * size(self.separator + text for text in _all_sentences())
+            + size(self._question(question) for question, _ in asked)
+            + size(self._answer(question, place) for question, place in asked)
+        )
+
+    def score(self, examples: Sequence[Mapping[str, Any]], predictions: Sequence[str]):
+        """`{"accuracy"}` of BABILong; see the class."""
+        answers = [example["references"] for example in examples]
+        return babilong_accuracy(answers, predictions, [e["question"] for e in examples], LOCATIONS)
 
     def _parts(self, index):
         rng = self._rng(index, CONTENT)
-        fewest, most = self._facts
-        number = int(rng.integers(fewest, most + 1))
+        number = self._number_of_facts(rng)
         questions: list[Question] = []
         while not questions:
             story = tell(rng, number, objects=self.task != "qa1")
             questions = ask(self.task, story)
-        text, answer = questions[rng.integers(len(questions))]
+        question = questions[rng.integers(len(questions))]
         low, high = self.between
         depths = low + (high - low) * np.sort(self._rng(index, PLACES).random(number))
-        return self._write([sentence(rng, fact) for fact in story], depths, text, answer)
+        return self._write([sentence(rng, fact) for fact in story], depths, question)
+
+    def _number_of_facts(self, rng: np.random.Generator) -> int:
+        if self.facts is not None:
+            return int(rng.integers(self.facts[0], self.facts[1] + 1))
+        facts = FACTS[self.task]
+        if self.task == "qa1":
+            return facts[rng.integers(len(facts))]
+        return 2 * round(float(np.interp(rng.random() * SHARES[-1], SHARES, facts)) / 2)
 
     def _widest(self):
-        texts = [f"Sandra {verb} the bathroom." for verb in MOVES]
-        texts += [f"Sandra {verb} the football there." for verb in (*TAKES, *DROPS)]
-        number = self._facts[1]
-        question = {"qa1": "Where is Sandra?", "qa2": "Where is the football?"}.get(
-            self.task, "Where was the football before the bathroom?"
-        )
-        return self._write([max(texts, key=len)] * number, np.zeros(number), question, "bathroom")
+        number = (FACTS[self.task] if self.facts is None else self.facts)[-1]
+        question = Question(max(self._all_questions(), key=len), "bathroom")
+        return self._write([max(_all_sentences(), key=len)] * number, np.zeros(number), question)
 
-    def _write(self, facts, depths, question, answer) -> Parts:
+    def _all_questions(self) -> list[str]:
+        if self.task == "qa1":
+            return [f"Where is {person}?" for person in PEOPLE]
+        if self.task == "qa2":
+            return [f"Where is the {thing}?" for thing in OBJECTS]
+        pairs = itertools.product(OBJECTS, LOCATIONS)
+        return [f"Where was the {thing} before the {place}?" for thing, place in pairs]
+
+    def _write(self, facts, depths, question: Question) -> Parts:
         return Parts(
-            header="",
+            header=(PROMPTS[self.task] if self.instructed else "") + "<context>\n",
             hidden=facts,
             depths=depths,
-            question=f"\nQuestion: {question}\nAnswer:",
-            answer=f" {answer}",
-            references=[answer],
+            question=self._question(question.text),
+            answer=self._answer(question.text, question.answer),
+            references=[question.answer],
         )
+
+    def _question(self, question: str) -> str:
+        return f"\n</context>\n\nQuestion: {question}"
+
+    def _answer(self, question: str, place: str) -> str:
+        if not self.instructed:
+            return f"\nAnswer: {place}"
+        words = question.rstrip("?").split()
+        asked = [words[3], words[-1]] if self.task == "qa3" else words[-1:]
+        return f"\nAnswer: {ANSWERS[self.task].format(*asked, place=place)}"
 
 
 def tell(rng: np.random.Generator, number: int, objects: bool) -> list[Fact]:
@@ -140,35 +200,59 @@ def tell(rng: np.random.Generator, number: int, objects: bool) -> list[Fact]:
 
 
 def ask(task: str, story: list[Fact]) -> list[Question]:
-    """All questions of the task that the story answers unambiguously."""
-    where, visited = _follow(story)
+    """All questions of the task that the story answers.
+
+    As in bAbI, the last fact on which the answer rests is one of the story's last `RECENT` ones.
+    """
+    where, visited, touched = _follow(story)
+    recent = lambda number: number >= len(story) - RECENT
     if task == "qa1":
-        return [Question(f"Where is {p}?", where[p]) for p in PEOPLE if p in where]
+        people = [p for p in PEOPLE if p in where and recent(where[p][1])]
+        return [Question(f"Where is {p}?", where[p][0]) for p in people]
     if task == "qa2":
-        return [Question(f"Where is the {o}?", places[-1]) for o, places in visited.items()]
+        objects = [o for o in visited if recent(touched[o])]
+        return [Question(f"Where is the {o}?", visited[o][-1][0]) for o in objects]
     return [
-        Question(f"Where was the {o} before the {places[-1]}?", places[-2])
+        Question(f"Where was the {o} before the {places[-1][0]}?", places[-2][0])
         for o, places in visited.items()
-        if places.index(places[-1]) == len(places) - 1 > 0  # it has been there only once
+        if len(places) > 1 and recent(places[-1][1])
     ]
 
 
-def _follow(story: list[Fact]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The place of every person, and the successive places of every object that was taken."""
-    where: dict[str, str] = {}
+Stay = tuple[str, int]  # a place, and the number of the fact since which somebody or something is there
+
+
+def _follow(story: list[Fact]) -> tuple[dict[str, Stay], dict[str, list[Stay]], dict[str, int]]:
+    """The place of every person; the places of every object that was taken, each unlike the last; and for
+    every such object the number of the last fact about it or its carrier's place."""
+    where: dict[str, Stay] = {}
     holder: dict[str, str] = {}
-    visited: dict[str, list[str]] = {}
-    for person, action, thing in story:
+    visited: dict[str, list[Stay]] = {}
+    touched: dict[str, int] = {}
+    for number, (person, action, thing) in enumerate(story):
         if action == "move":
-            where[person] = thing
+            where[person] = thing, number
             for carried in (o for o, p in holder.items() if p == person):
-                visited[carried].append(thing)
-        elif action == "take":
+                visited[carried].append((thing, number))
+                touched[carried] = number
+            continue
+        touched[thing] = number
+        if action == "take":
             holder[thing] = person
-            visited.setdefault(thing, [where[person]])
+            visited.setdefault(thing, [(where[person][0], number)])
         else:
             del holder[thing]
-    return where, visited
+    return where, visited, touched
+
+
+def _all_sentences() -> list[str]:
+    """Every sentence that a story may have."""
+    moves = itertools.product(PEOPLE, MOVES, LOCATIONS)
+    acts = itertools.product(PEOPLE, (*TAKES, *DROPS), OBJECTS)
+    return [
+        *(f"{person} {verb} the {place}." for person, verb, place in moves),
+        *(f"{p} {verb} the {thing}{end}." for p, verb, thing in acts for end in ("", " there")),
+    ]
 
 
 def sentence(rng: np.random.Generator, fact: Fact) -> str:

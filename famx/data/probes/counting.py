@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import itertools
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from famx.data.probes import words
 from famx.data.probes.checks import check_counts
-from famx.data.probes.probe import CONTENT, FILLER, PLACES, Parts, Probe
+from famx.data.probes.fitting import largest
+from famx.data.probes.probe import CONTENT, FILLER, PLACES, Parts, Probe, check_index
 from famx.data.vocabularies import ByteVocabulary
 
 COMMON_HEADER = (
@@ -36,7 +38,7 @@ LETTERS = np.array([*string.ascii_lowercase])
 
 @dataclasses.dataclass(frozen=True)
 class CountingProbe(Probe):
-    """As much text as fits into the row; dots before the question fill the remaining tokens."""
+    """As much text as fits; in a row, dots before the question fill the remaining tokens."""
 
     def _parts(self, index: int, length: int, size: int) -> Parts:
         """The example for a row of `length` tokens; a larger `size` has more context."""
@@ -71,24 +73,8 @@ class CountingProbe(Probe):
             texts = (parts.header, parts.context, parts.question, parts.answer)
             return parts, [self._encode(text) for text in texts]
 
-        def fits(size: int) -> bool:
-            return sum(map(len, encoded(size)[1])) <= length
-
-        low, largest = self._sizes[0], self._sizes[-1]
-        if not fits(low):
-            raise ValueError(
-                f"{type(self).__name__} does not fit into {length} tokens at its smallest; make the rows "
-                "longer, or let each word appear less often."
-            )
-        high = low + 1
-        while high <= largest and fits(high):
-            low, high = high, min(2 * high, largest + 1)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        while not self._has_one_answer(low):
-            low -= 1
-        parts, (header, context, question, answer) = encoded(low)
+        size = self._largest(lambda size: sum(map(len, encoded(size)[1])), length)
+        parts, (header, context, question, answer) = encoded(size)
         count = length - sum(map(len, (header, context, question, answer)))
         dots = np.full(count, self._encode(".")[-1], np.int32)
         space = self._encode(" ")[:count]
@@ -101,22 +87,51 @@ class CountingProbe(Probe):
             references=parts.references,
         )
 
+    def prompt(self, index, length, room=0):
+        check_index(index)
+
+        @functools.cache
+        def made(size: int) -> tuple[str, list[str]]:
+            parts = self._parts(index, length, size)
+            return parts.header + parts.context + parts.question, parts.references
+
+        size = self._largest(lambda size: 1 + len(self._encode(made(size)[0])) + room, length)
+        inputs, references = made(size)
+        return dict(inputs=inputs, references=references)
+
+    def _largest(self, size_of: Callable[[int], int], length: int) -> int:
+        """The largest size with one answer whose text has at most `length` tokens."""
+        size = largest(size_of, length, self._sizes[0], self._sizes[-1])
+        if size is None:
+            raise ValueError(
+                f"{type(self).__name__} does not fit into {length} tokens at its smallest; make the rows "
+                "longer, or let each word appear less often."
+            )
+        while not self._has_one_answer(size):
+            size -= 1
+        return size
+
 
 @dataclasses.dataclass(frozen=True)
 class CommonWordsProbe(CountingProbe):
     """A numbered list in which ten words appear more often than all others: which are they?
 
-    The texts are RULER's, and so is the metric (`string_match_all`). A longer row has more uncommon
-    words; the answer of an index is the same at every length. Every word is an adjective, a hyphen and a
-    noun, because the word lists here are too short for single words, which RULER has.
+    The texts are RULER's, and so is the metric (`string_match_all`), which ignores the order of the
+    words. All are equally frequent, so the answer names them in alphabetical order, as the demonstration
+    does; RULER's order is that in which they were drawn, which no reader can know. A longer row has more
+    uncommon words; the answer of an index is the same at every length. Every word is an adjective, a
+    hyphen and a noun, because the word lists here are too short for single words, which RULER has.
 
     Attributes:
       num_common: number of common words.
       repeats: number of times that each common word and each other word appears.
       short_repeats: the same for rows shorter than `short_below`.
-      short_below: length from which rows are not short; None: RULER's 4096 tokens, or 16384 bytes.
+      short_below: length from which rows are not short; None: RULER's 4096 tokens, or 16384 bytes, or
+        5 / 4 of the tokens of the shortest list with `repeats` if these are more.
       demonstration: begin with a solved example with a short list, as in RULER.
     """
+
+    written_tokens: ClassVar[int] = 120
 
     num_common: int = 10
     repeats: tuple[int, int] = (30, 3)
@@ -143,10 +158,15 @@ class CommonWordsProbe(CountingProbe):
         return range(self.num_common + 1, words.NUM_COMPOUNDS + 1)
 
     def _is_short(self, length: int) -> bool:
-        # With other vocabularies at least five times the shortest row, into which `repeats` fits.
-        bytes_ = isinstance(self.vocab, ByteVocabulary)
-        default = 16384 if bytes_ else max(4096, 5 * self.min_length)
-        return length < (default if self.short_below is None else self.short_below)
+        return length < (self._default_short_below if self.short_below is None else self.short_below)
+
+    @functools.cached_property
+    def _default_short_below(self) -> int:
+        if isinstance(self.vocab, ByteVocabulary):
+            return 16384
+        parts = self._widest(short=False)
+        texts = (parts.header, parts.context, parts.question, parts.answer)
+        return max(4096, 5 * sum(len(self._encode(text)) for text in texts) // 4)
 
     def _parts(self, index, length, size):
         shown = ""
@@ -159,18 +179,20 @@ class CommonWordsProbe(CountingProbe):
         drawn = _words(self._rng(index, CONTENT), size)
         return self._write(shown, drawn, repeats, self._rng(index, PLACES))
 
-    def _widest(self):
+    def _widest(self, short: bool = True):
         rng = np.random.default_rng(0)
         word = words.LONGEST_COMPOUND
         shown = ""
         if self.demonstration:
-            few = self._write("", [word] * (2 * self.num_common), (3, 1), rng)
+            number, repeats = (2, (3, 1)) if short else (4, (10, 3))
+            few = self._write("", [word] * (number * self.num_common), repeats, rng)
             shown = few.header + few.context + few.question + few.answer + "\n"
-        return self._write(shown, [word] * self._sizes[0], self.short_repeats, rng)
+        repeats = self.short_repeats if short else self.repeats
+        return self._write(shown, [word] * self._sizes[0], repeats, rng)
 
     def _write(self, shown: str, drawn: Sequence[str], repeats, rng: np.random.Generator) -> Parts:
         """Write a list of the words `drawn`, whose first ones are the common ones, in random order."""
-        common, others = list(drawn[: self.num_common]), list(drawn[self.num_common :])
+        common, others = sorted(drawn[: self.num_common]), list(drawn[self.num_common :])
         listed = common * repeats[0] + others * repeats[1]
         order = rng.permutation(len(listed))
         return Parts(
@@ -195,6 +217,8 @@ class CodedWordsProbe(CountingProbe):
       alpha: exponent of the zeta distribution, above 1.
       letters: number of letters of a coded word.
     """
+
+    written_tokens: ClassVar[int] = 50
 
     alpha: float = 2.0
     letters: int = 6

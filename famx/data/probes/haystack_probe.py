@@ -2,27 +2,34 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 
 from famx.data.probes.checks import check_choice
+from famx.data.probes.fitting import largest
 from famx.data.probes.haystacks import (
     Units,
     cyclic_end,
     insert,
+    join_units,
     nearest_places,
     noise_units,
     real_text_units,
 )
-from famx.data.probes.probe import FILLER, Parts, Probe
+from famx.data.probes.passkey_text import REPEATED_FILLER
+from famx.data.probes.probe import FILLER, Parts, Probe, check_index
+from famx.data.probes.python_docs import python_docs_sentences
 
 
 @dataclasses.dataclass(frozen=True)
 class HaystackProbe(Probe):
     """Texts inserted between the sentences of a haystack, each at its own depth.
 
-    The haystack is cut at its beginning to fit: all its sentences but the first are whole.
+    The haystack of a row is cut at its beginning to fit: all its sentences but the first are whole. That
+    of a prompt is not cut: it has as many whole sentences as fit, joined by the separator.
 
     Attributes:
       haystack: "noise" (one text repeated on every line) or "python_docs" (the documentation of the
@@ -54,7 +61,7 @@ class HaystackProbe(Probe):
     @functools.cached_property
     def min_length(self) -> int:
         parts = self._widest()
-        texts = [parts.header, parts.question, parts.answer]
+        texts = [self._header_of_row(parts), parts.question, parts.answer]
         return sum(map(self._bound, [*texts, *(self.separator + text for text in parts.hidden)]))
 
     @functools.cached_property
@@ -63,7 +70,8 @@ class HaystackProbe(Probe):
 
     def _row(self, index, length):
         parts = self._parts(index)
-        header, question, answer = map(self._encode, (parts.header, parts.question, parts.answer))
+        texts = (self._header_of_row(parts), parts.question, parts.answer)
+        header, question, answer = map(self._encode, texts)
         hidden = [self._encode(self.separator + text) for text in parts.hidden]
         used = len(header) + len(question) + len(answer) + sum(map(len, hidden))
         filler, places = self._filler(index, length - used)
@@ -76,6 +84,43 @@ class HaystackProbe(Probe):
             filler_tokens=len(filler),
             references=parts.references,
         )
+
+    def prompt(self, index, length, room=0):
+        check_index(index)
+        parts = self._parts(index)
+        source, sentences = self._sentences(index), list[str]()
+
+        def text(number: int) -> str:
+            """The prompt with `number` sentences."""
+            sentences.extend(itertools.islice(source, max(number - len(sentences), 0)))
+            pieces, used = [], 0
+            for hidden, depth in zip(parts.hidden, parts.depths):
+                place = int(depth * number)
+                pieces += [*sentences[used:place], hidden]
+                used = place
+            context = self.separator.join([*pieces, *sentences[used:number]])
+            return parts.header + context + parts.question
+
+        number = largest(lambda n: 1 + len(self._encode(text(n))) + room, length)
+        if number is None:
+            raise ValueError(
+                f"Example {index} of {type(self).__name__} does not fit into {length} tokens, of which "
+                f"{room} are for the answer, even without a haystack; {self._too_short}."
+            )
+        extra = dict(question=parts.question, sentences=number)
+        return dict(inputs=text(number), references=parts.references, **extra)
+
+    def _header_of_row(self, parts: Parts) -> str:
+        """The header of a row, in which the separator before the first sentence may be its line break."""
+        return parts.header.removesuffix(self.separator)
+
+    def _sentences(self, index: int) -> Iterator[str]:
+        """The sentences of the haystack without separators, in order and without end."""
+        if self.haystack == "noise":
+            return itertools.repeat(REPEATED_FILLER)
+        sentences = python_docs_sentences(self.split == "eval")
+        start = int(self._rng(index, FILLER).integers(len(sentences)))
+        return itertools.islice(itertools.cycle(sentences), start, None)
 
     def _filler(self, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Int32 `[count]` filler, and the sorted places between its sentences."""
@@ -90,4 +135,12 @@ class HaystackProbe(Probe):
         """The haystack's sentences, of at least `count` tokens or to be read cyclically."""
         if self.haystack == "python_docs":
             return real_text_units(self.vocab, self.separator, self.split == "eval")
-        return noise_units(self.vocab, self.separator)
+        if self.haystack == "noise":
+            return noise_units(self.vocab, self.separator)
+        encoded, size = [], 0
+        for sentence in self._sentences(index):
+            encoded.append(self._encode(self.separator + sentence))
+            size += len(encoded[-1])
+            if size >= count:
+                break
+        return join_units(encoded)

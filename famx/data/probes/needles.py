@@ -2,7 +2,7 @@
 
 import dataclasses
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -10,19 +10,18 @@ import numpy as np
 from famx.data.probes import words
 from famx.data.probes.checks import check_choice, check_counts, check_fraction
 from famx.data.probes.haystack_probe import HaystackProbe
-from famx.data.probes.haystacks import join_units
 from famx.data.probes.probe import CONTENT, FILLER, PLACES, Parts
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 SEVERAL = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will "
-    "quiz you about the {kind} afterwards.",
+    "quiz you about the {kind} afterwards.\n",
     "\nWhat are all the special magic {kind} for {query} mentioned in the provided text? The special "
     "magic {kind} for {query} mentioned in the provided text are",
 )
 SINGLE = (
     "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz "
-    "you about the {kind} afterwards.",
+    "you about the {kind} afterwards.\n",
     "\nWhat is the special magic {kind} for {query} mentioned in the provided text? The special magic "
     "{kind} for {query} mentioned in the provided text is",
 )
@@ -109,9 +108,8 @@ class NeedleProbe(HaystackProbe):
         header, question = SINGLE if len(answers) == 1 else SEVERAL
         kind = self.values[:-1] if len(answers) == 1 else self.values
         query = ", and ".join(filter(None, [", ".join(asked[:-1]), asked[-1]]))
-        gap = "\n" if self.separator == " " else ""
         return Parts(
-            header=header.format(kind=kind) + gap,
+            header=header.format(kind=kind),
             hidden=[NEEDLE.format(kind=self.values, key=key, value=value) for key, value in needles],
             depths=depths,
             question=question.format(kind=kind, query=query),
@@ -119,19 +117,16 @@ class NeedleProbe(HaystackProbe):
             references=list(answers),
         )
 
-    def _units(self, index, count):
-        if self.haystack != "needles":
-            return super()._units(index, count)
+    def _sentences(self, index):
+        return self._other_needles(index) if self.haystack == "needles" else super()._sentences(index)
+
+    def _other_needles(self, index: int) -> Iterator[str]:
         keys, values, _ = self._content(index)
         taken = {*keys, *(value for of_key in values for value in of_key)}
         rng = self._rng(index, FILLER)
-        encoded, size = [], 0
-        while size < count or not encoded:
+        while True:
             (key,), (value,) = distinct(rng, self.keys, 1, taken), distinct(rng, self.values, 1, taken)
-            text = NEEDLE.format(kind=self.values, key=key, value=value)
-            encoded.append(self._encode(self.separator + text))
-            size += len(encoded[-1])
-        return join_units(encoded)
+            yield NEEDLE.format(kind=self.values, key=key, value=value)
 
 
 def distinct(

@@ -4,17 +4,20 @@ A probe hides something in a long row and asks for it at the end. Layout, in tok
 
     header, context that fills the row, question, answer
 
-The parts are encoded one by one, so a prompt as text (`inputs`) is the decoded prompt ids. With bytes
-both are the same text; another vocabulary may split the text differently when it encodes it as a whole.
+The parts are encoded one by one, so a row's prompt as text (`inputs`) is the decoded prompt ids. With
+bytes both are the same text; another vocabulary may split the text differently when it encodes it as a
+whole. `prompt` is the example as its benchmark publishes it, a text without any part that is cut, for
+answers that a model writes; `score` is the benchmark's metric of these.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
+from famx.data.metrics import string_match_all
 from famx.data.probes.checks import check_choice
 from famx.data.rows import decoder_batch
 from famx.data.tasks.kinds import SPLITS
@@ -43,6 +46,7 @@ class Probe:
     seed: int = 0
     split: str = "train"
 
+    written_tokens: ClassVar[int] = 128  # number of tokens that an answer may have, as in RULER
     _too_short: ClassVar[str] = "make the rows longer"  # the advice if a row is too short
 
     def __post_init__(self):
@@ -104,8 +108,7 @@ class Probe:
 
     def _weighted_row(self, index: int, length: int) -> dict[str, Any]:
         """An example without the prompt as text, which batches do not need."""
-        if index < 0:
-            raise ValueError(f"Probe examples are numbered from 0, but index is {index}.")
+        check_index(index)
         if length < self.min_length:
             raise ValueError(
                 f"A row of {type(self).__name__} needs at least {self.min_length} tokens, but the "
@@ -117,6 +120,36 @@ class Probe:
         weights = row.setdefault("weights", np.zeros(length, np.float32))
         weights[answer_start:] = self.answer_weight
         return row
+
+    def prompt(self, index: int, length: int, room: int = 0) -> dict[str, Any]:
+        """Make example `index` as text, whose answer is to be written.
+
+        Unless a subclass has a published text, it is the row of `length` tokens without its answer.
+
+        Args:
+          index: number of the example, at least 0.
+          length: largest number of tokens of bos, the text (encoded as a whole) and `room`.
+          room: number of tokens that are kept free for the answer.
+
+        Returns:
+          inputs str: the prompt.
+          references list of str: the strings that a right answer contains.
+          A subclass may add more, which its `score` reads.
+
+        Raises:
+          ValueError: the length is too short for the probe, or the index is negative.
+        """
+        row = self.example(index, length)
+        return {name: row[name] for name in ("inputs", "references")}
+
+    def score(
+        self, examples: Sequence[Mapping[str, Any]], predictions: Sequence[str]
+    ) -> dict[str, float]:
+        """The benchmark's metric of written answers to prompts, by its name, on a scale of 0 to 100.
+
+        Unless a subclass says otherwise, RULER's `string_match_all`.
+        """
+        return string_match_all([example["references"] for example in examples], predictions)
 
     def batch(self, indices: Sequence[int], length: int) -> dict[str, np.ndarray]:
         """Make the rows `indices` as a batch for a decoder.
@@ -159,10 +192,11 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The texts of an example. The answer begins with the space that separates it from the question.
+    """The texts of an example. The answer begins with what separates it from the question.
 
     Attributes:
-      header, question, answer: see the module's docstring.
+      header, question, answer: see the module's docstring. Of a probe with a haystack, the header ends
+        with the line break before the first sentence.
       references: the strings that a right answer contains.
       hidden: texts to insert, in the order of their depths.
       depths: for each of them, the fraction of the filler that precedes it.
@@ -178,7 +212,7 @@ class Parts:
     context: str = ""
 
 
-def text_form(probe: Probe, index: int, length: int) -> dict[str, Any]:
-    """An example as text: `inputs` str, the prompt, and `references` list of str."""
-    example = probe.example(index, length)
-    return {name: example[name] for name in ("inputs", "references")}
+def check_index(index: int) -> None:
+    """Raise ValueError if the number of an example is negative."""
+    if index < 0:
+        raise ValueError(f"Probe examples are numbered from 0, but index is {index}.")

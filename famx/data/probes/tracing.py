@@ -1,7 +1,9 @@
 """Variable tracking: RULER's chains of assignments in a haystack (arXiv 2404.06654)."""
 
 import dataclasses
+import functools
 import string
+from typing import ClassVar
 
 import numpy as np
 
@@ -10,11 +12,11 @@ from famx.data.probes.haystack_probe import HaystackProbe
 from famx.data.probes.passkey_text import REPEATED_FILLER
 from famx.data.probes.probe import CONTENT, PLACES, Parts
 
-HEADER = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n"
+HEADER = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 QUESTION = (
     "\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: "
     "According to the chain(s) of variable assignment in the text above, {number} variables are assigned "
-    "the value {value}, they are:"
+    "the value {value}, they are: "
 )
 LETTERS = np.array([*string.ascii_uppercase])
 
@@ -30,8 +32,10 @@ class VariableProbe(HaystackProbe):
     Attributes:
       num_chains: number of chains, each with a different value.
       num_hops: number of assignments from one variable to the next in each chain.
-      demonstration: begin with a solved example with short names, as in RULER.
+      demonstration: begin with a solved example with short names and about 500 tokens, as in RULER.
     """
+
+    written_tokens: ClassVar[int] = 30
 
     num_chains: int = 1
     num_hops: int = 4
@@ -61,15 +65,15 @@ class VariableProbe(HaystackProbe):
         return self._write(shown, names, values, range(number), np.zeros(number))
 
     def _write(self, shown, names, values, order, depths) -> Parts:
-        end = "." if self.haystack == "python_docs" else ""
-        statements = [text + end for text in _statements(names, values)]
-        gap = "\n" if self.haystack == "python_docs" else ""
+        statements = _statements(names, values)
+        if self.haystack == "python_docs":
+            statements = [text.strip() + "." for text in statements]
         return Parts(
-            header=shown + HEADER + gap,
+            header=shown + HEADER,
             hidden=[statements[i] for i in order],
             depths=depths,
             question=QUESTION.format(value=values[0], number=self.num_hops + 1),
-            answer=" " + " ".join(names[0]),
+            answer=" ".join(names[0]),  # RULER's question ends with a space
             references=names[0],
         )
 
@@ -78,7 +82,7 @@ class VariableProbe(HaystackProbe):
         names, few = self._names(rng, 5), self._names(rng, 3)
         drawn = 10_000 + rng.choice(90_000, 2 * self.num_chains, replace=False)
         values, others = np.split(drawn.astype(str), 2)
-        shown = self._demonstration(few, others.tolist()) if self.demonstration else ""
+        shown = self._demonstration(rng, few, others.tolist()) if self.demonstration else ""
         return shown, names, values.tolist()
 
     def _names(self, rng: np.random.Generator, letters: int) -> list[list[str]]:
@@ -89,11 +93,25 @@ class VariableProbe(HaystackProbe):
         names = ["".join(word) for word in spelled]
         return [names[i : i + count] for i in range(0, len(names), count)]
 
-    def _demonstration(self, names: list[list[str]], values: list[str]) -> str:
-        """A short solved example in which a line of noise follows every statement."""
-        lines = [f"\n{text}\n{REPEATED_FILLER}" for text in _statements(names, values)]
+    def _demonstration(
+        self, rng: np.random.Generator, names: list[list[str]], values: list[str]
+    ) -> str:
+        """A solved example in noise, whatever the haystack; two spaces precede RULER's solution."""
+        lines = [REPEATED_FILLER] * self._noise_of_demonstration
+        statements = _statements(names, values)
+        places = np.sort(rng.integers(len(lines), size=len(statements)))
+        for number, (place, text) in enumerate(zip(places.tolist(), statements)):
+            lines.insert(place + number, text)
         question = QUESTION.format(value=values[0], number=self.num_hops + 1)
-        return HEADER + "".join(lines) + question + " " + " ".join(names[0]) + "\n\n"
+        return HEADER + "\n".join(lines) + question + " " + " ".join(names[0]) + "\n\n"
+
+    @functools.cached_property
+    def _noise_of_demonstration(self) -> int:
+        """Number of lines of noise with which a demonstration has 500 tokens; RULER has 5 at least."""
+        names = [["A" * 3] * (self.num_hops + 1)] * self.num_chains
+        text = HEADER + "\n".join(_statements(names, ["12345"] * self.num_chains)) + QUESTION
+        line = len(self._encode("\n" + REPEATED_FILLER))
+        return max((500 - len(self._encode(text))) // line, 5)
 
 
 def _statements(names: list[list[str]], values: list[str]) -> list[str]:
@@ -101,5 +119,6 @@ def _statements(names: list[list[str]], values: list[str]) -> list[str]:
     texts = []
     for chain, value in zip(names, values):
         texts.append(f"VAR {chain[0]} = {value}")
-        texts += [f"VAR {new} = VAR {old}" for old, new in zip(chain, chain[1:])]
+        # RULER's assignments of variables end with a space.
+        texts += [f"VAR {new} = VAR {old} " for old, new in zip(chain, chain[1:])]
     return texts

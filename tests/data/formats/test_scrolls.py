@@ -1,5 +1,6 @@
 """SCROLLS: official files, written by the test, as examples; rows of one id are references."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import famx.data
 from famx.base.errors import ConfigError
 from famx.data.formats import scrolls
 from famx.data.storage.records import write_tfrecords
+from famx.data.tools.prepare import prepare
 
 NAMES = ["qasper", "quality", "narrative_qa", "gov_report", "summ_screen_fd", "qmsum", "contract_nli"]
 
@@ -45,6 +47,28 @@ def test_rows_of_one_id_are_one_example_with_their_outputs(tmp_path, place, newl
     assert [example["id"] for example in examples] == ["a", "b", "c"]
     assert [example["references"] for example in examples] == [["yes", "no", "yes"], ["𝔘𝔫𝔦 🙂"], [""]]
     assert examples[2]["inputs"] == "שלום 世界\n\nx\n\n" and examples[1]["targets"] == "𝔘𝔫𝔦 🙂"
+
+
+@pytest.mark.parametrize("name", ["qasper", "narrative_qa"])
+def test_every_answer_of_the_train_split_is_learnt_and_the_others_are_references(tmp_path, name):
+    rows = [row("a", "yes"), row("b", "x", "Why?\n\nB"), row("a", "no", k=1), row("a", "perhaps", k=2)]
+    write(tmp_path / "data" / name / "train.jsonl", rows)
+    write(tmp_path / "data" / name / "validation.jsonl", rows)
+    write(tmp_path / "data" / name / "test.jsonl", [{**x, "output": None} for x in rows])
+    of = task(name, tmp_path / "data")
+    learnt = [("a", "yes"), ("b", "x"), ("a", "no"), ("a", "perhaps")]
+    found = [(x["id"], x["targets"], x["references"]) for x in of.examples("train")]
+    assert found == [(id, answer, [answer]) for id, answer in learnt]
+    assert len(of) == len(of.documents("train")) == 4
+    texts = [of.vocab.decode(of[i][0][of[i][1] > 0][:-1]) for i in range(4)]  # the last is eos
+    assert texts == [answer for _, answer in learnt]
+    assert [x["references"] for x in of.examples("validation")] == [["yes", "no", "perhaps"], ["x"]]
+    # Prepared records are the same examples.
+    of = dataclasses.replace(of, counts={})
+    prepare(of, str(tmp_path / "data"), str(tmp_path / "out"), message=str)
+    prepared = task(name, tmp_path / "out")
+    for split in ("train", "validation"):
+        assert list(prepared.examples(split)) == list(of.examples(split))
 
 
 @settings(max_examples=40, deadline=None)
