@@ -14,9 +14,17 @@ With `health=True`, a model with memory also reports scalars named `memory/...`:
 (`memory/zeroed/...`). The difference between the two scores is what the memory contributes.
 """
 
+from famx.evaluation.lm_eval_tasks import LmEvaluation
 from famx.evaluation.passkey import PROBES, PasskeyEvaluation
 from famx.evaluation.task import TaskEvaluation
 from famx.evaluation.text import TextEvaluation
 from famx.evaluation.text_task import TextTaskEvaluation
 
-__all__ = ["PROBES", "PasskeyEvaluation", "TaskEvaluation", "TextEvaluation", "TextTaskEvaluation"]
+__all__ = [
+    "LmEvaluation",
+    "PROBES",
+    "PasskeyEvaluation",
+    "TaskEvaluation",
+    "TextEvaluation",
+    "TextTaskEvaluation",
+]

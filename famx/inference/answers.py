@@ -10,6 +10,7 @@ import numpy as np
 
 from famx.data.vocabularies import Vocabulary
 from famx.decoding import Sampling, Streamer, generate
+from famx.inference.prefixes import PrefixReader
 from famx.inference.prompts import Example
 from famx.modules import DecoderState
 
@@ -41,7 +42,8 @@ class Answers:
         num_samples: int,
         random_seed: int,
     ):
-        self.streamer, self.vocabulary, self.memory = streamer, vocabulary, memory
+        self.streamer, self.vocabulary = streamer, vocabulary
+        self._reader = PrefixReader(streamer, batch_size, memory)
         self.batch_size, self.sampling, self.num_samples = batch_size, sampling, num_samples
 
         @functools.partial(jax.jit, donate_argnums=2 if num_samples == 1 else ())
@@ -65,7 +67,8 @@ class Answers:
           of `famx.inference`, and the number of tokens read and written.
         """
         prompts = [example.prompt for example in batch]
-        logits, state = self.streamer.read(params, self._start(params), *self._pad(prompts))
+        state = self._reader.start(params)
+        logits, state = self.streamer.read(params, state, *self._reader.pad(prompts))
         lines, max_tokens = np.zeros((2, self.batch_size), np.int32)
         lines[: len(batch)] = [example.line for example in batch]
         max_tokens[: len(batch)] = self.sampling.max_new_tokens  # 0 for padding rows: they end at once
@@ -95,23 +98,9 @@ class Answers:
           `(scores, num_tokens)`: a dict with `score` and `num_tokens` per example, as in the output lines
           of `famx.inference`, and the number of tokens read.
         """
-        # The prompt is read once without its last token, which predicts the first token of every target
-        # and is therefore read again in front of each.
-        state, (prompts, lengths) = self._start(params), self._pad([e.prompt[:-1] for e in batch])
-        if lengths.any():
-            _, state = self.streamer.read(params, state, prompts, lengths)
         pairs = [(row, k) for row, example in enumerate(batch) for k in range(len(example.targets))]
-        pairs.sort(key=lambda pair: len(batch[pair[0]].targets[pair[1]]))
-        scores = {}
-        for i in range(0, len(pairs), self.batch_size):
-            part = pairs[i : i + self.batch_size]
-            targets = [batch[row].targets[k] for row, k in part]
-            inputs = [np.append(batch[row].prompt[-1:], t[:-1]) for (row, _), t in zip(part, targets)]
-            rows = np.zeros(self.batch_size, np.int32)
-            rows[: len(part)] = [row for row, _ in part]
-            (tokens, lengths), (targets, _) = self._pad(inputs), self._pad(targets)
-            (log_p, _), _ = self.streamer.score(params, state.take(rows), tokens, targets, lengths)
-            scores |= zip(part, log_p.sum(axis=1, dtype=np.float64).tolist())
+        texts = [(batch[row].prompt, batch[row].targets[k]) for row, k in pairs]
+        scores = {pairs[i]: score for i, score, _ in self._reader.log_likelihoods(params, texts)}
         results = []
         for row, example in enumerate(batch):
             score = [scores[row, k] for k in range(len(example.targets))]
@@ -120,20 +109,6 @@ class Answers:
                 score, count = score[0], count[0]
             results.append({"score": score, "num_tokens": count})
         return results, sum(len(e.prompt) + sum(map(len, e.targets)) for e in batch)
-
-    def _start(self, params) -> DecoderState:
-        if self.memory is None:
-            return self.streamer.initial_state(params, self.batch_size)
-        return self.memory.take(np.zeros(self.batch_size, np.int32))
-
-    def _pad(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Pad to `batch_size` rows: tokens int32 `[batch_size, L]`, lengths int64 `[batch_size]`."""
-        lengths = np.zeros(self.batch_size, np.int64)
-        lengths[: len(rows)] = [len(row) for row in rows]
-        tokens = np.zeros((self.batch_size, lengths.max()), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-        return tokens, lengths
 
     def _text(self, ids: Sequence[int]) -> str:
         # A model may have more ids than its vocabulary; those have no text.

@@ -100,6 +100,29 @@ class ChatTemplate:
         end = self._ends.match(after) if ended else None
         return self._encode(after if end is None else after[end.end() :])
 
+    def text(self, messages: Sequence[Mapping[str, str]], prompt: bool = True) -> str:
+        """The text of a whole conversation, for programs that pass prompts on as text.
+
+        Special tokens are spelled out, and so are those that a message spells: only for messages that may
+        contain some, as those of a benchmark.
+
+        Args:
+          messages: `{"role": ..., "content": ...}` each; the template sees no other system message.
+          prompt: whether the text ends where an answer starts; otherwise it ends with the last message,
+            which may then be continued.
+
+        Raises:
+          ConfigError: the template rejects the messages, or drops the last one.
+        """
+        text = self._fill(messages, prompt, self._names)
+        if prompt:
+            return text
+        last = messages[-1]["content"]
+        for ending in (last, last.strip()):  # most templates strip messages
+            if ending in text:
+                return text[: text.rindex(ending) + len(ending)]
+        raise ConfigError("The chat template drops the last message, so it cannot be continued.")
+
     def _user(self, message: str) -> dict[str, str]:
         return {"role": "user", "content": self._break(message)}
 
@@ -122,7 +145,9 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Mapping], prompt: bool = True, begin: bool = True) -> str:
         if self._system is not None:
             messages = [{"role": "system", "content": self._break(self._system)}, *messages]
-        names = self._names if begin else {**self._names, "bos_token": ""}
+        return self._fill(messages, prompt, self._names if begin else {**self._names, "bos_token": ""})
+
+    def _fill(self, messages: Sequence[Mapping], prompt: bool, names: Mapping[str, str]) -> str:
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **names
