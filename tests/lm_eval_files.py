@@ -23,11 +23,11 @@ def write_lines(path: pathlib.Path, rows) -> str:
 
 def write_tasks(folder: pathlib.Path, **changes) -> list[str]:
     """Tasks of each kind of request about eight capitals; `changes` of the written one. Their names."""
-    names = list(CAPITALS.values())
-    rows = [
-        {"country": country, "capital": name, "choices": names[i % 5 : i % 5 + 4], "answer": i % 4}
-        for i, (country, name) in enumerate(CAPITALS.items())
-    ]  # fmt: skip
+    rows = []
+    for i, (country, capital) in enumerate(CAPITALS.items()):
+        others = 2 * [name for name in CAPITALS.values() if name != capital]
+        choices = [*others[i : i + i % 4], capital, *others[i + i % 4 : i + 3]]
+        rows.append({"country": country, "capital": capital, "choices": choices, "answer": i % 4})
     common = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": write_lines(folder / "capitals.jsonl", rows)}},

@@ -45,6 +45,7 @@ MODEL_PACKAGES, MODEL_LIBRARIES = ("modules", "memories"), {"jax", "flax", "nump
 # The files that may import a library which is slow to import or hard to install.
 TENSORFLOW = ("t5x", "t5x.*", "data.seqio*")
 PLACES = {
+    "lm_eval": ("evaluation.lm_eval_model", "evaluation.lm_eval_tasks"),
     "t5x": ("t5x", "t5x.*"),
     "tensorflow": TENSORFLOW,
     "tensorflow_datasets": TENSORFLOW,

@@ -138,10 +138,12 @@ class FamxLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int | None:
+        """Id of end of text, or None."""
         return self.vocabulary.eos_id
 
     @property
     def prefix_token_id(self) -> int | None:
+        """Id of the token that stands for an empty context."""
         ids = (self._prefix, self.vocabulary.bos_id, self.vocabulary.eos_id)
         return next((i for i in ids if i is not None), None)
 

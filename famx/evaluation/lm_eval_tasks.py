@@ -204,7 +204,7 @@ def _sentence(error: Exception) -> str | None:
             " Fetch it where there is a network, or give the task local files (docs/lm_eval.md)."
         )
     if isinstance(error, ImportError):
-        return f"A task of lm-eval needs a package that is not installed: {text}."
+        return f"lm-eval needs a package that is not installed: {text}."
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     if isinstance(error, ValueError) and frame.f_globals["__name__"].startswith("lm_eval.config"):
         return f"{text}."

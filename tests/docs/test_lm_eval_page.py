@@ -66,9 +66,9 @@ def test_a_task_of_ruler_is_made_with_the_models_tokenizer(tmp_path):
     file = tmp_path / "tokenizer" / "tokenizer_config.json"
     names = {**json.loads(file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
     file.write_text(json.dumps(names))
-    metadata = {"tokenizer": folder, "max_seq_lengths": [1024]}
+    metadata = {"tokenizer": folder, "max_seq_lengths": [4096]}
     found, longest = long_task("niah_single_1", metadata)
-    assert found["niah_single_1/1024"] == 0 and longest > 1500
+    assert found["niah_single_1/4096"] == 0 and longest > 6000
 
 
 def long_task(name, metadata=None):
