@@ -44,9 +44,9 @@ def write_tasks(folder: pathlib.Path, **changes) -> list[str]:
         },
         "capitals_written": {
             "output_type": "generate_until",
-            "doc_to_text": "Question: What is the capital of {{country}}?\nAnswer:",
-            "doc_to_target": "{{capital}}",
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
+            "doc_to_text": "The capital of {{country}} is",
+            "doc_to_target": " {{capital}}",
+            "generation_kwargs": {"until": [".", ","], "max_gen_toks": 12, "do_sample": False},
             "metric_list": [{"metric": "exact_match", **mean}],
             **changes,
         },
