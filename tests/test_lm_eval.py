@@ -283,6 +283,14 @@ def test_wrong_batch_sizes(size):
 def test_batch_sizes_of_the_command():
     assert FamxLM(loaded(), batch_size="auto:4").batch_size == 8
     assert FamxLM(loaded(), batch_size="3", device="cuda:0").batch_size == 3
+    arguments, flags = {"checkpoint": loaded(), "batch_size": 5}, {"batch_size": 1, "device": None}
+    assert FamxLM.create_from_arg_obj(arguments, flags).batch_size == 5
+    assert FamxLM.create_from_arg_obj({"checkpoint": loaded()}, flags).batch_size == 1
+
+
+def test_arguments_as_one_text(directory):
+    lm = FamxLM.create_from_arg_string(f"checkpoint={directory},batch_size=3,add_bos_token=True")
+    assert lm.batch_size == 3 and lm.tok_encode("the")[0] == lm.vocabulary.bos_id
 
 
 # ---------------------------------------------------------------- the evaluation

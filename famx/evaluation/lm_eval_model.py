@@ -16,6 +16,7 @@ import tqdm
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import simple_parse_args_string
 
 import famx
 from famx.base.errors import ConfigError
@@ -106,6 +107,21 @@ class FamxLM(TemplateLM):
             raise ConfigError(
                 "The vocabulary has no begin-of-text and no end-of-text token: set prefix_token_id."
             )
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "FamxLM":
+        """The model of `--model_args`, which override flags of lm-eval such as `--batch_size`."""
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**flags, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> "FamxLM":
+        """As `create_from_arg_obj`, of a text NAME=VALUE,..."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     # ------ The model
 
