@@ -1,6 +1,8 @@
 """The page on lm-evaluation-harness: its tasks run, and those of long-context groups on local files."""
 
 import json
+import sys
+import types
 import zipfile
 
 import pytest
@@ -101,10 +103,14 @@ class Scrolls(evaluate.Metric):
 '''
 
 
-def test_a_task_of_scrolls_reads_the_zip_files_that_a_module_names(tmp_path):
-    pytest.importorskip(
-        "transformers.data.metrics", reason="this transformers has no transformers.data.metrics"
-    )
+def test_a_task_of_scrolls_reads_the_zip_files_that_a_module_names(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    try:
+        import transformers.data.metrics  # noqa: F401
+    except ImportError:  # newer ones have none; SCROLLS imports it for Qasper, which is not run here
+        metrics = types.ModuleType("transformers.data.metrics")
+        metrics.squad_metrics = None
+        monkeypatch.setitem(sys.modules, metrics.__name__, metrics)
     data, tasks = tmp_path / "scrolls", tmp_path / "tasks"
     data.mkdir(), tasks.mkdir()
     (data / "scrolls.py").write_text(METRIC)
