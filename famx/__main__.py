@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "train": "famx.train",
     "eval": "famx.eval",
+    "lm-eval": "famx.lm_eval",
     "infer": "famx.infer",
     "chat": "famx.chat",
     "memory": "famx.memory",

@@ -46,6 +46,7 @@ WITH_TOKAMAX = "modules.attention.tokamax"  # used only where that optional libr
 # The files that may import a library which is slow to import or hard to install.
 TENSORFLOW = ("t5x", "t5x.*", "data.seqio*")
 PLACES = {
+    "lm_eval": ("evaluation.lm_eval_model", "evaluation.lm_eval_tasks"),
     "t5x": ("t5x", "t5x.*"),
     "tensorflow": TENSORFLOW,
     "tensorflow_datasets": TENSORFLOW,

@@ -88,7 +88,7 @@ def _help_text(main: Callable[[], Any]) -> str:
     for source in (main.__module__, sys.argv[0]):  # absl knows flags of `__main__` by the program's name
         names |= dict.fromkeys(flag.name for flag in flags.FLAGS.get_key_flags_for_module(source))
     about = (module.get("__doc__") or "").strip()
-    lines = [about, "", f"Usage: {program} [--FLAG=VALUE ...]", "", "Flags:"]
+    lines = [about, "", f"Usage: {program} [--FLAG=VALUE ...]", *(["", "Flags:"] if names else [])]
     for name in names:
         flag = flags.FLAGS[name]
         choices = re.match(r"(<.+?>): ", flag.help)

@@ -117,7 +117,10 @@ def parse_gin_flags(unneeded: Sequence[str] = ()) -> None:
 
 
 def run(
-    main: Callable[[], Any], define_flags: Callable[[], None] | None = None, gin_flags: bool = True
+    main: Callable[[], Any],
+    define_flags: Callable[[], None] | None = None,
+    gin_flags: bool = True,
+    own_flags: bool = True,
 ) -> None:
     """Runs a main under absl; a ConfigError ends it in one sentence, with exit code 2.
 
@@ -125,11 +128,15 @@ def run(
       main: what to run; it takes its flags from `absl.flags.FLAGS`.
       define_flags: declares the flags of the main; None: it has none, or declared them when imported.
       gin_flags: whether gin configures the main, so that gin's flags are declared too.
+      own_flags: whether the arguments are flags; if not, the main reads them from `sys.argv`, and only
+        `--help` as the first of them is answered here.
     """
     command_line.declare(define_gin_flags if gin_flags else None, define_flags)
 
     def flags_parser(argv: list[str]) -> list[str]:
         settings = "settings are --gin_file and --gin.NAME=VALUE." if gin_flags else "see --help."
+        if not own_flags:
+            argv = argv[:2] if argv[1:2] in (["-h"], ["--help"]) else argv[:1]
         command_line.parse(rewrite_gin_args(argv) if gin_flags else argv, main, settings)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax reports every step of every save

@@ -93,9 +93,9 @@ class Streamer:
             return state.map_examples(lambda x, axis: nn.with_logical_constraint(x, names(x, axis)))
 
         @functools.partial(jax.jit, donate_argnums=(2,), static_argnames="sampling")
-        def write(params, logits, state, seeds, samples, sampling):
+        def write(params, logits, state, seeds, samples, room=None, *, sampling):
             keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seeds, samples)
-            return generate(self.module, params, logits, state, sampling, keys)
+            return generate(self.module, params, logits, state, sampling, keys, room)
 
         @functools.partial(jax.jit, static_argnums=2)
         def repeat(logits, state, samples):
@@ -161,13 +161,22 @@ class Streamer:
         return tuple(out), state
 
     def generate(
-        self, params, logits, state: DecoderState, sampling: Sampling, seeds=None, samples: int = 1
+        self,
+        params,
+        logits,
+        state: DecoderState,
+        sampling: Sampling,
+        seeds=None,
+        samples: int = 1,
+        room=None,
     ) -> Generation:
         """Continues each example; `logits` and `state` as `read` returned them, the state is donated.
 
         Args:
           seeds: random seed of each example, int `[B]`; None: 0, 1, ...
           samples: continuations per example; row `i * samples + j` is sample `j` of example `i`.
+          room: maximum number of tokens of each continuation, int `[B * samples]`; None:
+            `sampling.max_new_tokens`.
 
         Returns:
           A `Generation` of `B * samples` rows, on the device.
@@ -184,7 +193,8 @@ class Streamer:
             seeds = np.repeat(seeds, samples)
             logits, state = self._repeat(logits, state, samples)
         seeds = (seeds % 2**32).astype(np.uint32)
-        return self._write(params, logits, state, seeds, numbers, sampling=sampling)
+        room = None if room is None else np.asarray(room, np.int32)
+        return self._write(params, logits, state, seeds, numbers, room, sampling=sampling)
 
     def lower_read(self, params, state: DecoderState, rows=None):
         """Lowers the step that reads most of a long text; returns it with its number of tokens.

@@ -14,6 +14,7 @@ With `health=True`, a model with memory also reports scalars named `memory/...`:
 (`memory/zeroed/...`). The difference between the two scores is what the memory contributes.
 """
 
+from famx.evaluation.lm_eval_tasks import LmEvaluation
 from famx.evaluation.passkey import PROBES, STANDARD_PROBES, PasskeyEvaluation
 from famx.evaluation.probes import ProbeEvaluation
 from famx.evaluation.task import TaskEvaluation
@@ -21,6 +22,7 @@ from famx.evaluation.text import TextEvaluation
 from famx.evaluation.text_task import TextTaskEvaluation
 
 __all__ = [
+    "LmEvaluation",
     "PROBES",
     "STANDARD_PROBES",
     "PasskeyEvaluation",

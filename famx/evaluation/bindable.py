@@ -17,6 +17,7 @@ def register() -> None:
     What a gin file has imported before keeps its name: under two names, the short one would be ambiguous.
     """
     for configurable in (
+        evaluation.LmEvaluation,
         evaluation.PasskeyEvaluation,
         evaluation.ProbeEvaluation,
         evaluation.TaskEvaluation,

@@ -10,6 +10,7 @@ import numpy as np
 
 from famx.data.vocabularies import Vocabulary
 from famx.decoding import Sampling, Streamer, generate
+from famx.inference.prefixes import PrefixReader
 from famx.inference.prompts import Example
 from famx.modules import DecoderState
 
@@ -41,7 +42,9 @@ class Answers:
         num_samples: int,
         random_seed: int,
     ):
-        self.streamer, self.vocabulary, self.memory = streamer, vocabulary, memory
+        self.streamer, self.vocabulary = streamer, vocabulary
+        self._reader = PrefixReader(streamer, batch_size, memory)
+        self._from_memory_file = memory is not None
         self.batch_size, self.sampling, self.num_samples = batch_size, sampling, num_samples
 
         @functools.partial(jax.jit, donate_argnums=2 if num_samples == 1 else ())
@@ -65,10 +68,10 @@ class Answers:
           of `famx.inference`, and the number of tokens read and written.
         """
         prompts = [example.prompt for example in batch]
-        start, skipped = self._start(params), self._out_of_reach(prompts)
+        start, skipped = self._reader.start(params), self._out_of_reach(prompts)
         if skipped.any():
             start = start.replace(position=start.position + skipped)
-        near = self._pad([prompt[count:] for prompt, count in zip(prompts, skipped)])
+        near = self._reader.pad([prompt[count:] for prompt, count in zip(prompts, skipped)])
         logits, state = self.streamer.read(params, start, *near)
         lines, max_tokens = np.zeros((2, self.batch_size), np.int32)
         lines[: len(batch)] = [example.line for example in batch]
@@ -99,23 +102,9 @@ class Answers:
           `(scores, num_tokens)`: a dict with `score` and `num_tokens` per example, as in the output lines
           of `famx.inference`, and the number of tokens read.
         """
-        # The prompt is read once without its last token, which predicts the first token of every target
-        # and is therefore read again in front of each.
-        state, (prompts, lengths) = self._start(params), self._pad([e.prompt[:-1] for e in batch])
-        if lengths.any():
-            _, state = self.streamer.read(params, state, prompts, lengths)
         pairs = [(row, k) for row, example in enumerate(batch) for k in range(len(example.targets))]
-        pairs.sort(key=lambda pair: len(batch[pair[0]].targets[pair[1]]))
-        scores = {}
-        for i in range(0, len(pairs), self.batch_size):
-            part = pairs[i : i + self.batch_size]
-            targets = [batch[row].targets[k] for row, k in part]
-            inputs = [np.append(batch[row].prompt[-1:], t[:-1]) for (row, _), t in zip(part, targets)]
-            rows = np.zeros(self.batch_size, np.int32)
-            rows[: len(part)] = [row for row, _ in part]
-            (tokens, lengths), (targets, _) = self._pad(inputs), self._pad(targets)
-            (log_p, _), _ = self.streamer.score(params, state.take(rows), tokens, targets, lengths)
-            scores |= zip(part, log_p.sum(axis=1, dtype=np.float64).tolist())
+        texts = [(batch[row].prompt, batch[row].targets[k]) for row, k in pairs]
+        scores = {pairs[i]: score for i, score, _ in self._reader.log_likelihoods(params, texts)}
         results = []
         for row, example in enumerate(batch):
             score = [scores[row, k] for k in range(len(example.targets))]
@@ -125,30 +114,16 @@ class Answers:
             results.append({"score": score, "num_tokens": count})
         return results, sum(len(e.prompt) + sum(map(len, e.targets)) for e in batch)
 
-    def _start(self, params) -> DecoderState:
-        if self.memory is None:
-            return self.streamer.initial_state(params, self.batch_size)
-        return self.memory.take(np.zeros(self.batch_size, np.int32))
-
     def _out_of_reach(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """Number of first tokens of each prompt that no continuation depends on, int32 `[batch_size]`.
 
         They are whole blocks, beyond the reach of the stacked windows. With a memory there are none.
         """
         skipped, config = np.zeros(self.batch_size, np.int32), self.streamer.module.config
-        if self.memory is None and config.reach is not None:
+        if not self._from_memory_file and config.reach is not None:
             last = np.array([len(prompt) - 1 for prompt in prompts]) // config.block_size
             skipped[: len(prompts)] = np.maximum(last * config.block_size - config.reach, 0)
         return skipped
-
-    def _pad(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Pad to `batch_size` rows: tokens int32 `[batch_size, L]`, lengths int64 `[batch_size]`."""
-        lengths = np.zeros(self.batch_size, np.int64)
-        lengths[: len(rows)] = [len(row) for row in rows]
-        tokens = np.zeros((self.batch_size, lengths.max()), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-        return tokens, lengths
 
     def _text(self, ids: Sequence[int]) -> str:
         # A model may have more ids than its vocabulary; those have no text.

@@ -17,24 +17,19 @@ from famx.mesh import make_mesh, make_rules, on_mesh
 from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_model
 from famx.model_dir.memory_file import read_header, restore_memory, save_memory
+from famx.models import DecoderModel
 
 _FILE_BLOCKS = 64  # blocks read between two progress reports
 _ANSWER_PIECE = 32  # tokens generated before they are shown
 
 
-def load_with_vocabulary(checkpoint: str | None, adapter: str | None = None) -> TrainedModel:
-    """Load a model that can read text; see `load_model`.
-
-    The vocabulary is checked before the weights are read, which may take minutes.
+def model_with_vocabulary(checkpoint: str) -> DecoderModel:
+    """The definition of a model that can read text, without its weights.
 
     Raises:
-      ConfigError: `checkpoint` is not set or not valid, or it has no vocabulary or one that is too large
-        for the model.
+      ConfigError: `checkpoint` is not valid, or it has no vocabulary or one that is too large for the
+        model.
     """
-    if not checkpoint:
-        raise ConfigError(
-            "--checkpoint is not set: add --checkpoint=MODEL_DIR or MODEL_DIR/checkpoint_<step>."
-        )
     directory, _ = split_checkpoint(checkpoint)
     model = check_model(directory)
     vocabulary = model.vocabulary
@@ -48,6 +43,22 @@ def load_with_vocabulary(checkpoint: str | None, adapter: str | None = None) -> 
             f"The vocabulary in {directory} has {vocabulary.vocab_size} tokens, the model only"
             f" {model.config.vocab_size}: replace it by the vocabulary that the model was trained with."
         )
+    return model
+
+
+def load_with_vocabulary(checkpoint: str | None, adapter: str | None = None) -> TrainedModel:
+    """Load a model that can read text; see `load_model`.
+
+    The vocabulary is checked before the weights are read, which may take minutes.
+
+    Raises:
+      ConfigError: `checkpoint` is not set, or see `model_with_vocabulary`.
+    """
+    if not checkpoint:
+        raise ConfigError(
+            "--checkpoint is not set: add --checkpoint=MODEL_DIR or MODEL_DIR/checkpoint_<step>."
+        )
+    model_with_vocabulary(checkpoint)
     return load_model(checkpoint, adapter=adapter)
 
 

@@ -7,6 +7,7 @@ a message, or null, for each. What is imported once serves all: every command is
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -26,8 +27,14 @@ class Parsed(Exception):
     """The command was parsed; it is not run."""
 
 
-def parse(main, define_flags=None, gin_flags=True):
+def parse(main, define_flags=None, gin_flags=True, own_flags=True):
     """Replacement of `gin_utils.run`: a main that gin configures runs up to the end of gin's parsing."""
+    if not own_flags:  # `famx.lm_eval`, whose arguments are those of another program
+        if importlib.util.find_spec("lm_eval") is not None:
+            from lm_eval._cli import HarnessCLI
+
+            HarnessCLI().parse_args()
+        raise Parsed
     command_line.declare(gin_utils.define_gin_flags if gin_flags else None, define_flags)
     argv = gin_utils.rewrite_gin_args(sys.argv) if gin_flags else sys.argv
     command_line.parse(argv, main, "see --help.")

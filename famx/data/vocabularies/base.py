@@ -23,6 +23,7 @@ class Vocabulary:
       vocab_size: number of ids, which are 0 to `vocab_size - 1`.
       pad_id: id of padding after the end of a text; nothing else has this id.
       bos_id, eos_id, unk_id: ids of begin, end and unknown; None if the vocabulary has none.
+      adds_bos: whether a text as the tokenizer's own library encodes it begins with bos.
       special_tokens: ids of special tokens by the text that a chat template writes for them; no plain
         text encodes to these ids.
       chat_template: the Jinja template that came with the vocabulary, or None.
@@ -36,6 +37,7 @@ class Vocabulary:
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None
+    adds_bos: bool = True
     special_tokens: Mapping[str, int] = MappingProxyType({})
     chat_template: str | None = None
     file_name: str | None = None

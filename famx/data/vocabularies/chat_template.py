@@ -208,6 +208,29 @@ class ChatTemplate:
             return {key: self._broken(x) for key, x in value.items() if x is not None}
         return [self._broken(x) for x in value] if isinstance(value, list | tuple) else value
 
+    def text(self, messages: Sequence[Mapping[str, str]], prompt: bool = True) -> str:
+        """The text of a whole conversation, for programs that pass prompts on as text.
+
+        Special tokens are spelled out, and so are those that a message spells: only for messages that may
+        contain some, as those of a benchmark.
+
+        Args:
+          messages: `{"role": ..., "content": ...}` each; the template sees no other system message.
+          prompt: whether the text ends where an answer starts; otherwise it ends with the last message,
+            which may then be continued.
+
+        Raises:
+          ConfigError: the template rejects the messages, or drops the last one.
+        """
+        text = self._fill(messages, prompt, self._names)
+        if prompt:
+            return text
+        last = messages[-1]["content"]
+        for ending in (last, last.strip()):  # most templates strip messages
+            if ending in text:
+                return text[: text.rindex(ending) + len(ending)]
+        raise ConfigError("The chat template drops the last message, so it cannot be continued.")
+
     def _user(self, message: str) -> dict[str, str]:
         return {"role": "user", "content": self._break(message)}
 
@@ -242,6 +265,16 @@ class ChatTemplate:
         names: dict[str, Any] = self._names if begin else {**self._names, "bos_token": ""}
         if today is not None:
             names = {**names, "strftime_now": today.strftime}
+        return self._fill(messages, prompt, names, tools, marks)
+
+    def _fill(
+        self,
+        messages: Sequence[Mapping],
+        prompt: bool,
+        names: Mapping[str, Any],
+        tools: Sequence | None = None,
+        marks: bool = False,
+    ) -> str:
         try:
             text = self._template.render(
                 messages=messages, add_generation_prompt=prompt, tools=tools, documents=None, **names

@@ -307,6 +307,11 @@ class BytePairVocabulary(FileVocabulary):
         vocab = self._text.get_vocab()
         return frozenset(i for i, token in enumerate(_byte_tokens()) if token not in vocab)
 
+    @functools.cached_property
+    def adds_bos(self) -> bool:
+        """Whether the file has a step that puts bos before a text; files made of GGUF never have."""
+        return self._text.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`, without bos and eos.
 
