@@ -22,9 +22,9 @@ import famx
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
 from famx.data.vocabularies import Vocabulary
+from famx.data.vocabularies.chat_template import ChatTemplate
 from famx.decoding import Sampling
 from famx.evaluation.common import streamer_of
-from famx.data.vocabularies.chat_template import ChatTemplate
 from famx.inference.conversation import model_with_vocabulary
 from famx.inference.prefixes import PrefixReader
 from famx.mesh import make_mesh, make_rules, on_mesh
