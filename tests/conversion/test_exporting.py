@@ -34,33 +34,6 @@ from famx.modules import Decoder, Memory
 from famx.modules.config import MEMORY_FIELDS
 
 ALL = sorted(CONFIGS)
-MEMORY = {"block_size": 8, "memory_segments": 3, "memory": Fam(2, positions="float")}
-
-
-def tree(hf, config, read):
-    """Parameters from the tensors that `read(name)` returns."""
-    leaves = {}
-    for tensor in families.tensors(hf, config):
-        leaves.setdefault(tensor.path, []).append(tensor.to_ours(read(tensor.name)))
-    stack = lambda path, arrays: np.stack(arrays) if path[0] == "layers" else arrays[0]
-    return unflatten_dict({path: stack(path, arrays) for path, arrays in leaves.items()})
-
-
-def imported(name, tmp_path, dtype=np.float32, vocabulary=None, **memory):
-    """An imported model with drawn weights and its `source/`."""
-    hf = CONFIGS[name]
-    config = families.decoder_config(hf, **{**MEMORY, **memory})
-    shapes = {tensor.name: tensor.shape for tensor in families.tensors(hf, config)}
-    read = lambda name: draw(name, shapes[name], is_gemma(hf)).astype(dtype)
-    params = tree(hf, config, read)
-    if config.memory.exists:
-        prompt = np.random.default_rng(0).standard_normal((2, config.embed_dim))
-        params["memory"] = {"prompt": prompt.astype(np.float32)}
-    source = tmp_path / "model" / "source"
-    source.mkdir(parents=True)
-    (source / "config.json").write_text(json.dumps(hf))
-    model = DecoderModel(Decoder(config), vocabulary)
-    return TrainedModel(model, params, 7, source.parent / "checkpoint_7")
 
 
 def read_export(directory):
