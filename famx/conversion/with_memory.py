@@ -116,11 +116,13 @@ def memory_fields(full: Mapping[str, Any], path: str | os.PathLike) -> dict[str,
                 f"{path} has format {note['format']}; this famx reads format {FORMAT}: update famx."
             )
         fields = {name: note["decoder"][name] for name in MEMORY_FIELDS}
-        return {**fields, "memory": memory_from_dict(fields["memory"])}
-    except ConfigError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        memory = dict(fields["memory"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: copy it again, or remove {_KEY!r} from it.") from error
+    try:
+        return {**fields, "memory": memory_from_dict(memory)}
+    except (ValueError, TypeError) as error:  # a kind of memory, or a field of it, that is not known here
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def memory_tensors(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> list[Tensor]:

@@ -34,13 +34,13 @@ class FamxConfig(PretrainedConfig):
 
 
 class State:
-    """What was read; reading updates it, `copy.deepcopy` keeps it, and generate() takes it as its cache.
+    """What was read; reading updates it, `copy.deepcopy` keeps it, generate() takes it as its cache.
 
-    Lists of each layer's `memory [B, N, D]`, `keys` and `values [B, K, X, Dh]`; `position [B]`, the number
-    of tokens read; and `columns`, the number of columns of `input_ids` read, padding included.
+    Each layer's `memory [B, N, D]`, `keys` and `values [B, K, X, Dh]`; `position [B]`, the number of
+    tokens read; and `columns`, the number of columns of `input_ids` read, with padding.
     """
 
-    is_compileable, is_croppable, is_linear = False, False, (False,)  # what generate() asks of a cache
+    is_compileable, is_croppable, is_linear = False, False, (False,)  # generate() asks for these
 
     def __init__(self, memory, keys, values, position):
         self.memory, self.keys, self.values = memory, keys, values
@@ -122,7 +122,8 @@ class Layer(nn.Module):
         # In units of 2^-32 turns, which are exact at any position; `between` lies between two positions.
         turns = np.array(c.frequencies[c.rope_layers[index] if c.rope_layers else "global"]) / (2 * np.pi)
         between = np.arange(1, n + 1)[:, None] / (n + 1) * turns * (c.memory.positions == "float")
-        self.turns, self.between = (torch.from_numpy(np.round(x * 2.0**32)).long() for x in (turns, between))
+        whole = lambda x: torch.from_numpy(np.round(x * 2.0**32)).long()
+        self.turns, self.between = whole(turns), whole(between)
 
     def angles(self, positions, beyond=0):
         """Angles `[..., Dh / 2]` of positions `[...]` in radians; `beyond` is added to the turns."""
