@@ -149,7 +149,7 @@ def _use(c: DecoderConfig, name: str, tokenizer: bool) -> str:
             f"text = {text}",
             "state = model.read(text)",
             f"tokens = torch.cat([text, {encode('What is the pass key?')}], dim=1)",
-            "written = model.generate(tokens, past_key_values=copy.deepcopy(state), max_new_tokens=20)",
+            "written = model.generate(tokens, state=copy.deepcopy(state), max_new_tokens=20)",
             show.format("tokens"),
         ]
     else:

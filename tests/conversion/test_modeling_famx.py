@@ -209,10 +209,10 @@ def test_a_state_is_continued_as_often_as_one_likes(gated):
     state = theirs.read(text)
     for seed in (5, 6):
         tokens = torch.cat([text, torch.from_numpy(draw_tokens(2, 4, seed=seed))], 1)
-        found = theirs.generate(tokens, past_key_values=copy.deepcopy(state), **options)
+        found = theirs.generate(tokens, state=copy.deepcopy(state), **options)
         np.testing.assert_array_equal(found, theirs.generate(tokens, **options))
     with pytest.raises(ValueError, match="generate.. needs the tokens read and the new ones"):
-        theirs.generate(text[:, :3], past_key_values=copy.deepcopy(state), **options)
+        theirs.generate(text[:, :3], state=copy.deepcopy(state), **options)
 
 
 def test_beam_search_follows_its_beams(gated):

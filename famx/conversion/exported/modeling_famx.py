@@ -11,13 +11,11 @@ Letters: `B` batch, `L` tokens, `W` tokens of one block, `D` width, `H` query he
 `Dh` head width, `X = N + (M + 1) S` columns: memory, past blocks (the oldest first), the own block.
 """
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -33,7 +31,7 @@ class FamxConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
 
-class State:
+class State(SimpleNamespace):
     """What was read; reading updates it, `copy.deepcopy` keeps it, generate() takes it as its cache.
 
     Each layer's `memory [B, N, D]`, `keys` and `values [B, K, X, Dh]`; `position [B]`, the number of
@@ -41,10 +39,6 @@ class State:
     """
 
     is_compileable, is_croppable, is_linear = False, False, (False,)  # generate() asks for these
-
-    def __init__(self, memory, keys, values, position):
-        self.memory, self.keys, self.values = memory, keys, values
-        self.position, self.columns = position, 0
 
     def get_seq_length(self, layer_idx=0):
         return self.columns
@@ -104,16 +98,15 @@ class Layer(nn.Module):
         self.c, self.index = c, index
         names = {"gelu_tanh": "gelu_pytorch_tanh", "squared_relu": "relu2"}  # others are called the same
         self.activation = ACT2FN[names.get(c.activation, c.activation)]
-        d, q, kv, n = c.embed_dim, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.memory.length
+        d, f, n, q, kv = c.embed_dim, c.mlp_dim, c.memory.length, c.num_heads, c.num_kv_heads
         self.self_attn, self.mlp = nn.ModuleDict(), nn.ModuleDict()
-        for name, width in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-            self.self_attn[name] = nn.Linear(d, width, bias=c.qkv_bias)
-        self.self_attn["o_proj"] = nn.Linear(q, d, bias=c.output_bias)
+        for name, heads in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+            self.self_attn[name] = nn.Linear(d, heads * c.head_dim, bias=c.qkv_bias)
+        self.self_attn["o_proj"] = nn.Linear(q * c.head_dim, d, bias=c.output_bias)
         for name in ("q_norm", "k_norm") if c.qk_norm else ():
             self.self_attn[name] = Norm(c, c.head_dim)
-        for name in ("gate_proj", "up_proj"):
-            self.mlp[name] = nn.Linear(d, c.mlp_dim, bias=c.mlp_bias)
-        self.mlp["down_proj"] = nn.Linear(c.mlp_dim, d, bias=c.mlp_bias)
+        for name, inner, outer in (("gate_proj", d, f), ("up_proj", d, f), ("down_proj", f, d)):
+            self.mlp[name] = nn.Linear(inner, outer, bias=c.mlp_bias)
         self.input_layernorm, self.post_attention_layernorm = Norm(c, d), Norm(c, d)
         if c.post_norms:
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = Norm(c, d), Norm(c, d)
@@ -129,7 +122,7 @@ class Layer(nn.Module):
         """Angles `[..., Dh / 2]` of positions `[...]` in radians; `beyond` is added to the turns."""
         phase = positions[..., None] * self.turns.to(positions.device) + beyond + 2**31
         phase = (phase % 2**32 - 2**31).to(_wide(self.input_layernorm.weight.dtype))
-        return phase * (2 * math.pi / 2**32)
+        return phase * (2 * np.pi / 2**32)
 
     def memory_angles(self, block):
         """Angles `[B, N, Dh / 2]` of the memory made from `block [B]`, which is -1 before the text."""
@@ -229,13 +222,18 @@ class FamxForCausalLM(PreTrainedModel, GenerationMixin):
             if prompted:  # the prompt runs up the layers, seeing itself alone
                 climb = layer.finish(attend(q, k, v, None, c)[0], climb).to(wide)
             layers.append((memory, torch.cat([k, empty], 2), torch.cat([v, empty], 2)))
-        arrays = ([x.repeat_interleave(batch_size, 0) for x in xs] for xs in zip(*layers))
-        return State(*arrays, torch.zeros(batch_size, dtype=torch.long, device=like.device))
+        memory, keys, values = ([x.repeat_interleave(batch_size, 0) for x in xs] for xs in zip(*layers))
+        position = torch.zeros(batch_size, dtype=torch.long, device=like.device)
+        return State(memory=memory, keys=keys, values=values, position=position, columns=0)
 
     @torch.no_grad()
     def read(self, input_ids, state=None, attention_mask=None):
-        """The `State` after tokens `[B, L]`, with which `forward` and generate() go on."""
+        """The `State` after tokens `[B, L]`."""
         return self(input_ids, attention_mask, state, logits_to_keep=1)[_CACHE]
+
+    def generate(self, *args, state=None, **kwargs):
+        """As in `transformers`; with the `State` of the first tokens only the others are read."""
+        return super().generate(*args, **kwargs, **({} if state is None else {_CACHE: state}))
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, cache=None, labels=None,
                 logits_to_keep=0, use_cache=True, **unused):  # fmt: skip
@@ -261,7 +259,7 @@ class FamxForCausalLM(PreTrainedModel, GenerationMixin):
             done = done + count
         state.columns += length
         head = self.model.embed_tokens if self.c.tied_embeddings else self.lm_head
-        logits, cap = functional.linear(self.model.norm(hidden), head.weight), self.c.logit_softcap
+        logits, cap = self.model.norm(hidden) @ head.weight.T, self.c.logit_softcap
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         loss = None if labels is None else self.loss_function(logits, labels, self.c.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **({_CACHE: state} if use_cache else {}))
@@ -282,7 +280,7 @@ class FamxForCausalLM(PreTrainedModel, GenerationMixin):
             example=example, token=token, column=row[example, token] + past + c.memory.length,
         )  # fmt: skip
         x = self.model.embed_tokens(tokens)
-        x = x * torch.tensor(math.sqrt(c.embed_dim) if c.scale_embeddings else 1.0, dtype=x.dtype)
+        x = x * torch.tensor(c.embed_dim**0.5 if c.scale_embeddings else 1.0, dtype=x.dtype)
         for layer in self.model.layers:
             x = layer(x, here, state)
         return x
