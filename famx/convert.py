@@ -3,8 +3,8 @@
     python -m famx.convert --from ~/models/SmolLM2-135M-Instruct --to /tmp/famx/smollm2
     python -m famx.convert --from model.gguf --to /tmp/famx/model --param_dtype=bfloat16 --memory=none
 
-The weights are those of the original; the memory's prompt is drawn at random and learnt by finetuning.
-The directory also gets the vocabulary and a `model.gin` for training. Tensors are copied one at a time.
+The weights are those of the original; the memory's parameters are new and learnt by finetuning. The
+directory also gets the vocabulary and a `model.gin` for training. Tensors are copied one at a time.
 """
 
 from absl import flags
@@ -14,6 +14,7 @@ from famx.base.command_line import require
 from famx.base.signals import exit_on_interrupt
 
 _FLOATS = ["float32", "bfloat16"]
+_PROMPTS = ["normal", "tokens", "text", "bos"]
 _FIELD_FLAGS = ("block_size", "memory_segments", "param_dtype", "dtype")
 
 
@@ -27,8 +28,11 @@ def define_flags() -> None:
     flags.DEFINE_enum("param_dtype", None, _FLOATS, "Weight dtype; float32 by default.")
     flags.DEFINE_enum("dtype", None, _FLOATS, "Compute dtype; float32 by default.")
     flags.DEFINE_multi_string("set", [], "Setting of the memory or the computation, as FIELD=VALUE.")
-    flags.DEFINE_enum("prompt", None, ["normal", "tokens"], "Initial prompt of the memory: noise, or the "
-                      "embeddings of random tokens; by default that of an export, or noise.")  # fmt: skip
+    flags.DEFINE_enum("prompt", None, _PROMPTS, "Initial prompt of the memory: noise, or embeddings of "
+                      "random tokens, of a plain text, or of the begin-of-text token alone; by default "
+                      "that of an export, or noise.")  # fmt: skip
+    flags.DEFINE_string("plain_text", None, "Text file for --prompt=text and fam:normalize=measured; by "
+                        "default an English text of famx.")  # fmt: skip
     flags.DEFINE_integer("seed", 0, "Random seed of the initial prompt.", lower_bound=0)
     flags.DEFINE_string("tokenizer", None, "Tokenizer file that replaces the model's own.")
     flags.DEFINE_integer("pad_id", None, "Token id for padding, if the tokenizer defines none.")
@@ -45,10 +49,12 @@ def main() -> None:
     given = {name: values[name].value for name in _FIELD_FLAGS if values[name].value is not None}
     with exit_on_interrupt("Stopped; the same command starts over."):
         from famx.conversion.commands import convert, read_fields, read_mesh
+        from famx.models.memory_start import MemoryStart
 
         fields, mesh = read_fields(values.set, values.memory) | given, read_mesh(values.mesh)
         places = (values["from"].value, values.to)
-        convert(*places, fields, mesh, values.tokenizer, values.pad_id, values.prompt, values.seed)
+        start = MemoryStart(values.prompt, values.plain_text)
+        convert(*places, fields, mesh, values.tokenizer, values.pad_id, start, values.seed)
 
 
 if __name__ == "__main__":

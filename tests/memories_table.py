@@ -11,9 +11,13 @@ from relay_memory import Relay
 from famx.memories import Fam, Infini
 from famx.modules import Memory
 
-MEMORIES: dict[str, Memory] = {
+MEMORIES: dict[str, Memory] = {  # fmt: skip
     "no memory": Memory(),
     "fam": Fam(2),
+    "fam with options": Fam(
+        2, update_scale=0.5, normalize="measured", first_residual="ordinary",
+        bias="minus_log_length", adapter_rank=2,
+    ),
     "infini": Infini(),
     "infini with the delta rule": Infini(delta=True, gate_init=1.0),
     "relay": Relay(2),

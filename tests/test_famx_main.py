@@ -127,10 +127,11 @@ def test_help_needs_no_heavy_import_and_explains_every_flag():
 def test_choices_in_flags_are_those_of_the_code():
     """The mains name them, so that --help imports nothing."""
     from famx import convert, export
-    from famx.conversion import exporting, importing
+    from famx.conversion import exporting
+    from famx.models import memory_start
 
     command_line.declare(convert.define_flags)
-    assert flags.FLAGS["prompt"].parser.enum_values == list(importing.PROMPT_STARTS)
+    assert flags.FLAGS["prompt"].parser.enum_values == list(memory_start.PROMPT_STARTS)
     command_line.declare(export.define_flags)
     assert flags.FLAGS["dtype"].parser.enum_values == list(exporting.DTYPES)
     command_line.declare()

@@ -14,6 +14,7 @@ from famx.conversion import exporting
 from famx.conversion.importing import Plan, check_destination, plan_import, write_model
 from famx.conversion.sources import open_source
 from famx.model_dir.loading import load_model
+from famx.models.memory_start import MemoryStart
 from famx.modules import DecoderConfig
 from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS
 from famx.modules.memory import Memory
@@ -30,7 +31,7 @@ def convert(
     mesh: Mapping[str, int] | None = None,
     tokenizer: str | None = None,
     pad_id: int | None = None,
-    prompt_start: str | None = None,
+    start: MemoryStart = MemoryStart(),
     seed: int = 0,
 ) -> Plan:
     """Imports a pretrained model, and prints what was imported and what to do next.
@@ -40,7 +41,7 @@ def convert(
       directory: `MODEL_DIR` to write, see `write_model`.
       fields: fields of DecoderConfig for the memory and the computation.
       mesh, tokenizer, pad_id: see `plan_import`.
-      prompt_start, seed: see `write_model`.
+      start, seed: see `write_model`.
 
     Returns:
       The import that was carried out.
@@ -56,7 +57,7 @@ def convert(
     print(describe(plan), flush=True)
     try:
         with ByteProgress("import", plan.num_bytes, last_line=True) as progress:
-            directory = write_model(plan, directory, prompt_start, seed, progress.add)
+            directory = write_model(plan, directory, start, seed, progress.add)
     except OSError as error:
         raise ConfigError(
             f"{directory} cannot be written: {error.strerror or error}. The same command starts over."
@@ -155,7 +156,8 @@ def read_memory(text: str) -> Memory:
     except ValueError as error:
         raise ConfigError(f"--memory={text}: {error}") from error
     for field in dataclasses.fields(memory):
-        if field.name in fields and field.default is not dataclasses.MISSING:
+        plain = isinstance(field.type, type)  # the memory itself checks a field of several types
+        if plain and field.name in fields and field.default is not dataclasses.MISSING:
             _check_type(f"--memory={text}", field.name, fields[field.name], field.default)
     return memory
 

@@ -25,12 +25,18 @@ from famx.conversion.families import Tensor, tensors
 from famx.conversion.huggingface import huggingface_config
 from famx.conversion.model_card import CARD, model_card, read_history
 from famx.conversion.sources import CONFIG, INDEX, SIDE_FILES, SINGLE
-from famx.conversion.with_memory import CODE, check_implemented, full_config, memory_tensors
+from famx.conversion.with_memory import (
+    CODE,
+    check_implemented,
+    full_config,
+    is_memory_tensor,
+    memory_tensors,
+)
 from famx.data.vocabularies.base import Vocabulary
 from famx.model_dir.identity import split_memory
 from famx.model_dir.loading import TrainedModel
 from famx.modules.config import DecoderConfig
-from famx.modules.memory import Memory, of_memory
+from famx.modules.memory import Memory
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_SHARD = 5_000_000_000
@@ -100,10 +106,9 @@ def export(
     model_dir = trained.directory.parent
     source = pathlib.Path(source or model_dir / "source").expanduser()
     base = huggingface_config(config, _read_json(source / CONFIG))
-    wanted = tensors(base, config)
-    if config.memory.exists:
-        shapes = flatten_dict(split_memory(trained.params)[1])
-        wanted += memory_tensors({path: leaf.shape for path, leaf in shapes.items()})
+    leaves = flatten_dict(split_memory(trained.params)[1]) if config.memory.exists else {}
+    of_memory = memory_tensors({path: leaf.shape for path, leaf in leaves.items()})
+    wanted = tensors(base, config) + of_memory
     directory = check_destination(directory)
     with new_directory(directory) as new:
         _check_room(directory, sum(_size(trained.params, tensor, dtype) for tensor in wanted) + _ROOM)
@@ -111,7 +116,7 @@ def export(
         vocabulary = trained.model.vocabulary
         base = {**base, **dict.fromkeys({"dtype", "torch_dtype"} & base.keys() or {"torch_dtype"}, dtype)}
         base, notes = _write_side_files(new, base, source, vocabulary)
-        full = full_config(base, config, trained.step)
+        full = full_config(base, config, trained.step, of_memory)
         write_json(new / CONFIG, full)
         if config.memory.exists:
             shutil.copyfile(CODE, new / CODE.name)
@@ -213,7 +218,7 @@ def _leaf(params: Mapping[str, Any], tensor: Tensor) -> Any:
 
 def _dtype(params: Mapping[str, Any], tensor: Tensor, dtype: str) -> np.dtype:
     """The dtype that a tensor is written in: its own if it is the memory's."""
-    kept = of_memory("/".join(tensor.path))
+    kept = is_memory_tensor(tensor.name)
     return np.dtype(_leaf(params, tensor).dtype if kept else dtype)
 
 
@@ -225,7 +230,7 @@ def _array(params: Mapping[str, Any], tensor: Tensor, dtype: str) -> np.ndarray:
     leaf = _leaf(params, tensor)
     ours = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(tensor.to_theirs(ours), dtype=_dtype(params, tensor, dtype))
+        array = np.asarray(tensor.to_theirs(ours), _dtype(params, tensor, dtype), order="C")
     if dtype == "float16" and not np.isfinite(array).all():
         raise ConfigError(f"{tensor.name} has values that float16 cannot represent: choose bfloat16.")
     return array

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_json, write_text
@@ -29,10 +29,10 @@ from famx.data.vocabularies.tokenizer_files import FileVocabulary
 from famx.memories import Fam
 from famx.model_dir.checkpointer import check_model_dir
 from famx.model_dir.identity import check_same_model
+from famx.models.memory_start import MemoryStart
 from famx.modules import Decoder, DecoderConfig
-from famx.modules.memory import PROMPTS, of_memory
+from famx.modules.memory import PROMPTS, is_measured, of_memory
 
-PROMPT_STARTS = ("normal", "tokens")
 _MARK = ".importing"  # file in a directory whose import is in progress or was interrupted
 
 
@@ -117,7 +117,7 @@ def plan_import(
 def write_model(
     plan: Plan,
     directory: str | os.PathLike,
-    prompt_start: str | None = None,
+    start: MemoryStart = MemoryStart(),
     seed: int = 0,
     on_bytes: Callable[[int], None] | None = None,
 ) -> pathlib.Path:
@@ -126,7 +126,7 @@ def write_model(
     Args:
       plan: the import.
       directory: destination: missing, empty, or left by an interrupted import, whose files are removed.
-      prompt_start: see `draw_prompt`; None: the memory of the plan, or "normal" if it has none.
+      start: how the memory's parameters start; without a `prompt`, as those of the plan if it has some.
       seed: seed of the draw.
       on_bytes: called after each chunk with its size in bytes.
 
@@ -134,13 +134,14 @@ def write_model(
       The absolute path of the directory.
 
     Raises:
-      ConfigError: the directory contains something else, or the disk is too small.
+      ConfigError: the directory contains something else, the disk is too small, or the memory cannot
+        start like that.
       OSError: the directory cannot be written.
     """
     directory = check_destination(directory)
     clear(directory)
     check_model_dir(directory, plan.num_bytes)
-    pieces = _pieces(plan, prompt_start, seed)
+    pieces = _pieces(plan, start, seed)
     (directory / _MARK).touch()
     check_same_model(directory, plan.config.to_dict())
     write_text(directory / "model.gin", model_gin(plan.config, plan.source.name))
@@ -213,7 +214,7 @@ def _read_memory(
     return {path: whole(path, parts) for path, parts in arrays.items()}
 
 
-def _pieces(plan: Plan, prompt_start: str | None, seed: int) -> dict[LeafPath, Pieces]:
+def _pieces(plan: Plan, start: MemoryStart, seed: int) -> dict[LeafPath, Pieces]:
     name_in_source = _by_standard_name(plan.source)
     read = lambda name: plan.source.read(name_in_source[name])
     rows = plan.config.vocab_size
@@ -230,9 +231,8 @@ def _pieces(plan: Plan, prompt_start: str | None, seed: int) -> dict[LeafPath, P
     for tensor in sorted(plan.tensors, key=lambda tensor: tensor.layer or 0):
         pieces.setdefault(tensor.path, []).append((tensor.layer, functools.partial(make, tensor)))
     memory = dict(plan.memory)
-    if not memory or prompt_start is not None:
-        embedding = lambda: read("model.embed_tokens.weight")
-        memory = draw_memory(plan, prompt_start or "normal", seed, embedding)
+    if not memory or start.prompt is not None:
+        memory = draw_memory(plan, start, seed, make)
     for path, array in memory.items():
         pieces[tuple(path.split("/"))] = [(None, lambda array=array: array)]
     return pieces
@@ -243,22 +243,36 @@ def _of_memory(leaves: Mapping[LeafPath, LeafShape]) -> list[LeafPath]:
 
 
 def draw_memory(
-    plan: Plan, start: str, seed: int, embedding: Callable[[], np.ndarray]
+    plan: Plan, start: MemoryStart, seed: int, make: Callable[[families.Tensor], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Draw the memory's parameters, by path: prompts by `draw_prompt`, the others as in a new model.
+    """Make the memory's parameters, by path: as `start` says, the others as in a new model.
+
+    Args:
+      plan: the import.
+      start: how prompts and measured parameters start.
+      seed: seed of all draws.
+      make: reads a tensor in our layout.
 
     Raises:
-      ConfigError: `start` is "tokens", but the memory has no prompt.
+      ConfigError: the memory has no prompt that could start so, or the vocabulary cannot make it.
     """
     paths = _of_memory(plan.leaves)
     prompts = [path for path in paths if path[-1] in PROMPTS]
-    if start == "tokens" and not prompts:
-        raise ConfigError(f"--prompt=tokens: the memory {plan.config.memory.kind!r} has no prompt.")
-    drawn = {}
+    if start.prompt not in (None, "normal") and not prompts:
+        kind = plan.config.memory.kind
+        raise ConfigError(f"--prompt={start.prompt}: the memory {kind!r} has no prompt.")
+    drawn, measured = {}, [path for path in paths if is_measured("/".join(path))]
+    of_embedding = next(tensor for tensor in plan.tensors if tensor.path == ("embedding",))
+    embedding = functools.partial(make, of_embedding)
     for path in prompts:
         shape = plan.leaves[path].shape
-        drawn["/".join(path)] = draw_prompt(plan.config, shape, start, seed, embedding)
-    rest = ["/".join(path) for path in paths if path not in prompts]
+        prompt = start.draw_prompt(plan.config, shape, seed, embedding, plan.vocabulary)
+        drawn["/".join(path)] = prompt
+    if measured:
+        layers = (_layer(plan, i, make) for i in range(plan.config.num_layers))
+        rms = start.measure_rms(plan.config, plan.vocabulary, embedding, layers)
+        drawn |= {"/".join(path): rms for path in measured}
+    rest = ["/".join(path) for path in paths if "/".join(path) not in drawn]
     if rest:
         # Under jit the compiler drops all other parameters, so the size of the model does not matter.
         @jax.jit
@@ -271,33 +285,10 @@ def draw_memory(
     return drawn
 
 
-def draw_prompt(
-    config: DecoderConfig,
-    shape: tuple[int, ...],
-    start: str,
-    seed: int,
-    embedding: Callable[[], np.ndarray],
-) -> np.ndarray:
-    """Draw a memory's prompt, float32.
-
-    Args:
-      config: the decoder's config.
-      shape: `[N, D]`, or `[layers, N, D]` of prefixes.
-      start: "normal": standard deviation `D ** -0.5`, as in a new model; "tokens": embeddings of random
-        tokens, scaled as the first layer reads them; without repetition if there are enough tokens.
-      seed: seed of the draw.
-      embedding: returns the embedding table `[V, D]`; called only for "tokens".
-    """
-    rng = np.random.default_rng(seed)
-    if start == "normal":
-        return rng.normal(0, config.embed_dim**-0.5, shape).astype(np.float32)
-    if start == "tokens":
-        count = math.prod(shape[:-1])
-        table = embedding()
-        rows = rng.choice(len(table), count, replace=count > len(table))
-        scale = math.sqrt(config.embed_dim) if config.scale_embeddings else 1
-        return table[rows].astype(np.float32).reshape(shape) * np.float32(scale)
-    raise ConfigError(f"The prompt starts as one of {', '.join(PROMPT_STARTS)}, not {start!r}.")
+def _layer(plan: Plan, index: int, make: Callable[[families.Tensor], np.ndarray]) -> dict:
+    """The parameters of one layer, without those of the memory."""
+    tensors = (tensor for tensor in plan.tensors if tensor.layer == index)
+    return unflatten_dict({tensor.path[1:]: make(tensor) for tensor in tensors})
 
 
 # --------------------------------------------------------------------------- the directory

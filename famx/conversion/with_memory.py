@@ -31,7 +31,9 @@ MODEL_CLASS = "FamxForCausalLM"
 FORMAT = 1
 _TYPE, _KEY = "famx", "famx"
 _PREFIX = "model."  # of all tensors but the head
-_IMPLEMENTED = {"length", "positions", "start_from", "update", "update_scale", "normalize"}
+_IMPLEMENTED = {
+    "length", "positions", "start_from", "update", "update_scale", "normalize", "first_residual", "bias",
+}  # fmt: skip
 _PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype")
 
 
@@ -56,13 +58,16 @@ def check_implemented(config: DecoderConfig) -> None:
         )
 
 
-def full_config(hf: Mapping[str, Any], config: DecoderConfig, step: int) -> dict[str, Any]:
+def full_config(
+    hf: Mapping[str, Any], config: DecoderConfig, step: int, memory: list[Tensor]
+) -> dict[str, Any]:
     """The config.json of an export.
 
     Args:
       hf: the config.json of the decoder without its memory.
       config: the decoder.
       step: number of training steps.
+      memory: `memory_tensors` of the decoder.
     """
     note = {"version": __version__, "format": FORMAT, "step": step}
     fields = config.to_dict()
@@ -70,6 +75,8 @@ def full_config(hf: Mapping[str, Any], config: DecoderConfig, step: int) -> dict
     if not config.memory.exists:
         return {**hf, _KEY: note}
     note["norm_offset"] = int(FAMILIES[hf["architectures"][0]].gemma)  # norms multiply by 1 + weight
+    shapes = lambda layer: {t.path[-1]: list(t.shape) for t in memory if t.layer == layer}
+    note["model_parameters"], note["layer_parameters"] = shapes(None), shapes(0)
     note["frequencies"] = {
         kind: rope.frequencies_of(config, kind).tolist() for kind in config.rope_layers or ("global",)
     }

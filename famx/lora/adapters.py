@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.errors import ConfigError
 from famx.modules import Decoder, DecoderConfig
+from famx.modules.memory import of_memory
 
 GROUPS = {
     "attention": ("layers/query", "layers/key", "layers/value", "layers/output"),
@@ -128,6 +129,7 @@ def select(params, targets: Iterable[str]) -> dict[str, Any]:
       ConfigError: a target matches no projection, or there are no targets.
     """
     flat = flatten_dict(params, sep="/")
+    flat = {path: leaf for path, leaf in flat.items() if not of_memory(path)}
     kernels = {p.removesuffix("/kernel"): x for p, x in flat.items() if p.endswith("/kernel")}
     chosen = set()
     for target in targets:

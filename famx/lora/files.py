@@ -1,16 +1,16 @@
-"""Adapter files in the format of PEFT, with the memory's parameters.
+"""Adapter files in the format of PEFT, with the memory's parameters and whatever else was trained.
 
 A saved adapter is a directory with `adapter_config.json` and `adapter_model.safetensors`. The latter has
 float32 tensors `base_model.model.model.layers.<i>.self_attn.q_proj.lora_A.weight [R, in]` and `lora_B`
-`[out, R]`. The memory's parameters have names that begin with `famx.`; PEFT reports these as unexpected
-and ignores them.
+`[out, R]`. The memory's parameters, and norms that were trained with the adapters, have names that begin
+with `famx.`; PEFT reports these as unexpected and ignores them.
 """
 
 import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,17 +51,19 @@ def save_adapter(
     fingerprint: str | None = None,
     base: str | None = None,
     memory: Mapping[str, Any] | None = None,
+    others: Collection[str] = (),
 ) -> None:
-    """Save the adapters of a tree, and its memory's parameters, to a directory.
+    """Save the adapters of a tree, its memory's parameters and `others`, to a directory.
 
     Args:
       path: the directory; created if missing. An adapter in it is replaced.
-      tree: unboxed parameters with adapters, or only the adapters and the memory's parameters.
+      tree: unboxed parameters with adapters, or only those that are saved.
       lora: settings of the adapters.
       fingerprint: fingerprint of the base model's weights, by `weights_fingerprint`; with it,
         `load_adapter` can reject another base model.
       base: name of the base model, for information.
       memory: fields of the DecoderConfig that the adapters were trained with (`MEMORY_FIELDS`).
+      others: paths of parameters that were trained, too, such as norms.
 
     Raises:
       ConfigError: there are no adapters, or the directory cannot be written.
@@ -80,8 +82,8 @@ def save_adapter(
             down, up = a[layer].reshape(-1, lora.rank), b[layer].reshape(lora.rank, -1)
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(down.T)
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(up.T)
-    for path_of_memory in filter(of_memory, flat):
-        tensors[OURS + path_of_memory] = np.asarray(flat[path_of_memory], np.float32, order="C")
+    for ours in (path for path in flat if of_memory(path) or path in others):
+        tensors[OURS + ours] = np.asarray(flat[ours], np.float32, order="C")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -124,8 +126,8 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
       fingerprint: fingerprint of the base model, compared with the saved one if there is one.
 
     Returns:
-      `(tree, lora)`: the adapters and any parameters of the memory, numpy float32, for `combine`; and the
-      adapters' settings.
+      `(tree, lora)`: the adapters, any parameters of the memory and norms, numpy float32, for `combine`;
+      and the adapters' settings.
 
     Raises:
       ConfigError: there is no adapter, it is damaged, it uses unsupported options, or it does not fit the
@@ -164,7 +166,7 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
         adapters[f"{ours}/lora_b"] = b.reshape(shape[0], rank, *shape[n:])
     for name in tensors:
         if name.startswith(OURS):
-            adapters[name.removeprefix(OURS)] = _memory_parameter(tensors[name], name, params, path)
+            adapters[name.removeprefix(OURS)] = _own_parameter(tensors[name], name, params, path)
     alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
     alpha = None if alpha == rank else alpha
     lora = Lora(rank, alpha, config.get("lora_dropout", 0.0), _targets(parts, kernels))
@@ -219,8 +221,8 @@ def _stack(parts, letter: str, layers: int, shape, label: str):
     return np.stack(tensors)
 
 
-def _memory_parameter(tensor, name: str, params, path):
-    """Parameter of the memory; ConfigError if the base has none of this name and shape."""
+def _own_parameter(tensor, name: str, params, path):
+    """Parameter that is no adapter; ConfigError if the base has none of this name and shape."""
     ours = name.removeprefix(OURS)
     wanted = flatten_dict(params, sep="/").get(ours)
     if wanted is None:

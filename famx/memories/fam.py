@@ -5,6 +5,7 @@ A layer's memory is `F [B, N, D]`. Every token of block `t` attends to keys and 
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import flax.linen as nn
@@ -12,15 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.memories.fam_parameters import OfLayer, Prompt, shapes
 from famx.modules import rope
-from famx.modules.attention import attend_all, attend_parts
-from famx.modules.components import partitioned, rms_normalize
+from famx.modules.attention import attend_all, attend_parts, bias_dimensions
+from famx.modules.components import rms_normalize
 from famx.modules.layer import MASS
 from famx.modules.memory import Memory, Opened
 
 POSITIONS = ("last", "float", "zero")
 STARTS = ("prompt", "prefix")
 UPDATES = ("residual", "gated")
+RESIDUALS = ("zero", "ordinary")
+NORMALIZE = (False, True, "measured")
+BIASES = ("none", "zero", "minus_log_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,15 @@ class Fam(Memory):
       update: "residual", the paper's; "gated", ours: a memory token is updated by the share `2 m - 1`,
         where `m` is its attention on the block, and kept bit for bit where `m` is at most one half.
       update_scale: factor in (0, 1] of every update after the first; ours; 1 is the paper's.
-      normalize: RMS norm of each newly made `F`, without weights; ours.
+      normalize: RMS norm of each newly made `F`; ours. True: to 1. "measured": to the RMS that the
+        layer's input has in plain text, a parameter that does not learn (`famx.models.memory_start`).
+      first_residual: residual of the first update: "zero", the paper's; "ordinary", ours: the memory,
+        so that the first update is like every other.
+      bias: bias per layer and head of the scores of the memory's columns, which is learned; ours.
+        "none": no such parameter; "zero" and "minus_log_length" (`-log N`, with which `N` equal rows
+        weigh as much as one) say where it starts.
+      adapter_rank: rank of low-rank adapters through which only the memory goes, not the text, on all
+        projections of each layer; ours. They are parameters of the memory, and 0 is none.
     """
 
     kind: ClassVar[str] = "fam"
@@ -45,7 +58,10 @@ class Fam(Memory):
     start_from: str = "prompt"
     update: str = "residual"
     update_scale: float = 1.0
-    normalize: bool = False
+    normalize: bool | str = False
+    first_residual: str = "zero"
+    bias: str = "none"
+    adapter_rank: int = 0
 
     @property
     def columns(self):
@@ -61,17 +77,31 @@ class Fam(Memory):
             )
         if not 0.0 < self.update_scale <= 1.0:
             return f"Fam.update_scale must lie in (0, 1], got {self.update_scale}."
-        choices = {"positions": POSITIONS, "start_from": STARTS, "update": UPDATES}
+        if self.adapter_rank < 0:
+            return f"Fam.adapter_rank must not be negative, got {self.adapter_rank}; 0 is no adapters."
+        choices = {
+            "positions": POSITIONS, "start_from": STARTS, "update": UPDATES, "normalize": NORMALIZE,
+            "first_residual": RESIDUALS, "bias": BIASES,
+        }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                return f"Fam.{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}."
+                known = ", ".join(map(str, known))
+                return f"Fam.{name} must be one of {known}; got {getattr(self, name)!r}."
         return None
 
     def parameters(self, config):
-        return _Embeddings(config, self.length, "prompt") if self.start_from == "prompt" else None
+        return Prompt(config) if self.start_from == "prompt" else None
 
     def layer_parameters(self, config):
-        return _Embeddings(config, self.length, "prefix") if self.start_from == "prefix" else None
+        learns = self.start_from == "prefix" or self.has_column_bias or self.adapter_rank
+        return OfLayer(config) if learns or self.normalize == "measured" else None
+
+    @property
+    def has_column_bias(self):
+        return self.bias != "none"
+
+    def column_bias(self, layer):
+        return layer.memory.bias if self.has_column_bias else None
 
     def turns(self, radians):
         if self.positions != "float":
@@ -87,22 +117,26 @@ class Fam(Memory):
 
     def start(self, layer, climb, here):
         if climb is None:
-            return None, layer.memory().astype(jnp.promote_types(layer.config.dtype, jnp.float32))
-        q, k, v = layer.qkv(climb, self._angles(layer, here.first_block - 1, here)[0])
+            return None, layer.memory.prefix.astype(jnp.promote_types(layer.config.dtype, jnp.float32))
+        # A bias of all columns would change nothing here.
+        angle, adapters = self._angles(layer, here.first_block - 1, here)[0], self._adapters(layer)
+        q, k, v = layer.qkv(climb, angle, adapters=adapters)
         attention = attend_all(q[None], [(k[None], v[None])], layer.config)[0]
-        return layer.finish(climb, attention).astype(climb.dtype), climb
+        return layer.finish(climb, attention, adapters=adapters).astype(climb.dtype), climb
 
     def open(self, layer, climb, memory, here):
         # qF, kF, vF = QKV(Norm(F_{t-1})). As a query the memory has the position of the block that it
         # compresses, as a key still that of the block that it was made from.
         block = here.first_block
         angle, key_angle = (self._angles(layer, b, here) for b in (block, block - 1))
-        q, k, v = layer.qkv(memory, angle, key_angle)
-        return climb, Opened(k, v, held=(q, k, v))
+        q, k, v = layer.qkv(memory, angle, key_angle, self._adapters(layer))
+        bias_query, bias_keys = bias_dimensions(self.column_bias(layer), layer.config)
+        return climb, Opened(k, v, held=(bias_query(q), bias_keys(k, True), v))
 
     def close(self, layer, climb, memory, opened, block, here):
         q, k, v = opened.held
-        parts = (k, v), (block.keys, block.values)
+        block_keys = bias_dimensions(self.column_bias(layer), layer.config)[1](block.keys, False)
+        parts = (k, v), (block_keys, block.values)
         probabilities = None
         if self._reads_probabilities or layer.is_mutable_collection(MASS):
             heads_first = [(k.swapaxes(1, 2), v.swapaxes(1, 2), None) for k, v in parts]
@@ -112,16 +146,21 @@ class Fam(Memory):
         else:
             attention = attend_all(q, parts, layer.config, here.batch_axis)
         first = (here.updates == 0)[:, None, None]
-        new = layer.finish(memory, attention, jnp.where(first, 0, memory))  # A_F, then F_t
+        choose = lambda at_first, later: jnp.where(first, at_first, later)
+        if self.first_residual == "ordinary":
+            choose = lambda at_first, later: later
+        new = layer.finish(memory, attention, choose(0, memory), self._adapters(layer))  # A_F, then F_t
         new = new.astype(memory.dtype)
         if self.update_scale != 1.0:
-            new = jnp.where(first, new, memory + self.update_scale * (new - memory))
+            new = choose(new, memory + self.update_scale * (new - memory))
         if self.normalize:
             new = rms_normalize(new, layer.config.norm_epsilon)
-        return climb, jnp.where(first, new, self.updated(memory, new, probabilities))
+        if self.normalize == "measured":
+            new = new * jax.lax.stop_gradient(layer.memory.rms).astype(new.dtype)
+        return climb, choose(new, self.updated(memory, new, probabilities))
 
     def updated(self, memory, new, probabilities):
-        """`F_t` of every update after the first; override it for another rule.
+        """`F_t` of every update after the first, or of every one; override it for another rule.
 
         Args:
           memory: `F_{t-1} [B, N, D]`, float32 at least.
@@ -152,16 +191,23 @@ class Fam(Memory):
     def flops(self, config, price, length, from_start):
         n, blocks = self.length, -(-length // config.block_size)
         # Before every block the memory gives keys and values; every token sees them all.
-        read = blocks * n * price.keys_values + length * n * price.score
+        adapters = {name: 6 * self.adapter_rank * sum(map(math.prod, shapes))
+                    for name, shapes in shapes(config).items()}  # fmt: skip
+        keys_values = adapters["key"] + adapters["value"] + price.keys_values
+        read = blocks * n * keys_values + length * n * price.score
         # Every block but the last updates it; the memory's own keys and values exist already.
         seen = n + config.block_size
-        update = n * (price.project - price.keys_values + seen * price.score + price.feed_forward)
+        all_rows = price.project + price.feed_forward + sum(adapters.values())
+        update = n * (all_rows - keys_values + seen * price.score)
         once = 0
         if from_start and self.start_from == "prompt":
             # The prompt runs up the layers; its output of the last layer is not used.
-            row = price.project + n * price.score + price.feed_forward
+            row = all_rows + n * price.score
             once = (config.num_layers - 1) * n * row
         return read + (blocks - 1) * update, once
+
+    def _adapters(self, layer):
+        return layer.memory.adapters if self.adapter_rank else None
 
     def _angles(self, layer, block, here):
         """Angles `[B, N, Dh / 2]` of the memory that compressed `block` (int32 `[B]`; -1: the prompt)."""
@@ -172,20 +218,6 @@ class Fam(Memory):
         if self.positions == "last":
             return layer.angles(end + (n - self.length), here)
         return layer.angles(end + np.full_like(n, -1), here, here.rotation.memory)
-
-
-class _Embeddings(nn.Module):
-    """`N` learned embeddings `[N, D]`, initialised with the expected RMS of token embeddings."""
-
-    config: object
-    length: int
-    leaf: str
-
-    @nn.compact
-    def __call__(self):
-        c = self.config
-        init = partitioned(nn.initializers.normal(c.embed_dim**-0.5), "memory", "embed")
-        return self.param(self.leaf, init, (self.length, c.embed_dim), c.param_dtype)
 
 
 def write_gate(probabilities, length: int):

@@ -6,10 +6,13 @@ import warnings
 from typing import Any
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from famx.base.errors import ConfigError
+from famx.base.text import some
 from famx.data.vocabularies import load_vocabulary
 from famx.lora import adapter_memory, combine, load_adapter, merged
 from famx.lora.adapters import ADAPTERS, SCALE
@@ -23,8 +26,10 @@ from famx.model_dir.identity import (
     weights_fingerprint,
 )
 from famx.models import DecoderModel
-from famx.modules import Decoder
+from famx.models.memory_start import MemoryStart
+from famx.modules import Decoder, DecoderConfig
 from famx.modules.config import MEMORY_FIELDS
+from famx.modules.memory import PROMPTS, is_measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,20 +156,26 @@ def restore_params(checkpointer: Checkpointer, model: DecoderModel, step: int | 
     return step, params
 
 
-def load_pretrained(checkpoint: str, model: DecoderModel) -> tuple[dict[str, Any], list[str]]:
+def load_pretrained(
+    checkpoint: str, model: DecoderModel, start: MemoryStart = MemoryStart(), seed: int = 0
+) -> tuple[dict[str, Any], list[str]]:
     """Parameters for a new run of `model`, from a checkpoint that may differ in its memory.
 
-    Parameters of the memory are left out if the checkpoint has none of their kind and shapes.
+    Parameters of the memory are left out if the checkpoint has none of their kind and shapes, and
+    `start` makes none of them.
 
     Args:
       checkpoint: a `MODEL_DIR` (its newest checkpoint) or one `MODEL_DIR/checkpoint_<step>`.
       model: definition of the run.
+      start: how prompts start, and measured parameters that the checkpoint does not have.
+      seed: seed of the draw of prompts.
 
     Returns:
       The parameters, placed as by `restore_params`, and sentences for the user about omitted ones.
 
     Raises:
-      ConfigError: the checkpoint does not exist, or the models differ in other fields.
+      ConfigError: the checkpoint does not exist, the models differ in other fields, or the memory cannot
+        start like that.
     """
     trained = load_model(checkpoint)
     stored, config = trained.model.config, model.config
@@ -175,14 +186,55 @@ def load_pretrained(checkpoint: str, model: DecoderModel) -> tuple[dict[str, Any
             f"INITIAL_CHECKPOINT_PATH {checkpoint} holds another model, differing in {differing}: give"
             f" --gin_file={trained.directory.parent}/model.gin if it exists, or set these fields."
         )
-    params, notes = dict(trained.params), []
-    rest, prompt = split_memory(params)
-    wanted = split_memory(without_boxes(model.abstract_params()))[1]
-    if stored.memory.kind != config.memory.kind or not _same_shapes(prompt, wanted):
-        params = rest
-        if wanted:
-            notes.append("The memory's parameters are initialised: the checkpoint has none that fit.")
-    return params, notes
+    rest, memory = split_memory(trained.params)
+    memory = flatten_dict(memory, sep="/") if stored.memory.kind == config.memory.kind else {}
+    wanted = flatten_dict(split_memory(without_boxes(model.abstract_params()))[1], sep="/")
+    memory = {path: x for path, x in memory.items() if path in wanted and x.shape == wanted[path].shape}
+    made, notes = _started(trained, config, wanted, memory, start, seed), []
+    missing = sorted(wanted.keys() - memory.keys())
+    if missing:
+        which = f", {some(missing)}," if memory else ""
+        notes.append(f"The memory's parameters{which} are initialised: the checkpoint has none that fit.")
+    return combine(rest, unflatten_dict(memory | made, sep="/")), notes
+
+
+def _started(
+    trained: TrainedModel, config: DecoderConfig, wanted, memory, start: MemoryStart, seed: int
+) -> dict[str, np.ndarray]:
+    """What `start` makes of the parameters `wanted` of a memory, by path; `memory` is there already."""
+    params = trained.params
+    table, vocabulary = _Rows(params["embedding"]), trained.model.vocabulary
+    prompts = [path for path in wanted if path.rpartition("/")[2] in PROMPTS]
+    if start.prompt is not None and not prompts:
+        kind = config.memory.kind
+        raise ConfigError(f"The prompt cannot start as {start.prompt!r}: the memory {kind!r} has none.")
+    made = {}
+    for path in prompts if start.prompt is not None else ():
+        made[path] = start.draw_prompt(config, wanted[path].shape, seed, lambda: table, vocabulary)
+    measured = [path for path in wanted if is_measured(path) and path not in memory]
+    if measured:
+        of_layer = lambda i: jax.tree.map(lambda x: _on_host(x[i]), split_memory(params)[0]["layers"])
+        layers = map(of_layer, range(config.num_layers))
+        rms = start.measure_rms(config, vocabulary, lambda: table, layers)
+        made |= dict.fromkeys(measured, rms)
+    return made
+
+
+class _Rows:
+    """Rows of a table that may be sharded over processes, by their indices."""
+
+    def __init__(self, table):
+        self._table = table
+
+    def __len__(self):
+        return len(self._table)
+
+    def __getitem__(self, rows):
+        return _on_host(self._table[rows])
+
+
+def _on_host(x) -> np.ndarray:
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _same_shapes(a, b) -> bool:

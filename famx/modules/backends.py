@@ -7,9 +7,16 @@ from famx.base.errors import ConfigError
 
 ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "splash", "cudnn")
 LANES = 128  # lanes of a TPU's vector registers; splash attention tiles rows and columns by them
+WIDTHS = 8  # cuDNN's heads are a multiple of this wide
 _PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
+_WIDEST = 256
 _NARROW = 128  # head_dim up to which cuDNN computes on any GPU; wider heads need compute capability 9.0
 _HOPPER = (9, 0)
+
+
+def kernel_width(config) -> int:
+    """Width of the heads in a fused kernel, in which a bias of the memory's columns takes a part."""
+    return config.head_dim + WIDTHS * config.memory.has_column_bias
 
 
 def refusal(config, backend: str) -> str | None:
@@ -32,8 +39,16 @@ def refusal(config, backend: str) -> str | None:
             return (
                 f"{name} does not support attention_softcap {config.attention_softcap}: set it to None."
             )
-        if config.head_dim % 8 or config.head_dim > 256:
-            return f"{name} needs a head_dim that is a multiple of 8 up to 256, got {config.head_dim}."
+        if config.head_dim % WIDTHS or config.head_dim > _WIDEST:
+            return (
+                f"{name} needs a head_dim that is a multiple of {WIDTHS} up to {_WIDEST}, got"
+                f" {config.head_dim}."
+            )
+        if kernel_width(config) > _WIDEST:
+            return (
+                f"{name} has no room for a bias of the memory's columns beside a head_dim of"
+                f" {config.head_dim}: choose auto or xla."
+            )
         if config.window_mask and not config.memory_segments:
             return f"{name} does not support window_mask without memory_segments: choose xla."
     return None
@@ -52,7 +67,7 @@ def resolve_backend(config, device, devices: int = 1) -> str:
       ConfigError: the config names a backend that the device does not have.
     """
     backend, platform = config.attention_backend, device.platform
-    wide = config.head_dim > _NARROW
+    wide = kernel_width(config) > _NARROW
     if backend != "auto":
         platforms = _PLATFORMS.get(backend, (platform,))
         if platform not in platforms:
@@ -63,7 +78,8 @@ def resolve_backend(config, device, devices: int = 1) -> str:
         if backend == "cudnn" and wide and _computes_wide_heads(device) is False:
             raise ConfigError(
                 f"attention_backend 'cudnn' needs a Hopper GPU or a later one for head_dim"
-                f" {config.head_dim}, more than {_NARROW}, not {device.device_kind}: choose auto or xla."
+                f" {kernel_width(config)}, more than {_NARROW}, not {device.device_kind}: choose auto or"
+                " xla."
             )
         return backend
     if platform == "tpu" and refusal(config, "splash") is None:

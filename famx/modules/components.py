@@ -87,14 +87,23 @@ def _of_row(multiply, row, kernel):
     return multiply(jax.lax.optimization_barrier(jnp.concatenate([row, row])), kernel)[:1]
 
 
+def adapted(adapters, names: Sequence[str], x, ys) -> Sequence:
+    """What the projections `names` make of `x`, `ys`, with what `adapters` add to it; None: nothing."""
+    return ys if adapters is None else adapters(names, x, ys)
+
+
 class Projection(nn.Module):
-    """A linear map `[..., *in_axes] -> [..., *out_axes]` whose axes have logical names."""
+    """A linear map `[..., *in_axes] -> [..., *out_axes]` whose axes have logical names.
+
+    Its kernel is drawn by its number of inputs, or is zero at first if `starts_at_zero`.
+    """
 
     config: DecoderConfig
     features: tuple[int, ...]
     in_axes: tuple[str, ...]
     out_axes: tuple[str, ...]
     use_bias: bool = False
+    starts_at_zero: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -103,6 +112,7 @@ class Projection(nn.Module):
         init = nn.initializers.variance_scaling(
             1.0, "fan_in", "truncated_normal", in_axis=range(n), out_axis=range(n, rank)
         )
+        init = nn.initializers.zeros if self.starts_at_zero else init
         shape = x.shape[-n:] + self.features
         kernel = self.param(
             "kernel", partitioned(init, *self.in_axes, *self.out_axes), shape, c.param_dtype
@@ -171,12 +181,15 @@ class FeedForward(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, adapters=None):
         c = self.config
         up = lambda name: Projection(c, (c.mlp_dim,), ("embed",), ("mlp",), c.mlp_bias, name=name)
         if c.gated_mlp:
-            gate, linear = up("gate").jointly(x, up("up"))
+            both = up("gate").jointly(x, up("up"))
+            gate, linear = adapted(adapters, ("gate", "up"), x, both)
             hidden = _ACTIVATION[c.activation](gate) * linear
         else:
-            hidden = _ACTIVATION[c.activation](up("up")(x))
-        return Projection(c, (c.embed_dim,), ("mlp",), ("embed",), c.mlp_bias, name="down")(hidden)
+            (linear,) = adapted(adapters, ("up",), x, [up("up")(x)])
+            hidden = _ACTIVATION[c.activation](linear)
+        down = Projection(c, (c.embed_dim,), ("mlp",), ("embed",), c.mlp_bias, name="down")
+        return adapted(adapters, ("down",), hidden, [down(hidden)])[0]

@@ -12,8 +12,14 @@ import jax.numpy as jnp
 
 from famx.modules import deferred, rope
 from famx.modules import window as windows
-from famx.modules.attention import attend_apart, memory_mass, token_attention, visible
-from famx.modules.components import FeedForward, Norm, Projection
+from famx.modules.attention import (
+    attend_apart,
+    bias_dimensions,
+    memory_mass,
+    token_attention,
+    visible,
+)
+from famx.modules.components import FeedForward, Norm, Projection, adapted
 from famx.modules.config import DecoderConfig
 from famx.modules.memory import Block, Opened
 from famx.modules.state import where_examples
@@ -50,32 +56,35 @@ class Layer(nn.Module):
             self.query_norm, self.key_norm = Norm(c, axis="kv"), Norm(c, axis="kv")
         self.memory = c.memory.layer_parameters(c)
 
-    # The layer's two halves, for block tokens and for memories.
+    # The layer's two halves, for block tokens and for memories. `adapters`: a function of `(names, x,
+    # ys)` that changes the results `ys` of the projections `names` of `x`, for a memory that has such.
 
-    def project(self, x):
+    def project(self, x, adapters=None):
         """Queries `[..., H, Dh]`, keys and values `[..., K, Dh]` of `Norm(x [..., D])`, not rotated."""
         x = self.attention_norm(x)
-        q, k, v = self.query.jointly(x, self.key, self.value)
+        results = self.query.jointly(x, self.key, self.value)
+        q, k, v = adapted(adapters, ("query", "key", "value"), x, results)
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 
-    def qkv(self, x, angle, key_angle=None):
+    def qkv(self, x, angle, key_angle=None, adapters=None):
         """`project`, queries rotated by `angle [..., Dh / 2]`, keys by `key_angle` (None: the same)."""
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, adapters)
         return rope.rotate(q, angle), rope.rotate(k, angle if key_angle is None else key_angle), v
 
-    def finish(self, x, attention, residual=None):
+    def finish(self, x, attention, residual=None, adapters=None):
         """`O = FF(Norm(A)) + A` with `A = attention + residual`, `[..., D]`.
 
         `residual` is `x` unless given; it differs only in the first update of FAM.
         """
         residual = x if residual is None else residual
-        attention = self.output(attention)
+        (attention,) = adapted(adapters, ("output",), attention, [self.output(attention)])
         if self.config.post_norms:
             attention = self.post_attention_norm(attention)
         a = attention + residual
-        out = self.mlp(self.attention_norm(x) if self.config.parallel_block else self.mlp_norm(a))
+        x = self.attention_norm(x) if self.config.parallel_block else self.mlp_norm(a)
+        out = self.mlp(x, adapters)
         if self.config.post_norms:
             out = self.post_mlp_norm(out)
         return out + a
@@ -126,17 +135,20 @@ class Layer(nn.Module):
         with_past = lambda new, old: jnp.concatenate([windows.before(new, old, past), new], axis=1)
         keys, values = with_past(k, keys), with_past(v, values)
         climb, memory, opened = self._remember(climb, memory, (k, v), (keys, values), context)
+        bias_query, bias_keys = bias_dimensions(c.memory.column_bias(self), c)
+        seen = bias_keys(keys, False)
         if opened.keys is None:
             opened = opened.replace(keys=_no_columns(k), values=_no_columns(v))
         else:
-            self.keep(MASS, "tokens_on_memory", lambda: memory_mass(q, keys, opened.keys, first, c))
-        self.keep(INPUTS, "queries", lambda: q[:, 0])
-        self.keep(INPUTS, "keys", lambda: keys[:, : past + 1])
+            opened = opened.replace(keys=bias_keys(opened.keys, True))
+            mass = lambda: memory_mass(bias_query(q), seen, opened.keys, first, c)
+            self.keep(MASS, "tokens_on_memory", mass)
+        self.keep(INPUTS, "queries", lambda: bias_query(q)[:, 0])
+        self.keep(INPUTS, "keys", lambda: seen[:, : past + 1])
         self.keep(INPUTS, "memory_keys", lambda: opened.keys[:, 0])
-        attend = functools.partial(
-            token_attention, keys=keys, values=values, memory_keys=opened.keys,
-            memory_values=opened.values, first_block=first, config=c,
-            batch_axis=windows.batch_axis(x.shape[0] // batch),
+        attend = lambda query: token_attention(
+            bias_query(query), seen, values, opened.keys, opened.values, first, c,
+            windows.batch_axis(x.shape[0] // batch),
         )  # fmt: skip
         out = self.finish(x, c.memory.attend(self, Tokens(x, q, plain, attend, opened.extra), context))
         keys, values = (windows.after(y, batch, context, past, size) for y in (keys, values))
@@ -264,7 +276,7 @@ class Layer(nn.Module):
             (window.keys, window.values, seen[:, None, None]),
             (k.swapaxes(1, 2), v.swapaxes(1, 2), visible(c, index[:, None], block + index, 0)),
         )
-        attend = lambda query: attend_apart(query, parts, c)
+        attend = lambda query: attend_apart(query, parts, c, c.memory.column_bias(self))
         attention = c.memory.attend(self, Tokens(x, q, plain, attend, window.extra), context)
         return self.finish(x, attention), (k, v)
 

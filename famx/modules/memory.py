@@ -23,6 +23,8 @@ import jax
 _KINDS: dict[str, type["Memory"]] = {}
 # Names of parameters `[..., N, D]` that are like token embeddings and may be initialised with such.
 PROMPTS = ("prompt", "prefix")
+# Names of parameters that are measured on plain text (`famx.models.memory_start`) and never learn.
+MEASURED = ("rms",)
 COLLECTION = "memory"  # name of a memory's parameters, above the layers and in each layer
 
 
@@ -115,6 +117,11 @@ class Memory:
         return 0
 
     @property
+    def has_column_bias(self) -> bool:
+        """Whether `column_bias` is not None."""
+        return False
+
+    @property
     def exists(self) -> bool:
         """Whether anything is remembered beyond the window."""
         return type(self) is not Memory
@@ -162,6 +169,10 @@ class Memory:
     def open(self, layer, climb, memory, here) -> tuple[Any, Opened]:
         """`(climb, Opened)` for the block `here`, once, before its tokens."""
         return climb, Opened()
+
+    def column_bias(self, layer) -> Any:
+        """What the scores of the columns are raised by, in every query head, `[H]`; None: nothing."""
+        return None
 
     def attend(self, layer, tokens, here):
         """Attention of tokens before the output projection, `[..., H, Dh]`.
@@ -254,6 +265,11 @@ def from_dict(fields: dict[str, Any]) -> Memory:
         known = ", ".join(sorted(names))
         raise ValueError(f"A memory of the kind {kind!r} has no field {unknown}; it has {known}.")
     return _KINDS[kind](**fields)
+
+
+def is_measured(path: str) -> bool:
+    """Whether the parameter at `path` is a memory's that is measured, and so does not learn."""
+    return of_memory(path) and path.rpartition("/")[2] in MEASURED
 
 
 def of_memory(path: str) -> bool:

@@ -47,7 +47,7 @@ class T5xModel:
       trainable: which parameters are trained, without `frozen_dtype`: t5x differentiates every parameter.
 
     Attributes:
-      model: the `DecoderModel`; one that is trained has adapters only if `trainable` is "lora".
+      model: the `DecoderModel`; one that is trained has adapters only if `trainable` names "lora".
       input_vocabulary, output_vocabulary: SeqIO's vocabulary of the task, or the model's.
       optimizer_def: the optimizer for t5x.
 
@@ -81,7 +81,7 @@ class T5xModel:
         self.state_passing, self.random_seed, self.trainable = state_passing, random_seed, trainable
         self.optimizer_def = optimizer
         if optimizer is not None:
-            if trainable.name != "lora":
+            if not trainable.has_adapters:
                 model = dataclasses.replace(model, lora=None)
             trainable.check(model.abstract_params())
             if not isinstance(optimizer, OptimizerDef):

@@ -264,7 +264,9 @@ def _new_state(run: Run, data: _Data, initialize, writer: RunWriter, notes: list
     """The initial state; adds to `notes` what was not taken from the initial checkpoint."""
     pretrained, loaded = {}, None
     if run.initial_checkpoint_path is not None:
-        pretrained, load_notes = load_pretrained(run.initial_checkpoint_path, run.model)
+        pretrained, load_notes = load_pretrained(
+            run.initial_checkpoint_path, run.model, run.memory_start, run.random_seed
+        )
         notes += load_notes
         writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
         trained = TrainedModel(run.model, pretrained, 0, data.initial_dir)

@@ -2,9 +2,15 @@
 
 All clip the gradient's global norm first (`clip_norm`; None for no clipping) and decay only the weights
 that `decay_mask` selects. `learning_rate` is a number or a schedule of famx.training.schedules.
+
+`parts` names parts of the parameters that learn otherwise, in the words of `TRAINABLE`
+(`famx.training.trainable`): `{"memory": Part(rate=10), "norms": Part(decay=0)}`. A parameter has the
+settings of the first part that it is in.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import gin
@@ -12,11 +18,37 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from famx.base.errors import ConfigError
+from famx.modules.memory import is_measured
+from famx.training.trainable import in_part
+
 _Rate: TypeAlias = float | optax.Schedule
 _Mask = Callable[[Any], Any]
 
 # Words in the paths of parameters that are no matrices of linear maps, and of the memory's parameters.
 NOT_DECAYED = ("embed", "norm", "bias", "scale", "memory")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What differs for a part of the parameters.
+
+    Attributes:
+      rate: factor of the learning rate; the decay is multiplied by it too, as it is by the rate.
+      decay: weight decay of all its parameters, whatever the mask says; None: as for the others.
+    """
+
+    rate: float = 1.0
+    decay: float | None = None
+
+    def __post_init__(self):
+        if not self.rate > 0 or (self.decay is not None and self.decay < 0):
+            raise ConfigError(f"Part needs a rate above 0 and a decay of at least 0; it is {self}.")
+
+
+_Parts: TypeAlias = Mapping[str, Part]
+_NONE: _Parts = MappingProxyType({})
 
 
 @gin.configurable
@@ -27,8 +59,7 @@ def decay_mask(params: Any, not_decayed: tuple[str, ...] = NOT_DECAYED) -> Any:
     """
 
     def decays(path, leaf):
-        parts = [str(getattr(key, "key", getattr(key, "name", ""))).lower() for key in path]
-        named = any(word in part for part in parts for word in not_decayed)
+        named = any(word in part.lower() for part in _names(path) for word in not_decayed)
         return leaf.ndim >= 2 and not named
 
     return jax.tree_util.tree_map_with_path(decays, params)
@@ -43,10 +74,11 @@ def adamw(
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
     mask: _Mask = decay_mask,
+    parts: _Parts = _NONE,
 ) -> optax.GradientTransformation:
     """AdamW; the decay is multiplied by the learning rate."""
-    adam = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
-    return _clipped(clip_norm, adam)
+    decay, rate = _decayed(weight_decay, mask, parts), _rated(learning_rate, parts)
+    return _clipped(clip_norm, optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), decay, *rate))
 
 
 @gin.configurable
@@ -59,6 +91,7 @@ def adafactor(
     min_dim_size_to_factor: int = 128,
     multiply_by_parameter_scale: bool = False,
     mask: _Mask = decay_mask,
+    parts: _Parts = _NONE,
 ) -> optax.GradientTransformation:
     """Adafactor with momentum `beta1` and second-moment decay `beta2`, as in the paper.
 
@@ -70,7 +103,7 @@ def adafactor(
     makes the learning rate relative to each parameter's size. The decay is multiplied by the learning
     rate.
     """
-    parts = [
+    steps = [
         optax.scale_by_factored_rms(
             decay_rate=beta2,
             min_dim_size_to_factor=min_dim_size_to_factor,
@@ -79,12 +112,11 @@ def adafactor(
         optax.clip_by_block_rms(1.0),
     ]
     if multiply_by_parameter_scale:
-        parts.append(optax.scale_by_param_block_rms())
+        steps.append(optax.scale_by_param_block_rms())
     if beta1 is not None:
-        parts.append(optax.ema(beta1, debias=False))
-    parts.append(optax.add_decayed_weights(weight_decay, mask=mask))
-    parts.append(optax.scale_by_learning_rate(learning_rate))
-    return _clipped(clip_norm, *parts)
+        steps.append(optax.ema(beta1, debias=False))
+    steps += [_decayed(weight_decay, mask, parts), *_rated(learning_rate, parts)]
+    return _clipped(clip_norm, *steps)
 
 
 @gin.configurable
@@ -95,14 +127,71 @@ def lion(
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
     mask: _Mask = decay_mask,
+    parts: _Parts = _NONE,
 ) -> optax.GradientTransformation:
     """Lion: sign updates and one moment; needs a learning rate 3 to 10 times below AdamW's."""
-    return _clipped(
-        clip_norm, optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
-    )
+    decay, rate = _decayed(weight_decay, mask, parts), _rated(learning_rate, parts)
+    return _clipped(clip_norm, optax.chain(optax.scale_by_lion(b1=b1, b2=b2), decay, *rate))
 
 
-def _clipped(clip_norm: float | None, *parts: optax.GradientTransformation):
+def _clipped(clip_norm: float | None, *steps: optax.GradientTransformation):
     if clip_norm is not None:
-        parts = (optax.clip_by_global_norm(clip_norm), *parts)
-    return optax.chain(*parts)
+        steps = (optax.clip_by_global_norm(clip_norm), *steps)
+    return optax.chain(*steps)
+
+
+def _rated(learning_rate: _Rate, parts: _Parts) -> list[optax.GradientTransformation]:
+    """Steps of the learning rate, in each part times its factor."""
+    steps = [optax.scale_by_learning_rate(learning_rate)]
+    if not parts:
+        return steps
+
+    def update(updates, state, params=None):
+        def scaled(path, update):
+            part = _part_of(path, parts)
+            return update if part is None else update * jnp.asarray(part.rate, update.dtype)
+
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+    return [*steps, optax.GradientTransformation(lambda params: _check(params, parts), update)]
+
+
+def _decayed(weight_decay: float, mask: _Mask, parts: _Parts) -> optax.GradientTransformation:
+    """The weight decay, that of its part where one has a decay of its own."""
+    own = any(part.decay is not None for part in parts.values())
+    if not own:
+        return optax.add_decayed_weights(weight_decay, mask=mask)
+
+    def update(updates, state, params=None):
+        def decayed(path, update, masked, leaf):
+            part = _part_of(path, parts)
+            rate = weight_decay if masked else 0.0
+            rate = rate if part is None or part.decay is None else part.decay
+            return update + rate * leaf if rate and not is_measured("/".join(_names(path))) else update
+
+        masked = mask(params) if callable(mask) else mask
+        return jax.tree_util.tree_map_with_path(decayed, updates, masked, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _check(params: Any, parts: _Parts) -> optax.EmptyState:
+    """The state of a step without one; ConfigError if no parameter that learns is in one of the parts."""
+    paths = ["/".join(_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for name in parts:
+        if not any(in_part(name, path) for path in paths):
+            raise ConfigError(
+                f"The optimiser's part {name!r} has no parameter that learns; these learn: "
+                f"{', '.join(paths)}."
+            )
+    return optax.EmptyState()
+
+
+def _part_of(path, parts: _Parts) -> Part | None:
+    """The first part that a parameter is in, or None."""
+    name = "/".join(_names(path))
+    return next((parts[part] for part in parts if in_part(part, name)), None)
+
+
+def _names(path) -> list[str]:
+    return [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]

@@ -39,6 +39,7 @@ from famx.mesh import (
     on_mesh,
 )
 from famx.models import DecoderModel
+from famx.models.memory_start import MemoryStart
 from famx.modules.backends import resolve_backend
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import Source
@@ -171,6 +172,7 @@ class Run:
       initial_checkpoint_path: checkpoint that a new run takes its parameters from, a `MODEL_DIR` or one
         `checkpoint_<step>` in it. The model may differ from that of the checkpoint in its memory. A named
         task takes the vocabulary of the checkpoint.
+      memory_start: how the memory starts in a run from such a checkpoint.
       microbatches: number of parts of the batch that are computed one after another to save memory; the
         result of the step is the same.
       evaluation: called as `evaluation(model, params, step) -> scalars`; its `report(model, params,
@@ -194,6 +196,7 @@ class Run:
     state_passing: StatePassing = Fresh()
     trainable: Trainable = Trainable()
     initial_checkpoint_path: str | None = None
+    memory_start: MemoryStart = MemoryStart()
     microbatches: int = 1
     evaluation: Any = None
     every: Every = Every()
@@ -206,7 +209,7 @@ class Run:
     def ready(self, devices: Sequence[jax.Device] | None = None) -> "Run":
         """A checked copy with mesh and rules set and the model adapted to them.
 
-        The model of the copy has no adapters unless `trainable` is "lora".
+        The model of the copy has no adapters unless `trainable` names "lora".
 
         Args:
           devices: devices of the mesh if the run has none; None: all devices.
@@ -224,7 +227,7 @@ class Run:
         compiler_options(self.xla_options, mesh.devices.flat[0].platform, mesh.shape)  # likewise
         model = dataclasses.replace(
             self.model,
-            lora=self.model.lora if self.trainable.name == "lora" else None,
+            lora=self.model.lora if self.trainable.has_adapters else None,
             context_shards=mesh.shape["context"],
         )
         params = model.abstract_params()

@@ -7,12 +7,15 @@ import shutil
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from famx.base.files import write_json
 from famx.lora import save_adapter
+from famx.lora.adapters import ADAPTERS
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.identity import weights_fingerprint
+from famx.modules.memory import of_memory
 from famx.training.run import Run
 from famx.training.step import TrainState
 
@@ -57,14 +60,18 @@ class RunWriter:
             self._save_adapter(state)
 
     def _save_adapter(self, state: TrainState) -> None:
-        part = self._run.trainable.part(state.params)
+        trainable = self._run.trainable
+        wanted = lambda path: of_memory(path) or trainable.learns(path)
+        flat = flatten_dict(state.params, sep="/")
+        part = unflatten_dict({path: x for path, x in flat.items() if wanted(path)}, sep="/")
         part = multihost_utils.process_allgather(part, tiled=True)
         if not self._first:
             return
         model, path = self._run.model, self._directory / _BASE_FILE
         base = json.loads(path.read_text()) if path.exists() else {}
         memory = model.config.memory_fields()
+        others = [path for path in flat if trainable.learns(path) and not path.endswith(ADAPTERS)]
         save_adapter(
             self._directory / "adapter", part, model.lora, base.get("weights"), base.get("checkpoint"),
-            memory,
+            memory, others,
         )  # fmt: skip

@@ -5,7 +5,12 @@
 | `all` | everything |
 | `lora` | the adapters (`famx.lora`) and the memory's own parameters, such as FAM's prompt |
 | `memory` | the memory alone: its parameters, or the state that every example begins from |
+| `norms` | the scales and biases of all norms |
+| several of these | `lora+norms`: all that one of them names |
 | a regular expression | parameters whose whole path matches, such as `layers/mlp/.*` |
+
+What is measured of a memory (`famx.modules.memory.MEASURED`) never learns. The optimisers name parts of
+the parameters in the same way.
 """
 
 import dataclasses
@@ -20,11 +25,33 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from famx.base.errors import ConfigError
 from famx.lora import combine, quantize
 from famx.lora.adapters import ADAPTERS
-from famx.modules.memory import of_memory
+from famx.modules.memory import is_measured, of_memory
 
-NAMES = ("all", "lora", "memory")
+NAMES = ("all", "lora", "memory", "norms")
 FROZEN_DTYPES = ("float32", "bfloat16", "int8")
 _WIDE = ("kernel", "embedding", "head")  # matrices; norms and biases are small
+
+
+def names_of(part: str) -> set[str] | None:
+    """The names of the module's table that `part` is made of; None if it is a regular expression."""
+    names = set(part.split("+"))
+    return names if names <= set(NAMES) else None
+
+
+def in_part(part: str, path: str) -> bool:
+    """Whether a part of the module's table has the parameter at `path`, such as "layers/query/kernel"."""
+    if is_measured(path):
+        return False
+    names = names_of(part)
+    if names is None:
+        return re.fullmatch(part, path) is not None
+    of_norm = not of_memory(path) and any(word.endswith("norm") for word in path.split("/"))
+    return (
+        "all" in names
+        or ("lora" in names and path.endswith(ADAPTERS))
+        or (bool(names & {"lora", "memory"}) and of_memory(path))
+        or ("norms" in names and of_norm)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +59,7 @@ class Trainable:
     """Which parameters learn, and how the others are stored.
 
     Attributes:
-      name: one of the names in the module's table, or a regular expression.
+      name: a part of the module's table.
       frozen_dtype: dtype of matrices that do not learn: "float32", "bfloat16", or "int8" for projections
         with bfloat16 for the other matrices; None: unchanged.
 
@@ -57,22 +84,24 @@ class Trainable:
                 f" expression: {error}."
             ) from error
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are among what learns, so that the model gets some."""
+        return "lora" in (names_of(self.name) or ())
+
     def learns(self, path: str) -> bool:
         """Whether the parameter at `path`, such as "layers/query/kernel", learns."""
-        if self.name == "all":
-            return True
-        if self.name in ("lora", "memory"):
-            adapter = path.endswith(ADAPTERS) and self.name == "lora"
-            return adapter or of_memory(path)
-        return re.fullmatch(self.name, path) is not None
+        return in_part(self.name, path)
 
     def check(self, params) -> None:
         """Raises ConfigError unless at least one of the parameters learns."""
         paths = list(flatten_dict(params, sep="/"))
-        if self.name == "lora" and not any(path.endswith(ADAPTERS) for path in paths):
-            raise ConfigError("TRAINABLE is 'lora', but the model has no adapters: set LORA=@Lora().")
+        if self.has_adapters and not any(path.endswith(ADAPTERS) for path in paths):
+            raise ConfigError(
+                f"TRAINABLE is {self.name!r}, but the model has no adapters: set LORA=@Lora()."
+            )
         if not any(self.learns(path) for path in paths):
-            why = "the model has no memory" if self.name in NAMES else "it matches no whole path"
+            why = "the model has no memory" if names_of(self.name) else "it matches no whole path"
             raise ConfigError(
                 f"TRAINABLE {self.name!r} leaves nothing to learn: {why}; the parameters are"
                 f" {', '.join(paths)}."
@@ -85,6 +114,7 @@ class Trainable:
         flat = flatten_dict(params, sep="/")
         frozen = {path for path in flat if not self.learns(path)}
         narrow = "bfloat16" if self.frozen_dtype == "int8" else self.frozen_dtype
+        frozen = {path for path in frozen if not of_memory(path)}
         int8 = [p.removesuffix("/kernel") for p in sorted(frozen) if p.endswith("/kernel")]
         for path in frozen:
             if path.rpartition("/")[2] in _WIDE and nn.unbox(flat[path]).dtype != jnp.int8:

@@ -7,10 +7,12 @@ from flax.traverse_util import unflatten_dict
 from reference_models import CONFIGS, draw, is_gemma
 
 from famx.conversion import families
+from famx.conversion.writer import leaf_shapes
 from famx.memories import Fam
 from famx.model_dir.loading import TrainedModel
 from famx.models import DecoderModel
 from famx.modules import Decoder
+from famx.modules.memory import of_memory
 
 MEMORY = {"block_size": 8, "memory_segments": 3, "memory": Fam(2, positions="float")}
 
@@ -31,14 +33,14 @@ def imported(name, tmp_path, dtype=np.float32, vocabulary=None, **memory):
     shapes = {tensor.name: tensor.shape for tensor in families.tensors(hf, config)}
     read = lambda name: draw(name, shapes[name], is_gemma(hf)).astype(dtype)
     params = tree(hf, config, read)
-    if config.memory.exists:
-        shape = (config.memory.length, config.embed_dim)
-        if config.memory.start_from == "prefix":
-            prefix = np.random.default_rng(0).standard_normal((config.num_layers, *shape))
-            params["layers"]["memory"] = {"prefix": prefix.astype(np.float32)}
-        else:
-            prompt = np.random.default_rng(0).standard_normal(shape)
-            params["memory"] = {"prompt": prompt.astype(np.float32)}
+    rng = np.random.default_rng(0)
+    for path, leaf in leaf_shapes(config).items():
+        if of_memory("/".join(path)):
+            array = rng.standard_normal(leaf.shape).astype(np.float32)
+            places = params
+            for name in path[:-1]:
+                places = places.setdefault(name, {})
+            places[path[-1]] = np.abs(array) + 0.5 if path[-1] == "rms" else array
     source = tmp_path / "model" / "source"
     source.mkdir(parents=True)
     (source / "config.json").write_text(json.dumps(hf))

@@ -34,7 +34,7 @@ from famx.base.text import byte_size
 from famx.conversion import commands, importing
 from famx.conversion.families import SUPPORTED, decoder_config, tensors
 from famx.conversion.gin_file import model_gin
-from famx.conversion.importing import draw_prompt, plan_import, write_model
+from famx.conversion.importing import plan_import, write_model
 from famx.conversion.sources import open_source
 from famx.conversion.tensor_source import TensorInfo
 from famx.conversion.vocabulary import fitting_vocabulary
@@ -43,6 +43,7 @@ from famx.data.vocabularies import load_vocabulary, open_vocabulary
 from famx.memories import Fam
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.loading import load_model
+from famx.models.memory_start import MemoryStart
 from famx.modules import DecoderConfig, Memory, RopeScaling
 
 CONFIG = decoder_config(LLAMA, **MEMORY)
@@ -211,7 +212,7 @@ def test_an_architecture_that_is_not_supported_names_those_that_are(tmp_path):
 
 def test_the_prompt_is_drawn_as_in_a_new_model():
     config = decoder_config(LLAMA, block_size=300, memory=Fam(256))
-    draw = lambda shape=(256, 16), seed=0: draw_prompt(config, shape, "normal", seed, None)
+    draw = lambda shape=(256, 16), seed=0: MemoryStart("normal").draw_prompt(config, shape, seed, None)
     prompt = draw()
     assert prompt.shape == (256, 16) and prompt.dtype == np.float32
     assert abs(prompt.std() * 4 - 1) < 0.05 and abs(prompt.mean()) < 0.02
@@ -223,7 +224,7 @@ def test_the_prompt_is_drawn_as_in_a_new_model():
 def test_the_prompt_may_be_embeddings_of_tokens():
     table = np.arange(300.0)[:, None].repeat(16, axis=1).astype("float16")
     config = decoder_config(LLAMA, block_size=300, memory=Fam(100))
-    draw = lambda config, shape: draw_prompt(config, shape, "tokens", 0, lambda: table)
+    draw = lambda config, shape: MemoryStart("tokens").draw_prompt(config, shape, 0, lambda: table)
     prompt = draw(config, (100, 16))
     rows = prompt[:, 0].astype(int)
     assert len(set(rows)) == 100 and prompt.dtype == np.float32
@@ -231,8 +232,8 @@ def test_the_prompt_may_be_embeddings_of_tokens():
     gemma = dataclasses.replace(config, scale_embeddings=True)
     np.testing.assert_array_equal(draw(gemma, (100, 16)), 4 * prompt)
     assert draw(config, (3, 200, 16)).shape == (3, 200, 16), "some come twice"
-    with pytest.raises(ConfigError, match="one of normal, tokens, not 'zeros'."):
-        draw_prompt(config, (2, 16), "zeros", 0, lambda: table)
+    with pytest.raises(ConfigError, match="one of normal, tokens, text, bos, not 'zeros'."):
+        MemoryStart("zeros")
 
 
 def test_an_export_brings_its_prompt_and_its_memory(tmp_path):
@@ -242,14 +243,16 @@ def test_an_export_brings_its_prompt_and_its_memory(tmp_path):
     file, settings = directory / "model.safetensors", directory / "config.json"
     weights = {**safetensors.numpy.load_file(file), "model.memory.prompt": prompt}
     safetensors.numpy.save_file(weights, file)
-    settings.write_text(json.dumps(full_config(json.loads(settings.read_text()), config, step=5)))
+    full = full_config(json.loads(settings.read_text()), config, 5, [])
+    settings.write_text(json.dumps(full))
 
     plan = plan_import(open_source(directory))
     assert plan.config == config
     kept = stored(write_model(plan, tmp_path / "same"), plan)[("memory", "prompt")]
     np.testing.assert_array_equal(kept, prompt)
-    drawn = stored(write_model(plan, tmp_path / "drawn", "normal"), plan)[("memory", "prompt")]
-    np.testing.assert_array_equal(drawn, draw_prompt(config, (3, 16), "normal", 0, None))
+    written = write_model(plan, tmp_path / "drawn", MemoryStart("normal"))
+    drawn = stored(written, plan)[("memory", "prompt")]
+    np.testing.assert_array_equal(drawn, MemoryStart().draw_prompt(config, (3, 16), 0, None))
 
     other = plan_import(open_source(directory), {"memory": Fam(2)})
     assert other.config == dataclasses.replace(config, memory=Fam(2)) and not other.memory
@@ -538,7 +541,7 @@ def test_an_imported_model_answers_and_talks(tmp_path, instruct):
     assert trained.model.config == dataclasses.replace(CONFIG, memory=Fam(2, update="gated"), **changes)
     assert trained.model.vocabulary.pad_id == 1
     table = lambda: make_weights(LLAMA)["model.embed_tokens.weight"]
-    drawn = draw_prompt(CONFIG, (2, 16), "tokens", 3, table)
+    drawn = MemoryStart("tokens").draw_prompt(CONFIG, (2, 16), 3, table)
     np.testing.assert_array_equal(trained.params["memory"]["prompt"], drawn.astype("bfloat16"))
     array = model / "checkpoint_0" / "state" / "target.embedding" / ".zarray"
     assert json.loads(array.read_text())["chunks"] == [300, 8]

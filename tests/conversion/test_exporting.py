@@ -98,6 +98,29 @@ def test_a_directory_imported_exported_and_imported_is_the_same_model(name, tmp_
         np.testing.assert_allclose(found[key], array, 0, 3e-7 if is_gemma(hf) else 0)
 
 
+def test_parameters_of_the_memory_in_each_layer_come_back_and_its_adapters_are_refused(tmp_path):
+    hf, original = CONFIGS["llama_biased"], tmp_path / "original"
+    original.mkdir()
+    (original / "config.json").write_text(json.dumps(hf))
+    wanted = families.tensors(hf, families.decoder_config(hf))
+    arrays = {tensor.name: draw(tensor.name, tensor.shape) for tensor in wanted}
+    safetensors.numpy.save_file(arrays, original / "model.safetensors")
+    memory = Fam(2, bias="minus_log_length", first_residual="ordinary")
+    first = convert(original, tmp_path / "first", **{**MEMORY, "memory": memory})
+    np.testing.assert_allclose(first.params["layers"]["memory"]["bias"], -np.log(2), rtol=1e-6)
+    export(first, tmp_path / "out")
+    second = convert(tmp_path / "out", tmp_path / "second")
+    assert second.model.config == first.model.config
+    tiny.assert_identical(second.params, first.params)
+    with pytest.raises(ConfigError, match="no tokenizer to read it"):
+        measured = {**MEMORY, "memory": Fam(2, normalize="measured")}
+        convert(original, tmp_path / "third", **measured)
+    with pytest.raises(ConfigError, match="does not implement Fam.adapter_rank: add --nomemory"):
+        adapted = dataclasses.replace(memory, adapter_rank=1)
+        export(convert(original, tmp_path / "fourth", **{**MEMORY, "memory": adapted}), tmp_path / "no")
+    assert not (tmp_path / "third" / "model.json").exists()
+
+
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2"])
 def test_what_came_in_bfloat16_goes_out_in_bfloat16_as_it_was(name, tmp_path):
     trained = imported(name, tmp_path, ml_dtypes.bfloat16)

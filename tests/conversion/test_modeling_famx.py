@@ -29,6 +29,8 @@ FAMILIES = [(name, i % 4, GATED if i % 2 else Fam(2)) for i, name in enumerate(s
 RULES = [
     Fam(BLOCK), Fam(1, update="gated"), Fam(3, normalize=True), Fam(3, update_scale=0.5),
     Fam(3, positions="float"), Fam(3, positions="zero"), Fam(3, start_from="prefix"),
+    Fam(3, update="gated", update_scale=0.5, first_residual="ordinary"), Fam(3, bias="zero"),
+    Fam(3, normalize="measured"), Fam(2, start_from="prefix", bias="zero", normalize="measured"),
 ]  # fmt: skip
 
 

@@ -63,9 +63,10 @@ class Oracle:
         as_query = [self.memory_position(t, i, offset) for i in range(n)]
         as_key = [self.memory_position(t - 1, i, offset) for i in range(n)]
         # qF, kF, vF = QKV(Norm(F_{t-1}))
-        q_f = [self.query(w, f, p) for f, p in zip(memory, as_query, strict=True)]
-        k_f = [self.key(w, f, p) for f, p in zip(memory, as_key, strict=True)]
-        v_f = [self.value(w, f) for f in memory]
+        adapted = self.with_adapters(w)
+        q_f = [self.query(adapted, f, p) for f, p in zip(memory, as_query, strict=True)]
+        k_f = [self.key(adapted, f, p) for f, p in zip(memory, as_key, strict=True)]
+        v_f = [self.value(adapted, f) for f in memory]
         # q, k, v = QKV(Norm(I_t))
         for s, i_t in enumerate(inputs):
             keys.append(self.key(w, i_t, begin + s + offset))
@@ -75,17 +76,17 @@ class Oracle:
             here = begin + s
             mask = [True] * n + [self.sees(here, there) for there in range(len(keys))]
             q = self.query(w, i_t, here + offset)
-            attention, _ = self.attend(q, k_f + keys, v_f + values, mask)
+            attention, _ = self.attend(q, k_f + keys, v_f + values, mask, w)
             outputs.append(self.rest_of_layer(w, i_t, attention, i_t))
         if not n or len(inputs) < size:
             return outputs, memory
         own_k, own_v = k_f + keys[begin:], v_f + values[begin:]
-        compressed = [self.attend(q, own_k, own_v, [True] * len(own_k)) for q in q_f]
+        compressed = [self.attend(q, own_k, own_v, [True] * len(own_k), w) for q in q_f]
         new = []
         for f, (attention, weights) in zip(memory, compressed, strict=True):
-            residual = np.zeros_like(f) if t == 0 else f
-            f_t = self.rest_of_layer(w, f, attention, residual)
-            new.append(self.variants_of_update(f, f_t, weights, first=t == 0))
+            first = t == 0 and c.memory.first_residual == "zero"
+            f_t = self.rest_of_layer(adapted, f, attention, np.zeros_like(f) if first else f)
+            new.append(self.variants_of_update(w, f, f_t, weights, first))
         return outputs, new
 
     def sees(self, here, there):
@@ -113,10 +114,25 @@ class Oracle:
             ff = self.norm(ff, w["post_mlp_norm"])
         return ff + a
 
-    def variants_of_update(self, old, new, weights, first):
+    def with_adapters(self, w):
+        """The layer's weights for the memory alone: the memory's adapters merged into them."""
+        parts = w.get("memory", {}).get("adapters")
+        if parts is None:
+            return w
+
+        def kernel(weights, name):
+            a, b = (parts[f"{side}_{name}"]["kernel"] for side in "ab")
+            return {**weights, "kernel": weights["kernel"] + np.tensordot(a, b, 1)}
+
+        mlp = {name: kernel(w["mlp"][name], name) for name in w["mlp"]}
+        own = {name: kernel(w[name], name) for name in ("query", "key", "value", "output")}
+        return {**w, **own, "mlp": mlp}
+
+    def variants_of_update(self, w, old, new, weights, first):
         """What is not in the paper: scaled updates, normalised memory, the write gate."""
         c = self.c
-        unit = lambda f: f / np.sqrt(np.mean(f**2) + c.norm_epsilon) if c.memory.normalize else f
+        rms = w["memory"]["rms"] if c.memory.normalize == "measured" else 1
+        unit = lambda f: f * rms / np.sqrt(np.mean(f**2) + c.norm_epsilon) if c.memory.normalize else f
         if first:
             return unit(new)
         new = unit(old + c.memory.update_scale * (new - old))
@@ -139,6 +155,7 @@ class Oracle:
         memories, x = [], list(self.w["memory"]["prompt"])
         for i, w in enumerate(self.layers):
             self.enter(i)
+            w = self.with_adapters(w)
             memories.append(x)
             k = [self.key(w, f, p) for f, p in zip(x, positions, strict=True)]
             v = [self.value(w, f) for f in x]
@@ -161,13 +178,18 @@ class Oracle:
 
     # Attention.
 
-    def attend(self, q, keys, values, mask):
-        """`q [H, Dh]`, lists of `[K, Dh]`, mask over the list: `[H, Dh]` and weights `[H, X]`."""
+    def attend(self, q, keys, values, mask, w={}):  # noqa: B006, nothing changes it
+        """`q [H, Dh]`, lists of `[K, Dh]`, mask over the list: `[H, Dh]` and weights `[H, X]`.
+
+        The memory's columns come first; `w`, if given, may have a bias of their scores.
+        """
         c = self.c
         group = c.num_heads // c.num_kv_heads
         out, all_weights = [], []
         for h in range(c.num_heads):
             scores = np.array([q[h] @ k[h // group] for k in keys]) * c.query_scale
+            if "bias" in w.get("memory", {}):
+                scores[: c.memory_columns] += w["memory"]["bias"][h]
             if c.attention_softcap is not None:
                 scores = c.attention_softcap * np.tanh(scores / c.attention_softcap)
             scores = np.where(mask, scores, -np.inf)

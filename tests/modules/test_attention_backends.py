@@ -19,7 +19,15 @@ from plain_kernels import PLAIN
 from famx.base.errors import ConfigError
 from famx.memories import Fam
 from famx.modules import Decoder, Memory
-from famx.modules.attention import cudnn, dense, splash, token_attention, visible
+from famx.modules.attention import (
+    bias_dimensions,
+    cudnn,
+    dense,
+    dispatch,
+    splash,
+    token_attention,
+    visible,
+)
 from famx.modules.backends import resolve_backend
 from famx.scale.gpus import GPUS
 
@@ -224,6 +232,95 @@ def test_cudnn_lowers_for_a_gpu_without_biases(window, calls):
     assert masks == ["CAUSAL", "PADDING", *of_window] * 2
 
 
+BIASES = {
+    "grouped heads": (dict(memory_segments=2, num_heads=4, num_kv_heads=2), [1, 2], 2),
+    "window mask": (dict(memory_segments=1, window_mask=True), [3], 2),
+    "no past": (dict(memory_segments=0, query_scale=0.3), [5], 2),
+    "stopped segments": (dict(memory_segments=1, stop_gradient_segments=True), [1], 2),
+}
+
+
+def with_bias(c, bias, q, keys, values, memory_keys, memory_values, first_block):
+    bias_query, bias_keys = bias_dimensions(bias, c)
+    keys, memory_keys = bias_keys(keys, False), bias_keys(memory_keys, True)
+    return token_attention(bias_query(q), keys, values, memory_keys, memory_values, first_block, c)
+
+
+def by_formula(c, bias, q, keys, values, memory_keys, memory_values, first_block):
+    """The bias added to dense scores, each block on its own."""
+
+    def window(x, memory, t):
+        past = x[:, t : t + c.memory_segments].reshape(len(x), -1, *x.shape[3:])
+        past = jax.lax.stop_gradient(past) if c.stop_gradient_segments else past
+        joined = jnp.concatenate([memory[:, t], past, x[:, t + c.memory_segments]], axis=1)
+        return jnp.repeat(joined, c.num_heads // c.num_kv_heads, axis=2)
+
+    def block(t):
+        k, v = window(keys, memory_keys, t), window(values, memory_values, t)
+        scores = jnp.einsum("bshd,bxhd->bhsx", q[:, t], k) * c.query_scale
+        columns = jnp.arange(k.shape[1])
+        scores += jnp.where(columns < c.memory_columns, bias[:, None, None], 0)
+        missing = jnp.maximum(c.memory_segments - first_block - t, 0)[:, None, None]
+        seen = visible(c, jnp.arange(c.block_size)[:, None], columns, missing)
+        shares = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30))
+        return jnp.einsum("bhsx,bxhd->bshd", shares, v)
+
+    return jnp.stack([block(t) for t in range(q.shape[1])], axis=1)
+
+
+@pytest.mark.parametrize("case", BIASES)
+@pytest.mark.parametrize("backend", ["xla", "blockwise", "splash", "cudnn"])
+def test_every_backend_adds_the_bias_of_the_memory(case, backend, interpret, monkeypatch):
+    """And has its gradient, which is exact: the bias is two dimensions of queries and keys."""
+    changes, first_block, blocks = BIASES[case]
+    size = SIZE if backend == "splash" else 16
+    memory = Fam(8, bias="minus_log_length")
+    c = config(**{"num_heads": 2, "head_dim": 8, "memory": memory, "block_size": size, **changes})
+    monkeypatch.setattr(dispatch, "_backend", lambda config: backend)
+    monkeypatch.setitem(dispatch._KERNELS, "cudnn", with_plain_kernels)
+    *args, cotangent = arrays(c, blocks, len(first_block))
+    first_block, bias = jnp.array(first_block), np.linspace(-3, 1, c.num_heads, dtype="float32")
+
+    def run(function):
+        def both(bias, *args):
+            out, back = jax.vjp(lambda *x: function(c, *x, first_block), bias, *args)
+            return out, *back(cotangent)
+
+        return jit(c, both)(bias, *args)
+
+    names = "out bias q k v mk mv".split()
+    for name, found, expected in zip(names, run(with_bias), run(by_formula), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-4 if name == "bias" else 3e-5, err_msg=name)
+
+
+def test_a_bias_loses_nothing_to_a_narrow_dtype():
+    c = config(head_dim=8, dtype="bfloat16", memory=Fam(2, bias="zero"))
+    bias = np.array([-4.158883, 1.2345678], np.float32)
+    bias_query, bias_keys = bias_dimensions(bias, c)
+    q = bias_query(jnp.zeros((1, 2, 8), jnp.bfloat16)).astype(jnp.float32)
+    ones = bias_keys(jnp.zeros((1, 2, 8), jnp.bfloat16), True).astype(jnp.float32)
+    scores = jnp.sum(q * ones, axis=-1)[0] * c.query_scale
+    np.testing.assert_allclose(scores, bias, rtol=2**-16)
+    assert not bias_keys(jnp.zeros((1, 2, 8), jnp.bfloat16), False).any()
+
+
+def test_cudnn_lowers_with_a_bias_of_the_memory():
+    """Eight dimensions more, and still no array of biases."""
+    c = config(
+        block_size=16, memory=Fam(4, bias="zero"), head_dim=8, dtype="bfloat16",
+        attention_backend="cudnn",
+    )  # fmt: skip
+    args = [x.astype(jnp.bfloat16) for x in arrays(c, 3, 2)[:-1]]
+
+    def gradient(bias, *args):
+        loss = lambda *x: jnp.sum(with_bias(c, *x, np.zeros(2, np.int32)).astype(jnp.float32))
+        return jax.grad(loss, argnums=(0, 1))(bias, *args)
+
+    program = jax.jit(gradient).trace(jnp.zeros(2), *args).lower(lowering_platforms=("cuda",)).as_text()
+    lines = [line for line in program.splitlines() if "__cudnn$fmha" in line]
+    assert len(lines) == 4 and all("x16xbf16" in line and "Bias" not in line for line in lines)
+
+
 def test_a_model_learns_the_same_through_splash(interpret):
     """Through scans over layers, chunks and blocks, rematerialised."""
     c = config(
@@ -261,6 +358,10 @@ def test_auto_goes_by_platform_and_shape():
         assert backend_of(platform, dtype="bfloat16") == "cudnn"
         assert backend_of(platform) == "xla"
     assert backend_of("gpu", dtype="bfloat16", attention_softcap=3.0) == "xla"
+    assert backend_of("gpu", dtype="bfloat16", memory=Fam(3, bias="zero")) == "cudnn"
+    full = dict(head_dim=128, kind=GPUS["a100"].kind, dtype="bfloat16")
+    assert backend_of("gpu", **full, memory=Fam(3)) == "cudnn"
+    assert backend_of("gpu", **full, memory=Fam(3, bias="zero")) == "xla"
     assert backend_of("gpu", dtype="bfloat16", memory=Fam(3), block_size=127) == "cudnn"
     assert backend_of("cpu") == "blockwise"
     assert backend_of("cpu", 2) == "xla" == backend_of("cpu", block_size=64)
@@ -311,6 +412,10 @@ def test_a_chosen_backend_stays_or_is_refused():
         ),
         (dict(attention_backend="cudnn", head_dim=12), "a multiple of 8 up to 256, got 12"),
         (dict(attention_backend="cudnn", head_dim=264), "a multiple of 8 up to 256, got 264"),
+        (
+            dict(attention_backend="cudnn", head_dim=256, memory=Fam(2, bias="zero")),
+            "no room for a bias of the memory's columns beside a head_dim of 256",
+        ),
         (
             dict(attention_backend="cudnn", memory_segments=0, window_mask=True),
             "does not support window_mask without memory_segments",

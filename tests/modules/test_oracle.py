@@ -47,6 +47,26 @@ CASES = {
     "gated, normalized, scaled": dict(
         memory=Fam(2, update="gated", normalize=True, update_scale=0.4), num_kv_heads=1
     ),
+    "ordinary first residual": dict(memory=Fam(2, first_residual="ordinary"), memory_segments=0),
+    "ordinary first residual, gated": dict(
+        memory=Fam(4, first_residual="ordinary", update="gated", update_scale=0.5)
+    ),
+    "measured": dict(memory=Fam(2, normalize="measured", update_scale=0.5)),
+    "bias, grouped heads": dict(
+        memory=Fam(3, bias="zero"), num_heads=4, num_kv_heads=2, head_dim=4, memory_segments=2
+    ),
+    "bias and softcap, no segments": dict(
+        memory=Fam(2, bias="minus_log_length", update="gated"), attention_softcap=2.0,
+        query_scale=0.3, memory_segments=0,
+    ),
+    "adapters of the memory": dict(
+        memory=Fam(2, adapter_rank=3), qkv_bias=True, mlp_bias=True, output_bias=True, num_kv_heads=1
+    ),
+    "adapters of the memory, plain and parallel": dict(
+        memory=Fam(2, adapter_rank=1, start_from="prefix", bias="zero"), gated_mlp=False,
+        parallel_block=True, activation="relu",
+    ),
+    "all options": dict(memory=dataclasses.replace(MEMORIES["fam with options"], update="gated")),
     "like llama": dict(
         num_heads=4, num_kv_heads=2, head_dim=4, rope_base=500.0, rope_scaling=LLAMA3,
         tied_embeddings=False, qkv_bias=True, query_scale=0.3,

@@ -39,7 +39,7 @@ from famx.training import saving
 from famx.training.run import Every
 from famx.training.state_passing import named
 from famx.training.step import make_initializer, make_train_step
-from famx.training.trainable import Trainable
+from famx.training.trainable import Trainable, in_part
 
 STEPS = 4
 TOKENS = make_tokens(2, 3 * BLOCK + 1)
@@ -91,13 +91,13 @@ def test_what_the_export_needs_travels_with_the_run(base, tmp_path):
     assert (tmp_path / "source" / "config.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("trainable", ["lora", "memory", "layers/mlp/.*|head", "all"])
+@pytest.mark.parametrize("trainable", ["lora", "memory", "lora+norms", "layers/mlp/.*|head", "all"])
 def test_what_does_not_learn_stays_bit_for_bit(trainable, base, tmp_path):
     finetune(tmp_path, base, trainable=trainable)
     before, tree = flat(load_model(base).params), saved(tmp_path, STEPS)
     after = flat(tree["target"])
     learns = Trainable(trainable).learns
-    assert (set(after) - set(before) != set()) == (trainable == "lora")
+    assert (set(after) - set(before) != set()) == trainable.startswith("lora")
     for path, leaf in after.items():
         if path in before:
             same = np.asarray(before[path]).tobytes() == np.asarray(leaf).tobytes()
@@ -188,6 +188,34 @@ def test_the_small_adapter_file_onto_the_base_is_the_trained_model(base, tmp_pat
     other = write_model_dir(tmp_path / "other", other, make_params(other.module, 1), passkey().vocab)
     with pytest.raises(ConfigError, match="trained on another base model"):
         load_model(other, adapter=str(tmp_path / "adapter"))
+
+
+def test_norms_and_what_was_measured_are_in_the_adapter_file(base, tmp_path):
+    memory = Fam(2, normalize="measured", bias="zero", adapter_rank=1)
+    finetune(tmp_path, base, model=make_model(memory=memory), trainable="lora+norms")
+    trained, before = load_model(str(tmp_path)), load_model(base)
+    for name in ("layers/attention_norm/scale", "final_norm/scale"):
+        assert np.any(flat(trained.params)[name] != flat(before.params)[name]), name
+    adapted = load_model(base, adapter=str(tmp_path / "adapter"))
+    assert adapted.model.config == trained.model.config
+    assert adapted.params["layers"]["memory"]["rms"] != 1
+    assert_close(logits(adapted), logits(trained), NEAR)
+
+
+def test_parts_of_the_parameters_have_names():
+    has = lambda part, *paths: [in_part(part, path) for path in paths]
+    paths = (
+        "layers/query/kernel", "layers/query/lora_a", "layers/attention_norm/scale", "final_norm/scale",
+        "layers/query_norm/scale", "memory/prompt", "layers/memory/rms",
+        "layers/memory/adapters/a_query/kernel",
+    )  # fmt: skip
+    assert has("all", *paths) == [True] * 6 + [False, True]
+    assert has("lora", *paths) == [False, True, False, False, False, True, False, True]
+    assert has("memory", *paths) == [False] * 5 + [True, False, True]
+    assert has("norms", *paths) == [False, False, True, True, True] + [False] * 3
+    assert has("memory+norms", *paths) == [False, False, True, True, True, True, False, True]
+    assert has("layers/.+", *paths) == [True, True, True, False, True, False, False, True]
+    assert Trainable("lora+norms").has_adapters and not Trainable("memory+norms").has_adapters
 
 
 @pytest.mark.parametrize("frozen_dtype", [None, "bfloat16", "int8"])

@@ -163,12 +163,12 @@ def gradient_flops(c, batch, length):
 
 
 @pytest.mark.usefixtures("prompt_by_plain_scan")
-@pytest.mark.parametrize("memory_length", [0, 3])
+@pytest.mark.parametrize("memory", [fam(0), fam(3), Fam(3, adapter_rank=2)], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(memory_length, kv_heads):
+def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(memory, kv_heads):
     """The dense backend also multiplies masked pairs, the last update and the last prompt layer."""
     c = config_of(
-        block_size=5, memory_segments=2, memory=fam(memory_length), num_kv_heads=kv_heads, num_layers=3,
+        block_size=5, memory_segments=2, memory=memory, num_kv_heads=kv_heads, num_layers=3,
         attention_backend="xla",
     )  # fmt: skip
     batch, blocks = 2, 4
@@ -181,6 +181,11 @@ def test_equals_the_products_of_the_gradient_but_for_masks_and_unread_memory(mem
     n, d, width = c.memory_columns, c.embed_dim, c.num_heads * c.head_dim
     feed, query_output = 6 * d * c.mlp_dim, 4 * d * width
     keys_values = 4 * d * c.num_kv_heads * c.head_dim
+    if memory.exists and memory.adapter_rank:  # of each projection, `R` times what it takes and makes
+        rank, kv_width = memory.adapter_rank, c.num_kv_heads * c.head_dim
+        feed += 2 * rank * 3 * (d + c.mlp_dim)
+        query_output += 2 * rank * 2 * (d + width)
+        keys_values += 2 * rank * 2 * (d + kv_width)
     update = n * (query_output + (n + c.block_size) * pair + feed)
     prompt = n * (query_output + keys_values + n * pair + feed)
     unneeded = batch * c.num_layers * (masked * pair + update) + prompt

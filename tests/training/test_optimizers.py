@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from famx.base.errors import ConfigError
 from famx.training import optimizers, schedules
 
 ALL = [optimizers.adamw, optimizers.adafactor, optimizers.lion]
@@ -50,6 +51,49 @@ def test_decay_alone_shrinks_only_masked_weights(make):
     updates = step(make(0.1, weight_decay=0.5), params, jax.tree.map(jnp.zeros_like, params))
     want = jax.tree.map(lambda p, m: p * (-0.05 if m else 0), params, optimizers.decay_mask(params))
     jax.tree.map(lambda u, w: np.testing.assert_allclose(u, w, atol=1e-7), updates, want)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_parts_have_rates_and_decays_of_their_own(make):
+    Part = optimizers.Part
+    params = make_params()
+    grads = jax.tree.map(lambda x: 0.1 * x, params)
+    plain = step(make(0.1, weight_decay=0.5), params, grads)
+    parts = {"memory": Part(10.0), "norms": Part(decay=0.25), "layers/.*kernel": Part(0.5, 0.0)}
+    found = step(make(0.1, weight_decay=0.5, parts=parts), params, grads)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
+    close(found["memory"], 10 * plain["memory"])
+    close(found["embedding"], plain["embedding"])
+    close(found["head"], plain["head"])
+    close(found["layers"]["norm"]["scale"], plain["layers"]["norm"]["scale"] - 0.1 * 0.25)
+    kernel, bias = (found["layers"]["attention"]["query"][name] for name in ("kernel", "bias"))
+    close(kernel, 0.5 * (plain["layers"]["attention"]["query"]["kernel"] + 0.1 * 0.5))
+    close(bias, plain["layers"]["attention"]["query"]["bias"])
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_parts_add_no_state_that_a_checkpoint_would_hold(make):
+    params, parts = make_params(), {"memory": optimizers.Part(2.0, 0.1)}
+    plain, with_parts = (make(0.1, parts=p).init(params) for p in ({}, parts))
+    assert jax.tree.map(jnp.shape, jax.tree.leaves(plain)) == jax.tree.map(
+        jnp.shape, jax.tree.leaves(with_parts)
+    )
+
+
+def test_what_is_measured_does_not_decay():
+    params = {"layers": {"memory": {"rms": jnp.ones(3), "bias": jnp.ones((3, 2))}}}
+    optimizer = optimizers.adamw(0.1, weight_decay=0.5, parts={"memory": optimizers.Part(decay=0.5)})
+    updates = step(optimizer, params, jax.tree.map(jnp.zeros_like, params))["layers"]["memory"]
+    np.testing.assert_array_equal(updates["rms"], 0)
+    np.testing.assert_allclose(updates["bias"], -0.05, rtol=1e-5)
+
+
+def test_a_part_that_nothing_is_in_is_refused():
+    with pytest.raises(ConfigError, match="part 'lora' has no parameter that learns; .*embedding"):
+        optimizers.adamw(0.1, parts={"lora": optimizers.Part(2.0)}).init({"embedding": jnp.ones(3)})
+    for bad in (dict(rate=0.0), dict(decay=-1.0)):
+        with pytest.raises(ConfigError, match="rate above 0 and a decay of at least 0"):
+            optimizers.Part(**bad)
 
 
 @pytest.mark.parametrize("make", ALL)

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # the name varies
 _wide = lambda dtype: torch.promote_types(dtype, torch.float32)
+_parameters = lambda shapes: nn.ParameterDict({k: torch.zeros(size) for k, size in shapes.items()})
 
 
 class FamxConfig(PretrainedConfig):
@@ -75,16 +76,19 @@ def rotate(x, angle):
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
-def attend(q, k, v, seen, c):
+def attend(q, k, v, seen, c, bias=None):
     """Attention of `q [B, H, W, Dh]` to `k, v [B, K, X, Dh]` where `seen [B, W, X]`; None: to all.
 
+    `bias [H]` is added to the scores of the memory's columns, which come first.
     Returns the attention `[B, W, H * Dh]` and the probabilities `[B, H, W, X]`.
     """
     rows = q.flatten(1, 2).unflatten(1, (k.shape[1], -1))
     scores = (rows @ k.transpose(2, 3)).to(_wide(q.dtype)) * c.query_scale
+    scores = scores.flatten(1, 2).unflatten(1, q.shape[1:3])
+    if bias is not None:
+        scores[..., : c.memory.length] += bias[:, None, None]
     if c.attention_softcap is not None:
         scores = c.attention_softcap * torch.tanh(scores / c.attention_softcap)
-    scores = scores.flatten(1, 2).unflatten(1, q.shape[1:3])
     p = scores.softmax(-1) if seen is None else scores.masked_fill(~seen[:, None], -1e30).softmax(-1)
     result = p.to(v.dtype).flatten(1, 2).unflatten(1, (k.shape[1], -1)) @ v
     return result.flatten(1, 2).unflatten(1, q.shape[1:3]).transpose(1, 2).flatten(2), p
@@ -110,8 +114,7 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = Norm(c, d), Norm(c, d)
         if c.post_norms:
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = Norm(c, d), Norm(c, d)
-        if c.memory.start_from == "prefix":
-            self.memory = nn.ParameterDict({"prefix": torch.randn(n, d) * d**-0.5})
+        self.memory = _parameters(c.layer_parameters)
         # In units of 2^-32 turns, which are exact at any position; `between` lies between two positions.
         turns = np.array(c.frequencies[c.rope_layers[index] if c.rope_layers else "global"]) / (2 * np.pi)
         between = np.arange(1, n + 1)[:, None] / (n + 1) * turns * (c.memory.positions == "float")
@@ -156,7 +159,8 @@ class Layer(nn.Module):
             if torch.is_grad_enabled():  # the backward pass needs the array as it was
                 arrays[i] = arrays[i].clone()
             arrays[i][here.example, :, here.column] = new[here.example, :, here.token]
-        x = self.finish(attend(q, state.keys[i], state.values[i], here.seen, self.c)[0], x)
+        bias = self.memory.get("bias")
+        x = self.finish(attend(q, state.keys[i], state.values[i], here.seen, self.c, bias)[0], x)
         if len(here.full):  # the next memory, its columns, and the next window
             arrays, block = (state.memory, state.keys, state.values), here.block[here.full]
             memory, keys, values = (y[i][here.full] for y in arrays)
@@ -172,13 +176,13 @@ class Layer(nn.Module):
         c, rule, n = self.c, self.c.memory, self.c.memory.length
         q = self.project(memory, self.memory_angles(block))[0]
         itself_and_block = (torch.cat([x[:, :, :n], x[:, :, -c.block_size :]], 2) for x in (keys, values))
-        attention, probabilities = attend(q, *itself_and_block, None, c)
-        first = (block == 0)[:, None, None]  # the prompt carries no context
+        attention, probabilities = attend(q, *itself_and_block, None, c, self.memory.get("bias"))
+        first = (block == 0)[:, None, None] & (rule.first_residual == "zero")  # the prompt knows nothing
         new = self.finish(attention, memory.masked_fill(first, 0)).to(memory.dtype)
         if rule.update_scale != 1.0:
             new = torch.where(first, new, memory + rule.update_scale * (new - memory))
         if rule.normalize:
-            new = normalize(new, c.norm_epsilon)
+            new = normalize(new, c.norm_epsilon) * self.memory.get("rms", torch.ones(())).detach()
         if rule.update == "gated":  # by the share of the attention on the block
             gate = 2 * probabilities[..., n:].sum(-1).mean(1)[..., None].to(memory.dtype) - 1
             gate = gate + (gate.clamp(min=0) - gate).detach()
@@ -202,9 +206,7 @@ class FamxForCausalLM(PreTrainedModel, GenerationMixin):
         self.model["embed_tokens"] = nn.Embedding(c.vocab_size, c.embed_dim)
         self.model["layers"] = nn.ModuleList(Layer(c, i) for i in range(c.num_layers))
         self.model["norm"] = Norm(c, c.embed_dim)
-        if c.memory.start_from == "prompt":
-            prompt = torch.randn(c.memory.length, c.embed_dim) * c.embed_dim**-0.5
-            self.model["memory"] = nn.ParameterDict({"prompt": prompt})
+        self.model["memory"] = _parameters(c.model_parameters)
         if not c.tied_embeddings:
             self.lm_head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
         self.post_init()
@@ -213,7 +215,7 @@ class FamxForCausalLM(PreTrainedModel, GenerationMixin):
         """The `State` before the first token."""
         c, like = self.c, self.model.embed_tokens.weight
         empty = like.new_zeros(1, c.num_kv_heads, (c.memory_segments + 1) * c.block_size, c.head_dim)
-        prompted, wide = c.memory.start_from == "prompt", _wide(like.dtype)
+        prompted, wide = "prompt" in c.model_parameters, _wide(like.dtype)
         climb = self.model["memory"].prompt[None].to(wide) if prompted else None
         layers, before = [], torch.full((1,), -1, device=like.device)
         for layer in self.model.layers:

@@ -8,6 +8,7 @@ from famx.modules.attention.common import (
     attend,
     attend_apart,
     attend_parts,
+    bias_dimensions,
     softcap,
     visible,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "attend_all",
     "attend_apart",
     "attend_parts",
+    "bias_dimensions",
     "memory_mass",
     "softcap",
     "token_attention",

@@ -117,7 +117,8 @@ def _attention_forward(config, q, keys, values, memory_keys, memory_values, firs
         return out, jnp.concatenate(lses, 1)
 
     out, lse = jax.lax.map(one_block, _indices(q))
-    out, lse = (checkpoint_name(x, ATTENTION_RESULT) for x in (out.reshape(q.shape), lse))
+    out = out.reshape(*q.shape[:2], *out.shape[1:])
+    out, lse = (checkpoint_name(x, ATTENTION_RESULT) for x in (out, lse))
     return out, (q, keys, values, memory_keys, memory_values, first_block, out, lse)
 
 

@@ -46,11 +46,42 @@ def softcap(scores, cap):
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
+def bias_dimensions(bias, config: DecoderConfig):
+    """Functions that add a bias per head to the scores of the memory's columns, in every backend.
+
+    Queries and keys get two dimensions more: the bias in those of the queries, ones in those of the
+    memory's keys and zeros in those of all other keys. So no kernel needs to know of the bias or of its
+    gradient. The second dimension holds what the compute dtype rounds off in the first.
+
+    Args:
+      bias: `[H]`, added to the scores before a softcap; None: the functions change nothing.
+      config: `DecoderConfig`, of which the scale is used.
+
+    Returns:
+      A function of queries `[..., H, Dh]`, and one of keys `[..., K, Dh]` and whether they are the
+      memory's.
+    """
+    if bias is None:
+        return (lambda q: q), (lambda keys, of_memory: keys)
+
+    def bias_query(q):
+        wide = bias.astype(jnp.promote_types(q.dtype, jnp.float32)) / config.query_scale
+        high = wide.astype(q.dtype)
+        both = jnp.stack([high, (wide - high).astype(q.dtype)], axis=-1)
+        return jnp.concatenate([q, jnp.broadcast_to(both, (*q.shape[:-1], 2))], axis=-1)
+
+    def bias_keys(keys, of_memory):
+        both = jnp.full((*keys.shape[:-1], 2), of_memory, keys.dtype)
+        return jnp.concatenate([keys, both], axis=-1)
+
+    return bias_query, bias_keys
+
+
 def attend(q, keys, values, mask, config: DecoderConfig):
     """Softmax attention over one set of keys, with the probabilities.
 
     Args:
-      q: `[..., Q, H, Dh]`.
+      q: `[..., Q, H, Dh]`; here and below, of the width of the keys, which may not be the values'.
       keys, values: `[..., X, K, Dh]`.
       mask: bool, broadcastable to `[..., 1, 1, Q, X]`, or None.
       config: `DecoderConfig`, of which scale and softcap are used.
@@ -62,10 +93,11 @@ def attend(q, keys, values, mask, config: DecoderConfig):
     return attend_parts(q, ((heads_first(keys), heads_first(values), mask),), config)
 
 
-def attend_apart(q, parts, config: DecoderConfig):
+def attend_apart(q, parts, config: DecoderConfig, bias=None):
     """`attend_parts` without the probabilities, for few queries: nothing as wide as a part is copied.
 
-    Scores are `[..., K, G * Q, X]`, rows of a matrix product, and their sum divides its result.
+    Scores are `[..., K, G * Q, X]`, rows of a matrix product, and their sum divides its result. `bias`
+    `[H]` is added to the scores of the memory's columns, the first `N` of the first part.
     """
     groups = config.num_kv_heads
     q = jnp.moveaxis(q.reshape(q.shape[:-2] + (groups, -1, q.shape[-1])), -4, -2)
@@ -74,8 +106,11 @@ def attend_apart(q, parts, config: DecoderConfig):
     scores = []
     for keys, _, mask in parts:
         score = jnp.matmul(rows, jnp.swapaxes(keys, -1, -2), preferred_element_type=wide)
-        score = score.reshape(shape[:-1] + score.shape[-1:])
-        score = softcap(score * config.query_scale, config.attention_softcap)
+        score = score.reshape(shape[:-1] + score.shape[-1:]) * config.query_scale
+        if bias is not None and not scores:
+            of_heads = bias.astype(wide).reshape(groups, -1, 1, 1)
+            score += jnp.where(jnp.arange(score.shape[-1]) < config.memory_columns, of_heads, 0)
+        score = softcap(score, config.attention_softcap)
         scores.append(score if mask is None else jnp.where(mask, score, MASKED))
     highest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
     out, total = 0, 0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from famx.modules.attention import blockwise, cudnn, dense, splash
 from famx.modules.attention.common import attend_parts
 from famx.modules.attention.over_mesh import BATCH_AXIS, over_mesh
-from famx.modules.backends import resolve_backend
+from famx.modules.backends import WIDTHS, resolve_backend
 from famx.modules.config import DecoderConfig
 
 _KERNELS = {"splash": splash.attention, "cudnn": cudnn.attention}
@@ -21,7 +21,7 @@ def token_attention(
     """Attention output of `C` blocks of tokens.
 
     Args:
-      q: rotated queries `[B, C, S, H, Dh]`.
+      q: rotated queries `[B, C, S, H, Dh]`; they and the keys may be wider (`bias_dimensions`).
       keys, values: `[B, M + C, S, K, Dh]`, the `M` blocks before the first query block included.
       memory_keys, memory_values: columns of the memory before each block `[B, C, N, K, Dh]`.
       first_block: index in its sequence of each example's first query block, int32 `[B]`; blocks
@@ -36,7 +36,7 @@ def token_attention(
     args = q, keys, values, memory_keys, memory_values, first_block
     backend = _backend(config)
     if backend in _KERNELS:
-        return over_mesh(functools.partial(_KERNELS[backend], config), args, batch_axis)
+        return _of_one_width(functools.partial(_KERNELS[backend], config), args, batch_axis)
     function = blockwise.attention if backend == "blockwise" else dense.attention
     return function(config, *args)
 
@@ -56,9 +56,20 @@ def attend_all(q, parts, config: DecoderConfig, batch_axis: str = BATCH_AXIS):
     if _backend(config) == "cudnn":
         keys, values = (jnp.concatenate(x, axis=1)[:, None] for x in zip(*parts, strict=True))
         attend = functools.partial(cudnn.attend_all, config)
-        return over_mesh(attend, (q[:, None], keys, values), batch_axis)[:, 0]
+        return _of_one_width(attend, (q[:, None], keys, values), batch_axis)[:, 0]
     heads_first = [(k.swapaxes(1, 2), v.swapaxes(1, 2), None) for k, v in parts]
     return attend_parts(q, heads_first, config)[0]
+
+
+def _of_one_width(kernel, args, batch_axis):
+    """`over_mesh` of a kernel whose queries, keys and values are equally wide: zeros fill them up."""
+    q, _, values, *_ = args
+    if q.shape[-1] == values.shape[-1]:
+        return over_mesh(kernel, args, batch_axis)
+    width = q.shape[-1] + -q.shape[-1] % WIDTHS
+    fill = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+    args = tuple(x if x.ndim == 1 else fill(x) for x in args)
+    return over_mesh(kernel, args, batch_axis)[..., : values.shape[-1]]
 
 
 def _backend(config):
