@@ -10,6 +10,7 @@ the memory can start. Rows are named by the fields of `Fam` and by what the prom
 import argparse
 import dataclasses
 import functools
+import pathlib
 import re
 from collections.abc import Sequence
 
@@ -124,12 +125,11 @@ def table(measured, rows: int, length: int) -> tables.Table:
     """The table of `(name, losses)`."""
     made = [
         {"memory": name}
-        | {f"block {i}": round(float(x), 2) for i, x in enumerate(losses)}
-        | {"mean": round(float(losses.mean()), 3)}
+        | {f"block {i}": f"{x:.2f}" for i, x in enumerate(losses)}
+        | {"mean": f"{losses.mean():.3f}"}
         for name, losses in measured
     ]
-    host = machine()
-    notes = (f"memory of {length}, no past blocks; {rows} texts; nats per token", f"{host}")
+    notes = (f"Nats per token; memory of {length}, no past blocks; number of texts: {rows}",)
     return tables.Table("memory_start", "Loss of each block before training", notes, made)
 
 
@@ -143,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=1, help="number of texts")
     parser.add_argument("--files", nargs="*", default=(), help="texts in place of the documentation")
     parser.add_argument("--only", default="", help="regular expression that names of rows contain")
-    parser.add_argument("--markdown", help="page whose table is replaced")
-    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument("--markdown", type=pathlib.Path, help="page whose table is replaced")
+    parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
     values = parser.parse_args(argv)
     trained = load_model(values.checkpoint)
     tokens = texts(trained, values.files, values.rows, values.block_size * values.blocks)

@@ -28,11 +28,9 @@ def define_flags() -> None:
     flags.DEFINE_enum("param_dtype", None, _FLOATS, "Weight dtype; float32 by default.")
     flags.DEFINE_enum("dtype", None, _FLOATS, "Compute dtype; float32 by default.")
     flags.DEFINE_multi_string("set", [], "Setting of the memory or the computation, as FIELD=VALUE.")
-    flags.DEFINE_enum("prompt", None, _PROMPTS, "Initial prompt of the memory: noise, or embeddings of "
-                      "random tokens, of a plain text, or of the begin-of-text token alone; by default "
-                      "that of an export, or noise.")  # fmt: skip
-    flags.DEFINE_string("plain_text", None, "Text file for --prompt=text and fam:normalize=measured; by "
-                        "default an English text of famx.")  # fmt: skip
+    flags.DEFINE_enum("prompt", None, _PROMPTS, "Initial prompt of the memory: noise, or embeddings: of "
+                      "random tokens, a text, its begin token; else an export's, or noise.")  # fmt: skip
+    flags.DEFINE_string("plain_text", None, "File for --prompt=text and fam:normalize=measured.")
     flags.DEFINE_integer("seed", 0, "Random seed of the initial prompt.", lower_bound=0)
     flags.DEFINE_string("tokenizer", None, "Tokenizer file that replaces the model's own.")
     flags.DEFINE_integer("pad_id", None, "Token id for padding, if the tokenizer defines none.")

@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rounding
+from tiny import make_model, make_params
+from trained import write_model_dir
 
+from famx.base.errors import ConfigError
+from famx.data.vocabularies import ByteVocabulary
+from famx.model_dir.loading import load_model
 from famx.modules import Decoder, DecoderConfig, Memory
 from famx.modules.attention import token_attention
 
@@ -29,6 +34,7 @@ from benchmarks import (  # noqa: E402
     device,
     device_sections,
     inference,
+    memory_start,
     timing,
     train_step,
     workloads,
@@ -487,3 +493,30 @@ def test_a_training_step_starts_again_after_one_that_failed():
 
 def test_the_gpu_page_has_a_place_for_every_section():
     assert tables.missing_markers(ROOT / "docs" / "gpu.md", device_sections.SECTIONS) == []
+
+
+def test_a_memory_is_measured_by_the_loss_of_each_block(tmp_path, capsys):
+    model = make_model(memory=Memory(), memory_segments=0)
+    params = make_params(model.module)
+    base = write_model_dir(tmp_path / "base", model, params, ByteVocabulary())
+    page, figures = tmp_path / "page.md", tmp_path / "figures.json"
+    page.write_text("<!-- table: memory_start -->\n<!-- end -->\n")
+    sizes = ["--block_size=8", "--blocks=3", "--length=2", "--rows=2"]
+    chosen = "^(no memory|prompt text|first_residual=ordinary, prompt text)$"
+    written = [f"--markdown={page}", f"--json={figures}"]
+    memory_start.main([f"--checkpoint={base}", *sizes, f"--only={chosen}", *written])
+    rows = json.loads(figures.read_text())["sections"]["memory_start"]["rows"]
+    names = ["no memory", "prompt text", "first_residual=ordinary, prompt text"]
+    assert [row["memory"] for row in rows] == names and all(name in page.read_text() for name in names)
+    losses = np.array([[float(row[f"block {i}"]) for i in range(3)] for row in rows])
+    # The first block sees the prompt alone; the second a memory whose first update differs.
+    assert losses[1, 0] == losses[2, 0] and (losses[1, 1:] != losses[2, 1:]).all()
+
+    trained = load_model(base)
+    tokens = memory_start.texts(trained, (), 2, 24)
+    batch = {"decoder_input_tokens": tokens[:, :-1], "decoder_target_tokens": tokens[:, 1:]}
+    loss = model.loss(params, batch)[0]
+    assert losses[0].mean() == pytest.approx(float(loss), abs=0.01)
+    with pytest.raises(ConfigError, match="2 texts of more than"):
+        memory_start.texts(trained, (), 2, 10**7)
+    assert "block 2" in capsys.readouterr().out

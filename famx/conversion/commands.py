@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import pathlib
 import re
+import types
 from collections.abc import Mapping, Sequence
 
 from famx.base.errors import ConfigError
@@ -156,8 +157,9 @@ def read_memory(text: str) -> Memory:
     except ValueError as error:
         raise ConfigError(f"--memory={text}: {error}") from error
     for field in dataclasses.fields(memory):
-        plain = isinstance(field.type, type)  # the memory itself checks a field of several types
-        if plain and field.name in fields and field.default is not dataclasses.MISSING:
+        if isinstance(field.type, types.UnionType):  # the memory itself checks a field of several types
+            continue
+        if field.name in fields and field.default is not dataclasses.MISSING:
             _check_type(f"--memory={text}", field.name, fields[field.name], field.default)
     return memory
 

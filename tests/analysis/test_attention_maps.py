@@ -26,6 +26,7 @@ VARIANTS = {
     "gated": dict(memory=Fam(2, update="gated", normalize=True)),
     "MQA, softcap, QK norm": dict(num_kv_heads=1, attention_softcap=2.0, qk_norm=True),
     "window mask, M 2": dict(window_mask=True, memory_segments=2, memory=Fam(3)),
+    "bias": dict(memory=Fam(2, bias="zero", adapter_rank=1), num_heads=4, num_kv_heads=2, head_dim=4),
     "BSWA": dict(memory=Memory(), memory_segments=2),
     "M 0, prefix, float positions": dict(
         memory_segments=0, memory=Fam(2, start_from="prefix", positions="float")
