@@ -323,13 +323,14 @@ def clear(directory: pathlib.Path) -> None:
 
 
 def _keep_side_files(source: Source, folder: pathlib.Path) -> None:
-    """Write `config.json` and copy the other small files of the source, for a later export."""
+    """Copy the small files of the source for a later export, with the `config.json` of its base."""
     folder.mkdir(exist_ok=True)
     origin = getattr(source, "directory", None)
-    for name in SIDE_FILES:
+    for name in SIDE_FILES if source.memory_fields else (CONFIG, *SIDE_FILES):
         if origin is not None and (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
-    write_json(folder / CONFIG, source.config)
+    if not (folder / CONFIG).exists():
+        write_json(folder / CONFIG, source.config)
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -124,6 +124,8 @@ def memory_fields(full: Mapping[str, Any], path: str | os.PathLike) -> dict[str,
             )
         fields = {name: note["decoder"][name] for name in MEMORY_FIELDS}
         memory = dict(fields["memory"])
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: copy it again, or remove {_KEY!r} from it.") from error
     try:

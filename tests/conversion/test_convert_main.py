@@ -144,7 +144,7 @@ def test_weights_are_cast_once(tmp_path, dtype):
 def test_a_source_that_is_no_directory_leaves_its_config_alone(tmp_path):
     weights = make_weights(LLAMA)
     memory_only = SimpleNamespace(
-        name="x", config=LLAMA, tokenizer=None, read=weights.__getitem__,
+        name="x", config=LLAMA, memory_fields={}, tokenizer=None, read=weights.__getitem__,
         tensors={name: TensorInfo(x.shape, "float32") for name, x in weights.items()},
     )  # fmt: skip
     write_model(plan_import(memory_only, MEMORY), tmp_path / "y")

@@ -103,7 +103,7 @@ def test_parameters_of_the_memory_in_each_layer_come_back_and_its_adapters_are_r
     original.mkdir()
     (original / "config.json").write_text(json.dumps(hf))
     wanted = families.tensors(hf, families.decoder_config(hf))
-    arrays = {tensor.name: draw(tensor.name, tensor.shape) for tensor in wanted}
+    arrays = {tensor.name: draw(tensor.name, tensor.shape, False) for tensor in wanted}
     safetensors.numpy.save_file(arrays, original / "model.safetensors")
     memory = Fam(2, bias="minus_log_length", first_residual="ordinary")
     first = convert(original, tmp_path / "first", **{**MEMORY, "memory": memory})

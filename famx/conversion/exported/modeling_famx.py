@@ -40,11 +40,10 @@ class State(SimpleNamespace):
     """
 
     is_compileable, is_croppable, is_linear = False, False, (False,)  # generate() asks for these
-
-    def get_seq_length(self, layer_idx=0):
-        return self.columns
+    get_seq_length = lambda self, layer_idx=0: self.columns
 
     def reorder_cache(self, beam_idx):
+        """Go on with the examples `beam_idx [B]`."""
         for arrays in (self.memory, self.keys, self.values):
             arrays[:] = [x[beam_idx.to(x.device)] for x in arrays]
         self.position = self.position[beam_idx.to(self.position.device)]
@@ -57,7 +56,7 @@ def normalize(x, epsilon):
 
 
 class Norm(nn.Module):
-    """RMS norm; `norm_offset` is 1 for Gemma, which multiplies by `1 + weight`."""
+    """RMS norm; `norm_offset` is 1 for Gemma."""
 
     def __init__(self, c, width):
         super().__init__()
@@ -65,6 +64,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.full((width,), 1.0 - c.norm_offset))
 
     def forward(self, x):
+        """`x` normalised, times `weight + norm_offset`."""
         x = normalize(x, self.epsilon)
         return (x * (self.weight.to(x.dtype) + self.offset)).to(self.weight.dtype)
 
