@@ -60,7 +60,7 @@ def read_history(run: pathlib.Path, step: int | None) -> History:
     figures = lambda line: {k: v for k, v in line.items() if k not in _OF_SPEED}
     return History(
         step=trained[-1]["step"] if step is None and trained else step,
-        began_from=_began_from(run),
+        began_from=_began_from(run, settings or ""),
         settings=settings and _without_paths(settings),
         task=task and task[1],
         figures=figures(trained[-1]) if trained else None,
@@ -124,7 +124,7 @@ def _use(c: DecoderConfig, name: str, tokenizer: bool) -> str:
     lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     trust = ", trust_remote_code=True" if c.memory.exists else ""
     lines += [
-        f"NAME = {name!r}  # the path of this directory, or its name on a hub",
+        f"NAME = {json.dumps(name)}  # the path of this directory, or its name on a hub",
         f"model = AutoModelForCausalLM.from_pretrained(NAME{trust})",
     ]
     if tokenizer:
@@ -241,14 +241,22 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return found
 
 
-def _began_from(run: pathlib.Path) -> str | None:
-    """The name of the model that was imported, or of the checkpoint that the run began from."""
+def _began_from(run: pathlib.Path, settings: str = "") -> str | None:
+    """The name of the model that was imported, or of the checkpoint that the run began from.
+
+    Args:
+      run: MODEL_DIR.
+      settings: text of its config.gin, which names the checkpoint if base.json does not.
+    """
     if match := _IMPORTED.match((_text(run / "model.gin") or "").partition("\n")[0]):
         return match[1]
     try:
         checkpoint = json.loads(_text(run / "base.json") or "null")["checkpoint"]
     except (ValueError, KeyError, TypeError):
-        return None
+        found = re.search(r"^INITIAL_CHECKPOINT_PATH = ['\"](.+)['\"]$", settings, re.MULTILINE)
+        if found is None:
+            return None
+        checkpoint = found[1]
     directory = pathlib.Path(re.sub(r"/checkpoint_\d+/?$", "", checkpoint))
     if directory != run and directory.is_dir() and (origin := _began_from(directory)):
         return f"{origin} ({directory.name})"
@@ -257,6 +265,6 @@ def _began_from(run: pathlib.Path) -> str | None:
 
 def _without_paths(settings: str) -> str:
     """The bindings of gin text without those that hold a path."""
-    joined = re.sub(r"\\?\n\s+", " ", settings)  # gin wraps long values
+    joined = re.sub(r"\\?\n[ \t]+", " ", settings)  # gin wraps long values
     lines = [line for line in joined.splitlines() if not _PRIVATE.search(line)]
     return "\n".join(lines).strip()

@@ -64,16 +64,20 @@ def test_the_records_of_a_run_are_read_up_to_the_checkpoint(recorded):
     assert history.began_from == "SmolLM2-135M.gguf (smollm)"
     last = read_history(recorded, None)
     assert last.step == 200 and last.evaluation == (200, {"hold/4": 0.9375})
-    assert "BATCH_SIZE = 16" in last.settings and "run.Data.task" in last.settings
+    assert "BATCH_SIZE = 16\nMIXTURE" in last.settings and "\n\n# Parameters for run" in last.settings
+    assert "run.Data.task = %MIXTURE_OR_TASK_NAME" in last.settings
     assert "somebody" not in last.settings and "run.Data.options" not in last.settings
 
 
 def test_a_base_that_is_gone_is_known_by_its_name(recorded):
     (recorded / "base.json").write_text(json.dumps({"checkpoint": "/gone/models/base/checkpoint_5"}))
     assert read_history(recorded, 200).began_from == "base"
+    settings = recorded / "config.gin"
     for text in ("{", "[]", "null", "{}"):
         (recorded / "base.json").write_text(text)
-        assert read_history(recorded, 200).began_from is None
+        assert read_history(recorded, 200).began_from == "base"  # of INITIAL_CHECKPOINT_PATH
+    settings.write_text(SETTINGS.replace("INITIAL_CHECKPOINT_PATH", "# INITIAL_CHECKPOINT_PATH"))
+    assert read_history(recorded, 200).began_from is None
 
 
 def test_a_directory_without_records_tells_nothing(tmp_path):
