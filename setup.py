@@ -28,7 +28,8 @@ setup(
     # famx.base.gin_utils.gin_root() finds it in both places.
     packages=find_packages(include=["famx", "famx.*"]) + ["famx.gin_configs"],
     package_dir={"famx.gin_configs": "gin_configs"},
-    package_data={"famx.gin_configs": ["*.gin", "**/*.gin"]},
+    # famx/conversion/exported/ holds the code of an exported model, which famx itself does not import.
+    package_data={"famx.gin_configs": ["*.gin", "**/*.gin"], "famx.conversion": ["exported/*.py"]},
     install_requires=[
         # Lower bounds of jax, flax, optax and orbax are the versions that the tests ran with, on
         # Python 3.11. jax 0.11, which needs Python 3.12, is allowed; the suite did not run on it.

@@ -3,8 +3,8 @@
     python -m famx.export --checkpoint /tmp/famx/model --to /tmp/famx/exported
     python -m famx.export --checkpoint /tmp/famx/model/checkpoint_5000 --to DIR --dtype bfloat16
 
-Adapters are merged into the weights. The memory's prompt and settings are written next to them, and
-`python -m famx.convert --from DIR` reads all of it back.
+Adapters are merged into the weights. A model with a memory comes with the code that transformers runs
+with `trust_remote_code=True`. `python -m famx.convert --from DIR` reads all of it back.
 """
 
 from absl import flags
@@ -23,6 +23,8 @@ def define_flags() -> None:
     flags.DEFINE_string("source", None, "Directory with config.json and tokenizer of the model that was "
                         "imported; by default MODEL_DIR/source if it exists.")  # fmt: skip
     flags.DEFINE_enum("dtype", None, _DTYPES, "Weight dtype of the files; by default that of training.")
+    flags.DEFINE_boolean("memory", True, "Whether the model keeps its memory; without it, it is one of "
+                         "its original architecture.")  # fmt: skip
     flags.DEFINE_string("max_shard_size", "5GB", "Maximum size of a weight file: bytes, KB, MB, GB, TB.")
 
 
@@ -37,7 +39,7 @@ def main() -> None:
 
         export_checkpoint(
             values.checkpoint, values.to, values.dtype, values.max_shard_size, values.source,
-            values.adapter,
+            values.adapter, values.memory,
         )  # fmt: skip
 
 

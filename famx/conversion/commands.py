@@ -74,6 +74,7 @@ def export_checkpoint(
     max_shard_size: str = "5GB",
     source: str | None = None,
     adapter: str | None = None,
+    memory: bool = True,
 ) -> None:
     """Exports a checkpoint for transformers, and prints what was written.
 
@@ -84,6 +85,7 @@ def export_checkpoint(
       max_shard_size: maximum size of a weight file, see `parse_size`.
       source: directory with config.json and tokenizer of the original model, see `exporting.export`.
       adapter: saved adapter to merge, see `famx.model_dir.loading.load_model`.
+      memory: whether the memory is written, see `exporting.export`.
 
     Raises:
       ConfigError: the checkpoint or a setting is not valid; known before the weights are read where
@@ -94,8 +96,11 @@ def export_checkpoint(
     if source and not (pathlib.Path(source).expanduser() / "config.json").is_file():
         raise ConfigError(f"There is no config.json in --source {source}.")
     trained = load_model(checkpoint, adapter=adapter)
+    run = adapter and pathlib.Path(adapter).expanduser().absolute().parent  # MODEL_DIR/adapter
     with Progress("export", unit="B", keep_bar=False) as progress:
-        done = exporting.export(trained, directory, dtype, size, source, progress.add)
+        done = exporting.export(
+            trained, directory, dtype, size, source, progress.add, memory, run
+        )
     files = f"{len(done.files)} files" if len(done.files) > 1 else done.files[0]
     print(
         f"{done.directory}: {done.architecture}, step {trained.step}, {done.num_bytes:,} bytes in {files}"

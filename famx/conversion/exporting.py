@@ -1,10 +1,11 @@
-"""Export of a checkpoint to a directory that transformers loads.
+"""Export of a checkpoint to a directory that transformers loads, and that an import reads back.
 
-The weights are in safetensors files, with adapters merged. The memory's parameters and settings, which
-transformers does not know, are in files of their own (`famx.conversion.sidecar`).
+The weights, with adapters merged, and the memory's parameters are in safetensors files. A model with a
+memory comes with the code that defines it for transformers (`famx.conversion.with_memory`).
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -19,18 +20,26 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from famx.base.errors import ConfigError
-from famx.base.files import new_directory, write_bytes, write_json
+from famx.base.files import new_directory, write_bytes, write_json, write_text
 from famx.conversion.families import Tensor, tensors
 from famx.conversion.huggingface import huggingface_config
-from famx.conversion.sidecar import write_sidecar
+from famx.conversion.model_card import CARD, model_card, read_history
+from famx.conversion.sources import CONFIG, INDEX, SIDE_FILES, SINGLE
+from famx.conversion.with_memory import (
+    CODE,
+    check_implemented,
+    full_config,
+    is_memory_tensor,
+    memory_tensors,
+)
 from famx.data.vocabularies.base import Vocabulary
 from famx.model_dir.identity import split_memory
 from famx.model_dir.loading import TrainedModel
 from famx.modules.config import DecoderConfig
+from famx.modules.memory import Memory
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_SHARD = 5_000_000_000
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ROOM = 10_000_000  # bytes for headers, tokenizer and the like
 _IDS = ("bos", "eos", "pad")
 
@@ -61,6 +70,8 @@ def export(
     max_shard_size: int = DEFAULT_SHARD,
     source: str | os.PathLike | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    memory: bool = True,
+    run: str | os.PathLike | None = None,
 ) -> Export:
     """Write a model for transformers; the directory appears only when it is complete.
 
@@ -73,10 +84,14 @@ def export(
       source: directory with the config.json and the tokenizer that the model was imported from; None:
         MODEL_DIR/source. If it does not exist, both are generated.
       on_bytes: called with the number of bytes of weights written since the last call.
+      memory: whether the memory is written; without it the model is one of its original architecture.
+      run: directory with the records of the training, for the model card; None: MODEL_DIR, up to the
+        checkpoint's step.
 
     Raises:
       ConfigError: the directory is not empty, the disk is too small, no architecture can express the
-        model, the dtype is unknown, or a weight is too large for it.
+        model, the memory is not implemented for transformers, the dtype is unknown, or a weight is too
+        large for it.
     """
     config = trained.model.config
     dtype = dtype or config.param_dtype
@@ -84,39 +99,35 @@ def export(
         raise ConfigError(f"Weights can be written as {', '.join(DTYPES)}, not {dtype!r}.")
     if max_shard_size < 1:
         raise ConfigError(f"A weight file must have at least 1 byte, not {max_shard_size}.")
-    source = pathlib.Path(source or trained.directory.parent / "source").expanduser()
-    hf = huggingface_config(config, _read_json(source / "config.json"))
-    wanted = tensors(hf, config)
-    shards = _shards(wanted, np.dtype(dtype).itemsize, max_shard_size)
-    total = sum(math.prod(tensor.shape) for tensor in wanted) * np.dtype(dtype).itemsize
+    forgets = config.memory.exists and not memory
+    if forgets:
+        config = dataclasses.replace(config, memory=Memory())
+    check_implemented(config)
+    model_dir = trained.directory.parent
+    source = pathlib.Path(source or model_dir / "source").expanduser()
+    base = huggingface_config(config, _read_json(source / CONFIG))
+    leaves = flatten_dict(split_memory(trained.params)[1]) if config.memory.exists else {}
+    of_memory = memory_tensors({path: leaf.shape for path, leaf in leaves.items()})
+    wanted = tensors(base, config) + of_memory
     directory = check_destination(directory)
-    index = {}
     with new_directory(directory) as new:
-        _check_room(directory, total + _ROOM)
-        for number, shard in enumerate(shards, 1):
-            name = _SINGLE
-            if len(shards) > 1:
-                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            arrays = {tensor.name: _array(trained.params, tensor, dtype) for tensor in shard}
-            safetensors.numpy.save_file(arrays, new / name, metadata={"format": "pt"})
-            index |= dict.fromkeys(arrays, name)
-            if on_bytes:
-                on_bytes(sum(array.nbytes for array in arrays.values()))
-        if len(shards) > 1:
-            write_json(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-        notes = _write_side_files(new, hf, dtype, source, trained.model.vocabulary)
-        memory = flatten_dict(split_memory(trained.params)[1], sep="/")
-        if any(path.endswith("/kernel") for path in memory):
-            notes.append(
-                "The adapters of the memory cannot be merged into the weights, since the text does not go"
-                " through them: they are among the memory's parameters."
-            )
-        write_sidecar(new, config, {path: np.asarray(x) for path, x in memory.items()}, trained.step)
-        mode = (new / "config.json").stat().st_mode  # safetensors writes files for their owner alone
-        for path in new.rglob("*.safetensors"):
-            path.chmod(mode)
-    files = sorted(set(index.values()))
-    return Export(directory, hf["architectures"][0], files, total, notes + _differences(config, hf))
+        _check_room(directory, sum(_size(trained.params, tensor, dtype) for tensor in wanted) + _ROOM)
+        files, total = _write_weights(new, trained.params, wanted, dtype, max_shard_size, on_bytes)
+        vocabulary = trained.model.vocabulary
+        base = {**base, **dict.fromkeys({"dtype", "torch_dtype"} & base.keys() or {"torch_dtype"}, dtype)}
+        base, notes = _write_side_files(new, base, source, vocabulary)
+        full = full_config(base, config, trained.step, of_memory)
+        write_json(new / CONFIG, full)
+        if config.memory.exists:
+            shutil.copyfile(CODE, new / CODE.name)
+        history = read_history(pathlib.Path(run or model_dir), trained.step if run is None else None)
+        has_tokenizer = (new / "tokenizer_config.json").exists()
+        write_text(new / CARD, model_card(config, base, history, directory.name, dtype, has_tokenizer))
+        mode = (new / CONFIG).stat().st_mode  # safetensors writes files for their owner alone
+        for name in files:
+            (new / name).chmod(mode)
+    architecture = full["architectures"][0]
+    return Export(directory, architecture, files, total, notes + _differences(config, base, forgets))
 
 
 def check_destination(directory: str | os.PathLike) -> pathlib.Path:
@@ -133,13 +144,12 @@ def check_destination(directory: str | os.PathLike) -> pathlib.Path:
     return path
 
 
-def _differences(config: DecoderConfig, hf: Mapping[str, Any]) -> list[str]:
+def _differences(config: DecoderConfig, hf: Mapping[str, Any], forgets: bool) -> list[str]:
     """How the model behaves differently in transformers, one sentence each."""
     if config.memory.exists:
-        return [
-            "In transformers the model has no memory; instead, tokens see all tokens before them."
-            " famx.convert restores the memory."
-        ]
+        return []
+    if forgets:
+        return ["The memory is left out: tokens see all tokens before them, and nothing else."]
     past = config.memory_segments * config.block_size
     if config.window_mask and hf.get("model_type") == "mistral" and hf.get("sliding_window") == past + 1:
         return []
@@ -156,11 +166,42 @@ def _check_room(directory: pathlib.Path, need_bytes: int) -> None:
         )
 
 
-def _shards(wanted: list[Tensor], itemsize: int, max_size: int) -> list[list[Tensor]]:
-    """Split the tensors, in order, into runs of at most `max_size` bytes."""
+# --------------------------------------------------------------------------- weights
+
+
+def _write_weights(
+    new: pathlib.Path,
+    params: Mapping[str, Any],
+    wanted: list[Tensor],
+    dtype: str,
+    max_shard_size: int,
+    on_bytes: Callable[[int], None] | None,
+) -> tuple[list[str], int]:
+    """Write the weight files with their checksums, and an index of several; return names and bytes."""
+    sized = [(tensor, _size(params, tensor, dtype)) for tensor in wanted]
+    shards, total = _shards(sized, max_shard_size), sum(size for _, size in sized)
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {tensor.name: _array(params, tensor, dtype) for tensor in shard}
+        safetensors.numpy.save_file(arrays, new / name, metadata={"format": "pt"})
+        with (new / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        write_text(new / f"{name}.sha256", f"{digest}  {name}\n")
+        index |= dict.fromkeys(arrays, name)
+        if on_bytes:
+            on_bytes(sum(array.nbytes for array in arrays.values()))
+    if len(shards) > 1:
+        write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    return sorted(set(index.values())), total
+
+
+def _shards(sized: list[tuple[Tensor, int]], max_size: int) -> list[list[Tensor]]:
+    """Split tensors, given with their bytes, in order, into runs of at most `max_size` bytes."""
     shards, size = [[]], 0
-    for tensor in wanted:
-        num_bytes = math.prod(tensor.shape) * itemsize
+    for tensor, num_bytes in sized:
         if shards[-1] and size + num_bytes > max_size:
             shards.append([])
             size = 0
@@ -169,13 +210,27 @@ def _shards(wanted: list[Tensor], itemsize: int, max_size: int) -> list[list[Ten
     return shards
 
 
-def _array(params: Mapping[str, Any], tensor: Tensor, dtype: str) -> np.ndarray:
-    leaf = params
+def _leaf(params: Mapping[str, Any], tensor: Tensor) -> Any:
     for name in tensor.path:
-        leaf = leaf[name]
+        params = params[name]
+    return params
+
+
+def _dtype(params: Mapping[str, Any], tensor: Tensor, dtype: str) -> np.dtype:
+    """The dtype that a tensor is written in: its own if it is the memory's."""
+    kept = is_memory_tensor(tensor.name)
+    return np.dtype(_leaf(params, tensor).dtype if kept else dtype)
+
+
+def _size(params: Mapping[str, Any], tensor: Tensor, dtype: str) -> int:
+    return math.prod(tensor.shape) * _dtype(params, tensor, dtype).itemsize
+
+
+def _array(params: Mapping[str, Any], tensor: Tensor, dtype: str) -> np.ndarray:
+    leaf = _leaf(params, tensor)
     ours = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(tensor.to_theirs(ours), dtype=dtype)
+        array = np.asarray(tensor.to_theirs(ours), _dtype(params, tensor, dtype), order="C")
     if dtype == "float16" and not np.isfinite(array).all():
         raise ConfigError(f"{tensor.name} has values that float16 cannot represent: choose bfloat16.")
     return array
@@ -185,30 +240,27 @@ def _array(params: Mapping[str, Any], tensor: Tensor, dtype: str) -> np.ndarray:
 
 
 def _write_side_files(
-    new: pathlib.Path,
-    hf: dict[str, Any],
-    dtype: str,
-    source: pathlib.Path,
-    vocabulary: Vocabulary | None,
-) -> list[str]:
-    """Write config.json, generation_config.json and the tokenizer; return notes for the user."""
-    hf = {**hf, **dict.fromkeys({"dtype", "torch_dtype"} & hf.keys() or {"torch_dtype"}, dtype)}
+    new: pathlib.Path, hf: dict[str, Any], source: pathlib.Path, vocabulary: Vocabulary | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Write generation_config.json and the tokenizer.
+
+    Returns:
+      `hf`, the config.json, with the ids of special tokens, and notes for the user.
+    """
     notes = []
-    kept = sorted(source.iterdir()) if source.is_dir() else []
-    for file in kept:
-        if file.is_file() and file.name != "config.json":
-            shutil.copyfile(file, new / file.name)
+    kept = [name for name in SIDE_FILES if (source / name).is_file()]
+    for name in kept:
+        shutil.copyfile(source / name, new / name)
     if vocabulary is not None:
         ids = {f"{name}_token_id": getattr(vocabulary, f"{name}_id") for name in _IDS}
-        hf |= {key: value for key, value in ids.items() if hf.get(key) is None}
-        if not any(file.name.startswith(("tokenizer.", "vocab.")) for file in kept):
+        hf = hf | {key: value for key, value in ids.items() if hf.get(key) is None}
+        if not any(name.startswith(("tokenizer.", "vocab.")) for name in kept):
             notes += _write_tokenizer(new, vocabulary)
-    write_json(new / "config.json", hf)
     generation = new / "generation_config.json"
     if not generation.exists():
         given = {f"{name}_token_id": hf.get(f"{name}_token_id") for name in _IDS}
         write_json(generation, {"_from_model_config": True, **given})
-    return notes
+    return hf, notes
 
 
 def _write_tokenizer(new: pathlib.Path, vocabulary: Vocabulary) -> list[str]:

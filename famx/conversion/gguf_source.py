@@ -111,7 +111,7 @@ class GgufSource:
             name: TensorInfo(tuple(map(int, tensor.shape[::-1])), self._dtype(name, tensor))
             for name, tensor in self._tensors.items()
         }
-        self.config = self._config()
+        self.config, self.memory_fields = self._config(), {}
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in Hugging Face's layout; float32 if it is quantised, otherwise as stored."""

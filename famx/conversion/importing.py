@@ -19,10 +19,10 @@ from famx.base.files import write_json, write_text
 from famx.base.text import some
 from famx.conversion import families
 from famx.conversion.gin_file import model_gin
-from famx.conversion.sidecar import Sidecar, read_sidecar
-from famx.conversion.sources import SIDE_FILES
+from famx.conversion.sources import CONFIG, SIDE_FILES
 from famx.conversion.tensor_source import READABLE, Source
 from famx.conversion.vocabulary import fitting_vocabulary
+from famx.conversion.with_memory import is_memory_tensor, memory_tensors
 from famx.conversion.writer import LeafPath, LeafShape, Pieces, leaf_shapes, write_checkpoint
 from famx.data.vocabularies import save_vocabulary
 from famx.data.vocabularies.tokenizer_files import FileVocabulary
@@ -76,7 +76,7 @@ def plan_import(
     tokenizer: str | os.PathLike | None = None,
     pad_id: int | None = None,
 ) -> Plan:
-    """Check a source against the model that its config describes, without reading a tensor.
+    """Check a source against the model that its config describes; reads no tensor but the memory's.
 
     The export of a famx model brings the settings and parameters of its memory; `fields` override the
     settings. Any other model gets a FAM of the paper's length.
@@ -93,8 +93,7 @@ def plan_import(
       ConfigError: the architecture is not supported, tensors are missing, unexpected or of a wrong shape
         or type, or the vocabulary does not fit.
     """
-    sidecar = _sidecar(source)
-    fields = {"memory": Fam(), **sidecar.fields, **(fields or {})}
+    fields = {"memory": Fam(), **source.memory_fields, **(fields or {})}
     config = families.decoder_config(source.config, **fields)
     tensors = families.tensors(source.config, config)
     check_tensors(source, tensors)
@@ -108,11 +107,10 @@ def plan_import(
         raise ConfigError(f"{source.name} has no tokenizer for --pad_id to apply to: add --tokenizer.")
     else:
         notes.append("There is no tokenizer: to read and write text, import with --tokenizer=FILE.")
-    leaves, memory = leaf_shapes(config, mesh), sidecar.parameters
-    shapes = {path: array.shape for path, array in memory.items()}
-    if memory and shapes != {"/".join(path): leaves[path].shape for path in _of_memory(leaves)}:
+    leaves = leaf_shapes(config, mesh)
+    memory = _read_memory(source, leaves)
+    if not memory and any(map(is_memory_tensor, source.tensors)):
         notes.append("The memory's parameters of the export are left out: they are for another memory.")
-        memory = {}
     return Plan(source, config, tensors, leaves, vocabulary, memory, notes)
 
 
@@ -177,7 +175,8 @@ def check_tensors(source: Source, tensors: Sequence[families.Tensor]) -> None:
         "has, beyond the model,": [
             name
             for name in names_in_source
-            if name not in wanted and not families.ignored(source.config, name)
+            if name not in wanted and not is_memory_tensor(name)
+            and not families.ignored(source.config, name)
         ],
         "has in another shape": [
             f"{tensor.name} ({_shape(info.shape)}, not {_shape(tensor.shape)})"
@@ -200,10 +199,19 @@ def _by_standard_name(source: Source) -> dict[str, str]:
     return {families.standard_name(name): name for name in source.tensors}
 
 
-def _sidecar(source: Source) -> Sidecar:
-    """The sidecar of a directory that famx exported; empty for other sources."""
-    directory = getattr(source, "directory", None)
-    return (directory and read_sidecar(directory)) or Sidecar({}, {})
+def _read_memory(
+    source: Source, leaves: Mapping[LeafPath, LeafShape]
+) -> dict[str, np.ndarray]:
+    """The memory's parameters by path, as the source has them; empty if they do not fit the leaves."""
+    wanted = memory_tensors({path: leaf.shape for path, leaf in leaves.items()})
+    shapes = {name: info.shape for name, info in source.tensors.items() if is_memory_tensor(name)}
+    if shapes != {tensor.name: tensor.shape for tensor in wanted}:
+        return {}
+    arrays: dict[str, list] = {}
+    for tensor in wanted:
+        arrays.setdefault("/".join(tensor.path), []).append(source.read(tensor.name))
+    whole = lambda path, parts: np.stack(parts) if path.startswith("layers/") else np.array(parts[0])
+    return {path: whole(path, parts) for path, parts in arrays.items()}
 
 
 def _pieces(plan: Plan, start: MemoryStart, seed: int) -> dict[LeafPath, Pieces]:
@@ -315,14 +323,14 @@ def clear(directory: pathlib.Path) -> None:
 
 
 def _keep_side_files(source: Source, folder: pathlib.Path) -> None:
-    """Copy `config.json` and the other small files of the source, for a later export."""
+    """Copy the small files of the source for a later export, with the `config.json` of its base."""
     folder.mkdir(exist_ok=True)
     origin = getattr(source, "directory", None)
-    for name in SIDE_FILES:
+    for name in SIDE_FILES if source.memory_fields else (CONFIG, *SIDE_FILES):
         if origin is not None and (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", source.config)
+    if not (folder / CONFIG).exists():
+        write_json(folder / CONFIG, source.config)
 
 
 def _shape(shape: Sequence[int]) -> str:

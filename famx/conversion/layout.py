@@ -9,6 +9,7 @@ import numpy as np
 
 from famx.conversion.architectures import MULTIMODAL, Family, architecture, open_config
 from famx.modules.config import DecoderConfig
+from famx.modules.memory import of_memory
 
 # Prefixes of the text part of multimodal checkpoints, old and new, and those of a text model.
 _TEXT_PREFIXES = {
@@ -43,13 +44,17 @@ class Tensor:
         """Convert the tensor to the leaf's layout, in the same dtype; `one_plus` in at least float32."""
         if self.one_plus:
             return _at_least_float32(array) + 1
-        return array if self.path == ("embedding",) else array.T.reshape(self.our_shape)
+        return array if self._as_it_is else array.T.reshape(self.our_shape)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """Inverse of `to_ours`."""
         if self.one_plus:
             return _at_least_float32(array) - 1
-        return array if self.path == ("embedding",) else array.reshape(self.shape[::-1]).T
+        return array if self._as_it_is else array.reshape(self.shape[::-1]).T
+
+    @property
+    def _as_it_is(self) -> bool:
+        return self.path == ("embedding",) or of_memory("/".join(self.path))
 
 
 def _at_least_float32(array: np.ndarray) -> np.ndarray:

@@ -17,13 +17,15 @@ from famx.base.errors import ConfigError
 from famx.base.text import some
 from famx.conversion.gguf_source import GgufSource
 from famx.conversion.tensor_source import READABLE, Source, TensorInfo
+from famx.conversion.with_memory import base_config, memory_fields
 
+CONFIG = "config.json"
 SIDE_FILES = (  # files that an export returns unchanged
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
+    *("generation_config.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt"),
 )
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _BLOCK = 1 << 20
 
@@ -69,7 +71,8 @@ class HuggingFaceSource:
     ):
         self.directory = pathlib.Path(path).expanduser().absolute()
         self.name = self.directory.name
-        self.config = self._read_config()
+        full = self._read_config()
+        self.config, self.memory_fields = base_config(full), memory_fields(full, self.directory / CONFIG)
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[pathlib.Path, int]] = {}
         names, claimed = self._weight_files()
@@ -81,7 +84,7 @@ class HuggingFaceSource:
         for tensor, name in claimed.items():
             if tensor not in self.tensors:
                 raise ConfigError(
-                    f"{self.directory / name} does not hold {tensor}, though {_INDEX} says so: the"
+                    f"{self.directory / name} does not hold {tensor}, though {INDEX} says so: the"
                     " files are not of one download; download them again."
                 )
         self._check_sums([self.directory / name for name in names], on_bytes)
@@ -98,7 +101,7 @@ class HuggingFaceSource:
             return np.asarray(np.memmap(file, np.dtype(info.dtype), "r", start, info.shape))
 
     def _read_config(self) -> dict[str, Any]:
-        file = self.directory / "config.json"
+        file = self.directory / CONFIG
         if not file.is_file():
             raise ConfigError(f"{self.directory} holds no model of Hugging Face: {self._what_instead()}")
         return _read_object(file)
@@ -118,9 +121,9 @@ class HuggingFaceSource:
         """`(names of the weight files, {tensor: file} according to the index, if any)`."""
         names = sorted(path.name for path in self.directory.glob("*.safetensors"))
         names = [name for name in names if not name.startswith("adapter_")]
-        if _SINGLE in names:
-            return [_SINGLE], {}
-        index = self.directory / _INDEX
+        if SINGLE in names:
+            return [SINGLE], {}
+        index = self.directory / INDEX
         if index.is_file():
             try:
                 claimed = {str(k): str(v) for k, v in _read_object(index)["weight_map"].items()}
@@ -129,20 +132,20 @@ class HuggingFaceSource:
             missing = sorted(set(claimed.values()) - set(names))
             if missing:
                 raise ConfigError(
-                    f"{self.directory} lacks {some(missing, 4)}, which {_INDEX} lists: download"
+                    f"{self.directory} lacks {some(missing, 4)}, which {INDEX} lists: download"
                     f" {'it' if len(missing) == 1 else 'them'} again."
                 )
             return sorted(set(claimed.values())), claimed
         if len(names) == 1 and not re.search(r"-of-\d+\.", names[0]):
             return names, {}
         if names:
-            raise ConfigError(f"{self.directory} has {some(names, 4)} but no {_INDEX}: download it too.")
+            raise ConfigError(f"{self.directory} has {some(names, 4)} but no {INDEX}: download it too.")
         if list(self.directory.glob("*.bin")) or list(self.directory.glob("*.pt*")):
             raise ConfigError(
                 f"{self.directory} holds its weights only as pickled PyTorch files, which are not read:"
                 " convert them to safetensors, with save_pretrained of transformers."
             )
-        raise ConfigError(f"{self.directory} has a config.json but no weights: there is no {_SINGLE}.")
+        raise ConfigError(f"{self.directory} has a config.json but no weights: there is no {SINGLE}.")
 
     def _check_sums(self, files: list[pathlib.Path], on_bytes) -> None:
         known = {file: digest for file in files if (digest := known_sha256(file))}

@@ -26,13 +26,15 @@ class Source(Protocol):
 
     Attributes:
       name: name of the directory or file.
-      config: content of `config.json`.
+      config: content of `config.json`, of the model without its memory.
+      memory_fields: `MEMORY_FIELDS` of DecoderConfig, as an export of famx keeps them; else empty.
       tensors: all tensors, by their names at Hugging Face.
       tokenizer: a file for `open_vocabulary`, or None.
     """
 
     name: str
     config: Mapping[str, Any]
+    memory_fields: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     tokenizer: pathlib.Path | None
 

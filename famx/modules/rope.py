@@ -49,6 +49,15 @@ def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) 
     return np.where(wavelength < high, frequency, slow)
 
 
+def frequencies_of(config: DecoderConfig, kind: str) -> np.ndarray:
+    """Frequencies of a kind of layer, one of `ROPE_LAYERS`: radians per token, float64 `[Dh / 2]`."""
+    if kind == "none":
+        return np.zeros(config.head_dim // 2)
+    if kind == "local":
+        return frequencies(config.head_dim, config.local_rope_base)
+    return frequencies(config.head_dim, config.rope_base, config.rope_scaling)
+
+
 def fixed_point(radians: np.ndarray) -> np.ndarray:
     """Converts angles, float64 `[...]` in [0, 2 pi), to turns, uint32 `[...]`."""
     return np.round(radians / (2 * np.pi) * _TURN).astype(np.uint32)
@@ -56,14 +65,9 @@ def fixed_point(radians: np.ndarray) -> np.ndarray:
 
 def rotations(config: DecoderConfig) -> Rotation:
     """The `Rotation` of every layer, `[layers, ...]`."""
-    c = config
-    kinds = {
-        "global": frequencies(c.head_dim, c.rope_base, c.rope_scaling),
-        "local": frequencies(c.head_dim, c.local_rope_base),
-        "none": np.zeros(c.head_dim // 2),
-    }
-    layers = np.stack([kinds[kind] for kind in c.rope_layers or ["global"] * c.num_layers])
-    return Rotation(fixed_point(layers), c.memory.turns(layers))
+    kinds = config.rope_layers or ["global"] * config.num_layers
+    layers = np.stack([frequencies_of(config, kind) for kind in kinds])
+    return Rotation(fixed_point(layers), config.memory.turns(layers))
 
 
 def angles(positions, token, beyond=None, dtype=jnp.float32):

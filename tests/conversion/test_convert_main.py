@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import traverse_util
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,10 +35,10 @@ from famx.conversion import commands, importing
 from famx.conversion.families import SUPPORTED, decoder_config, tensors
 from famx.conversion.gin_file import model_gin
 from famx.conversion.importing import plan_import, write_model
-from famx.conversion.sidecar import write_sidecar
 from famx.conversion.sources import open_source
 from famx.conversion.tensor_source import TensorInfo
 from famx.conversion.vocabulary import fitting_vocabulary
+from famx.conversion.with_memory import full_config
 from famx.data.vocabularies import load_vocabulary, open_vocabulary
 from famx.memories import Fam
 from famx.model_dir.checkpointer import Checkpointer
@@ -143,7 +144,7 @@ def test_weights_are_cast_once(tmp_path, dtype):
 def test_a_source_that_is_no_directory_leaves_its_config_alone(tmp_path):
     weights = make_weights(LLAMA)
     memory_only = SimpleNamespace(
-        name="x", config=LLAMA, tokenizer=None, read=weights.__getitem__,
+        name="x", config=LLAMA, memory_fields={}, tokenizer=None, read=weights.__getitem__,
         tensors={name: TensorInfo(x.shape, "float32") for name, x in weights.items()},
     )  # fmt: skip
     write_model(plan_import(memory_only, MEMORY), tmp_path / "y")
@@ -239,7 +240,11 @@ def test_an_export_brings_its_prompt_and_its_memory(tmp_path):
     directory = write_source(tmp_path / "x")
     config = dataclasses.replace(CONFIG, memory=Fam(3, normalize=True), memory_segments=2)
     prompt = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
-    write_sidecar(directory, config, {"memory/prompt": prompt}, step=5)
+    file, settings = directory / "model.safetensors", directory / "config.json"
+    weights = {**safetensors.numpy.load_file(file), "model.memory.prompt": prompt}
+    safetensors.numpy.save_file(weights, file)
+    full = full_config(json.loads(settings.read_text()), config, 5, [])
+    settings.write_text(json.dumps(full))
 
     plan = plan_import(open_source(directory))
     assert plan.config == config

@@ -1,9 +1,9 @@
 """Export to transformers and back; an export that fails leaves nothing."""
 
+import dataclasses
 import io
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -12,55 +12,27 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from exports import MEMORY, imported
 from flax.traverse_util import flatten_dict, unflatten_dict
 from reference_models import CONFIGS, TOKENS, draw, is_gemma, torch_logits, torch_model
 
 from famx.base import files
 from famx.base.errors import ConfigError
-from famx.conversion import exporting, families
+from famx.conversion import exporting, families, with_memory
 from famx.conversion.commands import parse_size
 from famx.conversion.exporting import export
 from famx.conversion.importing import plan_import, write_model
-from famx.conversion.sidecar import Sidecar, read_sidecar
 from famx.conversion.sources import open_source
 from famx.data.vocabularies import ByteVocabulary, open_vocabulary
 from famx.lora import Lora
-from famx.memories import Fam
+from famx.memories import Fam, Infini
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.identity import check_same_model
 from famx.model_dir.loading import TrainedModel, load_model
 from famx.models import DecoderModel
 from famx.modules import Decoder, Memory
-from famx.modules.config import MEMORY_FIELDS
 
 ALL = sorted(CONFIGS)
-MEMORY = {"block_size": 8, "memory_segments": 3, "memory": Fam(2, positions="float")}
-
-
-def tree(hf, config, read):
-    """Parameters from the tensors that `read(name)` returns."""
-    leaves = {}
-    for tensor in families.tensors(hf, config):
-        leaves.setdefault(tensor.path, []).append(tensor.to_ours(read(tensor.name)))
-    stack = lambda path, arrays: np.stack(arrays) if path[0] == "layers" else arrays[0]
-    return unflatten_dict({path: stack(path, arrays) for path, arrays in leaves.items()})
-
-
-def imported(name, tmp_path, dtype=np.float32, vocabulary=None, **memory):
-    """An imported model with drawn weights and its `source/`."""
-    hf = CONFIGS[name]
-    config = families.decoder_config(hf, **{**MEMORY, **memory})
-    shapes = {tensor.name: tensor.shape for tensor in families.tensors(hf, config)}
-    read = lambda name: draw(name, shapes[name], is_gemma(hf)).astype(dtype)
-    params = tree(hf, config, read)
-    if config.memory.exists:
-        prompt = np.random.default_rng(0).standard_normal((2, config.embed_dim))
-        params["memory"] = {"prompt": prompt.astype(np.float32)}
-    source = tmp_path / "model" / "source"
-    source.mkdir(parents=True)
-    (source / "config.json").write_text(json.dumps(hf))
-    model = DecoderModel(Decoder(config), vocabulary)
-    return TrainedModel(model, params, 7, source.parent / "checkpoint_7")
 
 
 def read_export(directory):
@@ -92,15 +64,13 @@ def save(model, params, directory):
 def test_import_after_export_is_the_identity_on_every_leaf(name, tmp_path):
     trained = imported(name, tmp_path)
     done = export(trained, tmp_path / "out")
-    hf, sidecar = read_json(tmp_path / "out/config.json"), read_sidecar(tmp_path / "out")
-    config = families.decoder_config(hf, **sidecar.fields)
-    assert config == trained.model.config
-    again = tree(hf, config, read_export(tmp_path / "out").__getitem__) | {
-        "memory": {"prompt": sidecar.parameters["memory/prompt"]}
-    }
-    tiny.assert_identical(again, trained.params)
-    assert done.architecture == CONFIGS[name]["architectures"][0] and done.files == ["model.safetensors"]
-    assert hf.items() >= CONFIGS[name].items()  # the original's, as it came
+    again = convert(tmp_path / "out", tmp_path / "again")
+    assert again.model.config == trained.model.config
+    tiny.assert_identical(again.params, trained.params)
+    assert done.architecture == "FamxForCausalLM" and done.files == ["model.safetensors"]
+    full = read_json(tmp_path / "out/config.json")
+    assert full["base"].items() >= CONFIGS[name].items()  # the original's, as it came
+    assert read_json(tmp_path / "again/source/config.json") == full["base"]
 
 
 def convert(source, directory, **fields):
@@ -123,31 +93,31 @@ def test_a_directory_imported_exported_and_imported_is_the_same_model(name, tmp_
     assert second.model.config == first.model.config
     tiny.assert_identical(second.params, first.params)
     found = read_export(tmp_path / "out")
-    assert found.keys() == arrays.keys()
+    assert found.keys() == arrays.keys() | {"model.memory.prompt"}
     for key, array in arrays.items():
         np.testing.assert_allclose(found[key], array, 0, 3e-7 if is_gemma(hf) else 0)
 
 
-def test_a_memory_with_adapters_goes_out_apart_and_comes_back(tmp_path):
+def test_parameters_of_the_memory_in_each_layer_come_back_and_its_adapters_are_refused(tmp_path):
     hf, original = CONFIGS["llama_biased"], tmp_path / "original"
     original.mkdir()
     (original / "config.json").write_text(json.dumps(hf))
     wanted = families.tensors(hf, families.decoder_config(hf))
-    arrays = {tensor.name: draw(tensor.name, tensor.shape, is_gemma(hf)) for tensor in wanted}
+    arrays = {tensor.name: draw(tensor.name, tensor.shape, False) for tensor in wanted}
     safetensors.numpy.save_file(arrays, original / "model.safetensors")
-    memory = Fam(2, adapter_rank=1, bias="minus_log_length", first_residual="ordinary")
+    memory = Fam(2, bias="minus_log_length", first_residual="ordinary")
     first = convert(original, tmp_path / "first", **{**MEMORY, "memory": memory})
     np.testing.assert_allclose(first.params["layers"]["memory"]["bias"], -np.log(2), rtol=1e-6)
-    adapters = first.params["layers"]["memory"]["adapters"]
-    assert not np.any(adapters["b_query"]["kernel"]) and np.any(adapters["a_query"]["kernel"])
-    done = export(first, tmp_path / "out")
-    assert "adapters of the memory cannot be merged" in done.notes[0]
+    export(first, tmp_path / "out")
     second = convert(tmp_path / "out", tmp_path / "second")
     assert second.model.config == first.model.config
     tiny.assert_identical(second.params, first.params)
     with pytest.raises(ConfigError, match="no tokenizer to read it"):
         measured = {**MEMORY, "memory": Fam(2, normalize="measured")}
         convert(original, tmp_path / "third", **measured)
+    with pytest.raises(ConfigError, match="does not implement Fam.adapter_rank: add --nomemory"):
+        adapted = dataclasses.replace(memory, adapter_rank=1)
+        export(convert(original, tmp_path / "fourth", **{**MEMORY, "memory": adapted}), tmp_path / "no")
     assert not (tmp_path / "third" / "model.json").exists()
 
 
@@ -161,15 +131,17 @@ def test_what_came_in_bfloat16_goes_out_in_bfloat16_as_it_was(name, tmp_path):
         assert found[tensor.name].dtype == original.dtype
         assert found[tensor.name].tobytes() == original.tobytes()
     assert read_json(tmp_path / "out/config.json")["torch_dtype"] == "bfloat16"
-    prompt = read_sidecar(tmp_path / "out").parameters["memory/prompt"]
+    prompt = found["model.memory.prompt"]
     assert prompt.dtype == np.float32  # is trained, and small
+    assert prompt.tobytes() == trained.params["memory"]["prompt"].tobytes()
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_transformers_loads_it_and_says_the_same(name, tmp_path):
+def test_without_its_memory_transformers_loads_it_as_the_original(name, tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    export(imported(name, tmp_path), tmp_path / "out", max_shard_size=5000)
+    notes = export(imported(name, tmp_path), tmp_path / "out", max_shard_size=5000, memory=False).notes
+    assert len(notes) == 1 and "The memory is left out" in notes[0]
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", attn_implementation="eager", output_loading_info=True
     )
@@ -192,8 +164,8 @@ def test_adapters_go_out_merged(tmp_path):
     found = read_export(tmp_path / "out")
     merged = kernel[0].reshape(16, 16) + 3.0 * a[0] @ b[0].reshape(2, 16)
     np.testing.assert_allclose(found["model.layers.0.self_attn.q_proj.weight"], merged.T, 1e-5, 1e-5)
-    wanted = families.tensors(read_json(tmp_path / "out/config.json"), model.config)
-    assert found.keys() == {tensor.name for tensor in wanted}
+    wanted = families.tensors(read_json(tmp_path / "out/config.json")["base"], model.config)
+    assert found.keys() == {tensor.name for tensor in wanted} | {"model.memory.prompt"}
 
 
 # ------------------------------------------------------------------ files
@@ -219,22 +191,57 @@ def test_shards_keep_their_size_and_the_index_finds_every_tensor(tmp_path, size)
                           for i in range(1, len(done.files) + 1)]  # fmt: skip
 
 
-def test_the_prompt_lies_apart_and_the_sidecar_says_what_it_is(tmp_path):
+def test_every_weight_file_has_a_checksum_that_an_import_verifies(tmp_path):
+    export(imported("llama", tmp_path), tmp_path / "out", max_shard_size=20_000)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    content = files[-1].read_bytes()
+    assert b"model.memory.prompt" in content
+    files[-1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=f"{files[-1].name} is damaged: its SHA-256 is"):
+        open_source(tmp_path / "out")
+
+
+def test_a_model_without_memory_keeps_its_config_and_its_window(tmp_path):
+    trained = imported("llama", tmp_path, memory=Memory(), memory_segments=2, window_mask=True)
+    done = export(trained, tmp_path / "out")
+    full = read_json(tmp_path / "out/config.json")
+    assert done.architecture == "LlamaForCausalLM" and full.items() >= CONFIGS["llama"].items()
+    assert not (tmp_path / "out/modeling_famx.py").exists() and "auto_map" not in full
+    assert convert(tmp_path / "out", tmp_path / "again").model.config == trained.model.config
+    assert "famx" not in read_json(tmp_path / "again/source/config.json")
+
+
+class Squared(Fam):
+    """A memory of a user's own."""
+
+    kind = "squared"
+
+
+@pytest.mark.parametrize("memory", [Infini(), Squared(2)])
+def test_a_memory_that_the_code_does_not_have_is_refused(memory, tmp_path):
     trained = imported("llama", tmp_path)
-    export(trained, tmp_path / "out")
-    note = read_json(tmp_path / "out/famx.json")
-    assert note["step"] == 7 and "famx.convert --from" in note["about"]
-    assert note["memory"].keys() == set(MEMORY_FIELDS)
-    arrays = safetensors.numpy.load_file(tmp_path / "out" / note["parameters"]["file"])
-    np.testing.assert_array_equal(arrays["memory/prompt"], trained.params["memory"]["prompt"])
-    assert pathlib.Path(note["parameters"]["file"]).parent.name  # loaders glob beside config.json
+    model = DecoderModel(Decoder(dataclasses.replace(trained.model.config, memory=memory)))
+    trained = dataclasses.replace(trained, model=model)
+    sentence = f"modeling_famx.py does not implement a memory of the kind '{memory.kind}': add --nomemory"
+    with pytest.raises(ConfigError, match=sentence):
+        export(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export(trained, tmp_path / "out", memory=False)
+    assert convert(tmp_path / "out", tmp_path / "again").model.config.memory == Memory()
 
 
-def test_a_model_without_memory_has_no_prompt(tmp_path):
-    export(imported("llama", tmp_path, memory=Memory()), tmp_path / "out")
-    sidecar = read_sidecar(tmp_path / "out")
-    assert sidecar == Sidecar(sidecar.fields, {}) and sidecar.fields["memory"] == Memory()
-    assert read_sidecar(tmp_path) is None
+def test_a_field_of_fam_that_the_code_does_not_have_is_refused(tmp_path, monkeypatch):
+    without = with_memory._IMPLEMENTED - {"positions", "normalize"}
+    monkeypatch.setattr(with_memory, "_IMPLEMENTED", without)
+    trained = imported("llama", tmp_path)
+    with pytest.raises(ConfigError, match="modeling_famx.py does not implement Fam.positions: add"):
+        export(trained, tmp_path / "out")
+
+
+def test_the_code_is_short_and_implements_what_fam_has():
+    assert with_memory._IMPLEMENTED <= {field.name for field in dataclasses.fields(Fam)}
+    assert len(with_memory.CODE.read_text().splitlines()) < 300
 
 
 def test_how_transformers_reads_otherwise_is_noted(tmp_path):
@@ -248,23 +255,23 @@ def test_how_transformers_reads_otherwise_is_noted(tmp_path):
     assert "not only the last blocks" in notes("llama", window_mask=True)[0]
 
 
-def test_a_damaged_sidecar_is_told(tmp_path):
+def test_a_damaged_config_is_told(tmp_path):
     export(imported("llama", tmp_path), tmp_path / "out")
-    note, prompt = tmp_path / "out/famx.json", tmp_path / "out/famx/memory.safetensors"
-    content = prompt.read_bytes()
-    prompt.write_bytes(content[:-1] + b"x")
-    with pytest.raises(ConfigError, match="memory.safetensors is not the file that was exported"):
-        read_sidecar(tmp_path / "out")
-    prompt.unlink()
-    with pytest.raises(ConfigError, match="memory.safetensors, which belongs to .*cannot be read"):
-        read_sidecar(tmp_path / "out")
-    note.write_text(note.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(ConfigError, match="has format 2; this famx reads format 1"):
-        read_sidecar(tmp_path / "out")
-    for text in ("{", "[]", "{}"):
-        note.write_text(text)
-        with pytest.raises(ConfigError, match="famx.json is damaged"):
-            read_sidecar(tmp_path / "out")
+    file = tmp_path / "out/config.json"
+    whole = read_json(file)
+
+    def refused(change, sentence):
+        full = json.loads(json.dumps(whole))
+        change(full)
+        file.write_text(json.dumps(full))
+        with pytest.raises(ConfigError, match=sentence):
+            open_source(tmp_path / "out")
+
+    refused(lambda full: full.pop("base"), "an export of famx has no base: copy it again")
+    refused(lambda full: full["famx"].update(format=2), "has format 2; this famx reads format 1")
+    refused(lambda full: full["famx"].pop("decoder"), "config.json is damaged: copy it again")
+    refused(lambda full: full.update(famx=[]), "config.json is damaged: copy it again")
+    refused(lambda full: full["famx"]["decoder"].update(memory={"kind": "x"}), "kind 'x', which is not")
 
 
 def test_files_of_the_source_come_back_as_they_came(tmp_path):
@@ -275,8 +282,19 @@ def test_files_of_the_source_come_back_as_they_came(tmp_path):
         (source / name).write_bytes(content)
     done = export(trained, tmp_path / "out")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
-    assert len(done.notes) == 1 and "the model has no memory" in done.notes[0]
+    assert done.notes == []
     assert not (tmp_path / "out/tokenizer_config.json").exists()
+
+
+def test_no_weights_and_no_card_of_the_source_come_along(tmp_path):
+    trained = imported("llama", tmp_path)
+    source = tmp_path / "model/source"
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors", "README.md"):
+        (source / name).write_text("the original's")
+    export(trained, tmp_path / "out")
+    tiny.assert_identical(convert(tmp_path / "out", tmp_path / "again").params, trained.params)
+    assert "the original's" not in (tmp_path / "out/README.md").read_text()
+    assert not (tmp_path / "out/model-00001-of-00002.safetensors").exists()
 
 
 def test_a_source_may_be_named(tmp_path):
@@ -284,8 +302,8 @@ def test_a_source_may_be_named(tmp_path):
     (tmp_path / "model/source").rename(tmp_path / "elsewhere")
     export(trained, tmp_path / "made")
     export(trained, tmp_path / "kept", source=tmp_path / "elsewhere")
-    assert read_json(tmp_path / "made/config.json")["architectures"] == ["LlamaForCausalLM"]
-    assert read_json(tmp_path / "kept/config.json").items() >= CONFIGS["mistral"].items()
+    assert read_json(tmp_path / "made/config.json")["base"]["architectures"] == ["LlamaForCausalLM"]
+    assert read_json(tmp_path / "kept/config.json")["base"].items() >= CONFIGS["mistral"].items()
 
 
 def byte_pair_file(folder):
@@ -317,18 +335,17 @@ def test_a_model_from_scratch_goes_out_with_the_tokenizer_of_its_vocabulary(tmp_
     model = scratch(vocabulary, vocab_size=vocabulary.vocab_size, memory_segments=3)
     params = tiny.make_params(model.module)
     trained = TrainedModel(model, params, 3, tmp_path / "model/checkpoint_3")
-    assert len(export(trained, tmp_path / "out").notes) == 1
+    assert export(trained, tmp_path / "out").notes == []
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.encode("the cat in the hat") == vocabulary.encode("the cat in the hat")
     assert tokenizer.convert_tokens_to_ids("</s>") == vocabulary.eos_id == tokenizer.eos_token_id
     assert tokenizer.chat_template == "{{ 1 }}"
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    loaded = load(tmp_path / "out", trust_remote_code=True)
     assert loaded.config.eos_token_id == vocabulary.eos_id
     assert loaded.generation_config.pad_token_id == vocabulary.pad_id
-    without = tiny.make_model(vocab_size=vocabulary.vocab_size, memory_segments=3, memory=Memory())
-    tree = {name: leaf for name, leaf in params.items() if name != "memory"}
     tokens = np.random.default_rng(0).integers(0, vocabulary.vocab_size, (1, 20))
-    ours = without.module.apply({"params": tree}, tokens)[0]
+    ours = model.module.apply({"params": params}, tokens)[0]
     np.testing.assert_allclose(torch_logits(loaded, tokens), ours, 0, 1e-4)
 
 
@@ -355,7 +372,7 @@ def test_a_vocabulary_that_transformers_does_not_know_is_noted(tmp_path):
     model = scratch(ByteVocabulary())
     trained = TrainedModel(model, tiny.make_params(model.module), 3, tmp_path / "model/checkpoint_3")
     notes = export(trained, tmp_path / "out").notes
-    assert len(notes) == 2 and "no tokenizer for a vocabulary of bytes" in notes[0]
+    assert len(notes) == 1 and "no tokenizer for a vocabulary of bytes" in notes[0]
 
 
 # ------------------------------------------------------------------ what goes wrong
@@ -394,7 +411,7 @@ def test_nothing_stands_at_the_destination_until_all_of_it_does(tmp_path, monkey
     monkeypatch.setattr(files, "_sync", look)
     export(trained, tmp_path / "out")
     written = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert len(written) == 5 and written <= seen.keys() and not any(seen.values())
+    assert len(written) == 6 and written <= seen.keys() and not any(seen.values())
 
 
 def test_a_destination_that_is_taken_is_refused(tmp_path):
@@ -452,12 +469,14 @@ def test_the_main_exports_a_checkpoint_and_ends_bad_input_with_a_sentence(tmp_pa
     done = run_main("--checkpoint", tmp_path / "model", "--to", tmp_path / "out", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     assert (
-        "out: LlamaForCausalLM, step 5, " in done.stdout and "bytes in model.safetensors" in done.stdout
+        "out: FamxForCausalLM, step 5, " in done.stdout and "bytes in model.safetensors" in done.stdout
     )
     head = read_export(tmp_path / "out")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(head, np.asarray(params["embedding"]).astype(ml_dtypes.bfloat16))
-    kept = read_sidecar(tmp_path / "out").parameters["memory/prompt"]
+    kept = read_export(tmp_path / "out")["model.memory.prompt"]
     np.testing.assert_array_equal(kept, params["memory"]["prompt"])
+    plain = run_main("--checkpoint", tmp_path / "model", "--to", tmp_path / "plain", "--nomemory")
+    assert plain.returncode == 0 and "plain: LlamaForCausalLM, step 5" in plain.stdout, plain.stderr
     again = run_main("--checkpoint", tmp_path / "model", "--to", tmp_path / "out")
     assert again.returncode == 2 and "out is not empty: choose another --to" in again.stderr
     assert "Traceback" not in again.stderr

@@ -2,8 +2,9 @@
 
 Official files: `<task>/{train,validation,test}.jsonl`, each line with `id`, `pid`, `input` and
 `output`, or Parquet or Arrow files with these columns: one row for each answer to a question. In the
-train split every row is an example, so that all answers are learnt. In the other splits rows with the same
-`id` are one example with several references, as in SCROLLS' evaluator; the test split has no outputs.
+train split every row is an example, so that all answers are learnt. In the other splits rows with the
+same `id` are one example with several references, as in SCROLLS' evaluator; the test split has no
+outputs.
 
 | task | kind | metrics, the first as in the TransformerFAM paper |
 |---|---|---|
