@@ -89,13 +89,17 @@ def with_memory(trained: TrainedModel, config: DecoderConfig, start: MemoryStart
 
 
 def texts(trained: TrainedModel, files: Sequence[str], rows: int, length: int) -> np.ndarray:
-    """The first `length + 1` tokens of texts, begin of text included, int32 `[rows, length + 1]`."""
+    """The first `length + 1` tokens of texts, begin of text included, int32 `[rows, length + 1]`.
+
+    Pages of the documentation that are too short are continued by the next ones.
+    """
     if files:
         contents = [open(file, encoding="utf-8").read() for file in files]
     else:
         from pydoc_data.topics import topics
 
-        contents = [topics[name] for name in TOPICS]
+        pages = [topics[name] for name in TOPICS]
+        contents = ["\n".join([*pages[i:], *pages[:i]]) for i in range(len(pages))]
     vocabulary = trained.model.vocabulary
     begin = [] if vocabulary.bos_id is None else [vocabulary.bos_id]
     found = [begin + vocabulary.encode(content) for content in contents[:rows]]

@@ -1,0 +1,336 @@
+"""From a pretrained model to one that remembers, in one command: import, train, evaluate.
+
+    python -m benchmarks.remember --from=MODEL.gguf --to=/tmp/famx/remember
+
+imports the model, measures what a new memory does to its loss on plain text, trains by the recipe of
+gin_configs/examples/finetune_passkey.gin in sizes that fit the machine, and evaluates. Everything goes to
+the directory: `remember.json`, `remember.md`, `remember.png`, the imported model `base`, the run `fam`
+and its twin without memory `bswa`. The same command continues what was stopped.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks import memory_start
+from benchmarks.timing import machine
+from famx.base import files, gin_utils, tables
+from famx.base.errors import ConfigError
+from famx.conversion.commands import convert, read_memory
+from famx.data.probes.passkey import PasskeyTask
+from famx.evaluation import PasskeyEvaluation
+from famx.evaluation.figures import lengths_figure
+from famx.memories import Fam
+from famx.model_dir.loading import TrainedModel, load_model
+from famx.models.memory_start import MemoryStart
+from famx.modules import Memory
+from famx.training import loop
+from famx.training.run_log import read_metrics
+
+RECIPE = "gin_configs/examples/finetune_passkey.gin"
+PROBES = ("hold", "hold_repeated", "overwrite")
+_VARIED = {"header": 0.5, "depth": None, "second_key": 0.3}
+_FILLERS = ("repeated", "random_words", "python_stdlib")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Sizes of the whole procedure.
+
+    Attributes:
+      stages: stages of the run, see `famx.training.stages`.
+      steps: steps of the run.
+      memory_length: number of memory tokens.
+      settings: other values for the recipe's gin file.
+      twin_steps: steps of the twin without memory, in the first stage; 0: no twin.
+      lengths: lengths of the evaluated documents, in blocks of the last stage.
+      examples: documents for each length and probe.
+      texts: number of texts whose loss is measured.
+      text_blocks: their length in blocks of the last stage.
+      train_minutes: training stops after this time, and what it has learnt until then is evaluated;
+        None: it is never stopped.
+    """
+
+    stages: tuple[Mapping[str, Any], ...]
+    steps: int
+    memory_length: int
+    settings: Mapping[str, Any]
+    twin_steps: int
+    lengths: tuple[int, ...]
+    examples: int = 32
+    texts: int = 4
+    text_blocks: int = 5
+    train_minutes: float | None = None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block in the last stage."""
+        return [stage["block_size"] for stage in self.stages if "block_size" in stage][-1]
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest training documents, in blocks of the last stage."""
+        return max(
+            max(stage.get("curriculum", {}).get("blocks", (stage.get("blocks", 1),)))
+            for stage in self.stages
+        )
+
+
+_ON_CPU = {
+    "DecoderConfig.dtype": "float32", "DecoderConfig.remat": "none", "FROZEN_DTYPE": None,
+    "Every.log": 1, "Every.checkpoint": 10, "Every.evaluation": 0,
+}  # fmt: skip
+SIZES = {
+    # One GPU: the paper's blocks of 1,024 tokens at the end, documents of up to 64 blocks.
+    "gpu": Size(
+        stages=(
+            {"steps": 200, "until": {"exact_match": 0.9}, "block_size": 256, "blocks": 8,
+             "batch_size": 32, "curriculum": {"blocks": (2, 4, 8)}},
+            {"steps": 150, "until": {"exact_match": 0.9}, "options": {**_VARIED, "filler": _FILLERS}},
+            {"steps": 100, "until": {"exact_match": 0.9}, "block_size": 1024, "batch_size": 8},
+            {"state_passing": "aged", "curriculum": {"blocks": (8, 16, 32, 64)}},
+        ),
+        steps=700,
+        memory_length=64,
+        settings={"Every.log": 10, "Every.checkpoint": 200, "Every.evaluation": 0},
+        twin_steps=100,
+        lengths=(8, 16, 32, 64, 128, 256),
+        examples=16,
+        texts=2,
+        train_minutes=4.5,
+    ),
+    # Two CPU cores, for a model of 135M parameters: short blocks and a short memory.
+    "cpu": Size(
+        stages=(
+            {"steps": 200, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
+             "curriculum": {"blocks": (2, 4)}},
+            {"options": {**_VARIED, "filler": _FILLERS}},
+        ),
+        steps=300,
+        memory_length=16,
+        settings={**_ON_CPU, "Lora.rank": 64, "warmup_cosine.warmup_steps": 10},
+        twin_steps=0,
+        lengths=(2, 4, 8, 16),
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- the procedure
+
+
+def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed: int) -> dict[str, Any]:
+    """Train and evaluate the model in `directory/base`.
+
+    Args:
+      directory: where everything is; what is finished there is not made again.
+      size: sizes.
+      memory: the memory that the model gets.
+      prompt: what the prompt starts as, see `MemoryStart`.
+      seed: random seed.
+
+    Returns:
+      Figures for `remember.json`.
+    """
+    base = load_model(str(directory / "base"))
+    loss = Loss(base, size)
+    figures: dict[str, Any] = {
+        "memory": memory.to_dict(), "prompt": prompt, "seed": seed, "block_size": size.block_size,
+        "plain_text": loss.before(memory, prompt, seed),
+    }  # fmt: skip
+    runs = {"fam": size.steps} | ({"bswa": size.twin_steps} if size.twin_steps else {})
+    for name, steps in runs.items():
+        began = time.monotonic()
+        with _stopped_after(size.train_minutes):
+            loop_settings = _settings(directory, name, size, memory, prompt, seed, steps)
+            gin_utils.call_with(
+                loop.train, [str(directory / "base" / "model.gin"), RECIPE], loop_settings
+            )
+        trained = load_model(str(directory / name))
+        figures[name] = {
+            "steps": trained.step,
+            "minutes": (time.monotonic() - began) / 60,
+            "stages": _stage_ends(directory / name),
+            "exact_match": _scores(trained, size, seed),
+        }
+        figures["plain_text"][f"{name}, trained"] = loss.of(trained)
+    return figures
+
+
+def _settings(directory, name, size, memory, prompt, seed, steps) -> dict[str, Any]:
+    """Values for the recipe's gin file."""
+    stages = size.stages
+    settings = {
+        "MODEL_DIR": directory / name,
+        "INITIAL_CHECKPOINT_PATH": directory / "base",
+        "RANDOM_SEED": seed,
+        "run.Run.evaluation": None,
+        "TASK_FEATURE_LENGTHS": {"targets": stages[0]["blocks"] * stages[0]["block_size"]},
+        "BATCH_SIZE": stages[0]["batch_size"],
+        "DecoderConfig.block_size": size.block_size,
+        "warmup_cosine.warmup_steps": 30,
+        **size.settings,
+    }
+    if name == "fam":
+        fields = {f"Fam.{name}": value for name, value in memory.to_dict().items() if name != "kind"}
+        settings |= {"PROMPT": prompt, **fields}
+    else:
+        first = {key: value for key, value in stages[0].items() if key not in ("steps", "until")}
+        settings |= {"DecoderConfig.memory": "@modules.Memory()", "DecoderConfig.memory_segments": 1}
+        stages = (first,)
+    return {**settings, "TRAIN_STEPS": steps, "STAGES": stages}
+
+
+@contextlib.contextmanager
+def _stopped_after(minutes: float | None) -> Iterator[None]:
+    """A context in which a training run stops after so many minutes, as at SIGTERM."""
+    timer = threading.Timer(60 * (minutes or 0), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    if minutes is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _stage_ends(run: pathlib.Path) -> dict[str, int]:
+    """Number of steps of the run at the end of each stage, by the stage's number."""
+    ends: dict[str, int] = {}
+    for line in read_metrics(str(run), "train"):
+        ends[str(line.get("stage", 1))] = line["step"]
+    return ends
+
+
+def _scores(trained: TrainedModel, size: Size, seed: int) -> dict[str, dict[str, float]]:
+    """Exact match by probe and by number of blocks; those of `zeroed ...` without the memory."""
+    task = PasskeyTask(vocabulary=trained.model.vocabulary)
+    evaluation = PasskeyEvaluation(
+        task, blocks=size.lengths, examples=size.examples, seed=seed + 1, health_tokens=1, probes=PROBES
+    )
+    found: dict[str, dict[str, float]] = {}
+    for name, value in evaluation(trained.model, trained.params, trained.step).items():
+        *front, probe, blocks = name.split("/")
+        if probe in PROBES:
+            found.setdefault(f"{'zeroed ' if front else ''}{probe}", {})[blocks] = value
+    return found
+
+
+class Loss:
+    """Loss on plain texts, block by block.
+
+    Args:
+      base: the pretrained model, without a memory.
+      size: sizes of the texts.
+    """
+
+    def __init__(self, base: TrainedModel, size: Size):
+        self._base, self._length = base, size.block_size * size.text_blocks
+        self._size = size
+        self._tokens = memory_start.texts(base, (), size.texts, self._length)
+
+    def before(self, memory: Fam, prompt: str, seed: int) -> dict[str, list[float]]:
+        """Of the model as it was pretrained, in one block and in blocks; and with an untrained memory."""
+        config = self._base.model.config
+        whole = dataclasses.replace(config, block_size=self._length, memory_segments=0, memory=Memory())
+        blocks = dataclasses.replace(whole, block_size=self._size.block_size)
+        fam = dataclasses.replace(blocks, memory=memory)
+        params = memory_start.with_memory(self._base, fam, MemoryStart(prompt), seed)
+        return {
+            "pretrained, whole text": self._read(whole, self._base.params),
+            "pretrained, blocks apart": self._read(blocks, self._base.params),
+            "fam, untrained": self._read(fam, params),
+        }
+
+    def of(self, trained: TrainedModel) -> list[float]:
+        """Of a trained model."""
+        return self._read(trained.model.config, trained.params)
+
+    def _read(self, config, params) -> list[float]:
+        losses = np.asarray(memory_start.reader(config)(params, self._tokens))
+        return losses.reshape(self._size.text_blocks, -1).mean(axis=1).tolist()
+
+
+# ---------------------------------------------------------------- outputs
+
+
+def made_tables(figures: Mapping[str, Any], host: Mapping[str, Any]) -> list[tables.Table]:
+    """The tables of exact match and of loss."""
+    steps = ", ".join(f"{name} {figures[name]['steps']}" for name in ("fam", "bswa") if name in figures)
+    notes = (
+        f"Memory {figures['memory']}, prompt {figures['prompt']}; blocks of {figures['block_size']}"
+        f" tokens; seed {figures['seed']}; steps: {steps}",
+        f"{host['cpu']}, {host['cores']} cores; {host['device']}; jax {host['jax']}",
+    )
+    scores = [
+        {"model": name, "probe": probe}
+        | {f"{blocks} blocks": f"{value:.3f}" for blocks, value in row.items()}
+        for name in ("fam", "bswa") if name in figures
+        for probe, row in figures[name]["exact_match"].items()
+    ]  # fmt: skip
+    losses = [
+        {"model": name}
+        | {f"block {i}": f"{x:.2f}" for i, x in enumerate(row)}
+        | {"from block 1": f"{np.mean(row[1:]):.3f}"}
+        for name, row in figures["plain_text"].items()
+    ]
+    return [
+        tables.Table("remember_scores", "Exact match by length", notes, scores),
+        tables.Table("remember_loss", "Loss on plain text, nats per token", (), losses),
+    ]
+
+
+def write(directory: pathlib.Path, figures: Mapping[str, Any], size: Size) -> str:
+    """Writes `remember.json`, `.md` and `.png`; returns the tables as text."""
+    host = machine()
+    made = made_tables(figures, host)
+    files.write_json(directory / "remember.json", {"machine": host, **figures})
+    files.write_text(directory / "remember.md", "\n\n".join(t.markdown() for t in made) + "\n")
+    numbers = lambda row: {int(blocks): value for blocks, value in row.items()}
+    lines: dict[str, dict[str, dict[int, float]]] = {probe: {} for probe in PROBES}
+    for name, label in (("fam", "FAM"), ("bswa", "BSWA, M 1")):
+        for probe, row in figures.get(name, {}).get("exact_match", {}).items():
+            zeroed = probe.startswith("zeroed ")
+            title = f"{label}, memory zeroed" if zeroed else label
+            lines[probe.removeprefix("zeroed ")][title] = numbers(row)
+    figure = lengths_figure(lines, size.block_size, size.longest)
+    figure.savefig(directory / "remember.png", dpi=150)
+    return "\n\n".join(t.text() for t in made)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark's command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--from", dest="source", help="GGUF file or Hugging Face directory to import")
+    parser.add_argument("--to", type=pathlib.Path, required=True, help="directory for everything")
+    parser.add_argument("--size", choices=SIZES, default="gpu")
+    parser.add_argument("--memory", default="fam", help="as for famx.convert, such as fam:update=gated")
+    parser.add_argument("--prompt", default="text", help="normal, tokens, text or bos")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="stop training after this time, and evaluate")
+    values = parser.parse_args(argv)
+    size = SIZES[values.size]
+    if values.minutes is not None:
+        size = dataclasses.replace(size, train_minutes=values.minutes)
+    base = values.to / "base"
+    if not (base / "model.json").exists():
+        if values.source is None:
+            raise ConfigError(f"There is no model in {base}: add --from=FILE.gguf or --from=DIRECTORY.")
+        convert(values.source, str(base), {"memory": Memory()})
+    memory = read_memory(values.memory or f"fam:length={size.memory_length}")
+    if not isinstance(memory, Fam):
+        raise ConfigError(f"--memory={values.memory}: only memories of the kind fam are trained here.")
+    figures = remember(values.to.absolute(), size, memory, values.prompt, values.seed)
+    print(write(values.to, figures, size))
+
+
+if __name__ == "__main__":
+    main()
