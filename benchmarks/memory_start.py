@@ -53,8 +53,8 @@ def label(fields: dict, prompt: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def reader(config: DecoderConfig):
-    """Jitted function of parameters and tokens `[B, L + 1]`: the loss in each block, `[L / S]`."""
+def reader(config: DecoderConfig, size: int):
+    """Jitted function of parameters and tokens `[B, L + 1]`: the loss of every `size` tokens."""
     decoder = Decoder(config)
 
     @jax.jit
@@ -62,7 +62,7 @@ def reader(config: DecoderConfig):
         logits, _ = decoder.apply({"params": params}, tokens[:, :-1])
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
         picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
-        return -jnp.mean(picked.reshape(len(tokens), -1, config.block_size), axis=(0, 2))
+        return -jnp.mean(picked.reshape(len(tokens), -1, size), axis=(0, 2))
 
     return losses
 
@@ -117,12 +117,12 @@ def measure(trained: TrainedModel, tokens: np.ndarray, block_size: int, length: 
         trained.model.config, block_size=block_size, memory_segments=0, memory=Memory()
     )
     if re.search(only, "no memory"):
-        yield "no memory", np.asarray(reader(plain)(trained.params, tokens))
+        yield "no memory", np.asarray(reader(plain, block_size)(trained.params, tokens))
     for fields, prompt in CHOICES:
         if re.search(only, label(fields, prompt)):
             config = dataclasses.replace(plain, memory=Fam(length, **fields))
             params = with_memory(trained, config, MemoryStart(prompt), seed=0)
-            yield label(fields, prompt), np.asarray(reader(config)(params, tokens))
+            yield label(fields, prompt), np.asarray(reader(config, block_size)(params, tokens))
 
 
 def table(measured, rows: int, length: int) -> tables.Table:

@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,10 @@ from benchmarks.timing import machine
 from famx.base import files, gin_utils, tables
 from famx.base.errors import ConfigError
 from famx.conversion.commands import convert, read_memory
+from famx.conversion.gin_file import model_gin
 from famx.data.probes.passkey import PasskeyTask
 from famx.evaluation import PasskeyEvaluation
-from famx.evaluation.figures import lengths_figure
+from famx.evaluation.figures import lengths_figure, passkey_results
 from famx.memories import Fam
 from famx.model_dir.loading import TrainedModel, load_model
 from famx.models.memory_start import MemoryStart
@@ -38,7 +40,7 @@ from famx.training.run_log import read_metrics
 
 RECIPE = "gin_configs/examples/finetune_passkey.gin"
 PROBES = ("hold", "hold_repeated", "overwrite")
-_VARIED = {"header": 0.5, "depth": None, "second_key": 0.3}
+VARIED = {"header": 0.5, "depth": None, "second_key": 0.3}
 _FILLERS = ("repeated", "random_words", "python_stdlib")
 
 
@@ -85,9 +87,9 @@ class Size:
         )
 
 
-_ON_CPU = {
+ON_CPU = {
     "DecoderConfig.dtype": "float32", "DecoderConfig.remat": "none", "FROZEN_DTYPE": None,
-    "Every.log": 1, "Every.checkpoint": 10, "Every.evaluation": 0,
+    "Every.log": 1, "Every.checkpoint": 10,
 }  # fmt: skip
 SIZES = {
     # One GPU: the paper's blocks of 1,024 tokens at the end, documents of up to 64 blocks.
@@ -95,13 +97,13 @@ SIZES = {
         stages=(
             {"steps": 200, "until": {"exact_match": 0.9}, "block_size": 256, "blocks": 8,
              "batch_size": 32, "curriculum": {"blocks": (2, 4, 8)}},
-            {"steps": 150, "until": {"exact_match": 0.9}, "options": {**_VARIED, "filler": _FILLERS}},
+            {"steps": 150, "until": {"exact_match": 0.9}, "options": {**VARIED, "filler": _FILLERS}},
             {"steps": 100, "until": {"exact_match": 0.9}, "block_size": 1024, "batch_size": 8},
             {"state_passing": "aged", "curriculum": {"blocks": (8, 16, 32, 64)}},
         ),
         steps=700,
         memory_length=64,
-        settings={"Every.log": 10, "Every.checkpoint": 200, "Every.evaluation": 0},
+        settings={"Every.log": 10, "Every.checkpoint": 200},
         twin_steps=100,
         lengths=(8, 16, 32, 64, 128, 256),
         examples=16,
@@ -113,11 +115,11 @@ SIZES = {
         stages=(
             {"steps": 200, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
              "curriculum": {"blocks": (2, 4)}},
-            {"options": {**_VARIED, "filler": _FILLERS}},
+            {"options": {**VARIED, "filler": _FILLERS}},
         ),
         steps=300,
         memory_length=16,
-        settings={**_ON_CPU, "Lora.rank": 64, "warmup_cosine.warmup_steps": 10},
+        settings={**ON_CPU, "Lora.rank": 64, "warmup_cosine.warmup_steps": 10},
         twin_steps=0,
         lengths=(2, 4, 8, 16),
     ),
@@ -127,7 +129,14 @@ SIZES = {
 # ---------------------------------------------------------------- the procedure
 
 
-def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed: int) -> dict[str, Any]:
+def remember(
+    directory: pathlib.Path,
+    size: Size,
+    memory: Fam,
+    prompt: str,
+    seed: int,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Train and evaluate the model in `directory/base`.
 
     Args:
@@ -136,11 +145,14 @@ def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed
       memory: the memory that the model gets.
       prompt: what the prompt starts as, see `MemoryStart`.
       seed: random seed.
+      settings: values for the recipe's gin file that replace those of `size`.
 
     Returns:
       Figures for `remember.json`.
     """
     base = load_model(str(directory / "base"))
+    model = directory / "base.gin"
+    files.write_text(model, model_gin(base.model.config, str(directory / "base")))
     loss = Loss(base, size)
     figures: dict[str, Any] = {
         "memory": memory.to_dict(), "prompt": prompt, "seed": seed, "block_size": size.block_size,
@@ -150,16 +162,14 @@ def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed
     for name, steps in runs.items():
         began = time.monotonic()
         with _stopped_after(size.train_minutes):
-            loop_settings = _settings(directory, name, size, memory, prompt, seed, steps)
-            gin_utils.call_with(
-                loop.train, [str(directory / "base" / "model.gin"), RECIPE], loop_settings
-            )
+            given = {**_settings(directory, name, size, memory, prompt, seed, steps), **settings}
+            gin_utils.call_with(loop.train, [str(model), RECIPE], given)
         trained = load_model(str(directory / name))
         figures[name] = {
             "steps": trained.step,
             "minutes": (time.monotonic() - began) / 60,
             "stages": _stage_ends(directory / name),
-            "exact_match": _scores(trained, size, seed),
+            "exact_match": _scores(directory / name, trained, size, seed),
         }
         figures["plain_text"][f"{name}, trained"] = loss.of(trained)
     return figures
@@ -172,11 +182,12 @@ def _settings(directory, name, size, memory, prompt, seed, steps) -> dict[str, A
         "MODEL_DIR": directory / name,
         "INITIAL_CHECKPOINT_PATH": directory / "base",
         "RANDOM_SEED": seed,
-        "run.Run.evaluation": None,
         "TASK_FEATURE_LENGTHS": {"targets": stages[0]["blocks"] * stages[0]["block_size"]},
         "BATCH_SIZE": stages[0]["batch_size"],
         "DecoderConfig.block_size": size.block_size,
         "warmup_cosine.warmup_steps": 30,
+        "Every.evaluation": 0,
+        **{f"PasskeyEvaluation.{field}": value for field, value in _evaluation(size, seed).items()},
         **size.settings,
     }
     if name == "fam":
@@ -210,18 +221,27 @@ def _stage_ends(run: pathlib.Path) -> dict[str, int]:
     return ends
 
 
-def _scores(trained: TrainedModel, size: Size, seed: int) -> dict[str, dict[str, float]]:
+def _scores(run: pathlib.Path, trained: TrainedModel, size: Size, seed: int) -> dict[str, Any]:
     """Exact match by probe and by number of blocks; those of `zeroed ...` without the memory."""
-    task = PasskeyTask(vocabulary=trained.model.vocabulary)
-    evaluation = PasskeyEvaluation(
-        task, blocks=size.lengths, examples=size.examples, seed=seed + 1, health_tokens=1, probes=PROBES
-    )
-    found: dict[str, dict[str, float]] = {}
-    for name, value in evaluation(trained.model, trained.params, trained.step).items():
-        *front, probe, blocks = name.split("/")
-        if probe in PROBES:
-            found.setdefault(f"{'zeroed ' if front else ''}{probe}", {})[blocks] = value
+    if not (run / "passkey.json").exists():  # the run was stopped before its own evaluation
+        task = PasskeyTask(vocabulary=trained.model.vocabulary)
+        fields = {name: value for name, value in _evaluation(size, seed).items() if name != "blocks"}
+        PasskeyEvaluation(task, **fields).report(trained.model, trained.params, str(run))
+    results = passkey_results(run)
+    found = {probe: {str(n): x for n, x in row.items()} for probe, row in results["exact_match"].items()}
+    for name, value in results["memory"].items():
+        if name.startswith("zeroed/"):
+            _, probe, blocks = name.split("/")
+            found.setdefault(f"zeroed {probe}", {})[blocks] = value
     return found
+
+
+def _evaluation(size: Size, seed: int) -> dict[str, Any]:
+    """Fields of `PasskeyEvaluation`."""
+    return {
+        "blocks": (), "report_blocks": size.lengths, "train_blocks": size.longest, "probes": PROBES,
+        "examples": size.examples, "seed": seed + 1, "health_tokens": size.block_size,
+    }  # fmt: skip
 
 
 class Loss:
@@ -255,8 +275,8 @@ class Loss:
         return self._read(trained.model.config, trained.params)
 
     def _read(self, config, params) -> list[float]:
-        losses = np.asarray(memory_start.reader(config)(params, self._tokens))
-        return losses.reshape(self._size.text_blocks, -1).mean(axis=1).tolist()
+        losses = memory_start.reader(config, self._size.block_size)(params, self._tokens)
+        return np.asarray(losses).tolist()
 
 
 # ---------------------------------------------------------------- outputs
