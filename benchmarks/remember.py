@@ -9,14 +9,10 @@ and its twin without memory `bswa`. The same command continues what was stopped.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import os
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -39,6 +35,15 @@ from famx.training import loop
 from famx.training.run_log import read_metrics
 
 RECIPE = "gin_configs/examples/finetune_passkey.gin"
+_TWIN = """\
+from __gin__ import dynamic_registration
+
+from famx import modules
+
+modules.DecoderConfig:
+  memory = @modules.Memory()
+  memory_segments = 1
+"""
 PROBES = ("hold", "hold_repeated", "overwrite")
 VARIED = {"header": 0.5, "depth": None, "second_key": 0.3}
 _FILLERS = ("repeated", "random_words", "python_stdlib")
@@ -151,8 +156,9 @@ def remember(
       Figures for `remember.json`.
     """
     base = load_model(str(directory / "base"))
-    model = directory / "base.gin"
+    model, twin = directory / "base.gin", directory / "bswa.gin"
     files.write_text(model, model_gin(base.model.config, str(directory / "base")))
+    files.write_text(twin, _TWIN)
     loss = Loss(base, size)
     figures: dict[str, Any] = {
         "memory": memory.to_dict(), "prompt": prompt, "seed": seed, "block_size": size.block_size,
@@ -161,9 +167,9 @@ def remember(
     runs = {"fam": size.steps} | ({"bswa": size.twin_steps} if size.twin_steps else {})
     for name, steps in runs.items():
         began = time.monotonic()
-        with _stopped_after(size.train_minutes):
-            given = {**_settings(directory, name, size, memory, prompt, seed, steps), **settings}
-            gin_utils.call_with(loop.train, [str(model), RECIPE], given)
+        given = {**_settings(directory, name, size, memory, prompt, seed, steps), **settings}
+        gin_files = [str(model), RECIPE, *([str(twin)] if name == "bswa" else [])]
+        gin_utils.call_with(loop.train, gin_files, given)
         trained = load_model(str(directory / name))
         figures[name] = {
             "steps": trained.step,
@@ -187,6 +193,7 @@ def _settings(directory, name, size, memory, prompt, seed, steps) -> dict[str, A
         "DecoderConfig.block_size": size.block_size,
         "warmup_cosine.warmup_steps": 30,
         "Every.evaluation": 0,
+        "run.Run.minutes": size.train_minutes,
         **{f"PasskeyEvaluation.{field}": value for field, value in _evaluation(size, seed).items()},
         **size.settings,
     }
@@ -195,29 +202,15 @@ def _settings(directory, name, size, memory, prompt, seed, steps) -> dict[str, A
         settings |= {"PROMPT": prompt, **fields}
     else:
         first = {key: value for key, value in stages[0].items() if key not in ("steps", "until")}
-        settings |= {"DecoderConfig.memory": "@modules.Memory()", "DecoderConfig.memory_segments": 1}
         stages = (first,)
     return {**settings, "TRAIN_STEPS": steps, "STAGES": stages}
-
-
-@contextlib.contextmanager
-def _stopped_after(minutes: float | None) -> Iterator[None]:
-    """A context in which a training run stops after so many minutes, as at SIGTERM."""
-    timer = threading.Timer(60 * (minutes or 0), os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    if minutes is not None:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _stage_ends(run: pathlib.Path) -> dict[str, int]:
     """Number of steps of the run at the end of each stage, by the stage's number."""
     ends: dict[str, int] = {}
     for line in read_metrics(str(run), "train"):
-        ends[str(line.get("stage", 1))] = line["step"]
+        ends[str(int(line.get("stage", 1)))] = line["step"]
     return ends
 
 

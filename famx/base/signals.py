@@ -1,9 +1,11 @@
 """Signals that ask a process to stop: SIGTERM, as schedulers send it, and SIGINT, which is Ctrl-C."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +18,9 @@ _stopped = False
 
 @contextlib.contextmanager
 def graceful_stop(
-    numbers: Sequence[signal.Signals] = STOP_SIGNALS, exit_on_repeat: bool = True
+    numbers: Sequence[signal.Signals] = STOP_SIGNALS,
+    exit_on_repeat: bool = True,
+    seconds: float | None = None,
 ) -> Iterator[Callable[[], bool]]:
     """A function that returns whether the process was asked to stop inside this context.
 
@@ -26,10 +30,12 @@ def graceful_stop(
     Args:
       numbers: signals that ask for a stop.
       exit_on_repeat: end the process at once at the second signal.
+      seconds: time in this context after which the function returns True as well; None: no limit.
     """
     global _stopped
     _stopped = False
     asked: list[int] = []
+    end = math.inf if seconds is None else time.monotonic() + seconds
 
     def ask(number: int, frame: Any) -> None:
         if asked and exit_on_repeat:
@@ -38,7 +44,7 @@ def graceful_stop(
 
     def stop() -> bool:
         global _stopped
-        _stopped = _any_process(bool(asked))
+        _stopped = _any_process(bool(asked) or time.monotonic() >= end)
         return _stopped
 
     with handling(ask, numbers):

@@ -56,7 +56,8 @@ def train(run: Run) -> dict[str, float]:
     stages, data = _open_data(stages, directory)
     with contextlib.ExitStack() as stack:
         session = _begin_or_resume(stages, data, directory, profile, stack)
-        _step_through(session, stack.enter_context(graceful_stop()))
+        seconds = None if run.minutes is None else 60 * run.minutes
+        _step_through(session, stack.enter_context(graceful_stop(seconds=seconds)))
         return _finish(session)
 
 

@@ -45,6 +45,17 @@ def test_a_repeated_signal_may_be_harmless():
         assert stop()
 
 
+def test_a_limit_of_time_stops_like_a_signal(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with signals.graceful_stop(seconds=5) as stop, signals.graceful_stop() as unlimited:
+        now = 104.0
+        assert not stop()
+        now = 105.0
+        assert stop() and not unlimited()
+        assert stop() and signals.was_stopped()
+
+
 def test_sigterm_as_an_interrupt():
     with signals.interrupt_on_sigterm(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)

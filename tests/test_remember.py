@@ -1,0 +1,126 @@
+"""`benchmarks.remember` and `benchmarks.memory_choices` from end to end at tiny sizes."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from tiny import make_model, make_params
+from trained import write_model_dir
+
+from famx.base.errors import ConfigError
+from famx.data.vocabularies import ByteVocabulary
+from famx.memories import Fam
+from famx.model_dir.loading import load_model
+from famx.modules import Memory
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
+
+from benchmarks import memory_choices, remember  # noqa: E402
+
+TINY = remember.Size(
+    stages=(
+        {"steps": 2, "block_size": 64, "blocks": 4, "batch_size": 2, "options": {"header": False}},
+        {"state_passing": "aged", "curriculum": {"blocks": (4, 6)}},
+    ),
+    steps=4,
+    memory_length=2,
+    settings={**remember.ON_CPU, "Lora.rank": 2, "warmup_cosine.warmup_steps": 1},
+    twin_steps=2,
+    lengths=(6, 8),
+    examples=2,
+    texts=1,
+    text_blocks=3,
+)  # fmt: skip
+
+
+def make_base(directory) -> str:
+    model = make_model(memory=Memory(), vocabulary=ByteVocabulary(), block_size=64)
+    return write_model_dir(directory, model, make_params(model.module), ByteVocabulary())
+
+
+def test_a_model_is_trained_and_evaluated_beside_its_twin(tmp_path, monkeypatch, capsys):
+    make_base(tmp_path / "base")
+    monkeypatch.setitem(remember.SIZES, "cpu", TINY)
+    arguments = [f"--to={tmp_path}", "--size=cpu", "--memory=fam:length=2,update=gated", "--seed=3"]
+    remember.main(arguments)
+    found = json.loads((tmp_path / "remember.json").read_text())
+    assert found["memory"]["update"] == "gated" and found["seed"] == 3
+    fam, twin = found["fam"], found["bswa"]
+    assert (fam["steps"], fam["stages"], twin["steps"]) == (4, {"1": 2, "2": 4}, 2)
+    assert fam["exact_match"].keys() == {
+        how + probe for probe in remember.PROBES for how in ("", "zeroed ")
+    }
+    assert twin["exact_match"].keys() == set(remember.PROBES)
+    assert fam["exact_match"]["hold"].keys() == {"6", "8"}
+    losses = found["plain_text"]
+    assert list(losses) == [
+        "pretrained, whole text", "pretrained, blocks apart", "fam, untrained", "fam, trained",
+        "bswa, trained",
+    ]  # fmt: skip
+    # All read the first block alike, except for the prompt; what comes later depends on what is seen.
+    whole, apart = (losses[f"pretrained, {how}"] for how in ("whole text", "blocks apart"))
+    assert whole[0] == pytest.approx(apart[0], abs=1e-5) and whole[1] != apart[1]
+    assert np.isfinite([*losses.values()]).all()
+
+    model = load_model(str(tmp_path / "fam")).model
+    assert model.config.memory == Fam(2, update="gated") and model.config.memory_segments == 0
+    assert load_model(str(tmp_path / "bswa")).model.config.memory == Memory()
+    assert "hold" in (tmp_path / "remember.md").read_text() and (tmp_path / "remember.png").exists()
+    assert "pretrained, whole text" in capsys.readouterr().out
+
+
+def test_a_run_out_of_time_is_evaluated_where_it_stopped(tmp_path):
+    make_base(tmp_path / "base")
+    size = dataclasses.replace(
+        TINY, steps=10**6, stages=TINY.stages[:1] + TINY.stages[1:], twin_steps=0, train_minutes=0.0
+    )
+    found = remember.remember(tmp_path, size, Fam(2), "normal", 0)
+    assert found["fam"]["steps"] < 10**6
+    assert found["fam"]["exact_match"]["hold"].keys() == {"6", "8"}
+
+
+def test_nothing_to_train_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="There is no model in .*: add --from"):
+        remember.main([f"--to={tmp_path}"])
+    make_base(tmp_path / "base")
+    with pytest.raises(ConfigError, match="only memories of the kind fam"):
+        remember.main([f"--to={tmp_path}", "--memory=infini"])
+
+
+def test_choices_are_measured_once_and_tabulated(tmp_path, monkeypatch, capsys):
+    base = make_base(tmp_path / "base")
+    size = dataclasses.replace(TINY, twin_steps=0)
+    monkeypatch.setattr(memory_choices, "SIZE", size)
+    choices = [choice for choice in memory_choices.CHOICES if choice[:2] in (({}, "text"), ({}, "bos"))]
+    monkeypatch.setattr(memory_choices, "CHOICES", choices)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: memory_choices -->\n<!-- end -->\n")
+    arguments = [f"--base={base}", f"--to={tmp_path / 'cells'}", f"--markdown={page}", "--seeds"]
+    memory_choices.main([*arguments, "0", "1"])
+    results = sorted((tmp_path / "cells").glob("*/*/remember.json"))
+    assert [f"{path.parts[-3]}/{path.parts[-2]}" for path in results] == [
+        "prompt_bos/0", "prompt_bos/1", "prompt_text/0", "prompt_text/1",
+    ]  # fmt: skip
+    written = [path.stat().st_mtime_ns for path in results]
+    memory_choices.main([*arguments, "0", "1"])
+    assert written == [path.stat().st_mtime_ns for path in results]
+    assert "prompt bos" in page.read_text() and "hold, 8" in capsys.readouterr().out
+
+
+def test_rows_have_the_median_and_the_range_of_the_seeds():
+    def result(steps, before, after, hold):
+        scores = {str(n): hold for n in memory_choices.SIZE.lengths}
+        text = {"fam, untrained": [9.0, before, before], "fam, trained": [9.0, after, after]}
+        return {"fam": {"stages": {"1": steps}, "exact_match": {"hold": scores}}, "plain_text": text}
+
+    never = memory_choices.SIZE.stages[0]["steps"]
+    found = [result(30, 1.0, 2.0, 0.5), result(10, 3.0, 2.0, 0.7), result(never, 2.0, 2.0, 0.6)]
+    (row,) = memory_choices.rows([("a", x) for x in found])
+    assert row["memory"] == "a" and row["seeds"] == 3
+    assert row["loss before"] == "2.00 [1.00, 3.00]" and row["loss after"] == "2.00"
+    assert row["steps to 0.95"] == "30 [10, never]" and row["hold, 4"] == "0.60 [0.50, 0.70]"
+    assert "never" in memory_choices.rows([("a", found[2])])[0]["steps to 0.95"]
