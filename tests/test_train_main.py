@@ -141,8 +141,8 @@ def opened(monkeypatch, capsys):
 
     begun = []
 
-    def begin(run, data, *args):
-        begun.append((run, data.feed.source.task, data.notes))
+    def begin(stages, data, *args):
+        begun.append((stages[-1].run, data.feeds[-1].source.task, data.notes))
         raise _Begins
 
     def call(*args):
@@ -168,7 +168,7 @@ def test_a_change_of_the_task_changes_training_and_evaluation(opened, tmp_path, 
     run, task, notes = opened(*arguments(tmp_path, binding, longer))
     assert not notes and getattr(task, field) == value
     assert task.filler == "mixed" and task.second_key == 0.7
-    evaluated = run.evaluation._task(32, {})
+    evaluated = run.evaluation._task(32, "hold")
     assert getattr(evaluated, field) == value and evaluated.header == task.header
     assert run.evaluation.task == task
 

@@ -157,17 +157,23 @@ def read_memory(text: str) -> Memory:
     except ValueError as error:
         raise ConfigError(f"--memory={text}: {error}") from error
     for field in dataclasses.fields(memory):
-        if isinstance(field.type, types.UnionType):  # the memory itself checks a field of several types
-            continue
         if field.name in fields and field.default is not dataclasses.MISSING:
-            _check_type(f"--memory={text}", field.name, fields[field.name], field.default)
+            _check_type(f"--memory={text}", field.name, fields[field.name], field.default, field.type)
     return memory
 
 
-def _check_type(setting: str, name: str, value: object, default: object) -> None:
-    """Raises ConfigError unless `value` has the type of `default`; None stands for an optional int."""
+def _check_type(setting: str, name: str, value: object, default: object, kinds: object = None) -> None:
+    """Raises ConfigError unless `value` has the type of `default`; None stands for an optional int.
+
+    `kinds` is the annotation of the field; one of several types, such as `bool | str`, replaces the type
+    of the default.
+    """
     wanted = {float: (int, float), type(None): (int, type(None))}.get(type(default), type(default))
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+    if isinstance(kinds, types.UnionType):
+        fits = type(value) in kinds.__args__
+    else:
+        fits = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+    if not fits:
         example = "4 or None" if default is None else repr(default)
         raise ConfigError(f"{setting}: {name} takes a value such as {example}, not {value!r}.")
 

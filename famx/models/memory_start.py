@@ -62,7 +62,7 @@ class MemoryStart:
         config: DecoderConfig,
         shape: tuple[int, ...],
         seed: int,
-        embedding: Callable[[], np.ndarray],
+        embedding: Callable[[], Any],
         vocabulary: Any = None,
     ) -> np.ndarray:
         """A prompt `[N, D]`, or prefixes `[layers, N, D]`, float32, scaled as the first layer reads it.

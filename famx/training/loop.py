@@ -175,12 +175,7 @@ def _begin_or_resume(
     resumed, position = checkpointer.latest_step(), {}
     if resumed is not None:
         position = checkpointer.data_state(resumed)
-        if position is None:
-            raise ConfigError(
-                f"{directory}/checkpoint_{resumed} does not tell the position in the data: t5x saves it"
-                " with SaveCheckpointConfig.save_dataset=True."
-            )
-        if "stage" in position:
+        if position is not None and "stage" in position:
             place.set_state(position["stage"])
     run = place.stage.run
     initialize, abstract = make_initializer(run)
@@ -191,6 +186,11 @@ def _begin_or_resume(
         state = _new_state(run, data, initialize, writer, notes)
     else:
         tree, _, _ = checkpointer.restore(resumed, abstract.to_checkpoint())
+        if position is None:
+            raise ConfigError(
+                f"{directory}/checkpoint_{resumed} does not tell the position in the data: t5x saves it"
+                " with SaveCheckpointConfig.save_dataset=True."
+            )
         state = TrainState.from_checkpoint(tree)
         data.feeds[place.index].set_state(position["feed"])
     step = int(state.step)

@@ -439,7 +439,7 @@ def test_memories_by_kind_and_fields():
     assert commands.read_memory("fam:update_scale=1") == Fam(update_scale=1)
     for text, said in (
         ("famm", "is of the kind 'famm', which is not known here"),
-        ("fam:lenght=8", "has no field lenght; it has length, normalize"),
+        ("fam:lenght=8", "has no field lenght; it has .*, length, normalize"),
         ("fam:8", "8 sets nothing"),
         ("fam:length=8.5", "length takes a value such as 64, not 8.5"),
         ("fam:length=long", "length takes a value such as 64, not 'long'"),

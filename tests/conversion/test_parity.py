@@ -116,9 +116,9 @@ def test_within_one_block_the_memory_segments_are_nothing_and_the_original_is_me
 class PromptUnseen(Oracle):
     """The oracle of FAM, but that block tokens do not see the memory."""
 
-    def attend(self, q, keys, values, mask):
+    def attend(self, q, keys, values, mask, *bias):
         n = self.c.memory_columns
-        return super().attend(q, keys, values, mask if len(mask) == n else [False] * n + mask[n:])
+        return super().attend(q, keys, values, mask if len(mask) == n else [False] * n + mask[n:], *bias)
 
 
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2", "gemma3", "smollm3"])

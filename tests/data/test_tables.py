@@ -308,7 +308,8 @@ def test_own_records_of_a_directory(tmp_path):
 
 def test_published_tables_are_the_official_files(tmp_path):
     row = {"id": "1", "pid": "1_0", "input": "Q", "output": "A"}
-    write_parquet(tmp_path / "scrolls/qasper/train/0000.parquet", [row, {**row, "output": "B"}])
+    for split in ("train", "validation"):
+        write_parquet(tmp_path / f"scrolls/qasper/{split}/0000.parquet", [row, {**row, "output": "B"}])
     write_parquet(tmp_path / "xlsum/welsh/data/train-00000-of-00001.parquet",
                   [{"id": "1", "url": "u", "title": "t", "summary": "S", "text": "T"}])  # fmt: skip
     write_parquet(tmp_path / "pg19/data/train-00000-of-00001.parquet",
@@ -325,8 +326,9 @@ def test_published_tables_are_the_official_files(tmp_path):
     write_parquet(tmp_path / "gpt3/boolq/validation-00000-of-00001.parquet",
                   [{"question": "is it", "passage": "It is.", "label": 1, "idx": 0}])  # fmt: skip
     get = lambda name, **options: famx.data.get(name, data_dir=str(tmp_path), **options)
-    assert texts(get("scrolls_qasper")) == [("Q\n\n", "A")]
-    assert get("scrolls_qasper").examples("train")[0]["references"] == ["A", "B"]
+    assert texts(get("scrolls_qasper")) == [("Q\n\n", "A"), ("Q\n\n", "B")]
+    assert get("scrolls_qasper").examples("train")[1]["references"] == ["B"]
+    assert get("scrolls_qasper").examples("validation")[0]["references"] == ["A", "B"]
     assert texts(get("xlsum_welsh")) == [("T\n\n", "S")]
     assert texts(get("pg19")) == [("", "Once")] and get("pg19").examples("train")[0]["id"] == "A"
     story = get("narrative_qa").examples("validation")[0]
