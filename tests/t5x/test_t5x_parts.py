@@ -217,7 +217,7 @@ def test_the_vocabulary_is_the_tasks():
         ({"model": None}, "MODEL is not set"),
         ({"state_passing": Aged()}, "STATE_PASSING is 'none' or 'random', which Aged is not"),
         ({"trainable": Trainable(frozen_dtype="bfloat16")}, "FROZEN_DTYPE is None"),
-        ({"stages": ({"steps": 1},)}, "STAGES is (): t5x has no stages"),
+        ({"stages": ({"steps": 1},)}, r"STAGES is \(\): t5x has no stages"),
         ({"trainable": Trainable("lora")}, "the model has no adapters"),
         ({"mixture_or_task_name": "passkey_wrods"}, "The nearest name is 'passkey_words'"),
         ({"mixture_or_task_name": TASK, "task_options": {"digit": 1}}, "MIXTURE_OR_TASK_NAME"),
