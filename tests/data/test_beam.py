@@ -117,7 +117,7 @@ def test_prepared_files_are_the_same_bytes(tmp_path):
     for _ in range(2):
         found = prepare("scrolls_qasper", source, str(tmp_path / "two"), message=messages.append,
                         beam_options=PROCESSES, **settings)  # fmt: skip
-        assert found == counts == {"scrolls_qasper": {"train": 19, "validation": 5, "test": 1}}
+        assert found == counts == {"scrolls_qasper": {"train": 37, "validation": 5, "test": 1}}
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len(contents(tmp_path / "two")) == 3 * 3 + 1
     assert sum("exist already" in text for text in messages) == 3, "the second run writes nothing"
