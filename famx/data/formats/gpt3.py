@@ -38,7 +38,7 @@ import numpy as np
 from famx.base.errors import ConfigError
 from famx.data.formats import gpt3_prompts as prompts
 from famx.data.metrics import Texts, accuracy, squad, text_exact_match, trivia_qa
-from famx.data.storage import open_split
+from famx.data.storage import MappedRecords, open_split
 from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.suites import Suite
 from famx.data.tasks.text_task import Metric, TextTask, task_factories
@@ -93,24 +93,16 @@ class _Articles:
         return {**self._records[article], "k": int(i - self._starts[article])}
 
 
-class _TfdsRecords:
-    """TensorFlow Datasets' records in the form of JSON: `a/b` becomes `b` in `a`, bytes become text."""
-
-    def __init__(self, records: Records):
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        nested: dict[str, Any] = {}
-        for name, value in self._records[i].items():
-            *outer, last = name.split("/")
-            place = nested
-            for part in outer:
-                place = place.setdefault(part, {})
-            place[last] = _plain(value)
-        return nested
+def _of_tfds(record: Mapping[str, Any]) -> dict[str, Any]:
+    """TensorFlow Datasets' record in the form of JSON: `a/b` becomes `b` in `a`, bytes become text."""
+    nested: dict[str, Any] = {}
+    for name, value in record.items():
+        *outer, last = name.split("/")
+        place = nested
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = _plain(value)
+    return nested
 
 
 def _plain(value: Any) -> Any:
@@ -127,7 +119,7 @@ def _open_rows(columns: Sequence[str], folder: str, split: str) -> Records:
 
 
 def _open_tfds(records: Records, split: str) -> Records:
-    nested = _TfdsRecords(records)
+    nested = MappedRecords(records, _of_tfds)
     return _Articles(nested) if "questions" in nested[0] else nested
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from famx.data.formats.texts import EmptySplit
 from famx.data.metrics import rouge, token_f1
+from famx.data.storage import MappedRecords
 from famx.data.storage import open_split as open_rows
 from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.text_task import TextTask, task_factories
@@ -35,30 +36,21 @@ def open_split(folder: str, split: str) -> Records:
         return NarrativeQaRecords(folder, split)
     except FileNotFoundError as error:
         try:
-            return _TableQuestions(open_rows(folder, split, ("document", "question", "answers")))
+            rows = open_rows(folder, split, ("document", "question", "answers"))
+            return MappedRecords(rows, _of_table)
         except FileNotFoundError:
             raise error from None
 
 
-class _TableQuestions:
-    """Questions as Hugging Face publishes them, each with its whole story."""
-
-    def __init__(self, records: Records):
-        self.records = records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        record = self.records[i]
-        document, answers = record["document"], [answer["text"] for answer in record["answers"]]
-        story = _between(document["text"], document.get("start") or "", document.get("end") or "")
-        return {
-            "document_id": document["id"],
-            "question": record["question"]["text"],
-            "answers": answers,
-            "story": story,
-        }
+def _of_table(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A question as Hugging Face publishes it, with its whole story."""
+    document = record["document"]
+    return {
+        "document_id": document["id"],
+        "question": record["question"]["text"],
+        "answers": [answer["text"] for answer in record["answers"]],
+        "story": _between(document["text"], document.get("start") or "", document.get("end") or ""),
+    }
 
 
 class NarrativeQaRecords:

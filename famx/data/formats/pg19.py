@@ -7,9 +7,11 @@ TransformerFAM paper cuts books at 256k tokens (`max_tokens`) and reports next-t
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from famx.data.formats.texts import TextFolder, preprocess_text
+from famx.data.storage import MappedRecords
 from famx.data.storage import open_split as open_rows
 from famx.data.tasks.examples import Records
 from famx.data.tasks.text_task import TextTask, task_factories
@@ -24,7 +26,8 @@ def open_split(folder: str, split: str) -> Records:
     names = [name for name in os.listdir(books) if name.endswith(".txt")] if exists else []
     if not names:
         try:
-            return _TableBooks(open_rows(folder, split, ("short_book_title", "text")))
+            rows = open_rows(folder, split, ("short_book_title", "text"))
+            return MappedRecords(rows, _of_table)
         except FileNotFoundError as error:
             if exists:
                 raise ValueError(f"There is no book (*.txt) in {books}; copy it again.") from error
@@ -33,30 +36,13 @@ def open_split(folder: str, split: str) -> Records:
     return TextFolder([os.path.join(books, x) for x in names], [x[: -len(".txt")] for x in names])
 
 
-class _TableBooks:
-    """Books as Hugging Face publishes them, which are named by their titles."""
-
-    def __init__(self, records: Records):
-        self.records = records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        record = self.records[i]
-        return {"name": record["short_book_title"], "text": record["text"]}
+def _of_table(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A book as Hugging Face publishes it, which is named by its title."""
+    return {"name": record["short_book_title"], "text": record["text"]}
 
 
-class _TfdsBooks:
-    def __init__(self, records: Records, split: str):
-        self.records = records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        record = self.records[i]
-        return {"name": str(int(record["book_id"][0])), "text": record["book_text"].decode()}
+def _of_tfds(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": str(int(record["book_id"][0])), "text": record["book_text"].decode()}
 
 
 TASKS = task_factories([
@@ -68,7 +54,7 @@ TASKS = task_factories([
         folders=("pg19", "deepmind-gutenberg"),
         published=PUBLISHED,
         tfds="pg19",
-        open_tfds=_TfdsBooks,
+        open_tfds=lambda records, split: MappedRecords(records, _of_tfds),
         counts={"train": 28602, "validation": 50, "test": 100},
     )
 ])  # fmt: skip

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from famx.data.metrics import rouge, text_exact_match, token_f1
+from famx.data.storage import MappedRecords
 from famx.data.storage import open_split as open_rows
 from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.text_task import TextTask, task_factories
@@ -35,20 +36,6 @@ _COLUMNS = ("id", "pid", "input", "output")
 # The choices as SCROLLS writes them, each on a line; a choice may refer to another, "(B) not (A)".
 _CHOICES = re.compile(
     r"^ *\(A\)(.*?)^ *\(B\)(.*?)^ *\(C\)(.*?)^ *\(D\)(.*?)(?:\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
-
-
-class AnswerRecords:
-    """Rows as published, each with a list `outputs` of its one output."""
-
-    def __init__(self, rows: Records):
-        self.rows, self.num_rows = rows, len(rows)
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        row = self.rows[i]
-        return {**row, "outputs": [] if row["output"] is None else [row["output"]]}
 
 
 class GroupedRecords:
@@ -76,28 +63,28 @@ def _each(rows: Records):
     return (rows[i] for i in range(len(rows)))
 
 
-def _records(rows: Records, split: str) -> AnswerRecords | GroupedRecords:
-    return AnswerRecords(rows) if split == "train" else GroupedRecords(rows)
+def _records(rows: Records, split: str) -> MappedRecords | GroupedRecords:
+    return MappedRecords(rows, _with_outputs) if split == "train" else GroupedRecords(rows)
 
 
-def open_split(folder: str, split: str) -> AnswerRecords | GroupedRecords:
+def open_split(folder: str, split: str) -> MappedRecords | GroupedRecords:
     """Open the examples of a split of `folder`; to group its rows they are read once."""
     return _records(open_rows(folder, split, _COLUMNS), split)
 
 
-class _TfdsRows:
-    """Rows as TensorFlow Datasets stores them: texts as bytes, a missing output as an empty one."""
+def _with_outputs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as published, with a list `outputs` of its one output."""
+    return {**row, "outputs": [] if row["output"] is None else [row["output"]]}
 
-    def __init__(self, records: Records, split: str):
-        self.records, self.split = records, split
 
-    def __len__(self) -> int:
-        return len(self.records)
+def _of_tfds(record: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """A row as TensorFlow Datasets stores it: texts as bytes, a missing output as an empty one."""
+    row: dict[str, Any] = {name: record[name].decode() for name in _COLUMNS}
+    return row | {"output": None} if split == "test" and not row["output"] else row
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        record = self.records[i]
-        row = {name: record[name].decode() for name in _COLUMNS}
-        return row | {"output": None} if self.split == "test" and not row["output"] else row
+
+def _open_tfds(records: Records, split: str) -> MappedRecords | GroupedRecords:
+    return _records(MappedRecords(records, lambda record: _of_tfds(record, split)), split)
 
 
 def preprocess(record: Mapping[str, Any]) -> Example:
@@ -155,7 +142,7 @@ TASKS = task_factories(
         folders=(os.path.join("scrolls", name), name),
         published=PUBLISHED,
         tfds=f"scrolls/{name}",
-        open_tfds=lambda records, split: _records(_TfdsRows(records, split), split),
+        open_tfds=_open_tfds,
         counts=dict(zip(("train", "validation", "test"), counts)),
     )
     for name, (metrics, counts) in _MEMBERS.items()

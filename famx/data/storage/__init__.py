@@ -4,6 +4,7 @@ from famx.data.storage.opening import dataset_splits, open_records, open_split
 from famx.data.storage.paths import matching_files, stdlib_text_files, validation_names
 from famx.data.storage.records import (
     JsonlRecords,
+    MappedRecords,
     RecordDocuments,
     TFRecordRecords,
     write_tfrecord_file,
@@ -15,6 +16,7 @@ from famx.data.storage.text_files import TextFiles
 
 __all__ = [
     "JsonlRecords",
+    "MappedRecords",
     "RecordDocuments",
     "TableRecords",
     "TFRecordRecords",

@@ -7,7 +7,7 @@ import json
 import mmap
 import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,26 @@ from famx.data.storage.shards import shard_paths
 from famx.data.vocabularies import token_ids
 
 _OPEN_FILES = 64
+
+
+class MappedRecords:
+    """Records that are made, when they are read, of those of another sequence.
+
+    Args:
+      records: the other records.
+      make: returns the record that is made of one of them.
+    """
+
+    def __init__(
+        self, records: Sequence[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], dict[str, Any]]
+    ):
+        self._records, self._make = records, make
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._make(self._records[i])
 
 
 class _Records:
