@@ -63,8 +63,8 @@ class Size:
       examples: documents for each length and probe.
       texts: number of texts whose loss is measured.
       text_blocks: their length in blocks of the last stage.
-      train_minutes: training stops after this time, and what it has learnt until then is evaluated;
-        None: it is never stopped.
+      train_minutes: training stops after this time, that of the twin after a quarter of it, and what was
+        learnt until then is evaluated; None: it is never stopped.
     """
 
     stages: tuple[Mapping[str, Any], ...]
@@ -113,7 +113,7 @@ SIZES = {
         lengths=(8, 16, 32, 64, 128, 256),
         examples=16,
         texts=2,
-        train_minutes=4.5,
+        train_minutes=4.0,
     ),
     # Two CPU cores, for a model of 135M parameters: short blocks and a short memory.
     "cpu": Size(
@@ -193,7 +193,7 @@ def _settings(directory, name, size, memory, prompt, seed, steps) -> dict[str, A
         "DecoderConfig.block_size": size.block_size,
         "warmup_cosine.warmup_steps": 30,
         "Every.evaluation": 0,
-        "run.Run.minutes": size.train_minutes,
+        "run.Run.minutes": _minutes(name, size),
         **{f"PasskeyEvaluation.{field}": value for field, value in _evaluation(size, seed).items()},
         **size.settings,
     }
@@ -204,6 +204,12 @@ def _settings(directory, name, size, memory, prompt, seed, steps) -> dict[str, A
         first = {key: value for key, value in stages[0].items() if key not in ("steps", "until")}
         stages = (first,)
     return {**settings, "TRAIN_STEPS": steps, "STAGES": stages}
+
+
+def _minutes(name: str, size: Size) -> float | None:
+    if size.train_minutes is None or name == "fam":
+        return size.train_minutes
+    return size.train_minutes / 4
 
 
 def _stage_ends(run: pathlib.Path) -> dict[str, int]:
