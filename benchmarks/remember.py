@@ -124,9 +124,13 @@ SIZES = {
         ),
         steps=300,
         memory_length=16,
-        settings={**ON_CPU, "Lora.rank": 64, "warmup_cosine.warmup_steps": 10},
+        settings={
+            **ON_CPU, "Lora.rank": 8, "Lora.alpha": 16, "warmup_cosine.learning_rate": 1e-3,
+            "warmup_cosine.warmup_steps": 5,
+        },
         twin_steps=0,
         lengths=(2, 4, 8, 16),
+        texts=2,
     ),
 }  # fmt: skip
 
