@@ -27,7 +27,7 @@ SIZE = Size(
     stages=(
         {"steps": 400, "until": {"exact_match": REACHED}, "block_size": 64, "blocks": 4, "batch_size": 16,
          "curriculum": {"blocks": (2, 4), "unlock": 0.8}, "options": {"header": False}},
-        {"options": {**VARIED, "header": 0.0}},
+        {"options": {**VARIED, "header": 0.0}, "curriculum": {"blocks": (3, 4)}},
     ),
     steps=500,
     memory_length=8,
@@ -37,15 +37,14 @@ SIZE = Size(
     examples=32,
     text_blocks=16,
 )  # fmt: skip
-# Fields of Fam, what the prompt starts as, and other values for the gin file of the run.
-CHOICES: tuple[tuple[dict[str, Any], str, dict[str, Any]], ...] = (
-    *(({}, prompt, {}) for prompt in ("normal", "text", "bos")),
-    *((ORDINARY, prompt, {}) for prompt in ("normal", "text", "bos")),
-    *((BIASED, prompt, {}) for prompt in ("normal", "text", "bos")),
-    ({"normalize": "measured"}, "text", {}),
-    (ORDINARY | {"normalize": "measured"}, "text", {}),
-    (ORDINARY | {"update": "gated"}, "text", {}),
-    (BIASED | {"update": "gated"}, "bos", {}),
+CHOICES: tuple[tuple[dict[str, Any], str], ...] = (  # fields of Fam, and what the prompt starts as
+    *(({}, prompt) for prompt in ("normal", "text", "bos")),
+    *((ORDINARY, prompt) for prompt in ("normal", "text", "bos")),
+    *((BIASED, prompt) for prompt in ("normal", "text", "bos")),
+    ({"normalize": "measured"}, "text"),
+    (ORDINARY | {"normalize": "measured"}, "text"),
+    (ORDINARY | {"update": "gated"}, "text"),
+    (BIASED | {"update": "gated"}, "bos"),
 )
 
 
@@ -101,10 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"{values.base} is no MODEL_DIR: train one with own_text_bswa.gin.")
     results = []
     for seed in values.seeds:
-        for fields, prompt, settings in CHOICES:
+        for fields, prompt in CHOICES:
             name = label(fields, prompt)
             if values.only in name:
-                results.append((name, _cell(values, name, fields, prompt, settings, seed)))
+                results.append((name, _cell(values, name, fields, prompt, seed)))
     spread = "median and range of the seeds" if len(values.seeds) > 1 else f"seed {values.seeds[0]}"
     host = machine()
     notes = (
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables.fill_markdown(values.markdown, table)
 
 
-def _cell(values, name: str, fields, prompt: str, settings, seed: int) -> dict[str, Any]:
+def _cell(values, name: str, fields, prompt: str, seed: int) -> dict[str, Any]:
     """The result of one choice and seed, measured unless it exists."""
     directory = values.to.absolute() / name.replace(", ", "-").replace(" ", "_") / str(seed)
     result = directory / "remember.json"
@@ -127,7 +126,7 @@ def _cell(values, name: str, fields, prompt: str, settings, seed: int) -> dict[s
         if not (directory / "base").exists():
             (directory / "base").symlink_to(values.base.absolute())
         memory = Fam(SIZE.memory_length, **fields)
-        figures = remember(directory, SIZE, memory, prompt, seed, settings)
+        figures = remember(directory, SIZE, memory, prompt, seed)
         print(name, f"seed {seed}", write(directory, figures, SIZE), sep="\n", flush=True)
     return json.loads(result.read_text())
 

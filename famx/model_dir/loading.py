@@ -29,7 +29,7 @@ from famx.models import DecoderModel
 from famx.models.memory_start import MemoryStart
 from famx.modules import Decoder, DecoderConfig
 from famx.modules.config import MEMORY_FIELDS
-from famx.modules.memory import PROMPTS, is_measured
+from famx.modules.memory import is_measured, is_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,20 +204,14 @@ def _started(
     """What `start` makes of the parameters `wanted` of a memory, by path; `memory` is there already."""
     params = trained.params
     table, vocabulary = _Rows(params["embedding"]), trained.model.vocabulary
-    prompts = [path for path in wanted if path.rpartition("/")[2] in PROMPTS]
-    if start.prompt is not None and not prompts:
+    if start.prompt is not None and not any(map(is_prompt, wanted)):
         kind = config.memory.kind
         raise ConfigError(f"The prompt cannot start as {start.prompt!r}: the memory {kind!r} has none.")
-    made = {}
-    for path in prompts if start.prompt is not None else ():
-        made[path] = start.draw_prompt(config, wanted[path].shape, seed, lambda: table, vocabulary)
-    measured = [path for path in wanted if is_measured(path) and path not in memory]
-    if measured:
-        of_layer = lambda i: jax.tree.map(lambda x: _on_host(x[i]), split_memory(params)[0]["layers"])
-        layers = map(of_layer, range(config.num_layers))
-        rms = start.measure_rms(config, vocabulary, lambda: table, layers)
-        made |= dict.fromkeys(measured, rms)
-    return made
+    starts = lambda path: is_measured(path) and path not in memory or is_prompt(path) and start.prompt
+    shapes = {path: leaf.shape for path, leaf in wanted.items() if starts(path)}
+    of_layer = lambda i: jax.tree.map(lambda x: _on_host(x[i]), split_memory(params)[0]["layers"])
+    layers = lambda: map(of_layer, range(config.num_layers))
+    return start.parameters(config, shapes, seed, lambda: table, vocabulary, layers)
 
 
 class _Rows:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from famx.base.errors import ConfigError
 from famx.modules import DecoderConfig, Memory, rope
 from famx.modules.layer import Layer
+from famx.modules.memory import is_measured, is_prompt
 from famx.modules.window import ChunkContext
 
 PROMPT_STARTS = ("normal", "tokens", "text", "bos")
@@ -56,6 +57,37 @@ class MemoryStart:
             raise ConfigError(
                 f"The prompt starts as one of {', '.join(PROMPT_STARTS)}, not {self.prompt!r}."
             )
+
+    def parameters(
+        self,
+        config: DecoderConfig,
+        shapes: Mapping[str, tuple[int, ...]],
+        seed: int,
+        embedding: Callable[[], Any],
+        vocabulary: Any,
+        layers: Callable[[], Iterable[Any]],
+    ) -> dict[str, np.ndarray]:
+        """The prompts and measured parameters among those of `shapes`, by path, float32.
+
+        Args:
+          config: the decoder's config.
+          shapes: shapes of parameters of the memory, by path.
+          seed, embedding, vocabulary: see `draw_prompt`.
+          layers: returns the layers for `measure_rms`; called only if something is measured.
+
+        Raises:
+          ConfigError: see `draw_prompt` and `measure_rms`.
+        """
+        made = {
+            path: self.draw_prompt(config, shape, seed, embedding, vocabulary)
+            for path, shape in shapes.items()
+            if is_prompt(path)
+        }
+        measured = [path for path in shapes if is_measured(path)]
+        if measured:
+            rms = self.measure_rms(config, vocabulary, embedding, layers())
+            made |= dict.fromkeys(measured, rms)
+        return made
 
     def draw_prompt(
         self,

@@ -267,6 +267,11 @@ def from_dict(fields: dict[str, Any]) -> Memory:
     return _KINDS[kind](**fields)
 
 
+def is_prompt(path: str) -> bool:
+    """Whether the parameter at `path` is a memory's prompt, or its prefixes in the layers."""
+    return of_memory(path) and path.rpartition("/")[2] in PROMPTS
+
+
 def is_measured(path: str) -> bool:
     """Whether the parameter at `path` is a memory's that is measured, and so does not learn."""
     return of_memory(path) and path.rpartition("/")[2] in MEASURED
