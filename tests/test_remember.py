@@ -81,7 +81,7 @@ def test_a_run_out_of_time_is_evaluated_where_it_stopped(tmp_path):
     assert found["fam"]["exact_match"]["hold"].keys() == {"6", "8"}
 
 
-def test_a_run_that_continues_is_evaluated_anew(tmp_path):
+def test_a_run_that_continues_is_evaluated_again(tmp_path):
     make_base(tmp_path / "base")
     size = dataclasses.replace(TINY, steps=10**6, twin_steps=0, train_minutes=0.0)
     remember.remember(tmp_path, size, Fam(2), "normal", 0)

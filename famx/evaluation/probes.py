@@ -38,7 +38,7 @@ class ProbeEvaluation:
 
     Every cell, that is a probe at a length with or without memory, is written to a file of its own as
     soon as it is measured, with its answers; a cell that exists with the same settings is read and not
-    measured again. After each cell `<step>.table.json` and `<step>.table.md` are written anew. They name
+    measured again. After each cell `<step>.table.json` and `<step>.table.md` are written again. They name
     every cell, also those that are not measured yet.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Stages of a run: one `Run` for each, made from the lines of `Run.stages`.
 
 A stage begins where the one before ended: parameters, optimiser state and the number of steps carry on.
-What belongs to a stage alone begins anew: the feed, its curriculum and the states that state passing
+What belongs to a stage alone begins again: the feed, its curriculum and the states that state passing
 keeps. All random draws are functions of the seed, the stage and the step.
 
 | key of a line | meaning |
@@ -291,7 +291,7 @@ class Place:
             self.level = _SMOOTHING * self.level + (1 - _SMOOTHING) * value
 
     def over(self, step: int) -> bool:
-        """Whether the stage is over after so many steps of the run, and another one follows."""
+        """Whether the stage is over after `step` steps of the run, and another one follows."""
         if self.stage.last:
             return False
         reached = self.stage.until is not None and self.level >= self.stage.until[1]

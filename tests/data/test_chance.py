@@ -1,4 +1,4 @@
-"""Trivial answers to the probes: by hand on small texts, and the table of docs/data.md anew."""
+"""Trivial answers to the probes: by hand on small texts, and the table of docs/data.md again."""
 
 import pathlib
 

@@ -25,7 +25,7 @@ from famx.training.state_passing import Aged, FromMemoryFile, Lanes, named
 STEPS = 13
 LANES = Lanes(document_length=9 * BLOCK, num_documents=10)
 POOL = Aged(groups=2, refresh_period=3)
-# Carried states in the middle, which begin anew in the last stage; blocks, rows and batches change.
+# Carried states in the middle, which start over in the last stage; blocks, rows and batches change.
 STAGES = (
     {"steps": 4, "blocks": 4, "batch_size": 4},
     {"steps": 4, "block_size": 16, "blocks": 2, "batch_size": 2, "state_passing": LANES},

@@ -199,7 +199,7 @@ def conversations(count=9):
 
 
 def test_rows_of_all_lengths_stream_the_conversations(vocabulary_of, tmp_path):
-    """Continuous lanes: a conversation goes on in the next row, and no row holds two."""
+    """Continuous lanes: a conversation continues in the next row, and no row holds two."""
     vocabulary = vocabulary_of(TEMPLATES["trimmed"])
     rows = conversations()
     task = famx.data.get(
