@@ -183,7 +183,7 @@ class Run:
       checkpoints_to_keep: number of checkpoints to keep, the newest; None keeps all.
       mesh: mesh of devices; None: `famx.mesh.make_mesh()`.
       rules: sharding rules from logical to mesh axes; None: `famx.mesh.make_rules()`.
-      minutes: time after which training stops as at SIGTERM, counted again after a resume; None: no limit.
+      minutes: time after which training stops as at SIGTERM, from zero after a resume; None: no limit.
       profile_steps: "10:13" traces these steps to `MODEL_DIR/profile`, see `Profile`.
       xla_options: compiler options of the step: "default", or a choice of `famx.base.xla_options`.
       stages: settings that change within the run, a dict for each stage, see `famx.training.stages`;
