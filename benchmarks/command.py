@@ -1,9 +1,11 @@
 """The command line shared by all benchmarks."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import pathlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -11,6 +13,7 @@ from typing import Any
 
 from benchmarks.timing import machine
 from famx.base import tables
+from famx.base.errors import ConfigError
 
 
 class Job:
@@ -126,6 +129,16 @@ def parse(
     _check(parser, sections, names, repeats, args.markdown, args.json)
     selected = {name: sections[name] for name in names}
     return Job(selected, sizes, repeats, args.quick, args.markdown, args.json)
+
+
+@contextlib.contextmanager
+def exit_on_bad_input() -> Iterator[None]:
+    """Context in which a ConfigError ends the process in one sentence, with exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def run(*args: Any, **kwargs: Any) -> None:

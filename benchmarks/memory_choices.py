@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import command
 from benchmarks.memory_start import BIASED, ORDINARY, label
 from benchmarks.remember import ON_CPU, VARIED, Size, remember, write
 from benchmarks.timing import machine
@@ -132,4 +133,5 @@ def _cell(values, name: str, fields, prompt: str, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with command.exit_on_bad_input():
+        main()

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from benchmarks import command
 from benchmarks.timing import machine
 from famx.base import tables
 from famx.base.errors import ConfigError
@@ -156,4 +157,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command.exit_on_bad_input():
+        main()

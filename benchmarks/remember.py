@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import memory_start
+from benchmarks import command, memory_start
 from benchmarks.timing import machine
 from famx.base import files, gin_utils, tables
 from famx.base.errors import ConfigError
@@ -86,7 +86,7 @@ class Size:
     def longest(self) -> int:
         """Length of the longest training documents, in blocks of the last stage."""
         return max(
-            max(stage.get("curriculum", {}).get("blocks", (stage.get("blocks", 1),)))
+            max((stage.get("curriculum") or {}).get("blocks", (stage.get("blocks", 1),)))
             for stage in self.stages
         )
 
@@ -119,22 +119,28 @@ SIZES = {
         stages=(
             {"steps": 200, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
              "curriculum": {"blocks": (2, 4)}},
-            {"options": {**VARIED, "filler": _FILLERS}},
+            {"steps": 80, "options": {**VARIED, "filler": _FILLERS}, "curriculum": None},
+            {"state_passing": "aged", "curriculum": {"blocks": (4, 8, 16, 32)}},
         ),
-        steps=300,
+        steps=320,
         memory_length=16,
         settings={
             **ON_CPU, "Lora.rank": 8, "Lora.alpha": 16, "warmup_cosine.learning_rate": 1e-3,
             "warmup_cosine.warmup_steps": 5,
         },
         twin_steps=0,
-        lengths=(2, 4, 8, 16),
+        lengths=(2, 4, 8, 16, 32),
+        examples=16,
         texts=2,
     ),
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------- the procedure
+
+
+class Stopped(SystemExit):
+    """Training was stopped by a signal; nothing is evaluated."""
 
 
 def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed: int) -> dict[str, Any]:
@@ -149,6 +155,9 @@ def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed
 
     Returns:
       Figures for `remember.json`.
+
+    Raises:
+      Stopped: a signal stopped the training before its time.
     """
     base = load_model(str(directory / "base"))
     model, twin = directory / "base.gin", directory / "bswa.gin"
@@ -165,10 +174,13 @@ def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed
         given = _settings(directory, name, size, memory, prompt, seed, steps)
         gin_files = [str(model), RECIPE, *([str(twin)] if name == "bswa" else [])]
         gin_utils.call_with(loop.train, gin_files, given)
+        minutes, limit = (time.monotonic() - began) / 60, _minutes(name, size)
         trained = load_model(str(directory / name))
+        if trained.step < steps and (limit is None or minutes < limit):
+            raise Stopped(f"Training stopped at step {trained.step}; the same command continues.")
         figures[name] = {
             "steps": trained.step,
-            "minutes": (time.monotonic() - began) / 60,
+            "minutes": minutes,
             "stages": _stage_ends(directory / name),
             "exact_match": _scores(directory / name, trained, size, seed, trained.step == steps),
         }
@@ -354,4 +366,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command.exit_on_bad_input():
+        main()

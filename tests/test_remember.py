@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from tiny import make_model, make_params
 from trained import write_model_dir
 
+from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.data.vocabularies import ByteVocabulary
 from famx.memories import Fam
@@ -91,6 +93,17 @@ def test_a_run_that_continues_is_evaluated_again(tmp_path):
     assert json.loads(scores.read_text())["examples"] == 2
 
 
+def test_a_stopped_training_is_not_evaluated(tmp_path, monkeypatch):
+    make_base(tmp_path / "base")
+    size = dataclasses.replace(TINY, twin_steps=0)
+    call = gin_utils.call_with
+    stopped = lambda train, gin_files, given: call(train, gin_files, given | {"run.Run.minutes": 0.0})
+    monkeypatch.setattr(gin_utils, "call_with", stopped)
+    with pytest.raises(SystemExit, match="Training stopped at step .; the same command continues."):
+        remember.remember(tmp_path, size, Fam(2), "normal", 0)
+    assert not (tmp_path / "fam" / "passkey.json").exists()
+
+
 class _Begins(Exception):
     """Raised where a run would begin."""
 
@@ -127,6 +140,20 @@ def test_nothing_to_train_is_one_sentence(tmp_path):
     make_base(tmp_path / "base")
     with pytest.raises(ConfigError, match="only memories of the kind fam"):
         remember.main([f"--to={tmp_path}", "--memory=infini"])
+
+
+def test_a_mistake_on_the_command_line_exits_with_one_sentence(tmp_path):
+    commands = {
+        "remember": [f"--to={tmp_path}"],
+        "memory_choices": [f"--base={tmp_path}", f"--to={tmp_path / 'to'}"],
+        "memory_start": [f"--checkpoint={tmp_path}"],
+    }
+    for name, arguments in commands.items():
+        command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == "", done
+        assert done.stderr.startswith("error: ") and str(tmp_path) in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_choices_are_measured_once_and_tabulated(tmp_path, monkeypatch, capsys):

@@ -1,8 +1,8 @@
 """Adapter files in the format of PEFT, with the memory's parameters and whatever else was trained.
 
 A saved adapter is a directory with `adapter_config.json` and `adapter_model.safetensors`. The latter has
-float32 tensors `base_model.model.model.layers.<i>.self_attn.q_proj.lora_A.weight [R, in]` and `lora_B`
-`[out, R]`. The memory's parameters, and norms that were trained with the adapters, have names that begin
+tensors `base_model.model.model.layers.<i>.self_attn.q_proj.lora_A.weight [R, in]` and `lora_B` `[out, R]`
+in float32 or bfloat16. The memory's parameters, and norms that were trained, are float32; their names begin
 with `famx.`; PEFT reports these as unexpected and ignores them.
 """
 
@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -52,6 +53,7 @@ def save_adapter(
     base: str | None = None,
     memory: Mapping[str, Any] | None = None,
     others: Collection[str] = (),
+    dtype: str = "float32",
 ) -> None:
     """Save the adapters of a tree, its memory's parameters and `others`, to a directory.
 
@@ -64,6 +66,7 @@ def save_adapter(
       base: name of the base model, for information.
       memory: fields of the DecoderConfig that the adapters were trained with (`MEMORY_FIELDS`).
       others: paths of parameters that were trained, too, such as norms.
+      dtype: what the adapters are stored in, "float32" or "bfloat16".
 
     Raises:
       ConfigError: there are no adapters, or the directory cannot be written.
@@ -76,7 +79,7 @@ def save_adapter(
         raise ConfigError("The parameters contain no LoRA adapters to save.")
     tensors = {}
     for ours in paths:
-        a, b = (np.asarray(flat[f"{ours}/{name}"], np.float32) for name in ("lora_a", "lora_b"))
+        a, b = (np.asarray(flat[f"{ours}/{name}"], jnp.dtype(dtype)) for name in ("lora_a", "lora_b"))
         for layer in range(len(a)):
             name = f"base_model.model.model.layers.{layer}.{_THEIRS[ours]}"
             down, up = a[layer].reshape(-1, lora.rank), b[layer].reshape(lora.rank, -1)

@@ -155,6 +155,9 @@ class Every:
                 raise ConfigError(f"Every.{name} must be at least {least}, not {getattr(self, name)}.")
 
 
+ADAPTER_DTYPES = ("float32", "bfloat16")
+
+
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -180,6 +183,8 @@ class Run:
         ConfigError before the run begins; its `with_task(make_task)`, if any, gives it the task of the
         run (`make_task` is `Data.make_task`).
       every: periods of logs, checkpoints and evaluations.
+      adapter_dtype: what `MODEL_DIR/adapter` is stored in, "float32" or "bfloat16", which takes half the
+        space; the checkpoints always have the dtype of training.
       checkpoints_to_keep: number of checkpoints to keep, the newest; None keeps all.
       mesh: mesh of devices; None: `famx.mesh.make_mesh()`.
       rules: sharding rules from logical to mesh axes; None: `famx.mesh.make_rules()`.
@@ -203,6 +208,7 @@ class Run:
     microbatches: int = 1
     evaluation: Any = None
     every: Every = Every()
+    adapter_dtype: str = "float32"
     checkpoints_to_keep: int | None = 3
     mesh: Mesh | None = None
     rules: Rules | None = None
@@ -230,6 +236,11 @@ class Run:
         check_blocks(length, self.model.config, mesh)
         resolve_backend(self.model.config, mesh.devices.flat[0], mesh.size)  # or raises
         compiler_options(self.xla_options, mesh.devices.flat[0].platform, mesh.shape)  # likewise
+        if self.adapter_dtype not in ADAPTER_DTYPES:
+            raise ConfigError(
+                f"run.Run.adapter_dtype must be one of {', '.join(ADAPTER_DTYPES)}; got"
+                f" {self.adapter_dtype!r}."
+            )
         model = dataclasses.replace(
             self.model,
             lora=self.model.lora if self.trainable.has_adapters else None,

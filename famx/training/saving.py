@@ -73,5 +73,5 @@ class RunWriter:
         others = [path for path in flat if trainable.learns(path) and not path.endswith(ADAPTERS)]
         save_adapter(
             self._directory / "adapter", part, model.lora, base.get("weights"), base.get("checkpoint"),
-            memory, others,
+            memory, others, self._run.adapter_dtype,
         )  # fmt: skip

@@ -95,6 +95,18 @@ def test_names_and_layout_are_those_of_peft(tmp_path):
     assert saved_config["base_model_name_or_path"] == "tiny"
 
 
+def test_adapters_in_bfloat16_are_half_as_large_and_load_as_float32(tmp_path):
+    params, tree = saved(tmp_path / "float32")
+    save_adapter(tmp_path / "bfloat16", tree, LORA, dtype="bfloat16")
+    wide, narrow = weights(tmp_path / "float32"), weights(tmp_path / "bfloat16")
+    assert wide.keys() == narrow.keys()
+    for name, tensor in narrow.items():
+        assert tensor.dtype == (np.float32 if name.startswith("famx.") else jnp.bfloat16), name
+        np.testing.assert_array_equal(tensor, wide[name].astype(tensor.dtype))
+    adapters, _ = load_adapter(tmp_path / "bfloat16", params)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(adapters))
+
+
 def test_a_base_without_memory_has_no_prompt_in_the_file(tmp_path):
     params, tree = saved(tmp_path, memory=Memory())
     assert "famx.fam" not in weights(tmp_path)

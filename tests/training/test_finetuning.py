@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import rounding
+import safetensors
 from flax.traverse_util import flatten_dict
 from test_loop import history, run, saved
 from tiny import (
@@ -188,6 +189,17 @@ def test_the_small_adapter_file_onto_the_base_is_the_trained_model(base, tmp_pat
     other = write_model_dir(tmp_path / "other", other, make_params(other.module, 1), passkey().vocab)
     with pytest.raises(ConfigError, match="trained on another base model"):
         load_model(other, adapter=str(tmp_path / "adapter"))
+
+
+def test_the_adapter_file_can_be_stored_in_half_the_space(base, tmp_path):
+    finetune(tmp_path, base, adapter_dtype="bfloat16")
+    with safetensors.safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "np") as file:
+        dtypes = {str(file.get_tensor(name).dtype) for name in file.keys() if "lora_" in name}
+    assert dtypes == {"bfloat16"}
+    adapted, trained = load_model(base, adapter=str(tmp_path / "adapter")), load_model(str(tmp_path))
+    assert_close(logits(adapted), logits(trained), 1e-2)
+    with pytest.raises(ConfigError, match="adapter_dtype must be one of float32, bfloat16; got 'int8'"):
+        finetune(tmp_path / "other", base, adapter_dtype="int8")
 
 
 def test_norms_and_what_was_measured_are_in_the_adapter_file(base, tmp_path):
