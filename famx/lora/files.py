@@ -2,8 +2,8 @@
 
 A saved adapter is a directory with `adapter_config.json` and `adapter_model.safetensors`. The latter has
 tensors `base_model.model.model.layers.<i>.self_attn.q_proj.lora_A.weight [R, in]` and `lora_B` `[out, R]`
-in float32 or bfloat16. The memory's parameters, and norms that were trained, are float32; their names begin
-with `famx.`; PEFT reports these as unexpected and ignores them.
+in float32 or bfloat16. The memory's parameters, and norms that were trained, are float32, and their names
+begin with `famx.`; PEFT reports these as unexpected and ignores them.
 """
 
 import json
