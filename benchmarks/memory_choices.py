@@ -2,42 +2,59 @@
 
     python -m benchmarks.memory_choices --base=MODEL_DIR --to=/tmp/famx/choices --seeds 0 1 2
 
-trains the model of `benchmarks.remember` once for each choice and seed, in sizes for a small byte-level
-model such as that of gin_configs/examples/own_text_bswa.gin. Each cell of the grid is a directory with
-its own result; what exists is not made again, and a run that was stopped is resumed.
+trains the model of `benchmarks.remember` once for each choice and seed. The size "twin" is for a small
+byte-level model such as that of gin_configs/examples/own_text_bswa.gin, "smollm2" for a real one: short
+documents alone. Each cell of the grid is a directory with its own result; what exists is not made again,
+and a run that was stopped is resumed.
 """
 
 import argparse
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks import command
+from benchmarks import command, remember
 from benchmarks.memory_start import BIASED, ORDINARY, label
-from benchmarks.remember import ON_CPU, VARIED, Size, remember, write
+from benchmarks.remember import ON_CPU, REACHED, VARIED, Size
 from benchmarks.timing import machine
 from famx.base import tables
 from famx.base.errors import ConfigError
 from famx.memories import Fam
 
-REACHED = 0.95  # exact match over the longest documents of the first stage, smoothed
-SIZE = Size(
-    stages=(
-        {"steps": 400, "until": {"exact_match": REACHED}, "block_size": 64, "blocks": 4, "batch_size": 16,
-         "curriculum": {"blocks": (2, 4), "unlock": 0.8}, "options": {"header": False}},
-        {"options": {**VARIED, "header": 0.0}, "curriculum": {"blocks": (3, 4)}},
+SIZES = {
+    "twin": Size(
+        stages=(
+            {"steps": 400, "until": {"exact_match": REACHED}, "block_size": 64, "blocks": 4,
+             "batch_size": 16, "curriculum": {"blocks": (2, 4), "unlock": 0.8},
+             "options": {"header": False}},
+            {"options": {**VARIED, "header": 0.0}, "curriculum": {"blocks": (3, 4)}},
+        ),
+        steps=500,
+        memory_length=8,
+        settings={
+            **ON_CPU, "Lora.rank": 16, "warmup_cosine.learning_rate": 2e-3, "Every.checkpoint": 100,
+        },
+        twin_steps=0,
+        lengths=(4, 8, 16, 64),
+        examples=32,
+        text_blocks=16,
     ),
-    steps=500,
-    memory_length=8,
-    settings={**ON_CPU, "Lora.rank": 16, "warmup_cosine.learning_rate": 2e-3, "Every.checkpoint": 100},
-    twin_steps=0,
-    lengths=(4, 8, 16, 64),
-    examples=32,
-    text_blocks=16,
-)  # fmt: skip
+    "smollm2": Size(
+        stages=({"block_size": 64, "blocks": 2, "batch_size": 16, "microbatches": 2},),
+        steps=140,
+        memory_length=16,
+        settings=remember.SIZES["cpu"].settings,
+        twin_steps=0,
+        lengths=(2, 4, 8),
+        examples=16,
+        texts=2,
+        text_blocks=16,
+    ),
+}  # fmt: skip
 CHOICES: tuple[tuple[dict[str, Any], str], ...] = (  # fields of Fam, and what the prompt starts as
     *(({}, prompt) for prompt in ("normal", "text", "bos")),
     *((ORDINARY, prompt) for prompt in ("normal", "text", "bos")),
@@ -49,32 +66,28 @@ CHOICES: tuple[tuple[dict[str, Any], str], ...] = (  # fields of Fam, and what t
 )
 
 
-def rows(results: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def rows(results: Sequence[tuple[str, dict[str, Any]]], size: Size) -> list[dict[str, Any]]:
     """Rows of the table: one for each choice, with the median and the range of its seeds."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for name, result in results:
         grouped.setdefault(name, []).append(result)
-    return [{"memory": name} | _row(found) for name, found in grouped.items()]
+    return [{"memory": name} | _row(found, size) for name, found in grouped.items()]
 
 
-def _row(found: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(found: list[dict[str, Any]], size: Size) -> dict[str, Any]:
     later = lambda name: [np.mean(result["plain_text"][name][1:]) for result in found]
     row = {
         "seeds": len(found),
         "loss before": _spread(later("fam, untrained")),
-        f"steps to {REACHED}": _spread([_steps(result) for result in found], "{:.0f}"),
+        f"steps to {REACHED}": _spread(
+            [result["fam"]["reached"] or np.inf for result in found], "{:.0f}"
+        ),
         "loss after": _spread(later("fam, trained")),
     }
-    for blocks in SIZE.lengths:
+    for blocks in size.lengths:
         scores = [result["fam"]["exact_match"]["hold"][str(blocks)] for result in found]
         row[f"hold, {blocks}"] = _spread(scores)
     return row
-
-
-def _steps(result: dict[str, Any]) -> float:
-    """Steps of the first stage; infinite if it ended without having reached the exact match."""
-    steps = result["fam"]["stages"]["1"]
-    return steps if steps < SIZE.stages[0]["steps"] else np.inf
 
 
 def _spread(values: Sequence[float], form: str = "{:.2f}") -> str:
@@ -93,32 +106,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--base", type=pathlib.Path, required=True, help="MODEL_DIR without a memory")
     parser.add_argument("--to", type=pathlib.Path, required=True, help="directory for all cells")
+    parser.add_argument("--size", choices=SIZES, default="twin")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", default="", help="text that names of choices contain")
+    parser.add_argument("--only", default="", help="regular expression that names of choices contain")
     parser.add_argument("--markdown", type=pathlib.Path, help="page whose table is replaced")
     values = parser.parse_args(argv)
     if not (values.base / "model.json").exists():
         raise ConfigError(f"{values.base} is no MODEL_DIR: train one with own_text_bswa.gin.")
-    results = []
+    size, results = SIZES[values.size], []
     for seed in values.seeds:
         for fields, prompt in CHOICES:
             name = label(fields, prompt)
-            if values.only in name:
-                results.append((name, _cell(values, name, fields, prompt, seed)))
+            if re.search(values.only, name):
+                results.append((name, _cell(values, size, name, fields, prompt, seed)))
     spread = "median and range of the seeds" if len(values.seeds) > 1 else f"seed {values.seeds[0]}"
-    host = machine()
+    host, title = machine(), "Starts of a memory that learns"
     notes = (
-        f"Loss: nats per token on plain text, after the first block. Blocks of {SIZE.block_size} tokens,"
-        f" memory of {SIZE.memory_length}; {spread}",
+        f"Loss: nats per token on plain text, after the first block. Blocks of {size.block_size} tokens,"
+        f" memory of {size.memory_length}; {spread}",
         f"{host['cpu']}, {host['cores']} cores; jax {host['jax']}",
     )
-    table = tables.Table("memory_choices", "Starts of a memory that learns", notes, rows(results))
+    table = tables.Table(f"memory_choices_{values.size}", title, notes, rows(results, size))
     print(table.text())
     if values.markdown:
         tables.fill_markdown(values.markdown, table)
 
 
-def _cell(values, name: str, fields, prompt: str, seed: int) -> dict[str, Any]:
+def _cell(values, size: Size, name: str, fields, prompt: str, seed: int) -> dict[str, Any]:
     """The result of one choice and seed, measured unless it exists."""
     directory = values.to.absolute() / name.replace(", ", "-").replace(" ", "_") / str(seed)
     result = directory / "remember.json"
@@ -126,9 +140,9 @@ def _cell(values, name: str, fields, prompt: str, seed: int) -> dict[str, Any]:
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "base").exists():
             (directory / "base").symlink_to(values.base.absolute())
-        memory = Fam(SIZE.memory_length, **fields)
-        figures = remember(directory, SIZE, memory, prompt, seed)
-        print(name, f"seed {seed}", write(directory, figures, SIZE), sep="\n", flush=True)
+        memory = Fam(size.memory_length, **fields)
+        figures = remember.remember(directory, size, memory, prompt, seed)
+        print(name, f"seed {seed}", remember.write(directory, figures, size), sep="\n", flush=True)
     return json.loads(result.read_text())
 
 

@@ -32,6 +32,7 @@ from famx.models.memory_start import MemoryStart
 from famx.modules import Memory
 from famx.training import loop
 from famx.training.run_log import read_metrics
+from famx.training.stages import SMOOTHING
 
 RECIPE = "gin_configs/examples/finetune_passkey.gin"
 _TWIN = """\
@@ -44,6 +45,7 @@ modules.DecoderConfig:
   memory_segments = 1
 """
 PROBES = ("hold", "hold_repeated", "overwrite")
+REACHED = 0.95  # exact match whose number of steps is noted
 VARIED = {"header": 0.5, "depth": None, "second_key": 0.3}
 _FILLERS = ("repeated", "random_words", "python_stdlib")
 
@@ -118,7 +120,7 @@ SIZES = {
     "cpu": Size(
         stages=(
             {"steps": 200, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
-             "curriculum": {"blocks": (2, 4)}},
+             "microbatches": 2, "curriculum": {"blocks": (2, 4)}},
             {"steps": 80, "options": {**VARIED, "filler": _FILLERS}, "curriculum": None},
             {"state_passing": "aged", "curriculum": {"blocks": (4, 8, 16, 32)}},
         ),
@@ -182,6 +184,7 @@ def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed
             "steps": trained.step,
             "minutes": minutes,
             "stages": _stage_ends(directory / name),
+            "reached": _reached(directory / name),
             "exact_match": _scores(directory / name, trained, size, seed, trained.step == steps),
         }
         figures["plain_text"][f"{name}, trained"] = loss.of(trained)
@@ -225,6 +228,22 @@ def _stage_ends(run: pathlib.Path) -> dict[str, int]:
     for line in read_metrics(str(run), "train"):
         ends[str(int(line.get("stage", 1)))] = line["step"]
     return ends
+
+
+def _reached(run: pathlib.Path) -> int | None:
+    """Steps until the exact match over the longest documents of the first stage was `REACHED`, or None.
+
+    It is smoothed as for a stage's `until`.
+    """
+    lines = [line for line in read_metrics(str(run), "train") if int(line.get("stage", 1)) == 1]
+    longest = max((line.get("blocks", 0) for line in lines), default=0)
+    level = 0.0
+    for line in lines:
+        if line.get("blocks", 0) == longest:
+            level = SMOOTHING * level + (1 - SMOOTHING) * line["exact_match"]
+        if level >= REACHED:
+            return line["step"]
+    return None
 
 
 def _scores(

@@ -108,7 +108,10 @@ class _Begins(Exception):
     """Raised where a run would begin."""
 
 
-@pytest.mark.parametrize("size", [remember.SIZES["gpu"], memory_choices.SIZE], ids=["gpu", "choices"])
+SIZES = [remember.SIZES["gpu"], memory_choices.SIZES["twin"]]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["gpu", "twin"])
 def test_the_stages_pass_all_checks(size, tmp_path, monkeypatch):
     """Except for those of the size "cpu", whose blocks are too short for a header in bytes."""
     size = dataclasses.replace(size, settings={**size.settings, "Lora.rank": 2})  # of narrow layers
@@ -156,14 +159,26 @@ def test_a_mistake_on_the_command_line_exits_with_one_sentence(tmp_path):
         assert done.stderr.count("\n") == 1, done.stderr
 
 
+def test_the_step_that_reached_the_exact_match_is_smoothed(tmp_path):
+    scores = [(2, 1.0)] * 5 + [(4, 0.0), *[(4, 1.0)] * 40]  # over 2 blocks, and over 4
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step, (blocks, score) in enumerate(scores, 1):
+            line = {"step": step, "split": "train", "blocks": blocks, "exact_match": score}
+            file.write(json.dumps(line) + "\n")
+    # 1 - 0.9^n is at least 0.95 from n 29 on.
+    assert remember._reached(tmp_path) == 6 + 29
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert remember._reached(tmp_path) is None
+
+
 def test_choices_are_measured_once_and_tabulated(tmp_path, monkeypatch, capsys):
     base = make_base(tmp_path / "base")
     size = dataclasses.replace(TINY, twin_steps=0)
-    monkeypatch.setattr(memory_choices, "SIZE", size)
+    monkeypatch.setitem(memory_choices.SIZES, "twin", size)
     choices = [choice for choice in memory_choices.CHOICES if choice[:2] in (({}, "text"), ({}, "bos"))]
     monkeypatch.setattr(memory_choices, "CHOICES", choices)
     page = tmp_path / "page.md"
-    page.write_text("<!-- table: memory_choices -->\n<!-- end -->\n")
+    page.write_text("<!-- table: memory_choices_twin -->\n<!-- end -->\n")
     arguments = [f"--base={base}", f"--to={tmp_path / 'cells'}", f"--markdown={page}", "--seeds"]
     memory_choices.main([*arguments, "0", "1"])
     results = sorted((tmp_path / "cells").glob("*/*/remember.json"))
@@ -177,15 +192,16 @@ def test_choices_are_measured_once_and_tabulated(tmp_path, monkeypatch, capsys):
 
 
 def test_rows_have_the_median_and_the_range_of_the_seeds():
-    def result(steps, before, after, hold):
-        scores = {str(n): hold for n in memory_choices.SIZE.lengths}
-        text = {"fam, untrained": [9.0, before, before], "fam, trained": [9.0, after, after]}
-        return {"fam": {"stages": {"1": steps}, "exact_match": {"hold": scores}}, "plain_text": text}
+    size = memory_choices.SIZES["twin"]
 
-    never = memory_choices.SIZE.stages[0]["steps"]
-    found = [result(30, 1.0, 2.0, 0.5), result(10, 3.0, 2.0, 0.7), result(never, 2.0, 2.0, 0.6)]
-    (row,) = memory_choices.rows([("a", x) for x in found])
+    def result(steps, before, after, hold):
+        scores = {str(n): hold for n in size.lengths}
+        text = {"fam, untrained": [9.0, before, before], "fam, trained": [9.0, after, after]}
+        return {"fam": {"reached": steps, "exact_match": {"hold": scores}}, "plain_text": text}
+
+    found = [result(30, 1.0, 2.0, 0.5), result(10, 3.0, 2.0, 0.7), result(None, 2.0, 2.0, 0.6)]
+    (row,) = memory_choices.rows([("a", x) for x in found], size)
     assert row["memory"] == "a" and row["seeds"] == 3
     assert row["loss before"] == "2.00 [1.00, 3.00]" and row["loss after"] == "2.00"
     assert row["steps to 0.95"] == "30 [10, never]" and row["hold, 4"] == "0.60 [0.50, 0.70]"
-    assert "never" in memory_choices.rows([("a", found[2])])[0]["steps to 0.95"]
+    assert "never" in memory_choices.rows([("a", found[2])], size)[0]["steps to 0.95"]

@@ -37,7 +37,7 @@ from famx.training.state_passing import FromMemoryFile, StatePassing, named
 _COUNTS = ("steps", "block_size", "blocks", "batch_size", "microbatches")
 _KEYS = (*_COUNTS, "memory_segments", "state_passing", "options", "curriculum", "until")
 _METRICS = ("exact_match", "accuracy")  # those that `until` may name: shares that training raises
-_SMOOTHING = 0.9  # weight of the past in the metric of `until`, as in a curriculum by default
+SMOOTHING = 0.9  # weight of the past in the metric of `until`, as in a curriculum by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +288,7 @@ class Place:
         """Takes the metrics of a step of this stage into account; `blocks`: length of its documents."""
         if self.stage.until is not None and blocks in (None, self.stage.longest):
             value = mean(sums, self.stage.until[0])
-            self.level = _SMOOTHING * self.level + (1 - _SMOOTHING) * value
+            self.level = SMOOTHING * self.level + (1 - SMOOTHING) * value
 
     def over(self, step: int) -> bool:
         """Whether the stage is over after `step` steps of the run, and another one follows."""
