@@ -115,8 +115,7 @@ class TextAnswers:
 @functools.lru_cache(maxsize=8)
 def answers_of(module: Decoder, vocabulary: Vocabulary, batch_size: int, max_new_tokens: int) -> Answers:
     """Cached per model and settings, so that all checkpoints share the compiled programs."""
-    stops = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
-    sampling = Sampling(max_new_tokens, stop_tokens=stops)
+    sampling = Sampling(max_new_tokens, stop_tokens=vocabulary.end_ids)
     return Answers(streamer_of(module), vocabulary, None, batch_size, sampling, 1, 0)
 
 

@@ -103,8 +103,8 @@ REFUSED = {
     "partial_rotary_factor 0.25": {"rope_parameters": {"partial_rotary_factor": 0.25}},
     "activation 'xielu' is not implemented; choices are silu": {"hidden_act": "xielu"},
     "attends in both directions": {"use_bidirectional_attention": True},
-    "sets hidden_size to '24'": {"hidden_size": "24"},
-    "sets num_hidden_layers to 0": {"num_hidden_layers": 0},
+    "hidden_size is '24'": {"hidden_size": "24"},
+    "num_hidden_layers is 0": {"num_hidden_layers": 0},
     "num_heads 4 is not a multiple of num_kv_heads 3": {"num_key_value_heads": 3},
     "by layer type are supported only for Gemma 3": {
         "rope_parameters": {"full_attention": {"rope_theta": 1e4}}

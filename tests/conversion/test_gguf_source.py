@@ -374,7 +374,7 @@ def test_text_that_is_none_is_one_sentence(whole):
     path, content = whole
     damaged = path.with_name("damaged.gguf")
     damaged.write_bytes(content.replace(b"llama", b"ll\xffma", 1))
-    with pytest.raises(ConfigError, match="damaged.gguf' is damaged at general.architecture; fetch it"):
+    with pytest.raises(ConfigError, match="at 'general.architecture', a text is not UTF-8.; fetch it"):
         GgufSource(damaged)
 
 
