@@ -52,8 +52,7 @@ def open_vocabulary(
       pad_id, bos_id, eos_id: override the file's ids; see `famx.data.vocabularies.tokenizer_files`.
 
     Raises:
-      ConfigError: a package is missing.
-      ValueError: the file cannot be read, or a given id is taken.
+      ConfigError: a package is missing, the file cannot be read, or a given id is taken.
     """
     source = read_tokenizer_file(file)
     return KINDS[source.kind](source, pad_id, bos_id, eos_id)

@@ -59,12 +59,12 @@ def read_tokenizer_file(path: str | os.PathLike) -> TokenizerFile:
     """Read a SentencePiece model, a `tokenizer.json` or the tokenizer of a GGUF file.
 
     Raises:
-      ConfigError: a package is missing, or a file is damaged or too large.
-      ValueError: the file does not exist or is none of these.
+      ConfigError: a package is missing, or a file does not exist, is none of these, is damaged or too
+        large.
     """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"There is no tokenizer file '{path}'; check the path.")
+        raise ConfigError(f"There is no tokenizer file '{path}'; check the path.")
     with file.open("rb") as stream:
         if stream.read(4) == b"GGUF":
             return TokenizerFile(path, *read_gguf(file))
@@ -72,7 +72,7 @@ def read_tokenizer_file(path: str | os.PathLike) -> TokenizerFile:
     if content.lstrip()[:1] == b"{":
         return TokenizerFile(path, "byte_pair", content, read_tokenizer_config(file.parent))
     if content[:1] != b"\n":  # the tag of the first piece in a SentencePiece model
-        raise ValueError(
+        raise ConfigError(
             f"'{path}' is not a tokenizer file; give a SentencePiece model, a tokenizer.json or a GGUF "
             "file."
         )
@@ -112,14 +112,14 @@ class FileVocabulary(Vocabulary):
           pad_id, bos_id, eos_id: override the file's ids; the module's docstring has the rules.
 
         Raises:
-          ConfigError: a package is missing.
-          ValueError: the file cannot be read or is of another kind, or a given id is taken.
+          ConfigError: a package is missing, the file cannot be read or is of another kind, or a given id
+            is taken.
         """
         if not isinstance(file, TokenizerFile):
             file = read_tokenizer_file(file)
         if file.kind != self.kind:
             other = next(c for c in FileVocabulary.__subclasses__() if c.kind == file.kind)
-            raise ValueError(
+            raise ConfigError(
                 f"The tokenizer of '{file.path}' is of kind '{file.kind}', not '{self.kind}'; read "
                 f"it with {other.__name__}."
             )
@@ -131,7 +131,7 @@ class FileVocabulary(Vocabulary):
         except ConfigError:
             raise
         except ValueError as error:
-            raise ValueError(f"'{file.path}': {error}") from error
+            raise ConfigError(f"'{file.path}': {error}") from error
         self._set_ids(named, {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id})
 
     def _open(self, content: bytes) -> None:
@@ -153,9 +153,9 @@ class FileVocabulary(Vocabulary):
             token = names.get(name.removesuffix("_id"))
             ids[name] = None if token is None else self._id_of(token)
             if token is not None and ids[name] is None:
-                raise ValueError(
-                    f"tokenizer_config.json names {token!r} as {name.replace('_id', '_token')}, which the"
-                    " tokenizer does not have; correct one of the two files."
+                raise ConfigError(
+                    f"tokenizer_config.json names {shown(token)} as {name[:3]}_token, which the tokenizer"
+                    " does not have; correct one of the two files."
                 )
         return ids
 
@@ -164,14 +164,14 @@ class FileVocabulary(Vocabulary):
         ids = {**named, **given}
         owner = {ids[name]: name for name in ("bos_id", "eos_id", "unk_id") if ids[name] is not None}
         if "pad_id" in given and ids["pad_id"] in owner:
-            raise ValueError(
+            raise ConfigError(
                 f"pad_id {ids['pad_id']} is also {owner[ids['pad_id']]}; padding would be read as that "
                 "token. Leave out pad_id, and one is appended."
             )
         for name, i in given.items():
             if i < self._size and i not in self._unspelled:
                 free = sorted(self._unspelled - {ids[other] for other in _IDS if other != name})
-                raise ValueError(
+                raise ConfigError(
                     f"{name} {i} is not free: no text may encode to it. Free ids are {self._size}, which "
                     f"is then appended, and in the file {free[:8] or 'none'}."
                 )
@@ -180,7 +180,7 @@ class FileVocabulary(Vocabulary):
         appended = sorted({i for i in ids.values() if i is not None and i >= self._size})
         self.vocab_size = self._size + len(appended)
         if appended and appended[-1] >= self.vocab_size:
-            raise ValueError(
+            raise ConfigError(
                 f"Id {appended[-1]} leaves a gap: the file has ids up to {self._size - 1}, and "
                 f"appended ones must follow from {self._size} on."
             )
@@ -257,7 +257,7 @@ class FileVocabulary(Vocabulary):
         for name in ("vocab_size", *_IDS):
             setattr(self, name, getattr(saved, name))
         if saved.vocab_size < self._size:
-            raise ValueError(f"{self._size} ids of the tokenizer are more than {saved.vocab_size}.")
+            raise ConfigError(f"{self._size} ids of the tokenizer are more than {saved.vocab_size}.")
         return self
 
     def __reduce__(self):
