@@ -139,6 +139,8 @@ def shown(value: Any, most: int = MOST_SHOWN) -> str:
 def _fault(error: pydantic.ValidationError, value: Any, field: str = "") -> str:
     """What the first errors of a validation say, as a clause: 'vocab_size is -1: it should be ...'."""
     errors = error.errors(include_url=False, include_context=False, include_input=True)
+    # Of the branches of a union, the one that fits best goes deepest before it fails.
+    errors.sort(key=lambda e: -len(_place(e["loc"], value)[0]))
     place, given = _place(errors[0]["loc"], value)
     same = [e for e in errors if _place(e["loc"], value)[0] == place]  # of all branches of a union
     name = ".".join(filter(None, [field, *map(str, place)])) or "the content"

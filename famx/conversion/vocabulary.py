@@ -28,18 +28,13 @@ def fitting_vocabulary(
     Raises:
       ConfigError: the file cannot be read, or its ids do not fit the model.
     """
-    try:
-        vocabulary = open_vocabulary(file, pad_id)
-        vocabulary.set_more_end_ids(end_ids)
-        if vocabulary.vocab_size > vocab_size and pad_id is None:
-            free = free_tokens(vocabulary)
-            if free and vocabulary.vocab_size - vocab_size == 1:
-                vocabulary = open_vocabulary(file, free[0])
-                vocabulary.set_more_end_ids(end_ids)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"The tokenizer cannot be used: {error}") from error
+    vocabulary = open_vocabulary(file, pad_id)
+    vocabulary.set_more_end_ids(end_ids)
+    if vocabulary.vocab_size > vocab_size and pad_id is None:
+        free = free_tokens(vocabulary)
+        if free and vocabulary.vocab_size - vocab_size == 1:
+            vocabulary = open_vocabulary(file, free[0])
+            vocabulary.set_more_end_ids(end_ids)
     if vocabulary.vocab_size <= vocab_size or pad_id == vocab_size == vocabulary.vocab_size - 1:
         return vocabulary
     hint = "pass the tokenizer of this model with --tokenizer=FILE."

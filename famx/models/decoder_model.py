@@ -178,8 +178,8 @@ class DecoderModel:
 
         The prompt is where `decoder_causal_attention` is 1, begin of text included; the last of these
         positions predicts the first target. In a batch without that feature the whole row, up to its
-        padding, is the prompt. The vocabulary's
-        `end_ids` end a continuation; the one that does is part of it.
+        padding, is the prompt. The vocabulary's `end_ids` end a continuation; the one that does is part
+        of it.
 
         Returns:
           int32 `[B, L]`, the first new token first, padding after the end or where the row has no
