@@ -259,6 +259,8 @@ def _write_side_files(
     generation = new / "generation_config.json"
     if not generation.exists():
         given = {f"{name}_token_id": hf.get(f"{name}_token_id") for name in _IDS}
+        if vocabulary is not None and len(vocabulary.end_ids) > 1:
+            given["eos_token_id"] = list(vocabulary.end_ids)
         write_json(generation, {"_from_model_config": True, **given})
     return hf, notes
 
@@ -271,12 +273,19 @@ def _write_tokenizer(new: pathlib.Path, vocabulary: Vocabulary) -> list[str]:
         ]
     write_bytes(new / vocabulary.file_name, vocabulary.content)
     text_of = {token: text for text, token in vocabulary.special_tokens.items()}
+    text_of |= {token.id: token.content for token in vocabulary.added_tokens}
     ids = {f"{name}_token": getattr(vocabulary, f"{name}_id") for name in (*_IDS, "unk")}
     config = {key: text_of[token] for key, token in ids.items() if token in text_of}
     fast = vocabulary.file_name == "tokenizer.json"
     config["tokenizer_class"] = "PreTrainedTokenizerFast" if fast else "LlamaTokenizer"
     if vocabulary.chat_template:
         config["chat_template"] = vocabulary.chat_template
+    if vocabulary.added_tokens:
+        config["added_tokens_decoder"] = {
+            str(token.id): token.model_dump(exclude={"id"}) for token in vocabulary.added_tokens
+        }
+    spaces = {"always": ("legacy", True), "first": ("legacy", False), "never": ("add_prefix_space", False)}
+    config |= [spaces[vocabulary.prefix_space]] if vocabulary.prefix_space else []
     write_json(new / "tokenizer_config.json", config)
     return []
 

@@ -1,6 +1,7 @@
 """Every id of eos_token_id, of config.json and of generation_config.json, ends an answer."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from published import write_source
 
 tokenizers = pytest.importorskip("tokenizers")
 
-from famx.conversion.commands import convert  # noqa: E402
+from famx.conversion.commands import convert, export_checkpoint  # noqa: E402
 from famx.conversion.families import decoder_config, tensors  # noqa: E402
+from famx.conversion.sources import open_source  # noqa: E402
 from famx.data.vocabularies import load_vocabulary  # noqa: E402
 from famx.decoding import Sampling  # noqa: E402
 from famx.evaluation.text_answers import answers_of, in_batches  # noqa: E402
@@ -69,6 +71,10 @@ def test_each_of_them_ends_an_answer(tmp_path, end):
     vocabulary = load_vocabulary(model)
     assert set(vocabulary.end_ids) == {ids[text] for text in SPECIAL[1:4]}
     assert vocabulary.end_ids[0] == vocabulary.eos_id == ids["<|text_end|>"]
+
+    shutil.rmtree(tmp_path / "model" / "source")  # as in the directory of a run that began from it
+    export_checkpoint(model, str(tmp_path / "exported"))
+    assert set(open_source(tmp_path / "exported").end_ids) == set(vocabulary.end_ids)
 
     (tmp_path / "in.jsonl").write_text('{"inputs": "?"}\n')
     infer(model, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), batch_size=1,

@@ -15,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto  # noqa: E402
 from test_tokenizer_files import train_bpe, write_gguf  # noqa: E402
 
 from famx.base.errors import ConfigError  # noqa: E402
+from famx.conversion.exporting import _write_tokenizer  # noqa: E402
 from famx.data.vocabularies import load_vocabulary, open_vocabulary, save_vocabulary  # noqa: E402
 from famx.data.vocabularies.chat_template import ChatTemplate  # noqa: E402
 from famx.data.vocabularies.special_tokens import AddedToken, Splitter, is_control  # noqa: E402
@@ -125,6 +126,18 @@ def test_added_tokens_from_every_place_that_names_them(tmp_path, where):
         ids = vocabulary.encode("<|im_start|>hi<|im_end|> you", special=True)
         assert again.encode("<|im_start|>hi<|im_end|> you", special=True) == ids
         assert again.decode(ids) == vocabulary.decode(ids)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_an_export_without_the_original_files_has_them(tmp_path, legacy):
+    folder = write(tmp_path / "x", pieces(), [*CHAT_TOKENS, ("colour", False)], legacy)
+    vocabulary = open_vocabulary(folder / "tokenizer.model", pad_id=2)
+    (tmp_path / "exported").mkdir()
+    _write_tokenizer(tmp_path / "exported", vocabulary)
+    again = open_vocabulary(tmp_path / "exported" / "tokenizer.model", pad_id=2)
+    for text in TEXTS:
+        assert again.encode(text, special=True) == vocabulary.encode(text, special=True), text
+    assert again.eos_id == vocabulary.eos_id and again.vocab_size == vocabulary.vocab_size
 
 
 def test_files_that_contradict_each_other_are_refused(tmp_path):

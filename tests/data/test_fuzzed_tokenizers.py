@@ -113,6 +113,7 @@ def test_gguf_tokenizers(tmp_path, model):
 
     @fuzz
     @given(BYTE_EDITS)
+    @example([("size", 0.75, 0)])  # a token of the type 0
     def check(edits):
         path.write_bytes(damaged_bytes(content, edits))
         ends_well(lambda: used(open_vocabulary(path)))
@@ -144,6 +145,13 @@ def test_saved_vocabularies(tmp_path, bpe, kind):
         ends_well(lambda: used(load_vocabulary(tmp_path / "saved")))
 
     check()
+
+
+def test_tokens_of_an_undefined_type_are_ordinary(tmp_path):
+    types = [CONTROL, USER_DEFINED] + [0] * 257
+    path = write_gguf(tmp_path / "m.gguf", "gpt2", ["<|end|>", "<|new|>", *BYTES, "~~"], types, MERGES,
+                      pre="llama-bpe")  # fmt: skip
+    assert open_vocabulary(path).encode("~~") == [258]
 
 
 @pytest.mark.parametrize("length", [5000, 20_000_000])

@@ -68,7 +68,8 @@ def read_gguf(path: str | os.PathLike) -> tuple[str, bytes, TokenizerConfig]:
         )
     kind, write = _WRITERS[tokenizer.model]
     tokens = tokenizer.tokens
-    types = [NORMAL] * len(tokens) if tokenizer.types is None else tokenizer.types
+    # 0 is "undefined", which llama.cpp reads as ordinary.
+    types = [kind or NORMAL for kind in tokenizer.types or [NORMAL] * len(tokens)]
     if not tokens or len(types) != len(tokens):
         raise ConfigError(
             f"'{path}' has {len(tokens)} tokens and {len(types)} token types; there must be at least "
