@@ -284,8 +284,10 @@ def _write_tokenizer(new: pathlib.Path, vocabulary: Vocabulary) -> list[str]:
         config["added_tokens_decoder"] = {
             str(token.id): token.model_dump(exclude={"id"}) for token in vocabulary.added_tokens
         }
-    spaces = {"always": ("legacy", True), "first": ("legacy", False), "never": ("add_prefix_space", False)}
-    config |= [spaces[vocabulary.prefix_space]] if vocabulary.prefix_space else []
+    spaces = {"always": {"legacy": True}, "first": {"legacy": False}}
+    config |= spaces.get(vocabulary.prefix_space, {})
+    if vocabulary.prefix_space == "never":
+        config["add_prefix_space"] = False
     write_json(new / "tokenizer_config.json", config)
     return []
 
