@@ -207,6 +207,22 @@ def test_no_text_spells_a_control_token_of_any_type(tmp_path, kind, prefix):
     check()
 
 
+@given(st.lists(st.sampled_from(["<|a|>", "<|b|>", "on", " ", "\n", "x", "<|"]), max_size=9).map("".join))
+def test_white_space_around_added_tokens_goes_where_the_library_puts_it(tmp_path_factory, text):
+    folder = tmp_path_factory.getbasetemp() / "flags"
+    if not (folder / "tokenizer.json").exists():
+        folder.mkdir()
+        tokenizer = train_bpe(folder / "tokenizer.json")
+        tokenizer.add_special_tokens([tokenizers.AddedToken("<|a|>", rstrip=True, normalized=False)])
+        tokenizer.add_special_tokens([tokenizers.AddedToken("<|b|>", lstrip=True, normalized=False)])
+        tokenizer.add_special_tokens([tokenizers.AddedToken("on", single_word=True, normalized=False)])
+        tokenizer.save(str(folder / "tokenizer.json"))
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vocabulary = open_vocabulary(folder / "tokenizer.json")
+    wanted = library.encode(text, add_special_tokens=False).ids
+    assert vocabulary.encode(text, special=True) == wanted
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_no_text_spells_an_added_token_of_a_byte_pair_file(tmp_path, special):
     spec = json.loads(train_bpe(tmp_path / "tokenizer.json").to_str())

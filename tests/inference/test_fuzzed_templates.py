@@ -108,10 +108,10 @@ def test_a_renderer_is_shared_between_threads_and_can_be_pickled():
     wanted = {str(i): one.render([{"role": "user", "content": str(i)}], True, {}) for i in range(20)}
     found = {}
 
+    assert pickle.loads(pickle.dumps(one)) is one
+
     def work(i):
-        found[str(i)] = pickle.loads(pickle.dumps(one)).render(
-            [{"role": "user", "content": str(i)}], True, {}
-        ) if i == 0 else one.render([{"role": "user", "content": str(i)}], True, {})  # fmt: skip
+        found[str(i)] = one.render([{"role": "user", "content": str(i)}], True, {})
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(20)]
     [thread.start() for thread in threads]

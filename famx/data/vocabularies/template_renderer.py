@@ -86,7 +86,7 @@ class Renderer:
         return answer["text"]
 
     def __reduce__(self):
-        return Renderer, (self._source,)
+        return renderer, (self._source,)
 
     def _start(self) -> None:
         settings = {"path": sys.path, "memory": MOST_MEMORY}

@@ -16,6 +16,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field
@@ -96,6 +97,8 @@ class FileVocabulary(Vocabulary):
     added_tokens: tuple[AddedToken, ...] = ()
     prefix_space: str | None = None
 
+    _listed: Mapping[int, AddedToken]  # tokens that any of the files lists as added, by id
+    _beyond: Mapping[int, AddedToken] = MappingProxyType({})  # those that the library does not know
     _size: int  # number of ids of the file, without appended ones
     _unspelled: set[int]  # ids of the file that no text encodes to
 
@@ -219,16 +222,16 @@ class FileVocabulary(Vocabulary):
     @functools.cached_property
     def _added(self) -> Splitter | None:
         """Finds the tokens that any text may spell and the library does not recognise by itself."""
-        return None
+        special = set(self.special_tokens.values())
+        tokens = [token for token in self._beyond.values() if token.id not in special]
+        return Splitter(tokens) if tokens else None
 
     @functools.cached_property
     def _all(self) -> Splitter | None:
         """Finds these and the special tokens; None if there are none."""
-        flags = {token.content: token for token in self.added_tokens}
-        tokens = [
-            flags.get(text) or AddedToken(id=i, content=text)
-            for text, i in self.special_tokens.items() if text
-        ]  # fmt: skip
+        special = {i: text for text, i in self.special_tokens.items() if text}
+        tokens = [self._listed.get(i) or AddedToken(id=i, content=text) for i, text in special.items()]
+        tokens += [token for i, token in self._beyond.items() if i not in special]
         return Splitter(tokens) if tokens else None
 
     def free_tokens(self) -> dict[int, str]:
@@ -298,7 +301,7 @@ class SentencePieceVocabulary(FileVocabulary):
         self.content, pieces = content, model.pieces
         kinds = [piece.type for piece in pieces]
         self._ids = {piece.piece: i for i, piece in enumerate(pieces)}
-        self._beyond = {}  # added tokens that the model does not have, by id
+        self._beyond, self._listed = {}, {token.id: token for token in self.added_tokens}
         special = {piece.piece: i for i, piece in enumerate(pieces) if kinds[i] == CONTROL}
         for token in self.added_tokens:
             i = self._ids.get(token.content, self._ids.get(token.content.replace(" ", "\u2581")))
@@ -320,13 +323,15 @@ class SentencePieceVocabulary(FileVocabulary):
         unused = {i for i, kind in enumerate(kinds) if kind == UNUSED}
         gaps = set(range(len(pieces), self._size)) - self._beyond.keys()
         self._unspelled = set(special.values()) | unused | gaps
-        self._decoder = open_model(model)
-        for i in special.values():  # no text encodes to control pieces
-            if i < len(pieces) and kinds[i] in (NORMAL, USER_DEFINED):
-                pieces[i].type = CONTROL
-        self._processor = open_model(model)
-        model.normalizer_spec.add_dummy_prefix = False
-        self._bare = open_model(model)
+        self._decoder = self._processor = self._bare = open_model(model)
+        changed = [i for i in special.values() if i < len(pieces) and kinds[i] in (NORMAL, USER_DEFINED)]
+        for i in changed:  # no text encodes to control pieces
+            pieces[i].type = CONTROL
+        if changed:
+            self._processor = self._bare = open_model(model)
+        if model.normalizer_spec.add_dummy_prefix:
+            model.normalizer_spec.add_dummy_prefix = False
+            self._bare = open_model(model)
 
     def _id_of(self, token: str) -> int | None:
         beyond = (i for i, added in self._beyond.items() if added.content == token)
@@ -339,20 +344,6 @@ class SentencePieceVocabulary(FileVocabulary):
             names = {role: token for role, token in names.items() if role != "pad"}
         named = super()._named_ids(names)
         return {name: own[name] if named[name] is None else named[name] for name in _IDS}
-
-    @functools.cached_property
-    def _added(self) -> Splitter | None:
-        special = set(self.special_tokens.values())
-        tokens = [token for token in self._beyond.values() if token.id not in special]
-        return Splitter(tokens) if tokens else None
-
-    @functools.cached_property
-    def _all(self) -> Splitter | None:
-        flags = {token.id: token for token in self.added_tokens}
-        special = [(text, i) for text, i in self.special_tokens.items() if text]
-        tokens = [flags.get(i) or AddedToken(id=i, content=text) for text, i in special]
-        tokens += [token for i, token in self._beyond.items() if token.content not in self.special_tokens]
-        return Splitter(tokens) if tokens else None
 
     def _plain(self, text: str, prefix: bool) -> list[int]:
         return (self._processor if prefix else self._bare).encode(text)
@@ -406,6 +397,7 @@ class BytePairVocabulary(FileVocabulary):
         spec = read_byte_pairs(content)
         self._unknown = spec.unk_token
         added = {token.id: token for token in spec.add(self.added_tokens, self.chat_template)}
+        self._listed = added
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         self._text = spec.open()
         vocab = self._text.get_vocab()
