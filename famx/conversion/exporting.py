@@ -6,7 +6,6 @@ memory comes with the code that defines it for transformers (`famx.conversion.wi
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -21,6 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from famx.base.errors import ConfigError
 from famx.base.files import new_directory, write_bytes, write_json, write_text
+from famx.base.untrusted import read_object
 from famx.conversion.families import Tensor, tensors
 from famx.conversion.huggingface import huggingface_config
 from famx.conversion.model_card import CARD, model_card, read_history
@@ -294,6 +294,6 @@ def _write_tokenizer(new: pathlib.Path, vocabulary: Vocabulary) -> list[str]:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_bytes()) if path.is_file() else None
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged: remove it to export without it.") from error
+        return read_object(path) if path.is_file() else None
+    except ConfigError as error:
+        raise ConfigError(f"{error} Or remove it, to export without it.") from error

@@ -269,11 +269,16 @@ def known_sha256(file: pathlib.Path) -> str | None:
     note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
     words = [pathlib.Path(os.path.realpath(file)).name]  # Hugging Face's cache: a link to <SHA-256>
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        words = checksum_file.read_text().split()[:1] or words
+        words = _beginning(checksum_file).split()[:1] or words
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        words += note.read_text().split()[1:2]  # commit, etag, time
+        words += _beginning(note).split()[1:2]  # commit, etag, time
     matches = (re.fullmatch(r"[0-9a-f]{64}", word.strip('"').lower()) for word in words)
     return next((match[0] for match in matches if match), None)
+
+
+def _beginning(file: pathlib.Path) -> str:
+    with file.open(encoding="utf-8") as stream:
+        return stream.read(4096)
 
 
 def _is_byte_level(spec: pathlib.Path) -> bool:
