@@ -50,6 +50,9 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "safetensors>=0.8",
+        # Typed reading of files that others wrote (famx.base.untrusted). Version 2 is written in Rust, so
+        # that the fields of a large tokenizer take little time.
+        "pydantic>=2.8",
         "seqio>=0.0.20",
         "tensorflow-datasets>=4.9.10",
     ],

@@ -1,5 +1,16 @@
 """The exception for mistakes of the user."""
 
+_MOST_CHARACTERS = 4000
+
 
 class ConfigError(ValueError):
-    """A mistake of the user; the message is a plain sentence that says what is wrong and what to do."""
+    """A mistake of the user; the message is a plain sentence that says what is wrong and what to do.
+
+    Messages quote names and values from files that others wrote. Control characters, with which a file
+    could write to the user's terminal, become question marks, and a very long message is cut.
+    """
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        text = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+        super().__init__("".join(x if x.isprintable() or x == "\n" else "?" for x in text))

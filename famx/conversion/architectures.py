@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from famx.base.errors import ConfigError
+from famx.conversion.config_file import check_config, is_on
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -154,8 +155,11 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     """
     if architecture(hf) != MULTIMODAL:
         return dict(hf)
+    inner = hf.get("text_config") or {}
+    if not isinstance(inner, Mapping):
+        raise ConfigError("config.json is not valid: text_config should be an object.")
     outer = {key: hf[key] for key in hf if key in _OUTER_KEYS}
-    text = {**(hf.get("text_config") or {}), **outer}
+    text = {**inner, **outer}
     return {**text, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
 
 
@@ -173,8 +177,9 @@ def architecture(hf: Mapping[str, Any]) -> str:
     """
     known = "supported are " + ", ".join(SUPPORTED)
     types = {family.model_type: name for name, family in FAMILIES.items()} | {"gemma3": MULTIMODAL}
-    names = hf.get("architectures") or [types.get(hf.get("model_type"), hf.get("model_type"))]
-    if not isinstance(names, list) or not names[0]:
+    kind = hf.get("model_type")
+    names = hf.get("architectures") or [types.get(kind, kind) if isinstance(kind, str) else None]
+    if not isinstance(names, list) or not isinstance(names[0], str) or not names[0]:
         raise ConfigError(f"config.json names no architecture; {known}.")
     if names[0] not in SUPPORTED:
         raise ConfigError(f"The architecture {names[0]} is not supported; {known}.")
@@ -185,10 +190,11 @@ def open_config(hf: Mapping[str, Any]) -> tuple[Family, Callable[[str], Any]]:
     """The architecture of a config.json, and `get(key)`: the value in the file, or else the default.
 
     Raises:
-      ConfigError: the architecture is not supported, the weights are quantized, or attention is not
-        causal.
+      ConfigError: the architecture is not supported, a field has a type or a size that no model has, the
+        weights are quantized, or attention is not causal.
     """
     hf = text_config(hf)
+    check_config(hf)
     family = FAMILIES[architecture(hf)]
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", "unknown")
@@ -198,5 +204,24 @@ def open_config(hf: Mapping[str, Any]) -> tuple[Family, Callable[[str], Any]]:
         )
     if hf.get("use_bidirectional_attention"):
         raise ConfigError("The model attends in both directions, which a decoder cannot.")
+    for key, of in _OF_ONE_FAMILY.items():
+        if is_on(hf.get(key)) and family.model_type != of:
+            raise ConfigError(f"config.json sets {key}, which {family.model_type} does not have.")
     defaults = _DEFAULTS | family.defaults
-    return family, lambda key: hf[key] if key in hf else defaults.get(key)
+
+    def get(key: str) -> Any:
+        value = hf.get(key)
+        return defaults.get(key) if key not in hf or value is None and key in _NEVER_NULL else value
+
+    return family, get
+
+
+# Fields for which null means that the file leaves them out; of others it switches something off.
+_NEVER_NULL = (
+    *("rms_norm_eps", "hidden_act", "tie_word_embeddings", "rope_theta", "rope_local_base_freq"),
+    *("query_pre_attn_scalar", "no_rope_layer_interval", "max_window_layers"),
+)
+_OF_ONE_FAMILY = {
+    "rope_local_base_freq": "gemma3_text",
+    **dict.fromkeys(("no_rope_layers", "no_rope_layer_interval"), "smollm3"),
+}

@@ -6,7 +6,6 @@ memory comes with the code that defines it for transformers (`famx.conversion.wi
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -21,6 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from famx.base.errors import ConfigError
 from famx.base.files import new_directory, write_bytes, write_json, write_text
+from famx.base.untrusted import read_object
 from famx.conversion.families import Tensor, tensors
 from famx.conversion.huggingface import huggingface_config
 from famx.conversion.model_card import CARD, model_card, read_history
@@ -259,6 +259,8 @@ def _write_side_files(
     generation = new / "generation_config.json"
     if not generation.exists():
         given = {f"{name}_token_id": hf.get(f"{name}_token_id") for name in _IDS}
+        if vocabulary is not None and len(vocabulary.end_ids) > 1:
+            given["eos_token_id"] = list(vocabulary.end_ids)
         write_json(generation, {"_from_model_config": True, **given})
     return hf, notes
 
@@ -271,18 +273,27 @@ def _write_tokenizer(new: pathlib.Path, vocabulary: Vocabulary) -> list[str]:
         ]
     write_bytes(new / vocabulary.file_name, vocabulary.content)
     text_of = {token: text for text, token in vocabulary.special_tokens.items()}
+    text_of |= {token.id: token.content for token in vocabulary.added_tokens}
     ids = {f"{name}_token": getattr(vocabulary, f"{name}_id") for name in (*_IDS, "unk")}
     config = {key: text_of[token] for key, token in ids.items() if token in text_of}
     fast = vocabulary.file_name == "tokenizer.json"
     config["tokenizer_class"] = "PreTrainedTokenizerFast" if fast else "LlamaTokenizer"
     if vocabulary.chat_template:
         config["chat_template"] = vocabulary.chat_template
+    if vocabulary.added_tokens:
+        config["added_tokens_decoder"] = {
+            str(token.id): token.model_dump(exclude={"id"}) for token in vocabulary.added_tokens
+        }
+    spaces = {"always": {"legacy": True}, "first": {"legacy": False}}
+    config |= spaces.get(vocabulary.prefix_space, {})
+    if vocabulary.prefix_space == "never":
+        config["add_prefix_space"] = False
     write_json(new / "tokenizer_config.json", config)
     return []
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_bytes()) if path.is_file() else None
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged: remove it to export without it.") from error
+        return read_object(path) if path.is_file() else None
+    except ConfigError as error:
+        raise ConfigError(f"{error} Or remove it, to export without it.") from error

@@ -116,19 +116,19 @@ def _activation(family: Family, get) -> str:
 def _rope(family: Family, get) -> dict[str, Any]:
     """The fields `rope_base`, `rope_scaling`, `local_rope_base` and `rope_layers`."""
     per_kind = get("rope_parameters") or {}
-    kinds = {"full_attention", "sliding_attention"} & per_kind.keys()
+    kinds = {kind for kind in ("full_attention", "sliding_attention") if per_kind.get(kind)}
     if kinds and family.model_type != "gemma3_text":
         raise ConfigError("rope_parameters by layer type are supported only for Gemma 3.")
     # transformers 4 writes rope_theta and rope_scaling, 5 puts both into rope_parameters.
-    spread = dict(get("rope_scaling") or {}) or (per_kind if not kinds else {})
-    parameters = {"rope_theta": get("rope_theta")} | spread | (per_kind.get("full_attention") or {})
+    spread = get("rope_scaling") or (per_kind if not kinds else {})
+    parameters = {"rope_theta": get("rope_theta")} | _set(spread) | _set(per_kind.get("full_attention"))
     fields = {
         "rope_base": float(parameters["rope_theta"]),
         "rope_scaling": _rope_scaling(parameters, get),
     }
     layers = None
     if family.model_type == "gemma3_text":
-        local = {"rope_theta": get("rope_local_base_freq")} | (per_kind.get("sliding_attention") or {})
+        local = {"rope_theta": get("rope_local_base_freq")} | _set(per_kind.get("sliding_attention"))
         if _rope_scaling(local, get):
             raise ConfigError("Scaled rotary positions in sliding window layers are not implemented.")
         fields["local_rope_base"] = float(local["rope_theta"])
@@ -140,6 +140,11 @@ def _rope(family: Family, get) -> dict[str, Any]:
     if layers and set(layers) != {"global"}:
         fields["rope_layers"] = tuple(layers)
     return fields
+
+
+def _set(fields: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields that are not null."""
+    return {name: value for name, value in (fields or {}).items() if value is not None}
 
 
 def _rope_scaling(parameters: Mapping[str, Any], get) -> RopeScaling | None:
@@ -156,10 +161,16 @@ def _rope_scaling(parameters: Mapping[str, Any], get) -> RopeScaling | None:
         if kind == "linear":
             return RopeScaling(float(parameters["factor"]))
         if kind == "llama3":
+            low, high = (float(parameters[f"{name}_freq_factor"]) for name in ("low", "high"))
+            if not low < high:
+                raise ConfigError(
+                    f"config.json has low_freq_factor {low:g} and high_freq_factor {high:g}: the first"
+                    " must be less."
+                )
             return RopeScaling(
                 float(parameters["factor"]),
-                float(parameters["low_freq_factor"]),
-                float(parameters["high_freq_factor"]),
+                low,
+                high,
                 get("original_max_position_embeddings")
                 or parameters.get("original_max_position_embeddings")
                 or get("max_position_embeddings"),

@@ -5,15 +5,18 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
+from pydantic import Field
 
 from famx.base.errors import ConfigError
+from famx.base.untrusted import Fields, Name, checked, checked_as, shown
+from famx.conversion.config_file import MOST_LAYERS, MOST_WIDTH, Id, Positions, Positive, is_on
 from famx.conversion.tensor_source import TensorInfo
 from famx.data.vocabularies.base import optional_package
-from famx.data.vocabularies.gguf_tokenizers import open_gguf
+from famx.data.vocabularies.gguf_file import GgufFile
 
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Types of tensors that can be read.
@@ -54,6 +57,59 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _ROPE_LENGTH = 8192  # length that every Llama 3 was trained on before its positions were scaled
 _PIECE = 1 << 18  # number of values that are dequantised at once
 
+_Count = Annotated[int, Field(ge=1, le=16 * MOST_WIDTH)]
+_PerLayer = _Count | Annotated[list[_Count], Field(min_length=1, max_length=MOST_LAYERS)] | None
+_Parts = Annotated[int, Field(ge=0, le=1 << 16)]
+_Slides = Annotated[list[bool], Field(max_length=MOST_LAYERS)]
+_NotNegative = Annotated[float, Field(ge=0, lt=1e30)] | None
+
+
+class _Keys(Fields):
+    """Entries of a GGUF header under the architecture's name."""
+
+    embedding_length: _PerLayer = None
+    feed_forward_length: _PerLayer = None
+    block_count: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
+    context_length: Positions = None
+    head_count: _PerLayer = Field(None, alias="attention.head_count")
+    head_count_kv: _PerLayer = Field(None, alias="attention.head_count_kv")
+    key_length: _Count | None = Field(None, alias="attention.key_length")
+    value_length: _Count | None = Field(None, alias="attention.value_length")
+    layer_norm_rms_epsilon: Positive = Field(None, alias="attention.layer_norm_rms_epsilon")
+    sliding_window: Annotated[int, Field(ge=0, le=1 << 40)] | None = Field(
+        None, alias="attention.sliding_window"
+    )
+    sliding_window_pattern: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | _Slides | None = Field(
+        None, alias="attention.sliding_window_pattern"
+    )
+    expert_count: Annotated[int, Field(ge=0)] | None = None
+    attn_logit_softcapping: _NotNegative = None
+    final_logit_softcapping: _NotNegative = None
+    rope_dimensions: _Count | None = Field(None, alias="rope.dimension_count")
+    rope_dimensions_local: _Count | None = Field(None, alias="rope.dimension_count_swa")
+    rope_base: Positive = Field(None, alias="rope.freq_base")
+    rope_local_base: Positive = Field(None, alias="rope.freq_base_swa")
+    rope_scale_linear: _NotNegative = Field(None, alias="rope.scale_linear")
+    rope_type: Name | None = Field(None, alias="rope.scaling.type")
+    rope_factor: _NotNegative = Field(None, alias="rope.scaling.factor")
+    rope_attention_factor: Positive = Field(None, alias="rope.scaling.attn_factor")
+
+
+class _TokenIds(Fields):
+    """Entries `tokenizer.ggml.<role>_token_id`; several tokens may end a text."""
+
+    bos_token_id: Id | None = None
+    eos_token_id: Id | None = None
+    pad_token_id: Id | None = None
+    eot_token_id: Id | None = None
+    eom_token_id: Id | None = None
+
+
+_ROPE_KEYS = {field.alias for field in _Keys.model_fields.values() if field.alias} | {
+    # The length before scaling and whether it was trained for it: neither changes linear scaling.
+    *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
+}
+
 
 class GgufSource:
     """A GGUF file, presented like a Hugging Face directory; see `tensor_source.Source`.
@@ -68,6 +124,7 @@ class GgufSource:
     Attributes:
       config: content of the equivalent `config.json`.
       tensors: shape and dtype by Hugging Face's name; a tensor without one keeps its name in the file.
+      end_ids: ids of the tokens that end a text, a turn and a message.
       tokenizer: the file itself.
       name: name of the file, without its suffix.
 
@@ -80,25 +137,33 @@ class GgufSource:
         self._gguf = optional_package("gguf", "GGUF files")
         self._path = pathlib.Path(path)
         self.name, self.tokenizer = self._path.stem, self._path
-        try:
-            self._reader = open_gguf(path)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        architecture = self._value("general.architecture")
-        if architecture not in ARCHITECTURES:
+        self._file = GgufFile(path)
+        architecture = self._file.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise ConfigError(
-                f"'{path}' holds a model of architecture {architecture!r}; of GGUF files, those of "
+                f"'{path}' holds a model of architecture {shown(architecture)}; of GGUF files, those of "
                 f"{', '.join(ARCHITECTURES)} can be read."
             )
         self._architecture = architecture
-        if (parts := self._value("split.count", 1)) > 1:
+        parts = checked_as(_Parts, self._file.get("split.count", 1), f"'{path}'", "split.count")
+        if parts > 1:
             raise ConfigError(
                 f"'{path}' is one of {parts} parts of a model; join them first with llama.cpp's "
                 "llama-gguf-split --merge."
             )
-        if self._reader.byte_order != "I":
-            raise ConfigError(f"'{path}' has the byte order of another machine; fetch another file.")
-        self._tensors = {self._translate(tensor.name): tensor for tensor in self._reader.tensors}
+        prefix = f"{architecture}."
+        own = {k.removeprefix(prefix): v for k, v in self._file.values.items() if k.startswith(prefix)}
+        self._keys = checked(_Keys, own, f"'{path}' ({architecture})")
+        self._check_rope_keys(own)
+        keys = {"pad": "padding", **{role: role for role in ("bos", "eos", "eot", "eom")}}
+        of_tokens = {
+            f"{role}_token_id": self._file.get(f"tokenizer.ggml.{key}_token_id")
+            for role, key in keys.items()
+        }
+        self._ids = checked(_TokenIds, of_tokens, f"'{path}' (tokenizer.ggml)")
+        ends = (self._ids.eos_token_id, self._ids.eot_token_id, self._ids.eom_token_id)
+        self.end_ids = tuple(i for i in ends if i is not None)
+        self._tensors = {self._translate(tensor.name): tensor for tensor in self._file.tensors}
         self._factors = self._tensors.pop(_ROPE_FACTORS, None)
         for tensor in self._tensors.values():
             kind = tensor.tensor_type.name
@@ -108,7 +173,7 @@ class GgufSource:
                     f"{', '.join(TYPES)} can be read."
                 )
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(tuple(map(int, tensor.shape[::-1])), self._dtype(name, tensor))
+            name: TensorInfo(tensor.shape, self._dtype(name, tensor))
             for name, tensor in self._tensors.items()
         }
         self.config, self.memory_fields = self._config(), {}
@@ -162,19 +227,9 @@ class GgufSource:
 
     # ---------------------------------------------------------------- config.json
 
-    def _value(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        try:
-            return default if field is None else field.contents()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"'{self._path}' is damaged at {key}; fetch it again.") from error
-
-    def _get(self, key: str, default: Any = None) -> Any:
-        """Value of a key under the architecture's prefix."""
-        return self._value(f"{self._architecture}.{key}", default)
-
     def _size(self, key: str) -> int:
-        value = self._get(key)
+        """The value of a key that may be a list of one number for each layer."""
+        value = getattr(self._keys, key.rpartition(".")[2])
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
         if not isinstance(value, int):
@@ -182,18 +237,34 @@ class GgufSource:
             raise ConfigError(f"'{self._path}' {why} {self._architecture}.{key}; take another file.")
         return value
 
+    def _check_rope_keys(self, own: Mapping[str, Any]) -> None:
+        """Check that every entry about rotary positions is one that `_rope_scaling` knows, or off."""
+        for key, value in own.items():
+            if re.search("rope|rotary", key) and key not in _ROPE_KEYS and is_on(value):
+                raise ConfigError(
+                    f"'{self._path}' sets {self._architecture}.{key} to {shown(value)}, which is not"
+                    " understood: the model would differ."
+                )
+        k = self._keys
+        if k.rope_attention_factor not in (None, 1.0):
+            raise ConfigError(
+                f"'{self._path}' sets {self._architecture}.rope.scaling.attn_factor to"
+                f" {k.rope_attention_factor}, which is not supported."
+            )
+
     def _config(self) -> dict[str, Any]:
         name, kind = ARCHITECTURES[self._architecture]
-        if self._get("expert_count", 0):
+        k = self._keys
+        if k.expert_count:
             raise ConfigError(f"'{self._path}' is a mixture of experts, which is not supported.")
         embedding = self.tensors.get("model.embed_tokens.weight")
         if embedding is None:
             raise ConfigError(f"'{self._path}' has no token_embd.weight, so it holds no model.")
         hidden, heads = self._size("embedding_length"), self._size("attention.head_count")
-        head_dim = self._get("attention.key_length", hidden // heads)
-        if self._get("attention.value_length", head_dim) != head_dim:
+        head_dim = k.key_length or hidden // heads
+        if (k.value_length or head_dim) != head_dim:
             raise ConfigError(f"In '{self._path}' keys and values differ in width: not supported.")
-        norms = self._get("attention.layer_norm_rms_epsilon")
+        norms = k.layer_norm_rms_epsilon
         config = {
             "architectures": [name],
             "model_type": kind,
@@ -208,13 +279,14 @@ class GgufSource:
             "rms_norm_eps": 1e-6 if norms is None else float(str(np.float32(norms))),  # 1e-05 again
             "hidden_act": "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu",
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
-            "rope_theta": self._get("rope.freq_base", 1e6 if kind == "gemma3_text" else 1e4),
+            "rope_theta": k.rope_base or (1e6 if kind == "gemma3_text" else 1e4),
         }
-        for role, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
-            if (i := self._value(f"tokenizer.ggml.{key}_token_id")) is not None:
+        for role in ("bos", "eos", "pad"):
+            if (i := getattr(self._ids, f"{role}_token_id")) is not None:
                 config[f"{role}_token_id"] = i
-        if (rotated := self._get("rope.dimension_count", head_dim)) != head_dim:
-            config["partial_rotary_factor"] = rotated / head_dim
+        for rotated in (k.rope_dimensions, k.rope_dimensions_local):
+            if (rotated or head_dim) != head_dim:
+                config["partial_rotary_factor"] = rotated / head_dim
         scaling = self._rope_scaling(head_dim, config["rope_theta"])
         if scaling is not None:
             config["rope_scaling"] = scaling
@@ -225,7 +297,7 @@ class GgufSource:
             config["mlp_bias"] = f"{first}mlp.up_proj.bias" in self.tensors
         if kind == "smollm3":
             config["no_rope_layer_interval"] = 4
-        if window := self._get("attention.sliding_window"):
+        if window := k.sliding_window:
             config["sliding_window"] = window
             if kind == "llama":
                 config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
@@ -236,32 +308,43 @@ class GgufSource:
     def _gemma(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Additional fields of config.json for Gemma 2 and 3."""
         layers, second = config["num_hidden_layers"], config["model_type"] == "gemma2"
+        k = self._keys
         # Only the models of 27 billion parameters scale queries by a width other than the head's.
         large = layers == (46 if second else 62)
         scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
-        every = self._get("attention.sliding_window_pattern", 2 if second else 6)
+        every = k.sliding_window_pattern or (2 if second else 6)
         slides = every if isinstance(every, list) else [(i + 1) % every != 0 for i in range(layers)]
         kinds = ("full_attention", "sliding_attention")
         windowed = "sliding_window" in config
         fields = {
             "query_pre_attn_scalar": scalar,
             "layer_types": [kinds[bool(windowed and slide)] for slide in slides],
-            "attn_logit_softcapping": self._get("attn_logit_softcapping", 50.0 if second else None),
-            "final_logit_softcapping": self._get("final_logit_softcapping", 30.0 if second else None),
+            "attn_logit_softcapping": k.attn_logit_softcapping or (50.0 if second else None),
+            "final_logit_softcapping": k.final_logit_softcapping or (30.0 if second else None),
         }
         if not second:
-            fields["rope_local_base_freq"] = self._get("rope.freq_base_swa", 1e4)
+            fields["rope_local_base_freq"] = k.rope_local_base or 1e4
         return fields
 
     def _rope_scaling(self, head_dim: int, base: float) -> dict[str, Any] | None:
-        kind = self._get("rope.scaling.type", "none")
-        if kind != "none":
-            return {"rope_type": kind, "factor": self._get("rope.scaling.factor", 1.0)}
-        if self._factors is None:
-            return None
-        # The file stores Llama 3's scaling as a divisor for each frequency.
-        divisors = np.asarray(self._factors.data, np.float64)
-        if np.all(divisors == 1):
+        # As in llama.cpp: without a type scaling is linear, an older key counts where the factor is
+        # missing, and 0 is no scaling.
+        kind, factor = self._keys.rope_type or "linear", self._keys.rope_factor
+        factor = self._keys.rope_scale_linear if factor is None else factor
+        divisors = np.ones(1)
+        if self._factors is not None:  # the file stores Llama 3's scaling as a divisor for each frequency
+            if self._factors.data.dtype != np.float32:
+                raise ConfigError(f"'{self._path}' has {_ROPE_FACTORS} in another type than F32.")
+            divisors = np.asarray(self._factors.data, np.float64).reshape(-1)
+        plain = bool(np.all(divisors == 1))
+        if kind != "none" and (kind != "linear" or factor not in (None, 0.0, 1.0)):
+            if not plain:
+                raise ConfigError(
+                    f"'{self._path}' scales its rotary positions twice, by rope.scaling and by"
+                    f" {_ROPE_FACTORS}, which is not supported."
+                )
+            return {"rope_type": kind, "factor": factor or 1.0}
+        if plain:
             return None
         scaling = {
             "rope_type": "llama3",

@@ -100,7 +100,7 @@ def plan_import(
     vocabulary, notes = None, families.notes(source.config, config)
     file = tokenizer or source.tokenizer
     if file is not None:
-        vocabulary = fitting_vocabulary(file, config.vocab_size, pad_id)
+        vocabulary = fitting_vocabulary(file, config.vocab_size, pad_id, source.end_ids)
         if vocabulary.vocab_size > config.vocab_size:
             config = dataclasses.replace(config, vocab_size=vocabulary.vocab_size)
     elif pad_id is not None:

@@ -8,16 +8,20 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes  # noqa: F401, gives numpy bfloat16 by name
 import numpy as np
+from pydantic import Field
 
 from famx.base.errors import ConfigError
 from famx.base.text import some
+from famx.base.untrusted import Fields, Name, checked, parse_object, read_object, shown
+from famx.conversion.config_file import check_config, generation_end_ids, ids_of
 from famx.conversion.gguf_source import GgufSource
 from famx.conversion.tensor_source import READABLE, Source, TensorInfo
 from famx.conversion.with_memory import base_config, memory_fields
+from famx.data.vocabularies.tokenizer_files import MOST_TOKENIZER_BYTES
 
 CONFIG = "config.json"
 SIDE_FILES = (  # files that an export returns unchanged
@@ -28,6 +32,29 @@ SIDE_FILES = (  # files that an export returns unchanged
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _BLOCK = 1 << 20
+_MOST_HEADER_BYTES = 100_000_000  # of a safetensors header, as in its own library
+_MOST_TENSORS = 1 << 20
+
+
+_Offset = Annotated[int, Field(ge=0, lt=1 << 60)]
+
+
+class _Entry(Fields):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: Annotated[str, Field(max_length=16)]
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16)]
+    data_offsets: Annotated[list[_Offset], Field(min_length=2, max_length=2)]
+
+
+class _Header(Fields):
+    tensors: dict[Name, _Entry]
+
+
+class _Index(Fields):
+    """`model.safetensors.index.json`: the file, a name in the same directory, that holds each tensor."""
+
+    weight_map: Annotated[dict[Name, Name], Field(max_length=_MOST_TENSORS)]
 
 
 def open_source(path: str | os.PathLike, on_bytes: Callable[[int, int], None] | None = None) -> Source:
@@ -71,8 +98,11 @@ class HuggingFaceSource:
     ):
         self.directory = pathlib.Path(path).expanduser().absolute()
         self.name = self.directory.name
-        full = self._read_config()
-        self.config, self.memory_fields = base_config(full), memory_fields(full, self.directory / CONFIG)
+        full, file = self._read_config(), self.directory / CONFIG
+        self.config, self.memory_fields = base_config(full), memory_fields(full, file)
+        check_config(self.config, file)
+        if isinstance(inner := self.config.get("text_config"), dict):
+            check_config(inner, f"{file} (text_config)")
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[pathlib.Path, int]] = {}
         names, claimed = self._weight_files()
@@ -88,6 +118,7 @@ class HuggingFaceSource:
                     " files are not of one download; download them again."
                 )
         self._check_sums([self.directory / name for name in names], on_bytes)
+        self.end_ids = self._end_ids()
         self.tokenizer = self._tokenizer()
 
     def read(self, name: str) -> np.ndarray:
@@ -104,7 +135,7 @@ class HuggingFaceSource:
         file = self.directory / CONFIG
         if not file.is_file():
             raise ConfigError(f"{self.directory} holds no model of Hugging Face: {self._what_instead()}")
-        return _read_object(file)
+        return read_object(file)
 
     def _what_instead(self) -> str:
         """Description of a directory without `config.json`, as the end of a sentence."""
@@ -125,10 +156,7 @@ class HuggingFaceSource:
             return [SINGLE], {}
         index = self.directory / INDEX
         if index.is_file():
-            try:
-                claimed = {str(k): str(v) for k, v in _read_object(index)["weight_map"].items()}
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{index} has no weight_map; download it again.") from error
+            claimed = checked(_Index, read_object(index, _MOST_HEADER_BYTES), index).weight_map
             missing = sorted(set(claimed.values()) - set(names))
             if missing:
                 raise ConfigError(
@@ -165,6 +193,14 @@ class HuggingFaceSource:
                     f" {wanted[:12]}...; download it again."
                 )
 
+    def _end_ids(self) -> tuple[int, ...]:
+        """Ids of `eos_token_id` in config.json and in generation_config.json, which often has more."""
+        configs = [self.config, self.config.get("text_config") or {}]
+        ids = [i for config in configs for i in ids_of(config.get("eos_token_id"))]
+        if (file := self.directory / "generation_config.json").is_file():
+            ids += generation_end_ids(read_object(file), file)
+        return tuple(dict.fromkeys(ids))
+
     def _tokenizer(self) -> pathlib.Path | None:
         """The SentencePiece model, unless a `tokenizer.json` next to it is byte-level BPE."""
         model, spec = self.directory / "tokenizer.model", self.directory / "tokenizer.json"
@@ -186,30 +222,45 @@ def read_header(file: pathlib.Path) -> dict[str, tuple[TensorInfo, int]]:
         if (start + stream.read(40)).startswith(b"version https://git-lfs"):
             raise ConfigError(f"{file} is a pointer of Git LFS, not the file itself: run git lfs pull.")
         stream.seek(8)
-        text = stream.read(length) if 8 + length <= size else b""
+        text = stream.read(length) if 8 + length <= min(size, _MOST_HEADER_BYTES) else b""
+    if length > _MOST_HEADER_BYTES:
+        raise ConfigError(
+            f"{file} is no safetensors file, or damaged: its header would have {length:,} bytes; download"
+            " it again."
+        )
     if len(start) < 8 or not text:
         raise ConfigError(
             f"{file} is not whole: it has {size:,} bytes, and its header alone would have"
             f" {8 + length:,}; download it again."
         )
     tensors, expected = {}, 8 + length
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            info = TensorInfo(tuple(entry["shape"]), _DTYPES.get(entry["dtype"], entry["dtype"]))
-            start, end = (8 + length + offset for offset in entry["data_offsets"])
-            size_of = np.dtype(info.dtype).itemsize if info.dtype in READABLE else None
-            if size_of and end - start != math.prod(info.shape) * size_of:
-                raise ValueError(f"{name} has another length")
-            tensors[name], expected = (info, start), max(expected, end)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} is no safetensors file, or damaged: download it again.") from error
+    for name, entry in _entries(text, file).items():
+        info = TensorInfo(tuple(entry.shape), _DTYPES.get(entry.dtype, entry.dtype))
+        start, end = (8 + length + offset for offset in entry.data_offsets)
+        size_of = np.dtype(info.dtype).itemsize if info.dtype in READABLE else None
+        num_bytes = math.prod(info.shape) * size_of if size_of else end - start
+        # In order of their places the tensors must follow each other without a gap or an overlap.
+        if start != expected or end < start or end - start != num_bytes:
+            raise ConfigError(
+                f"{file} is no safetensors file, or damaged: the place of {shown(name)} does not fit its"
+                " shape; download it again."
+            )
+        tensors[name], expected = (info, start), end
     if size != expected:
         raise ConfigError(
             f"{file} is not whole: it has {size:,} bytes and should have {expected:,}; download it again."
         )
     return tensors
+
+
+def _entries(text: bytes, file: pathlib.Path) -> dict[str, "_Entry"]:
+    """The tensors of a safetensors header, in the order of their places in the file."""
+    header = parse_object(text, file)
+    header.pop("__metadata__", None)
+    if len(header) > _MOST_TENSORS:
+        raise ConfigError(f"{file} lists {len(header):,} tensors; at most {_MOST_TENSORS:,} are read.")
+    entries = checked(_Header, {"tensors": header}, file).tensors
+    return dict(sorted(entries.items(), key=lambda item: item[1].data_offsets))
 
 
 def known_sha256(file: pathlib.Path) -> str | None:
@@ -218,28 +269,22 @@ def known_sha256(file: pathlib.Path) -> str | None:
     note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
     words = [pathlib.Path(os.path.realpath(file)).name]  # Hugging Face's cache: a link to <SHA-256>
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        words = checksum_file.read_text().split()[:1] or words
+        words = _beginning(checksum_file).split()[:1] or words
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        words += note.read_text().split()[1:2]  # commit, etag, time
+        words += _beginning(note).split()[1:2]  # commit, etag, time
     matches = (re.fullmatch(r"[0-9a-f]{64}", word.strip('"').lower()) for word in words)
     return next((match[0] for match in matches if match), None)
 
 
+def _beginning(file: pathlib.Path) -> str:
+    with file.open(encoding="utf-8") as stream:
+        return stream.read(4096)
+
+
 def _is_byte_level(spec: pathlib.Path) -> bool:
-    content = _read_object(spec)
+    content = read_object(spec, MOST_TOKENIZER_BYTES)
     parts = [content.get(name) for name in ("pre_tokenizer", "decoder")]
     return '"ByteLevel"' in json.dumps(parts)
-
-
-def _read_object(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        with _readable(file):
-            content = json.loads(file.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file} is damaged: it is not readable as JSON; download it again.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} is damaged: it must hold a JSON object; download it again.")
-    return content
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ class Source(Protocol):
       config: content of `config.json`, of the model without its memory.
       memory_fields: `MEMORY_FIELDS` of DecoderConfig, as an export of famx keeps them; else empty.
       tensors: all tensors, by their names at Hugging Face.
+      end_ids: ids that end a text or an answer, of all files that name some.
       tokenizer: a file for `open_vocabulary`, or None.
     """
 
@@ -36,6 +37,7 @@ class Source(Protocol):
     config: Mapping[str, Any]
     memory_fields: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    end_ids: tuple[int, ...]
     tokenizer: pathlib.Path | None
 
     def read(self, name: str) -> np.ndarray:

@@ -1,15 +1,18 @@
 """The vocabulary of a pretrained model, with a padding id that its embedding table has."""
 
-import json
 import os
+from collections.abc import Iterable
 
 from famx.base.errors import ConfigError
 from famx.data.vocabularies import open_vocabulary
-from famx.data.vocabularies.tokenizer_files import FileVocabulary, TokenizerFile, read_tokenizer_file
+from famx.data.vocabularies.tokenizer_files import FileVocabulary
 
 
 def fitting_vocabulary(
-    file: str | os.PathLike, vocab_size: int, pad_id: int | None = None
+    file: str | os.PathLike,
+    vocab_size: int,
+    pad_id: int | None = None,
+    end_ids: Iterable[int] = (),
 ) -> FileVocabulary:
     """The vocabulary of a tokenizer file, with a padding id that the model has.
 
@@ -25,16 +28,13 @@ def fitting_vocabulary(
     Raises:
       ConfigError: the file cannot be read, or its ids do not fit the model.
     """
-    try:
-        vocabulary = open_vocabulary(file, pad_id)
-        if vocabulary.vocab_size > vocab_size and pad_id is None:
-            free = free_tokens(read_tokenizer_file(file), vocabulary)
-            if free and vocabulary.vocab_size - vocab_size == 1:
-                vocabulary = open_vocabulary(file, free[0])
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"The tokenizer cannot be used: {error}") from error
+    vocabulary = open_vocabulary(file, pad_id)
+    vocabulary.set_more_end_ids(end_ids)
+    if vocabulary.vocab_size > vocab_size and pad_id is None:
+        free = free_tokens(vocabulary)
+        if free and vocabulary.vocab_size - vocab_size == 1:
+            vocabulary = open_vocabulary(file, free[0])
+            vocabulary.set_more_end_ids(end_ids)
     if vocabulary.vocab_size <= vocab_size or pad_id == vocab_size == vocabulary.vocab_size - 1:
         return vocabulary
     hint = "pass the tokenizer of this model with --tokenizer=FILE."
@@ -48,19 +48,10 @@ def fitting_vocabulary(
     )
 
 
-def free_tokens(file: TokenizerFile, vocabulary: FileVocabulary) -> list[int]:
-    """Ids of control tokens of a tokenizer file that can be used for padding, best first."""
-    if file.kind == "byte_pair":
-        added = json.loads(file.content).get("added_tokens") or []
-        tokens = {token["id"]: token["content"] for token in added if token.get("special")}
-    else:
-        import sentencepiece
-
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=file.content)
-        ids = range(pieces.get_piece_size())
-        free = [i for i in ids if pieces.is_control(i) or pieces.is_unused(i)]
-        tokens = {i: pieces.id_to_piece(i) for i in free}
-    taken = {vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id}
+def free_tokens(vocabulary: FileVocabulary) -> list[int]:
+    """Ids of control tokens that can be used for padding, best first."""
+    tokens = vocabulary.free_tokens()
+    taken = {vocabulary.bos_id, vocabulary.unk_id, *vocabulary.end_ids}
     template = vocabulary.chat_template or ""
 
     def rank(i: int) -> int:
@@ -68,4 +59,5 @@ def free_tokens(file: TokenizerFile, vocabulary: FileVocabulary) -> list[int]:
         marks = (("pad",), ("reserved", "unused", "dummy"), ("",))
         return next(place for place, words in enumerate(marks) if any(word in name for word in words))
 
-    return sorted((i for i in tokens if i not in taken and tokens[i] not in template), key=rank)
+    free = (i for i, text in tokens.items() if i not in taken and text and text not in template)
+    return sorted(free, key=rank)

@@ -21,6 +21,7 @@ from famx.base.errors import ConfigError
 from famx.conversion.architectures import FAMILIES, SIZES
 from famx.conversion.layout import Tensor
 from famx.memories import Fam
+from famx.models.description import check_description
 from famx.modules import rope
 from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS, DecoderConfig
 from famx.modules.memory import COLLECTION, of_memory
@@ -128,6 +129,7 @@ def memory_fields(full: Mapping[str, Any], path: str | os.PathLike) -> dict[str,
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: copy it again, or remove {_KEY!r} from it.") from error
+    check_description(fields, path)
     try:
         return {**fields, "memory": memory_from_dict(memory)}
     except (ValueError, TypeError) as error:  # a kind of memory, or a field of it, that is not known here

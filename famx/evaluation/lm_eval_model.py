@@ -299,7 +299,8 @@ class FamxLM(TemplateLM):
         special, eos = self.vocabulary.special_tokens, self.vocabulary.eos_id
         name_of_eos = next((text for text, i in special.items() if i == eos and text), None)
         until = handle_stop_sequences(list(given["until"]), eos=name_of_eos)
-        stops = {special[text] for text in until if text in special} | ({eos} - {None})
+        stops = {special[text] for text in until if text in special}
+        stops |= set(self.vocabulary.end_ids)
         sampled = given["do_sample"]
         try:
             sampling = Sampling(

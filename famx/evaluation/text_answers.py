@@ -112,11 +112,17 @@ class TextAnswers:
         return np.insert(tokens, 0, self.vocabulary.bos_id)
 
 
-@functools.lru_cache(maxsize=8)
 def answers_of(module: Decoder, vocabulary: Vocabulary, batch_size: int, max_new_tokens: int) -> Answers:
     """Cached per model and settings, so that all checkpoints share the compiled programs."""
-    stops = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
-    sampling = Sampling(max_new_tokens, stop_tokens=stops)
+    return _answers_of(module, vocabulary, vocabulary.end_ids, batch_size, max_new_tokens)
+
+
+@functools.lru_cache(maxsize=8)
+def _answers_of(
+    module: Decoder, vocabulary: Vocabulary, ends: tuple[int, ...], batch_size: int, max_new_tokens: int
+) -> Answers:
+    """`answers_of`; vocabularies are equal even if other ids end a text, so these are named."""
+    sampling = Sampling(max_new_tokens, stop_tokens=ends)
     return Answers(streamer_of(module), vocabulary, None, batch_size, sampling, 1, 0)
 
 

@@ -117,7 +117,7 @@ class Conversation:
         self._mesh, self._rules = make_mesh(), make_rules()
         self._streamer = Streamer(trained.model.module)
         self._template, self._stop, self._seed = template, tuple(filter(None, stop)), seed
-        ends = {self._vocabulary.eos_id, getattr(template, "end_of_turn", None)} - {None}
+        ends = {*self._vocabulary.end_ids, getattr(template, "end_of_turn", None)} - {None}
         self._limit = sampling.max_new_tokens
         self._sampling = dataclasses.replace(
             sampling,

@@ -97,7 +97,7 @@ def infer(
     definition = check_model(split_checkpoint(checkpoint_path)[0], model)
     vocabulary, size = _vocabulary(definition, checkpoint_path), definition.config.vocab_size
     chat = ChatTemplate(vocabulary) if chat_template else None
-    sampling = _with_stops(sampling, size, {vocabulary.eos_id, chat and chat.end_of_turn}, stop_at_eos)
+    sampling = _with_stops(sampling, size, {*vocabulary.end_ids, chat and chat.end_of_turn}, stop_at_eos)
     mesh, rules = make_mesh(), make_rules()
     gin_utils.check_all_used()
     begin = memory_file is None or _tokens_read(memory_file) == 0

@@ -6,7 +6,6 @@ in float32 or bfloat16. The memory's parameters, and norms that were trained, ar
 begin with `famx.`; PEFT reports these as unexpected and ignores them.
 """
 
-import json
 import math
 import pathlib
 import re
@@ -19,11 +18,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_bytes, write_json
+from famx.base.untrusted import shown
+from famx.lora.adapter_config import CONFIG, MEMORY, read_adapter_config
 from famx.lora.adapters import GROUPS, Lora, inputs_end, select, value
 from famx.modules.memory import of_memory
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-OURS, FINGERPRINT, MEMORY = "famx.", "famx.base_fingerprint", "famx_memory"
+WEIGHTS = "adapter_model.safetensors"
+OURS, FINGERPRINT = "famx.", "famx.base_fingerprint"
 _THEIRS = {
     "layers/query": "self_attn.q_proj",
     "layers/key": "self_attn.k_proj",
@@ -35,14 +36,7 @@ _THEIRS = {
 }
 _OURS = {theirs: ours for ours, theirs in _THEIRS.items()}
 _TENSOR = re.compile(r"base_model\.model\.(?:\w+\.)*?layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
-# Options of PEFT that are not supported, each with the values that mean that it is off.
-_PLAIN = {
-    **dict.fromkeys(("use_dora", "lora_bias", "fan_in_fan_out"), (None, False)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (None, {})),
-    **dict.fromkeys(("modules_to_save", "target_parameters", "trainable_token_indices"), (None, [], {})),
-    "bias": (None, "none"),
-    "peft_type": ("LORA",),
-}
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def save_adapter(
@@ -117,7 +111,7 @@ def adapter_memory(path) -> dict[str, Any]:
       ConfigError: there is no adapter, or it is damaged.
     """
     path = pathlib.Path(path).expanduser()
-    return dict(_read(path)[0].get(MEMORY) or {})
+    return dict(_read(path)[0].famx_memory or {})
 
 
 def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str, Any], Lora]:
@@ -143,12 +137,6 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
             f"The adapter {path} was trained on another base model (fingerprint {saved[:12]}, this one"
             f" has {fingerprint[:12]}): load it with the model that it was trained on."
         )
-    for name, plain in _PLAIN.items():
-        if name in config and config[name] not in plain:
-            raise ConfigError(
-                f"The adapter {path} has {name} {config[name]!r} in {CONFIG}: only LoRA with a single"
-                " rank, without biases and without other trained modules, can be loaded."
-            )
     kernels, parts, adapters = select(params, tuple(GROUPS)), {}, {}  # parts: tensors by path and layer
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
@@ -158,7 +146,7 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
             parts.setdefault(_OURS[match[2]], {})[match[3], int(match[1])] = tensor
         else:
             raise ConfigError(f"The adapter {path} has {name}, which the base does not have.")
-    rank = config["r"]
+    rank = config.r
     for ours, layers in parts.items():
         shape, n = value(kernels[ours]).shape, inputs_end(ours)
         width, out = math.prod(shape[1:n]), math.prod(shape[n:])
@@ -170,9 +158,9 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
     for name in tensors:
         if name.startswith(OURS):
             adapters[name.removeprefix(OURS)] = _own_parameter(tensors[name], name, params, path)
-    alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
+    alpha = config.lora_alpha * (math.sqrt(rank) if config.use_rslora else 1)
     alpha = None if alpha == rank else alpha
-    lora = Lora(rank, alpha, config.get("lora_dropout", 0.0), _targets(parts, kernels))
+    lora = Lora(rank, alpha, config.lora_dropout or 0.0, _targets(parts, kernels))
     return unflatten_dict(adapters, sep="/"), lora
 
 
@@ -181,20 +169,31 @@ def _read(path: pathlib.Path):
     import safetensors
 
     try:
-        config = json.loads((path / CONFIG).read_bytes())
-        rank, alpha = config["r"], config["lora_alpha"]
-        if not (type(rank) is int and rank >= 1 and isinstance(alpha, int | float)):
-            raise ValueError(f"r {rank!r} and lora_alpha {alpha!r} are not a rank and a scale")
+        config = read_adapter_config(path)
         with safetensors.safe_open(path / WEIGHTS, "np") as file:
-            tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+            tensors = {name: _float32(file.get_tensor(name), name) for name in file.keys()}
             fingerprint = (file.metadata() or {}).get(FINGERPRINT)
     except FileNotFoundError:
         raise ConfigError(
             f"There is no adapter in {path}: it must contain {CONFIG} and {WEIGHTS}."
         ) from None
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"The adapter {path} is damaged and cannot be read: {error!r}.") from None
+        raise ConfigError(
+            f"The adapter {path} is damaged and cannot be read: {shown(str(error), 200)}."
+        ) from None
     return config, tensors, fingerprint
+
+
+def _float32(tensor: np.ndarray, name: str) -> np.ndarray:
+    """A tensor of an adapter in float32; ValueError if it has other values than finite numbers."""
+    if tensor.dtype.name not in _DTYPES:
+        raise ValueError(f"{name} is of type {tensor.dtype.name}")
+    tensor = tensor.astype(np.float32)
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"{name} has values that are not finite")
+    return tensor
 
 
 def _stack(parts, letter: str, layers: int, shape, label: str):

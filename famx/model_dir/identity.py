@@ -15,6 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_json
+from famx.base.untrusted import read_object
+from famx.models.description import check_description
 from famx.modules import memory as memories
 from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
 from famx.modules.memory import of_memory
@@ -45,14 +47,13 @@ def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
 def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
     """Content of MODEL_DIR/model.json; ConfigError if it is missing or damaged."""
     path = pathlib.Path(model_dir) / _MODEL_FILE
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
+    if not path.exists():
         raise ConfigError(
             f"{model_dir} is not the directory of a trained model: it has no {_MODEL_FILE}."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not readable as JSON: remove it to continue.") from error
+        )
+    fields = read_object(path)
+    check_description(fields, path)
+    return fields
 
 
 def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -75,7 +76,8 @@ def _flat(fields: dict[str, Any]) -> dict[str, Any]:
 
     All as JSON holds them, since one side of a comparison comes from a file: a tuple is a list there.
     """
-    memory = fields.get("memory") or {}
+    memory = fields.get("memory")
+    memory = memory if isinstance(memory, dict) else {}
     with contextlib.suppress(TypeError, ValueError):  # a kind or a field that is not known here
         memory = memories.from_dict(memory).to_dict()
     rest = {name: value for name, value in fields.items() if name != "memory"}

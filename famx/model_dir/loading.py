@@ -26,6 +26,7 @@ from famx.model_dir.identity import (
     weights_fingerprint,
 )
 from famx.models import DecoderModel
+from famx.models.description import check_description
 from famx.models.memory_start import MemoryStart
 from famx.modules import Decoder, DecoderConfig
 from famx.modules.config import MEMORY_FIELDS
@@ -80,6 +81,7 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
     unknown = ", ".join(sorted(set(memory) - set(MEMORY_FIELDS)))
     if unknown:
         raise ConfigError(f"The adapter {adapter} has a memory of another version of famx: {unknown}.")
+    check_description(memory, f"The memory of the adapter {adapter}")
     try:
         config = config.with_fields(memory)
     except (TypeError, ValueError) as error:  # a kind of memory, or a field of it, that is not known here

@@ -10,15 +10,17 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import ConfigDict, Field
 
 import famx
 from famx.base.errors import ConfigError
 from famx.base.files import write_bytes
+from famx.base.untrusted import Fields, Name, checked, parse_object, shown
 from famx.data.vocabularies import fingerprint
 from famx.model_dir.identity import differing_fields, model_fingerprint
 from famx.model_dir.loading import TrainedModel
@@ -55,6 +57,28 @@ class Header:
     num_bytes: int
     sha256: str = ""
     format: int = FORMAT
+
+
+_Count = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
+_Counts = Annotated[list[_Count], Field(min_length=1, max_length=1 << 16)]
+_Digest = Annotated[str, Field(max_length=128)]
+
+
+class _Header(Fields):
+    """`Header` as the JSON of a file has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    famx: Name
+    model: dict[str, Any]
+    model_fingerprint: _Digest
+    vocabulary_fingerprint: _Digest | None
+    sources: Annotated[list[Annotated[str, Field(max_length=1 << 16)]], Field(max_length=1 << 16)]
+    position: _Counts
+    updates: _Counts
+    num_bytes: Annotated[int, Field(ge=0, lt=1 << 60)]
+    sha256: _Digest
+    format: int
 
 
 def save_memory(
@@ -169,8 +193,37 @@ def restore_memory(path: str | os.PathLike, trained: TrainedModel) -> tuple[jax.
             )
     batch = len(header.position)
     wanted = jax.eval_shape(lambda params: model.initial_state(params, batch), trained.params)
+    _check_arrays(path, header, arrays, wanted, model.config.vocab_size)
     load = lambda path, leaf: jnp.array(arrays[_name(path)], leaf.dtype)
     return jnp.array(arrays["logits"]), jax.tree_util.tree_map_with_path(load, wanted)
+
+
+def _check_arrays(path, header: Header, arrays: Mapping[str, np.ndarray], wanted, vocab_size) -> None:
+    """Check that the arrays are those of a state of this model, by names, shapes and types.
+
+    A file may be whole and have the checksum that it should, and still hold another state than it says.
+
+    Raises:
+      ConfigError: they are not; names the array.
+    """
+    batch = len(header.position)
+    leaves = {_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
+    leaves["logits"] = jax.ShapeDtypeStruct((batch, vocab_size), np.float32)
+    if differing := sorted(arrays.keys() ^ leaves.keys()):
+        what = "lacks" if differing[0] in leaves else "has, beyond a state of this model,"
+        raise ConfigError(f"{path} {what} {shown(differing[0])}: make the memory file again.")
+    for name, leaf in leaves.items():
+        array = arrays[name]
+        both = jnp.issubdtype(leaf.dtype, jnp.floating), jnp.issubdtype(array.dtype, jnp.floating)
+        fits = all(both) or array.dtype == leaf.dtype
+        if array.shape != leaf.shape or not fits:
+            raise ConfigError(
+                f"{path} holds {name} of {array.dtype} {list(array.shape)}, where the model has"
+                f" {leaf.dtype} {list(leaf.shape)}: make the memory file again."
+            )
+    for name in ("position", "updates"):
+        if arrays[name].tolist() != getattr(header, name):
+            raise ConfigError(f"{path} says another {name} than its state has: make it again.")
 
 
 def _read(path, load: bool = False) -> tuple[Header, dict[str, np.ndarray]]:
@@ -184,17 +237,20 @@ def _read(path, load: bool = False) -> tuple[Header, dict[str, np.ndarray]]:
             text = (file.metadata() or {}).get(_KEY)
             if text is None:
                 raise ConfigError(f"{path} is a safetensors file, but not a memory of famx.")
-            fields = json.loads(text)
-            if fields["format"] != FORMAT:
+            fields = parse_object(text, path)
+            if fields.get("format") != FORMAT:
+                wrote = shown(fields.get("famx")).strip("'")
                 raise ConfigError(
-                    f"{path} has format {fields['format']}, and this famx, {famx.__version__}, reads"
-                    f" format {FORMAT}: famx {fields['famx']} wrote it."
+                    f"{path} has format {shown(fields.get('format'))}, and this famx, {famx.__version__},"
+                    f" reads format {FORMAT}: famx {wrote} wrote it."
                 )
-            header = Header(**fields)
+            header = Header(**checked(_Header, fields, path).model_dump())
             arrays = {name: file.get_tensor(name) for name in file.keys()} if load else {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except ConfigError:
+        raise
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} is not a whole memory file: make it again, or copy it again."
         ) from error

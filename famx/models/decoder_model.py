@@ -178,8 +178,8 @@ class DecoderModel:
 
         The prompt is where `decoder_causal_attention` is 1, begin of text included; the last of these
         positions predicts the first target. In a batch without that feature the whole row, up to its
-        padding, is the prompt. The vocabulary's eos,
-        if it has one, ends a continuation and is part of it.
+        padding, is the prompt. The vocabulary's `end_ids` end a continuation; the one that does is part
+        of it.
 
         Returns:
           int32 `[B, L]`, the first new token first, padding after the end or where the row has no
@@ -199,8 +199,10 @@ class DecoderModel:
         last = jnp.take_along_axis(hidden, (size - 1)[:, None, None], axis=1)
         logits = self.module.apply(variables, last, method="logits")[:, 0]
 
-        eos_id = getattr(self.vocabulary, "eos_id", None)
-        stops = () if eos_id is None else (eos_id,)
+        stops = getattr(self.vocabulary, "end_ids", None)
+        if stops is None:  # a vocabulary of SeqIO, or none
+            eos_id = getattr(self.vocabulary, "eos_id", None)
+            stops = () if eos_id is None else (eos_id,)
         sampling, room = Sampling(length, stop_tokens=stops), length - size + 1
         out = generate(self.module, params, logits, state, sampling, room=room)
         written = jnp.arange(length) < out.lengths[:, None]

@@ -331,9 +331,9 @@ def test_an_unused_piece_of_sentencepiece_becomes_the_pad(tmp_path):
 def test_tokenizers_that_do_not_fit(tmp_path, instruct, source):
     with pytest.raises(ConfigError, match="has 301 ids, the model 299: pass the tokenizer of this"):
         fitting_vocabulary(instruct / "tokenizer.json", 299)
-    with pytest.raises(ConfigError, match="The tokenizer cannot be used: pad_id 40 is not free"):
+    with pytest.raises(ConfigError, match="pad_id 40 is not free"):
         fitting_vocabulary(instruct / "tokenizer.json", 300, pad_id=40)
-    with pytest.raises(ConfigError, match="The tokenizer cannot be used: There is no tokenizer file"):
+    with pytest.raises(ConfigError, match="There is no tokenizer file"):
         plan_import(open_source(source), MEMORY, tokenizer=tmp_path / "x")
     with pytest.raises(ConfigError, match="llama has no tokenizer for --pad_id"):
         plan_import(open_source(source), MEMORY, pad_id=3)

@@ -99,12 +99,35 @@ REFUSED = {
     "'dynamic' is not implemented": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
     "'longrope' is not implemented": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
     "linear scaling of rotary positions has no 'factor'": {"rope_scaling": {"type": "linear"}},
+    "sets rope_scaling.factor to 4.0, which is not understood by rotary positions of the type 'defau": {
+        "rope_scaling": {"factor": 4.0}
+    },
+    "sets rope_scaling.attention_factor to 2.0": {
+        "rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 2.0}
+    },
+    "sets rope_parameters.mrope_section to [1, 2]": {
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}
+    },
+    "of two types, 'linear' and 'llama3'": {"rope_scaling": {"rope_type": "linear", "type": "llama3"}},
+    "sets rotary_pct to 0.25, which is not understood": {"rotary_pct": 0.25},
+    "sets rope_interleaved to True": {"rope_interleaved": True},
+    "sets no_rope_layers, which llama does not have": {"no_rope_layers": [1, 0, 1]},
+    "num_hidden_layers is 1099511627776": {"num_hidden_layers": 2**40},
+    "vocab_size is 2147483648": {"vocab_size": 2**31},
+    "rope_theta is -1.0: it should be greater than 0": {"rope_theta": -1.0},
+    "eos_token_id.1 is 'x'": {"eos_token_id": [1, "x"]},
+    "tie_word_embeddings is 1: it should be a valid boolean": {"tie_word_embeddings": 1},
+    "must be less": {
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+        }
+    },
     "partial_rotary_factor 0.5": {"partial_rotary_factor": 0.5},
     "partial_rotary_factor 0.25": {"rope_parameters": {"partial_rotary_factor": 0.25}},
     "activation 'xielu' is not implemented; choices are silu": {"hidden_act": "xielu"},
     "attends in both directions": {"use_bidirectional_attention": True},
-    "sets hidden_size to '24'": {"hidden_size": "24"},
-    "sets num_hidden_layers to 0": {"num_hidden_layers": 0},
+    "hidden_size is '24'": {"hidden_size": "24"},
+    "num_hidden_layers is 0": {"num_hidden_layers": 0},
     "num_heads 4 is not a multiple of num_kv_heads 3": {"num_key_value_heads": 3},
     "by layer type are supported only for Gemma 3": {
         "rope_parameters": {"full_attention": {"rope_theta": 1e4}}
@@ -118,6 +141,14 @@ def test_what_is_not_implemented_is_refused_in_a_sentence(sentence):
         families.decoder_config(LLAMA | REFUSED[sentence])
     assert sentence in str(raised.value)
     assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+def test_what_is_switched_off_is_not_refused():
+    off = {"rope_interleaved": False, "rotary_pct": None, "mrope_section": [], "rope_scaling": None,
+           "no_rope_layers": None, "partial_rotary_factor": 1.0, "sliding_window": None}  # fmt: skip
+    assert families.decoder_config(LLAMA | off) == families.decoder_config(LLAMA)
+    twice = {"type": "linear", "rope_type": "linear", "factor": 2, "attention_factor": None}
+    assert families.decoder_config(LLAMA | {"rope_scaling": twice}).rope_scaling == RopeScaling(2.0)
 
 
 def test_scaled_positions_in_sliding_layers_are_refused():

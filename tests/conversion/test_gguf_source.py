@@ -266,6 +266,52 @@ def test_scaling_by_name_is_left_to_the_architecture(tmp_path):
     assert read_config(tmp_path, {"rope.scaling.type": "none"}).get("rope_scaling") is None
 
 
+FACTOR, OLDER, KIND = "rope.scaling.factor", "rope.scale_linear", "rope.scaling.type"
+
+
+@pytest.mark.parametrize(
+    "keys, factor",
+    [
+        ({FACTOR: 4.0}, 4.0),  # linear is the default type, as in llama.cpp
+        ({OLDER: 4.0}, 4.0),
+        ({OLDER: 2.0, FACTOR: 4.0}, 4.0),
+        ({OLDER: 4.0, KIND: "linear"}, 4.0),
+        ({OLDER: 0.0}, None),
+        ({FACTOR: 1.0}, None),
+        ({FACTOR: 4.0, KIND: "none"}, None),
+        ({OLDER: 4.0, "rope.scaling.original_context_length": 512, "rope.scaling.finetuned": 1}, 4.0),
+        ({"rope.dimension_sections": 0}, None),
+    ],
+)
+def test_linear_scaling_under_every_key(tmp_path, keys, factor):
+    config = read_config(tmp_path, keys)
+    wanted = None if factor is None else RopeScaling(factor)
+    assert decoder_config(config).rope_scaling == wanted
+
+
+@pytest.mark.parametrize(
+    "keys, sentence",
+    [
+        ({"rope.dimension_sections": [8, 4, 4, 0]}, "sets llama.rope.dimension_sections to"),
+        ({"rope.scaling.yarn_beta_fast": 32.0}, "sets llama.rope.scaling.yarn_beta_fast to 32.0"),
+        ({"rope.scaling.attn_factor": 2.0}, "sets llama.rope.scaling.attn_factor to 2.0"),
+        ({"rope.a_key_of_tomorrow": 3}, "sets llama.rope.a_key_of_tomorrow to 3, which is not underst"),
+        ({FACTOR: "4"}, "rope.scaling.factor is '4': it should be a valid number"),
+        ({FACTOR: float("nan")}, "rope.scaling.factor is nan"),
+    ],
+)
+def test_keys_about_positions_that_are_not_understood_are_named(tmp_path, keys, sentence):
+    with pytest.raises(ConfigError) as caught:
+        read_config(tmp_path, keys)
+    assert sentence in str(caught.value)
+
+
+def test_positions_are_not_scaled_twice(tmp_path):
+    arrays = {"rope_freqs.weight": np.linspace(1, 4, 8, dtype=np.float32)}
+    with pytest.raises(ConfigError, match="scales its rotary positions twice"):
+        read_config(tmp_path, {FACTOR: 4.0}, arrays)
+
+
 def test_partial_rotation_is_left_to_the_architecture(tmp_path):
     with pytest.raises(ConfigError, match="rotates only a part of each head"):
         decoder_config(read_config(tmp_path, {"rope.dimension_count": 8}))
@@ -374,7 +420,7 @@ def test_text_that_is_none_is_one_sentence(whole):
     path, content = whole
     damaged = path.with_name("damaged.gguf")
     damaged.write_bytes(content.replace(b"llama", b"ll\xffma", 1))
-    with pytest.raises(ConfigError, match="damaged.gguf' is damaged at general.architecture; fetch it"):
+    with pytest.raises(ConfigError, match="at 'general.architecture', a text is not UTF-8.; fetch it"):
         GgufSource(damaged)
 
 

@@ -185,8 +185,9 @@ def test_every_altered_field_is_noticed(saved):
                 continue
             path.write_text(json.dumps({**description, name: new}))
             if name == "file" and vocabulary.file_name is None:
-                assert load_vocabulary(directory) == vocabulary  # names nothing that is read
-                continue
+                if new is None or isinstance(new, str):
+                    assert load_vocabulary(directory) == vocabulary  # names nothing that is read
+                    continue
             with pytest.raises(ConfigError):
                 load_vocabulary(directory)
         path.write_text(json.dumps({k: v for k, v in description.items() if k != name}))
@@ -200,7 +201,7 @@ def test_every_altered_field_is_noticed(saved):
         load_vocabulary(directory)
     for text in ("", "{", "[]", "1"):
         path.write_text(text)
-        with pytest.raises(ConfigError, match="vocabulary.json' is damaged"):
+        with pytest.raises(ConfigError, match="vocabulary.json is damaged"):
             load_vocabulary(directory)
 
 

@@ -169,7 +169,7 @@ def test_sentencepiece_with_tokens_in_brackets(tmp_path):
     )
     vocabulary = SentencePieceVocabulary(tmp_path / "tokenizer.model")
     template = ChatTemplate(vocabulary)
-    start, end = (vocabulary.encode(text)[0] for text in ("<start_of_turn>", "<end_of_turn>"))
+    start, end = (vocabulary.special_tokens[text] for text in ("<start_of_turn>", "<end_of_turn>"))
     assert template.end_of_turn == end
     plain = vocabulary.encode
     expected = [vocabulary.bos_id, start, *plain("user\na word"), end, *plain("\n")]

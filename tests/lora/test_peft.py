@@ -1,5 +1,7 @@
 """PEFT reads saved adapters: transformers then gives the logits of the merged model."""
 
+import copy
+
 import jax
 import numpy as np
 import pytest
@@ -71,3 +73,22 @@ def test_peft_loads_what_we_save_and_we_load_what_peft_saves(llama, tmp_path):
     back = combine(params, adapters)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_that_peft_made_gives_its_logits(llama, tmp_path, rslora):
+    c, params = ours(llama)
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_rslora=rslora
+    )
+    model = peft.get_peft_model(copy.deepcopy(llama), settings).eval()
+    torch.manual_seed(1)
+    for name, x in model.named_parameters():
+        if "lora_B" in name:  # zero in a new adapter
+            torch.nn.init.normal_(x, std=0.3)
+    model.save_pretrained(tmp_path)
+    adapters, lora = load_adapter(tmp_path, params)
+    wanted = theirs(model)
+    assert difference(logits(c, merged(combine(params, adapters), lora), TOKENS, None), wanted) < 1e-4
+    assert difference(logits(c, params, TOKENS, None), wanted) > 0.01

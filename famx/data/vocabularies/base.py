@@ -27,6 +27,7 @@ class Vocabulary:
       special_tokens: ids of special tokens by the text that a chat template writes for them; no plain
         text encodes to these ids.
       chat_template: the Jinja template that came with the vocabulary, or None.
+      more_end_ids: ids beside `eos_id` that end a text or an answer; see `end_ids`.
       file_name: name of the tokenizer file that is saved next to the description, or None.
       content: the bytes of that file, or None.
     """
@@ -40,6 +41,7 @@ class Vocabulary:
     adds_bos: bool = True
     special_tokens: Mapping[str, int] = MappingProxyType({})
     chat_template: str | None = None
+    more_end_ids: tuple[int, ...] = ()
     file_name: str | None = None
     content: bytes | None = None
 
@@ -55,6 +57,25 @@ class Vocabulary:
         """Everything that distinguishes this vocabulary from others, as JSON values."""
         names = ("kind", "vocab_size", "pad_id", "bos_id", "eos_id", "unk_id")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All ids that end a text or an answer, `eos_id` first."""
+        first = () if self.eos_id is None else (self.eos_id,)
+        return tuple(dict.fromkeys([*first, *self.more_end_ids]))
+
+    def set_more_end_ids(self, ids: Iterable[int]) -> None:
+        """Let these ids, too, end a text; ids that the vocabulary does not have are left out.
+
+        They are no part of the description: texts are encoded in the same way.
+        """
+        own = (i for i in ids if 0 <= i < self.vocab_size and i != self.eos_id)
+        self.more_end_ids = tuple(sorted(set(own)))
+
+    def saved_description(self) -> dict[str, Any]:
+        """`description`, and what else is saved and restored: the chat template and `more_end_ids`."""
+        more = {"end_ids": list(self.more_end_ids)} if self.more_end_ids else {}
+        return {**self.description(), "chat_template": self.chat_template, **more}
 
     @classmethod
     def restore(cls, description: Mapping[str, Any], content: bytes | None) -> Self:

@@ -1,7 +1,6 @@
 """Token ids of chat messages, by the Jinja chat template that comes with an instruct model."""
 
 import datetime
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.data.vocabularies.base import Vocabulary, optional_package
+from famx.data.vocabularies.base import Vocabulary
+from famx.data.vocabularies.special_tokens import BREAK, AddedToken, Splitter
+from famx.data.vocabularies.template_renderer import renderer
+from famx.data.vocabularies.tokenizer_files import Before
 
-# Unicode noncharacters, which valid text does not contain. `_BREAK` splits a special token that a message
+# Unicode noncharacters, which valid text does not contain. `BREAK` splits a special token that a message
 # spells; `_QUESTION` and `_ANSWER` are placeholders for earlier messages, whose text is no longer known;
 # what the template writes within {% generation %} is between `_OPEN` and `_CLOSE`.
-_BREAK, _QUESTION, _ANSWER, _OPEN, _CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
-_MARKS = re.compile(f"[{_BREAK}-{_CLOSE}]")
+_QUESTION, _ANSWER, _OPEN, _CLOSE = "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
+_MARKS = re.compile(f"[{BREAK}-{_CLOSE}]")
 _TAGS = re.compile(f"[{_OPEN}{_CLOSE}]")
 # A document of a run must not change from day to day; Llama 3's template writes this date by default.
 _TODAY = datetime.datetime(2024, 7, 26)
@@ -51,30 +53,17 @@ class ChatTemplate:
                 "The model's vocabulary has no chat template: set CHAT_TEMPLATE to False."
             )
         self._vocabulary, self._system = vocabulary, system
-        self._jinja = optional_package("jinja2", "Chat templates")
-        environment = _environment(self._jinja)
-        try:
-            self._template = environment.from_string(source)
-        except self._jinja.TemplateError as error:
-            raise ConfigError(f"The chat template of the vocabulary is not valid: {error}.") from error
+        self._renderer = renderer(source)
         special = {text: i for text, i in vocabulary.special_tokens.items() if text}
-        # Some tokenizer files list tokens such as Gemma's <start_of_turn> as ordinary ones.
-        for text in re.findall(r"<[^<>\s]+>", source):
-            ids = vocabulary.encode(text)
-            if text not in special and len(ids) == 1:
-                special[text] = ids[0]
-        longest_first = sorted(special, key=len, reverse=True)
-        spelled = "|".join(map(re.escape, longest_first)) or "(?!)"
-        self._starts = re.compile(f"(?=(?:{spelled}))(.)", re.DOTALL)
-        self._special = re.compile(spelled)
-        self._ends = re.compile(rf"\s*({spelled})")  # what ends an answer
+        tokens = [AddedToken(id=i, content=text) for text, i in special.items()]
+        self._splitter, self._special_ids = Splitter(tokens), frozenset(special.values())
         text_of = {i: text for text, i in special.items()}
         self._names = {
             f"{role}_token": text_of.get(getattr(vocabulary, f"{role}_id"), "")
             for role in ("bos", "eos", "pad", "unk")
         }
-        end = self._ends.match(self._around_answer()[1])
-        self.end_of_turn = None if end is None else special[end[1]]
+        end = self._end(self._around_answer()[1])
+        self.end_of_turn = None if end is None else end[0].id
 
     def first(self, message: str, begin: bool = True) -> list[int]:
         """Encode the first message of a conversation, up to where the answer starts.
@@ -86,7 +75,8 @@ class ChatTemplate:
         Raises:
           ConfigError: the template rejects the message.
         """
-        return self._encode(self._render([self._user(message)], begin=begin))
+        text = self._render([self._user(message)], begin=begin)
+        return self._encode(text, "start" if begin else "special")
 
     def next(self, message: str, ended: bool) -> list[int]:
         """Encode a later message: the text from the end of the last answer to the start of the next.
@@ -105,8 +95,10 @@ class ChatTemplate:
                 "The chat template rewrites earlier turns, so the conversation cannot continue from what"
                 " was read: start over after each answer (/reset), or set --template."
             )
-        end = self._ends.match(after) if ended else None
-        return self._encode(after if end is None else after[end.end() :])
+        end = self._end(after) if ended else None
+        if end is None:
+            return self._encode(after, "text")
+        return self._encode(after[end[1] :], "special")
 
     def conversation(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping] | None = None
@@ -141,7 +133,7 @@ class ChatTemplate:
         for start, stop in [*spans, (len(text), len(text))]:
             stop = self._end_of_turn(text, start, stop, tagged)
             for part, weight in ((text[at:start], 0.0), (text[start:stop], 1.0)):
-                encoded = self._encode(part)
+                encoded = self._encode(part, self._before(ids))
                 ids += encoded
                 weights += [weight] * len(encoded)
             at = stop
@@ -170,12 +162,20 @@ class ChatTemplate:
 
         Tags may stand before this token; without them, the text after `stop` is of another turn.
         """
-        last = max((match.end() for match in self._special.finditer(text, start, stop)), default=None)
+        last, at = None, start
+        while (found := self._splitter.find(text[:stop], at)) is not None:
+            last = at = found[0] + len(found[1].content)
         if last is not None and not text[last:stop].strip():
             return last
-        follows = self._ends.match(text, stop) if tagged and start < stop else None
-        ends = follows is not None and self._vocabulary.encode(follows[1], special=True)
-        return follows.end() if ends == [self.end_of_turn] else stop
+        follows = self._end(text, stop) if tagged and start < stop else None
+        return stop if follows is None or follows[0].id != self.end_of_turn else follows[1]
+
+    def _end(self, text: str, start: int = 0) -> tuple[AddedToken, int] | None:
+        """The special token that follows at `start`, after white space, and where it ends."""
+        found = self._splitter.find(text, start)
+        if found is None or text[start : found[0]].strip():
+            return None
+        return found[1], found[0] + len(found[1].content)
 
     def _message(self, k: int, message: Any) -> dict[str, Any]:
         """The message as the template gets it: special tokens broken, missing values left out."""
@@ -235,12 +235,18 @@ class ChatTemplate:
         return {"role": "user", "content": self._break(message)}
 
     def _break(self, text: str) -> str:
-        """Put `_BREAK` into everything in `text` that would be encoded as a special token."""
+        """Put `BREAK` into everything in `text` that would be encoded as a special token."""
         text = _MARKS.sub("\N{REPLACEMENT CHARACTER}", text)
-        return self._starts.sub(lambda match: match[1] + _BREAK, text)
+        return self._splitter.broken(text)
 
-    def _encode(self, text: str) -> list[int]:
-        return [i for part in text.split(_BREAK) for i in self._vocabulary.encode(part, special=True)]
+    def _encode(self, text: str, before: Before) -> list[int]:
+        return self._vocabulary.encode(text, special=True, before=before)
+
+    def _before(self, ids: Sequence[int]) -> Before:
+        """What follows `ids` follows."""
+        if not ids:
+            return "start"
+        return "special" if ids[-1] in self._special_ids else "text"
 
     def _around_answer(self, *more: Mapping) -> tuple[str, str]:
         """Rendered text before and after a placeholder answer that is followed by `more` messages."""
@@ -262,25 +268,19 @@ class ChatTemplate:
         """Text of the messages; with `marks`, what the template marks as generated is in marks."""
         if self._system is not None:
             messages = [{"role": "system", "content": self._break(self._system)}, *messages]
-        names: dict[str, Any] = self._names if begin else {**self._names, "bos_token": ""}
-        if today is not None:
-            names = {**names, "strftime_now": today.strftime}
-        return self._fill(messages, prompt, names, tools, marks)
+        names = self._names if begin else {**self._names, "bos_token": ""}
+        return self._fill(messages, prompt, names, tools, marks, today)
 
     def _fill(
         self,
         messages: Sequence[Mapping],
         prompt: bool,
-        names: Mapping[str, Any],
+        names: Mapping[str, str],
         tools: Sequence | None = None,
         marks: bool = False,
+        today: datetime.datetime | None = None,
     ) -> str:
-        try:
-            text = self._template.render(
-                messages=messages, add_generation_prompt=prompt, tools=tools, documents=None, **names
-            )
-        except (self._jinja.TemplateError, TypeError, ValueError, LookupError) as error:
-            raise ConfigError(f"The chat template rejects the messages: {error}.") from error
+        text = self._renderer.render(messages, prompt, names, tools, today)
         return text if marks else _TAGS.sub("", text)
 
 
@@ -295,35 +295,3 @@ def _marked_spans(text: str) -> list[tuple[int, int]]:
         else:
             spans.append((start, place))
     return spans
-
-
-def _environment(jinja2):
-    """Sandboxed Jinja environment, since a template comes from a downloaded file."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """Turn the tags with which some templates mark answers for training into `_OPEN` and `_CLOSE`."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            mark = lambda text: nodes.Output([nodes.TemplateData(text)], lineno=line)
-            return [mark(_OPEN), *body, mark(_CLOSE)]
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    def to_json(value, ensure_ascii=False, **options):
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment

@@ -2,38 +2,47 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from famx.base.errors import ConfigError
+from famx.base.untrusted import Fields, Name, checked
 from famx.data.vocabularies.base import optional_package
+from famx.data.vocabularies.gguf_file import GgufFile
+from famx.data.vocabularies.special_tokens import MOST_TOKEN, MOST_TOKENS
+from famx.data.vocabularies.tokenizer_config import MOST_TEMPLATE, ROLES, TokenizerConfig
 
 # Token types of GGUF; SentencePiece numbers its types of pieces the same way.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours -> GGUF's
 
 
-def open_gguf(path: str | os.PathLike) -> Any:
-    """Open a `gguf.GGUFReader`, which maps the file into memory.
-
-    Raises:
-      ConfigError: the package `gguf` is missing.
-      ValueError: the file does not exist or is damaged.
-    """
-    gguf = optional_package("gguf", "GGUF files")
-    try:
-        return gguf.GGUFReader(path)
-    except OSError as error:
-        raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        if "GGMLQuantizationType" in str(error):
-            raise ValueError(
-                f"'{path}' holds tensors of an unknown type ({error}); use a file with tensors of type "
-                "Q8_0, or a newer package gguf."
-            ) from error
-        raise ValueError(f"'{path}' is not a whole GGUF file ({error}); fetch it again.") from error
+_Token = Annotated[str, Field(max_length=MOST_TOKEN)]
+_Id = Annotated[int, Field(ge=0)] | None
 
 
-def read_gguf(path: str | os.PathLike) -> tuple[str, bytes, dict[str, Any]]:
+class _Tokenizer(Fields):
+    """Entries of a GGUF header under `tokenizer.`."""
+
+    model: Name | None = Field(None, alias="ggml.model")
+    pre: Name | None = Field(None, alias="ggml.pre")
+    tokens: Annotated[list[_Token], Field(max_length=MOST_TOKENS)] = Field([], alias="ggml.tokens")
+    types: list[Annotated[int, Field(ge=0, le=BYTE)]] | None = Field(None, alias="ggml.token_type")
+    scores: list[float] = Field([], alias="ggml.scores")
+    merges: list[Annotated[str, Field(max_length=2 * MOST_TOKEN + 1)]] | None = Field(
+        None, alias="ggml.merges"
+    )
+    bos: _Id = Field(None, alias="ggml.bos_token_id")
+    eos: _Id = Field(None, alias="ggml.eos_token_id")
+    unk: _Id = Field(None, alias="ggml.unknown_token_id")
+    pad: _Id = Field(None, alias="ggml.padding_token_id")
+    add_space_prefix: bool = Field(True, alias="ggml.add_space_prefix")
+    remove_extra_whitespaces: bool = Field(False, alias="ggml.remove_extra_whitespaces")
+    chat_template: Annotated[str, Field(max_length=MOST_TEMPLATE)] | None = None
+
+
+def read_gguf(path: str | os.PathLike) -> tuple[str, bytes, TokenizerConfig]:
     """Read the tokenizer of a GGUF file, without the weights.
 
     Args:
@@ -42,38 +51,33 @@ def read_gguf(path: str | os.PathLike) -> tuple[str, bytes, dict[str, Any]]:
 
     Returns:
       the kind, "byte_pair" or "sentencepiece"; the bytes of a `tokenizer.json` or a SentencePiece
-      model; and the entries of a `tokenizer_config.json`: `bos_token` etc. and `chat_template`.
+      model; and what a `tokenizer_config.json` would say.
 
     Raises:
-      ConfigError: the package `gguf` is missing.
-      ValueError: the file is damaged, has no tokenizer, or one of another kind.
+      ConfigError: the package `gguf` is missing, or the file is damaged, has no tokenizer, or one of
+        another kind.
     """
-    reader = open_gguf(path)
-
-    def get(name: str, default: Any = None) -> Any:
-        field = reader.get_field(f"tokenizer.{name}")
-        return default if field is None else field.contents()
-
-    model = get("ggml.model")
-    if model not in _WRITERS:
-        raise ValueError(
-            f"The tokenizer of '{path}' is of kind {model!r}; GGUF files with 'gpt2' (byte-level BPE) "
-            "and 'llama' (SentencePiece) tokenizers can be read."
+    values = GgufFile(path).values
+    prefix = "tokenizer."
+    own = {key.removeprefix(prefix): x for key, x in values.items() if key.startswith(prefix)}
+    tokenizer = checked(_Tokenizer, own, f"'{path}' (tokenizer)")
+    if tokenizer.model not in _WRITERS:
+        raise ConfigError(
+            f"The tokenizer of '{path}' is of kind {tokenizer.model!r}; GGUF files with 'gpt2' "
+            "(byte-level BPE) and 'llama' (SentencePiece) tokenizers can be read."
         )
-    kind, write = _WRITERS[model]
-    tokens = get("ggml.tokens", [])
-    types = get("ggml.token_type", [NORMAL] * len(tokens))
+    kind, write = _WRITERS[tokenizer.model]
+    tokens = tokenizer.tokens
+    # 0 is "undefined", which llama.cpp reads as ordinary.
+    types = [kind or NORMAL for kind in tokenizer.types or [NORMAL] * len(tokens)]
     if not tokens or len(types) != len(tokens):
-        raise ValueError(
+        raise ConfigError(
             f"'{path}' has {len(tokens)} tokens and {len(types)} token types; there must be at least "
             "one token, and a type for each."
         )
-    config = {"chat_template": get("chat_template")}
-    for role, name in _ROLES.items():
-        i = get(f"ggml.{name}_token_id")
-        if i is not None and i < len(tokens):
-            config[f"{role}_token"] = tokens[i]
-    return kind, write(path, tokens, types, config, get), config
+    ids = {role: getattr(tokenizer, role) for role in ROLES}
+    names = {role: tokens[i] for role, i in ids.items() if i is not None and i < len(tokens)}
+    return kind, write(path, tokenizer, types, names), TokenizerConfig(names, tokenizer.chat_template)
 
 
 def _split(pattern: str) -> dict[str, Any]:
@@ -114,16 +118,12 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 
 
 def _byte_pair_file(
-    path: str | os.PathLike,
-    tokens: Sequence[str],
-    types: Sequence[int],
-    config: dict[str, Any],
-    get: Callable,
+    path: str | os.PathLike, tokenizer: _Tokenizer, types: Sequence[int], names: Mapping[str, str]
 ) -> bytes:
     """Make a `tokenizer.json`; tokens that are not text become special tokens."""
-    name = get("ggml.pre")
+    name, tokens = tokenizer.pre, tokenizer.tokens
     if name not in PRE_TOKENIZERS:
-        raise ValueError(
+        raise ConfigError(
             f"'{path}' splits text with the pre-tokenizer {name!r}; known are "
             f"{', '.join(PRE_TOKENIZERS)}. Use the model's tokenizer.json instead."
         )
@@ -131,10 +131,10 @@ def _byte_pair_file(
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         repeated = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise ValueError(f"'{path}' has the token {repeated!r} twice; every token must have one id.")
-    merges = get("ggml.merges")
+        raise ConfigError(f"'{path}' has the token {repeated!r} twice; every token must have one id.")
+    merges = tokenizer.merges
     if merges is None:
-        raise ValueError(f"'{path}' has no merges (tokenizer.ggml.merges); fetch another file.")
+        raise ConfigError(f"'{path}' has no merges (tokenizer.ggml.merges); fetch another file.")
     added = [
         {
             "id": i,
@@ -154,7 +154,7 @@ def _byte_pair_file(
         "vocab": vocab,
         "merges": merges,
     }
-    tokenizer = {
+    spec = {
         "version": "1.0",
         "added_tokens": added,
         "normalizer": rule.get("normalizer"),
@@ -162,23 +162,19 @@ def _byte_pair_file(
         "decoder": _byte_level(True),
         "model": model,
     }
-    return json.dumps(tokenizer, ensure_ascii=False).encode("utf-8")
+    return json.dumps(spec, ensure_ascii=False).encode("utf-8")
 
 
 def _sentencepiece_file(
-    path: str | os.PathLike,
-    tokens: Sequence[str],
-    types: Sequence[int],
-    config: dict[str, Any],
-    get: Callable,
+    path: str | os.PathLike, tokenizer: _Tokenizer, types: Sequence[int], names: Mapping[str, str]
 ) -> bytes:
     """Make a SentencePiece BPE model with the pieces, scores and types of the GGUF file."""
     optional_package("sentencepiece", "SentencePiece vocabularies")
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    scores = get("ggml.scores", [])
+    tokens, scores = tokenizer.tokens, tokenizer.scores
     if len(scores) != len(tokens):
-        raise ValueError(
+        raise ConfigError(
             f"'{path}' has {len(tokens)} tokens and {len(scores)} scores; each token needs one."
         )
     model = proto.ModelProto()
@@ -188,12 +184,11 @@ def _sentencepiece_file(
     trainer.model_type = proto.TrainerSpec.BPE
     trainer.vocab_size = len(tokens)
     trainer.byte_fallback = BYTE in types
-    for role in _ROLES:
-        if f"{role}_token" in config:
-            setattr(trainer, f"{role}_piece", config[f"{role}_token"])
+    for role, token in names.items():
+        setattr(trainer, f"{role}_piece", token)
     model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = get("ggml.add_space_prefix", True)
-    model.normalizer_spec.remove_extra_whitespaces = get("ggml.remove_extra_whitespaces", False)
+    model.normalizer_spec.add_dummy_prefix = tokenizer.add_space_prefix
+    model.normalizer_spec.remove_extra_whitespaces = tokenizer.remove_extra_whitespaces
     return model.SerializeToString(deterministic=True)
 
 

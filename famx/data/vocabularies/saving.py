@@ -1,14 +1,19 @@
 """Vocabularies in files: opening a tokenizer file, and saving any vocabulary next to a checkpoint."""
 
 import hashlib
-import json
 import os
 import pathlib
+from typing import Annotated
+
+from pydantic import Field
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_bytes, write_json
+from famx.base.untrusted import Fields, Name, checked, read_limited, read_object, shown
 from famx.data.vocabularies.base import Vocabulary
 from famx.data.vocabularies.simple import ByteVocabulary, WordVocabulary
+from famx.data.vocabularies.special_tokens import MOST_TOKEN, MOST_TOKENS
+from famx.data.vocabularies.tokenizer_config import MOST_TOKENIZER_BYTES
 from famx.data.vocabularies.tokenizer_files import (
     BytePairVocabulary,
     SentencePieceVocabulary,
@@ -20,6 +25,18 @@ KINDS: dict[str, type[Vocabulary]] = {
     for cls in (ByteVocabulary, WordVocabulary, SentencePieceVocabulary, BytePairVocabulary)
 }
 _DESCRIPTION_FILE = "vocabulary.json"
+_Word = Annotated[str, Field(max_length=MOST_TOKEN)]
+
+
+class _Saved(Fields):
+    """The fields of vocabulary.json that all kinds have, and the words of a `WordVocabulary`."""
+
+    kind: Name
+    file: Name | None
+    file_sha256: Name | None = None
+    fingerprint: Name | None = None
+    end_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2 * MOST_TOKENS)]], Field(max_length=256)] = []
+    words: Annotated[list[_Word], Field(max_length=MOST_TOKENS)] | None = None
 
 
 def open_vocabulary(
@@ -35,8 +52,7 @@ def open_vocabulary(
       pad_id, bos_id, eos_id: override the file's ids; see `famx.data.vocabularies.tokenizer_files`.
 
     Raises:
-      ConfigError: a package is missing.
-      ValueError: the file cannot be read, or a given id is taken.
+      ConfigError: a package is missing, the file cannot be read, or a given id is taken.
     """
     source = read_tokenizer_file(file)
     return KINDS[source.kind](source, pad_id, bos_id, eos_id)
@@ -64,9 +80,8 @@ def save_vocabulary(vocabulary: Vocabulary, directory: str | os.PathLike) -> Non
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     description = {
-        **vocabulary.description(),
+        **vocabulary.saved_description(),
         "file": vocabulary.file_name,
-        "chat_template": vocabulary.chat_template,
         "fingerprint": vocabulary.fingerprint,
     }
     if vocabulary.file_name is not None:
@@ -87,34 +102,35 @@ def load_vocabulary(directory: str | os.PathLike) -> Vocabulary:
             f"There is no {_DESCRIPTION_FILE} in '{directory}'; name a directory into which a "
             "vocabulary was saved."
         )
-    try:
-        description = json.loads(path.read_bytes())
-        kind, name = description["kind"], description["file"]
-        cls = KINDS.get(kind)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"'{path}' is damaged; copy it again from where it was saved.") from error
+    description = read_object(path)
+    saved = checked(_Saved, description, path)
+    cls = KINDS.get(saved.kind)
     if cls is None:
         raise ConfigError(
-            f"'{path}' describes a vocabulary of kind '{kind}'; known here are {', '.join(KINDS)}."
+            f"'{path}' describes a vocabulary of kind {shown(saved.kind)}; known here are "
+            f"{', '.join(KINDS)}."
         )
     content = None
     if cls.file_name is not None:
-        if name != cls.file_name or not path.with_name(name).is_file():
+        # Only the one name is read, so that no name in a file leads out of the directory.
+        file = path.with_name(cls.file_name)
+        if saved.file != cls.file_name or not file.is_file():
             raise ConfigError(
                 f"The tokenizer file '{cls.file_name}' that '{path}' needs is missing; copy it into "
                 "the same directory."
             )
-        content = path.with_name(name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != description.get("file_sha256"):
+        content = read_limited(file, MOST_TOKENIZER_BYTES)
+        if hashlib.sha256(content).hexdigest() != saved.file_sha256:
             raise ConfigError(
-                f"'{path.with_name(name)}' is not the file that was saved with '{path}': its SHA-256 "
+                f"'{file}' is not the file that was saved with '{path}': its SHA-256 "
                 "differs; copy both again from where they were saved."
             )
     altered = f"'{path}' is not as it was saved; copy it again from where it was saved."
     try:
         vocabulary = cls.restore(description, content)
-    except ConfigError:
-        raise
+        vocabulary.set_more_end_ids(saved.end_ids)
+    except ConfigError as error:
+        raise ConfigError(f"'{path}': {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(altered) from error
     if {**description, **vocabulary.description()} != description or (
