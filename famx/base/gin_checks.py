@@ -70,9 +70,9 @@ def check_all_used(ignore: Sequence[str] = ()) -> None:
         for param, value in params.items()
         if selector != _MACRO
     ]
-    macros = {_macro_name(value) for *where, value in bindings if used(*where)} - {None}
+    macros = {macro_name(value) for *where, value in bindings if used(*where)} - {None}
     for scope, selector, param, value in bindings:
-        if short(selector) not in ignore and _macro_name(value) not in macros:
+        if short(selector) not in ignore and macro_name(value) not in macros:
             if not used(scope, selector, param) and not _replaced(selector, called):
                 name = f"{scope}/{short(selector)}" if scope else short(selector)
                 raise ConfigError(
@@ -140,7 +140,7 @@ def _references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
             yield from _references(item)
 
 
-def _macro_name(value: Any) -> str | None:
+def macro_name(value: Any) -> str | None:
     """Name of the macro if a value is a reference to one and nothing else."""
     if isinstance(value, gin_config.ConfigurableReference) and value.configurable.selector == _MACRO:
         return "/".join(value.scopes)
