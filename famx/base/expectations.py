@@ -79,6 +79,8 @@ def _annotated(annotation: Any, metadata: Sequence[Any], many: int) -> str:
         for kind, text in ((Ge, "of at least"), (Gt, "above"), (Le, "at most"), (Lt, "below")):
             if ends[kind] is not None:
                 words.append(f"{text} {ends[kind]}")
+    if words and words[0].startswith("at most"):
+        words[0] = f"of {words[0]}"
     return " ".join(filter(None, [_phrase(annotation, many), " and ".join(words)]))
 
 
@@ -87,5 +89,8 @@ def _one_of(choices: Sequence[Any]) -> str:
 
 
 def _either(parts: Sequence[str]) -> str:
-    parts = list(dict.fromkeys(parts))
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} or {parts[-1]}"
+    *first, last = dict.fromkeys(parts)
+    if not first:
+        return last
+    comma = "," if any("," in part for part in first) else ""
+    return f"{', '.join(first)}{comma} or {last}"

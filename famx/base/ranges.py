@@ -52,10 +52,10 @@ class Test:
 
 @dataclasses.dataclass(frozen=True)
 class Built(Test):
-    """Test for objects that something builds, as opposed to numbers, texts and lists of a gin file."""
+    """Test for objects that something builds: no class, and nothing that a gin file writes out."""
 
     def complaint(self, value):
-        return "" if value is None or type(value) in _LITERALS else None
+        return "" if value is None or isinstance(value, type) or type(value) in _LITERALS else None
 
 
 @dataclasses.dataclass(frozen=True)

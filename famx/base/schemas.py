@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 
-from famx.base.ranges import OneOf, Test, one_of
+from famx.base.ranges import Built, OneOf, Test, one_of
 
 SEQUENCES = (list, tuple, collections.abc.Sequence, collections.abc.Collection, collections.abc.Iterable)
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
@@ -111,7 +111,7 @@ def _schema(annotation: Any, ranges: Mapping[str, Any] | None = None) -> Any:
 
 def _annotated(annotation: Any, metadata: tuple[Any, ...]) -> Any:
     ranges: dict[str, Any] = {}
-    tests = []
+    tests, references = [], []
     for item in metadata:
         for kind, key in ((Ge, "ge"), (Gt, "gt"), (Le, "le"), (Lt, "lt")):
             if isinstance(item, kind):
@@ -124,9 +124,13 @@ def _annotated(annotation: Any, metadata: tuple[Any, ...]) -> Any:
             tests.append(lambda value, item=item: one_of(value, item.choices))
         if isinstance(item, Test):
             tests.append(lambda value, item=item: item.complaint(value) is None)
+        if isinstance(item, Built):
+            references.append(lambda reference: reference.called)
     schema = _schema(annotation, ranges)
     for test in tests:
-        schema = _test(schema, test)
+        schema = _test(schema, lambda value, test=test: isinstance(value, Unbuilt) or test(value))
+    for test in references:
+        schema = _test(schema, lambda value, test=test: not isinstance(value, Unbuilt) or test(value))
     return schema
 
 
@@ -153,7 +157,7 @@ def _test(schema: Any, test: Callable[[Any], bool]) -> Any:
     from pydantic_core import core_schema as core
 
     def validate(value: Any) -> Any:
-        if not isinstance(value, Unbuilt) and not test(value):
+        if not test(value):
             raise ValueError
         return value
 

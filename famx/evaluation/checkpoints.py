@@ -23,7 +23,7 @@ import famx
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.files import check_writable, write_json
-from famx.base.ranges import Amount, Expected, NonNegative, OneOf, Path, Rate
+from famx.base.ranges import Amount, Built, Expected, NonNegative, OneOf, Path, Rate
 from famx.base.signals import graceful_stop
 from famx.base.values import checked
 from famx.evaluation.common import is_of_memory
@@ -44,7 +44,10 @@ Results = dict[str, dict[int, dict[str, float]]]
 
 _Evaluations = Annotated[
     Mapping[
-        str, Annotated[Callable[..., Any], Expected("an evaluation, such as @PasskeyEvaluation() makes")]
+        str,
+        Annotated[
+            Callable[..., Any], Built(), Expected("an evaluation, such as @PasskeyEvaluation() makes")
+        ],
     ],
     MinLen(1),
     Expected("a dict of at least one evaluation, such as {'passkey': @PasskeyEvaluation()}", inside=True),
@@ -247,16 +250,11 @@ def _restore(checkpointer: Checkpointer, model: DecoderModel, step: int):
 
 
 def _check_evaluations(evaluations: Mapping[str, Any]) -> None:
-    for name, evaluation in evaluations.items():
+    for name in evaluations:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigError(
                 f"{name!r} cannot be the name of an evaluation: it names a folder, so use letters, digits"
                 " and underscores."
-            )
-        if isinstance(evaluation, type):
-            raise ConfigError(
-                f"EVALUATIONS[{name!r}] is not an evaluation: {evaluation!r}. Write it with parentheses,"
-                " for example @PasskeyEvaluation()."
             )
 
 

@@ -70,15 +70,16 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
     """The stages, ready for their devices; the directory; and the trace of `run.profile_steps`."""
     if run.model_dir is None:
         raise ConfigError("MODEL_DIR is not set: training needs a directory for its checkpoints.")
-    directory = check_model_dir(run.model_dir)
     if run.steps is None or run.data.task is None:
         missing = "TRAIN_STEPS" if run.steps is None else "MIXTURE_OR_TASK_NAME"
         raise ConfigError(f"{missing} is not set: training needs it.")
-    profile = Profile(run.profile_steps, directory)
     stages = tuple(stage.ready() for stage in stages_of(run))
     for stage in stages:
         with stage.errors():
+            stage.run.data.check_options()
             stage.run.state_passing.check(stage.run)
+    profile = Profile(run.profile_steps, pathlib.Path(run.model_dir))
+    directory = check_model_dir(run.model_dir)  # last, as it makes the directory
     return stages, directory, profile
 
 

@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from famx.base.errors import ConfigError
-from famx.base.ranges import Expected, Name, NonNegative, Object, OneOf, Path, Positive, Rate, Seed
+from famx.base.ranges import Built, Expected, Name, NonNegative, Object, OneOf, Path, Positive, Rate, Seed
 from famx.base.values import SettingError, check_arguments, checked
 from famx.base.xla_options import CHOICES, DEFAULT, compiler_options
 from famx.data.tasks import registry
@@ -98,6 +98,11 @@ class Data:
             raise ConfigError("TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}.")
         return self.lengths["targets"]
 
+    def check_options(self) -> None:
+        """Raises ConfigError if an option of a named task is not what the task's annotations allow."""
+        if isinstance(self.task, str) and (factory := registry.factory(self.task)) is not None:
+            check_arguments(factory, self.options or {}, lambda option: f"TASK_OPTIONS[{option!r}]")
+
     def make_task(self, vocabulary: Any = None, **changes: Any) -> Any:
         """The task object.
 
@@ -120,7 +125,7 @@ class Data:
             factory = registry.factory(self.task)
             if factory is None:
                 return registry.get(self.task, **options)
-            return _configured(factory)(**check_arguments(factory, options))
+            return _configured(factory)(**options)
         except SettingError as error:
             if error.parameter in options:
                 raise error.renamed(f"TASK_OPTIONS[{error.parameter!r}]") from None
@@ -224,8 +229,8 @@ class Run:
     memory_start: MemoryStart = MemoryStart()
     microbatches: Positive = 1
     evaluation: Annotated[
-        Callable[..., Any] | None, Expected("an evaluation such as @evaluation.TaskEvaluation(), or None")
-    ] = None
+        Callable[..., Any], Built(), Expected("an evaluation such as @evaluation.TaskEvaluation() makes")
+    ] | None = None
     every: Every = Every()
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoints_to_keep: Positive | None = 3

@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from famx.base.ranges import Name, Paths, ShareBelowOne
+from famx.base.ranges import Name, Paths, Seed, ShareBelowOne
 from famx.base.values import checked
 from famx.data.formats.own_records import OwnSplits
 from famx.data.storage.paths import listed
@@ -34,7 +34,7 @@ def own_chat(
     tools: Name = "tools",
     validation_files: Paths | None = None,
     validation_fraction: ShareBelowOne = 0.05,
-    seed: int = 0,
+    seed: Seed = 0,
     name: Name = "own_chat",
     vocabulary: AnyVocabulary = "bytes",
     **options: Any,

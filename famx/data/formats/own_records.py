@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from famx.base.ranges import Name, Paths, ShareBelowOne
+from famx.base.ranges import Name, Paths, Seed, ShareBelowOne
 from famx.base.values import checked
 from famx.data.formats.texts import Part
 from famx.data.metrics import accuracy, rouge, token_f1
@@ -39,7 +39,7 @@ def own_records(
     targets: Name = "targets",
     validation_files: Paths | None = None,
     validation_fraction: ShareBelowOne = 0.05,
-    seed: int = 0,
+    seed: Seed = 0,
     name: Name = "own_records",
     vocabulary: AnyVocabulary = "bytes",
     **options: Any,
@@ -106,7 +106,7 @@ class OwnSplits:
         files: Paths,
         validation_files: Paths | None = None,
         validation_fraction: ShareBelowOne = 0.05,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
         self.fraction, self.seed = validation_fraction, seed
         self.files = {"train": _files_of(files, "train")}

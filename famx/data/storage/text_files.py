@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from famx.base.ranges import Paths, ShareBelowOne
+from famx.base.ranges import Paths, Seed, ShareBelowOne
 from famx.base.values import checked
 from famx.data.storage.paths import matching_files, stdlib_text_files, validation_names
 from famx.data.storage.tables import ARROW, PARQUET
@@ -27,7 +27,7 @@ class TextFiles:
         vocabulary: AnyVocabulary = "bytes",
         split: Literal["train", "validation"] = "train",
         validation_fraction: ShareBelowOne = 0.05,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
         """
         Args:

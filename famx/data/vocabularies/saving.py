@@ -7,6 +7,8 @@ import pathlib
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_bytes, write_json
+from famx.base.ranges import NonNegative, Path
+from famx.base.values import checked
 from famx.data.vocabularies.base import Vocabulary
 from famx.data.vocabularies.simple import ByteVocabulary, WordVocabulary
 from famx.data.vocabularies.tokenizer_files import (
@@ -22,11 +24,12 @@ KINDS: dict[str, type[Vocabulary]] = {
 _DESCRIPTION_FILE = "vocabulary.json"
 
 
+@checked
 def open_vocabulary(
-    file: str | os.PathLike,
-    pad_id: int | None = None,
-    bos_id: int | None = None,
-    eos_id: int | None = None,
+    file: Path,
+    pad_id: NonNegative | None = None,
+    bos_id: NonNegative | None = None,
+    eos_id: NonNegative | None = None,
 ) -> SentencePieceVocabulary | BytePairVocabulary:
     """Open a tokenizer file: a SentencePiece model, a `tokenizer.json` or a GGUF file.
 
