@@ -187,7 +187,7 @@ def test_bad_input_ends_in_one_sentence(arguments, sentence):
     ("v5p:4x4", 1, "Unknown topology v5p:4x4: v5p slices have 3 dimensions, such as v5p:2x4x4"),
     ("v5e:", 1, "Unknown topology v5e:: v5e slices have 2 dimensions"),
     ("cpu:8", 2, "--num_slices is for TPUs only, not for --topology=cpu:8"),
-    ("v5e:4x4", 0, "--num_slices must be at least 1, not 0."),
+    ("v5e:4x4", 0, "devices.num_slices must be a whole number of at least 1, not 0."),
 ])  # fmt: skip
 def test_topologies_that_are_none(topology, slices, sentence):
     with pytest.raises(ConfigError) as caught:

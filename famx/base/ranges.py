@@ -76,6 +76,7 @@ class LocalPath(Test):
 
 Positive = Annotated[int, Ge(1)]
 NonNegative = Annotated[int, Ge(0)]
+AtLeastTwo = Annotated[int, Ge(2)]
 Seed = Annotated[int, Ge(0)]
 Number = float  # finite
 Rate = Annotated[float, Gt(0)]

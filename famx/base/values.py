@@ -17,6 +17,7 @@ Examples:
 """
 
 import collections.abc
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -81,29 +82,39 @@ def check(name: str, value: Any, annotation: Any) -> Any:
     return value
 
 
-def check_arguments(
-    target: Callable[..., Any], given: Mapping[str, Any], name: Callable[[str], str] | None = None
-) -> dict[str, Any]:
+def check_arguments(target: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Checks values against the annotations of a function or class.
 
     Args:
       target: the function, class or `functools.partial`.
       given: values by parameter; those of parameters that it does not have are not checked.
-      name: the setting of a parameter, for the sentence; by default `Class.parameter`.
 
     Returns:
       The values, with `~` expanded in paths.
 
     Raises:
-      SettingError: a value is not allowed.
+      SettingError: a value is not allowed; the setting is named `Class.parameter`.
     """
     known = annotations(target)
     label = getattr(inspect.unwrap(getattr(target, "func", target)), "__name__", "")
-    named = name or (lambda parameter: f"{label}.{parameter}")
     return {
-        key: check(named(key), value, known[key]) if key in known else value
+        key: check(f"{label}.{key}", value, known[key]) if key in known else value
         for key, value in given.items()
     }
+
+
+@contextlib.contextmanager
+def options_named(setting: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """A context in which a SettingError about one of `options` is about a part of `setting`.
+
+    Options of a task, for example, reach its class as arguments, and the user wrote TASK_OPTIONS.
+    """
+    try:
+        yield
+    except SettingError as error:
+        if error.parameter not in options:
+            raise
+        raise error.renamed(f"{setting}[{error.parameter!r}]") from None
 
 
 def checked(target: _T) -> _T:

@@ -10,7 +10,7 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.base.ranges import Name, Object, Positive, Seed
-from famx.base.values import checked
+from famx.base.values import SettingError, checked, options_named
 from famx.data.tasks import Kind, has_settings, kind_of, registry
 from famx.decoding import Streamer
 from famx.evaluation.common import (
@@ -113,8 +113,12 @@ class TaskEvaluation:
         if task is None:
             raise ConfigError("TaskEvaluation.task is not set: name the task to evaluate.")
         if isinstance(task, str):
+            options = self.task_options or {}
             try:
-                task = registry.get(task, **(self.task_options or {}))
+                with options_named("TaskEvaluation.task_options", options):
+                    task = registry.get(task, **options)
+            except SettingError:
+                raise
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"{self._name}: {error}") from error
         if kind_of(task) is not Kind.MADE or not has_settings(task, "split", "seed"):

@@ -12,7 +12,7 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.base.ranges import Name, Object, OneOf, Positive, Seed
-from famx.base.values import checked
+from famx.base.values import checked, options_named
 from famx.data.metrics import bits_per_byte
 from famx.data.tasks import Kind, Scored, Suite, TextTask, kind_of, registry
 from famx.data.tasks.examples import Example, Examples, TaskDocuments
@@ -170,8 +170,9 @@ class TextTaskEvaluation:
         if made is None:
             raise ConfigError("TextTaskEvaluation.task is not set: name the task to evaluate.")
         if isinstance(made, str):
-            with self._config_errors():
-                made = registry.get(made, **(self.task_options or {}))
+            options = self.task_options or {}
+            with self._config_errors(), options_named("TextTaskEvaluation.task_options", options):
+                made = registry.get(made, **options)
         with self._config_errors():
             scored = isinstance(made, Suite) or kind_of(made) is Kind.SCORED
         if not scored:

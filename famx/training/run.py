@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from famx.base.errors import ConfigError
 from famx.base.ranges import Built, Expected, Name, NonNegative, Object, OneOf, Path, Positive, Rate, Seed
-from famx.base.values import SettingError, check_arguments, checked
+from famx.base.values import check_arguments, checked, options_named
 from famx.base.xla_options import CHOICES, DEFAULT, compiler_options
 from famx.data.tasks import registry
 from famx.mesh import (
@@ -100,8 +100,10 @@ class Data:
 
     def check_options(self) -> None:
         """Raises ConfigError if an option of a named task is not what the task's annotations allow."""
+        options = self.options or {}
         if isinstance(self.task, str) and (factory := registry.factory(self.task)) is not None:
-            check_arguments(factory, self.options or {}, lambda option: f"TASK_OPTIONS[{option!r}]")
+            with options_named("TASK_OPTIONS", options):
+                check_arguments(factory, options)
 
     def make_task(self, vocabulary: Any = None, **changes: Any) -> Any:
         """The task object.
@@ -115,6 +117,10 @@ class Data:
           ConfigError: there is no such task, or it does not take these options.
         """
         options = {**(self.options or {}), **changes}
+        with options_named("TASK_OPTIONS", options):
+            return self._made(options, vocabulary)
+
+    def _made(self, options: dict[str, Any], vocabulary: Any) -> Any:
         try:
             if not isinstance(self.task, str):
                 return dataclasses.replace(self.task, **options) if options else self.task
@@ -126,10 +132,6 @@ class Data:
             if factory is None:
                 return registry.get(self.task, **options)
             return _configured(factory)(**options)
-        except SettingError as error:
-            if error.parameter in options:
-                raise error.renamed(f"TASK_OPTIONS[{error.parameter!r}]") from None
-            raise
         except ConfigError:
             raise
         except (ValueError, TypeError) as error:
