@@ -182,7 +182,7 @@ def _across_slices(sizes, devices, dcn_data: int | None, dcn_fsdp: int | None) -
         dcn_data = math.gcd(sizes["data"], max(slices // (dcn_fsdp or 1), 1))
     if dcn_fsdp is None:
         dcn_fsdp = max(slices // max(dcn_data, 1), 1)
-    if min(dcn_data, dcn_fsdp) < 1 or dcn_data * dcn_fsdp != slices:
+    if dcn_data * dcn_fsdp != slices:
         raise ConfigError(
             f"dcn_data {dcn_data} x dcn_fsdp {dcn_fsdp} must multiply to the {slices} slice(s) of the"
             " devices."

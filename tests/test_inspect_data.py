@@ -166,7 +166,7 @@ def test_bad_input_gets_a_sentence(tmp_path):
         open_rows("passkey_words", {"digit": 3})
     with pytest.raises(ConfigError, match="no split 'dev'; the nearest name"):
         open_rows("scrolls_qasper", split="dev")
-    with pytest.raises(ConfigError, match="split is 'dev'"):
+    with pytest.raises(ConfigError, match="split must be one of 'train', 'eval', not 'dev'"):
         open_rows("passkey_words", split="dev")
     with pytest.raises(ConfigError, match="qasper/train.jsonl, which is not there. Published: https"):
         open_rows("scrolls_qasper", {"data_dir": str(tmp_path)})

@@ -138,7 +138,7 @@ def test_slices_are_crossed_by_fsdp_where_it_is_asked_for_or_nothing_else_can():
      " for dcn_fsdp 2"),
     (dict(data=1, fsdp=8, dcn_data=2), (4, 4), "no place for dcn_data 2"),
     (dict(dcn_data=3), (4, 4), "dcn_data 3 x dcn_fsdp 1 must multiply to the 2 slice"),
-    (dict(dcn_data=0), (4, 4), "dcn_data 0 x dcn_fsdp 2 must multiply to the 2 slice"),
+    (dict(dcn_data=0), (4, 4), "make_mesh.dcn_data must be a whole number of at least 1 or None, not 0"),
     (dict(dcn_data=2), (8,), "must multiply to the 1 slice"),
     (dict(), (4, 2), "The 2 slices have 2, 4 devices"),
 ])  # fmt: skip

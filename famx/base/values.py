@@ -32,6 +32,7 @@ from famx.base.expectations import expectation
 from famx.base.ranges import Expected, LocalPath, OneOf, Test
 from famx.base.schemas import MAPPINGS, SEQUENCES, UNIONS, fits, is_sequence
 from famx.base.schemas import Unbuilt as Unbuilt  # part of this module's interface
+from famx.base.text import nearest
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 
@@ -181,6 +182,8 @@ def _blame(annotation: Any, value: Any) -> tuple[tuple[Any, ...], Any, Any]:
             if not fits(item_annotation, item):
                 where, expected, wrong = _blame(item_annotation, item)
                 return (key, *where), expected, wrong
+        if _unknown_key(inner, value) is not None:
+            return (), inner, value
     return (), annotation, value
 
 
@@ -219,16 +222,10 @@ def _complaint(annotation: Any, value: Any) -> str:
     choices = _choices(annotation)
     hint = ""
     if isinstance(value, str) and choices:
-        from famx.base.gin_checks import nearest
-
         hint = nearest(value, [choice for choice in choices if isinstance(choice, str)])
-    if typing.is_typeddict(annotation) and isinstance(value, collections.abc.Mapping):
-        from famx.base.gin_checks import nearest
-
+    if (unknown := _unknown_key(annotation, value)) is not None:
         known = list(typing.get_type_hints(annotation))
-        unknown = next((key for key in value if key not in known), None)
-        if unknown is not None:
-            return f"has no {unknown!r}; choose from {', '.join(known)}.{nearest(str(unknown), known)}"
+        return f"has no {unknown!r}; choose from {', '.join(known)}.{nearest(str(unknown), known)}"
     if isinstance(value, Unbuilt) and not value.called:
         hint = f" With parentheses, {value}(), it is what that makes."
     return f"must be {expectation(annotation)}, not {_short(value)}.{hint}"
@@ -245,6 +242,13 @@ def _test_complaint(annotation: Any, value: Any) -> str | None:
         tests = (item for item in args[1:] if isinstance(item, Test))
         return next((complaint for test in tests if (complaint := test.complaint(value))), None)
     return None
+
+
+def _unknown_key(annotation: Any, value: Any) -> Any:
+    """A key of a dict that its TypedDict does not have, or None."""
+    if not typing.is_typeddict(annotation) or not isinstance(value, collections.abc.Mapping):
+        return None
+    return next((key for key in value if key not in typing.get_type_hints(annotation)), None)
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

@@ -127,6 +127,8 @@ def test_values_that_an_annotation_refuses(annotation, values):
         (Sequence[Positive] | None, (1, 0), "X[1] must be a whole number of at least 1, not 0."),
         (Sequence[Line], [{}, {"stps": 1}],
          "X[1] has no 'stps'; choose from steps, until. Did you mean steps?"),
+        (Line | Thing | None, {"stps": 1},
+         "X has no 'stps'; choose from steps, until. Did you mean steps?"),
         (Annotated[str, OneOf(("rms", "layer"))], "rns",
          "X must be one of 'rms', 'layer', not 'rns'. Did you mean rms?"),
         (Thing | None, 5, "X must be a Thing (@Thing() makes one) or None, not 5."),

@@ -348,7 +348,7 @@ BAD = {
 def test_a_line_that_does_not_fit(stages, sentence, tmp_path):
     with pytest.raises(ConfigError, match=sentence) as caught:
         loop.train(run_of(tmp_path, stages))
-    assert "\n" not in str(caught.value).split("\n  In call to configurable 'train'")[0]
+    assert "\n" not in str(caught.value).split("\n  In call to configurable")[0]
     assert not list(tmp_path.iterdir())  # nothing that would stand in the way of the next try
 
 
