@@ -54,10 +54,11 @@ def define(name: str, annotation: Any, default: Any, text: str, several: bool = 
       several: whether the flag may be given again for more values.
     """
     parser: Any = _SettingParser(name, annotation)
+    serializer: Any = flags.ArgumentSerializer()
     if several:
-        flags.DEFINE_multi(parser, None, name, default, text)
+        flags.DEFINE_multi(parser, serializer, name, default, text)
     else:
-        flags.DEFINE(parser, name, default, text, serializer=flags.ArgumentSerializer())
+        flags.DEFINE(parser, name, default, text, serializer=serializer)
 
 
 class _SettingParser(flags.ArgumentParser):

@@ -79,11 +79,9 @@ def _schema(annotation: Any, ranges: Mapping[str, Any] | None = None) -> Any:
     if origin is Literal:
         return _test(core.any_schema(), lambda value: one_of(value, args))
     if annotation in (bool, int, float, str):
-        make = {
-            bool: core.bool_schema, int: core.int_schema, float: core.float_schema, str: core.str_schema
-        }[annotation]  # fmt: skip
         finite = {"allow_inf_nan": False} if annotation is float else {}
-        return _leaf(make(strict=True, **finite, **(ranges or {})), annotation)
+        kind = {"type": annotation.__name__, "strict": True, **finite, **(ranges or {})}
+        return _leaf(kind, annotation)
     if typing.is_typeddict(annotation):
         hints = typing.get_type_hints(annotation, include_extras=True)
         required = annotation.__required_keys__
@@ -91,8 +89,8 @@ def _schema(annotation: Any, ranges: Mapping[str, Any] | None = None) -> Any:
             key: core.typed_dict_field(_schema(hint), required=key in required)
             for key, hint in hints.items()
         }
-        schema = core.typed_dict_schema(fields, extra_behavior="forbid")
-        return _container(schema, dict, collections.abc.Mapping)
+        typed_dict = core.typed_dict_schema(fields, extra_behavior="forbid")
+        return _container(typed_dict, dict, collections.abc.Mapping)
     if (origin or annotation) in MAPPINGS:
         key, item = args or (Any, Any)
         schema = core.dict_schema(_schema(key), _schema(item))
@@ -111,27 +109,31 @@ def _schema(annotation: Any, ranges: Mapping[str, Any] | None = None) -> Any:
 
 def _annotated(annotation: Any, metadata: tuple[Any, ...]) -> Any:
     ranges: dict[str, Any] = {}
-    tests, references = [], []
+    tests: list[Callable[[Any], bool]] = []
+    built = any(isinstance(item, Built) for item in metadata)
     for item in metadata:
         for kind, key in ((Ge, "ge"), (Gt, "gt"), (Le, "le"), (Lt, "lt")):
             if isinstance(item, kind):
                 ranges[key] = getattr(item, key)
-        if isinstance(item, MinLen):
-            tests.append(lambda value, item=item: len(value) >= item.min_length)
-        if isinstance(item, MaxLen):
-            tests.append(lambda value, item=item: len(value) <= item.max_length)
-        if isinstance(item, OneOf):
-            tests.append(lambda value, item=item: one_of(value, item.choices))
-        if isinstance(item, Test):
-            tests.append(lambda value, item=item: item.complaint(value) is None)
-        if isinstance(item, Built):
-            references.append(lambda reference: reference.called)
+        if (test := _test_of(item)) is not None:
+            tests.append(test)
     schema = _schema(annotation, ranges)
-    for test in tests:
-        schema = _test(schema, lambda value, test=test: isinstance(value, Unbuilt) or test(value))
-    for test in references:
-        schema = _test(schema, lambda value, test=test: not isinstance(value, Unbuilt) or test(value))
-    return schema
+    if built:
+        schema = _test(schema, lambda value: not isinstance(value, Unbuilt) or value.called)
+    return _test(schema, lambda value: isinstance(value, Unbuilt) or all(test(value) for test in tests))
+
+
+def _test_of(item: Any) -> Callable[[Any], bool] | None:
+    """The test of an item of an annotation that pydantic's core has no word for."""
+    if isinstance(item, MinLen):
+        return lambda value: len(value) >= item.min_length
+    if isinstance(item, MaxLen):
+        return lambda value: len(value) <= item.max_length
+    if isinstance(item, OneOf):
+        return lambda value: one_of(value, item.choices)
+    if isinstance(item, Test):
+        return lambda value: item.complaint(value) is None
+    return None
 
 
 def _leaf(schema: Any, kind: Any) -> Any:

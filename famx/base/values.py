@@ -97,7 +97,7 @@ def check_arguments(target: Callable[..., Any], given: Mapping[str, Any]) -> dic
       SettingError: a value is not allowed; the setting is named `Class.parameter`.
     """
     known = annotations(target)
-    label = getattr(inspect.unwrap(getattr(target, "func", target)), "__name__", "")
+    label = getattr(_unwrapped(target), "__name__", "")
     return {
         key: check(f"{label}.{key}", value, known[key]) if key in known else value
         for key, value in given.items()
@@ -125,7 +125,7 @@ def checked(target: _T) -> _T:
     """
     if not isinstance(target, type):
         return typing.cast(_T, _checked(target, target))
-    setattr(target, "__init__", _checked(target.__init__, target))  # noqa: B010, mypy
+    setattr(target, "__init__", _checked(getattr(target, "__init__"), target))  # noqa: B009, B010, mypy
     return target
 
 
@@ -146,16 +146,20 @@ def _checked(function: Callable[..., Any], target: Callable[..., Any]) -> Callab
     return wrapper
 
 
+def _unwrapped(target: Callable[..., Any]) -> Callable[..., Any]:
+    return inspect.unwrap(target.func if isinstance(target, functools.partial) else target)
+
+
 @functools.cache
 def annotations(target: Callable[..., Any]) -> dict[str, Any]:
     """Annotations of the parameters of a function, a class or a partial function, by name.
 
     Parameters without one are left out. None is allowed where it is the default.
     """
-    target = inspect.unwrap(getattr(target, "func", target))
+    target = _unwrapped(target)
     source: Any = target
     if isinstance(target, type) and not dataclasses.is_dataclass(target):
-        source = inspect.unwrap(target.__init__)
+        source = inspect.unwrap(getattr(target, "__init__"))  # noqa: B009, mypy
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # some classes of C have no signature
