@@ -1,9 +1,12 @@
 """Every setting of famx has a type and a range, which every main enforces before anything is built."""
 
 import inspect
+import os
+import subprocess
 import sys
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import optax
 import pytest
 from absl import flags
 from configurables import FILES, clean, configurables, parse, refusal
@@ -17,7 +20,12 @@ from famx.base import gin_utils
 from famx.base.ranges import OneOf
 from famx.base.schemas import UNIONS
 from famx.base.values import SettingError, annotations, check
+from famx.data.probes.passkey import PasskeyTask
+from famx.models import DecoderModel
+from famx.modules import Decoder, DecoderConfig
+from famx.training.run import Data, Run
 
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(gin_utils.gin_root())}
 FREE = {"decay_mask.params"}  # what no gin file sets
 UNBOUNDED = {"Infini.gate_init"}  # numbers that may be negative
 WRONG = {  # texts of gin, for each type of scalars, of values that only look like it
@@ -228,6 +236,30 @@ def test_train_refuses_in_a_sentence(refused, tmp_path, binding, sentence):
     args = [f"--gin.MODEL_DIR='{tmp_path}/run'", f"--gin.{binding}"]
     args = ["--gin_file=gin_configs/examples/passkey_tiny.gin", *args]
     assert refused(train_main, *args).startswith(sentence)
+
+
+@pytest.mark.slow
+def test_train_as_a_user_runs_it(tmp_path):
+    args = [f"--gin.MODEL_DIR='{tmp_path}/run'", "--gin.BATCH_SIZE=4.0"]
+    command = [sys.executable, "-m", "famx", "train", "--gin_file=gin_configs/examples/passkey_tiny.gin"]
+    result = subprocess.run([*command, *args], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"famx: error: BATCH_SIZE must be {WHOLE}, not 4.0.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_takes_a_directory_below_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = DecoderConfig(vocab_size=128, num_layers=1, embed_dim=8, num_heads=2)
+    model, data = DecoderModel(Decoder(config)), Data("passkey_words", {"targets": 64}, batch_size=2)
+    run = Run(model, data, optax.sgd(0.1), steps=1, model_dir="~/runs/x")
+    assert run.model_dir == "/home/me/runs/x"
+
+
+def test_options_of_a_task_that_is_an_object_are_checked():
+    data = Data(PasskeyTask(), {"targets": 64}, batch_size=2, options={"digits": 2.0})
+    with pytest.raises(SettingError, match=r"TASK_OPTIONS\['digits'\] must be a whole number"):
+        data.make_task()
 
 
 @pytest.mark.parametrize("binding, sentence", [

@@ -90,6 +90,8 @@ def _one_of(choices: Sequence[Any]) -> str:
 
 def _either(parts: Sequence[str]) -> str:
     *first, last = dict.fromkeys(parts)
+    if last == "None" and first and first[-1].endswith("or None"):
+        *first, last = first
     if not first:
         return last
     comma = "," if any("," in part for part in first) else ""

@@ -52,10 +52,18 @@ class Test:
 
 @dataclasses.dataclass(frozen=True)
 class Built(Test):
-    """Test for objects that something builds: no class, and nothing that a gin file writes out."""
+    """Test for objects that something builds: no class, and nothing that a gin file writes out.
+
+    Attributes:
+      optional: whether None is allowed.
+    """
+
+    optional: bool = False
 
     def complaint(self, value):
-        return "" if value is None or isinstance(value, type) or type(value) in _LITERALS else None
+        if value is None:
+            return None if self.optional else ""
+        return "" if isinstance(value, type) or type(value) in _LITERALS else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +100,9 @@ Paths = Annotated[
 ]
 # What a call in a gin file returns, where no common type exists.
 Object = Annotated[Any, Built(), Expected("an object that a call such as @name() makes")]
+OptionalObject = Annotated[
+    Any, Built(optional=True), Expected("an object that a call such as @name() makes, or None")
+]
 
 
 def one_of(value: Any, choices: Collection[Any]) -> bool:

@@ -50,7 +50,7 @@ class TaskEvaluation:
     """
 
     task: Name | Object | None = None
-    length: Positive | None = None
+    length: Positive = 0  # must be given
     task_options: Mapping[Name, Any] | None = None
     examples: Positive = 64
     batch_size: Positive = 16
@@ -59,7 +59,7 @@ class TaskEvaluation:
     health_tokens: Positive = HEALTH_TOKENS
 
     def __post_init__(self):
-        if self.length is None:
+        if not self.length:
             raise ConfigError("TaskEvaluation.length is not set: give the number of tokens per example.")
 
     def with_task(self, make_task: Callable[..., Any]) -> "TaskEvaluation":

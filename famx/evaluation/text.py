@@ -66,9 +66,10 @@ class TextEvaluation:
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
         """Returns `bits_per_token`, `accuracy` and, with `health`, memory scalars."""
         del step
-        size, documents = model.config.block_size, len(self.documents)
+        texts: Any = self.documents
+        size, documents = model.config.block_size, len(texts)
         lanes = ContinuousLanes(
-            self.documents, min(self.batch_size, documents), max(self.length // size, 1) * size,
+            texts, min(self.batch_size, documents), max(self.length // size, 1) * size,
             bos_id=_bos_id(self.documents),
         )  # fmt: skip
         health = self.health and model.config.memory.exists

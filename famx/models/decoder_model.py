@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import famx.memories  # noqa: F401, registers the kinds of memory that model.json may name
-from famx.base.ranges import Amount, Object, Positive
+from famx.base.ranges import Amount, OptionalObject, Positive
 from famx.base.values import checked
 from famx.decoding import Sampling, generate
 from famx.lora import Lora, combine, intercept, merged
@@ -47,7 +47,7 @@ class DecoderModel:
     """
 
     module: Decoder
-    vocabulary: Object | None = None
+    vocabulary: OptionalObject = None
     random_position_offset: bool = False
     z_loss: Amount = 0.0
     loss_chunk: Positive | None = None
