@@ -242,7 +242,9 @@ def test_train_refuses_in_a_sentence(refused, tmp_path, binding, sentence):
 def test_train_as_a_user_runs_it(tmp_path):
     args = [f"--gin.MODEL_DIR='{tmp_path}/run'", "--gin.BATCH_SIZE=4.0"]
     command = [sys.executable, "-m", "famx", "train", "--gin_file=gin_configs/examples/passkey_tiny.gin"]
-    result = subprocess.run([*command, *args], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    result = subprocess.run(
+        [*command, *args], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"famx: error: BATCH_SIZE must be {WHOLE}, not 4.0.\n"
     assert not list(tmp_path.iterdir())
