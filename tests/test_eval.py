@@ -190,8 +190,8 @@ def test_settings_are_plain_values():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(checkpoints="newest"), "CHECKPOINTS must be one of latest, all, wait; got 'newest'"),
-        (dict(checkpoints="lates"), "got 'lates'. Did you mean latest?"),
+        (dict(checkpoints="newest"), "evaluate.checkpoints must be one of 'latest', 'all', 'wait'"),
+        (dict(checkpoints="lates"), "not 'lates'. Did you mean latest?"),
         (dict(evaluations={}), "evaluate.evaluations must be a dict of at least one evaluation, such as"),
         (dict(evaluations=[Mean()]), "evaluate.evaluations must be a dict of at least one evaluation"),
         (dict(evaluations={"a/b": Mean()}), "'a/b' cannot be the name of an evaluation"),
