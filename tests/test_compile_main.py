@@ -164,7 +164,7 @@ def test_slices_that_are_not_there(tmp_path):
     (["--topology=cpu:8", *FSDP, "--gin.BATCH_SIZE=12"], "BATCH_SIZE 12 cannot be divided over 8 "),
     (
         ["--topology=cpu:8", "--programs=decode", "--inference_batch_size=0"],
-        "--inference_batch_size 0 cannot be divided over 8 devices",
+        "--inference_batch_size must be a whole number of at least 1, not 0.",
     ),
     (
         ["--topology=cpu:8", "--json=no/such/file.json"],
