@@ -10,6 +10,7 @@ import sys
 
 import gin
 import jax
+import optax
 import pytest
 
 from famx.base import gin_utils
@@ -20,6 +21,7 @@ from famx.training import loop
 from famx.training.step import make_initializer, make_train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
+NO_OPTIMIZER = optax.identity()
 RUN = ["--gin_file=gin_configs/runs/pretrain.gin", "--gin_file=gin_configs/models/tiny.gin"]
 SIZES = ["--gin.BATCH_SIZE=8", "--gin.TASK_FEATURE_LENGTHS={'targets': 64}"]
 SIZES += ["--gin.DecoderConfig.num_layers=1"]
@@ -124,7 +126,7 @@ def test_what_is_compiled_is_the_run_that_trains(example, tmp_path, monkeypatch)
     def comparable(run):
         """Only what a compiler needs, and no optimizer: optax transformations are never equal."""
         model = dataclasses.replace(run.model, vocabulary=None)
-        changes = dict(model=model, model_dir=None, evaluation=None, optimizer=None)
+        changes = dict(model=model, model_dir=None, evaluation=None, optimizer=NO_OPTIMIZER)
         return dataclasses.replace(run, **changes)
 
     assert comparable(given.ready(devices)) == comparable(trained)
