@@ -183,8 +183,8 @@ def test_bad_input_gets_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match="documents have no attribute vocab"):
         Rows([np.arange(3)])
     rows = open_rows("own_text", {"files": [__file__, gpt3.__file__], "validation_fraction": 0})
-    for options, sentence in ((dict(examples=0), "at least 1, not 0"), (dict(first=-1), "at least 0, not -1"),
-                              (dict(block_size=0), "at least 1 or None, not 0"), (dict(show=1), "at least 2 or None"),
+    for options, sentence in ((dict(examples=0), "least 1, not 0"), (dict(first=-1), "least 0, not"),
+                              (dict(block_size=0), "or None, not 0"), (dict(show=1), "at least 2"),
                               (dict(first=2), "There are 2 examples, numbered from 0, and no number 2")):
         with pytest.raises(ConfigError, match=sentence):
             inspect(rows, **options)
