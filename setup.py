@@ -45,6 +45,9 @@ setup(
         # famx.base.gin_utils reads gin's table of bindings, which has no public accessor.
         "gin-config>=0.5.0,<0.6",
         "absl-py>=2.1",
+        # Checks of settings against their annotations (famx.base.values).
+        "pydantic>=2.8",
+        "annotated-types>=0.7",
         "ml-collections>=1.1.0",
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",

@@ -10,13 +10,14 @@ The text may have any length: only the maps of the blocks in `--blocks` are kept
 from absl import flags
 
 from famx.base import gin_utils
-from famx.base.command_line import integers
+from famx.base.command_line import define, integers
+from famx.base.ranges import Path
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
-    flags.DEFINE_string("text", None, "Text file to read.")
-    flags.DEFINE_string("out", None, "Directory to write to; created if missing.")
+    define("checkpoint", Path, None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
+    define("text", Path, None, "Text file to read.")
+    define("out", Path, None, "Directory to write to; created if missing.")
     flags.DEFINE_list("layers", None, "Layers whose maps are kept, such as 0,5; all by default.")
     flags.DEFINE_list("heads", None, "Heads whose maps are kept, such as 0,1; all by default.")
     flags.DEFINE_list("blocks", ["0", "-1"], "Blocks whose maps are kept; -1 is the last block.")

@@ -15,20 +15,21 @@ The same command resumes an interrupted one. See `famx.data.seqio_cache`.
 from absl import flags
 
 from famx.base import gin_utils
-from famx.base.command_line import BEAM_OPTIONS, json_object, require
+from famx.base.command_line import BEAM_OPTIONS, define, json_object, require
+from famx.base.ranges import Path, Positive
 from famx.base.signals import exit_on_interrupt
 
 
 def define_flags() -> None:
     flags.DEFINE_string("task", None, "Name of the task or mixture, such as scrolls_qasper.")
     flags.DEFINE_string("task_options", "", 'Options of the task as JSON, such as {"data_dir": "/data"}.')
-    flags.DEFINE_string("vocabulary", None, "Tokenizer file that replaces the task's vocabulary.")
-    flags.DEFINE_string("output_dir", None, "Directory of the cache, which gets a folder for each task.")
+    define("vocabulary", Path, None, "Tokenizer file that replaces the task's vocabulary.")
+    define("output_dir", Path, None, "Directory of the cache, which gets a folder for each task.")
     flags.DEFINE_list("split", [], "Splits to cache, with commas between them; all by default.")
-    flags.DEFINE_integer("num_shards", 16, "Number of files per split.")
+    define("num_shards", Positive, 16, "Number of files per split.")
     flags.DEFINE_bool("decoder_only", False, "Cache inputs and targets as one sequence with weights.")
-    flags.DEFINE_integer("length", None, "Tokens per example, for tasks that generate their examples.")
-    flags.DEFINE_integer("examples", None, "Examples per split, for tasks that generate their examples.")
+    define("length", Positive, None, "Tokens per example, for tasks that generate their examples.")
+    define("examples", Positive, None, "Examples per split, for tasks that generate their examples.")
     flags.DEFINE_multi_string("module_import", [], "Module that registers SeqIO tasks.")
     flags.DEFINE_string("beam_options", None, BEAM_OPTIONS)
 

@@ -10,18 +10,20 @@ to standard error. An instruct model reads messages in its own chat template, if
 from absl import flags
 
 from famx.base import gin_utils
+from famx.base.command_line import define
+from famx.base.ranges import Amount, Path, Positive, PositiveShare, Seed
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Model to talk to: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
-    flags.DEFINE_string("adapter", None, "Saved LoRA adapter to apply to the checkpoint.")
-    flags.DEFINE_string("memory", None, "Memory file whose state the conversation starts from.")
+    define("checkpoint", Path, None, "Model to talk to: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
+    define("adapter", Path, None, "Saved LoRA adapter to apply to the checkpoint.")
+    define("memory", Path, None, "Memory file whose state the conversation starts from.")
     flags.DEFINE_bool("fresh", False, "Answer each message from the same state and keep neither.")
-    flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 always takes the likeliest token.")
-    flags.DEFINE_integer("top_k", None, "Number of likeliest tokens to sample from; all by default.")
-    flags.DEFINE_float("top_p", 1.0, "Total probability of the likeliest tokens to sample from.")
-    flags.DEFINE_integer("max_new_tokens", 256, "Maximum number of tokens of an answer.")
-    flags.DEFINE_integer("seed", 0, "Random seed for sampling.", lower_bound=0)
+    define("temperature", Amount, 0.0, "Sampling temperature; 0 always takes the likeliest token.")
+    define("top_k", Positive, None, "Number of likeliest tokens to sample from; all by default.")
+    define("top_p", PositiveShare, 1.0, "Total probability of the likeliest tokens to sample from.")
+    define("max_new_tokens", Positive, 256, "Maximum number of tokens of an answer.")
+    define("seed", Seed, 0, "Random seed for sampling.")
     flags.DEFINE_string(
         "template", None,
         r"Text read for each message, with {message} in it and \n for a line end; by default the chat"

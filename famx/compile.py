@@ -10,8 +10,9 @@ import sys
 from absl import flags
 
 from famx.base import gin_utils
-from famx.base.command_line import require
+from famx.base.command_line import define, require
 from famx.base.errors import ConfigError
+from famx.base.ranges import Path, Positive
 
 # Macros that training needs and compiling does not.
 _UNNEEDED = "MODEL_DIR MIXTURE_OR_TASK_NAME INITIAL_CHECKPOINT_PATH TRAIN_STEPS TEXT_FILES DATA_DIR"
@@ -20,15 +21,15 @@ _UNNEEDED = "MODEL_DIR MIXTURE_OR_TASK_NAME INITIAL_CHECKPOINT_PATH TRAIN_STEPS 
 def define_flags() -> None:
     topology = "TPU slice such as v5p:4x4x4 (or v4, v5e, v6e); GPUs such as h100 or h100:8 (a100, h200,"
     flags.DEFINE_string("topology", None, f"{topology} b200); gpu for those of this machine; or cpu:8.")
-    flags.DEFINE_integer("num_slices", 1, "Number of slices, joined by the data-centre network.")
+    define("num_slices", Positive, 1, "Number of slices, joined by the data-centre network.")
     flags.DEFINE_list("programs", ["train"], "Programs to compile: train, prefill, decode.")
-    flags.DEFINE_integer("inference_batch_size", None, "Rows of prefill and decode; default 1 per shard.")
+    define("inference_batch_size", Positive, None, "Rows of prefill and decode; default 1 per shard.")
     flags.DEFINE_enum("find", None, ["batch_size"], "Search for the largest batch_size that fits.")
-    flags.DEFINE_string("json", None, "JSON file to write the reports to.")
+    define("json", Path, None, "JSON file to write the reports to.")
     flags.DEFINE_list("reports", None, "Files of --json that fill the table --name; compiles nothing.")
-    flags.DEFINE_string("markdown", None, "Markdown page that contains the table --name.")
+    define("markdown", Path, None, "Markdown page that contains the table --name.")
     flags.DEFINE_string("name", None, "Name of the table in the page, as its markers give it.")
-    flags.DEFINE_string("hlo", None, "Folder to write the compiled programs to, as HLO text.")
+    define("hlo", Path, None, "Folder to write the compiled programs to, as HLO text.")
 
 
 def main() -> None:

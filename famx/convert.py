@@ -10,7 +10,8 @@ directory also gets the vocabulary and a `model.gin` for training. Tensors are c
 from absl import flags
 
 from famx.base import gin_utils
-from famx.base.command_line import require
+from famx.base.command_line import define, require
+from famx.base.ranges import NonNegative, Path, Positive, Seed
 from famx.base.signals import exit_on_interrupt
 
 _FLOATS = ["float32", "bfloat16"]
@@ -19,10 +20,10 @@ _FIELD_FLAGS = ("block_size", "memory_segments", "param_dtype", "dtype")
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("from", None, "Model to import: a directory with config.json, or a GGUF file.")
-    flags.DEFINE_string("to", None, "MODEL_DIR to write; must be missing or empty.")
-    flags.DEFINE_integer("block_size", None, "Tokens per block (S); 1024 by default.")
-    flags.DEFINE_integer("memory_segments", None, "Past blocks in the window (M); 3 by default.")
+    define("from", Path, None, "Model to import: a directory with config.json, or a GGUF file.")
+    define("to", Path, None, "MODEL_DIR to write; must be missing or empty.")
+    define("block_size", Positive, None, "Tokens per block (S); 1024 by default.")
+    define("memory_segments", NonNegative, None, "Past blocks in the window (M); 3 by default.")
     flags.DEFINE_string("memory", None, "Kind of memory and its fields: fam:length=64 (the default), "
                         "fam:length=32,update=gated, infini, none.")  # fmt: skip
     flags.DEFINE_enum("param_dtype", None, _FLOATS, "Weight dtype; float32 by default.")
@@ -30,10 +31,10 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("set", [], "Setting of the memory or the computation, as FIELD=VALUE.")
     flags.DEFINE_enum("prompt", None, _PROMPTS, "Initial prompt of the memory: noise, or embeddings: of "
                       "random tokens, a text, its begin token; else an export's, or noise.")  # fmt: skip
-    flags.DEFINE_string("plain_text", None, "File for --prompt=text and fam:normalize=measured.")
-    flags.DEFINE_integer("seed", 0, "Random seed of the initial prompt.", lower_bound=0)
-    flags.DEFINE_string("tokenizer", None, "Tokenizer file that replaces the model's own.")
-    flags.DEFINE_integer("pad_id", None, "Token id for padding, if the tokenizer defines none.")
+    define("plain_text", Path, None, "File for --prompt=text and fam:normalize=measured.")
+    define("seed", Seed, 0, "Random seed of the initial prompt.")
+    define("tokenizer", Path, None, "Tokenizer file that replaces the model's own.")
+    define("pad_id", NonNegative, None, "Token id for padding, if the tokenizer defines none.")
     flags.DEFINE_string("mesh", "", "Mesh that will load the model, such as fsdp=8,tensor=2; arrays are "
                         "stored in pieces, so that each device reads only its own.")  # fmt: skip
 

@@ -11,23 +11,24 @@ import sys
 from absl import flags
 
 from famx.base import gin_utils
-from famx.base.command_line import json_object, require
+from famx.base.command_line import define, json_object, require
+from famx.base.ranges import AtLeastTwo, NonNegative, Path, Positive, Seed
 
 
 def define_flags() -> None:
     flags.DEFINE_string("task", None, "Name of the task, such as passkey_words or scrolls_qasper.")
     flags.DEFINE_string("task_options", "", 'Options of the task as JSON, such as {"data_dir": "/data"}.')
-    flags.DEFINE_string("vocabulary", None, "Tokenizer file that replaces the task's vocabulary.")
+    define("vocabulary", Path, None, "Tokenizer file that replaces the task's vocabulary.")
     flags.DEFINE_string("split", None, "Split to show; the task's default if not given.")
-    flags.DEFINE_integer("length", None, "Tokens per row, for packed rows and generated examples.")
+    define("length", Positive, None, "Tokens per row, for packed rows and generated examples.")
     flags.DEFINE_bool("packed", False, "Show documents as packed rows.")
-    flags.DEFINE_integer("seed", 0, "Random seed of the order of packed rows.")
-    flags.DEFINE_integer("block_size", None, "Tokens per block, to mark where blocks begin.")
-    flags.DEFINE_integer("examples", 2, "Number of examples to show.")
-    flags.DEFINE_integer("first", 0, "Index of the first example to show.")
-    flags.DEFINE_integer("show", 2000, "Maximum tokens to show of an example, half from its end.")
+    define("seed", Seed, 0, "Random seed of the order of packed rows.")
+    define("block_size", Positive, None, "Tokens per block, to mark where blocks begin.")
+    define("examples", Positive, 2, "Number of examples to show.")
+    define("first", NonNegative, 0, "Index of the first example to show.")
+    define("show", AtLeastTwo, 2000, "Maximum tokens to show of an example, half from its end.")
     flags.DEFINE_enum("color", "auto", ["auto", "always", "never"], "Mark weights by colours.")
-    flags.DEFINE_string("plot", None, "PNG file to write histograms of lengths to.")
+    define("plot", Path, None, "PNG file to write histograms of lengths to.")
 
 
 def main() -> None:

@@ -10,16 +10,18 @@
 from absl import flags
 
 from famx.base import gin_utils
+from famx.base.command_line import define
+from famx.base.ranges import Path
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
-    flags.DEFINE_string("adapter", None, "Saved LoRA adapter to apply to the checkpoint.")
-    flags.DEFINE_multi_string("read", [], "Text file to read; several are read in order.")
-    flags.DEFINE_string("out", None, "Memory file to write.")
-    flags.DEFINE_string("memory", None, "Memory file whose state reading starts from.")
+    define("checkpoint", Path, None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
+    define("adapter", Path, None, "Saved LoRA adapter to apply to the checkpoint.")
+    define("read", Path, [], "Text file to read; several are read in order.", several=True)
+    define("out", Path, None, "Memory file to write.")
+    define("memory", Path, None, "Memory file whose state reading starts from.")
     flags.DEFINE_bool("overwrite", False, "Replace the file --out if it exists.")
-    flags.DEFINE_string("show", None, "Memory file to describe; nothing is read or written.")
+    define("show", Path, None, "Memory file to describe; nothing is read or written.")
 
 
 def main() -> None:

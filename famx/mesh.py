@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import gin
@@ -20,6 +20,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Expected, OneOf, Positive
+from famx.base.values import checked
 from famx.modules import DecoderConfig
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -95,25 +97,32 @@ PRESETS = {"data": _DATA, "fsdp": _FSDP, "fsdp_tensor": {**_FSDP, **_TENSOR}}
 
 
 @gin.configurable
-def make_rules(preset: str = "fsdp_tensor", may_replicate: Sequence[str] = ()) -> Rules:
+@checked
+def make_rules(
+    preset: Annotated[str, OneOf(tuple(PRESETS))] = "fsdp_tensor",
+    may_replicate: Sequence[Annotated[str, OneOf(LOGICAL_AXES)]] = (),
+) -> Rules:
     """Rules by name: `data` (weights are not split), `fsdp` or `fsdp_tensor`.
 
     `may_replicate` lists logical axes that are not split if the mesh does not divide their size, such as
     "kv_heads" with a single head; for other axes that is a ConfigError.
     """
-    _known(preset, tuple(PRESETS), "set of sharding rules")
     return Rules(PRESETS[preset], tuple(may_replicate))
 
 
+_Size = Annotated[Positive | Literal[-1], Expected("a whole number of at least 1, or -1 for the rest")]
+
+
 @gin.configurable
+@checked
 def make_mesh(
-    data: int = -1,
-    fsdp: int = 1,
-    tensor: int = 1,
-    context: int = 1,
-    dcn_data: int | None = None,
-    dcn_fsdp: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    data: _Size = -1,
+    fsdp: _Size = 1,
+    tensor: _Size = 1,
+    context: _Size = 1,
+    dcn_data: Positive | None = None,
+    dcn_fsdp: Positive | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh over all `devices` (default: every device of every process).
 
@@ -127,10 +136,8 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, context), strict=True))
     free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ConfigError(
-            f"Mesh sizes must be at least 1, and at most one of them -1 (the rest): {_show(sizes)}."
-        )
+    if len(free) > 1:
+        raise ConfigError(f"At most one size of the mesh may be -1 (the rest): {_show(sizes)}.")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed or (not free and fixed != len(devices)):
         raise ConfigError(
@@ -175,7 +182,7 @@ def _across_slices(sizes, devices, dcn_data: int | None, dcn_fsdp: int | None) -
         dcn_data = math.gcd(sizes["data"], max(slices // (dcn_fsdp or 1), 1))
     if dcn_fsdp is None:
         dcn_fsdp = max(slices // max(dcn_data, 1), 1)
-    if min(dcn_data, dcn_fsdp) < 1 or dcn_data * dcn_fsdp != slices:
+    if dcn_data * dcn_fsdp != slices:
         raise ConfigError(
             f"dcn_data {dcn_data} x dcn_fsdp {dcn_fsdp} must multiply to the {slices} slice(s) of the"
             " devices."
@@ -252,15 +259,15 @@ def check_batch_size(
     `setting` is the name of the batch size in the sentence.
     """
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size < 1 or batch_size % parts:
+    if batch_size % parts:
         raise ConfigError(
             f"{setting} {batch_size} cannot be divided over {parts} devices (data"
             f" {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): use a multiple of {parts}."
         )
-    if num_microbatches < 1 or batch_size % (parts * num_microbatches):
+    if batch_size % (parts * num_microbatches):
         raise ConfigError(
             f"{setting} {batch_size} cannot be cut into {num_microbatches} microbatches over {parts}"
-            f" device(s): use a multiple of {parts * max(num_microbatches, 1)}."
+            f" device(s): use a multiple of {parts * num_microbatches}."
         )
     if batch_size % jax.process_count():
         raise ConfigError(

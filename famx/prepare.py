@@ -12,17 +12,18 @@ language. If the numbers of records differ from the published ones, nothing is w
 from absl import flags
 
 from famx.base import gin_utils
-from famx.base.command_line import BEAM_OPTIONS, require
+from famx.base.command_line import BEAM_OPTIONS, define, require
 from famx.base.errors import ConfigError
+from famx.base.ranges import Path, Positive
 from famx.base.signals import exit_on_interrupt
 
 
 def define_flags() -> None:
     flags.DEFINE_string("task", None, "Name of the task or mixture, such as scrolls_qasper or xlsum.")
-    flags.DEFINE_string("source", None, "Folder or archive of the official files.")
-    flags.DEFINE_string("data_dir", None, "Directory of the records; FAMX_DATA_DIR by default.")
+    define("source", Path, None, "Folder or archive of the official files.")
+    define("data_dir", Path, None, "Directory of the records; FAMX_DATA_DIR by default.")
     flags.DEFINE_bool("allow_partial", False, "Accept incomplete files, or others than published.")
-    flags.DEFINE_integer("num_shards", 1, "Number of files per split.")
+    define("num_shards", Positive, 1, "Number of files per split.")
     flags.DEFINE_string("beam_options", None, BEAM_OPTIONS)
 
 

@@ -12,13 +12,15 @@ import sys
 from absl import flags
 
 from famx.base import gin_utils
+from famx.base.command_line import define
+from famx.base.ranges import NonNegative, Positive
 
 
 def define_flags() -> None:
     flags.DEFINE_bool("multiprocess", False, "Join the processes that TPU, GKE or Slurm started.")
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 can be reached.")
-    flags.DEFINE_integer("num_processes", None, "Number of processes that train together.")
-    flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+    define("num_processes", Positive, None, "Number of processes that train together.")
+    define("process_id", NonNegative, None, "Index of this process, from 0.")
     flags.DEFINE_integer(
         "exit_code_if_stopped", 0, "Exit code of a run that SIGTERM or SIGINT stopped early.", 0, 255
     )

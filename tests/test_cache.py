@@ -232,7 +232,7 @@ def test_bad_input_gets_a_sentence(tmp_path, monkeypatch):
         famx.data.get("scrolls_qasper", data_dir=write_qasper(tmp_path / "data")))
     with pytest.raises(ConfigError, match="has no split 'test' here; it has train, validation"):
         cache(task, str(tmp_path), ["test"])
-    with pytest.raises(ConfigError, match="num_shards is 0"):
+    with pytest.raises(ConfigError, match="num_shards must be a whole number of at least 1, not 0"):
         cache(task, str(tmp_path), num_shards=0)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file/scrolls_qasper cannot be written to"):

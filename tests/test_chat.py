@@ -513,7 +513,7 @@ def test_what_is_wrong_is_told_before_the_start(bad_input, tmp_path):
         (f"--checkpoint={bare}",): "has no vocabulary.json, so text cannot be encoded: save the model's",
         (f"--checkpoint={small}",): "has 259 tokens, the model only 128: replace it by the vocabulary",
         ("--template=none",): "The template 'none' is not valid: it must contain {message}",
-        ("--temperature=-1",): "temperature must be 0 (greedy) or more, not -1.0.",
+        ("--temperature=-1",): "--temperature must be a number of at least 0, not -1.",
         ("--memory=/no/such",): "There is no memory file /no/such.",
         ("stray",): "Unknown argument stray: see --help.",
     }

@@ -5,14 +5,18 @@ from absl import flags
 
 from famx.base import command_line
 from famx.base.errors import ConfigError
+from famx.base.ranges import Path, Positive, Rate
 
 
 def define():
     flags.DEFINE_string("famx_text", None, "A text.")
-    flags.DEFINE_integer("famx_count", 3, "A number.", lower_bound=1)
+    command_line.define("famx_count", Positive, 3, "A number.")
     flags.DEFINE_bool("famx_fast", False, "A choice.")
     flags.DEFINE_enum("famx_kind", "a", ["a", "b"], "A kind.")
     flags.DEFINE_multi_string("famx_many", [], "Texts.")
+    command_line.define("famx_rate", Rate, None, "A rate.")
+    command_line.define("famx_place", Path, None, "A path.")
+    command_line.define("famx_places", Path, [], "Paths.", several=True)
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +41,15 @@ def test_values_are_parsed_anew_by_each_main():
 
 @pytest.mark.parametrize("argument, sentence", [
     ("--famx_txt=x", "There is no flag --famx_txt. Did you mean --famx_text?"),
-    ("--famx_count=x", "--famx_count must be a positive integer, not x."),
-    ("--famx_count=0", "--famx_count must be a positive integer, not 0."),
+    ("--famx_count=x", "--famx_count must be a whole number of at least 1, not 'x'."),
+    ("--famx_count=0", "--famx_count must be a whole number of at least 1, not 0."),
+    ("--famx_count=2.0", "--famx_count must be a whole number of at least 1, not 2.0."),
+    ("--famx_count=", "--famx_count must be a whole number of at least 1, not ''."),
+    ("--famx_rate=nan", "--famx_rate must be a number above 0, not nan."),
+    ("--famx_rate=fast", "--famx_rate must be a number above 0, not 'fast'."),
+    ("--famx_place=", "--famx_place is an empty text: give a path, such as '/some/path'."),
+    ("--famx_places=gs://a/b", "--famx_places is the URL gs://a/b, and famx reads and writes files of"
+     " mounted file systems only: mount what gs:// names, and give the path of the mount."),
     ("--famx_fast=maybe", "--famx_fast must be true or false, not maybe."),
     ("--famx_kind=c", "--famx_kind must be one of a, b, not c."),
     ("--famx_text", "Missing value for flag --famx_text."),
@@ -49,6 +60,15 @@ def test_a_bad_argument_is_one_sentence(argument, sentence):
     with pytest.raises(ConfigError) as caught:
         parse(argument)
     assert str(caught.value) == sentence
+
+
+def test_numbers_and_paths_are_read_by_their_annotations(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = parse("--famx_count=7", "--famx_rate=2", "--famx_place=~/a", "--famx_places=b",
+                   "--famx_places=~/5")  # fmt: skip
+    assert (values.famx_count, values.famx_rate, values.famx_place) == (7, 2, "/home/me/a")
+    assert values.famx_places == ["b", "/home/me/5"]
+    assert parse("--famx_place=7").famx_place == "7"
 
 
 def test_help_shows_flags_choices_and_defaults(capsys):

@@ -10,6 +10,7 @@ import sys
 
 import gin
 import jax
+import optax
 import pytest
 
 from famx.base import gin_utils
@@ -20,6 +21,7 @@ from famx.training import loop
 from famx.training.step import make_initializer, make_train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
+NO_OPTIMIZER = optax.identity()
 RUN = ["--gin_file=gin_configs/runs/pretrain.gin", "--gin_file=gin_configs/models/tiny.gin"]
 SIZES = ["--gin.BATCH_SIZE=8", "--gin.TASK_FEATURE_LENGTHS={'targets': 64}"]
 SIZES += ["--gin.DecoderConfig.num_layers=1"]
@@ -124,7 +126,7 @@ def test_what_is_compiled_is_the_run_that_trains(example, tmp_path, monkeypatch)
     def comparable(run):
         """Only what a compiler needs, and no optimizer: optax transformations are never equal."""
         model = dataclasses.replace(run.model, vocabulary=None)
-        changes = dict(model=model, model_dir=None, evaluation=None, optimizer=None)
+        changes = dict(model=model, model_dir=None, evaluation=None, optimizer=NO_OPTIMIZER)
         return dataclasses.replace(run, **changes)
 
     assert comparable(given.ready(devices)) == comparable(trained)
@@ -164,7 +166,7 @@ def test_slices_that_are_not_there(tmp_path):
     (["--topology=cpu:8", *FSDP, "--gin.BATCH_SIZE=12"], "BATCH_SIZE 12 cannot be divided over 8 "),
     (
         ["--topology=cpu:8", "--programs=decode", "--inference_batch_size=0"],
-        "--inference_batch_size 0 cannot be divided over 8 devices",
+        "--inference_batch_size must be a whole number of at least 1, not 0.",
     ),
     (
         ["--topology=cpu:8", "--json=no/such/file.json"],
@@ -187,7 +189,7 @@ def test_bad_input_ends_in_one_sentence(arguments, sentence):
     ("v5p:4x4", 1, "Unknown topology v5p:4x4: v5p slices have 3 dimensions, such as v5p:2x4x4"),
     ("v5e:", 1, "Unknown topology v5e:: v5e slices have 2 dimensions"),
     ("cpu:8", 2, "--num_slices is for TPUs only, not for --topology=cpu:8"),
-    ("v5e:4x4", 0, "--num_slices must be at least 1, not 0."),
+    ("v5e:4x4", 0, "devices.num_slices must be a whole number of at least 1, not 0."),
 ])  # fmt: skip
 def test_topologies_that_are_none(topology, slices, sentence):
     with pytest.raises(ConfigError) as caught:

@@ -481,14 +481,14 @@ def _forget():
 @pytest.mark.parametrize(
     "binding, sentence",
     [
-        ("MODE='predct'", "MODE is 'predct': it must be one of predict, predict_with_aux, score."),
+        ("MODE='predct'", "MODE must be one of 'predict', 'predict_with_aux', 'score', not 'predct'."),
         ("BATCH_SIZE=0", "BATCH_SIZE must be a whole number of at least 1, not 0."),
         ("NUM_SAMPLES=1.5", "NUM_SAMPLES must be a whole number of at least 1, not 1.5."),
         ("NUM_SAMPLES=2", "At temperature 0 all 2 samples of a prompt are equal: raise TEMPERATURE."),
         ("RANDOM_SEED=-1", "RANDOM_SEED must be a whole number of at least 0, not -1."),
-        ("MAX_NEW_TOKENS=0", "max_new_tokens must be at least 1, not 0."),
-        ("TEMPERATURE=-1", "temperature must be 0 (greedy) or more, not -1."),
-        ("TOP_P=0", "top_p must lie in (0, 1], not 0."),
+        ("MAX_NEW_TOKENS=0", "MAX_NEW_TOKENS must be a whole number of at least 1, not 0."),
+        ("TEMPERATURE=-1", "TEMPERATURE must be a number of at least 0, not -1."),
+        ("TOP_P=0", "TOP_P must be a number above 0 and at most 1, not 0."),
         ("STOP_TOKENS=(300,)", "STOP_TOKENS (300,) must be ids from 0 to 258."),
         ("PROMPT_TEMPLATE='{}'", "PROMPT_TEMPLATE '{}' must contain names of fields in braces, as in"),
         ("PROMPT_TEMPLATE='{q}'", "has no 'q'; its fields are: inputs."),

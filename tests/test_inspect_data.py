@@ -166,13 +166,13 @@ def test_bad_input_gets_a_sentence(tmp_path):
         open_rows("passkey_words", {"digit": 3})
     with pytest.raises(ConfigError, match="no split 'dev'; the nearest name"):
         open_rows("scrolls_qasper", split="dev")
-    with pytest.raises(ConfigError, match="split is 'dev'"):
+    with pytest.raises(ConfigError, match="split must be one of 'train', 'eval', not 'dev'"):
         open_rows("passkey_words", split="dev")
     with pytest.raises(ConfigError, match="qasper/train.jsonl, which is not there. Published: https"):
         open_rows("scrolls_qasper", {"data_dir": str(tmp_path)})
     with pytest.raises(ConfigError, match="'gpt3_gen' is a suite; .* tasks: gpt3_lambada, "):
         open_rows("gpt3_gen")
-    with pytest.raises(ConfigError, match="length is 0"):
+    with pytest.raises(ConfigError, match="Rows.length must be a whole number of at least 1"):
         open_rows("passkey_words", length=0)
     with pytest.raises(ConfigError, match="generates its own rows; leave out --packed"):
         open_rows("passkey_words", packed=True)
@@ -183,8 +183,8 @@ def test_bad_input_gets_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match="documents have no attribute vocab"):
         Rows([np.arange(3)])
     rows = open_rows("own_text", {"files": [__file__, gpt3.__file__], "validation_fraction": 0})
-    for options, sentence in ((dict(examples=0), "examples is 0"), (dict(first=-1), "first is -1"),
-                              (dict(block_size=0), "block_size is 0"), (dict(show=1), "show is 1"),
+    for options, sentence in ((dict(examples=0), "least 1, not 0"), (dict(first=-1), "least 0, not"),
+                              (dict(block_size=0), "or None, not 0"), (dict(show=1), "at least 2"),
                               (dict(first=2), "There are 2 examples, numbered from 0, and no number 2")):
         with pytest.raises(ConfigError, match=sentence):
             inspect(rows, **options)

@@ -166,7 +166,7 @@ def test_how_answers_are_drawn():
     assert (drawn.temperature, drawn.top_k, drawn.top_p) == (0.5, 4, 0.9)
     with pytest.raises(ConfigError, match="cannot generate with num_beams=4: known are do_sample,"):
         how(num_beams=4)
-    with pytest.raises(ConfigError, match="generation_kwargs cannot be used: top_p must lie in"):
+    with pytest.raises(ConfigError, match="generation_kwargs cannot be used: Sampling.top_p must be a"):
         how(do_sample=True, top_p=3)
 
 

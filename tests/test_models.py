@@ -190,7 +190,7 @@ def test_the_loss_goes_on_from_a_state():
 
 
 def test_loss_chunk_must_be_positive():
-    with pytest.raises(ValueError, match="loss_chunk must be at least 1"):
+    with pytest.raises(ValueError, match="DecoderModel.loss_chunk must be a whole number of at least 1"):
         make_model(loss_chunk=0)
 
 

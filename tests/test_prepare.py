@@ -170,7 +170,7 @@ def test_bad_input_gets_a_sentence(task, tmp_path, monkeypatch):
         prepare(task, str(tmp_path / "none"), place)
     with pytest.raises(ConfigError, match="give --data_dir or set FAMX_DATA_DIR"):
         prepare(task, place)
-    with pytest.raises(ConfigError, match="num_shards is 0"):
+    with pytest.raises(ConfigError, match="num_shards must be a whole number of at least 1, not 0"):
         prepare(task, place, place, num_shards=0)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="data directory .*file/out cannot be made"):

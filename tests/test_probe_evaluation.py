@@ -239,11 +239,11 @@ def test_a_model_without_vocabulary_gets_a_sentence():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(probes=[]), "at least one probe"),
-        (dict(lengths=[]), "at least one probe and one length"),
-        (dict(examples=0), "examples must be at least 1"),
-        (dict(memory="off"), "must be both, with or without"),
-        (dict(seed=-1), "seed must be at least 0"),
+        (dict(probes=[]), r"probes must be .*, not \[\]"),
+        (dict(lengths=[]), r"lengths must be .*, not \[\]"),
+        (dict(examples=0), "examples must be a whole number of at least 1"),
+        (dict(memory="off"), "must be one of 'both', 'with', 'without', not 'off'"),
+        (dict(seed=-1), "seed must be a whole number of at least 0"),
     ],
 )
 def test_bad_settings_get_a_sentence(changes, sentence):

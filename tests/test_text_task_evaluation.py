@@ -469,10 +469,10 @@ def test_an_answer_or_a_record_that_is_missing_later_is_named(model, params, tmp
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        *((({name: 0}, f"TextTaskEvaluation.{name} must be at least 1, not 0."))
+        *((({name: 0}, f"TextTaskEvaluation.{name} must be a whole number of at least 1( or None)?,"))
           for name in ("examples", "max_new_tokens", "batch_size", "max_prompt_tokens", "health_tokens")),
-        (dict(length_normalize="means"), "is 'means': it must be one of sum, mean, unconditional."),
-        (dict(seed=-1), "TextTaskEvaluation.seed must be at least 0, not -1."),
+        (dict(length_normalize="means"), "must be one of 'sum', 'mean', 'unconditional', or None, not"),
+        (dict(seed=-1), "TextTaskEvaluation.seed must be a whole number of at least 0, not -1."),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(changes, sentence):

@@ -1,5 +1,6 @@
 """Flags of the mains: declaration when a main starts, `--help`, and errors in one sentence."""
 
+import contextlib
 import json
 import re
 import sys
@@ -11,6 +12,8 @@ from absl import flags
 
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
+from famx.base.schemas import fits
+from famx.base.values import SettingError, check
 
 _HELP = {"-h", "-help", "--help", "-helpshort", "--helpshort"}
 _HELP_FULL = {"-helpfull", "--helpfull"}
@@ -40,6 +43,42 @@ def declare(*definitions: Callable[[], None] | None) -> None:
     _declared.extend(name for name in flags.FLAGS if name not in before)
 
 
+def define(name: str, annotation: Any, default: Any, text: str, several: bool = False) -> None:
+    """Declares a flag whose value is a number or a path, and must be what an annotation allows.
+
+    Args:
+      name: name of the flag.
+      annotation: its type and range, see `famx.base.ranges`; the flag's text is read as that number.
+      default: value if the flag is not given.
+      text: help text.
+      several: whether the flag may be given again for more values.
+    """
+    parser: Any = _SettingParser(name, annotation)
+    serializer: Any = flags.ArgumentSerializer()
+    if several:
+        flags.DEFINE_multi(parser, serializer, name, default, text)
+    else:
+        flags.DEFINE(parser, name, default, text, serializer=serializer)
+
+
+class _SettingParser(flags.ArgumentParser):
+    """Parser of a flag's text that checks the value against an annotation."""
+
+    def __init__(self, name: str, annotation: Any):
+        self._name, self._annotation = name, annotation
+
+    def parse(self, argument: Any) -> Any:
+        value = argument
+        for kind in (int, float):
+            if isinstance(value, str) and not fits(self._annotation, value):
+                with contextlib.suppress(ValueError):
+                    value = kind(argument)
+        return check(f"--{self._name}", value, self._annotation)
+
+    def flag_type(self) -> str:
+        return "setting"
+
+
 def parse(argv: Sequence[str], main: Callable[[], Any], settings: str) -> None:
     """Parses the arguments into `absl.flags.FLAGS`; `--help` prints the help text and exits.
 
@@ -67,6 +106,8 @@ def parse(argv: Sequence[str], main: Callable[[], Any], settings: str) -> None:
 
 def _sentence(error: Exception) -> str:
     """Sentence for an error of absl's parser."""
+    if isinstance(error.__context__, SettingError):
+        return str(error.__context__)
     if isinstance(error, flags.UnrecognizedFlagError):
         name = f"--{error.flagname}"
         return f"There is no flag {name}.{nearest(name, [f'--{known}' for known in flags.FLAGS])}"

@@ -1,6 +1,5 @@
 """Checks of a parsed gin configuration: nothing unused, nothing unset."""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import gin
 from gin import config as gin_config
 
 from famx.base.errors import ConfigError
+from famx.base.text import nearest as nearest  # part of this module's interface
 
 _MACRO = "gin.macro"
 # Base classes of which a run builds one subclass: bindings of the other subclasses do no harm.
@@ -70,9 +70,9 @@ def check_all_used(ignore: Sequence[str] = ()) -> None:
         for param, value in params.items()
         if selector != _MACRO
     ]
-    macros = {_macro_name(value) for *where, value in bindings if used(*where)} - {None}
+    macros = {macro_name(value) for *where, value in bindings if used(*where)} - {None}
     for scope, selector, param, value in bindings:
-        if short(selector) not in ignore and _macro_name(value) not in macros:
+        if short(selector) not in ignore and macro_name(value) not in macros:
             if not used(scope, selector, param) and not _replaced(selector, called):
                 name = f"{scope}/{short(selector)}" if scope else short(selector)
                 raise ConfigError(
@@ -99,18 +99,6 @@ def _class_of(selector: str) -> type | None:
     """Class that a selector names; None: it names a function, or nothing."""
     wrapped = getattr(gin_config._REGISTRY.get(selector), "wrapped", None)
     return wrapped if isinstance(wrapped, type) else None
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """Returns ' Did you mean X?' for the known name nearest to `name`, or '' if none is near.
-
-    Examples:
-      >>> nearest("TRAIN_STEP", ["BATCH_SIZE", "TRAIN_STEPS"])
-      ' Did you mean TRAIN_STEPS?'
-    """
-    lower = {known.lower(): known for known in names}
-    matches = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
-    return f" Did you mean {lower[matches[0]]}?" if matches else ""
 
 
 def short(selector: str) -> str:
@@ -140,7 +128,7 @@ def _references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
             yield from _references(item)
 
 
-def _macro_name(value: Any) -> str | None:
+def macro_name(value: Any) -> str | None:
     """Name of the macro if a value is a reference to one and nothing else."""
     if isinstance(value, gin_config.ConfigurableReference) and value.configurable.selector == _MACRO:
         return "/".join(value.scopes)

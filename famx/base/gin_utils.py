@@ -28,6 +28,7 @@ from famx.base.errors import ConfigError
 from famx.base.files import write_text
 from famx.base.gin_checks import check_all_used as check_all_used  # part of this module's interface
 from famx.base.gin_checks import check_macros, check_required, nearest, not_set, short, unset_macros
+from famx.base.gin_values import check_bindings
 
 _FLAG = "--gin."
 
@@ -58,7 +59,7 @@ def parse_gin(
     search_paths: Sequence[str] = (),
     unneeded: Sequence[str] = (),
 ) -> None:
-    """Parses files, then bindings (later ones win), checks all of them and locks the configuration.
+    """Parses files, then bindings (later ones win), checks names and values, and locks the configuration.
 
     Args:
       gin_files: files, looked up with their includes in the current directory, in `search_paths` and
@@ -69,7 +70,8 @@ def parse_gin(
       unneeded: macros that may be unset; they become None.
 
     Raises:
-      ConfigError: something is unknown, unused or unset; the sentence names the nearest known name.
+      ConfigError: something is unknown, unused or unset, and the sentence names the nearest known name;
+        or a value is not what the annotation of its parameter allows.
     """
     prefixes = [*search_paths, str(gin_root())]
     for prefix in prefixes:
@@ -82,10 +84,12 @@ def parse_gin(
         for binding in gin_bindings:
             with _PlainErrors(prefixes, binding):
                 gin.parse_config(binding)
-    for name in unset_macros(unneeded):
+    unset = unset_macros(unneeded)
+    for name in unset:
         gin.parse_config(f"{name} = None")
     check_macros()
     check_required()
+    check_bindings(unset)
     gin.finalize()
 
 

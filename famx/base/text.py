@@ -1,5 +1,6 @@
 """Numbers and lists of names, formatted for readers."""
 
+import difflib
 from collections.abc import Sequence
 
 
@@ -23,3 +24,15 @@ def some(names: Sequence[str], most: int = 6) -> str:
     """'a, b and 3 more': the first `most` names and the number of the others."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Returns ' Did you mean X?' for the known name nearest to `name`, or '' if none is near.
+
+    Examples:
+      >>> nearest("TRAIN_STEP", ["BATCH_SIZE", "TRAIN_STEPS"])
+      ' Did you mean TRAIN_STEPS?'
+    """
+    lower = {known.lower(): known for known in names}
+    matches = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
+    return f" Did you mean {lower[matches[0]]}?" if matches else ""

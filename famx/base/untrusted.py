@@ -86,7 +86,7 @@ def parse_object(content: bytes | str, name: str | os.PathLike) -> dict[str, Any
     raise ConfigError(f"{name} is damaged: it is nested more than {MOST_NESTING} deep.")
 
 
-def checked(kind: type[FieldsT], value: Any, name: str | os.PathLike) -> FieldsT:
+def parsed(kind: type[FieldsT], value: Any, name: str | os.PathLike) -> FieldsT:
     """`value`, as JSON holds it, as an instance of `kind`.
 
     Args:
@@ -104,8 +104,8 @@ def checked(kind: type[FieldsT], value: Any, name: str | os.PathLike) -> FieldsT
         raise ConfigError(f"{name} is not valid: {_fault(error, value)}.") from error
 
 
-def checked_as(kind: Any, value: Any, name: str | os.PathLike, field: str = "") -> Any:
-    """`value` as the type `kind`, strictly; for what is not an object. See `checked`.
+def parsed_as(kind: Any, value: Any, name: str | os.PathLike, field: str = "") -> Any:
+    """`value` as the type `kind`, strictly; for what is not an object. See `parsed`.
 
     Args:
       kind: a type or an annotated one.

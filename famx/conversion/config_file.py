@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from famx.base.errors import ConfigError
-from famx.base.untrusted import Fields, Name, checked, shown
+from famx.base.untrusted import Fields, Name, parsed, shown
 
 MOST_LAYERS = 10_000
 MOST_WIDTH = 1 << 20
@@ -106,10 +106,10 @@ def check_config(hf: Mapping[str, Any], name: str | os.PathLike = "config.json")
         known: ignored, it would make another model of the same weights.
     """
     hf = {key: value for key, value in hf.items() if isinstance(key, str)}
-    fields = checked(ConfigFile, hf, name)
+    fields = parsed(ConfigFile, hf, name)
     if "_sliding_window_pattern" in hf:
         pattern = {"sliding_window_pattern": hf["_sliding_window_pattern"]}
-        checked(ConfigFile, pattern, name)
+        parsed(ConfigFile, pattern, name)
     layers = fields.num_hidden_layers
     for key in ("layer_types", "no_rope_layers"):
         given = getattr(fields, key)
@@ -133,7 +133,7 @@ def _check_rope(given: Any, name: str | os.PathLike, key: str) -> None:
         _check_rope(given[kind], name, f"{key}.{kind}")
     rest = {k: value for k, value in given.items() if k not in per_kind}
     try:
-        rope = checked(Rope, rest, name)
+        rope = parsed(Rope, rest, name)
     except ConfigError as error:
         raise ConfigError(str(error).replace("valid: ", f"valid: {key}.", 1)) from error
     if rope.type is not None and rope.rope_type is not None and rope.type != rope.rope_type:
@@ -179,4 +179,4 @@ def generation_end_ids(content: Mapping[str, Any], name: str | os.PathLike) -> t
     Raises:
       ConfigError: `eos_token_id` is neither an id nor a list of ids.
     """
-    return ids_of(checked(_GenerationFile, content, name).eos_token_id)
+    return ids_of(parsed(_GenerationFile, content, name).eos_token_id)

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from famx.base.errors import ConfigError
-from famx.base.untrusted import Fields, Name, checked, checked_as, shown
+from famx.base.untrusted import Fields, Name, parsed, parsed_as, shown
 from famx.conversion.config_file import MOST_LAYERS, MOST_WIDTH, Id, Positions, Positive, is_on
 from famx.conversion.tensor_source import TensorInfo
 from famx.data.vocabularies.base import optional_package
@@ -145,7 +145,7 @@ class GgufSource:
                 f"{', '.join(ARCHITECTURES)} can be read."
             )
         self._architecture = architecture
-        parts = checked_as(_Parts, self._file.get("split.count", 1), f"'{path}'", "split.count")
+        parts = parsed_as(_Parts, self._file.get("split.count", 1), f"'{path}'", "split.count")
         if parts > 1:
             raise ConfigError(
                 f"'{path}' is one of {parts} parts of a model; join them first with llama.cpp's "
@@ -153,14 +153,14 @@ class GgufSource:
             )
         prefix = f"{architecture}."
         own = {k.removeprefix(prefix): v for k, v in self._file.values.items() if k.startswith(prefix)}
-        self._keys = checked(_Keys, own, f"'{path}' ({architecture})")
+        self._keys = parsed(_Keys, own, f"'{path}' ({architecture})")
         self._check_rope_keys(own)
         keys = {"pad": "padding", **{role: role for role in ("bos", "eos", "eot", "eom")}}
         of_tokens = {
             f"{role}_token_id": self._file.get(f"tokenizer.ggml.{key}_token_id")
             for role, key in keys.items()
         }
-        self._ids = checked(_TokenIds, of_tokens, f"'{path}' (tokenizer.ggml)")
+        self._ids = parsed(_TokenIds, of_tokens, f"'{path}' (tokenizer.ggml)")
         ends = (self._ids.eos_token_id, self._ids.eot_token_id, self._ids.eom_token_id)
         self.end_ids = tuple(i for i in ends if i is not None)
         self._tensors = {self._translate(tensor.name): tensor for tensor in self._file.tensors}

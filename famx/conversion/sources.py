@@ -16,7 +16,7 @@ from pydantic import Field
 
 from famx.base.errors import ConfigError
 from famx.base.text import some
-from famx.base.untrusted import Fields, Name, checked, parse_object, read_object, shown
+from famx.base.untrusted import Fields, Name, parse_object, parsed, read_object, shown
 from famx.conversion.config_file import check_config, generation_end_ids, ids_of
 from famx.conversion.gguf_source import GgufSource
 from famx.conversion.tensor_source import READABLE, Source, TensorInfo
@@ -156,7 +156,7 @@ class HuggingFaceSource:
             return [SINGLE], {}
         index = self.directory / INDEX
         if index.is_file():
-            claimed = checked(_Index, read_object(index, _MOST_HEADER_BYTES), index).weight_map
+            claimed = parsed(_Index, read_object(index, _MOST_HEADER_BYTES), index).weight_map
             missing = sorted(set(claimed.values()) - set(names))
             if missing:
                 raise ConfigError(
@@ -259,7 +259,7 @@ def _entries(text: bytes, file: pathlib.Path) -> dict[str, "_Entry"]:
     header.pop("__metadata__", None)
     if len(header) > _MOST_TENSORS:
         raise ConfigError(f"{file} lists {len(header):,} tensors; at most {_MOST_TENSORS:,} are read.")
-    entries = checked(_Header, {"tensors": header}, file).tensors
+    entries = parsed(_Header, {"tensors": header}, file).tensors
     return dict(sorted(entries.items(), key=lambda item: item[1].data_offsets))
 
 

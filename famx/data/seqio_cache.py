@@ -23,6 +23,8 @@ import numpy as np
 from famx.base.errors import ConfigError
 from famx.base.files import replacing, write_json, write_text
 from famx.base.progress import Progress
+from famx.base.ranges import Path, Positive
+from famx.base.values import checked, options_named
 from famx.data.beam import map_on_workers
 from famx.data.storage import shard_paths
 from famx.data.storage.records import TFRecordRecords
@@ -32,11 +34,12 @@ from famx.data.vocabularies import open_vocabulary
 _RUN = 16  # files that SeqIO reads at a time, and examples that it takes of each in turn
 
 
+@checked
 def cache(
     task: Any,
-    output_dir: str,
+    output_dir: Path,
     splits: Sequence[str] | None = None,
-    num_shards: int = 16,
+    num_shards: Positive = 16,
     message: Callable[[str], None] = print,
     workers: "Workers | None" = None,
 ) -> dict[str, dict[str, int]]:
@@ -54,13 +57,11 @@ def cache(
       The number of examples per task and split.
 
     Raises:
-      ConfigError: a task cannot be cached or lacks a split, `num_shards` is below 1, or the directory
+      ConfigError: a task cannot be cached or lacks a split, or the directory
         cannot be written to or holds a cache of other data or settings.
     """
     import seqio
 
-    if num_shards < 1:
-        raise ConfigError(f"num_shards is {num_shards}; it must be at least 1.")
     plans: list[_Plan] = []
     for member in seqio.get_subtasks(task):
         if not member.supports_caching:
@@ -381,7 +382,8 @@ def seqio_task(
             raise ConfigError(f"'{name}' is a SeqIO task and takes no options, but got {dict(options)}.")
         return seqio.get_mixture_or_task(name)
     try:
-        task = registry.get(name, **(options or {}))
+        with options_named("--task_options", options or {}):
+            task = registry.get(name, **(options or {}))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     kind = Kind.SCORED if isinstance(task, Suite) else kind_of(task)
@@ -422,16 +424,17 @@ def seqio_task(
     return seqio.MixtureRegistry.add(name, [member.name for member in task.tasks], default_rate=1.0)
 
 
+@checked
 def cache_by_name(
     name: str,
-    output_dir: str,
+    output_dir: Path,
     options: Mapping[str, Any] | None = None,
-    vocabulary: str | None = None,
+    vocabulary: Path | None = None,
     splits: Sequence[str] | None = None,
-    num_shards: int = 16,
+    num_shards: Positive = 16,
     decoder_only: bool = False,
-    length: int | None = None,
-    examples: int | None = None,
+    length: Positive | None = None,
+    examples: Positive | None = None,
     modules: Sequence[str] = (),
     beam_options: str | None = None,
 ) -> dict[str, dict[str, int]]:

@@ -6,6 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from famx.base.ranges import Amount, NonNegative, Positive, PositiveShare
+from famx.base.values import checked
 from famx.modules import Decoder, DecoderState
 from famx.modules.prepared import apart, computing, with_joint_kernels
 
@@ -14,6 +16,7 @@ from famx.modules.prepared import apart, computing, with_joint_kernels
 _TOKENS_AT_ONCE = {"gpu": 8}
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is selected and when an example ends.
@@ -25,27 +28,16 @@ class Sampling:
       top_p: total probability, after temperature and `top_k`, of the likeliest tokens to sample from;
         at least one token remains.
       stop_tokens: token ids that end an example; the one that did is part of the output.
-
-    Raises:
-      ValueError: on construction, if a value is out of range.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    stop_tokens: tuple[int, ...] = ()
+    max_new_tokens: Positive = 256
+    temperature: Amount = 0.0
+    top_k: Positive | None = None
+    top_p: PositiveShare = 1.0
+    stop_tokens: tuple[NonNegative, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "stop_tokens", tuple(int(token) for token in self.stop_tokens))
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all tokens; not {self.top_k}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}.")
 
 
 @flax.struct.dataclass

@@ -13,17 +13,19 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import gin
 import tensorboardX
+from annotated_types import MinLen
 
 import famx
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.files import check_writable, write_json
-from famx.base.gin_checks import nearest
+from famx.base.ranges import Amount, Built, Expected, NonNegative, OneOf, Path, Rate
 from famx.base.signals import graceful_stop
+from famx.base.values import checked
 from famx.evaluation.common import is_of_memory
 from famx.mesh import make_mesh, make_rules, on_mesh
 from famx.model_dir.checkpointer import Checkpointer
@@ -40,16 +42,29 @@ _COLUMNS = 6  # number of checkpoints shown in the table
 Results = dict[str, dict[int, dict[str, float]]]
 
 
+_Evaluations = Annotated[
+    Mapping[
+        str,
+        Annotated[
+            Callable[..., Any], Built(), Expected("an evaluation, such as @PasskeyEvaluation() makes")
+        ],
+    ],
+    MinLen(1),
+    Expected("a dict of at least one evaluation, such as {'passkey': @PasskeyEvaluation()}", inside=True),
+]
+
+
 @gin.configurable
+@checked
 def evaluate(
-    checkpoint_path: str,
-    evaluations: Mapping[str, Any],
-    output_dir: str | None = None,
+    checkpoint_path: Path,
+    evaluations: _Evaluations,
+    output_dir: Path | None = None,
     model: DecoderModel | None = None,
-    checkpoints: str = "latest",
-    stop_at_step: int | None = None,
-    timeout: float = 3600.0,
-    poll_seconds: float = 5.0,
+    checkpoints: Annotated[str, OneOf(MODES)] = "latest",
+    stop_at_step: NonNegative | None = None,
+    timeout: Amount = 3600.0,
+    poll_seconds: Rate = 5.0,
     re_evaluate: bool = False,
 ) -> Results:
     """Runs every evaluation on every selected checkpoint, oldest first.
@@ -79,11 +94,6 @@ def evaluate(
         before the first checkpoint.
     """
     _check_evaluations(evaluations)
-    if checkpoints not in MODES:
-        raise ConfigError(
-            f"CHECKPOINTS must be one of {', '.join(MODES)}; got {checkpoints!r}."
-            + nearest(str(checkpoints), MODES)
-        )
     directory, only = split_checkpoint(checkpoint_path)
     if only is not None and checkpoints != "latest":
         raise ConfigError(
@@ -239,22 +249,12 @@ def _restore(checkpointer: Checkpointer, model: DecoderModel, step: int):
 # ---------------------------------------------------------------- results
 
 
-def _check_evaluations(evaluations: Any) -> None:
-    if not isinstance(evaluations, Mapping) or not evaluations:
-        raise ConfigError(
-            "EVALUATIONS is empty: give at least one evaluation, for example"
-            " --gin.EVALUATIONS=\"{'passkey': @PasskeyEvaluation()}\"."
-        )
-    for name, evaluation in evaluations.items():
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+def _check_evaluations(evaluations: Mapping[str, Any]) -> None:
+    for name in evaluations:
+        if not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigError(
                 f"{name!r} cannot be the name of an evaluation: it names a folder, so use letters, digits"
                 " and underscores."
-            )
-        if isinstance(evaluation, type) or not callable(evaluation):
-            raise ConfigError(
-                f"EVALUATIONS[{name!r}] is not an evaluation: {evaluation!r}. Write it with parentheses,"
-                " for example @PasskeyEvaluation()."
             )
 
 

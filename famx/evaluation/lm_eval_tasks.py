@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
+from famx.base.ranges import Name, NonNegative, Path, Positive, Rate
+from famx.base.values import checked
 from famx.evaluation.text_answers import predictions_file
 from famx.model_dir.loading import TrainedModel
 from famx.models import DecoderModel
@@ -22,6 +24,7 @@ _NETWORK = {"aiohttp", "httpx", "huggingface_hub", "requests", "urllib", "urllib
 _SAMPLE = ("doc_id", "target", "arguments", "resps", "filtered_resps")  # of a sample, in the predictions
 
 
+@checked
 @dataclasses.dataclass
 class LmEvaluation:
     """Tasks and groups of lm-evaluation-harness, with its own figures; needs the extra `[lm-eval]`.
@@ -46,16 +49,16 @@ class LmEvaluation:
         that is read: `memory/zeroed/<task>/<metric>`. It doubles the time.
     """
 
-    tasks: Sequence[str] = ()
-    include_path: str | None = None
-    num_fewshot: int | None = None
-    limit: float | None = None
-    batch_size: int = 8
+    tasks: Sequence[Name] = ()
+    include_path: Path | None = None
+    num_fewshot: NonNegative | None = None
+    limit: Rate | None = None
+    batch_size: Positive = 8
     apply_chat_template: bool = False
     system_instruction: str | None = None
-    gen_kwargs: Mapping[str, Any] | None = None
-    metadata: Mapping[str, Any] | None = None
-    model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gen_kwargs: Mapping[Name, Any] | None = None
+    metadata: Mapping[Name, Any] | None = None
+    model_args: Mapping[Name, Any] = dataclasses.field(default_factory=dict)
     health: bool = False
 
     writes_predictions: ClassVar[bool] = True  # see `__call__`

@@ -4,12 +4,14 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_json
+from famx.base.ranges import OneOf, Positive, Seed
+from famx.base.values import checked
 from famx.data.metrics import exact_match
 from famx.data.probes.passkey import PasskeyTask
 from famx.evaluation.common import (
@@ -32,6 +34,7 @@ PROBES = {
 STANDARD_PROBES = ("hold", "hold_repeated", "overwrite")
 
 
+@checked
 @dataclasses.dataclass
 class PasskeyEvaluation:
     """Exact match of the pass key in streamed documents of increasing length.
@@ -60,27 +63,17 @@ class PasskeyEvaluation:
         the longest `hold` documents, and every score is repeated with the memory zeroed.
       health_tokens: maximum number of tokens read for the memory statistics.
       probes: names of the probes that are scored.
-
-    Raises:
-      ConfigError: on construction, there is no such probe.
     """
 
     task: PasskeyTask | None = None
-    blocks: Sequence[int] = (4, 16, 64)
-    report_blocks: Sequence[int] = (4, 16, 64, 256, 1024, 4096)
-    train_blocks: int | None = None
-    examples: int = 64
-    seed: int = 1
+    blocks: Sequence[Positive] = (4, 16, 64)
+    report_blocks: Sequence[Positive] = (4, 16, 64, 256, 1024, 4096)
+    train_blocks: Positive | None = None
+    examples: Positive = 64
+    seed: Seed = 1
     health: bool = True
-    health_tokens: int = HEALTH_TOKENS
-    probes: Sequence[str] = STANDARD_PROBES
-
-    def __post_init__(self):
-        for probe in self.probes:
-            if probe not in PROBES:
-                raise ConfigError(
-                    f"PasskeyEvaluation has no probe {probe!r}: choose from {', '.join(PROBES)}."
-                )
+    health_tokens: Positive = HEALTH_TOKENS
+    probes: Sequence[Annotated[str, OneOf(tuple(PROBES))]] = STANDARD_PROBES
 
     def with_task(self, make_task: Callable[..., Any]) -> "PasskeyEvaluation":
         """A copy that evaluates a run's task, or itself if its task is set; see `famx.evaluation`.

@@ -6,12 +6,15 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+from annotated_types import MinLen
 
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
+from famx.base.ranges import Amount, Name, Positive, Seed
+from famx.base.values import checked
 from famx.data.probes.catalogue import PROBES
 from famx.data.probes.chance import chance
 from famx.data.probes.probe import Probe
@@ -28,6 +31,7 @@ COMPARED = (*RETRIEVAL, "ruler_vt", "babilong_qa1", "babilong_qa2", "babilong_qa
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 
 
+@checked
 @dataclasses.dataclass
 class ProbeEvaluation:
     """Scores of answers that the model writes to RULER's and BABILong's questions, by length.
@@ -54,20 +58,17 @@ class ProbeEvaluation:
       max_new_tokens: maximum length of an answer; None: what the benchmark of each probe allows.
       minutes: time after which no new cell is begun; None: no limit.
       seed: seed of the examples, which belong to the split "eval".
-
-    Raises:
-      ValueError: on construction, a number is too small, or `memory` is unknown.
     """
 
-    probes: str | Sequence[str] = COMPARED
-    lengths: Sequence[int] = LENGTHS
-    examples: int = 100
-    batch_size: int = 4
-    memory: str = "both"
-    probe_options: Mapping[str, Mapping[str, Any]] | None = None
-    max_new_tokens: int | None = None
-    minutes: float | None = None
-    seed: int = 1
+    probes: Name | Annotated[Sequence[Name], MinLen(1)] = COMPARED
+    lengths: Annotated[Sequence[Positive], MinLen(1)] = LENGTHS
+    examples: Positive = 100
+    batch_size: Positive = 4
+    memory: Literal["both", "with", "without"] = "both"
+    probe_options: Mapping[Name, Mapping[Name, Any]] | None = None
+    max_new_tokens: Positive | None = None
+    minutes: Amount | None = None
+    seed: Seed = 1
 
     writes_predictions: ClassVar[bool] = True  # see `__call__`
     stops_between_cells: ClassVar[bool] = True
@@ -75,18 +76,6 @@ class ProbeEvaluation:
     def __post_init__(self):
         self.probes = (self.probes,) if isinstance(self.probes, str) else tuple(self.probes)
         self.lengths = tuple(sorted(set(self.lengths)))
-        if not self.probes or not self.lengths or self.lengths[0] < 1:
-            raise ValueError("ProbeEvaluation needs at least one probe and one length of at least 1.")
-        for name in ("examples", "batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"ProbeEvaluation.{name} must be at least 1, not {value}.")
-        if self.memory not in ("both", "with", "without"):
-            raise ValueError(
-                f"ProbeEvaluation.memory is {self.memory!r}: it must be both, with or without."
-            )
-        if self.seed < 0:
-            raise ValueError(f"ProbeEvaluation.seed must be at least 0, not {self.seed}.")
 
     def __call__(
         self,

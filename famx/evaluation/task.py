@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Name, Object, Positive, Seed
+from famx.base.values import SettingError, checked, options_named
 from famx.data.tasks import Kind, has_settings, kind_of, registry
 from famx.decoding import Streamer
 from famx.evaluation.common import (
@@ -21,6 +23,7 @@ from famx.evaluation.common import (
 from famx.models import DecoderModel
 
 
+@checked
 @dataclasses.dataclass
 class TaskEvaluation:
     """Loss, next-token accuracy and exact match over streamed examples of a task.
@@ -43,22 +46,21 @@ class TaskEvaluation:
       health_tokens: maximum number of tokens read for the memory scalars.
 
     Raises:
-      ValueError: `length`, `examples` or `batch_size` is below 1.
+      ConfigError: on construction, if `length` is not given.
     """
 
-    task: Any = None
-    length: int = 0
-    task_options: Mapping[str, Any] | None = None
-    examples: int = 64
-    batch_size: int = 16
-    seed: int = 1
+    task: Name | Object | None = None
+    length: Positive = 0  # must be given
+    task_options: Mapping[Name, Any] | None = None
+    examples: Positive = 64
+    batch_size: Positive = 16
+    seed: Seed = 1
     health: bool = True
-    health_tokens: int = HEALTH_TOKENS
+    health_tokens: Positive = HEALTH_TOKENS
 
     def __post_init__(self):
-        for name in ("length", "examples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TaskEvaluation.{name} must be at least 1, not {getattr(self, name)}.")
+        if not self.length:
+            raise ConfigError("TaskEvaluation.length is not set: give the number of tokens per example.")
 
     def with_task(self, make_task: Callable[..., Any]) -> "TaskEvaluation":
         """A copy that evaluates a run's task, or itself if its task is set; see `famx.evaluation`."""
@@ -111,8 +113,12 @@ class TaskEvaluation:
         if task is None:
             raise ConfigError("TaskEvaluation.task is not set: name the task to evaluate.")
         if isinstance(task, str):
+            options = self.task_options or {}
             try:
-                task = registry.get(task, **(self.task_options or {}))
+                with options_named("TaskEvaluation.task_options", options):
+                    task = registry.get(task, **options)
+            except SettingError:
+                raise
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"{self._name}: {error}") from error
         if kind_of(task) is not Kind.MADE or not has_settings(task, "split", "seed"):

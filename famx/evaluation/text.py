@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Object, Positive
+from famx.base.values import checked
 from famx.data.rows.lanes import ContinuousLanes
 from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.evaluation.common import HEALTH_TOKENS, check_vocabulary, compared, memory_figures
@@ -18,6 +20,7 @@ from famx.models import DecoderModel
 from famx.modules import Decoder
 
 
+@checked
 @dataclasses.dataclass
 class TextEvaluation:
     """Bits per token and next-token accuracy over whole documents.
@@ -37,12 +40,12 @@ class TextEvaluation:
       health_tokens: maximum number of tokens read for each of these.
     """
 
-    documents: Any = None
-    batch_size: int = 8
-    length: int = 2048
-    max_tokens: int | None = 200_000
+    documents: Sequence[Any] | Object | None = None
+    batch_size: Positive = 8
+    length: Positive = 2048
+    max_tokens: Positive | None = 200_000
     health: bool = True
-    health_tokens: int = HEALTH_TOKENS
+    health_tokens: Positive = HEALTH_TOKENS
 
     def with_task(self, make_task: Callable[..., Any]) -> "TextEvaluation":
         """A copy that reads the split "validation" of a run's task; this evaluation if it has documents.
@@ -63,9 +66,10 @@ class TextEvaluation:
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
         """Returns `bits_per_token`, `accuracy` and, with `health`, memory scalars."""
         del step
-        size, documents = model.config.block_size, len(self.documents)
+        texts: Any = self.documents
+        size, documents = model.config.block_size, len(texts)
         lanes = ContinuousLanes(
-            self.documents, min(self.batch_size, documents), max(self.length // size, 1) * size,
+            texts, min(self.batch_size, documents), max(self.length // size, 1) * size,
             bos_id=_bos_id(self.documents),
         )  # fmt: skip
         health = self.health and model.config.memory.exists

@@ -6,11 +6,13 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Name, Object, OneOf, Positive, Seed
+from famx.base.values import checked, options_named
 from famx.data.metrics import bits_per_byte
 from famx.data.tasks import Kind, Scored, Suite, TextTask, kind_of, registry
 from famx.data.tasks.examples import Example, Examples, TaskDocuments
@@ -36,6 +38,7 @@ class _Part(NamedTuple):
     numbers: Sequence[int]
 
 
+@checked
 @dataclasses.dataclass
 class TextTaskEvaluation:
     """Metrics of a text task, of a mixture of them, or of a suite, on a scale of 0 to 100.
@@ -79,38 +82,22 @@ class TextTaskEvaluation:
         token and accuracy of the answer tokens.
       health_tokens: maximum number of tokens read for the memory scalars; a single longer answer is
         still read completely.
-
-    Raises:
-      ValueError: on construction, if a number is too small or `length_normalize` is unknown.
     """
 
-    task: Any = None
-    task_options: Mapping[str, Any] | None = None
-    split: str | None = None
-    examples: int | None = None
-    max_new_tokens: int = 256
-    batch_size: int = 8
-    length_normalize: str | None = None
+    task: Name | Object | None = None
+    task_options: Mapping[Name, Any] | None = None
+    split: Name | None = None
+    examples: Positive | None = None
+    max_new_tokens: Positive = 256
+    batch_size: Positive = 8
+    length_normalize: Annotated[str, OneOf(SCORINGS)] | None = None
     score_end: bool = False
-    max_prompt_tokens: int | None = None
-    seed: int = 0
+    max_prompt_tokens: Positive | None = None
+    seed: Seed = 0
     health: bool = True
-    health_tokens: int = HEALTH_TOKENS
+    health_tokens: Positive = HEALTH_TOKENS
 
     writes_predictions: ClassVar[bool] = True  # see `__call__`
-
-    def __post_init__(self):
-        for name in ("examples", "max_new_tokens", "batch_size", "max_prompt_tokens", "health_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"TextTaskEvaluation.{name} must be at least 1, not {value}.")
-        if self.length_normalize not in (None, *SCORINGS):
-            raise ValueError(
-                f"TextTaskEvaluation.length_normalize is {self.length_normalize!r}: it must be one of"
-                f" {', '.join(SCORINGS)}."
-            )
-        if self.seed < 0:
-            raise ValueError(f"TextTaskEvaluation.seed must be at least 0, not {self.seed}.")
 
     def with_task(self, make_task: Callable[..., Any]) -> "TextTaskEvaluation":
         """A copy that evaluates a run's task, or itself if its task is set; see `famx.evaluation`."""
@@ -183,8 +170,9 @@ class TextTaskEvaluation:
         if made is None:
             raise ConfigError("TextTaskEvaluation.task is not set: name the task to evaluate.")
         if isinstance(made, str):
-            with self._config_errors():
-                made = registry.get(made, **(self.task_options or {}))
+            options = self.task_options or {}
+            with self._config_errors(), options_named("TextTaskEvaluation.task_options", options):
+                made = registry.get(made, **options)
         with self._config_errors():
             scored = isinstance(made, Suite) or kind_of(made) is Kind.SCORED
         if not scored:

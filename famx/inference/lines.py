@@ -22,7 +22,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import gin
 
@@ -30,7 +30,9 @@ import famx
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.progress import Progress
+from famx.base.ranges import Name, OneOf, Path, Positive, Seed
 from famx.base.signals import graceful_stop
+from famx.base.values import checked
 from famx.data.vocabularies import Vocabulary, fingerprint
 from famx.data.vocabularies.chat_template import ChatTemplate
 from famx.decoding import Sampling, Streamer
@@ -47,21 +49,22 @@ _WINDOW = 4  # number of batches within which lines are sorted by length
 
 
 @gin.configurable(module="famx.inference")
+@checked
 def infer(
-    checkpoint_path: str,
-    input_file: str,
-    output_file: str,
-    mode: str = "predict",
-    batch_size: int = 8,
+    checkpoint_path: Path,
+    input_file: Path,
+    output_file: Path,
+    mode: Annotated[str, OneOf(tuple(NEW_FIELDS))] = "predict",
+    batch_size: Positive = 8,
     model: DecoderModel | None = None,
-    adapter: str | None = None,
-    memory_file: str | None = None,
-    prompt_template: str = "{inputs}",
+    adapter: Path | None = None,
+    memory_file: Path | None = None,
+    prompt_template: Name = "{inputs}",
     chat_template: bool = False,
     sampling: Sampling = Sampling(),
     stop_at_eos: bool = True,
-    num_samples: int = 1,
-    random_seed: int = 0,
+    num_samples: Positive = 1,
+    random_seed: Seed = 0,
 ) -> int:
     """Write an output line for each input line, or resume an interrupted run with equal settings.
 
@@ -90,7 +93,10 @@ def infer(
     Raises:
       ConfigError: a setting or a line is not valid.
     """
-    _check_numbers(mode, batch_size, num_samples, random_seed, sampling)
+    if num_samples > 1 and sampling.temperature == 0:
+        raise ConfigError(
+            f"At temperature 0 all {num_samples} samples of a prompt are equal: raise TEMPERATURE."
+        )
     if not os.path.isfile(input_file):
         raise ConfigError(f"INPUT_FILE {input_file} is not a file.")
     output = ResumableLines(output_file)
@@ -178,22 +184,6 @@ def _write_lines(
 
 
 # ---------------------------------------------------------------- checks
-
-
-def _check_numbers(
-    mode: str, batch_size: int, num_samples: int, random_seed: int, sampling: Sampling
-) -> None:
-    if mode not in NEW_FIELDS:
-        raise ConfigError(f"MODE is {mode!r}: it must be one of {', '.join(NEW_FIELDS)}.")
-    for name, value, least in (
-        ("BATCH_SIZE", batch_size, 1), ("NUM_SAMPLES", num_samples, 1), ("RANDOM_SEED", random_seed, 0)
-    ):  # fmt: skip
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}.")
-    if num_samples > 1 and sampling.temperature == 0:
-        raise ConfigError(
-            f"At temperature 0 all {num_samples} samples of a prompt are equal: raise TEMPERATURE."
-        )
 
 
 def _vocabulary(model: DecoderModel, checkpoint: str) -> Vocabulary:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from famx.base.errors import ConfigError
-from famx.base.untrusted import Fields, Name, checked, read_object, shown
+from famx.base.untrusted import Fields, Name, parsed, read_object, shown
 
 CONFIG = "adapter_config.json"
 MEMORY = "famx_memory"  # key of the fields of DecoderConfig that famx saves
@@ -58,7 +58,7 @@ def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
         raise FileNotFoundError(file)
     content = read_object(file)
     _refuse_unknown(content, path)
-    return checked(AdapterConfig, content, file)
+    return parsed(AdapterConfig, content, file)
 
 
 def _refuse_unknown(content: Mapping[str, Any], path: str | os.PathLike) -> None:
@@ -71,7 +71,7 @@ def _refuse_unknown(content: Mapping[str, Any], path: str | os.PathLike) -> None
             continue  # numbers, whose values the model checks
         if known:
             try:
-                checked(AdapterConfig, {"r": 1, "lora_alpha": 1, name: value}, CONFIG)
+                parsed(AdapterConfig, {"r": 1, "lora_alpha": 1, name: value}, CONFIG)
                 continue
             except ConfigError:
                 pass

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Name, Positive, Rate, ShareBelowOne
+from famx.base.values import checked
 from famx.modules import Decoder, DecoderConfig
 from famx.modules.memory import of_memory
 
@@ -29,6 +31,7 @@ ADAPTERS = ("lora_a", "lora_b")
 SCALE = "kernel_scale"  # the leaf next to an int8 kernel, see `famx.lora.int8`
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """Settings of the adapters.
@@ -41,10 +44,10 @@ class Lora:
         expressions that match whole paths such as "layers/query".
     """
 
-    rank: int = 64
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("attention", "feed_forward")
+    rank: Positive = 64
+    alpha: Rate | None = None
+    dropout: ShareBelowOne = 0.0
+    targets: Name | tuple[Name, ...] = ("attention", "feed_forward")
 
     def __post_init__(self):
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
@@ -59,7 +62,7 @@ class Lora:
         """Check that a decoder of this config can have these adapters.
 
         Raises:
-          ConfigError: rank, alpha, dropout or a target is not valid.
+          ConfigError: the rank or a target does not fit.
         """
         tokens = jax.ShapeDtypeStruct((1, config.block_size), jnp.int32)
         self._kernels(jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"])
@@ -78,7 +81,7 @@ class Lora:
           the logical axes of their kernel if the kernel is boxed; the axis of the rank is "lora_rank".
 
         Raises:
-          ConfigError: rank, alpha, dropout or a target is not valid.
+          ConfigError: the rank or a target does not fit.
         """
         adapters = {}
         for path, kernel in self._kernels(params).items():
@@ -95,15 +98,7 @@ class Lora:
         return unflatten_dict(adapters, sep="/")
 
     def _kernels(self, params) -> dict[str, Any]:
-        """Check all settings; return the kernels of the targets by path."""
-        if self.rank < 1:
-            raise ConfigError(f"The rank of LoRA must be at least 1; it is {self.rank}.")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ConfigError(
-                f"LoRA's alpha is {self.alpha}; it must be positive, or None to use the rank."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"LoRA's dropout is {self.dropout}; it must be in [0, 1).")
+        """The kernels of the targets by path; ConfigError if the rank does not fit one of them."""
         kernels = select(params, self.targets)
         for path, kernel in kernels.items():
             shape, n = value(kernel).shape, inputs_end(path)

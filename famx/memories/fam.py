@@ -6,13 +6,15 @@ A layer's memory is `F [B, N, D]`. Every token of block `t` attends to keys and 
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.ranges import Expected, NonNegative, OneOf, Positive, PositiveShare
+from famx.base.values import checked
 from famx.memories.fam_parameters import OfLayer, Prompt, shapes
 from famx.modules import rope
 from famx.modules.attention import attend_all, attend_parts, bias_dimensions
@@ -24,10 +26,13 @@ POSITIONS = ("last", "float", "zero")
 STARTS = ("prompt", "prefix")
 UPDATES = ("residual", "gated")
 RESIDUALS = ("zero", "ordinary")
-NORMALIZE = (False, True, "measured")
 BIASES = ("none", "zero", "minus_log_length")
+_Length = Annotated[
+    Positive, Expected("a whole number of at least 1 (for none set DecoderConfig.memory to @Memory())")
+]
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Fam(Memory):
     """Feedback attention memory of `length` vectors per layer; the defaults are the paper's.
@@ -53,40 +58,26 @@ class Fam(Memory):
 
     kind: ClassVar[str] = "fam"
     attends: ClassVar[bool] = True
-    length: int = 64
-    positions: str = "last"
-    start_from: str = "prompt"
-    update: str = "residual"
-    update_scale: float = 1.0
-    normalize: bool | str = False
-    first_residual: str = "zero"
-    bias: str = "none"
-    adapter_rank: int = 0
+    length: _Length = 64
+    positions: Annotated[str, OneOf(POSITIONS)] = "last"
+    start_from: Annotated[str, OneOf(STARTS)] = "prompt"
+    update: Annotated[str, OneOf(UPDATES)] = "residual"
+    update_scale: PositiveShare = 1.0
+    normalize: bool | Literal["measured"] = False
+    first_residual: Annotated[str, OneOf(RESIDUALS)] = "zero"
+    bias: Annotated[str, OneOf(BIASES)] = "none"
+    adapter_rank: NonNegative = 0
 
     @property
     def columns(self):
         return self.length
 
     def check(self, config):
-        if self.length < 1:
-            return f"Fam.length must be at least 1, got {self.length}; for none set memory to Memory()."
         if self.length > config.block_size:
             return (
                 f"Fam.length {self.length} exceeds block_size {config.block_size}: the memory takes the"
                 " last positions of a block."
             )
-        if not 0.0 < self.update_scale <= 1.0:
-            return f"Fam.update_scale must lie in (0, 1], got {self.update_scale}."
-        if self.adapter_rank < 0:
-            return f"Fam.adapter_rank must not be negative, got {self.adapter_rank}; 0 is no adapters."
-        choices = {
-            "positions": POSITIONS, "start_from": STARTS, "update": UPDATES, "normalize": NORMALIZE,
-            "first_residual": RESIDUALS, "bias": BIASES,
-        }  # fmt: skip
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                known = ", ".join(map(str, known))
-                return f"Fam.{name} must be one of {known}; got {getattr(self, name)!r}."
         return None
 
     def parameters(self, config):

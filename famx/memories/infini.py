@@ -6,19 +6,21 @@ learned gate per query head mixes it with the attention to the window.
 """
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from famx.base.ranges import Number
+from famx.base.values import checked
 from famx.modules import window
 from famx.modules.components import partitioned
 from famx.modules.layer import MASS
 from famx.modules.memory import Memory, Opened
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Infini(Memory):
     """Infini-attention inside block sliding window attention.
@@ -37,12 +39,7 @@ class Infini(Memory):
     kind: ClassVar[str] = "infini"
     closes_oldest: ClassVar[bool] = True
     delta: bool = False
-    gate_init: float = 0.0
-
-    def check(self, config):
-        if not math.isfinite(self.gate_init):
-            return f"Infini.gate_init must be a finite number, got {self.gate_init}."
-        return None
+    gate_init: Number = 0.0
 
     def layer_parameters(self, config):
         return _Gate(config, self.gate_init)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from famx.base.errors import ConfigError
 from famx.base.text import some
+from famx.base.values import SettingError
 from famx.data.vocabularies import load_vocabulary
 from famx.lora import adapter_memory, combine, load_adapter, merged
 from famx.lora.adapters import ADAPTERS, SCALE
@@ -108,7 +109,7 @@ def check_model(directory: pathlib.Path, model: DecoderModel | None = None) -> D
     try:
         stored = DecoderModel.from_description(fields)
     except (TypeError, ValueError) as error:  # a field, or a kind of memory, that is not known here
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError) and not isinstance(error, SettingError):
             raise
         raise ConfigError(f"{directory} holds a model that is not known here: {error}") from error
     model = dataclasses.replace(stored if model is None else model, lora=stored.lora)

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field
 import famx
 from famx.base.errors import ConfigError
 from famx.base.files import write_bytes
-from famx.base.untrusted import Fields, Name, checked, parse_object, shown
+from famx.base.untrusted import Fields, Name, parse_object, parsed, shown
 from famx.data.vocabularies import fingerprint
 from famx.model_dir.identity import differing_fields, model_fingerprint
 from famx.model_dir.loading import TrainedModel
@@ -244,7 +244,7 @@ def _read(path, load: bool = False) -> tuple[Header, dict[str, np.ndarray]]:
                     f"{path} has format {shown(fields.get('format'))}, and this famx, {famx.__version__},"
                     f" reads format {FORMAT}: famx {wrote} wrote it."
                 )
-            header = Header(**checked(_Header, fields, path).model_dump())
+            header = Header(**parsed(_Header, fields, path).model_dump())
             arrays = {name: file.get_tensor(name) for name in file.keys()} if load else {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import famx.memories  # noqa: F401, registers the kinds of memory that model.json may name
+from famx.base.ranges import Amount, OptionalObject, Positive
+from famx.base.values import checked
 from famx.decoding import Sampling, generate
 from famx.lora import Lora, combine, intercept, merged
 from famx.models.cross_entropy import cross_entropy
@@ -27,6 +29,7 @@ from famx.modules.memory import COLLECTION
 Batch = Mapping[str, jax.Array]
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class DecoderModel:
     """A `Decoder` with its training objective. A value: change it with `dataclasses.replace`.
@@ -41,24 +44,15 @@ class DecoderModel:
       context_shards: shards of the length that `loss` reads in parallel, see `Decoder.read`.
 
     Parameters, wherever a method takes them, may hold adapters and int8 kernels (`famx.lora`).
-
-    Raises:
-      ValueError: on construction, if `loss_chunk` is below 1.
     """
 
     module: Decoder
-    vocabulary: Any = None
+    vocabulary: OptionalObject = None
     random_position_offset: bool = False
-    z_loss: float = 0.0
-    loss_chunk: int | None = None
+    z_loss: Amount = 0.0
+    loss_chunk: Positive | None = None
     lora: Lora | None = None
-    context_shards: int = 1
-
-    def __post_init__(self):
-        if self.loss_chunk is not None and self.loss_chunk < 1:
-            raise ValueError(
-                f"loss_chunk must be at least 1, or None for no limit; got {self.loss_chunk}."
-            )
+    context_shards: Positive = 1
 
     @property
     def config(self) -> DecoderConfig:

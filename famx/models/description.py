@@ -16,7 +16,7 @@ from typing import Any
 import pydantic
 
 from famx.base.errors import ConfigError
-from famx.base.untrusted import Fields, checked, shown
+from famx.base.untrusted import Fields, parsed, shown
 from famx.lora import Lora
 from famx.modules import memory as memories
 from famx.modules.config import DecoderConfig, RopeScaling
@@ -67,7 +67,7 @@ def _object(value: Any, name: str | os.PathLike, field: str) -> Mapping[str, Any
 
 def _check(kind: type, fields: Mapping[str, Any], name: str | os.PathLike, prefix: str = "") -> None:
     try:
-        checked(_model_of(kind), dict(fields), name)
+        parsed(_model_of(kind), dict(fields), name)
     except ConfigError as error:
         raise ConfigError(str(error).replace("valid: ", f"valid: {prefix}", 1)) from error
     known = {field.name for field in dataclasses.fields(kind)}

@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import OneOf, Path
+from famx.base.values import checked
 from famx.modules import DecoderConfig, Memory, rope
 from famx.modules.layer import Layer
 from famx.modules.memory import is_measured, is_prompt
@@ -32,6 +34,7 @@ it to be different.
 _MEASURED_TOKENS = 256
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class MemoryStart:
     """How parameters of the memory start in a pretrained model.
@@ -44,19 +47,10 @@ class MemoryStart:
         those of the checkpoint, or "normal".
       text: path of a plain text in the language of the model, which "text" and measured parameters
         read; None: an English text of ours, `PLAIN_TEXT`.
-
-    Raises:
-      ConfigError: on construction, if there is no such start.
     """
 
-    prompt: str | None = None
-    text: str | None = None
-
-    def __post_init__(self):
-        if self.prompt not in (None, *PROMPT_STARTS):
-            raise ConfigError(
-                f"The prompt starts as one of {', '.join(PROMPT_STARTS)}, not {self.prompt!r}."
-            )
+    prompt: Annotated[str, OneOf(PROMPT_STARTS)] | None = None
+    text: Path | None = None
 
     def parameters(
         self,

@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+from typing import Annotated, Literal
 
+from famx.base.ranges import NonNegative, OneOf, Positive, Rate
+from famx.base.values import checked
 from famx.modules import memory as memories
 from famx.modules.backends import ATTENTION_BACKENDS, refusal
 
@@ -18,16 +21,21 @@ COMPUTATION_FIELDS = (
 )
 
 
+_Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+@checked
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's frequency scaling, or plain linear scaling when `original_length` is None."""
 
-    factor: float
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_length: int | None = None
+    factor: Rate
+    low_frequency_factor: Rate = 1.0
+    high_frequency_factor: Rate = 4.0
+    original_length: Positive | None = None
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Sizes and options of a decoder-only Transformer with block sliding window attention.
@@ -48,49 +56,50 @@ class DecoderConfig:
       ValueError: with one sentence, if sizes or options do not fit together.
     """
 
-    vocab_size: int
-    num_layers: int
-    embed_dim: int  # D
-    num_heads: int  # H
-    num_kv_heads: int | None = None  # K; None: num_heads
-    head_dim: int | None = None  # Dh; None: embed_dim / num_heads
-    mlp_dim: int | None = None  # F; None: 4 * embed_dim
+    vocab_size: Positive
+    num_layers: Positive
+    embed_dim: Positive  # D
+    num_heads: Positive  # H
+    num_kv_heads: Positive | None = None  # K; None: num_heads
+    head_dim: Positive | None = None  # Dh; None: embed_dim / num_heads
+    mlp_dim: Positive | None = None  # F; None: 4 * embed_dim
 
     # Memory.
-    block_size: int = 1024  # S
-    memory_segments: int = 3  # M: number of past blocks in the window
+    block_size: Positive = 1024  # S
+    memory_segments: NonNegative = 3  # M: number of past blocks in the window
     memory: memories.Memory = memories.Memory()  # memory beyond the window; the default is BSWA
     window_mask: bool = False  # Transformer-XL: each token sees exactly its last M * S
     stop_gradient_segments: bool = False  # the paper's ablation M1_SG
 
     # The Transformer.
-    norm: str = "rms"  # "rms" | "layer"
-    norm_epsilon: float = 1e-6
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: Rate = 1e-6
     post_norms: bool = False  # norms on the outputs of attention and feed-forward (Gemma 2, 3)
     parallel_block: bool = False  # attention and feed-forward in parallel (PaLM)
     gated_mlp: bool = True
-    activation: str = "silu"
+    activation: Annotated[str, OneOf(ACTIVATIONS)] = "silu"
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm of queries and keys over the head width
-    query_scale: float | None = None  # None: head_dim ** -0.5
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
+    query_scale: Rate | None = None  # None: head_dim ** -0.5
+    attention_softcap: Rate | None = None
+    logit_softcap: Rate | None = None
     tied_embeddings: bool = True
     scale_embeddings: bool = False  # by sqrt(embed_dim) (Gemma)
-    rope_base: float = 10_000.0  # for "global" layers, like rope_scaling
+    rope_base: Rate = 10_000.0  # for "global" layers, like rope_scaling
     rope_scaling: RopeScaling | None = None
-    rope_layers: tuple[str, ...] | None = None  # per layer "global", "local" or "none"; None: global
-    local_rope_base: float = 10_000.0  # for "local" layers (Gemma 3), never scaled
+    rope_layers: tuple[Annotated[str, OneOf(ROPE_LAYERS)], ...] | None = None  # None: all "global"
+    local_rope_base: Rate = 10_000.0  # for "local" layers (Gemma 3), never scaled
 
     # Computation. These change results only by rounding.
-    dtype: str = "float32"  # dtype of activations, keys and values
-    param_dtype: str = "float32"
-    blocks_per_chunk: int | None = None  # None: all blocks at once (layer-parallel)
-    remat: str = "none"  # what the backward pass recomputes; "offload": all, layer inputs on the host
-    attention_backend: str = "auto"
-    unroll_layers: int = 1  # layers per step of the scan over layers; more compile longer and copy less
+    dtype: _Dtype = "float32"  # dtype of activations, keys and values
+    param_dtype: _Dtype = "float32"
+    blocks_per_chunk: Positive | None = None  # None: all blocks at once (layer-parallel)
+    # What the backward pass recomputes; "offload": all, with the inputs of layers on the host.
+    remat: Annotated[str, OneOf(REMAT_POLICIES)] = "none"
+    attention_backend: Annotated[str, OneOf(ATTENTION_BACKENDS)] = "auto"
+    unroll_layers: Positive = 1  # layers per step of their scan; more compile longer and copy less
 
     def to_dict(self) -> dict:
         """Every field by name, as plain values that JSON can hold; the memory with its `kind`."""
@@ -116,17 +125,6 @@ class DecoderConfig:
 
     def __post_init__(self):
         fill = lambda name, value: object.__setattr__(self, name, value)
-        least = ("vocab_size", "num_layers", "embed_dim", "num_heads", "block_size", "unroll_layers")
-        for name in least:
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
-        _require(
-            self.memory_segments >= 0,
-            f"memory_segments must not be negative, got {self.memory_segments}.",
-        )
-        _require(
-            isinstance(self.memory, memories.Memory),
-            f"memory must be a Memory, such as famx.memories.Fam(length=64), not {self.memory!r}.",
-        )
         if self.num_kv_heads is None:
             fill("num_kv_heads", self.num_heads)
         if self.head_dim is None:
@@ -138,34 +136,19 @@ class DecoderConfig:
             fill("head_dim", self.embed_dim // self.num_heads)
         if self.mlp_dim is None:
             fill("mlp_dim", 4 * self.embed_dim)
-        for name in ("head_dim", "mlp_dim"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.query_scale is None:
             fill("query_scale", 1.0 / math.sqrt(self.head_dim))
         _require(
-            self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0,
+            self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.",
         )
         _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for RoPE.")
-        _require(
-            self.blocks_per_chunk is None or self.blocks_per_chunk >= 1,
-            f"blocks_per_chunk must be at least 1, or None for all; got {self.blocks_per_chunk}.",
-        )
         if self.rope_layers is not None:
             fill("rope_layers", tuple(self.rope_layers))  # lists come from gin and JSON
             _require(
                 len(self.rope_layers) == self.num_layers,
                 f"rope_layers lists {len(self.rope_layers)} layers, but the model has {self.num_layers}.",
             )
-            for kind in self.rope_layers:
-                known = ", ".join(ROPE_LAYERS)
-                _require(kind in ROPE_LAYERS, f"rope_layers may contain {known}; got {kind!r}.")
-        _one_of(self, "norm", ("rms", "layer"))
-        _one_of(self, "activation", ACTIVATIONS)
-        _one_of(self, "dtype", ("float32", "bfloat16", "float64"))
-        _one_of(self, "param_dtype", ("float32", "bfloat16", "float64"))
-        _one_of(self, "remat", REMAT_POLICIES)
-        _one_of(self, "attention_backend", ATTENTION_BACKENDS)
         for sentence in (self.memory.check(self), refusal(self, self.attention_backend)):
             _require(sentence is None, sentence)
 
@@ -188,8 +171,3 @@ class DecoderConfig:
 def _require(condition: bool, sentence: str | None):
     if not condition:
         raise ValueError(sentence)
-
-
-def _one_of(config: DecoderConfig, name: str, choices: tuple[str, ...]):
-    value = getattr(config, name)
-    _require(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}.")

@@ -10,6 +10,8 @@ from jax.experimental import topologies
 
 from famx.base.chips import TPUS, Chip, find
 from famx.base.errors import ConfigError
+from famx.base.ranges import Positive
+from famx.base.values import checked
 from famx.scale import gpus
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -18,7 +20,8 @@ SHAPES = {"v4": _DEEP, "v5e": _FLAT, "v5p": _DEEP, "v6e": _FLAT}  # examples for
 _CPU = Chip("cpu", 0.0, 0.0, 0.0)  # no published rates, so that no bounds are computed
 
 
-def devices(topology: str, num_slices: int = 1) -> tuple[Sequence[jax.Device], Chip]:
+@checked
+def devices(topology: str, num_slices: Positive = 1) -> tuple[Sequence[jax.Device], Chip]:
     """Devices of a topology and their chip. Call it before JAX initialises its backends.
 
     Args:
@@ -30,8 +33,6 @@ def devices(topology: str, num_slices: int = 1) -> tuple[Sequence[jax.Device], C
     Raises:
       ConfigError: the topology is unknown, or its compiler or device is missing.
     """
-    if num_slices < 1:
-        raise ConfigError(f"--num_slices must be at least 1, not {num_slices}.")
     name, _, shape = topology.partition(":")
     if name in TPUS:
         selected = _tpus(name, shape, num_slices)

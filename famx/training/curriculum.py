@@ -1,10 +1,18 @@
 """A curriculum that unlocks longer documents once the model is accurate."""
 
 import dataclasses
+from typing import Annotated
 
 import numpy as np
+from annotated_types import MinLen
+
+from famx.base.ranges import OneOf, Positive, Share
+from famx.base.values import checked
+
+RISING_METRICS = ("exact_match", "accuracy")  # shares that training raises
 
 
+@checked
 @dataclasses.dataclass
 class Curriculum:
     """Distribution of document lengths, in blocks, that training draws from.
@@ -18,23 +26,15 @@ class Curriculum:
       metric: name of the metric, computed on batches of the newest length alone.
       smoothing: weight of the past in the smoothed metric, per step of the newest length.
       newest: probability of drawing the newest length.
-
-    Raises:
-      ValueError: no length, or a share outside [0, 1].
     """
 
-    blocks: tuple[int, ...]
-    unlock: float = 0.9
-    metric: str = "exact_match"
-    smoothing: float = 0.9
-    newest: float = 0.5
+    blocks: Annotated[tuple[Positive, ...], MinLen(1)]
+    unlock: Share = 0.9
+    metric: Annotated[str, OneOf(RISING_METRICS)] = "exact_match"
+    smoothing: Share = 0.9
+    newest: Share = 0.5
 
     def __post_init__(self):
-        if not self.blocks or any(b < 1 for b in self.blocks):
-            raise ValueError(f"A curriculum needs lengths of at least 1 block, got {self.blocks}.")
-        for name in ("unlock", "smoothing", "newest"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"The curriculum's {name} must lie in [0, 1].")
         self.stage, self.level = 0, 0.0
 
     @property

@@ -283,8 +283,6 @@ class AgedFeed(IndexedFeed):
         self, source: Source, model: DecoderModel, groups: int, refresh_period: int, place=lambda x: x
     ):
         super().__init__(source)
-        if groups < 1 or refresh_period < 1:
-            raise ConfigError("The aged-state pool needs groups and refresh_period of at least 1.")
         aged = sum(b > self.blocks for b in set(self.curriculum.blocks))
         if groups < aged:
             raise ConfigError(

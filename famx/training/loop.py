@@ -12,6 +12,7 @@ import numpy as np
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.signals import graceful_stop
+from famx.base.values import checked
 from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.data.vocabularies import save_vocabulary
 from famx.mesh import batch_sharding
@@ -34,6 +35,7 @@ _STOP_PERIOD = 10  # steps between agreements of several processes on a stop, wh
 
 
 @gin.configurable
+@checked
 def train(run: Run) -> dict[str, float]:
     """Trains a model, or resumes where the last run in `run.model_dir` stopped, bit for bit.
 
@@ -68,14 +70,16 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
     """The stages, ready for their devices; the directory; and the trace of `run.profile_steps`."""
     if run.model_dir is None:
         raise ConfigError("MODEL_DIR is not set: training needs a directory for its checkpoints.")
-    directory = check_model_dir(run.model_dir)
-    if run.steps < 1:
-        raise ConfigError(f"TRAIN_STEPS must be at least 1, not {run.steps}.")
-    profile = Profile(run.profile_steps, directory)
+    if run.steps is None or run.data.task is None:
+        missing = "TRAIN_STEPS" if run.steps is None else "MIXTURE_OR_TASK_NAME"
+        raise ConfigError(f"{missing} is not set: training needs it.")
     stages = tuple(stage.ready() for stage in stages_of(run))
     for stage in stages:
         with stage.errors():
+            stage.run.data.check_options()
             stage.run.state_passing.check(stage.run)
+    profile = Profile(run.profile_steps, pathlib.Path(run.model_dir))
+    directory = check_model_dir(run.model_dir)  # last, as it makes the directory
     return stages, directory, profile
 
 

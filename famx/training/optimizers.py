@@ -11,7 +11,7 @@ settings of the first part that it is in.
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import gin
 import jax
@@ -19,10 +19,14 @@ import jax.numpy as jnp
 import optax
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Amount, Expected, Name, Positive, Rate, ShareBelowOne
+from famx.base.values import checked
 from famx.modules.memory import is_measured
 from famx.training.trainable import in_part
 
-_Rate: TypeAlias = float | optax.Schedule
+_Rate: TypeAlias = Annotated[
+    Rate | optax.Schedule, Expected("a number above 0, or a schedule such as @schedules.warmup_cosine()")
+]
 _Mask = Callable[[Any], Any]
 
 # Words in the paths of parameters that are no matrices of linear maps, and of the memory's parameters.
@@ -30,6 +34,7 @@ NOT_DECAYED = ("embed", "norm", "bias", "scale", "memory")
 
 
 @gin.configurable
+@checked
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What differs for a part of the parameters.
@@ -39,20 +44,17 @@ class Part:
       decay: weight decay of all its parameters, whatever the mask says; None: as for the others.
     """
 
-    rate: float = 1.0
-    decay: float | None = None
-
-    def __post_init__(self):
-        if not self.rate > 0 or (self.decay is not None and self.decay < 0):
-            raise ConfigError(f"Part needs a rate above 0 and a decay of at least 0; it is {self}.")
+    rate: Rate = 1.0
+    decay: Amount | None = None
 
 
-_Parts: TypeAlias = Mapping[str, Part]
+_Parts: TypeAlias = Mapping[Name, Part]
 _NONE: _Parts = MappingProxyType({})
 
 
 @gin.configurable
-def decay_mask(params: Any, not_decayed: tuple[str, ...] = NOT_DECAYED) -> Any:
+@checked
+def decay_mask(params: Any, not_decayed: tuple[Name, ...] = NOT_DECAYED) -> Any:
     """True for each leaf that is at least 2-D and whose path contains none of the words `not_decayed`.
 
     The words are needed because norms and biases, stacked over layers, are 2-D too.
@@ -66,13 +68,14 @@ def decay_mask(params: Any, not_decayed: tuple[str, ...] = NOT_DECAYED) -> Any:
 
 
 @gin.configurable
+@checked
 def adamw(
     learning_rate: _Rate,
-    b1: float = 0.9,
-    b2: float = 0.99,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = 1.0,
+    b1: ShareBelowOne = 0.9,
+    b2: ShareBelowOne = 0.99,
+    eps: Rate = 1e-8,
+    weight_decay: Amount = 0.0,
+    clip_norm: Rate | None = 1.0,
     mask: _Mask = decay_mask,
     parts: _Parts = _NONE,
 ) -> optax.GradientTransformation:
@@ -82,13 +85,14 @@ def adamw(
 
 
 @gin.configurable
+@checked
 def adafactor(
     learning_rate: _Rate,
-    beta1: float | None = 0.9,
-    beta2: float = 0.99,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = 1.0,
-    min_dim_size_to_factor: int = 128,
+    beta1: ShareBelowOne | None = 0.9,
+    beta2: ShareBelowOne = 0.99,
+    weight_decay: Amount = 0.0,
+    clip_norm: Rate | None = 1.0,
+    min_dim_size_to_factor: Positive = 128,
     multiply_by_parameter_scale: bool = False,
     mask: _Mask = decay_mask,
     parts: _Parts = _NONE,
@@ -120,12 +124,13 @@ def adafactor(
 
 
 @gin.configurable
+@checked
 def lion(
     learning_rate: _Rate,
-    b1: float = 0.9,
-    b2: float = 0.99,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = 1.0,
+    b1: ShareBelowOne = 0.9,
+    b2: ShareBelowOne = 0.99,
+    weight_decay: Amount = 0.0,
+    clip_norm: Rate | None = 1.0,
     mask: _Mask = decay_mask,
     parts: _Parts = _NONE,
 ) -> optax.GradientTransformation:

@@ -15,17 +15,20 @@ For example:
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import gin
 import jax
 import jax.numpy as jnp
+import optax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from famx.base.errors import ConfigError
-from famx.base.xla_options import DEFAULT, compiler_options
+from famx.base.ranges import Built, Expected, Name, NonNegative, Object, OneOf, Path, Positive, Rate, Seed
+from famx.base.values import check_arguments, checked, options_named
+from famx.base.xla_options import CHOICES, DEFAULT, compiler_options
 from famx.data.tasks import registry
 from famx.mesh import (
     Rules,
@@ -44,11 +47,27 @@ from famx.modules.backends import resolve_backend
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import Source
 from famx.training.flops import Learning
+from famx.training.stage_line import StageLine
 from famx.training.state_passing import Fresh, StatePassing
 from famx.training.trainable import Trainable
 
+_Lengths = Annotated[
+    Mapping[Name, Positive], Expected("a dict of whole numbers by feature, such as {'targets': 128}")
+]
+_Stages = Annotated[
+    Sequence[StageLine],
+    Expected(
+        "a tuple of dicts, one for each stage, such as ({'steps': 100}, {'blocks': 8}) or, with the comma"
+        " of a tuple of one, ({'blocks': 8},)", inside=True,
+    ),
+]  # fmt: skip
+_Options = Annotated[
+    Mapping[Name, Any], Expected("a dict of options of the task, such as {'vocabulary': 'bytes'}")
+]
+
 
 @gin.configurable
+@checked
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Training data: a task and the shape of its batches.
@@ -65,10 +84,10 @@ class Data:
         SeqIO. A task by index has no documents to pack, except in continuous lanes.
     """
 
-    task: Any
-    lengths: Mapping[str, int]
-    batch_size: int
-    options: Mapping[str, Any] | None = None
+    task: Annotated[Name | Object | None, Expected("the name of a task, or an object")]
+    lengths: _Lengths
+    batch_size: Positive
+    options: _Options | None = None
     curriculum: Curriculum | None = None
     packed: bool | None = None
 
@@ -78,6 +97,13 @@ class Data:
         if "targets" not in self.lengths:
             raise ConfigError("TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}.")
         return self.lengths["targets"]
+
+    def check_options(self) -> None:
+        """Raises ConfigError if an option of a named task is not what the task's annotations allow."""
+        options = self.options or {}
+        if isinstance(self.task, str) and (factory := registry.factory(self.task)) is not None:
+            with options_named("TASK_OPTIONS", options):
+                check_arguments(factory, options)
 
     def make_task(self, vocabulary: Any = None, **changes: Any) -> Any:
         """The task object.
@@ -91,6 +117,10 @@ class Data:
           ConfigError: there is no such task, or it does not take these options.
         """
         options = {**(self.options or {}), **changes}
+        with options_named("TASK_OPTIONS", options):
+            return self._made(options, vocabulary)
+
+    def _made(self, options: dict[str, Any], vocabulary: Any) -> Any:
         try:
             if not isinstance(self.task, str):
                 return dataclasses.replace(self.task, **options) if options else self.task
@@ -132,6 +162,7 @@ def _configured(factory):
 
 
 @gin.configurable
+@checked
 @dataclasses.dataclass(frozen=True)
 class Every:
     """Periods in steps.
@@ -140,25 +171,15 @@ class Every:
       log: steps between two lines of the log.
       checkpoint: steps between two checkpoints.
       evaluation: steps between two evaluations; 0: only one, at the end.
-
-    Raises:
-      ConfigError: on construction, if a period is out of range.
     """
 
-    log: int = 10
-    checkpoint: int = 1000
-    evaluation: int = 0
-
-    def __post_init__(self):
-        for name, least in (("log", 1), ("checkpoint", 1), ("evaluation", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"Every.{name} must be at least {least}, not {getattr(self, name)}.")
-
-
-ADAPTER_DTYPES = ("float32", "bfloat16")
+    log: Positive = 10
+    checkpoint: Positive = 1000
+    evaluation: NonNegative = 0
 
 
 @gin.configurable
+@checked
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A training run.
@@ -167,7 +188,8 @@ class Run:
       model: model to train.
       data: the task and the shape of its batches.
       optimizer: an optax transformation.
-      steps: number of steps of the whole run, including those before a resume.
+      steps: number of steps of the whole run, including those before a resume; None only if no step is
+        taken.
       model_dir: absolute directory of checkpoints and logs; None only if nothing is written.
       random_seed: seed of parameters, data and all other random draws.
       state_passing: states that examples begin from, see `famx.training.state_passing`.
@@ -197,25 +219,29 @@ class Run:
 
     model: DecoderModel
     data: Data
-    optimizer: Any
-    steps: int
-    model_dir: str | None = None
-    random_seed: int = 0
+    optimizer: Annotated[
+        optax.GradientTransformation, Expected("an optimiser such as @optimizers.adamw()")
+    ]
+    steps: Positive | None
+    model_dir: Path | None = None
+    random_seed: Seed = 0
     state_passing: StatePassing = Fresh()
     trainable: Trainable = Trainable()
-    initial_checkpoint_path: str | None = None
+    initial_checkpoint_path: Path | None = None
     memory_start: MemoryStart = MemoryStart()
-    microbatches: int = 1
-    evaluation: Any = None
+    microbatches: Positive = 1
+    evaluation: Annotated[
+        Callable[..., Any], Built(), Expected("an evaluation such as @evaluation.TaskEvaluation() makes")
+    ] | None = None
     every: Every = Every()
-    adapter_dtype: str = "float32"
-    checkpoints_to_keep: int | None = 3
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoints_to_keep: Positive | None = 3
     mesh: Mesh | None = None
     rules: Rules | None = None
-    minutes: float | None = None
-    profile_steps: str | None = None
-    xla_options: str = DEFAULT
-    stages: Sequence[Mapping[str, Any]] = ()
+    minutes: Rate | None = None
+    profile_steps: Name | None = None
+    xla_options: Annotated[str, OneOf((DEFAULT, *CHOICES))] = DEFAULT
+    stages: _Stages = ()
 
     def ready(self, devices: Sequence[jax.Device] | None = None) -> "Run":
         """A checked copy with mesh and rules set and the model adapted to them.
@@ -236,11 +262,6 @@ class Run:
         check_blocks(length, self.model.config, mesh)
         resolve_backend(self.model.config, mesh.devices.flat[0], mesh.size)  # or raises
         compiler_options(self.xla_options, mesh.devices.flat[0].platform, mesh.shape)  # likewise
-        if self.adapter_dtype not in ADAPTER_DTYPES:
-            raise ConfigError(
-                f"run.Run.adapter_dtype must be one of {', '.join(ADAPTER_DTYPES)}; got"
-                f" {self.adapter_dtype!r}."
-            )
         model = dataclasses.replace(
             self.model,
             lora=self.model.lora if self.trainable.has_adapters else None,

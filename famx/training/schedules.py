@@ -12,20 +12,23 @@ import jax.numpy as jnp
 import optax
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Amount, NonNegative, Positive, Rate
+from famx.base.values import checked
 
 _Rate = Callable[[jax.Array], jax.Array]
 
 
 @gin.configurable
-def constant_rate(learning_rate: float, warmup_steps: int = 0) -> optax.Schedule:
+@checked
+def constant_rate(learning_rate: Rate, warmup_steps: NonNegative = 0) -> optax.Schedule:
     """`learning_rate` at every step after the warm-up."""
-    _check(learning_rate, warmup_steps)
     return _warmed_up(learning_rate, warmup_steps, lambda step: jnp.ones_like(step))
 
 
 @gin.configurable
+@checked
 def warmup_cosine(
-    learning_rate: float, steps: int, warmup_steps: int = 0, floor: float = 0.0
+    learning_rate: Rate, steps: Positive, warmup_steps: NonNegative = 0, floor: Amount = 0.0
 ) -> optax.Schedule:
     """Half a cosine from `learning_rate` at the end of the warm-up to `floor` at `steps`.
 
@@ -47,11 +50,9 @@ def warmup_cosine(
 
 
 @gin.configurable
-def warmup_rsqrt(learning_rate: float, warmup_steps: int) -> optax.Schedule:
+@checked
+def warmup_rsqrt(learning_rate: Rate, warmup_steps: Positive) -> optax.Schedule:
     """`learning_rate * sqrt(warmup_steps / step)` after the warm-up, which takes at least one step."""
-    _check(learning_rate, warmup_steps)
-    if warmup_steps < 1:
-        raise ConfigError("warmup_rsqrt needs warmup_steps of at least 1.")
     return _warmed_up(
         learning_rate,
         warmup_steps,
@@ -60,19 +61,20 @@ def warmup_rsqrt(learning_rate: float, warmup_steps: int) -> optax.Schedule:
 
 
 @gin.configurable
+@checked
 def warmup_stable_decay(
-    learning_rate: float,
-    steps: int,
-    decay_steps: int,
-    warmup_steps: int = 0,
-    floor: float = 0.0,
+    learning_rate: Rate,
+    steps: Positive,
+    decay_steps: Positive,
+    warmup_steps: NonNegative = 0,
+    floor: Amount = 0.0,
 ) -> optax.Schedule:
     """`learning_rate`, then linear decay to `floor` over the last `decay_steps` of the run."""
     _check(learning_rate, warmup_steps, steps, floor)
-    if not 1 <= decay_steps <= steps - warmup_steps:
+    if decay_steps > steps - warmup_steps:
         raise ConfigError(
-            f"decay_steps must be between 1 and steps - warmup_steps"
-            f" ({steps - warmup_steps}), not {decay_steps}."
+            f"decay_steps must be at most steps - warmup_steps ({steps - warmup_steps}), not"
+            f" {decay_steps}."
         )
     low = floor / learning_rate
 
@@ -92,12 +94,8 @@ def _warmed_up(learning_rate: float, warmup_steps: int, rate: _Rate) -> optax.Sc
     return schedule
 
 
-def _check(learning_rate: float, warmup_steps: int, steps: int | None = None, floor: float = 0.0) -> None:
-    if learning_rate <= 0:
-        raise ConfigError(f"learning_rate must be above 0, not {learning_rate}.")
-    if warmup_steps < 0:
-        raise ConfigError(f"warmup_steps must not be negative, but is {warmup_steps}.")
-    if steps is not None and steps <= warmup_steps:
+def _check(learning_rate: float, warmup_steps: int, steps: int, floor: float) -> None:
+    if steps <= warmup_steps:
         raise ConfigError(f"steps ({steps}) must be larger than warmup_steps ({warmup_steps}).")
-    if not 0 <= floor <= learning_rate:
-        raise ConfigError(f"floor must be between 0 and learning_rate, not {floor}.")
+    if floor > learning_rate:
+        raise ConfigError(f"floor must be at most learning_rate ({learning_rate}), not {floor}.")

@@ -27,16 +27,13 @@ from typing import Any
 import jax
 
 from famx.base.errors import ConfigError
-from famx.base.gin_checks import nearest
 from famx.modules import Decoder
 from famx.training.curriculum import Curriculum
 from famx.training.metrics import Sums, mean
 from famx.training.run import Run
+from famx.training.stage_line import StageLine
 from famx.training.state_passing import FromMemoryFile, StatePassing, named
 
-_COUNTS = ("steps", "block_size", "blocks", "batch_size", "microbatches")
-_KEYS = (*_COUNTS, "memory_segments", "state_passing", "options", "curriculum", "until")
-_METRICS = ("exact_match", "accuracy")  # those that `until` may name: shares that training raises
 SMOOTHING = 0.9  # weight of the past in the metric of `until`, as in a curriculum by default
 
 
@@ -107,11 +104,6 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
     lines = run.stages
     if not lines:
         return (Stage(0, 1, run),)
-    if isinstance(lines, Mapping) or not all(isinstance(line, Mapping) for line in lines):
-        raise ConfigError(
-            "STAGES must be a tuple of dicts, one for each stage: ({'steps': 100}, {'blocks': 8})."
-            " A tuple of one has a comma: ({'blocks': 8},)."
-        )
     if isinstance(run.state_passing, FromMemoryFile):
         raise ConfigError(
             "INITIAL_MEMORY_FILE and STAGES exclude each other: each stage would begin with the memory"
@@ -122,7 +114,6 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
     blocks = None
     for index, line in enumerate(lines):
         with Stage(index, len(lines), run).errors():
-            _check_line(line)
             blocks = line.get("blocks", blocks)
             try:
                 current = _with_line(current, line, blocks)
@@ -135,21 +126,7 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _check_line(line: Mapping[str, Any]) -> None:
-    for key in line:
-        if key not in _KEYS:
-            choice = f"choose from {', '.join(_KEYS)}.{nearest(str(key), _KEYS)}"
-            raise ConfigError(f"A stage has no setting {key!r}; {choice}")
-    for key in _COUNTS:
-        value = line.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{key} must be a whole number of at least 1, not {value!r}.")
-    options = line.get("options", {})
-    if not isinstance(options, Mapping):
-        raise ConfigError(f"options must be a dict of options of the task, not {options!r}.")
-
-
-def _with_line(run: Run, line: Mapping[str, Any], blocks: int | None) -> Run:
+def _with_line(run: Run, line: StageLine, blocks: int | None) -> Run:
     """`run` with the settings of a line; `blocks`: those of this line or of one before."""
     config = run.model.config
     fields = {key: line[key] for key in ("block_size", "memory_segments") if key in line}
@@ -184,14 +161,6 @@ def _with_line(run: Run, line: Mapping[str, Any], blocks: int | None) -> Run:
 def _curriculum(given: Any, before: Curriculum | None) -> Curriculum | None:
     if given is None or isinstance(given, Curriculum):
         return given
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"curriculum must be a dict of fields of Curriculum, or None, not {given!r}.")
-    names = [field.name for field in dataclasses.fields(Curriculum)]
-    for name in given:
-        if name not in names:
-            raise ConfigError(
-                f"A curriculum has no {name!r}; choose from {', '.join(names)}.{nearest(name, names)}"
-            )
     if before is not None:
         return dataclasses.replace(before, **given)
     if "blocks" not in given:
@@ -200,25 +169,15 @@ def _curriculum(given: Any, before: Curriculum | None) -> Curriculum | None:
 
 
 def _state_passing(given: Any) -> StatePassing:
-    if isinstance(given, StatePassing):
-        return given
-    if not isinstance(given, str):
-        raise ConfigError(f"state_passing must be a name such as 'aged', not {given!r}.")
-    return named(given)
+    return named(given) if isinstance(given, str) else given
 
 
-def _until(line: Mapping[str, Any]) -> tuple[str, float] | None:
+def _until(line: StageLine) -> tuple[str, float] | None:
     until = line.get("until")
     if until is None:
         return None
-    if isinstance(until, Mapping) and len(until) == 1:
-        ((metric, value),) = until.items()
-        if metric in _METRICS and isinstance(value, int | float) and 0 < value < 1:
-            return metric, float(value)
-    raise ConfigError(
-        f"until must name one metric of {', '.join(_METRICS)} and a value between 0 and 1, such as"
-        f" {{'exact_match': 0.95}}, not {until!r}."
-    )
+    ((metric, value),) = until.items()
+    return metric, float(value)
 
 
 def _check_steps(stages: Sequence[Stage], steps: int | None) -> None:

@@ -14,9 +14,8 @@ with leaves `[layers, B, ...]`.
 """
 
 import dataclasses
-import os
 import pathlib
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import gin
 import jax
@@ -24,6 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import NonNegative, OneOf, Path, Positive, Share
+from famx.base.values import checked
 from famx.mesh import Rules, state_sharding, without_boxes
 from famx.model_dir import memory_file as memory_files
 from famx.models import DecoderModel
@@ -120,12 +121,14 @@ class StatePassing:
 
 
 @gin.configurable
+@checked
 @dataclasses.dataclass(frozen=True)
 class Fresh(StatePassing):
     """Every example begins before the first token."""
 
 
 @gin.configurable
+@checked
 @dataclasses.dataclass(frozen=True)
 class Random(StatePassing):
     """Random state passing (RSP).
@@ -133,17 +136,10 @@ class Random(StatePassing):
     Attributes:
       probability: probability that all examples of a step begin from the kept memory.
       start_step: first step that may do so; from scratch, RSP at step 0 keeps a model from learning.
-
-    Raises:
-      ValueError: on construction, if `probability` is outside [0, 1].
     """
 
-    probability: float = 0.8
-    start_step: int = 0
-
-    def __post_init__(self):
-        if not 0.0 <= self.probability <= 1.0:
-            raise ValueError(f"RSP's probability must lie in [0, 1], got {self.probability}.")
+    probability: Share = 0.8
+    start_step: NonNegative = 0
 
     def initial(self, model, params, batch_size=1, loaded=None):
         """A memory of zeros, without the batch axis, and int32 scalars `updates` and `steps`, both 0."""
@@ -192,6 +188,7 @@ class Random(StatePassing):
 
 
 @gin.configurable
+@checked
 @dataclasses.dataclass(frozen=True)
 class Lanes(StatePassing):
     """Every example begins from the final state of its lane's last row.
@@ -202,8 +199,8 @@ class Lanes(StatePassing):
     """
 
     from_prompt: ClassVar[bool] = False
-    document_length: int = 16384
-    num_documents: int = 1_000_000
+    document_length: Positive = 16384
+    num_documents: Positive = 1_000_000
 
     def feed(self, source, model, place):
         del model, place
@@ -232,6 +229,7 @@ class Lanes(StatePassing):
 
 
 @gin.configurable
+@checked
 @dataclasses.dataclass(frozen=True)
 class Aged(StatePassing):
     """Every example begins before the first token, or from a state of the aged-state pool.
@@ -242,8 +240,8 @@ class Aged(StatePassing):
     """
 
     from_prompt: ClassVar[bool] = False
-    groups: int = 8
-    refresh_period: int = 8
+    groups: Positive = 8
+    refresh_period: Positive = 8
 
     def feed(self, source, model, place):
         return aged_feed(source, model, self.groups, self.refresh_period, place)
@@ -263,6 +261,7 @@ class Aged(StatePassing):
 
 
 @gin.configurable
+@checked
 @dataclasses.dataclass(frozen=True)
 class FromMemoryFile(StatePassing):
     """Every example begins from the state in a memory file (`famx.memory`); only its memory learns.
@@ -273,7 +272,7 @@ class FromMemoryFile(StatePassing):
 
     from_prompt: ClassVar[bool] = False
     aligned: ClassVar[bool] = False
-    path: str | os.PathLike
+    path: Path
 
     def check(self, run):
         if memory_files.read_header(self.path).position[1:]:
@@ -324,7 +323,10 @@ BY_NAME = {"none": Fresh, "random": Random, "continuous": Lanes, "aged": Aged}
 
 
 @gin.configurable
-def named(name: str = "none", memory_file: str | None = None) -> StatePassing:
+@checked
+def named(
+    name: Annotated[str, OneOf(tuple(BY_NAME))] = "none", memory_file: Path | None = None
+) -> StatePassing:
     """The state passing named by STATE_PASSING, with its settings from gin.
 
     Args:
@@ -332,10 +334,8 @@ def named(name: str = "none", memory_file: str | None = None) -> StatePassing:
       memory_file: INITIAL_MEMORY_FILE; every example then begins from it.
 
     Raises:
-      ConfigError: there is no such name, or it cannot be combined with a memory file.
+      ConfigError: the name cannot be combined with a memory file.
     """
-    if name not in BY_NAME:
-        raise ConfigError(f"STATE_PASSING is {name!r}; choose one of {', '.join(BY_NAME)}.")
     if memory_file is None:
         return BY_NAME[name]()
     if name != "none":

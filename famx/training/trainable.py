@@ -15,7 +15,7 @@ the parameters in the same way.
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -23,12 +23,13 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Name
+from famx.base.values import checked
 from famx.lora import combine, quantize
 from famx.lora.adapters import ADAPTERS
 from famx.modules.memory import is_measured, of_memory
 
 NAMES = ("all", "lora", "memory", "norms")
-FROZEN_DTYPES = ("float32", "bfloat16", "int8")
 _WIDE = ("kernel", "embedding", "head")  # matrices; norms and biases are small
 
 
@@ -54,6 +55,7 @@ def in_part(part: str, path: str) -> bool:
     )
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Trainable:
     """Which parameters learn, and how the others are stored.
@@ -64,21 +66,16 @@ class Trainable:
         with bfloat16 for the other matrices; None: unchanged.
 
     Raises:
-      ConfigError: on construction, if a value is not valid.
+      ConfigError: on construction, if `name` is no part and no regular expression.
     """
 
-    name: str = "all"
-    frozen_dtype: str | None = None
+    name: Name = "all"
+    frozen_dtype: Literal["float32", "bfloat16", "int8"] | None = None
 
     def __post_init__(self):
-        if self.frozen_dtype not in (None, *FROZEN_DTYPES):
-            raise ConfigError(
-                f"FROZEN_DTYPE must be None or one of {', '.join(FROZEN_DTYPES)}; got"
-                f" {self.frozen_dtype!r}."
-            )
         try:
             re.compile(self.name)
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise ConfigError(
                 f"TRAINABLE {self.name!r} is neither one of {', '.join(NAMES)} nor a regular"
                 f" expression: {error}."

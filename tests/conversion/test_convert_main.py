@@ -232,7 +232,7 @@ def test_the_prompt_may_be_embeddings_of_tokens():
     gemma = dataclasses.replace(config, scale_embeddings=True)
     np.testing.assert_array_equal(draw(gemma, (100, 16)), 4 * prompt)
     assert draw(config, (3, 200, 16)).shape == (3, 200, 16), "some come twice"
-    with pytest.raises(ConfigError, match="one of normal, tokens, text, bos, not 'zeros'."):
+    with pytest.raises(ConfigError, match="one of 'normal', 'tokens', 'text', 'bos', or None, not"):
         MemoryStart("zeros")
 
 

@@ -93,7 +93,7 @@ def test_bad_mixtures_get_a_sentence():
         Mixture("m", (a, b), {"a": 1})
     with pytest.raises(ConfigError, match="rate for 'bb', which is not one .* nearest name is 'b'"):
         Mixture("m", (a, b), {"a": 1, "b": 1, "bb": 2})
-    with pytest.raises(ConfigError, match="must be above 0"):
+    with pytest.raises(ConfigError, match="must be a number above 0, not 0"):
         Mixture("m", (a, b), {"a": 1, "b": 0}).order("train")
     with pytest.raises(ConfigError, match="at least 1"):
         Mixture("m", (a, b), size=0)

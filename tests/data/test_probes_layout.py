@@ -312,9 +312,9 @@ def test_probes_are_values():
     "options, sentence",
     [
         (dict(vocabulary="letters"), "is not a vocabulary, and no such path exists; choose"),
-        (dict(split="test"), "choose one of train, eval"),
+        (dict(split="test"), "split must be one of 'train', 'eval'"),
         (dict(seed=-1), "at least 0"),
-        (dict(answer_weight=-0.5), "must not be negative"),
+        (dict(answer_weight=-0.5), "answer_weight must be a number of at least 0, not -0.5"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)

@@ -168,7 +168,7 @@ def test_bad_settings_get_a_sentence(folder):
     with pytest.raises(ConfigError, match="no split 'valid'; the nearest name is 'validation'"):
         task.examples("valid")
     for option, sentence in (
-        ({"kind": "x"}, "no kind of task"), ({"max_tokens": 0}, "at least 1"), ({"cut": "right"}, "cut"),
+        ({"kind": "x"}, "kind must be one"), ({"max_tokens": 0}, "at least 1"), ({"cut": "right"}, "cut"),
         ({"split": "x"}, "no split 'x'"), ({"vocabulary": "x"}, "is not a vocabulary"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=sentence):

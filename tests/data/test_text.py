@@ -91,11 +91,11 @@ def test_words(tmp_path):
 def test_bad_input_gets_a_sentence(folder):
     with pytest.raises(ValueError, match="No file matches '.*none.*'"):
         TextFiles([str(folder / "*.md"), str(folder / "none*")])
-    with pytest.raises(ValueError, match="at least one path"):
+    with pytest.raises(ValueError, match="must be a path or glob pattern"):
         TextFiles([])
     with pytest.raises(ValueError, match="empty"):
         TextFiles(str(folder / "empty.txt"))
-    with pytest.raises(ValueError, match="'train' or 'validation'"):
+    with pytest.raises(ValueError, match="must be one of 'train', 'validation'"):
         TextFiles(str(folder / "*.md"), split="test")
     with pytest.raises(ValueError, match="validation split .* no document"):
         TextFiles(str(folder / "*.md"), split="validation", validation_fraction=0.0)

@@ -210,11 +210,11 @@ def test_draws_follow_the_restricted_distribution():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(max_new_tokens=0), "max_new_tokens must be at least 1"),
-        (dict(temperature=-1.0), "temperature must be 0 .greedy. or more"),
-        (dict(top_k=0), "top_k must be at least 1"),
-        (dict(top_p=0.0), "top_p must lie in"),
-        (dict(top_p=1.5), "top_p must lie in"),
+        (dict(max_new_tokens=0), "Sampling.max_new_tokens must be a whole number of at least 1"),
+        (dict(temperature=-1.0), "Sampling.temperature must be a number of at least 0"),
+        (dict(top_k=0), "Sampling.top_k must be a whole number of at least 1 or None"),
+        (dict(top_p=0.0), "Sampling.top_p must be a number above 0 and at most 1, not 0"),
+        (dict(top_p=1.5), "Sampling.top_p must be a number above 0 and at most 1, not 1"),
     ],
 )
 def test_bad_settings_are_refused_with_a_sentence(changes, sentence):

@@ -25,6 +25,7 @@ OURS = ("famx", "launch", "benchmarks", "notebooks")
 _STUB = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" >> "$RECORD"; printf '\\n\\0' >> "$RECORD"
 cat > /dev/null  # or who writes into the pipe could find it closed
+if [ "$1" = "-c" ]; then echo printed; fi
 if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; touch "$3/bin/activate"; fi
 """
 

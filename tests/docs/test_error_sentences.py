@@ -1,11 +1,17 @@
 """The code contains every error sentence that a page quotes."""
 
 import ast
+import contextlib
 import functools
 import re
+import typing
 
 import pytest
+from configurables import configurables
 from markdown_pages import ROOT
+
+from famx.base.expectations import expectation
+from famx.base.values import annotations
 
 SOURCES = [*(ROOT / "famx").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
 _LETTERS = 18  # that a template must have of its own, to count as a sentence
@@ -36,7 +42,24 @@ def known(sentence: str) -> bool:
     starts = [m.end() for m in re.finditer(r": ", sentence)]
     hint = re.sub(r" Did you mean \S+\?$", "", sentence)
     whole = {sentence, hint, *(sentence[start:] for start in starts)}
-    return any(template.fullmatch(text) for template in templates() for text in whole)
+    if any(template.fullmatch(text) for template in templates() for text in whole):
+        return True
+    setting = re.fullmatch(r"\S+ must be (.+), not .+\.", hint)
+    return setting is not None and setting[1] in expectations()
+
+
+@functools.cache
+def expectations() -> set[str]:
+    """What the annotations of famx's settings expect, in words."""
+    kinds = [kind for target in configurables().values() for kind in annotations(target).values()]
+    found = set()
+    while kinds:
+        kind = kinds.pop()
+        with contextlib.suppress(TypeError):
+            found.add(expectation(kind))
+            kinds += typing.get_type_hints(kind).values() if typing.is_typeddict(kind) else []
+            kinds += [item for item in typing.get_args(kind) if not isinstance(item, list)]
+    return found
 
 
 def quoted() -> list[str]:

@@ -167,24 +167,24 @@ def test_only_what_is_targeted_changes():
 
 
 @pytest.mark.parametrize(
-    "lora, sentence",
+    "changes, sentence",
     [
-        (Lora(0), "at least 1; it is 0"),
-        (Lora(9), "The rank of LoRA is 9, but layers/.* is only 8 wide"),
-        (Lora(2, alpha=0.0), "alpha is 0.0; it must be positive"),
-        (Lora(2, dropout=1.0), r"dropout is 1.0; it must be in \[0, 1\)"),
-        (Lora(2, targets=("atention",)), "'atention'. Did you mean 'attention'"),
-        (Lora(2, targets=("query",)), "No projection is named 'query'.*layers/query"),
-        (Lora(2, targets=("layers/(query",)), "is not a regular expression"),
-        (Lora(2, targets=()), "targets are empty"),
+        (dict(rank=0), "Lora.rank must be a whole number of at least 1, not 0"),
+        (dict(rank=9), "The rank of LoRA is 9, but layers/.* is only 8 wide"),
+        (dict(alpha=0.0), "Lora.alpha must be a number above 0 or None, not 0.0"),
+        (dict(dropout=1.0), "Lora.dropout must be a number of at least 0 and below 1, not 1.0"),
+        (dict(targets=("atention",)), "'atention'. Did you mean 'attention'"),
+        (dict(targets=("query",)), "No projection is named 'query'.*layers/query"),
+        (dict(targets=("layers/(query",)), "is not a regular expression"),
+        (dict(targets=()), "targets are empty"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(lora, sentence):
+def test_what_makes_no_sense_is_refused_in_one_sentence(changes, sentence):
     c = config()
     with pytest.raises(ConfigError, match=sentence):
-        lora.check(c)
+        Lora(**{"rank": 2, **changes}).check(c)
     with pytest.raises(ConfigError, match=sentence):
-        lora.init(jax.random.key(0), shapes(c))
+        Lora(**{"rank": 2, **changes}).init(jax.random.key(0), shapes(c))
 
 
 def test_rank_may_be_as_large_as_the_narrowest_target():

@@ -198,7 +198,7 @@ def test_the_adapter_file_can_be_stored_in_half_the_space(base, tmp_path):
     assert dtypes == {"bfloat16"}
     adapted, trained = load_model(base, adapter=str(tmp_path / "adapter")), load_model(str(tmp_path))
     assert_close(logits(adapted), logits(trained), 1e-2)
-    with pytest.raises(ConfigError, match="adapter_dtype must be one of float32, bfloat16; got 'int8'"):
+    with pytest.raises(ConfigError, match="adapter_dtype must be one of 'float32', 'bfloat16', not"):
         finetune(tmp_path / "other", base, adapter_dtype="int8")
 
 
@@ -359,7 +359,7 @@ def test_the_loss_from_a_memory_is_that_of_reading_on(base, memory):
     (dict(trainable="layers/mpl/.*"), "leaves nothing to learn: it matches no whole path; the param"),
     (dict(trainable="["), "TRAINABLE '[' is neither one of all, lora, memory, norms nor a reg"),
     (dict(trainable="memory", model=make_model(memory=Memory())), "the model has no memory"),
-    (dict(frozen_dtype="int4"), "FROZEN_DTYPE must be None or one of float32, bfloat16, int8; got"),
+    (dict(frozen_dtype="int4"), "frozen_dtype must be one of 'float32', 'bfloat16', 'int8', or None"),
     (dict(model=make_model(mlp_dim=48)), "holds another model, differing in mlp_dim (32 there, 48 h"),
     (dict(initial_checkpoint_path="/nowhere"), "There is no checkpoint /nowhere: /nowhere is not a"),
     (dict(task="passkey_bytes"), "is not that of {base}: give it with TASK_OPTIONS"),

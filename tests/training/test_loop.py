@@ -248,15 +248,15 @@ def test_text_of_files_is_read_by_lanes(tmp_path):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(steps=0), "TRAIN_STEPS must be at least 1, not 0"),
-        (dict(every=dict(log=0)), "Every.log must be at least 1"),
-        (dict(batch_size=0), "BATCH_SIZE 0"),
+        (dict(steps=0), "Run.steps must be a whole number of at least 1 or None, not 0"),
+        (dict(every=dict(log=0)), "Every.log must be a whole number of at least 1, not 0"),
+        (dict(batch_size=0), "Data.batch_size must be a whole number of at least 1, not 0"),
         (dict(lengths={"inputs": 8}), "must name a length for 'targets'"),
         (dict(lengths={"targets": 7}), "row length 7 .* is shorter than a block of 8"),
         (dict(task="passkey_wrods"), "The nearest name is 'passkey_words'"),
         (dict(options={"digit": 1}), "passkey_words.*digit"),
-        (dict(options={"digits": 0}), "needs at least 1 digit"),
-        (dict(mode="rsp"), "STATE_PASSING is 'rsp'; choose one of none, random"),
+        (dict(options={"digits": 0}), r"TASK_OPTIONS\['digits'\] must be .* at least 1, not 0"),
+        (dict(mode="rsp"), "named.name must be one of 'none', 'random', .*, not 'rsp'"),
         (dict(model=dict(vocab_size=16)), "raise DecoderConfig.vocab_size"),
         (
             dict(model=dict(block_size=128, attention_backend="splash")),

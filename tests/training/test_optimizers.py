@@ -91,8 +91,8 @@ def test_what_is_measured_does_not_decay():
 def test_a_part_that_nothing_is_in_is_refused():
     with pytest.raises(ConfigError, match="part 'lora' has no parameter that learns; .*embedding"):
         optimizers.adamw(0.1, parts={"lora": optimizers.Part(2.0)}).init({"embedding": jnp.ones(3)})
-    for bad in (dict(rate=0.0), dict(decay=-1.0)):
-        with pytest.raises(ConfigError, match="rate above 0 and a decay of at least 0"):
+    for bad, sentence in ((dict(rate=0.0), "above 0, not 0.0"), (dict(decay=-1.0), "at least 0 or None")):
+        with pytest.raises(ConfigError, match=rf"Part\.(rate|decay) must be a number .*{sentence}"):
             optimizers.Part(**bad)
 
 

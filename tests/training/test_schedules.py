@@ -76,12 +76,12 @@ def test_decays_stay_between_floor_and_rate(warmup, decay, floor):
 @pytest.mark.parametrize(
     "build, sentence",
     [
-        (lambda: schedules.constant_rate(0.0), "learning_rate must be above 0"),
-        (lambda: schedules.constant_rate(1.0, -1), "warmup_steps must not be negative"),
+        (lambda: schedules.constant_rate(0.0), "learning_rate must be a number above 0, not 0.0"),
+        (lambda: schedules.constant_rate(1.0, -1), "warmup_steps must be a whole number of at least 0,"),
         (lambda: schedules.warmup_cosine(1.0, 10, 10), "larger than warmup_steps"),
-        (lambda: schedules.warmup_cosine(1.0, 10, floor=2.0), "floor must be between"),
+        (lambda: schedules.warmup_cosine(1.0, 10, floor=2.0), "floor must be at most learning_rate"),
         (lambda: schedules.warmup_rsqrt(1.0, 0), "at least 1"),
-        (lambda: schedules.warmup_stable_decay(1.0, 10, 11), "decay_steps must be between 1 and"),
+        (lambda: schedules.warmup_stable_decay(1.0, 10, 11), "decay_steps must be at most steps -"),
     ],
 )
 def test_bad_settings(build, sentence):

@@ -22,23 +22,24 @@ Each submixture is a text task, such as `flan_cot`, and `flan` is their mixture,
 """
 
 import dataclasses
-import difflib
 import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Amount, NonNegative, OneOf, Path, Seed
+from famx.base.values import checked
 from famx.data.rows import decoder_batch
 from famx.data.storage import TFRecordRecords, open_records
 from famx.data.tasks.examples import Example, Examples, Records, encode_example
 from famx.data.tasks.kinds import SPLITS
 from famx.data.tasks.mixtures import Mixture
 from famx.data.tasks.text_task import TextTask, task_factories
-from famx.data.vocabularies import Vocabulary, as_vocabulary, token_ids
+from famx.data.vocabularies import AnyVocabulary, Vocabulary, as_vocabulary, token_ids
 
 PUBLISHED = "https://github.com/google-research/FLAN/tree/main/flan/v2"
 WEIGHTS = {"flan2021": 0.4, "t0": 0.32, "niv2": 0.2, "cot": 0.05, "dialog": 0.03}
@@ -172,6 +173,7 @@ def _text(record: Mapping[str, Any], column: str) -> str:
 # ------ Rows
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class FlanRows:
     """A task made by index: rows of examples, with a repeated segment at the end.
@@ -203,33 +205,19 @@ class FlanRows:
       ConfigError: on construction, a setting is unknown or out of range.
     """
 
-    data_dir: str | None = None
-    vocabulary: str | Vocabulary = "bytes"
-    weights: Mapping[str, float] | None = None
+    data_dir: Path | None = None
+    vocabulary: AnyVocabulary = "bytes"
+    weights: Mapping[Annotated[str, OneOf(tuple(WEIGHTS))], Amount] | None = None
     allow_partial: bool = False
-    repeat_tokens: int = 256
-    repeat_weight: float = 0.1
+    repeat_tokens: NonNegative = 256
+    repeat_weight: Amount = 0.1
     repeat_prompt: str = REPEAT_PROMPT
-    seed: int = 0
-    split: str = "train"
+    seed: Seed = 0
+    split: Annotated[str, OneOf(SPLITS)] = "train"
 
     def __post_init__(self):
-        for name, weight in (self.weights or {}).items():
-            if name not in WEIGHTS:
-                near = difflib.get_close_matches(str(name), WEIGHTS, n=1, cutoff=0.0)[0]
-                raise ConfigError(
-                    f"Flan has no submixture '{name}'; the nearest name is '{near}', all are "
-                    f"{', '.join(WEIGHTS)}."
-                )
-            if not 0 <= weight < np.inf:
-                raise ConfigError(f"The weight of '{name}' is {weight}; it must be at least 0.")
         if self.weights is not None and not any(self.weights.values()):
             raise ConfigError("All weights of Flan's submixtures are 0; give one of them more.")
-        if self.split not in SPLITS:
-            raise ConfigError(f"Flan's split is '{self.split}'; choose one of {', '.join(SPLITS)}.")
-        for name in ("repeat_tokens", "repeat_weight", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"Flan's {name} is {getattr(self, name)}; it must be at least 0.")
         if self.vocab.bos_id is None:
             raise ConfigError(
                 "The vocabulary has no bos_id, with which the inputs of every example begin; open it "
@@ -345,7 +333,8 @@ class FlanRows:
         return int(rng.integers(held_out)) * HELD_OUT + HELD_OUT - 1
 
 
-def flan(vocabulary: str | Vocabulary = "bytes", **options: Any) -> Mixture:
+@checked
+def flan(vocabulary: AnyVocabulary = "bytes", **options: Any) -> Mixture:
     """Make the mixture of all submixtures at their weights; `options` go to each text task."""
     tasks = tuple(_SUBMIX_TASKS[f"flan_{x}"](vocabulary=vocabulary, **options) for x in WEIGHTS)
     return Mixture("flan", tasks, {f"flan_{name}": weight for name, weight in WEIGHTS.items()})

@@ -36,13 +36,15 @@ from typing import Any
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Name
+from famx.base.values import checked
 from famx.data.formats import gpt3_prompts as prompts
 from famx.data.metrics import Texts, accuracy, squad, text_exact_match, trivia_qa
 from famx.data.storage import MappedRecords, open_split
 from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.suites import Suite
 from famx.data.tasks.text_task import Metric, TextTask, task_factories
-from famx.data.vocabularies import Vocabulary
+from famx.data.vocabularies import AnyVocabulary
 
 
 class MultiRcTask(TextTask):
@@ -224,10 +226,11 @@ _HEADLINES = {  # metrics of the average that are not "accuracy"
 }
 
 
+@checked
 def suite(
-    name: str,
-    members: Sequence[str] | None = None,
-    vocabulary: str | Vocabulary = "bytes",
+    name: Name,
+    members: Sequence[Name] | None = None,
+    vocabulary: AnyVocabulary = "bytes",
     **options: Any,
 ) -> Suite:
     """Make `gpt3_rank` or `gpt3_gen`.

@@ -15,25 +15,28 @@ The chat template of the vocabulary spells them; see `famx.data.vocabularies.cha
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from famx.base.ranges import Name, Paths, Seed, ShareBelowOne
+from famx.base.values import checked
 from famx.data.formats.own_records import OwnSplits
 from famx.data.storage.paths import listed
 from famx.data.tasks.examples import Example
 from famx.data.tasks.text_task import TextTask
-from famx.data.vocabularies import Vocabulary
+from famx.data.vocabularies import AnyVocabulary
 
 
+@checked
 def own_chat(
-    files: str | Sequence[str],
-    messages: str = "messages",
-    tools: str = "tools",
-    validation_files: str | Sequence[str] | None = None,
-    validation_fraction: float = 0.05,
-    seed: int = 0,
-    name: str = "own_chat",
-    vocabulary: str | Vocabulary = "bytes",
+    files: Paths,
+    messages: Name = "messages",
+    tools: Name = "tools",
+    validation_files: Paths | None = None,
+    validation_fraction: ShareBelowOne = 0.05,
+    seed: Seed = 0,
+    name: Name = "own_chat",
+    vocabulary: AnyVocabulary = "bytes",
     **options: Any,
 ) -> TextTask:
     """Make the task of your conversations.
@@ -50,8 +53,7 @@ def own_chat(
     Raises:
       ConfigError: an option is out of range, or a package is missing.
       ValueError: no file matches, there is no record, a line is broken, the column of messages is
-        missing, the first conversation has no turn of the assistant, or validation_fraction is out of
-        range.
+        missing, or the first conversation has no turn of the assistant.
     """
     splits = OwnSplits(files, validation_files, validation_fraction, seed)
 

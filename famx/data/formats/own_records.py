@@ -19,6 +19,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from famx.base.ranges import Name, Paths, Seed, ShareBelowOne
+from famx.base.values import checked
 from famx.data.formats.texts import Part
 from famx.data.metrics import accuracy, rouge, token_f1
 from famx.data.storage import dataset_splits, open_records
@@ -26,19 +28,20 @@ from famx.data.storage.paths import listed, matching_files
 from famx.data.storage.tables import ARROW, PARQUET
 from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.text_task import TextTask
-from famx.data.vocabularies import Vocabulary
+from famx.data.vocabularies import AnyVocabulary, Vocabulary
 
 
+@checked
 def own_records(
-    files: str | Sequence[str],
-    text: str = "text",
-    inputs: str = "inputs",
-    targets: str = "targets",
-    validation_files: str | Sequence[str] | None = None,
-    validation_fraction: float = 0.05,
-    seed: int = 0,
-    name: str = "own_records",
-    vocabulary: str | Vocabulary = "bytes",
+    files: Paths,
+    text: Name = "text",
+    inputs: Name = "inputs",
+    targets: Name = "targets",
+    validation_files: Paths | None = None,
+    validation_fraction: ShareBelowOne = 0.05,
+    seed: Seed = 0,
+    name: Name = "own_records",
+    vocabulary: AnyVocabulary = "bytes",
     **options: Any,
 ) -> TextTask:
     """Make the task of your records; the columns of the first record decide its kind.
@@ -53,7 +56,7 @@ def own_records(
     Raises:
       ConfigError: an option is out of range, or a package is missing.
       ValueError: no file matches, there is no record, a line is broken (the message names file and
-        line), a column is missing, or validation_fraction is out of range.
+        line), or a column is missing.
     """
     splits = OwnSplits(files, validation_files, validation_fraction, seed)
     first = splits.first()
@@ -81,6 +84,7 @@ def own_records(
         name, columns, preprocess, "documents" if has_text else "generation", vocabulary, **task)
 
 
+@checked
 class OwnSplits:
     """The splits of a user's files: "train" and "validation".
 
@@ -94,21 +98,16 @@ class OwnSplits:
       seed: selects which records are held out.
 
     Raises:
-      ValueError: no file matches, a directory has no records or not this split, or validation_fraction is
-        out of range.
+      ValueError: no file matches, or a directory has no records or not this split.
     """
 
     def __init__(
         self,
-        files: str | Sequence[str],
-        validation_files: str | Sequence[str] | None = None,
-        validation_fraction: float = 0.05,
-        seed: int = 0,
+        files: Paths,
+        validation_files: Paths | None = None,
+        validation_fraction: ShareBelowOne = 0.05,
+        seed: Seed = 0,
     ):
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1."
-            )
         self.fraction, self.seed = validation_fraction, seed
         self.files = {"train": _files_of(files, "train")}
         if validation_files is not None:

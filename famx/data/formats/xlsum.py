@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Name, Positive, Rate, Seed
+from famx.base.values import checked
 from famx.data.metrics import rouge, unicode_tokens
 from famx.data.storage import JsonlRecords, open_split
 from famx.data.tasks.examples import Example, Records
 from famx.data.tasks.mixtures import Mixture
 from famx.data.tasks.text_task import TextTask, task_factories
-from famx.data.vocabularies import Vocabulary
+from famx.data.vocabularies import AnyVocabulary
 
 PUBLISHED = "https://github.com/csebuetnlp/xl-sum"
 _COLUMNS = ("id", "url", "title", "summary", "text")
@@ -106,13 +108,14 @@ def _open_split(language: str) -> Callable[[str, str], Records]:
     return open_language
 
 
+@checked
 def xlsum(
-    languages: Sequence[str] | None = None,
-    rates: Mapping[str, float] | Callable[[int], float] | None = None,
-    size: int | None = None,
-    seed: int = 0,
-    split: str = "train",
-    vocabulary: str | Vocabulary = "bytes",
+    languages: Sequence[Name] | None = None,
+    rates: Mapping[Name, Rate] | Callable[[int], float] | None = None,
+    size: Positive | None = None,
+    seed: Seed = 0,
+    split: Name = "train",
+    vocabulary: AnyVocabulary = "bytes",
     **options: Any,
 ) -> Mixture:
     """Make the mixture of languages.

@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from famx.base.ranges import OneOf, Positive, Share
+from famx.base.values import checked
 from famx.data.metrics import babilong_accuracy
 from famx.data.probes.babi_prompts import ANSWERS, PROMPTS
-from famx.data.probes.checks import check_choice, check_fraction
 from famx.data.probes.haystack_probe import HaystackProbe
 from famx.data.probes.probe import CONTENT, PLACES, Parts
 from famx.data.vocabularies import ByteVocabulary
@@ -54,6 +55,7 @@ class Question(NamedTuple):
     answer: str
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class BabiProbe(HaystackProbe):
     """A question about where a person or an object is, or where an object was before its present place.
@@ -74,24 +76,21 @@ class BabiProbe(HaystackProbe):
       haystack: "python_docs" or "noise".
     """
 
-    haystack: str = "python_docs"
-    task: str = "qa1"
+    haystack: Literal["noise", "python_docs"] = "python_docs"
+    task: Annotated[str, OneOf(tuple(FACTS))] = "qa1"
     instructed: bool = True
-    facts: tuple[int, int] | None = None
-    between: tuple[float, float] = (0.0, 1.0)
+    facts: tuple[Positive, Positive] | None = None
+    between: tuple[Share, Share] = (0.0, 1.0)
 
     written_tokens: ClassVar[int] = 20
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("task", self.task, tuple(FACTS))
         if self.facts is not None and not FEWEST[self.task] <= self.facts[0] <= self.facts[1]:
             raise ValueError(
                 f"A story of {self.task} has at least {FEWEST[self.task]} facts, but facts is "
                 f"{self.facts}; give the smallest and the largest number."
             )
-        for value in self.between:
-            check_fraction("between", value)
         if self.between[0] > self.between[1]:
             raise ValueError(f"A probe's between is {self.between}; give the lower fraction first.")
         self._encode(self._widest().hidden[0])

@@ -5,12 +5,14 @@ import functools
 import itertools
 import string
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 
+from famx.base.ranges import NonNegative, Positive
+from famx.base.values import checked
 from famx.data.probes import words
-from famx.data.probes.checks import check_counts
 from famx.data.probes.fitting import largest
 from famx.data.probes.probe import CONTENT, FILLER, PLACES, Parts, Probe, check_index
 from famx.data.vocabularies import ByteVocabulary
@@ -36,6 +38,7 @@ NOISE = "..."
 LETTERS = np.array([*string.ascii_lowercase])
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class CountingProbe(Probe):
     """As much text as fits; in a row, dots before the question fill the remaining tokens."""
@@ -112,6 +115,7 @@ class CountingProbe(Probe):
         return size
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class CommonWordsProbe(CountingProbe):
     """A numbered list in which ten words appear more often than all others: which are they?
@@ -133,20 +137,17 @@ class CommonWordsProbe(CountingProbe):
 
     written_tokens: ClassVar[int] = 120
 
-    num_common: int = 10
-    repeats: tuple[int, int] = (30, 3)
-    short_repeats: tuple[int, int] = (6, 1)
-    short_below: int | None = None
+    num_common: Annotated[int, Ge(1), Le(100)] = 10
+    repeats: tuple[Positive, Positive] = (30, 3)
+    short_repeats: tuple[Positive, Positive] = (6, 1)
+    short_below: NonNegative | None = None
     demonstration: bool = True
 
     def __post_init__(self):
         super().__post_init__()
-        check_counts(num_common=self.num_common)
-        if self.num_common > 100:
-            raise ValueError(f"num_common is {self.num_common}; ask for 100 common words at most.")
         for name in ("repeats", "short_repeats"):
             common, others = getattr(self, name)
-            if not common > others >= 1:
+            if common <= others:
                 raise ValueError(
                     f"A probe's {name} is {(common, others)}; a common word must appear more often than "
                     "the others, and these at least once."
@@ -204,6 +205,7 @@ class CommonWordsProbe(CountingProbe):
         )
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class CodedWordsProbe(CountingProbe):
     """Coded words whose frequency falls with their rank: which are the three most frequent?
@@ -220,15 +222,11 @@ class CodedWordsProbe(CountingProbe):
 
     written_tokens: ClassVar[int] = 50
 
-    alpha: float = 2.0
-    letters: int = 6
+    alpha: Annotated[float, Gt(1), Le(6)] = 2.0
+    letters: Annotated[int, Ge(4), Le(12)] = 6
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 < self.alpha <= 6:
-            raise ValueError(f"A probe's alpha is {self.alpha}; it must be above 1 and at most 6.")
-        if not 4 <= self.letters <= 12:
-            raise ValueError(f"A probe's letters is {self.letters}; it must be between 4 and 12.")
         self._encode(self._widest().context)
 
     @functools.cached_property

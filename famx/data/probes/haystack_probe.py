@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Literal
 
 import numpy as np
 
-from famx.data.probes.checks import check_choice
+from famx.base.values import checked
 from famx.data.probes.fitting import largest
 from famx.data.probes.haystacks import (
     Units,
@@ -24,6 +24,7 @@ from famx.data.probes.probe import FILLER, Parts, Probe, check_index
 from famx.data.probes.python_docs import python_docs_sentences
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class HaystackProbe(Probe):
     """Texts inserted between the sentences of a haystack, each at its own depth.
@@ -37,13 +38,7 @@ class HaystackProbe(Probe):
         fifths of it, evaluation the rest).
     """
 
-    haystack: str = "noise"
-
-    HAYSTACKS: ClassVar[tuple[str, ...]] = ("noise", "python_docs")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_choice("haystack", self.haystack, self.HAYSTACKS)
+    haystack: Literal["noise", "python_docs"] = "noise"
 
     def _parts(self, index: int) -> Parts:
         """The texts of example `index`."""

@@ -3,12 +3,13 @@
 import dataclasses
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import numpy as np
 
+from famx.base.ranges import OneOf, Positive, Share
+from famx.base.values import checked
 from famx.data.probes import words
-from famx.data.probes.checks import check_choice, check_counts, check_fraction
 from famx.data.probes.haystack_probe import HaystackProbe
 from famx.data.probes.probe import CONTENT, FILLER, PLACES, Parts
 
@@ -28,6 +29,7 @@ SINGLE = (
 KINDS = ("words", "numbers", "uuids")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class NeedleProbe(HaystackProbe):
     """Keys with values, hidden in a haystack; the question asks for all values of some keys.
@@ -47,24 +49,16 @@ class NeedleProbe(HaystackProbe):
         other needles are drawn.
     """
 
-    keys: str = "words"
-    values: str = "numbers"
-    num_keys: int = 1
-    num_values: int = 1
-    num_queries: int = 1
-    depth: float | None = None
-
-    HAYSTACKS: ClassVar[tuple[str, ...]] = ("noise", "python_docs", "needles")
+    haystack: Literal["noise", "python_docs", "needles"] = "noise"
+    keys: Annotated[str, OneOf(KINDS)] = "words"
+    values: Annotated[str, OneOf(KINDS)] = "numbers"
+    num_keys: Positive = 1
+    num_values: Positive = 1
+    num_queries: Positive = 1
+    depth: Share | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("keys", self.keys, KINDS)
-        check_choice("values", self.values, KINDS)
-        check_counts(
-            num_keys=self.num_keys, num_values=self.num_values, num_queries=self.num_queries
-        )
-        if self.depth is not None:
-            check_fraction("depth", self.depth)
         if self._num_keys * self.num_values > 1000:
             raise ValueError(
                 f"{self._num_keys} keys of {self.num_values} values are more than 1000 needles; use "

@@ -17,20 +17,29 @@ from 100 000 do.)
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
+from annotated_types import MinLen
 
-from famx.data.probes.checks import check_choice, check_fraction
+from famx.base.ranges import Amount, Expected, OneOf, Positive, Share
+from famx.base.values import checked
 from famx.data.probes.passkey_text import PasskeyTexts, passkey_words
 from famx.data.probes.placement import BlockPlaces
 from famx.data.probes.probe import CONTENT, FILLER, PLACES, Probe
-from famx.data.vocabularies import Vocabulary, WordVocabulary, as_vocabulary
+from famx.data.vocabularies import AnyVocabulary, Vocabulary, WordVocabulary, as_vocabulary
 
 FILLERS = ("repeated", "random_words", "python_stdlib")
+_OneFiller = Annotated[str, OneOf((*FILLERS, "mixed"))]
+_SeveralFillers = Annotated[
+    Sequence[Annotated[str, OneOf(FILLERS)]],
+    MinLen(1),
+    Expected(f"a tuple of {', '.join(FILLERS)}", inside=True),
+]
 _MIXED = ("random_words", "repeated")  # the filler "mixed"
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class PasskeyTask(Probe):
     """PassKey rows in the paper's format; the module's docstring has the layout.
@@ -69,16 +78,16 @@ class PasskeyTask(Probe):
       ValueError: on construction, a setting is invalid.
     """
 
-    vocabulary: str | Vocabulary = "words"
-    digits: int = 5
-    filler: str | Sequence[str] = "repeated"
-    depth: float | None = 0.0
-    second_key: float = 0.0
-    second_key_depth: float | None = None
+    vocabulary: AnyVocabulary = "words"
+    digits: Positive = 5
+    filler: _OneFiller | _SeveralFillers = "repeated"
+    depth: Share | None = 0.0
+    second_key: Share = 0.0
+    second_key_depth: Share | None = None
     second_key_recent: bool = False
-    header: bool | float = True
-    block_size: int | None = None
-    mention_weight: float = 0.5
+    header: bool | Share = True
+    block_size: Positive | None = None
+    mention_weight: Amount = 0.5
 
     _too_short: ClassVar[str] = "make the rows longer, or set header to False"
 
@@ -86,28 +95,13 @@ class PasskeyTask(Probe):
         super().__post_init__()
         if not isinstance(self.filler, str):  # lists come from gin
             object.__setattr__(self, "filler", tuple(self.filler))
-        if not self._fillers:
-            raise ValueError("PassKey needs at least one filler, but the tuple of fillers is empty.")
-        several = isinstance(self.filler, tuple)
-        for filler in self.filler if several else (self.filler,):
-            check_choice("filler", filler, FILLERS if several else (*FILLERS, "mixed"))
         if "python_stdlib" in self._fillers and isinstance(self.vocab, WordVocabulary):
             raise ValueError(
                 "PassKey's filler 'python_stdlib' is real text, which the word vocabulary cannot "
                 "spell; set vocabulary to 'bytes', or to a tokenizer's."
             )
-        if self.digits < 1:
-            raise ValueError(f"A pass key needs at least 1 digit, but digits is {self.digits}.")
-        check_fraction("depth", self.depth, optional=True)
-        check_fraction("header", self.header)
-        check_fraction("second_key", self.second_key)
-        check_fraction("second_key_depth", self.second_key_depth, optional=True)
         if self.second_key_recent and self.second_key_depth is not None:
             raise ValueError("PassKey's second_key_recent draws the place; leave second_key_depth None.")
-        if self.mention_weight < 0:
-            raise ValueError(
-                f"PassKey's mention_weight is {self.mention_weight}; it must not be negative."
-            )
         room = self._texts.statement_width + 1
         if self.block_size is not None and self.block_size < room:
             raise ValueError(

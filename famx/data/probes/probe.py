@@ -13,19 +13,21 @@ answers that a model writes; `score` is the benchmark's metric of these.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
+from famx.base.ranges import Amount, OneOf, Seed
+from famx.base.values import checked
 from famx.data.metrics import string_match_all
-from famx.data.probes.checks import check_choice
 from famx.data.rows import decoder_batch
 from famx.data.tasks.kinds import SPLITS
-from famx.data.vocabularies import ByteVocabulary, Vocabulary, as_vocabulary, token_ids
+from famx.data.vocabularies import AnyVocabulary, ByteVocabulary, Vocabulary, as_vocabulary, token_ids
 
 CONTENT, PLACES, FILLER = range(3)  # random streams of an example: what is hidden, where, in what
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Probe:
     """A task made by index; subclasses define what is hidden.
@@ -41,10 +43,10 @@ class Probe:
       ValueError: on construction, a setting is invalid.
     """
 
-    vocabulary: str | Vocabulary = "bytes"
-    answer_weight: float = 1.0
-    seed: int = 0
-    split: str = "train"
+    vocabulary: AnyVocabulary = "bytes"
+    answer_weight: Amount = 1.0
+    seed: Seed = 0
+    split: Annotated[str, OneOf(SPLITS)] = "train"
 
     written_tokens: ClassVar[int] = 128  # number of tokens that an answer may have, as in RULER
     _too_short: ClassVar[str] = "make the rows longer"  # the advice if a row is too short
@@ -55,9 +57,6 @@ class Probe:
                 "The vocabulary has no bos_id, with which the inputs of every row begin; open it with "
                 "one, such as its eos_id."
             )
-        check_choice("split", self.split, SPLITS)
-        if self.answer_weight < 0:
-            raise ValueError(f"A probe's answer_weight is {self.answer_weight}; it must not be negative.")
         if self.seed < 0:
             raise ValueError(f"A probe's seed must be at least 0, but it is {self.seed}.")
 

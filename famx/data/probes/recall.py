@@ -4,14 +4,16 @@ import dataclasses
 import functools
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
 
-from famx.data.probes.checks import check_choice, check_counts, check_fraction
+from famx.base.ranges import OneOf, Positive, Share
+from famx.base.values import checked
 from famx.data.probes.passkey_text import FILLER_WORDS
 from famx.data.probes.probe import CONTENT, FILLER, PLACES, Probe
-from famx.data.vocabularies import Vocabulary, WordVocabulary, as_vocabulary, encode_after
+from famx.data.vocabularies import AnyVocabulary, Vocabulary, WordVocabulary, as_vocabulary, encode_after
 
 SYMBOLS = tuple(string.ascii_lowercase)
 KEYS = tuple(
@@ -27,6 +29,7 @@ def recall_words() -> WordVocabulary:
     return WordVocabulary([".", ",", "?", "remember", "recall", "is", *SYMBOLS, *KEYS, *FILLER_WORDS])
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class DistanceProbe(Probe):
     """A statement within one block, and a question about it within the last block of the row.
@@ -43,17 +46,14 @@ class DistanceProbe(Probe):
       filler: "random_words", or "repeated": one word, repeated.
     """
 
-    vocabulary: str | Vocabulary = dataclasses.field(default_factory=recall_words)
-    block_size: int = 32
-    distance: int | None = None
-    filler: str = "random_words"
+    vocabulary: AnyVocabulary = dataclasses.field(default_factory=recall_words)
+    block_size: Positive = 32
+    distance: Positive | None = None
+    filler: Annotated[str, OneOf(FILLERS)] = "random_words"
 
     def __post_init__(self):
         super().__post_init__()
         self._encode(" ".join(recall_words().words))
-        check_choice("filler", self.filler, FILLERS)
-        if self.distance is not None:
-            check_counts(distance=self.distance)
         needed = max(self._statement_size + 1, self._question_size)
         if self.block_size < needed:
             raise ValueError(
@@ -130,6 +130,7 @@ class DistanceProbe(Probe):
         return dict(tokens=tokens, answer_start=start, positions=starts, references=[answer], **extra)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class CopyProbe(DistanceProbe):
     """The statement is `remember q f z .`; some blocks later the row ends with `recall q f z`.
@@ -138,11 +139,7 @@ class CopyProbe(DistanceProbe):
       num_symbols: number of letters to copy, drawn independently.
     """
 
-    num_symbols: int = 8
-
-    def __post_init__(self):
-        check_counts(num_symbols=self.num_symbols)
-        super().__post_init__()
+    num_symbols: Positive = 8
 
     @functools.cached_property
     def answer_width(self) -> int:
@@ -162,6 +159,7 @@ class CopyProbe(DistanceProbe):
         return [f"remember {symbols} ."], "recall", symbols, {}
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class RecallProbe(DistanceProbe):
     """The statement is `remember Ada is q , Bo is z .`; the row ends with `recall Bo is z`.
@@ -176,14 +174,10 @@ class RecallProbe(DistanceProbe):
         key that is asked for in half of these examples.
     """
 
-    num_pairs: int = 4
-    overwrite: float = 0.0
+    num_pairs: Annotated[int, Ge(1), Le(len(KEYS))] = 4
+    overwrite: Share = 0.0
 
     def __post_init__(self):
-        check_counts(num_pairs=self.num_pairs)
-        if self.num_pairs > len(KEYS):
-            raise ValueError(f"num_pairs is {self.num_pairs}, but there are {len(KEYS)} keys; use fewer.")
-        check_fraction("overwrite", self.overwrite)
         if self.overwrite and self.distance == 1:
             raise ValueError(
                 "A key is overwritten in a block between statement and question; set distance to 2 or "

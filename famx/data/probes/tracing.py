@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from famx.data.probes.checks import check_counts
+from famx.base.ranges import Positive
+from famx.base.values import checked
 from famx.data.probes.haystack_probe import HaystackProbe
 from famx.data.probes.passkey_text import REPEATED_FILLER
 from famx.data.probes.probe import CONTENT, PLACES, Parts
@@ -21,6 +22,7 @@ QUESTION = (
 LETTERS = np.array([*string.ascii_uppercase])
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class VariableProbe(HaystackProbe):
     """`VAR A = 12345`, later `VAR B = VAR A`, etc.: which variables have the value 12345?
@@ -37,13 +39,12 @@ class VariableProbe(HaystackProbe):
 
     written_tokens: ClassVar[int] = 30
 
-    num_chains: int = 1
-    num_hops: int = 4
+    num_chains: Positive = 1
+    num_hops: Positive = 4
     demonstration: bool = True
 
     def __post_init__(self):
         super().__post_init__()
-        check_counts(num_chains=self.num_chains, num_hops=self.num_hops)
         if self.num_chains * (self.num_hops + 1) > 1000:
             raise ValueError(
                 f"{self.num_chains} chains of {self.num_hops} hops need more than 1000 variables; use "

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 
-def matching_files(patterns: str | Sequence[str]) -> list[str]:
+def matching_files(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """Sorted absolute paths of the files that match one or several paths or glob patterns.
 
     Raises:
       ValueError: a pattern matches no file, or there is no pattern.
     """
     paths = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
         pattern = os.path.expanduser(pattern)
         # A name that exists is not expanded, even if it has characters of glob patterns.
         matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)

@@ -1,15 +1,18 @@
 """Text files as documents."""
 
 import os
-from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
+from famx.base.ranges import Paths, Seed, ShareBelowOne
+from famx.base.values import checked
 from famx.data.storage.paths import matching_files, stdlib_text_files, validation_names
 from famx.data.storage.tables import ARROW, PARQUET
-from famx.data.vocabularies import ByteVocabulary, Vocabulary, as_vocabulary, token_ids
+from famx.data.vocabularies import AnyVocabulary, ByteVocabulary, as_vocabulary, token_ids
 
 
+@checked
 class TextFiles:
     """Documents made of text files: `files[i]` is int32 `[n]`, the ids of document `i`.
 
@@ -20,11 +23,11 @@ class TextFiles:
 
     def __init__(
         self,
-        files: str | Sequence[str] | None = None,
-        vocabulary: str | Vocabulary = "bytes",
-        split: str = "train",
-        validation_fraction: float = 0.05,
-        seed: int = 0,
+        files: Paths | None = None,
+        vocabulary: AnyVocabulary = "bytes",
+        split: Literal["train", "validation"] = "train",
+        validation_fraction: ShareBelowOne = 0.05,
+        seed: Seed = 0,
     ):
         """
         Args:
@@ -36,17 +39,8 @@ class TextFiles:
           seed: selects which documents are held out.
 
         Raises:
-          ValueError: a pattern matches no file, all files are empty, the split has no document, or
-            an argument is out of range.
+          ValueError: a pattern matches no file, all files are empty, or the split has no document.
         """
-        if split not in ("train", "validation"):
-            raise ValueError(
-                f"The split of text files is '{split}'; choose 'train' or 'validation'."
-            )
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1."
-            )
         self.vocab = as_vocabulary(vocabulary)
         paths = matching_files(stdlib_text_files() if files is None else files)
         tables = [path for path in paths if path.endswith(PARQUET + ARROW)]

@@ -1,11 +1,13 @@
 """Examples of text tasks: by number, as prepared records, and as documents with loss weights."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import OneOf, Positive
+from famx.base.values import checked
 from famx.data.vocabularies import Vocabulary, token_ids
 from famx.data.vocabularies.chat_template import ChatTemplate
 
@@ -42,6 +44,7 @@ class Examples:
         return _without_lone_surrogates(self.preprocess(self.records[int(i)]))
 
 
+@checked
 class TaskDocuments:
     """Examples as documents for lanes and packed rows; see `TextTask.documents`."""
 
@@ -50,8 +53,8 @@ class TaskDocuments:
         examples: Numbered[Example],
         kind: str,
         vocabulary: Vocabulary,
-        max_tokens: int | None = None,
-        cut: str = "middle",
+        max_tokens: Positive | None = None,
+        cut: Annotated[str, OneOf(CUTS)] = "middle",
     ):
         self.examples, self.kind, self.vocab = examples, kind, vocabulary
         self.max_tokens, self.cut = max_tokens, cut
@@ -111,14 +114,6 @@ def cut_tokens(tokens: np.ndarray, size: int, cut: str) -> np.ndarray:
         return tokens
     head = (size + 1) // 2 if cut == "middle" else 0
     return np.concatenate([tokens[:head], tokens[len(tokens) - (size - head) :]])
-
-
-def check_cut(max_tokens: int | None, cut: str) -> None:
-    """Raise ConfigError unless these settings of `TextTask.documents` are possible."""
-    if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1, or None.")
-    if cut not in CUTS:
-        raise ConfigError(f"cut is '{cut}'; choose one of {', '.join(CUTS)}.")
 
 
 def example_of_record(record: Mapping[str, Any]) -> Example:

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Name, Positive, Rate, Seed
+from famx.base.values import checked
 from famx.data.tasks.examples import Example, Numbered
 from famx.data.tasks.suites import named_scores
 from famx.data.tasks.text_task import TextTask
 from famx.data.vocabularies import Vocabulary
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Mixture:
     """Text tasks as one task, with the same `examples`, `documents` and `evaluate`.
@@ -37,12 +40,12 @@ class Mixture:
         differ, a setting is out of range, or the rates name other tasks.
     """
 
-    name: str
+    name: Name
     tasks: tuple[TextTask, ...]
-    rates: Mapping[str, float] | Callable[[int], float] | None = None
-    size: int | None = None
-    seed: int = 0
-    split: str = "train"
+    rates: Mapping[Name, Rate] | Callable[[int], float] | None = None
+    size: Positive | None = None
+    seed: Seed = 0
+    split: Name = "train"
 
     def __post_init__(self):
         names = [task.name for task in self.tasks]
@@ -50,10 +53,6 @@ class Mixture:
             raise ConfigError(f"Mixture '{self.name}' needs tasks, each once, but has {names}.")
         if any(task.vocab != self.vocab for task in self.tasks):
             raise ConfigError(f"The tasks of mixture '{self.name}' must have the same vocabulary.")
-        if self.size is not None and self.size < 1:
-            raise ConfigError(f"The size of mixture '{self.name}' is {self.size}; it must be at least 1.")
-        if self.seed < 0:
-            raise ConfigError(f"The seed of mixture '{self.name}' is {self.seed}; it must be at least 0.")
         if isinstance(self.rates, Mapping):
             for name in names:
                 if name not in self.rates:

@@ -7,25 +7,12 @@
 | `unconditional` | the same minus its log-likelihood after the answer context, which has no question |
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from famx.base.errors import ConfigError
-
 SCORINGS = ("sum", "mean", "unconditional")
-
-
-def check_scoring(scoring: str) -> None:
-    """Raise ConfigError, with the nearest name, unless `scoring` is one of `SCORINGS`."""
-    if scoring not in SCORINGS:
-        near = difflib.get_close_matches(str(scoring), SCORINGS, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"'{scoring}' is no scoring of choices; the nearest name is '{near}', all are "
-            f"{', '.join(SCORINGS)}."
-        )
 
 
 def requests(

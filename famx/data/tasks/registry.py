@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from famx.base.values import check_arguments
+
 Factory = Callable[..., Any]
 
 _FACTORIES: dict[str, Factory] = {}
@@ -70,10 +72,11 @@ def get(name: str, **options: Any) -> Any:
       **options: passed to the factory; SeqIO's tasks take none.
 
     Raises:
+      ConfigError: an option is not what the annotations of the factory allow.
       ValueError: no task has this name, or options were given for a SeqIO task.
     """
     if name in _FACTORIES:
-        return _FACTORIES[name](**options)
+        return _FACTORIES[name](**check_arguments(_FACTORIES[name], options))
     seqio: Any = sys.modules.get("seqio")
     seqio_names = []
     if seqio is not None:

@@ -38,11 +38,14 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import MinLen
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Name, NonNegative, OneOf, Path, Positive
+from famx.base.values import checked
 from famx.data.metrics import next_token_accuracy, rank_accuracy
 from famx.data.storage import (
     TableRecords,
@@ -54,22 +57,23 @@ from famx.data.storage import (
 from famx.data.storage.tables import ARROW, PARQUET
 from famx.data.tasks import ranking, registry
 from famx.data.tasks.examples import (
+    CUTS,
     RANK_COLUMNS,
     Example,
     Examples,
     Records,
     TaskDocuments,
-    check_cut,
     example_of_record,
     example_of_row,
 )
-from famx.data.vocabularies import Vocabulary, as_vocabulary
+from famx.data.vocabularies import AnyVocabulary, Vocabulary, as_vocabulary
 
 KINDS = ("generation", "rank", "documents", "chat")
 
 Metric = Callable[[Sequence[list[str]], Sequence[str]], dict[str, float]]
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class TextTask:
     """A data set with its format, its metrics and the location of its files.
@@ -107,34 +111,30 @@ class TextTask:
       ConfigError: on construction, a setting is unknown or out of range.
     """
 
-    name: str
-    kind: str
+    name: Name
+    kind: Annotated[str, OneOf(KINDS)]
     open_split: Callable[[str, str], Records]
     preprocess: Callable[[Mapping[str, Any]], Example]
     metrics: tuple[Metric, ...] = ()
-    splits: tuple[str, ...] = ("train", "validation", "test")
+    splits: Annotated[tuple[Name, ...], MinLen(1)] = ("train", "validation", "test")
     folders: tuple[str | Callable[[], str | None], ...] = ("",)
     published: str = ""
     package: str = ""
     tfds: str | None = None
     open_tfds: Callable[[Records, str], Records] | None = None
-    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    data_dir: str | None = None
-    vocabulary: str | Vocabulary = "bytes"
-    split: str = "train"
-    max_tokens: int | None = None
-    cut: str = "middle"
+    counts: Mapping[Name, NonNegative] = dataclasses.field(default_factory=dict)
+    data_dir: Path | None = None
+    vocabulary: AnyVocabulary = "bytes"
+    split: Name = "train"
+    max_tokens: Positive | None = None
+    cut: Annotated[str, OneOf(CUTS)] = "middle"
     allow_partial: bool = False
-    evaluation_split: str | None = "validation"
-    scoring: str = "sum"
+    evaluation_split: Name | None = "validation"
+    scoring: Annotated[str, OneOf(ranking.SCORINGS)] = "sum"
     answer_context: str = ""
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ConfigError(f"'{self.kind}' is no kind of task; choose one of {', '.join(KINDS)}.")
         self.check_split(self.split)
-        check_cut(self.max_tokens, self.cut)
-        ranking.check_scoring(self.scoring)
         as_vocabulary(self.vocabulary)
 
     def check_split(self, split: str) -> None:
@@ -268,7 +268,6 @@ class TextTask:
         vocabulary = as_vocabulary(self.vocabulary if vocabulary is None else vocabulary)
         max_tokens = self.max_tokens if max_tokens is None else max_tokens
         cut = self.cut if cut is None else cut
-        check_cut(max_tokens, cut)
         return TaskDocuments(self.examples(split), self.kind, vocabulary, max_tokens, cut)
 
     @property
@@ -385,10 +384,11 @@ class TaskFactory:
     @property
     def __signature__(self) -> inspect.Signature:  # lists the settings, which `registry.takes` looks up
         keyword = inspect.Parameter.KEYWORD_ONLY
-        fields = {field.name: getattr(self._task, field.name) for field in dataclasses.fields(self._task)}
-        return inspect.Signature(
-            [inspect.Parameter(name, keyword, default=value) for name, value in fields.items()]
+        make = lambda name, annotation: inspect.Parameter(
+            name, keyword, default=getattr(self._task, name), annotation=annotation
         )
+        fields = dataclasses.fields(self._task)
+        return inspect.Signature([make(field.name, field.type) for field in fields])
 
 
 def task_factories(tasks: Iterable[TextTask]) -> dict[str, TaskFactory]:

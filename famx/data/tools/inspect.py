@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import AtLeastTwo, NonNegative, Positive, Seed
+from famx.base.values import checked, options_named
 from famx.data.rows import PackedRows, tokens_and_weights
 from famx.data.tasks import Kind, has_settings, kind_of, registry, vocabulary_of
 from famx.data.vocabularies import Vocabulary, open_vocabulary
@@ -34,6 +36,7 @@ class Row(NamedTuple):
     weights: np.ndarray
 
 
+@checked
 class Rows:
     """Rows of a task as training gets them, by index.
 
@@ -48,11 +51,9 @@ class Rows:
       ConfigError: the task is of another kind, the settings do not fit it, or its files are missing.
     """
 
-    def __init__(self, task: Any, length: int | None = None, packed: bool = False, seed: int = 0):
+    def __init__(self, task: Any, length: Positive | None = None, packed: bool = False, seed: Seed = 0):
         kind = kind_of(task)
         self.task, self.packed, self.made = task, packed, kind is Kind.MADE
-        if length is not None and length < 1:
-            raise ConfigError(f"The length is {length}; it must be at least 1.")
         if kind is Kind.SEQIO:
             raise ConfigError(
                 "SeqIO's tasks cannot be shown here; read their datasets, or choose a task of famx."
@@ -186,13 +187,14 @@ def numbers(row: Row, block_size: int | None = None) -> str:
 # ------ Several rows
 
 
+@checked
 def inspect(
     rows: Rows,
-    examples: int = 2,
-    first: int = 0,
-    block_size: int | None = None,
+    examples: Positive = 2,
+    first: NonNegative = 0,
+    block_size: Positive | None = None,
     color: bool = False,
-    show: int | None = None,
+    show: AtLeastTwo | None = None,
     message: Callable[[str], None] = print,
 ) -> dict[str, float]:
     """Print consecutive examples, each with its sizes.
@@ -210,11 +212,6 @@ def inspect(
     Raises:
       ConfigError: a number is out of range, or there is no example `first`.
     """
-    for name, value, least in (
-        ("examples", examples, 1), ("first", first, 0), ("block_size", block_size, 1), ("show", show, 2)
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}; it must be at least {least}.")
     if rows.size is not None and first >= rows.size:
         raise ConfigError(f"There are {rows.size} examples, numbered from 0, and no number {first}.")
     stop = first + examples if rows.size is None else min(first + examples, rows.size)
@@ -296,7 +293,8 @@ def open_rows(
     """
     options = dict(options or {})
     try:
-        task = registry.get(name, **options)
+        with options_named("--task_options", options):
+            task = registry.get(name, **options)
         if split is not None:
             if has_settings(task, "split"):
                 task = dataclasses.replace(task, split=split)

@@ -22,6 +22,8 @@ from typing import NamedTuple
 from famx.base.errors import ConfigError
 from famx.base.files import move_into_place, new_directory, replacing, scratch_directory, write_json
 from famx.base.progress import Progress
+from famx.base.ranges import Path, Positive
+from famx.base.values import checked
 from famx.data.beam import map_on_workers
 from famx.data.formats.texts import EmptySplit
 from famx.data.storage import (
@@ -38,12 +40,13 @@ _ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tar\.xz)$", re.IGNORECAS
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
 
 
+@checked
 def prepare(
     task: str | TextTask | Mixture,
-    source: str,
-    data_dir: str | None = None,
+    source: Path,
+    data_dir: Path | None = None,
     allow_partial: bool = False,
-    num_shards: int = 1,
+    num_shards: Positive = 1,
     message: Callable[[str], None] = print,
     beam_options: str | None = None,
 ) -> dict[str, dict[str, int]]:
@@ -83,8 +86,6 @@ def prepare(
     source, data_dir = (os.path.abspath(os.path.expanduser(x)) for x in (source, data_dir))
     if not os.path.exists(source):
         raise ConfigError(f"The source {source} does not exist; give the folder or archive to read.")
-    if num_shards < 1:
-        raise ConfigError(f"num_shards is {num_shards}; it must be at least 1.")
     tasks = list(task.tasks) if isinstance(task, Mixture) else [task]
     try:
         os.makedirs(data_dir, exist_ok=True)

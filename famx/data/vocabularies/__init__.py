@@ -1,7 +1,7 @@
 """Vocabularies: bytes, a closed list of words, and those that a tokenizer file defines."""
 
 from famx.data.vocabularies.base import Vocabulary
-from famx.data.vocabularies.choosing import as_vocabulary
+from famx.data.vocabularies.choosing import AnyVocabulary, as_vocabulary
 from famx.data.vocabularies.encoding import encode_after, token_ids
 from famx.data.vocabularies.saving import (
     KINDS,
@@ -14,6 +14,7 @@ from famx.data.vocabularies.simple import ByteVocabulary, WordVocabulary
 from famx.data.vocabularies.tokenizer_files import BytePairVocabulary, SentencePieceVocabulary
 
 __all__ = [
+    "AnyVocabulary",
     "BytePairVocabulary",
     "ByteVocabulary",
     "KINDS",

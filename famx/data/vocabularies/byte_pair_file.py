@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from famx.base.errors import ConfigError
-from famx.base.untrusted import Fields, Name, checked, parse_object, shown
+from famx.base.untrusted import Fields, Name, parse_object, parsed, shown
 from famx.data.vocabularies.base import optional_package
 from famx.data.vocabularies.special_tokens import (
     MOST_SPECIAL,
@@ -136,7 +136,7 @@ def read_byte_pairs(content: bytes) -> BytePairs:
                 "this tokenizer.json is not byte-level BPE; if the model has a SentencePiece "
                 "file, read that with SentencePieceVocabulary."
             )
-        file = checked(_File, spec, "tokenizer.json")
+        file = parsed(_File, spec, "tokenizer.json")
     except ConfigError as error:
         raise ValueError(f"this is not a whole tokenizer.json ({error}); fetch it again.") from error
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):

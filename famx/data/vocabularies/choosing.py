@@ -5,13 +5,17 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Annotated
 
 from famx.base.errors import ConfigError
+from famx.base.ranges import Expected, Object, Path
 from famx.data.vocabularies.base import Vocabulary
 from famx.data.vocabularies.saving import load_vocabulary, open_vocabulary
 from famx.data.vocabularies.simple import ByteVocabulary
 
 _CHOICES = "'bytes', the directory of a model, or a tokenizer file"
+# The type of a task's option `vocabulary`.
+AnyVocabulary = Annotated[Path | Object, Expected(f"{_CHOICES}, in quotes")]
 _VOCABULARY_FILES = ("vocabulary.json", "tokenizer.json", "tokenizer.model")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from famx.base.errors import ConfigError
-from famx.base.untrusted import Fields, Name, checked
+from famx.base.untrusted import Fields, Name, parsed
 from famx.data.vocabularies.base import optional_package
 from famx.data.vocabularies.gguf_file import GgufFile
 from famx.data.vocabularies.special_tokens import MOST_TOKEN, MOST_TOKENS
@@ -60,7 +60,7 @@ def read_gguf(path: str | os.PathLike) -> tuple[str, bytes, TokenizerConfig]:
     values = GgufFile(path).values
     prefix = "tokenizer."
     own = {key.removeprefix(prefix): x for key, x in values.items() if key.startswith(prefix)}
-    tokenizer = checked(_Tokenizer, own, f"'{path}' (tokenizer)")
+    tokenizer = parsed(_Tokenizer, own, f"'{path}' (tokenizer)")
     if tokenizer.model not in _WRITERS:
         raise ConfigError(
             f"The tokenizer of '{path}' is of kind {tokenizer.model!r}; GGUF files with 'gpt2' "

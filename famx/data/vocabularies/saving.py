@@ -9,7 +9,9 @@ from pydantic import Field
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_bytes, write_json
-from famx.base.untrusted import Fields, Name, checked, read_limited, read_object, shown
+from famx.base.ranges import NonNegative, Path
+from famx.base.untrusted import Fields, Name, parsed, read_limited, read_object, shown
+from famx.base.values import checked
 from famx.data.vocabularies.base import Vocabulary
 from famx.data.vocabularies.simple import ByteVocabulary, WordVocabulary
 from famx.data.vocabularies.special_tokens import MOST_TOKEN, MOST_TOKENS
@@ -39,11 +41,12 @@ class _Saved(Fields):
     words: Annotated[list[_Word], Field(max_length=MOST_TOKENS)] | None = None
 
 
+@checked
 def open_vocabulary(
-    file: str | os.PathLike,
-    pad_id: int | None = None,
-    bos_id: int | None = None,
-    eos_id: int | None = None,
+    file: Path,
+    pad_id: NonNegative | None = None,
+    bos_id: NonNegative | None = None,
+    eos_id: NonNegative | None = None,
 ) -> SentencePieceVocabulary | BytePairVocabulary:
     """Open a tokenizer file: a SentencePiece model, a `tokenizer.json` or a GGUF file.
 
@@ -103,7 +106,7 @@ def load_vocabulary(directory: str | os.PathLike) -> Vocabulary:
             "vocabulary was saved."
         )
     description = read_object(path)
-    saved = checked(_Saved, description, path)
+    saved = parsed(_Saved, description, path)
     cls = KINDS.get(saved.kind)
     if cls is None:
         raise ConfigError(

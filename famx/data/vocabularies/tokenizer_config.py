@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from famx.base.errors import ConfigError
-from famx.base.untrusted import Fields, Name, checked, read_limited, read_object, shown
+from famx.base.untrusted import Fields, Name, parsed, read_limited, read_object, shown
 from famx.data.vocabularies.special_tokens import MOST_SPECIAL, MOST_TOKEN, MOST_TOKENS, AddedToken
 
 MOST_TOKENIZER_BYTES = 256 << 20
@@ -112,7 +112,7 @@ def read_tokenizer_config(folder: pathlib.Path, fast: pathlib.Path | None = None
       ConfigError: a file is damaged, a field is not of its type, or two files give a token two ids.
     """
     file = folder / "tokenizer_config.json"
-    config = checked(_ConfigFile, read_object(file), file) if file.is_file() else _ConfigFile()
+    config = parsed(_ConfigFile, read_object(file), file) if file.is_file() else _ConfigFile()
     template = config.chat_template
     if isinstance(template, list):  # several, by name
         template = next((entry.template for entry in template if entry.name == "default"), None)
@@ -124,17 +124,17 @@ def read_tokenizer_config(folder: pathlib.Path, fast: pathlib.Path | None = None
         sources.append((file.name, listed))
     special = _special(config)
     older = folder / "special_tokens_map.json"
-    map_ = checked(_SpecialTokens, read_object(older), older) if older.is_file() else _SpecialTokens()
+    map_ = parsed(_SpecialTokens, read_object(older), older) if older.is_file() else _SpecialTokens()
     special |= _special(map_)
     if (older := folder / "added_tokens.json").is_file():
-        ids = checked(_AddedTokens, {"tokens": read_object(older)}, older).tokens
+        ids = parsed(_AddedTokens, {"tokens": read_object(older)}, older).tokens
         if len(ids) > MOST_SPECIAL:
             raise ConfigError(f"{older} lists {len(ids):,} tokens; at most {MOST_SPECIAL:,} are read.")
         listed = [AddedToken(id=i, content=x, special=x in special) for x, i in ids.items() if x]
         sources.append((older.name, listed))
     scheme = None
     if fast is not None and fast.is_file():
-        parts = checked(_FastFile, read_object(fast, MOST_TOKENIZER_BYTES), fast)
+        parts = parsed(_FastFile, read_object(fast, MOST_TOKENIZER_BYTES), fast)
         sources.append((fast.name, list(parts.added_tokens)))
         scheme = _scheme(parts)
     if config.add_prefix_space is False:

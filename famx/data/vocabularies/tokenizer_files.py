@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field
 
 from famx.base.errors import ConfigError
-from famx.base.untrusted import Fields, checked, read_limited, shown
+from famx.base.untrusted import Fields, parsed, read_limited, shown
 from famx.data.vocabularies.base import Vocabulary
 from famx.data.vocabularies.byte_pair_file import read_byte_pairs
 from famx.data.vocabularies.gguf_tokenizers import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_gguf
@@ -252,7 +252,7 @@ class FileVocabulary(Vocabulary):
 
     @classmethod
     def restore(cls, description: Mapping[str, Any], content: bytes | None) -> Self:
-        saved = checked(_Saved, description, "vocabulary.json")
+        saved = parsed(_Saved, description, "vocabulary.json")
         self = cls.__new__(cls)
         self.chat_template = saved.chat_template
         self.added_tokens, self.prefix_space = tuple(saved.added_tokens), saved.prefix_space

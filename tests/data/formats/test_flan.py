@@ -229,13 +229,13 @@ def test_broken_records_get_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
-    (dict(weights={"flan": 1}), "no submixture 'flan'; the nearest name is 'flan2021'"),
-    (dict(weights={"cot": -1}), "weight of 'cot' is -1"),
+    (dict(weights={"flan": 1}), "weights must be a dict of numbers of at least 0"),
+    (dict(weights={"cot": -1}), "'cot'\\] must be a number of at least 0, not -1"),
     (dict(weights={"cot": 0}), "All weights"),
-    (dict(split="test"), "Flan's split is 'test'; choose one of train, eval"),
-    (dict(repeat_tokens=-1), "repeat_tokens is -1"),
-    (dict(repeat_weight=-0.5), "repeat_weight is -0.5"),
-    (dict(seed=-1), "seed is -1"),
+    (dict(split="test"), "split must be one of 'train', 'eval', not 'test'"),
+    (dict(repeat_tokens=-1), "repeat_tokens must be a whole number of at least 0, not -1"),
+    (dict(repeat_weight=-0.5), "repeat_weight must be a number of at least 0, not -0.5"),
+    (dict(seed=-1), "FlanRows.seed must be a whole number of at least 0, not -1"),
 ])  # fmt: skip
 def test_bad_settings_get_a_sentence(options, sentence):
     with pytest.raises(ConfigError, match=sentence):

@@ -321,7 +321,7 @@ def test_bad_input_gets_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="'gpt3_rank' has no task 'boolk'; the nearest name is 'boolq'"):
         famx.data.get("gpt3_rank", members=["boolk"])
-    with pytest.raises(ConfigError, match="'average' is no scoring of choices; .*sum, mean, uncond"):
+    with pytest.raises(ConfigError, match="scoring must be one of 'sum', 'mean', 'uncond.*, not"):
         famx.data.get("gpt3_cb", scoring="average")
     with pytest.raises(ConfigError, match=r"gpt3/cb/validation.jsonl, which is not there. Published: "
                                           r"https://www.tensorflow.org/datasets/catalog/super_glue.*"
