@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from famx.base.describe import remembers
 from famx.base.errors import ConfigError
 from famx.modules.memory import is_measured
 from famx.training.trainable import in_part
@@ -66,6 +67,7 @@ def decay_mask(params: Any, not_decayed: tuple[str, ...] = NOT_DECAYED) -> Any:
 
 
 @gin.configurable
+@remembers
 def adamw(
     learning_rate: _Rate,
     b1: float = 0.9,
@@ -82,6 +84,7 @@ def adamw(
 
 
 @gin.configurable
+@remembers
 def adafactor(
     learning_rate: _Rate,
     beta1: float | None = 0.9,
@@ -120,6 +123,7 @@ def adafactor(
 
 
 @gin.configurable
+@remembers
 def lion(
     learning_rate: _Rate,
     b1: float = 0.9,

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from famx.base.describe import remembers
 from famx.base.errors import ConfigError
 
 _Rate = Callable[[jax.Array], jax.Array]
 
 
 @gin.configurable
+@remembers
 def constant_rate(learning_rate: float, warmup_steps: int = 0) -> optax.Schedule:
     """`learning_rate` at every step after the warm-up."""
     _check(learning_rate, warmup_steps)
@@ -24,6 +26,7 @@ def constant_rate(learning_rate: float, warmup_steps: int = 0) -> optax.Schedule
 
 
 @gin.configurable
+@remembers
 def warmup_cosine(
     learning_rate: float, steps: int, warmup_steps: int = 0, floor: float = 0.0
 ) -> optax.Schedule:
@@ -47,6 +50,7 @@ def warmup_cosine(
 
 
 @gin.configurable
+@remembers
 def warmup_rsqrt(learning_rate: float, warmup_steps: int) -> optax.Schedule:
     """`learning_rate * sqrt(warmup_steps / step)` after the warm-up, which takes at least one step."""
     _check(learning_rate, warmup_steps)
@@ -60,6 +64,7 @@ def warmup_rsqrt(learning_rate: float, warmup_steps: int) -> optax.Schedule:
 
 
 @gin.configurable
+@remembers
 def warmup_stable_decay(
     learning_rate: float,
     steps: int,

@@ -14,6 +14,7 @@ from famx.training.metrics import RecentMetrics, mean
 from famx.training.run import Run
 from famx.training.run_log import RunLog
 from famx.training.saving import RunWriter
+from famx.training.settings import versions
 from famx.training.speed import Profile, SpeedMeter
 from famx.training.stages import Place
 from famx.training.step import TrainState, make_train_step
@@ -28,12 +29,16 @@ class OpenData:
       sharding: sharding of a batch.
       initial_dir: `MODEL_DIR` of the checkpoint that the run begins from, or None.
       notes: sentences for the log.
+      vocabulary: vocabulary of the data, or None.
+      settings: settings of the run, see `famx.training.settings`.
     """
 
     feeds: tuple[Feed, ...]
     sharding: Any
     initial_dir: pathlib.Path | None
     notes: tuple[str, ...]
+    vocabulary: Any
+    settings: dict[str, Any]
 
     def place(self, batch):
         """This host's rows as arrays of the global batch."""
@@ -143,6 +148,11 @@ class Session:
             "pending": self.metrics.to_json(),
             "logged": self.logged,
             "skipped": self.skipped,
+            "run": {
+                "steps": self.last.steps,
+                "settings": self.data.settings,
+                "versions": versions(),
+            },
         }
         if self.place.stage.count > 1:
             position["stage"] = self.place.get_state()

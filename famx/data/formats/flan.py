@@ -302,6 +302,11 @@ class FlanRows:
         """
         return decoder_batch([self.example(int(i), length) for i in indices], self.vocab)
 
+    @property
+    def sources(self) -> list[Examples]:
+        """The examples that rows are made of, opened."""
+        return self._submixes[2]
+
     @functools.cached_property
     def _prompt(self) -> np.ndarray:
         if not self.repeat_tokens:
