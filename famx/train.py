@@ -19,6 +19,11 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 can be reached.")
     flags.DEFINE_integer("num_processes", None, "Number of processes that train together.")
     flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+    flags.DEFINE_float(
+        "peer_timeout_seconds", 60.0, "Seconds without a sign of life after which a process is lost, and"
+        " the others end with exit code 75.",
+    )  # fmt: skip
+    flags.DEFINE_float("start_timeout_seconds", 300.0, "Seconds in which all processes must start.")
     flags.DEFINE_integer(
         "exit_code_if_stopped", 0, "Exit code of a run that SIGTERM or SIGINT stopped early.", 0, 255
     )
@@ -29,18 +34,20 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    from famx.base import distributed, signals
+    from famx.base import distributed, peers, signals
     from famx.training import loop
 
     values = flags.FLAGS
     distributed.initialize(
-        values.multiprocess, values.coordinator_address, values.num_processes, values.process_id
-    )
+        values.multiprocess, values.coordinator_address, values.num_processes, values.process_id,
+        values.peer_timeout_seconds, values.start_timeout_seconds,
+    )  # fmt: skip
     if values.profile_steps:
         binding = f"Run.profile_steps = {values.profile_steps!r}"
         values["gin_bindings"].value = [*values.gin_bindings, binding]
-    gin_utils.parse_gin_flags()
-    gin_utils.call(loop.train)
+    with peers.together(values.peer_timeout_seconds):
+        gin_utils.parse_gin_flags()
+        gin_utils.call(loop.train)
     if values.exit_code_if_stopped and signals.was_stopped():
         sys.exit(values.exit_code_if_stopped)
 

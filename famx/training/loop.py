@@ -13,6 +13,7 @@ import numpy as np
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.peers import agree
 from famx.base.signals import graceful_stop
 from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.data.vocabularies import save_vocabulary
@@ -29,7 +30,7 @@ from famx.training.run import Run
 from famx.training.run_log import RunLog
 from famx.training.saving import RunWriter
 from famx.training.session import OpenData, Session
-from famx.training.settings import settings_of
+from famx.training.settings import agreement, settings_of
 from famx.training.speed import Profile
 from famx.training.stages import Place, Stage, stages_of
 from famx.training.step import TrainState, make_initializer, with_new_states
@@ -69,8 +70,10 @@ def train(run: Run, allow_changes: Sequence[str] = ()) -> dict[str, float]:
     stages, data = _open_data(stages)
     with contextlib.ExitStack() as stack:
         last = stages[-1].run
+        agree("settings", agreement(last, data.settings, allow_changes))
         checkpointer = stack.enter_context(Checkpointer(directory, keep=last.checkpoints_to_keep))
         start = starting(checkpointer, data.settings, last, allow_changes, data.vocabulary)
+        agree("checkpoint", {"checkpoint": start.step})
         if start.step is not None and History(directory).is_finished(last, start.step):
             return _finished_before(directory, start.step)
         session = _begin_or_resume(stages, data, directory, profile, checkpointer, start, stack)

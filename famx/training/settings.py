@@ -7,10 +7,14 @@ compared by `famx.model_dir.identity`.
 """
 
 import dataclasses
+import hashlib
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jaxlib
+import numpy as np
 
 import famx
 from famx.base.describe import UNSET, Difference, describe, differences, names_in
@@ -18,7 +22,7 @@ from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
 from famx.data.tasks import Kind, kind_of
 from famx.data.tasks.identity import identity
-from famx.training.run import Data, bound_options
+from famx.training.run import Data, Run, bound_options
 from famx.training.stages import Stage
 
 # Fields of `Run` that a resumed run may change: they do not change what it learns, except that it may
@@ -51,7 +55,7 @@ def settings_of(stages: Sequence[Stage], tasks: Sequence[Any]) -> dict[str, Any]
     model = {name: getattr(config, name) for name in _OF_MODEL}
     model |= _fields(run.model, _NOT_OF_MODEL)
     common = _fields(run, (*FREE, *_OF_STAGES, "model"))
-    settings = {"model": model, "vocabulary": run.model.vocabulary, **common}
+    settings = {"model": model, "vocabulary": run.model.vocabulary, "stages": len(stages), **common}
     of_stages = [_of_stage(stage, task) for stage, task in zip(stages, tasks, strict=True)]
     if len(stages) == 1:
         return describe(settings | of_stages[0])
@@ -104,6 +108,32 @@ def versions() -> dict[str, str]:
     return {"famx": famx.__version__, "jax": jax.__version__}
 
 
+# ---------------------------------------------------------------- what processes must agree on
+
+
+def agreement(run: Run, settings: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
+    """What all processes of a run must have in common, as JSON values.
+
+    Args:
+      run: the run of the last stage, `ready`.
+      settings: its `settings_of`, which include the identity of the data.
+      allowed: names of settings that may have changed.
+    """
+    free = {name: getattr(run, name) for name in FREE} | {"mesh": dict(run.mesh.shape)}
+    code = versions() | {"jaxlib": jaxlib.__version__, "numpy": np.__version__}
+    code["source"] = source_digest()
+    return {**settings, **describe({**free, "allow_changes": list(allowed)}), "code": code}
+
+
+def source_digest() -> str:
+    """16 hexadecimal digits of a hash of famx's own Python files; other packages' do not count."""
+    root, digest = pathlib.Path(famx.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 # ---------------------------------------------------------------- what a resume changes
 
 
@@ -150,8 +180,10 @@ def changes(
       ConfigError: a setting changes that is not among `allowed`, or `allowed` names none.
     """
     other_version = saved.versions != versions()
+    found = list(differences(saved.settings, settings))
+    other_stages = [change for change in found if change.name == "stages"]
     found = [
-        change for change in differences(saved.settings, settings)
+        change for change in other_stages or found  # with other stages, all of their settings differ
         if not (other_version and change.was is UNSET)  # a setting that did not exist yet
     ]  # fmt: skip
     check_allowed(allowed, saved.settings, settings)
