@@ -23,6 +23,7 @@ from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
 from famx.models import loss_weights
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY
+from famx.training.bad_data import look_at, take
 from famx.training.feeds import Feed
 from famx.training.metrics import RecentMetrics
 from famx.training.resuming import History, Start, cannot_change, last_scalars, starting
@@ -110,11 +111,12 @@ def _open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
     if last.initial_checkpoint_path is not None:
         initial_dir = split_checkpoint(last.initial_checkpoint_path)[0]
         initial_vocabulary = check_model(initial_dir).vocabulary
-    tasks, vocabulary = [], None
+    tasks, vocabulary, notes = [], None, []
     for stage in stages:
         with stage.errors():
             tasks.append(stage.run.data.make_task(initial_vocabulary))
             found = _vocabulary(tasks[-1], stage.run)
+            notes += look_at(tasks[-1], stage.run.data)
             if initial_vocabulary is not None and found not in (None, initial_vocabulary):
                 raise ConfigError(
                     f"The vocabulary of the task {last.data.task} is not that of {initial_dir}: give it"
@@ -126,8 +128,8 @@ def _open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
             vocabulary = found
     if last.model.vocabulary is None:
         stages = tuple(stage.with_vocabulary(vocabulary) for stage in stages)
-    stages, notes = _with_evaluation(stages, initial_vocabulary)
-
+    stages, more_notes = _with_evaluation(stages, initial_vocabulary)
+    notes = (*notes, *more_notes)
     data = OpenData((), batch_sharding(last.mesh), initial_dir, notes, vocabulary, {})
     feeds = []
     for stage, task in zip(stages, tasks, strict=True):
@@ -278,7 +280,7 @@ def _step_through(session: Session, stop) -> None:
     while session.step < steps and not _stopped(stop, session.step):
         _observe(session)
         with session.speed.waiting():
-            rows = session.ahead.take()
+            rows = take(session)
         if session.longest not in (None, rows.longest):
             log.message(f"Step {session.step}: {rows.longest} blocks unlocked.")
         session.longest = rows.longest
@@ -350,6 +352,8 @@ def _log(session: Session) -> None:
     scalars = session.metrics.means(session.logged) | session.speed.report()
     if session.longest is not None:
         scalars["blocks"] = session.longest
+    if session.bad_records:
+        scalars["bad_records"] = session.bad_records
     if session.place.stage.count > 1:
         scalars["stage"] = session.place.index + 1
     session.scalars, session.logged = scalars, session.step

@@ -47,6 +47,8 @@ from famx.training.flops import Learning
 from famx.training.state_passing import Fresh, StatePassing
 from famx.training.trainable import Trainable
 
+ON_BAD_RECORD = ("stop", "skip")
+
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Data:
       curriculum: lengths in blocks that unlock on accuracy; those beyond a row need `aged` states.
       packed: whether a row holds several documents. None: yes, but not in continuous lanes nor for
         SeqIO. A task by index has no documents to pack, except in continuous lanes.
+      on_bad_record: what happens at a document that cannot be used: "stop", with a checkpoint before it,
+        or "skip", with a count in the log.
+
+    Raises:
+      ConfigError: on construction, if `on_bad_record` is neither.
     """
 
     task: Any
@@ -71,6 +78,19 @@ class Data:
     options: Mapping[str, Any] | None = None
     curriculum: Curriculum | None = None
     packed: bool | None = None
+    on_bad_record: str = "stop"
+
+    def __post_init__(self):
+        if self.on_bad_record not in ON_BAD_RECORD:
+            raise ConfigError(
+                f"Data.on_bad_record must be one of {', '.join(ON_BAD_RECORD)}; got"
+                f" {self.on_bad_record!r}."
+            )
+
+    @property
+    def skips_bad(self) -> bool:
+        """Whether documents that cannot be used are left out."""
+        return self.on_bad_record == "skip"
 
     @property
     def length(self) -> int:
@@ -267,7 +287,7 @@ class Run:
         return Source(
             task, self.data.batch_size, self.data.length, self.model.config.block_size,
             self.random_seed, batch_shard(self.mesh, jax.process_index()),
-            self.data.curriculum, self.data.packed, stage,
+            self.data.curriculum, self.data.packed, stage, self.data.skips_bad,
         )  # fmt: skip
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

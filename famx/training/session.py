@@ -61,6 +61,7 @@ class Session:
       ahead, speed, train_step: of the stage, see `enter`.
       longest: length in blocks that the curriculum unlocked last; None without a curriculum.
       scalars: scalars of the last line of the log.
+      bad_records: number of bad documents that were left out, as the log tells.
       programs: jitted steps, each with the run and the shardings that it was made for.
     """
 
@@ -83,6 +84,7 @@ class Session:
     train_step: Any = None
     longest: int | None = None
     scalars: dict[str, float] = dataclasses.field(default_factory=dict)
+    bad_records: int = 0
     programs: list[tuple[Run, Any, Any]] = dataclasses.field(default_factory=list)
 
     @property

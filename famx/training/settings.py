@@ -3,7 +3,7 @@
 `settings_of` describes them as JSON values. They are part of every checkpoint, and
 MODEL_DIR/settings.json has them in readable form with the history of the run (`famx.training.resuming`).
 What a resume may change freely is in `FREE`; the fields of the model that decide its parameters are
-compared by `famx.model_dir.identity`.
+compared by `famx.model_dir.identity`. `Data.on_bad_record` may change, too.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def settings_of(stages: Sequence[Stage], tasks: Sequence[Any]) -> dict[str, Any]
 def _of_stage(stage: Stage, task: Any) -> dict[str, Any]:
     run, data = stage.run, stage.run.data
     fields = {
-        **_fields(data, ("task", "lengths", "options")),
+        **_fields(data, ("task", "lengths", "options", "on_bad_record")),
         "length": data.length,
         "task": _task(data, task),
         "data": _identity(task),
