@@ -88,6 +88,8 @@ class _Requested:
             return state, self._feed.next(step)
         except BadData as error:  # raised by `take`: until then the state before it is of use
             return state, error
+        except OSError as error:
+            return state, BadData(f"{error.filename or 'The data'} cannot be read: {error.strerror}.")
 
     def get_state(self):
         return None  # each item has its own
