@@ -45,7 +45,7 @@ def main() -> None:
     if values.profile_steps:
         binding = f"Run.profile_steps = {values.profile_steps!r}"
         values["gin_bindings"].value = [*values.gin_bindings, binding]
-    with peers.together(values.peer_timeout_seconds):
+    with peers.together(values.peer_timeout_seconds, values.start_timeout_seconds):
         gin_utils.parse_gin_flags()
         gin_utils.call(loop.train)
     if values.exit_code_if_stopped and signals.was_stopped():

@@ -79,15 +79,16 @@ def _group() -> _Group | None:
 # ---------------------------------------------------------------- agreement
 
 _asked: dict[str, int] = {}  # number of agreements by name: a key of the store is set once
+_start_seconds = 300.0  # longest wait for the other processes, set by `together`
 
 
-def agree(what: str, values: Mapping[str, Any], seconds: float = 300.0) -> None:
+def agree(what: str, values: Mapping[str, Any], seconds: float | None = None) -> None:
     """Returns once all processes have called it with equal values.
 
     Args:
       what: name of the values; all processes call this in the same order.
       values: JSON values, such as `famx.base.describe.describe` returns.
-      seconds: longest time to wait for the other processes.
+      seconds: longest time to wait for the other processes; None: that of `together`.
 
     Raises:
       ConfigError: in all processes, if the values of two of them differ.
@@ -97,7 +98,8 @@ def agree(what: str, values: Mapping[str, Any], seconds: float = 300.0) -> None:
     if group is None:
         return
     number = _asked[what] = _asked.get(what, 0) + 1
-    key, end = f"famx/{what}.{number}", time.monotonic() + seconds
+    key = f"famx/{what}.{number}"
+    end = time.monotonic() + (_start_seconds if seconds is None else seconds)
     group.client.key_value_set(f"{key}/{group.index}", json.dumps(values))
     if group.index == 0:
         verdict = _compared(group, key, values, end)
@@ -154,7 +156,7 @@ def _raise_if_one_ended(group: _Group) -> None:
 
 
 @contextlib.contextmanager
-def together(limit: float = 60.0) -> Iterator[None]:
+def together(limit: float = 60.0, start: float = 300.0) -> Iterator[None]:
     """A context in which the processes of a run watch each other; ends the process if one is lost.
 
     In a run of one process it does nothing. In one of several, errors end the process here and not at the
@@ -163,7 +165,10 @@ def together(limit: float = 60.0) -> Iterator[None]:
 
     Args:
       limit: seconds without a sign of life after which a process counts as lost.
+      start: seconds that `agree` waits for the other processes.
     """
+    global _start_seconds
+    _start_seconds = start
     group = _group()
     if group is None:
         yield
