@@ -20,6 +20,7 @@ import gin
 import numpy as np
 
 _DEEPEST = 16  # levels of nested values; what lies deeper is described by its type alone
+_LONGEST = 10_000  # items of a list that are described
 _SHOWN = 80  # characters of a value in a sentence
 
 
@@ -94,7 +95,7 @@ def _describe(value: Any, around: tuple[int, ...]) -> Any:
     if fields is not None:
         return {name: inner(x) for name, x in fields.items()}
     if isinstance(value, list | tuple):
-        return [inner(x) for x in value]
+        return [inner(x) for x in value] if len(value) <= _LONGEST else f"{len(value)} items"
     if isinstance(value, set | frozenset):
         return sorted((inner(x) for x in value), key=str)
     if hasattr(value, "fingerprint") and hasattr(value, "vocab_size"):
