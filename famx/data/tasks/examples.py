@@ -105,7 +105,7 @@ class TaskDocuments:
         try:
             tokens, weights = self._template.conversation(example["messages"], example.get("tools"))
         except ConfigError as error:
-            raise BadRecord(f"a conversation that the chat template refuses: {error}") from error
+            raise BadRecord(str(error)) from error
         begin = int(len(tokens) > 0 and tokens[0] == self.vocab.bos_id)  # rows begin with this id
         return tokens[begin:][: self.max_tokens], weights[begin:][: self.max_tokens]
 
