@@ -37,7 +37,7 @@ _AGAIN = "Start the same command again in all processes: it goes on from the las
 # What libraries say of a collective operation or a call of the store when the other side is gone.
 _BROKEN = re.compile(
     r"Gloo|NCCL|coordination service|CoordinationService|Connection (?:closed|reset|refused)"
-    r"|Socket closed|heartbeat|UNAVAILABLE|by peer"
+    r"|Socket closed|missed heartbeat|by peer"
 )
 
 

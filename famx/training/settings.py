@@ -37,6 +37,7 @@ _NOT_OF_MODEL = ("module", "vocabulary", "lora", "loss_chunk", "context_shards")
 # Options of a task that name places. The content of the files there is compared, not their place; the
 # vocabulary is compared as such.
 _PLACES = ("data_dir", "files", "folders", "validation_files", "vocabulary")
+_OF_TEXTS = ("split", "max_tokens", "cut", "allow_partial")  # settings of text tasks, also by default
 _MOST_SHOWN = 8  # differences in a sentence
 
 
@@ -87,6 +88,8 @@ def _task(data: Data, task: Any) -> dict[str, Any]:
     options = {**(bound_options(data.task) if named else {}), **(data.options or {})}
     if kind_of(task) is Kind.MADE and dataclasses.is_dataclass(task):
         options = _fields(task, ())
+    elif kind_of(task) is Kind.SCORED:
+        options |= {name: getattr(task, name) for name in _OF_TEXTS if hasattr(task, name)}
     kept = {name: value for name, value in options.items() if name not in _PLACES}
     return {"type": data.task if named else type(data.task).__name__, **kept}
 

@@ -6,7 +6,7 @@ from typing import Any
 from famx.base.errors import BadRecord
 from famx.data.rows.documents import CheckedDocuments
 
-_SECONDS = 3.0  # time after which the other documents are left to the run
+_SECONDS = 2.0  # time after which the other documents are left to the run
 
 
 def check_documents(documents: Any, skip_bad: bool = False) -> list[str]:
