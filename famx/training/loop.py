@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from famx.base import gin_utils
+from famx.base.describe import describe
 from famx.base.errors import ConfigError
 from famx.base.peers import agree
 from famx.base.signals import graceful_stop
@@ -75,7 +76,7 @@ def train(run: Run, allow_changes: Sequence[str] = ()) -> dict[str, float]:
         checkpointer = stack.enter_context(Checkpointer(directory, keep=last.checkpoints_to_keep))
         start = starting(checkpointer, data.settings, last, allow_changes, data.vocabulary)
         agree("checkpoint", {"checkpoint": start.step})
-        if start.step is not None and History(directory).is_finished(last, start.step):
+        if History(directory).is_finished(last.steps, start.step, data.evaluation):
             return _finished_before(directory, start.step)
         session = _begin_or_resume(stages, data, directory, profile, checkpointer, start, stack)
         seconds = None if run.minutes is None else 60 * run.minutes
@@ -129,8 +130,9 @@ def _open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
     if last.model.vocabulary is None:
         stages = tuple(stage.with_vocabulary(vocabulary) for stage in stages)
     stages, more_notes = _with_evaluation(stages, initial_vocabulary)
-    notes = (*notes, *more_notes)
-    data = OpenData((), batch_sharding(last.mesh), initial_dir, notes, vocabulary, {})
+    last, notes = stages[-1].run, (*notes, *more_notes)
+    described = describe(last.evaluation)
+    data = OpenData((), batch_sharding(last.mesh), initial_dir, notes, vocabulary, {}, described)
     feeds = []
     for stage, task in zip(stages, tasks, strict=True):
         run = stage.run
@@ -388,7 +390,7 @@ def _finish(session: Session) -> dict[str, float]:
         sentence = run.state_passing.export(session.state.kept, session.directory, step)
         if sentence is not None:
             log.message(sentence)
-        History(session.directory).finish(run, step)
+        History(session.directory).finish(step, session.data.evaluation)
     return scalars
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from famx.base.describe import Difference, describe
+from famx.base.describe import Difference
 from famx.base.errors import ConfigError
 from famx.base.files import write_json
 from famx.data.vocabularies import load_vocabulary
@@ -131,15 +131,14 @@ class History:
         before = self.read().get("history", []) if start.step is not None else []
         write_json(self._path, {"settings": settings, "history": [*before, line]})
 
-    def finish(self, run: Run, step: int) -> None:
-        """Notes that the run took all its steps and was evaluated."""
-        finished = {"step": step, "evaluation": describe(run.evaluation)}
-        write_json(self._path, {**self.read(), "finished": finished})
+    def finish(self, step: int, evaluation: Any) -> None:
+        """Notes that the run took all its steps and was evaluated; `evaluation`: its description."""
+        write_json(self._path, {**self.read(), "finished": {"step": step, "evaluation": evaluation}})
 
-    def is_finished(self, run: Run, step: int) -> bool:
-        """Whether nothing is left to do for a run whose newest checkpoint is that of `step`."""
-        finished = {"step": step, "evaluation": describe(run.evaluation)}
-        return step >= run.steps and self.read().get("finished") == finished
+    def is_finished(self, steps: int, step: int | None, evaluation: Any) -> bool:
+        """Whether nothing is left to do for a run of `steps` with its newest checkpoint at `step`."""
+        finished = {"step": step, "evaluation": evaluation}
+        return step is not None and step >= steps and self.read().get("finished") == finished
 
 
 def _value(value: Any) -> Any:

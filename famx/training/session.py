@@ -31,6 +31,7 @@ class OpenData:
       notes: sentences for the log.
       vocabulary: vocabulary of the data, or None.
       settings: settings of the run, see `famx.training.settings`.
+      evaluation: description of its evaluation, as it was before the run.
     """
 
     feeds: tuple[Feed, ...]
@@ -39,6 +40,7 @@ class OpenData:
     notes: tuple[str, ...]
     vocabulary: Any
     settings: dict[str, Any]
+    evaluation: Any
 
     def place(self, batch):
         """This host's rows as arrays of the global batch."""
