@@ -359,5 +359,8 @@ def test_a_memory_file_has_no_stages():
 
 def test_stages_that_a_stopped_run_has_no_more(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
+    fewer = run_of(tmp_path / "run", ({"steps": 4, "blocks": 4}, {}))
+    with pytest.raises(ConfigError, match="stages was 3 and is now 2"):
+        loop.train(fewer)
     with pytest.raises(ConfigError, match="stopped in stage 3, but STAGES has only 2"):
-        loop.train(run_of(tmp_path / "run", ({"steps": 4, "blocks": 4}, {})))
+        loop.train(fewer, allow_changes=("stages",))
