@@ -243,8 +243,13 @@ class _Watch:
             self._leave(str(lost))
 
     def _look(self) -> None:
-        while not self._stopped.wait(min(_SLICE, self._limit / _BEATS)):
+        before, period = time.monotonic(), min(_SLICE, self._limit / _BEATS)
+        while not self._stopped.wait(period):
             now = time.monotonic()
+            if now - before > self._limit / 2:  # this process itself stood still and heard nobody
+                self._answered += now - before
+                self._heard = {process: heard + now - before for process, heard in self._heard.items()}
+            before = now
             if self._stderr is not None:
                 self._stderr.pass_on()
             if now - self._answered > self._limit:
@@ -281,7 +286,7 @@ def _end(group: _Group, error: Exception, stderr: NativeStderr | None) -> None:
         sentence, code = _lost_sentence(group), LOST
     else:
         traceback.print_exception(error)
-        sentence, code = f"{type(error).__name__}: {str(error).splitlines()[0]}", 1
+        sentence, code = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 1
     with contextlib.suppress(Exception):
         _tell(group, sentence)
         if group.index == 0:
