@@ -74,7 +74,8 @@ def train(run: Run, allow_changes: Sequence[str] = ()) -> dict[str, float]:
         last = stages[-1].run
         agree("settings", agreement(last, data.settings, allow_changes))
         checkpointer = stack.enter_context(Checkpointer(directory, keep=last.checkpoints_to_keep))
-        start = starting(checkpointer, data.settings, last, allow_changes, data.vocabulary)
+        step = checkpointer.latest_step()
+        start = starting(checkpointer, step, data.settings, last, allow_changes, data.vocabulary)
         agree("checkpoint", {"checkpoint": start.step})
         if History(directory).is_finished(last.steps, start.step, data.evaluation):
             return _finished_before(directory, start.step)

@@ -44,15 +44,17 @@ class Start:
 
 def starting(
     checkpointer: Checkpointer,
+    step: int | None,
     settings: Mapping[str, Any],
     run: Run,
     allowed: Sequence[str],
     vocabulary: Any = None,
 ) -> Start:
-    """Where a run of these settings begins in the directory of the checkpointer; writes nothing.
+    """Where a run of these settings begins, at a checkpoint or anew; writes nothing.
 
     Args:
       checkpointer: checkpointer of the `MODEL_DIR`.
+      step: step of the checkpoint that the run resumes from; None: there is none.
       settings: `famx.training.settings.settings_of` the run.
       run: the run of the last stage.
       allowed: names of settings that may have changed.
@@ -61,13 +63,13 @@ def starting(
     Raises:
       ConfigError: the checkpoint is of a run with other settings, or `allowed` names no setting.
     """
-    check_allowed(allowed, settings)
-    step = checkpointer.latest_step()
     if step is None:
+        check_allowed(allowed, settings)
         return Start(None, {})
     position = checkpointer.data_state(step)
     saved = Saved.of(step, position or {})
     if saved is None:
+        check_allowed(allowed, settings)
         _check_vocabulary(checkpointer.model_dir, vocabulary)
         note = (
             f"The checkpoint of step {step} does not tell the settings of its run: whether they are the"

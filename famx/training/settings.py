@@ -160,7 +160,7 @@ class Saved:
     def of(cls, step: int, position: Mapping[str, Any]) -> "Saved | None":
         """From the data state of the checkpoint of a step; None if an older famx, or t5x, wrote it."""
         saved = position.get("run")
-        if not isinstance(saved, Mapping):
+        if not isinstance(saved, Mapping) or not {"steps", "settings", "versions"} <= set(saved):
             return None
         return cls(step, saved["steps"], saved["settings"], saved["versions"])
 

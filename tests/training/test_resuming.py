@@ -140,6 +140,8 @@ def test_names_that_are_no_settings_are_refused(trained):
         train(trained, ("learning_rat",))
     with pytest.raises(ConfigError, match="must be a tuple of names"):
         train(trained, "learning_rate")
+    with pytest.raises(ConfigError, match="names 'learning_rat', which is no setting"):
+        train(trained / "new", ("learning_rat",))
 
 
 def test_a_change_that_cannot_be_made_says_so(trained):
