@@ -135,13 +135,13 @@ def test_a_part_of_a_name_allows_all_below(tmp_path, allowed):
     train(tmp_path, allowed, steps=3, optimizer=adam(2e-3))
 
 
-def test_names_that_are_no_settings_are_refused(trained):
+def test_names_that_are_no_settings_are_refused(trained, tmp_path):
     with pytest.raises(ConfigError, match="names 'learning_rat', .*Did you mean learning_rate?"):
         train(trained, ("learning_rat",))
     with pytest.raises(ConfigError, match="must be a tuple of names"):
         train(trained, "learning_rate")
     with pytest.raises(ConfigError, match="names 'learning_rat', which is no setting"):
-        train(trained / "new", ("learning_rat",))
+        train(tmp_path, ("learning_rat",))
 
 
 def test_a_change_that_cannot_be_made_says_so(trained):
