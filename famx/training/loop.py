@@ -72,7 +72,8 @@ def train(run: Run, allow_changes: Sequence[str] = ()) -> dict[str, float]:
     stages, data = _open_data(stages)
     with contextlib.ExitStack() as stack:
         last = stages[-1].run
-        agree("settings", agreement(last, data.settings, allow_changes))
+        if jax.process_count() > 1:
+            agree("settings", agreement(last, data.settings, allow_changes))
         checkpointer = stack.enter_context(Checkpointer(directory, keep=last.checkpoints_to_keep))
         step = checkpointer.latest_step()
         start = starting(checkpointer, step, data.settings, last, allow_changes, data.vocabulary)
