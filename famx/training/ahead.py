@@ -89,7 +89,9 @@ class _Requested:
         except BadData as error:  # raised by `take`: until then the state before it is of use
             return state, error
         except OSError as error:
-            return state, BadData(f"{error.filename or 'The data'} cannot be read: {error.strerror}.")
+            if error.filename is None:
+                raise
+            return state, BadData(f"{error.filename} cannot be read: {error.strerror}.")
 
     def get_state(self):
         return None  # each item has its own

@@ -363,4 +363,4 @@ def test_stages_that_a_stopped_run_has_no_more(whole, tmp_path):
     with pytest.raises(ConfigError, match="stages was 3 and is now 2"):
         loop.train(fewer)
     with pytest.raises(ConfigError, match="stopped in stage 3, but STAGES has only 2"):
-        loop.train(fewer, allow_changes=("stages",))
+        loop.train(dataclasses.replace(fewer, steps=STEPS + 1), allow_changes=("stages",))
