@@ -316,9 +316,9 @@ def test_a_resume_is_the_same_run(bad_input, tmp_path):
     assert process.returncode == 0, text
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for binding, sentence in (
-        ("OPTIMIZER=@adafactor()", "optimizer was adamw and is now adafactor"),
-        ("STATE_PASSING='none'", "state_passing was Aged and is now Fresh"),
-        ("LEARNING_RATE=1e-3", "optimizer.learning_rate was warmup_stable_decay and is now 0.001"),
+        ("adamw.b1=0.5", "optimizer.b1 was 0.9 and is now 0.5"),
+        ("Aged.groups=9", "state_passing.groups was 8 and is now 9"),
+        ("warmup_stable_decay.floor=1e-4", "optimizer.learning_rate.floor was 0.0 and is now 0.0001"),
         ("TASK_OPTIONS={'digits': 3}", "task.digits was 5 and is now 3"),
         ("RANDOM_SEED=4", "random_seed was 0 and is now 4"),
         ("train.allow_changes=('sead',)", "names 'sead', which is no setting of this run."),

@@ -1,5 +1,6 @@
 """Stages of a run: exact resumption anywhere, what carries on, programs that are shared, bad lines."""
 
+import dataclasses
 import json
 import shutil
 
