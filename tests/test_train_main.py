@@ -325,9 +325,9 @@ def test_a_resume_is_the_same_run(bad_input, tmp_path):
     ):
         assert sentence in bad_input(*given, f"--gin.{binding}")
         assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    process = start(*given, "--gin.RANDOM_SEED=4", "--gin.train.allow_changes=('seed', 'random_seed')")
+    process = start(*given, "--gin.RANDOM_SEED=4", "--gin.train.allow_changes=('random_seed',)")
     _, text = process.communicate()
-    assert process.returncode == 2 and "names 'seed'" in text and "Traceback" not in text
+    assert process.returncode == 0 and "is finished, with 22 steps: there is nothing to do" in text, text
 
 
 @pytest.mark.slow
