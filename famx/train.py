@@ -13,7 +13,7 @@ from absl import flags
 
 from famx.base import gin_utils
 from famx.base.command_line import define
-from famx.base.ranges import NonNegative, Positive
+from famx.base.ranges import NonNegative, Positive, Rate
 
 
 def define_flags() -> None:
@@ -21,6 +21,11 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 can be reached.")
     define("num_processes", Positive, None, "Number of processes that train together.")
     define("process_id", NonNegative, None, "Index of this process, from 0.")
+    define(
+        "peer_timeout_seconds", Rate, 60.0, "Seconds without a sign of life after which a process is"
+        " lost, and the others end with exit code 75.",
+    )  # fmt: skip
+    define("start_timeout_seconds", Rate, 300.0, "Seconds in which all processes must start.")
     flags.DEFINE_integer(
         "exit_code_if_stopped", 0, "Exit code of a run that SIGTERM or SIGINT stopped early.", 0, 255
     )
@@ -31,18 +36,20 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    from famx.base import distributed, signals
+    from famx.base import distributed, peers, signals
     from famx.training import loop
 
     values = flags.FLAGS
     distributed.initialize(
-        values.multiprocess, values.coordinator_address, values.num_processes, values.process_id
-    )
+        values.multiprocess, values.coordinator_address, values.num_processes, values.process_id,
+        values.peer_timeout_seconds, values.start_timeout_seconds,
+    )  # fmt: skip
     if values.profile_steps:
         binding = f"Run.profile_steps = {values.profile_steps!r}"
         values["gin_bindings"].value = [*values.gin_bindings, binding]
-    gin_utils.parse_gin_flags()
-    gin_utils.call(loop.train)
+    with peers.together(values.peer_timeout_seconds, values.start_timeout_seconds):
+        gin_utils.parse_gin_flags()
+        gin_utils.call(loop.train)
     if values.exit_code_if_stopped and signals.was_stopped():
         sys.exit(values.exit_code_if_stopped)
 

@@ -31,14 +31,16 @@ def test_one_process_joins_nobody(joined):
 
 def test_a_process_that_is_told_all_detects_nothing(joined):
     distributed.initialize(coordinator_address="node7:1234", num_processes=4, process_id=3)
-    assert joined == [(("node7:1234", 4, 3), {"cluster_detection_method": "deactivate"})]
+    waits = {"heartbeat_timeout_seconds": 130, "initialization_timeout": 300}
+    options = {"cluster_detection_method": "deactivate", **waits}
+    assert joined == [(("node7:1234", 4, 3), options)]
     distributed.initialize(coordinator_address="[::1]:1234", num_processes=1, process_id=0)
     assert joined[1][0] == ("[::1]:1234", 1, 0)
 
 
 def test_a_process_of_a_cluster_detects_all(joined):
-    distributed.initialize(multiprocess=True)
-    assert joined == [((), {})]
+    distributed.initialize(multiprocess=True, limit=5.5, start=20)
+    assert joined == [((), {"heartbeat_timeout_seconds": 21, "initialization_timeout": 20})]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,7 @@ def test_a_process_of_a_cluster_detects_all(joined):
             dict(coordinator_address="x:1", num_processes=0, process_id=0),
             "--num_processes must be at least 1, not 0.",
         ),
+        (dict(limit=0), "--peer_timeout_seconds and --start_timeout_seconds must be above 0, not 0 and"),
         (dict(multiprocess=True, process_id=0), "--multiprocess finds the other processes by itself"),
     ],
 )
@@ -69,7 +72,7 @@ def test_flags_that_do_not_fit(joined, given, sentence):
     "text,kind", [("coordinator_address should be defined.", ConfigError), ("x", ValueError)]
 )
 def test_no_cluster_around(monkeypatch, text, kind):
-    def fail():
+    def fail(**waits):
         raise ValueError(text)
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)

@@ -22,10 +22,11 @@ from trained import write_model_dir
 
 from famx import eval as eval_main
 from famx.base import gin_utils
+from famx.base.describe import describe
 from famx.base.errors import ConfigError
 from famx.data.probes.passkey_text import passkey_words
 from famx.evaluation import TaskEvaluation
-from famx.evaluation.checkpoints import describe, evaluate, table
+from famx.evaluation.checkpoints import evaluate, table
 
 MODEL = make_model(block_size=16)
 

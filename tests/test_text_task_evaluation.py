@@ -450,16 +450,59 @@ def test_vocabularies_that_do_not_fit_are_refused(data):
         evaluation.check(plain)
 
 
-def test_an_answer_or_a_record_that_is_missing_later_is_named(model, params, tmp_path):
-    rows = [{"inputs": "a", "targets": "b", "references": ["b"]}] * 3
+def test_examples_without_an_answer_are_left_out_and_counted(model, params, tmp_path, capsys):
+    good = {"inputs": "a", "targets": "b", "references": ["b"]}
+    lost = [{**good, "references": []}, {**good, "references": ["  "]}, {**good, "targets": 3.5}]
     settings = dict(kind="generation", splits=("validation",), split="validation")
-    text_task("answers_lost_for_evaluation", [*rows, {**rows[0], "references": []}], **settings)
+    text_task("answers_lost_for_evaluation", [lost[0], good, good, lost[1], good, lost[2]], **settings)
+    text_task("answers_there_for_evaluation", [good, good, good], **settings)
     evaluation = make("", "answers_lost_for_evaluation", task_options={}, batch_size=1)
     evaluation.check(model)
-    with pytest.raises(ConfigError, match="Example 3 of the validation split of 'answers_lost_for_eval"):
-        evaluation(model, params, 0, tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())  # no partial predictions either
+    found = evaluation(model, params, 7, tmp_path / "out")
+    whole = make("", "answers_there_for_evaluation", task_options={}, batch_size=1)(model, params, 7)
+    assert found == {**whole, "left_out": 3.0}
+    assert [row["index"] for row in predictions(tmp_path / "out")] == [1, 2, 4]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "answers_lost_for_evaluation, validation: 3 of 6 examples left out; the first is" in line
+    assert "example 0: Record 0 has no answer." in line
 
+
+def test_documents_that_cannot_be_read_are_left_out(model, params, tmp_path, capsys):
+    rows = [{"text": "a cat"}, {"text": None}, {"text": "dad"}]
+    for name, kept in (("all", rows), ("good", [rows[0], rows[2]])):
+        write(tmp_path / f"{name}.jsonl", kept)
+    scores = {}
+    for name in ("all", "good"):
+        path = str(tmp_path / f"{name}.jsonl")
+        options = {"files": path, "validation_files": path}
+        scores[name] = make("", "own_records", task_options=options)(model, params, 0)
+    assert scores["all"].pop("left_out") == 1 and scores["all"] == scores["good"]
+    assert f"Line 2 of {tmp_path / 'all.jsonl'}: Column 'text'" in capsys.readouterr().err
+
+
+def test_predictions_are_kept_when_an_evaluation_fails(model, params, tmp_path, monkeypatch):
+    good = {"inputs": "a", "targets": "b", "references": ["b"]}
+    settings = dict(kind="generation", splits=("validation",), split="validation")
+    text_task("answers_for_failing_evaluation", [good] * 9, **settings)
+    evaluation, answer, calls = make("", "answers_for_failing_evaluation", task_options={}), None, []
+    answer = text_answers.TextAnswers.__call__
+
+    def fail_later(self, params, examples):
+        calls.append(len(examples))
+        if len(calls) > 1:
+            raise RuntimeError("the machine is on fire")
+        return answer(self, params, examples)
+
+    monkeypatch.setattr(text_answers.TextAnswers, "__call__", fail_later)
+    evaluation.batch_size = 1
+    with pytest.raises(RuntimeError, match="on fire"):
+        evaluation(model, params, 7, tmp_path / "out")
+    (kept,) = (tmp_path / "out").iterdir()
+    assert kept.name == "7.predictions.jsonl.partial"
+    assert len(kept.read_text().splitlines()) == 4
+
+
+def test_a_record_of_wrong_type_is_named(model, params, tmp_path):
     write(tmp_path / "own.jsonl", [{"inputs": "a", "targets": 3}] * 9)
     own = make("", "own_records", task_options={"files": str(tmp_path / "own.jsonl")})
     with pytest.raises(ConfigError, match="Column 'targets' contains '3', which is not text"):

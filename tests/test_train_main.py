@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -305,6 +306,45 @@ def test_checkpoint_of_another_shape(bad_input, tmp_path):
         saver.save(5, {"target": {"embedding": jnp.ones((128, 64))}})
     sentence = bad_input(*arguments(tmp_path))
     assert f"{tmp_path}/checkpoint_5 holds another model" in sentence
+
+
+@pytest.mark.slow
+def test_a_resume_is_the_same_run(bad_input, tmp_path):
+    given = arguments(tmp_path, "TRAIN_STEPS=22", "PasskeyEvaluation.report_blocks=(4,)")
+    process = start(*given)
+    _, text = process.communicate()
+    assert process.returncode == 0, text
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for binding, sentence in (
+        ("adamw.b1=0.5", "optimizer.b1 was 0.9 and is now 0.5"),
+        ("Aged.groups=9", "state_passing.groups was 8 and is now 9"),
+        ("warmup_stable_decay.floor=1e-4", "optimizer.learning_rate.floor was 0.0 and is now 0.0001"),
+        ("TASK_OPTIONS={'digits': 3}", "task.digits was 5 and is now 3"),
+        ("RANDOM_SEED=4", "random_seed was 0 and is now 4"),
+        ("train.allow_changes=('sead',)", "names 'sead', which is no setting of this run."),
+    ):
+        assert sentence in bad_input(*given, f"--gin.{binding}")
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    process = start(*given, "--gin.RANDOM_SEED=4", "--gin.train.allow_changes=('random_seed',)")
+    _, text = process.communicate()
+    assert process.returncode == 0 and "is finished, with 22 steps: there is nothing to do" in text, text
+
+
+@pytest.mark.slow
+def test_two_processes_with_other_steps_end_at_once(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"--coordinator_address=localhost:{free.getsockname()[1]}"
+    processes = [
+        start(*arguments(tmp_path, f"TRAIN_STEPS={22 + 8 * i}"), address, "--num_processes=2",
+              f"--process_id={i}")
+        for i in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        _, text = process.communicate(timeout=300)
+        assert process.returncode == 2 and "Traceback" not in text, text
+        assert "steps is 22 in process 0 and 30 in process 1. Start all with" in text
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ The first form detects the cluster that it runs on; the second works everywhere,
 process. `launch/` writes these commands.
 """
 
+import math
 import re
 import signal
+from collections.abc import Mapping
 
 import jax
 
@@ -20,6 +22,8 @@ def initialize(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    limit: float = 60.0,
+    start: float = 300.0,
 ) -> None:
     """Joins the other processes of a run, if there are any; to be called before jax creates its devices.
 
@@ -28,14 +32,26 @@ def initialize(
       coordinator_address: `HOST:PORT` of process 0.
       num_processes: number of processes.
       process_id: index of this process, from 0.
+      limit: seconds without a sign of life after which a process counts as lost, see
+        `famx.base.peers`, which is to notice it before jax does.
+      start: seconds in which all processes must have started.
 
     Raises:
       ConfigError: the arguments do not fit together, or `multiprocess` detects no cluster.
     """
+    if not (limit > 0 and start > 0):
+        raise ConfigError(
+            f"--peer_timeout_seconds and --start_timeout_seconds must be above 0, not {limit:g} and"
+            f" {start:g}."
+        )
+    waits = {
+        "heartbeat_timeout_seconds": math.ceil(2 * limit) + 10,
+        "initialization_timeout": math.ceil(start),
+    }
     given = (coordinator_address, num_processes, process_id)
     if all(value is None for value in given):
         if multiprocess:
-            _detect()
+            _detect(waits)
         return
     if multiprocess:
         raise ConfigError(
@@ -51,7 +67,7 @@ def initialize(
         raise ConfigError(f"--num_processes must be at least 1, not {count}.")
     if not 0 <= index < count:
         raise ConfigError(f"--process_id {index} must lie between 0 and {count - 1}, the last process.")
-    _join(address, count, index, cluster_detection_method="deactivate")
+    _join(address, count, index, cluster_detection_method="deactivate", **waits)
 
 
 def _join(*args, **kwargs) -> None:
@@ -60,9 +76,9 @@ def _join(*args, **kwargs) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _detect() -> None:
+def _detect(waits: Mapping[str, int]) -> None:
     try:
-        _join()
+        _join(**waits)
     except ValueError as error:
         if "must be defined" not in str(error) and "should be defined" not in str(error):
             raise

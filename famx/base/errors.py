@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user."""
+"""Exceptions for mistakes of the user, and for data that cannot be used."""
 
 _MOST_CHARACTERS = 4000
 
@@ -14,3 +14,11 @@ class ConfigError(ValueError):
         text = str(message)
         text = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
         super().__init__("".join(x if x.isprintable() or x == "\n" else "?" for x in text))
+
+
+class BadData(ConfigError):
+    """Data that a run cannot go on reading, such as a file that changed; the message names the file."""
+
+
+class BadRecord(BadData):
+    """A single record or document that cannot be used, while others can; the message names its place."""

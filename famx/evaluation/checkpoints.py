@@ -5,7 +5,6 @@ result that already exists is read instead of computed again, so an interrupted 
 """
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import pathlib
@@ -21,6 +20,7 @@ from annotated_types import MinLen
 
 import famx
 from famx.base import gin_utils
+from famx.base.describe import describe
 from famx.base.errors import ConfigError
 from famx.base.files import check_writable, write_json
 from famx.base.ranges import Amount, Built, Expected, NonNegative, OneOf, Path, Rate
@@ -160,20 +160,6 @@ def table(results: Results) -> str:
             lines.append(key.ljust(width) + "".join(cell.rjust(14) for cell in cells))
         lines.append("")
     return "\n".join(lines).rstrip()
-
-
-def describe(value: Any) -> Any:
-    """Settings of an evaluation as JSON values; an object without a JSON form becomes its type name."""
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}
-        return {"type": type(value).__name__, **fields}
-    if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return getattr(value, "__name__", type(value).__name__)
 
 
 # ---------------------------------------------------------------- checkpoints

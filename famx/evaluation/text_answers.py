@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from famx.base.files import replacing
+from famx.base.files import move_into_place
 from famx.data.tasks.examples import Example, cut_tokens
 from famx.data.tasks.text_task import TextTask
 from famx.data.vocabularies import Vocabulary, token_ids
@@ -139,12 +139,15 @@ def predictions_file(folder: str | os.PathLike | None, step: int) -> Iterator[Wr
     """Opens `<folder>/<step>.predictions.jsonl` and yields a function that writes one row.
 
     The file gets its name only when the block ends without an exception, so a reader never sees part
-    of it. With `folder=None` the yielded function discards the rows.
+    of it. Until then, and after an exception, the rows are in `<step>.predictions.jsonl.partial`. With
+    `folder=None` the yielded function discards the rows.
     """
     if folder is None:
         yield lambda row: None
         return
     path = pathlib.Path(folder) / f"{step}.predictions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8", buffering=1) as file:  # a row is in the file at once
         yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    move_into_place({partial: path})

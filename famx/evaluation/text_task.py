@@ -5,12 +5,13 @@ import dataclasses
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from famx.base.errors import ConfigError
+from famx.base.errors import BadRecord, ConfigError
 from famx.base.ranges import Name, Object, OneOf, Positive, Seed
 from famx.base.values import checked, options_named
 from famx.data.metrics import bits_per_byte
@@ -27,6 +28,7 @@ from famx.training.feeds import check_bos
 # Examples are grouped by length within this many batches: a larger window wastes less padding and keeps
 # more examples in memory.
 _WINDOW = 4
+_LOOKED_AT = 100  # examples among which `check` looks for an answer
 
 
 class _Part(NamedTuple):
@@ -118,20 +120,26 @@ class TextTaskEvaluation:
             no file.
 
         Returns:
-          The metrics and, with `health`, the memory scalars.
+          The metrics and, with `health`, the memory scalars. If examples without an answer, or with a
+          malformed record, were left out: their number as `left_out`.
 
         Raises:
-          ConfigError: an example has no answer, or its record is malformed.
+          ConfigError: no example of a task has an answer.
         """
         vocabulary = self._vocabulary(model)
         if all(part.task.is_read for part in self._parts):
             folder = None
-        scores = {}
+        scores, left_out = {}, 0
         with predictions_file(folder, step) as write:
             for part in self._parts:
                 score = self._score_documents if part.task.is_read else self._score_answers
-                scores[part.task.name] = score(part, model, params, vocabulary, write)
+                bad: dict[int, str] = {}
+                scores[part.task.name] = score(part, model, params, vocabulary, write, bad)
+                _say_left_out(part, bad)
+                left_out += len(bad)
         scores = self._made.summary(scores)
+        if left_out:
+            scores["left_out"] = float(left_out)
         if self.health and model.config.memory.exists:
             scores |= self._health(model, params, vocabulary)
         return scores
@@ -139,12 +147,12 @@ class TextTaskEvaluation:
     def check(self, model: DecoderModel) -> None:
         """Raises ConfigError if the task, its data or its answers are missing, or the vocabulary differs.
 
-        Only the first example of each task is checked for an answer.
+        An answer is looked for among the first examples of each task.
         """
         self._vocabulary(model)
         for part in self._parts:
             with self._config_errors():
-                _check_answer(part, part.numbers[0], part.examples[part.numbers[0]])
+                _check_some_answer(part)
 
     # ------ What is evaluated
 
@@ -219,29 +227,50 @@ class TextTaskEvaluation:
     # ------ Scores
 
     def _score_answers(
-        self, part: _Part, model: DecoderModel, params, vocabulary: Vocabulary, write: Write
+        self,
+        part: _Part,
+        model: DecoderModel,
+        params,
+        vocabulary: Vocabulary,
+        write: Write,
+        bad: dict[int, str],
     ) -> dict[str, float]:
+        """Scores of the answers; fills `bad` with what is left out: the reason by example."""
         longest = self.max_prompt_tokens or part.task.max_tokens
         answers = TextAnswers(
             part.task, model, vocabulary, self.batch_size, self.max_new_tokens, longest, self.score_end
         )
-        predictions = []
+        predictions, answered = [], []
         for start in range(0, len(part.numbers), _WINDOW * self.batch_size):
-            numbers = part.numbers[start : start + _WINDOW * self.batch_size]
-            with self._config_errors():
-                examples = [part.examples[number] for number in numbers]
-            for number, example in zip(numbers, examples):
-                _check_answer(part, number, example)
-            for number, example, row in zip(numbers, examples, answers(params, examples)):
+            examples = {}
+            for number in part.numbers[start : start + _WINDOW * self.batch_size]:
+                example = _example(part, number, bad)
+                if example is not None:
+                    examples[number] = example
+            rows = answers(params, list(examples.values())) if examples else []
+            for (number, example), row in zip(examples.items(), rows, strict=True):
                 write({"task": part.task.name, "index": number, "id": example.get("id", ""), **row})
                 predictions.append(row["prediction"])
-        return part.task.evaluate(part.split, predictions, part.numbers)
+                answered.append(number)
+        if not answered:
+            raise _no_answer(part)
+        return part.task.evaluate(part.split, predictions, answered)
 
     def _score_documents(
-        self, part: _Part, model: DecoderModel, params, vocabulary: Vocabulary, write: Write
+        self,
+        part: _Part,
+        model: DecoderModel,
+        params,
+        vocabulary: Vocabulary,
+        write: Write,
+        bad: dict[int, str],
     ) -> dict[str, float]:
+        """Scores of whole documents; fills `bad` as `_score_answers` does."""
         del write
-        documents = _Counted(self._documents(part, vocabulary), part.numbers)
+        numbers = [n for n in part.numbers if _example(part, n, bad) is not None]
+        if not numbers:
+            raise _no_answer(part)
+        documents = _Counted(self._documents(part, vocabulary), numbers)
         evaluation = TextEvaluation(documents, self.batch_size, max_tokens=None, health=False)
         scores = evaluation(model, params, 0)
         num_tokens, num_bytes = np.sum(list(documents.sizes.values()), axis=0)
@@ -259,8 +288,9 @@ class TextTaskEvaluation:
         documents, size = _Documents(), 0
         documents.vocab = vocabulary
         for texts, number in filter(None, itertools.chain.from_iterable(turns)):
-            documents.append(texts[number])
-            size += len(documents[-1][0])
+            with contextlib.suppress(BadRecord):
+                documents.append(texts[number])
+                size += len(documents[-1][0])
             if size >= self.health_tokens:
                 break
         evaluation = TextEvaluation(documents, self.batch_size, max_tokens=None, health_tokens=size)
@@ -294,12 +324,51 @@ class _Counted:
         return tokens, weights
 
 
-def _check_answer(part: _Part, number: int, example: Example) -> None:
-    """Raises ConfigError if the example has no answer to score against."""
+def _example(part: _Part, number: int, bad: dict[int, str]) -> Example | None:
+    """An example to score; None, with the reason in `bad`, for one that cannot be scored."""
+    try:
+        example = part.examples[number]
+    except BadRecord as error:
+        bad[number] = str(error)
+        return None
+    if _has_answer(part, example):
+        return example
+    bad[number] = f"{part.examples.where(number)} has no answer."
+    return None
+
+
+def _has_answer(part: _Part, example: Example) -> bool:
+    """Whether an example can be scored: it has a right choice, or a reference that is not blank."""
     if part.task.is_read:
+        return True
+    if part.task.kind == "rank":
+        return bool(example["answer"])
+    return any(text.strip() for text in example["references"])
+
+
+def _check_some_answer(part: _Part) -> None:
+    """Raises ConfigError if none of the first examples can be scored, or none can be read."""
+    bad: dict[int, str] = {}
+    numbers = part.numbers[:_LOOKED_AT]
+    if any(_example(part, number, bad) is not None for number in numbers):
         return
-    if not example["answer" if part.task.kind == "rank" else "references"]:
-        raise ConfigError(
-            f"Example {number} of the {part.split} split of '{part.task.name}' has no answer to score"
-            " against: choose a split that is published with answers."
+    reason = bad[numbers[0]]
+    raise _no_answer(part) if reason.endswith("has no answer.") else BadRecord(reason)
+
+
+def _no_answer(part: _Part) -> ConfigError:
+    return ConfigError(
+        f"Example {part.numbers[0]} of the {part.split} split of '{part.task.name}' has no answer to"
+        " score against, nor has any other one: choose a split that is published with answers."
+    )
+
+
+def _say_left_out(part: _Part, bad: Mapping[int, str]) -> None:
+    if bad:
+        number, reason = next(iter(bad.items()))
+        print(
+            f"{part.task.name}, {part.split}: {len(bad)} of {len(part.numbers)} examples left out; the"
+            f" first is example {number}: {reason}",
+            file=sys.stderr,
+            flush=True,
         )

@@ -9,6 +9,7 @@ batch that is made then is that of `BATCHES_AHEAD` steps later.
 import queue
 from typing import Any
 
+from famx.base.errors import BadData
 from famx.data.rows.prefetching import Prefetch
 from famx.training.feeds import Feed, Rows
 
@@ -30,7 +31,7 @@ class BatchesAhead:
     def __init__(self, feed: Feed, steps: int):
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._made = Prefetch(_Requested(feed, steps, self._requests), BATCHES_AHEAD + 1)
-        self._next: tuple[Any, Rows | None] | None = None
+        self._next: tuple[Any, Rows | BadData | None] | None = None
 
     def ask(self, step: int, observed: tuple[int | None, float] | None = None) -> None:
         """Requests the batch of `step`, which is made after the feed has observed `(blocks, metric)`."""
@@ -40,15 +41,21 @@ class BatchesAhead:
         """The feed's state before the batch that `take` returns next; waits for that batch.
 
         Raises:
-          Exception: whatever the feed raised; `take` raises it too.
+          Exception: whatever the feed raised, except BadData; `take` raises it too.
         """
         if self._next is None:
             self._next = next(self._made)
         return self._next[0]
 
     def take(self) -> Rows:
-        """The next batch; waits until it is made."""
+        """The next batch; waits until it is made.
+
+        Raises:
+          BadData: the data of the batch cannot be used. `state` still returns the state before it.
+        """
         self.state()
+        if isinstance(self._next[1], BadData):
+            raise self._next[1]
         (_, rows), self._next = self._next, None
         return rows
 
@@ -59,7 +66,10 @@ class BatchesAhead:
 
 
 class _Requested:
-    """The iterator that the thread runs: one item `(state before the batch, batch)` per request."""
+    """The iterator that the thread runs: one item `(state before the batch, batch)` per request.
+
+    An error of the data takes the place of its batch.
+    """
 
     def __init__(self, feed: Feed, steps: int, requests: queue.SimpleQueue):
         self._feed, self._steps, self._requests = feed, steps, requests
@@ -72,7 +82,16 @@ class _Requested:
         if observed is not None:
             self._feed.observe(*observed)
         state = self._feed.get_state()
-        return state, self._feed.next(step) if step < self._steps else None
+        if step >= self._steps:
+            return state, None
+        try:
+            return state, self._feed.next(step)
+        except BadData as error:  # raised by `take`: until then the state before it is of use
+            return state, error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            return state, BadData(f"{error.filename} cannot be read: {error.strerror}.")
 
     def get_state(self):
         return None  # each item has its own

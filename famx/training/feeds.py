@@ -51,6 +51,7 @@ class Source:
     curriculum: Curriculum | None = None
     packed: bool | None = None
     stage: int = 0
+    skip_bad: bool = False
 
     @property
     def order_seed(self) -> int:
@@ -105,12 +106,16 @@ class Rows(NamedTuple):
       blocks: length of the documents in blocks; None if the task's rows are not made by index.
       longest: longest length that the curriculum has unlocked, in blocks; None without a curriculum.
       refresh: see `Feed.prepare`; None: nothing to prepare.
+      skipped: number of bad documents that were left out so far.
+      last_skipped: why the last of them was.
     """
 
     batch: dict[str, np.ndarray]
     blocks: int | None = None
     longest: int | None = None
     refresh: Refresh | None = None
+    skipped: int = 0
+    last_skipped: str = ""
 
 
 class Feed:
@@ -147,7 +152,8 @@ class LaneFeed(Feed):
         self.lanes = lanes
 
     def next(self, step):
-        return Rows(next(self.lanes))
+        batch = next(self.lanes)
+        return Rows(batch, skipped=self.lanes.skipped, last_skipped=self.lanes.last_skipped)
 
     def get_state(self):
         return self.lanes.get_state()
@@ -438,6 +444,7 @@ def _lanes(source: Source, documents, packed: bool) -> LaneFeed:
     lanes = (PackedRows if packed else ContinuousLanes)(
         documents, source.batch_size, source.length, source.order_seed, *source.shard,
         bos_id=check_bos(vocabulary.bos_id, "the task"), pad_id=vocabulary.pad_id,
+        skip_bad=source.skip_bad,
     )  # fmt: skip
     return LaneFeed(lanes)
 

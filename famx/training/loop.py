@@ -4,13 +4,18 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import sys
+from collections.abc import Sequence
 
 import gin
 import jax
 import numpy as np
 
 from famx.base import gin_utils
+from famx.base.describe import describe
 from famx.base.errors import ConfigError
+from famx.base.peers import agree
+from famx.base.ranges import Name
 from famx.base.signals import graceful_stop
 from famx.base.values import checked
 from famx.data.tasks import Kind, kind_of, vocabulary_of
@@ -21,11 +26,15 @@ from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
 from famx.models import loss_weights
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY
+from famx.training.bad_data import look_at, take
+from famx.training.feeds import Feed
 from famx.training.metrics import RecentMetrics
+from famx.training.resuming import History, Start, cannot_change, last_scalars, starting
 from famx.training.run import Run
 from famx.training.run_log import RunLog
 from famx.training.saving import RunWriter
 from famx.training.session import OpenData, Session
+from famx.training.settings import agreement, settings_of
 from famx.training.speed import Profile
 from famx.training.stages import Place, Stage, stages_of
 from famx.training.step import TrainState, make_initializer, with_new_states
@@ -36,8 +45,11 @@ _STOP_PERIOD = 10  # steps between agreements of several processes on a stop, wh
 
 @gin.configurable
 @checked
-def train(run: Run) -> dict[str, float]:
+def train(run: Run, allow_changes: Sequence[Name] = ()) -> dict[str, float]:
     """Trains a model, or resumes where the last run in `run.model_dir` stopped, bit for bit.
+
+    A run resumes with the settings that it began with (`famx.training.settings`); a finished one does
+    nothing more.
 
     A run with stages goes through them one after another. The model of the last stage is the model of the
     run: the one that `run.model_dir` describes, and that evaluations see throughout.
@@ -47,17 +59,31 @@ def train(run: Run) -> dict[str, float]:
     `OBSERVED_DELAY` steps later, and gradients that are not finite end the run `METRICS_DELAY` steps
     later than they could. A resumed run has the same delays as an uninterrupted one.
 
+    Args:
+      run: the run.
+      allow_changes: names of settings that may differ from those of the checkpoint that the run resumes
+        from, such as "learning_rate" or "optimizer"; all below a name may differ.
+
     Returns:
       The last logged scalars.
 
     Raises:
-      ConfigError: the settings do not fit; known before anything is compiled. Or too many steps in a row
-        had a gradient that was not finite.
+      ConfigError: the settings do not fit, or are not those of the run that resumes; known before
+        anything is compiled or written. Or too many steps in a row had a gradient that was not finite.
     """
     stages, directory, profile = _check(run)
-    stages, data = _open_data(stages, directory)
+    stages, data = _open_data(stages)
     with contextlib.ExitStack() as stack:
-        session = _begin_or_resume(stages, data, directory, profile, stack)
+        last = stages[-1].run
+        if jax.process_count() > 1:
+            agree("settings", agreement(last, data.settings, allow_changes))
+        checkpointer = stack.enter_context(Checkpointer(directory, keep=last.checkpoints_to_keep))
+        step = checkpointer.latest_step()
+        start = starting(checkpointer, step, data.settings, last, allow_changes, data.vocabulary)
+        agree("checkpoint", {"checkpoint": start.step})
+        if History(directory).is_finished(last.steps, start.step, data.evaluation):
+            return _finished_before(directory, start.step)
+        session = _begin_or_resume(stages, data, directory, profile, checkpointer, start, stack)
         seconds = None if run.minutes is None else 60 * run.minutes
         _step_through(session, stack.enter_context(graceful_stop(seconds=seconds)))
         return _finish(session)
@@ -86,20 +112,19 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
 # ---------------------------------------------------------------- open the data
 
 
-def _open_data(
-    stages: tuple[Stage, ...], directory: pathlib.Path
-) -> tuple[tuple[Stage, ...], OpenData]:
-    """The stages with vocabulary and evaluation set, and their data; makes all remaining checks."""
+def _open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
+    """The stages with vocabulary and evaluation set, and their data."""
     last = stages[-1].run
     initial_dir = initial_vocabulary = None
     if last.initial_checkpoint_path is not None:
         initial_dir = split_checkpoint(last.initial_checkpoint_path)[0]
         initial_vocabulary = check_model(initial_dir).vocabulary
-    tasks, vocabulary = [], None
+    tasks, vocabulary, notes = [], None, []
     for stage in stages:
         with stage.errors():
             tasks.append(stage.run.data.make_task(initial_vocabulary))
             found = _vocabulary(tasks[-1], stage.run)
+            notes += look_at(tasks[-1], stage.run.data)
             if initial_vocabulary is not None and found not in (None, initial_vocabulary):
                 raise ConfigError(
                     f"The vocabulary of the task {last.data.task} is not that of {initial_dir}: give it"
@@ -111,9 +136,10 @@ def _open_data(
             vocabulary = found
     if last.model.vocabulary is None:
         stages = tuple(stage.with_vocabulary(vocabulary) for stage in stages)
-    stages, notes = _with_evaluation(stages, initial_vocabulary)
-
-    data = OpenData((), batch_sharding(last.mesh), initial_dir, notes)
+    stages, more_notes = _with_evaluation(stages, initial_vocabulary)
+    last, notes = stages[-1].run, (*notes, *more_notes)
+    described = describe(last.evaluation)
+    data = OpenData((), batch_sharding(last.mesh), initial_dir, notes, vocabulary, {}, described)
     feeds = []
     for stage, task in zip(stages, tasks, strict=True):
         run = stage.run
@@ -123,10 +149,7 @@ def _open_data(
             feed.share(other)
         feeds.append(feed)
     gin_utils.check_all_used()
-    check_same_model(directory, stages[-1].run.model.describe())  # last, as it writes model.json
-    if jax.process_index() == 0 and vocabulary is not None:
-        save_vocabulary(vocabulary, directory)
-    return stages, dataclasses.replace(data, feeds=tuple(feeds))
+    return stages, dataclasses.replace(data, feeds=tuple(feeds), settings=settings_of(stages, tasks))
 
 
 def _with_evaluation(stages: tuple[Stage, ...], vocabulary) -> tuple[tuple[Stage, ...], tuple[str, ...]]:
@@ -170,36 +193,32 @@ def _begin_or_resume(
     data: OpenData,
     directory: pathlib.Path,
     profile: Profile,
+    checkpointer: Checkpointer,
+    start: Start,
     stack: contextlib.ExitStack,
 ) -> Session:
     """The session of a new run, or from the newest checkpoint; `stack` closes what it opens."""
     first = jax.process_index() == 0
     last, place = stages[-1].run, Place(stages, stages[-1].run.steps)
-    checkpointer = stack.enter_context(Checkpointer(directory, keep=last.checkpoints_to_keep))
-    resumed, position = checkpointer.latest_step(), {}
-    if resumed is not None:
-        position = checkpointer.data_state(resumed)
-        if position is not None and "stage" in position:
-            place.set_state(position["stage"])
+    resumed, position = start.step, start.position
+    if position is not None and "stage" in position:
+        place.set_state(position["stage"])
     run = place.stage.run
+    check_same_model(directory, last.model.describe())  # writes model.json
+    if first and data.vocabulary is not None:
+        save_vocabulary(data.vocabulary, directory)
     initialize, abstract = make_initializer(run)
     check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
     writer = RunWriter(last, directory, checkpointer)
-    notes = [*data.notes, *writer.notes()]
+    notes = [*data.notes, *writer.notes(), *start.notes]
     if resumed is None:
         state = _new_state(run, data, initialize, writer, notes)
     else:
-        tree, _, _ = checkpointer.restore(resumed, abstract.to_checkpoint())
-        if position is None:
-            raise ConfigError(
-                f"{directory}/checkpoint_{resumed} does not tell the position in the data: t5x saves it"
-                " with SaveCheckpointConfig.save_dataset=True."
-            )
-        state = TrainState.from_checkpoint(tree)
-        data.feeds[place.index].set_state(position["feed"])
+        state = _restored(checkpointer, start, abstract, data.feeds[place.index])
     step = int(state.step)
     log = stack.enter_context(RunLog(str(directory), steps=run.steps, start_step=step, enabled=first))
     if first:
+        History(directory).begin(start, data.settings, last)
         gin_utils.write_operative_config(str(directory))
     log.message(_opening(run, state) if step == 0 else f"Resuming from step {step} of {directory}.")
     if place.stage.count > 1:
@@ -217,6 +236,22 @@ def _begin_or_resume(
     stack.enter_context(run.on_mesh())
     session.enter(abstract)
     return session
+
+
+def _restored(checkpointer: Checkpointer, start: Start, abstract: TrainState, feed: Feed) -> TrainState:
+    """The state of the checkpoint that a run resumes from; sets the position of the feed."""
+    try:
+        tree, _, _ = checkpointer.restore(start.step, abstract.to_checkpoint())
+        if start.position is None:
+            place = f"{checkpointer.model_dir}/checkpoint_{start.step}"
+            raise ConfigError(
+                f"{place} does not tell the position in the data: t5x saves it with"
+                " SaveCheckpointConfig.save_dataset=True."
+            )
+        feed.set_state(start.position["feed"])
+    except ConfigError as error:
+        raise cannot_change(error, start) from error
+    return TrainState.from_checkpoint(tree)
 
 
 def _new_state(run: Run, data: OpenData, initialize, writer: RunWriter, notes: list[str]) -> TrainState:
@@ -254,7 +289,7 @@ def _step_through(session: Session, stop) -> None:
     while session.step < steps and not _stopped(stop, session.step):
         _observe(session)
         with session.speed.waiting():
-            rows = session.ahead.take()
+            rows = take(session)
         if session.longest not in (None, rows.longest):
             log.message(f"Step {session.step}: {rows.longest} blocks unlocked.")
         session.longest = rows.longest
@@ -326,6 +361,8 @@ def _log(session: Session) -> None:
     scalars = session.metrics.means(session.logged) | session.speed.report()
     if session.longest is not None:
         scalars["blocks"] = session.longest
+    if session.bad_records:
+        scalars["bad_records"] = session.bad_records
     if session.place.stage.count > 1:
         scalars["stage"] = session.place.index + 1
     session.scalars, session.logged = scalars, session.step
@@ -360,4 +397,13 @@ def _finish(session: Session) -> dict[str, float]:
         sentence = run.state_passing.export(session.state.kept, session.directory, step)
         if sentence is not None:
             log.message(sentence)
+        History(session.directory).finish(step, session.data.evaluation)
     return scalars
+
+
+def _finished_before(directory: pathlib.Path, step: int) -> dict[str, float]:
+    """Says that there is nothing to do; returns the last logged scalars."""
+    if jax.process_index() == 0:
+        sentence = f"The run in {directory} is finished, with {step} steps: there is nothing to do."
+        print(f"{sentence} A larger TRAIN_STEPS goes on from there.", file=sys.stderr, flush=True)
+    return last_scalars(directory, step)

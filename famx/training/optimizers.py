@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from famx.base.describe import remembers
 from famx.base.errors import ConfigError
 from famx.base.ranges import Amount, Expected, Name, Positive, Rate, ShareBelowOne
 from famx.base.values import checked
@@ -69,6 +70,7 @@ def decay_mask(params: Any, not_decayed: tuple[Name, ...] = NOT_DECAYED) -> Any:
 
 @gin.configurable
 @checked
+@remembers
 def adamw(
     learning_rate: _Rate,
     b1: ShareBelowOne = 0.9,
@@ -86,6 +88,7 @@ def adamw(
 
 @gin.configurable
 @checked
+@remembers
 def adafactor(
     learning_rate: _Rate,
     beta1: ShareBelowOne | None = 0.9,
@@ -125,6 +128,7 @@ def adafactor(
 
 @gin.configurable
 @checked
+@remembers
 def lion(
     learning_rate: _Rate,
     b1: ShareBelowOne = 0.9,

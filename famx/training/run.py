@@ -82,6 +82,8 @@ class Data:
       curriculum: lengths in blocks that unlock on accuracy; those beyond a row need `aged` states.
       packed: whether a row holds several documents. None: yes, but not in continuous lanes nor for
         SeqIO. A task by index has no documents to pack, except in continuous lanes.
+      on_bad_record: what happens at a document that cannot be used: "stop", with a checkpoint before it,
+        or "skip", with a count in the log.
     """
 
     task: Annotated[Name | Object | None, Expected("the name of a task, or an object")]
@@ -90,6 +92,12 @@ class Data:
     options: _Options | None = None
     curriculum: Curriculum | None = None
     packed: bool | None = None
+    on_bad_record: Literal["stop", "skip"] = "stop"
+
+    @property
+    def skips_bad(self) -> bool:
+        """Whether documents that cannot be used are left out."""
+        return self.on_bad_record == "skip"
 
     @property
     def length(self) -> int:
@@ -288,7 +296,7 @@ class Run:
         return Source(
             task, self.data.batch_size, self.data.length, self.model.config.block_size,
             self.random_seed, batch_shard(self.mesh, jax.process_index()),
-            self.data.curriculum, self.data.packed, stage,
+            self.data.curriculum, self.data.packed, stage, self.data.skips_bad,
         )  # fmt: skip
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

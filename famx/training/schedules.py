@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from famx.base.describe import remembers
 from famx.base.errors import ConfigError
 from famx.base.ranges import Amount, NonNegative, Positive, Rate
 from famx.base.values import checked
@@ -20,6 +21,7 @@ _Rate = Callable[[jax.Array], jax.Array]
 
 @gin.configurable
 @checked
+@remembers
 def constant_rate(learning_rate: Rate, warmup_steps: NonNegative = 0) -> optax.Schedule:
     """`learning_rate` at every step after the warm-up."""
     return _warmed_up(learning_rate, warmup_steps, lambda step: jnp.ones_like(step))
@@ -27,6 +29,7 @@ def constant_rate(learning_rate: Rate, warmup_steps: NonNegative = 0) -> optax.S
 
 @gin.configurable
 @checked
+@remembers
 def warmup_cosine(
     learning_rate: Rate, steps: Positive, warmup_steps: NonNegative = 0, floor: Amount = 0.0
 ) -> optax.Schedule:
@@ -51,6 +54,7 @@ def warmup_cosine(
 
 @gin.configurable
 @checked
+@remembers
 def warmup_rsqrt(learning_rate: Rate, warmup_steps: Positive) -> optax.Schedule:
     """`learning_rate * sqrt(warmup_steps / step)` after the warm-up, which takes at least one step."""
     return _warmed_up(
@@ -62,6 +66,7 @@ def warmup_rsqrt(learning_rate: Rate, warmup_steps: Positive) -> optax.Schedule:
 
 @gin.configurable
 @checked
+@remembers
 def warmup_stable_decay(
     learning_rate: Rate,
     steps: Positive,

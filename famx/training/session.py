@@ -14,6 +14,7 @@ from famx.training.metrics import RecentMetrics, mean
 from famx.training.run import Run
 from famx.training.run_log import RunLog
 from famx.training.saving import RunWriter
+from famx.training.settings import versions
 from famx.training.speed import Profile, SpeedMeter
 from famx.training.stages import Place
 from famx.training.step import TrainState, make_train_step
@@ -28,12 +29,18 @@ class OpenData:
       sharding: sharding of a batch.
       initial_dir: `MODEL_DIR` of the checkpoint that the run begins from, or None.
       notes: sentences for the log.
+      vocabulary: vocabulary of the data, or None.
+      settings: settings of the run, see `famx.training.settings`.
+      evaluation: description of its evaluation, as it was before the run.
     """
 
     feeds: tuple[Feed, ...]
     sharding: Any
     initial_dir: pathlib.Path | None
     notes: tuple[str, ...]
+    vocabulary: Any
+    settings: dict[str, Any]
+    evaluation: Any
 
     def place(self, batch):
         """This host's rows as arrays of the global batch."""
@@ -56,6 +63,7 @@ class Session:
       ahead, speed, train_step: of the stage, see `enter`.
       longest: length in blocks that the curriculum unlocked last; None without a curriculum.
       scalars: scalars of the last line of the log.
+      bad_records: number of bad documents that were left out, as the log tells.
       programs: jitted steps, each with the run and the shardings that it was made for.
     """
 
@@ -78,6 +86,7 @@ class Session:
     train_step: Any = None
     longest: int | None = None
     scalars: dict[str, float] = dataclasses.field(default_factory=dict)
+    bad_records: int = 0
     programs: list[tuple[Run, Any, Any]] = dataclasses.field(default_factory=list)
 
     @property
@@ -143,6 +152,11 @@ class Session:
             "pending": self.metrics.to_json(),
             "logged": self.logged,
             "skipped": self.skipped,
+            "run": {
+                "steps": self.last.steps,
+                "settings": self.data.settings,
+                "versions": versions(),
+            },
         }
         if self.place.stage.count > 1:
             position["stage"] = self.place.get_state()

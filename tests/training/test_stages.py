@@ -1,5 +1,6 @@
 """Stages of a run: exact resumption anywhere, what carries on, programs that are shared, bad lines."""
 
+import dataclasses
 import json
 import shutil
 
@@ -359,5 +360,8 @@ def test_a_memory_file_has_no_stages():
 
 def test_stages_that_a_stopped_run_has_no_more(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
+    fewer = run_of(tmp_path / "run", ({"steps": 4, "blocks": 4}, {}))
+    with pytest.raises(ConfigError, match="stages was 3 and is now 2"):
+        loop.train(fewer)
     with pytest.raises(ConfigError, match="stopped in stage 3, but STAGES has only 2"):
-        loop.train(run_of(tmp_path / "run", ({"steps": 4, "blocks": 4}, {})))
+        loop.train(dataclasses.replace(fewer, steps=STEPS + 1), allow_changes=("stages",))

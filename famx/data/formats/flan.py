@@ -35,6 +35,7 @@ from famx.base.ranges import Amount, NonNegative, OneOf, Path, Seed
 from famx.base.values import checked
 from famx.data.rows import decoder_batch
 from famx.data.storage import TFRecordRecords, open_records
+from famx.data.storage.records import where
 from famx.data.tasks.examples import Example, Examples, Records, encode_example
 from famx.data.tasks.kinds import SPLITS
 from famx.data.tasks.mixtures import Mixture
@@ -73,12 +74,21 @@ class JoinedRecords:
         return int(self._starts[-1])
 
     def __getitem__(self, i: int) -> Mapping[str, Any]:
+        records, k = self._place(i)
+        return records[k]
+
+    def where(self, i: int) -> str:
+        """The place of a record, see `famx.data.storage.records.where`."""
+        return where(*self._place(i))
+
+    def _place(self, i: int) -> tuple[Records, int]:
+        """The records of the file with record `i`, and its number in them."""
         if not 0 <= i < len(self):
             raise IndexError(f"Record {i} is not one of {len(self)} records.")
         part = int(np.searchsorted(self._starts, i, side="right")) - 1
         records, chosen = self._parts[part]
         k = int(i - self._starts[part])
-        return records[k if chosen is None else int(chosen[k])]
+        return records, k if chosen is None else int(chosen[k])
 
 
 def open_submix(submix: str, folder: str, split: str) -> JoinedRecords:
@@ -289,6 +299,11 @@ class FlanRows:
           decoder_loss_weights float32 `[B, L]`.
         """
         return decoder_batch([self.example(int(i), length) for i in indices], self.vocab)
+
+    @property
+    def sources(self) -> list[Examples]:
+        """The examples that rows are made of, opened."""
+        return self._submixes[2]
 
     @functools.cached_property
     def _prompt(self) -> np.ndarray:

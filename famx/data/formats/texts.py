@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from famx.data.storage import validation_names
+from famx.data.storage.records import where
+from famx.data.storage.unchanged import Unchanged, check_size, decoded
 from famx.data.tasks.examples import Example, Records
 
 
@@ -23,6 +25,7 @@ class TextFolder:
 
     def __init__(self, paths: Sequence[str], names: Sequence[str]):
         self.paths, self.names = paths, names
+        self._unchanged = Unchanged(paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -30,17 +33,18 @@ class TextFolder:
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < len(self):
             raise IndexError(f"Document {i} is not one of {len(self)} documents.")
+        check_size(self.paths[i], self._unchanged.size(self.paths[i]))
+        self._unchanged.check(self.paths[i])
         with open(self.paths[i], "rb") as file:
             return {"name": self.names[i], "text": self.decode(file.read(), i)}
 
     def decode(self, data: bytes, i: int) -> str:
-        """Decode the text of file `i`; raises ValueError if it is not UTF-8."""
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{self.paths[i]} is not UTF-8 at byte {error.start}; copy it again."
-            ) from error
+        """Decode the text of file `i`; raises BadRecord if it is not UTF-8."""
+        return decoded(data, self.paths[i])
+
+    def where(self, i: int) -> str:
+        """The place of a record, see `famx.data.storage.records.where`."""
+        return self.paths[i]
 
 
 class Part:
@@ -71,6 +75,10 @@ class Part:
         if not 0 <= i < len(self):
             raise IndexError(f"Record {i} is not one of {len(self)} records.")
         return self.records[int(self._numbers[i])]
+
+    def where(self, i: int) -> str:
+        """The place of a record, see `famx.data.storage.records.where`."""
+        return where(self.records, int(self._numbers[i]))
 
 
 def preprocess_text(record: Mapping[str, Any]) -> Example:

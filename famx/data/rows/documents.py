@@ -31,6 +31,26 @@ class CountedDocuments(Documents, Protocol):
         ...
 
 
+@runtime_checkable
+class CheckedDocuments(Documents, Protocol):
+    """Documents that can be checked without making their tokens."""
+
+    def check(self, i: int) -> None:
+        """Raise BadRecord if document `i` cannot be used."""
+        ...
+
+    def where(self, i: int) -> str:
+        """The place of document `i` for a message, such as its file and line."""
+        ...
+
+
+def place_of(documents: Any, i: int) -> str:
+    """The place of a document for a message: its file, if the documents tell, and its number."""
+    if isinstance(documents, CheckedDocuments):
+        return f"Document {i} ({documents.where(i)})"
+    return f"Document {i}"
+
+
 def tokens_and_weights(document: Any) -> tuple[np.ndarray, np.ndarray]:
     """Int32 `[n]` ids and float32 `[n]` loss weights of a document; weights default to 1."""
     if isinstance(document, tuple):

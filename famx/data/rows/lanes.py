@@ -4,8 +4,15 @@ from typing import Any
 
 import numpy as np
 
+from famx.base.errors import BadData, BadRecord
 from famx.data.rows.batches import check_shards
-from famx.data.rows.documents import CountedDocuments, Documents, tokens_and_weights
+from famx.data.rows.documents import (
+    CheckedDocuments,
+    CountedDocuments,
+    Documents,
+    place_of,
+    tokens_and_weights,
+)
 
 
 class ContinuousLanes:
@@ -35,6 +42,7 @@ class ContinuousLanes:
         num_shards: int = 1,
         bos_id: int = 1,
         pad_id: int = 0,
+        skip_bad: bool = False,
     ):
         """
         Args:
@@ -45,6 +53,7 @@ class ContinuousLanes:
           shard_index, num_shards: this host yields rows `shard_index * B` to
             `(shard_index + 1) * B - 1` of the global batch; all hosts follow one global schedule.
           bos_id, pad_id: ids before a document and after its end.
+          skip_bad: leave out documents that raise BadRecord; `skipped` counts them.
 
         Raises:
           ValueError: there is no document, a size is out of range, or the batch does not divide among
@@ -64,6 +73,8 @@ class ContinuousLanes:
         self._lanes = [None] * batch_size  # [document, offset, size] of every lane of all shards
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, its order of the documents)
         self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # lane of this host -> document
+        self._skip_bad = skip_bad
+        self.skipped, self.last_skipped = 0, ""  # number of bad documents left out, the last one's error
 
     def __iter__(self) -> "ContinuousLanes":
         return self
@@ -115,6 +126,7 @@ class ContinuousLanes:
             lanes=[None if lane is None else list(lane) for lane in self._lanes],
             num_documents=len(self.documents),
             seed=self.seed,
+            **({"skipped": self.skipped} if self.skipped else {}),
         )
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -133,16 +145,29 @@ class ContinuousLanes:
                     "with the data and settings of the run that was saved."
                 )
         self._epoch, self._taken = int(state["epoch"]), int(state["taken"])
+        self.skipped = int(state.get("skipped", 0))
         self._lanes = [None if lane is None else list(lane) for lane in state["lanes"]]
         self._loaded = {}
 
     def _take(self, lane: int) -> list[int]:
-        """Take the next document of the queue, as [document, offset 0, size]."""
+        """Take the next document of the queue that can be used, as [document, offset 0, size]."""
+        for _ in range(len(self.documents)):
+            try:
+                return self._take_next(lane)
+            except BadRecord as error:
+                if not self._skip_bad:
+                    raise
+                self.skipped, self.last_skipped = self.skipped + 1, str(error)
+        raise BadData(f"None of the {len(self.documents)} documents can be used. {self.last_skipped}")
+
+    def _take_next(self, lane: int) -> list[int]:
         if self._taken == len(self.documents):
             self._epoch, self._taken = self._epoch + 1, 0
         document = int(self._queue()[self._taken])
         self._taken += 1
         if isinstance(self.documents, CountedDocuments):
+            if self._skip_bad and isinstance(self.documents, CheckedDocuments):
+                self.documents.check(document)
             size = int(self.documents.num_tokens(document))
         else:
             loaded = tokens_and_weights(self.documents[document])
@@ -150,7 +175,8 @@ class ContinuousLanes:
             if lane in self._shard:
                 self._loaded[lane] = loaded
         if not size:
-            raise ValueError(f"Document {document} is empty; leave empty documents out.")
+            place = place_of(self.documents, document)
+            raise BadRecord(f"{place} is empty; leave empty documents out.")
         return [document, 0, size]
 
     def _queue(self) -> np.ndarray:
@@ -165,13 +191,13 @@ class ContinuousLanes:
             self._loaded[lane] = tokens_and_weights(self.documents[document])
         tokens, weights = self._loaded[lane]
         if len(tokens) != size:
-            raise ValueError(
-                f"Document {document} had {size} tokens and now has {len(tokens)}; do not change "
-                "the text during a run."
+            raise BadData(
+                f"{place_of(self.documents, document)} had {size} tokens and now has {len(tokens)}; do"
+                " not change the text during a run."
             )
         if len(weights) != size:
-            raise ValueError(
-                f"Document {document} has {size} tokens but {len(weights)} loss weights; give every "
-                "token one weight."
+            raise BadData(
+                f"{place_of(self.documents, document)} has {size} tokens but {len(weights)} loss weights;"
+                " give every token one weight."
             )
         return tokens, weights

@@ -39,6 +39,7 @@ class PackedRows(ContinuousLanes):
         bos_id: int = 1,
         pad_id: int = 0,
         whole_documents: bool = False,
+        skip_bad: bool = False,
     ):
         """
         Args:
@@ -50,11 +51,13 @@ class PackedRows(ContinuousLanes):
             `(shard_index + 1) * B - 1` of the global batch.
           bos_id, pad_id: id before a document, and id in the rest of a row that no document fits into.
           whole_documents: never cut a document that fits into a row.
+          skip_bad: see `ContinuousLanes`.
 
         Raises:
           ValueError: there is no document, a size is out of range, or the batch does not divide among
             the shards.
         """
         super().__init__(
-            documents, batch_size, length, seed, shard_index, num_shards, bos_id, pad_id)
+            documents, batch_size, length, seed, shard_index, num_shards, bos_id, pad_id,
+            skip_bad)
         self._whole_documents = whole_documents

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from famx.base.errors import BadData, BadRecord
 from famx.base.files import move_into_place, scratch_directory
 from famx.data.storage import tfrecord
 from famx.data.storage.paths import listed, matching_files
 from famx.data.storage.shards import shard_paths
+from famx.data.storage.unchanged import LARGEST, Unchanged, check_mark, check_size
 from famx.data.vocabularies import token_ids
 
 _OPEN_FILES = 64
@@ -40,6 +42,16 @@ class MappedRecords:
     def __getitem__(self, i: int) -> dict[str, Any]:
         return self._make(self._records[i])
 
+    def where(self, i: int) -> str:
+        """The place of a record, see `where`."""
+        return where(self._records, i)
+
+
+def where(records: Any, i: int) -> str:
+    """The place of a record for a message: its file and line, if the records tell."""
+    tells = getattr(records, "where", None)
+    return tells(i) if tells else f"Record {i}"
+
 
 class _Records:
     """Records of several files, numbered consecutively. Subclasses index a file and decode a record."""
@@ -47,6 +59,7 @@ class _Records:
     def __init__(self, paths: str | os.PathLike | Sequence[str | os.PathLike]):
         patterns = [paths] if isinstance(paths, str | os.PathLike) else paths
         self.paths = matching_files([os.fspath(path) for path in patterns])
+        self._unchanged = Unchanged(self.paths)
         spans = [np.frombuffer(self._index(path), np.int64).reshape(-1, 2) for path in self.paths]
         self._begins = np.cumsum([0] + [len(span) for span in spans])  # first record of each file
         self._spans = np.concatenate(spans)  # [records, (first byte, byte after the last)]
@@ -58,15 +71,27 @@ class _Records:
         return len(self._spans)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        path, start, stop = self._place(i)
+        self._unchanged.check(path)
+        file = self._file(path)  # this reference keeps it open if another thread drops it
+        data = os.pread(file.fileno(), stop - start, start)
+        if len(data) < stop - start:
+            self._unchanged.check(path)
+            raise BadData(f"{path} cannot be read as far as byte {stop}: copy it again.")
+        return self._decode(data, path, start)
+
+    def _place(self, i: int) -> tuple[str, int, int]:
+        """File, first byte and byte after the last of a record."""
         if not 0 <= i < len(self):
             raise IndexError(f"Record {i} is not one of {len(self)} records.")
         path = self.paths[int(np.searchsorted(self._begins, i, side="right")) - 1]
         start, stop = map(int, self._spans[i])
-        file = self._file(path)  # this reference keeps it open if another thread drops it
-        data = os.pread(file.fileno(), stop - start, start)
-        if len(data) < stop - start:
-            raise ValueError(f"{path} has become shorter; do not change the data during a run.")
-        return self._decode(data, path, start)
+        return path, start, stop
+
+    def where(self, i: int) -> str:
+        """The place of a record, see `where`."""
+        path, start, _ = self._place(i)
+        return f"The record at byte {start} of {path}"
 
     def _file(self, path: str) -> Any:
         """The open file; when too many are open, the one opened first is dropped."""
@@ -108,7 +133,10 @@ class JsonlRecords(_Records):
     def _index(self, path: str) -> array:
         spans, start = array("q"), 0
         with open(path, "rb") as file:
-            for line in file:
+            for line in iter(lambda: file.readline(LARGEST + 1), b""):
+                if not start:
+                    check_mark(path, line)
+                check_size(path, len(line), "A line of ")
                 stop = start + len(line)
                 if not line.isspace():
                     spans.extend((start, stop))
@@ -119,9 +147,11 @@ class JsonlRecords(_Records):
         try:
             record = json.loads(data.decode("utf-8-sig" if start == 0 else "utf-8"))
         except ValueError as error:
-            raise ValueError(f"{_line(path, start)} is broken JSON: {error}.") from error
+            raise BadRecord(f"{_line(path, start)} is broken JSON: {error}.") from error
+        except RecursionError as error:
+            raise BadRecord(f"{_line(path, start)} is JSON that is nested too deeply.") from error
         if not isinstance(record, dict):
-            raise ValueError(
+            raise BadRecord(
                 f"{_line(path, start)} is not a JSON object; write every record as "
                 '{"column": value, ...} on one line.'
             )
@@ -129,11 +159,15 @@ class JsonlRecords(_Records):
             return record
         for field in self.fields:
             if field not in record:
-                raise ValueError(
+                raise BadRecord(
                     f"{_line(path, start)} has no column '{field}'; its columns are "
                     f"{listed(record)}."
                 )
         return {field: record[field] for field in self.fields}
+
+    def where(self, i: int) -> str:
+        path, start, _ = self._place(i)
+        return _line(path, start)
 
 
 class TFRecordRecords(_Records):
@@ -184,13 +218,13 @@ class TFRecordRecords(_Records):
         (crc,) = tfrecord.FOOTER.unpack(data[-tfrecord.FOOTER.size :])
         data = data[tfrecord.HEADER.size : -tfrecord.FOOTER.size]
         if self.check_crc and tfrecord.masked_crc(data) != crc:
-            raise ValueError(
+            raise BadRecord(
                 f"{path} is damaged: the checksum of the record at byte {start} is wrong. Copy it again."
             )
         try:
             return tfrecord.decode_example(data)
         except ValueError as error:
-            raise ValueError(f"{path}, byte {start}: {error}") from error
+            raise BadRecord(f"{path}, byte {start}: {error}") from error
 
 
 def write_tfrecords(

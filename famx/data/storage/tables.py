@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from famx.base.errors import BadData
 from famx.data.storage.paths import listed, matching_files
+from famx.data.storage.unchanged import Unchanged
 from famx.data.vocabularies.base import optional_package
 
 _OPEN_FILES = 64
@@ -65,6 +67,7 @@ class TableRecords:
         patterns = [paths] if isinstance(paths, str | os.PathLike) else paths
         self.paths = matching_files([os.fspath(path) for path in patterns])
         self.fields = fields
+        self._unchanged = Unchanged(self.paths)
         self._lock = threading.Lock()  # pyarrow's files are not made for several threads
         self._files: dict[int, _File] = {}
         self._parts: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
@@ -102,7 +105,15 @@ class TableRecords:
                 self._parts.popitem(last=False)
         return part.slice(int(i - self._starts[number]), 1).to_pylist()[0]
 
+    def where(self, i: int) -> str:
+        """The place of a record, see `famx.data.storage.records.where`."""
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        file = int(self._places[number][0])
+        first = int(np.flatnonzero(self._places[:, 0] == file)[0])
+        return f"Row {int(i - self._starts[first])} of {self.paths[file]}"
+
     def _read(self, place: tuple[int, int]) -> Any:
+        self._unchanged.check(self.paths[place[0]])
         file = self._file(place[0])
         columns = file.columns if self.fields is None else list(self.fields)
         try:
@@ -159,6 +170,6 @@ def _pyarrow(name: str) -> Any:
     return optional_package(name, "Parquet and Arrow files", "parquet")
 
 
-def _damaged(path: str, error: Exception) -> ValueError:
+def _damaged(path: str, error: Exception) -> BadData:
     kind = "Parquet" if path.endswith(PARQUET) else "Arrow"
-    return ValueError(f"{path} cannot be read as a {kind} file ({error}); copy it again.")
+    return BadData(f"{path} cannot be read as a {kind} file ({error}); copy it again.")

@@ -9,6 +9,7 @@ from famx.base.ranges import Paths, Seed, ShareBelowOne
 from famx.base.values import checked
 from famx.data.storage.paths import matching_files, stdlib_text_files, validation_names
 from famx.data.storage.tables import ARROW, PARQUET
+from famx.data.storage.unchanged import Unchanged, check_size, decoded
 from famx.data.vocabularies import AnyVocabulary, ByteVocabulary, as_vocabulary, token_ids
 
 
@@ -33,13 +34,15 @@ class TextFiles:
         Args:
           files: path or glob pattern, or several (`**` matches folders of any depth); None:
             `stdlib_text_files()`.
-          vocabulary: see `famx.data.vocabularies.as_vocabulary`; all but bytes read files as UTF-8.
+          vocabulary: see `famx.data.vocabularies.as_vocabulary`.
           split: "train" or "validation".
           validation_fraction: approximate share of the documents that is held out for validation.
           seed: selects which documents are held out.
 
         Raises:
           ValueError: a pattern matches no file, all files are empty, or the split has no document.
+
+        Reading a document raises BadRecord if it is not UTF-8, with the name of the file.
         """
         self.vocab = as_vocabulary(vocabulary)
         paths = matching_files(stdlib_text_files() if files is None else files)
@@ -49,7 +52,8 @@ class TextFiles:
                 f"{tables[0]} is a table, not a text; read its rows with the task own_records, which "
                 "takes the same `files`."
             )
-        sizes = {path: os.path.getsize(path) for path in paths}
+        self._unchanged = Unchanged(paths)
+        sizes = {path: self._unchanged.size(path) for path in paths}
         paths = [path for path in paths if sizes[path]]
         if not paths:
             raise ValueError(
@@ -80,10 +84,31 @@ class TextFiles:
         return len(self._parts)
 
     def __getitem__(self, i: int) -> np.ndarray:
+        return token_ids(self._read(i), self.vocab)
+
+    def check(self, i: int) -> None:
+        """Raises BadRecord if document `i` cannot be used; makes no tokens."""
+        self._read(i)
+
+    def where(self, i: int) -> str:
+        """The place of document `i` for a message: its file."""
+        return self._parts[i][0]
+
+    def _read(self, i: int) -> str | bytes:
+        """Document `i`: a text, or for bytes the bytes as they are in the file.
+
+        Raises:
+          BadRecord: it is not UTF-8, or too large.
+          BadData: the file changed since it was opened.
+        """
         path, start, stop = self._parts[i]
+        check_size(path, stop - start)
+        self._unchanged.check(path)
         with open(path, "rb") as file:
             file.seek(start)
-            return token_ids(file.read(stop - start), self.vocab)
+            data = file.read(stop - start)
+        text = decoded(data, path, start == 0, stop == self._unchanged.size(path))
+        return data if isinstance(self.vocab, ByteVocabulary) else text
 
     def num_tokens(self, i: int) -> int:
         """Number of tokens of document `i`; bytes are counted without reading the file."""

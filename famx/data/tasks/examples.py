@@ -1,13 +1,15 @@
 """Examples of text tasks: by number, as prepared records, and as documents with loss weights."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 
-from famx.base.errors import ConfigError
+from famx.base.errors import BadData, BadRecord, ConfigError
 from famx.base.ranges import OneOf, Positive
 from famx.base.values import checked
+from famx.data.storage.records import where
 from famx.data.vocabularies import Vocabulary, token_ids
 from famx.data.vocabularies.chat_template import ChatTemplate
 
@@ -39,9 +41,22 @@ class Examples:
         return len(self.records)
 
     def __getitem__(self, i: int) -> Example:
+        """Make example `i`.
+
+        Raises:
+          BadRecord: its record cannot be used; the message names its file and line.
+          BadData: a file changed since it was opened.
+        """
         if not 0 <= i < len(self):
             raise IndexError(f"Example {i} is not one of {len(self)} examples.")
-        return _without_lone_surrogates(self.preprocess(self.records[int(i)]))
+        with bad_records(self.where, int(i)):
+            example = self.preprocess(self.records[int(i)])
+            check_example(example)
+            return _without_lone_surrogates(example)
+
+    def where(self, i: int) -> str:
+        """The place of an example's record for a message."""
+        return where(self.records, int(i))
 
 
 @checked
@@ -71,22 +86,84 @@ class TaskDocuments:
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         example = self.examples[i]
-        if self.kind == "chat":
-            return self._conversation(example, i)
-        if self.kind == "documents":
-            tokens = _with_eos(token_ids(example["targets"], self.vocab), self.vocab)
-            tokens = tokens[: self.max_tokens]
-            return tokens, np.ones(len(tokens), np.float32)
-        return encode_example(
-            example["inputs"], example["targets"], self.vocab, self.max_tokens, self.cut)
+        with bad_records(self.where, i):
+            if self.kind == "chat":
+                return self._conversation(example)
+            if self.kind == "documents":
+                tokens = _with_eos(token_ids(example["targets"], self.vocab), self.vocab)
+                tokens = tokens[: self.max_tokens]
+                return tokens, np.ones(len(tokens), np.float32)
+            return encode_example(
+                example["inputs"], example["targets"], self.vocab, self.max_tokens, self.cut)
 
-    def _conversation(self, example: Example, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def check(self, i: int) -> None:
+        """Raises BadRecord if document `i` cannot be used; makes no tokens."""
+        self.examples[i]  # noqa: B018, made for its checks
+
+    def where(self, i: int) -> str:
+        """The place of document `i` for a message."""
+        return where(self.examples, i)
+
+    def _conversation(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         try:
             tokens, weights = self._template.conversation(example["messages"], example.get("tools"))
         except ConfigError as error:
-            raise ConfigError(f"Conversation {i}: {error}") from error
+            raise BadRecord(str(error)) from error
         begin = int(len(tokens) > 0 and tokens[0] == self.vocab.bos_id)  # rows begin with this id
         return tokens[begin:][: self.max_tokens], weights[begin:][: self.max_tokens]
+
+
+@contextlib.contextmanager
+def bad_records(place: Callable[[int], str], i: int) -> Iterator[None]:
+    """A context in which an error of a record becomes a BadRecord that names the record's place.
+
+    Args:
+      place: function of the record's number that returns its place.
+      i: the number.
+    """
+    try:
+        yield
+    except BadData as error:
+        if not isinstance(error, BadRecord) or place(i) in str(error):
+            raise
+        raise BadRecord(f"{place(i)}: {error}") from error
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise BadRecord(text if place(i) in text else f"{place(i)}: {text}") from error
+
+
+def check_example(example: Any) -> None:
+    """Raises BadRecord unless the parts of an example have the types that a text task needs."""
+    if not isinstance(example, Mapping):
+        raise BadRecord(f"an example must be a dict, not {_kind(example)}")
+    for name, value in example.items():
+        if name in ("inputs", "targets") and not isinstance(value, str):
+            raise BadRecord(f"'{name}' must be a text, not {_kind(value)}")
+        if name in ("references", "choices", "contexts") and not _are(value, str):
+            raise BadRecord(f"'{name}' must be a list of texts, not {_kind(value)}")
+        if name == "messages" and not _are(value, Mapping):
+            raise BadRecord(f"'{name}' must be a list of messages, not {_kind(value)}")
+    if "answer" in example:
+        count = len(example.get("choices", ()))
+        answer = example["answer"]
+        if not _are(answer, int) or not all(0 <= i < count for i in answer):
+            raise BadRecord(f"'answer' must be a list of numbers of the {count} choices, not {answer!r}")
+    if example.get("contexts") and len(example["contexts"]) != len(example.get("choices", ())):
+        raise BadRecord("'contexts' must have one text for each of the 'choices'")
+
+
+def _are(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(x, kind) and not isinstance(x, bool) for x in value
+    )
+
+
+def _kind(value: Any) -> str:
+    """A value and its type for a message."""
+    text = repr(value)
+    return f"{text[:47]}..." if len(text) > 50 else text
 
 
 def encode_example(

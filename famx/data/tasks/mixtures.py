@@ -11,6 +11,7 @@ import numpy as np
 from famx.base.errors import ConfigError
 from famx.base.ranges import Name, Positive, Rate, Seed
 from famx.base.values import checked
+from famx.data.storage.records import where
 from famx.data.tasks.examples import Example, Numbered
 from famx.data.tasks.suites import named_scores
 from famx.data.tasks.text_task import TextTask
@@ -166,6 +167,14 @@ class Mixture:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         return self._training_documents[i]
 
+    def check(self, i: int) -> None:
+        """Raises BadRecord if document `i` of the split cannot be used; makes no tokens."""
+        self._training_documents.check(i)
+
+    def where(self, i: int) -> str:
+        """The place of document `i` of the split for a message."""
+        return where(self._training_documents, i)
+
 
 class _Mixed:
     """Items of several sequences in a given order."""
@@ -179,7 +188,21 @@ class _Mixed:
     def __getitem__(self, i: int) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(f"Item {i} is not one of {len(self)} items.")
-        return self.parts[self.order[0][i]][int(self.order[1][i])]
+        part, number = self._place(i)
+        return part[number]
+
+    def check(self, i: int) -> None:
+        """Raises BadRecord if document `i` cannot be used; makes no tokens."""
+        part, number = self._place(i)
+        part.check(number)
+
+    def where(self, i: int) -> str:
+        """The place of item `i` for a message."""
+        return where(*self._place(i))
+
+    def _place(self, i: int) -> tuple[Any, int]:
+        """The sequence with item `i`, and its number there."""
+        return self.parts[self.order[0][i]], int(self.order[1][i])
 
 
 def _apportion(size: int, shares: np.ndarray) -> np.ndarray:

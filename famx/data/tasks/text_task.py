@@ -285,6 +285,14 @@ class TextTask:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         return self._training_documents[i]
 
+    def check(self, i: int) -> None:
+        """Raises BadRecord if document `i` of the split cannot be used; makes no tokens."""
+        self._training_documents.check(i)
+
+    def where(self, i: int) -> str:
+        """The place of document `i` of the split for a message."""
+        return self._training_documents.where(i)
+
     # ------ Scores
 
     @property

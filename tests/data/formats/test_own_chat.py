@@ -310,7 +310,7 @@ def test_bad_conversations_get_a_sentence(vocabulary_of, tmp_path):
         return get(files=held, validation_files=path, vocabulary=vocabulary, **options)[1]
 
     for row, sentence in [
-        ({"messages": [{"from": "gpt", "value": "x"}]}, "tion 1: Message 0 .* has no role: .*'from'"),
+        ({"messages": [{"from": "gpt", "value": "x"}]}, "Line 2 of .*b.jsonl: Message 0 .* has no role:"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has a part that is not text"),
         ({"messages": [{"role": "user", "content": 3}]}, "has the content '3', which is not text"),
         ({"messages": "no"}, "Column 'messages' contains 'no', which is not a list"),
