@@ -50,6 +50,7 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "safetensors>=0.8",
+        "xxhash>=3.4",  # digests of checkpoints
         "seqio>=0.0.20",
         "tensorflow-datasets>=4.9.10",
     ],

@@ -1,0 +1,94 @@
+"""How orbax commits a checkpoint of famx: with its digests, and with every error as one sentence."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import pathlib
+import re
+import time
+from collections.abc import Iterator
+
+from orbax.checkpoint.path import atomicity
+
+from famx.base.errors import ConfigError
+from famx.model_dir import digests
+
+# What `CheckpointManager.save` is given, so that a checkpoint without its digests is known as damaged.
+CUSTOM_METADATA = {digests.KEY: digests.NAME}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class SaveError(ConfigError):
+    """A checkpoint could not be written.
+
+    Attributes:
+      full: whether the disk was full.
+    """
+
+    def __init__(self, sentence: str, full: bool = False):
+        super().__init__(sentence)
+        self.full = full
+
+
+class CommitWithDigests(atomicity.AtomicRenameTemporaryPath):
+    """The temporary directory of a checkpoint, which takes its final name once its digests are written.
+
+    Orbax calls `finalize` in process 0, after all processes have written their files, and, for a save
+    in the background, on the thread of that save. It also does so for each item of a checkpoint, which
+    has no digests of its own.
+    """
+
+    async def finalize(self) -> None:
+        if atomicity.TMP_DIR_SUFFIX in self.get_final().parent.name:
+            await super().finalize()
+            return
+        store, temporary = self._checkpoint_metadata_store, pathlib.Path(self.get())
+        if store:
+            await asyncio.to_thread(store.wait_until_finished)
+            path = temporary / digests.METADATA
+            await asyncio.to_thread(store.update, file_path=path, commit_timestamp_nsecs=time.time_ns())
+            await asyncio.to_thread(store.wait_until_finished)
+        text = f"Checkpoint commit was successful to {self.get_final()}"  # as orbax writes it
+        (temporary / atomicity.COMMIT_SUCCESS_FILE).write_text(text)
+        await asyncio.to_thread(digests.write_digests, temporary)
+        os.rename(temporary, self.get_final())
+
+
+@contextlib.contextmanager
+def save_errors(directory: pathlib.Path) -> Iterator[None]:
+    """A context in which an error of writing the checkpoint `directory` becomes a `SaveError`."""
+    try:
+        yield
+    except SaveError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        number = _error_number(error)
+        if number is None:
+            raise
+        sentence = f"{directory} cannot be written: {os.strerror(number)}."
+        raise SaveError(sentence, number in _FULL) from error
+
+
+def _error_number(error: BaseException | None) -> int | None:
+    """The number of the system's error in an exception, what caused it or its text; None: it has none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if match := re.search(r"os_error_code='(\d+)'", str(error)):
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def quiet_orbax() -> None:
+    """Keep orbax from logging, with tracebacks, the errors that it raises as well."""
+    logger = logging.getLogger("absl")
+    if _unlogged not in logger.filters:
+        logger.addFilter(_unlogged)
+
+
+def _unlogged(record: logging.LogRecord) -> bool:
+    ours = f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname
+    return ours or record.levelno < logging.ERROR
