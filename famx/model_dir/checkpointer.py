@@ -73,7 +73,7 @@ class Checkpointer:
         check_keep(keep)
         quiet_orbax()
         self.model_dir = pathlib.Path(model_dir)
-        self._saving: int | None = None  # step of the save that was begun last
+        self._saving: int | None = None  # step of a save that may not be complete
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             step_prefix="checkpoint",
@@ -255,6 +255,7 @@ class Checkpointer:
         """
         with self._saves():
             self._manager.wait_until_finished()
+        self._saving = None
 
     def check(self) -> None:
         """Raise the error of a save in the background that has failed; does not wait.
@@ -262,6 +263,8 @@ class Checkpointer:
         Raises:
             SaveError: see `wait`.
         """
+        if self._saving is None:
+            return
         if not any(thread.name == _FINALIZE_THREAD for thread in threading.enumerate()):
             self.wait()
 
@@ -276,6 +279,7 @@ class Checkpointer:
             if jax.process_index() == 0 and step is not None:
                 for left in self.model_dir.glob(f"checkpoint_{step}.orbax-checkpoint-tmp*"):
                     shutil.rmtree(left, ignore_errors=True)
+            self._saving = None
             self.reload()  # orbax has forgotten the steps that it would have deleted
             raise
 

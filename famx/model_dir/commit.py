@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import pathlib
@@ -13,23 +12,15 @@ from collections.abc import Iterator
 from orbax.checkpoint.path import atomicity
 
 from famx.base.errors import ConfigError
+from famx.base.files import NO_SPACE
 from famx.model_dir import digests
 
 # What `CheckpointManager.save` is given, so that a checkpoint without its digests is known as damaged.
 CUSTOM_METADATA = {digests.KEY: digests.NAME}
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SaveError(ConfigError):
-    """A checkpoint could not be written.
-
-    Attributes:
-      full: whether the disk was full.
-    """
-
-    def __init__(self, sentence: str, full: bool = False):
-        super().__init__(sentence)
-        self.full = full
+    """A checkpoint could not be written."""
 
 
 class CommitWithDigests(atomicity.AtomicRenameTemporaryPath):
@@ -67,8 +58,12 @@ def save_errors(directory: pathlib.Path) -> Iterator[None]:
         number = _error_number(error)
         if number is None:
             raise
-        sentence = f"{directory} cannot be written: {os.strerror(number)}."
-        raise SaveError(sentence, number in _FULL) from error
+        raise SaveError(f"{directory} cannot be written: {os.strerror(number)}.") from error
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error of writing came of a full disk, or a quota or limit that is used up."""
+    return _error_number(error) in NO_SPACE
 
 
 def _error_number(error: BaseException | None) -> int | None:

@@ -33,12 +33,18 @@ _PIECE = 1 << 26
 _BUFFER = 1 << 20
 _SMALL = 1 << 20  # files of up to this many bytes are compared before anything is read from them
 _LISTING = "manifest.ocdbt"  # in a directory whose arrays share files, which are in its folders "d"
+_ADVICE = ". Copy the checkpoint again"
 # Files that an operating system leaves in any directory.
 _FOREIGN = (".DS_Store", "._", ".nfs", "Thumbs.db", "desktop.ini")
 
 
 class DamagedCheckpoint(ConfigError):
     """A checkpoint is not as it was written, or cannot be read."""
+
+    @property
+    def finding(self) -> str:
+        """The sentence without what to do."""
+        return f"{str(self).split(_ADVICE)[0]}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +131,7 @@ def _expected(directory: pathlib.Path) -> bool:
 def damaged(directory: pathlib.Path, name: str, how: str) -> DamagedCheckpoint:
     """The error for a file of a checkpoint; `how` continues the sentence."""
     return DamagedCheckpoint(
-        f"{directory} is damaged: {name} {how}. Copy the checkpoint again, or use another one;"
+        f"{directory} is damaged: {name} {how}{_ADVICE}, or use another one;"
         f" `famx verify {directory.parent}` lists those that are whole."
     )
 

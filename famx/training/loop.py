@@ -15,11 +15,13 @@ from famx.base.signals import graceful_stop
 from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.data.vocabularies import save_vocabulary
 from famx.mesh import batch_sharding
-from famx.model_dir.checkpointer import Checkpointer, check_model_dir
+from famx.model_dir.checkpointer import Checkpointer, check_keep, check_model_dir
 from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
+from famx.model_dir.lock import RunLock, run_lock
 from famx.models import loss_weights
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY
+from famx.training.fallback import Resumed, resume
 from famx.training.metrics import RecentMetrics
 from famx.training.run import Run
 from famx.training.run_log import RunLog
@@ -53,9 +55,10 @@ def train(run: Run) -> dict[str, float]:
         had a gradient that was not finite.
     """
     stages, directory, profile = _check(run)
-    stages, data = _open_data(stages, directory)
     with contextlib.ExitStack() as stack:
-        session = _begin_or_resume(stages, data, directory, profile, stack)
+        lock = stack.enter_context(run_lock(directory))
+        stages, data = _open_data(stages, directory)
+        session = _begin_or_resume(stages, data, directory, profile, lock, stack)
         seconds = None if run.minutes is None else 60 * run.minutes
         _step_through(session, stack.enter_context(graceful_stop(seconds=seconds)))
         return _finish(session)
@@ -69,6 +72,9 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
     if run.model_dir is None:
         raise ConfigError("MODEL_DIR is not set: training needs a directory for its checkpoints.")
     directory = check_model_dir(run.model_dir)
+    check_keep(run.checkpoints_to_keep)
+    if run.retry_full_disk and jax.process_count() > 1:
+        raise ConfigError("Run.retry_full_disk needs a run of one process: others wait for a save.")
     if run.steps < 1:
         raise ConfigError(f"TRAIN_STEPS must be at least 1, not {run.steps}.")
     profile = Profile(run.profile_steps, directory)
@@ -166,35 +172,31 @@ def _begin_or_resume(
     data: OpenData,
     directory: pathlib.Path,
     profile: Profile,
+    lock: RunLock,
     stack: contextlib.ExitStack,
 ) -> Session:
     """The session of a new run, or from the newest checkpoint; `stack` closes what it opens."""
     first = jax.process_index() == 0
     last, place = stages[-1].run, Place(stages, stages[-1].run.steps)
     checkpointer = stack.enter_context(Checkpointer(directory, keep=last.checkpoints_to_keep))
-    resumed, position = checkpointer.latest_step(), {}
-    if resumed is not None:
-        position = checkpointer.data_state(resumed)
-        if position is not None and "stage" in position:
-            place.set_state(position["stage"])
-    run = place.stage.run
-    initialize, abstract = make_initializer(run)
-    check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
-    writer = RunWriter(last, directory, checkpointer)
-    notes = [*data.notes, *writer.notes()]
-    if resumed is None:
+    resumed = _read_checkpoint(checkpointer, last, place)
+    run, position = place.stage.run, {}
+    writer = RunWriter(last, directory, checkpointer, lock)
+    notes = [*data.notes, *resumed.notes, *writer.notes()]
+    if resumed.step is None:
+        initialize, abstract = _sized_initializer(run, directory)
         state = _new_state(run, data, initialize, writer, notes)
     else:
-        tree, _, _ = checkpointer.restore(resumed, abstract.to_checkpoint())
-        if position is None:
-            raise ConfigError(
-                f"{directory}/checkpoint_{resumed} does not tell the position in the data: t5x saves it"
-                " with SaveCheckpointConfig.save_dataset=True."
-            )
+        position, abstract, tree = resumed.content
         state = TrainState.from_checkpoint(tree)
         data.feeds[place.index].set_state(position["feed"])
     step = int(state.step)
-    log = stack.enter_context(RunLog(str(directory), steps=run.steps, start_step=step, enabled=first))
+    log = stack.enter_context(
+        RunLog(
+            str(directory), steps=run.steps, start_step=step, enabled=first,
+            skip_if_full=last.retry_full_disk,
+        )
+    )  # fmt: skip
     if first:
         gin_utils.write_operative_config(str(directory))
     log.message(_opening(run, state) if step == 0 else f"Resuming from step {step} of {directory}.")
@@ -207,12 +209,41 @@ def _begin_or_resume(
     stack.callback(profile.close)
     session = Session(
         last, data, directory, profile, checkpointer, writer, log, place, state, step, metrics,
-        position.get("logged", step), position.get("skipped", 0), step,
+        position.get("logged", step), position.get("skipped", 0), step, resumed.origin,
     )  # fmt: skip
     stack.callback(session.close)
     stack.enter_context(run.on_mesh())
     session.enter(abstract)
     return session
+
+
+def _read_checkpoint(checkpointer: Checkpointer, last: Run, place: Place) -> Resumed:
+    """The checkpoint to resume from, if there is one; `place` becomes its stage.
+
+    Its content is the position in the data, the state as ShapeDtypeStructs and the tree of the state.
+    """
+
+    def read(step: int):
+        position = checkpointer.data_state(step)
+        if position is not None and "stage" in position:
+            place.set_state(position["stage"])
+        _, abstract = _sized_initializer(place.stage.run, checkpointer.model_dir)
+        tree, _, _ = checkpointer.restore(step, abstract.to_checkpoint())
+        if position is None:
+            raise ConfigError(
+                f"{checkpointer.model_dir}/checkpoint_{step} does not tell the position in the data: t5x"
+                " saves it with SaveCheckpointConfig.save_dataset=True."
+            )
+        return position, abstract, tree
+
+    return resume(checkpointer, last.resume_from, read)
+
+
+def _sized_initializer(run: Run, directory: pathlib.Path):
+    """`make_initializer`, after a check that there is space for two checkpoints."""
+    initialize, abstract = make_initializer(run)
+    check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
+    return initialize, abstract
 
 
 def _new_state(run: Run, data: OpenData, initialize, writer: RunWriter, notes: list[str]) -> TrainState:
@@ -271,6 +302,7 @@ def _step_through(session: Session, stop) -> None:
             _log(session)
         if over:
             _next_stage(session)
+        session.check_saves()
         if session.step % every.checkpoint == 0 or over:
             session.save()
         if every.evaluation and session.step % every.evaluation == 0 and session.step < steps:

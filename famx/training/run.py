@@ -186,6 +186,9 @@ class Run:
       adapter_dtype: what `MODEL_DIR/adapter` is stored in, "float32" or "bfloat16", which takes half the
         space; the checkpoints always have the dtype of training.
       checkpoints_to_keep: number of checkpoints to keep, the newest; None keeps all.
+      resume_from: step of the checkpoint to resume from, in place of the newest one, see
+        `famx.training.fallback`.
+      retry_full_disk: if the disk is full, go on and save at the next period, rather than end.
       mesh: mesh of devices; None: `famx.mesh.make_mesh()`.
       rules: sharding rules from logical to mesh axes; None: `famx.mesh.make_rules()`.
       minutes: time after which training stops as at SIGTERM, from zero after a resume; None: no limit.
@@ -210,6 +213,8 @@ class Run:
     every: Every = Every()
     adapter_dtype: str = "float32"
     checkpoints_to_keep: int | None = 3
+    resume_from: int | None = None
+    retry_full_disk: bool = False
     mesh: Mesh | None = None
     rules: Rules | None = None
     minutes: float | None = None
