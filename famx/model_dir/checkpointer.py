@@ -73,6 +73,7 @@ class Checkpointer:
         check_keep(keep)
         quiet_orbax()
         self.model_dir = pathlib.Path(model_dir)
+        self._verified: set[int] = set()  # steps whose files were compared with their digests
         self._saving: int | None = None  # step of a save that may not be complete
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
@@ -157,6 +158,24 @@ class Checkpointer:
         tree = _unflatten(abstract_tree, leaves)
         return tree, restored.get(_DATASET), step
 
+    def verify(self, step: int) -> bool:
+        """Compare all files of a checkpoint with its digests, once; returns whether it has any.
+
+        Of one without digests, metadata and data state are read. Several processes share the work.
+
+        Raises:
+            DamagedCheckpoint: it is not as it was written, or cannot be read.
+        """
+        step = self.find(step)
+        with self._whole(step, None) as found:
+            pass
+        if found:
+            self._verified.add(step)
+        else:
+            self.leaves(step)
+            self.data_state(step)
+        return found
+
     def data_state(self, step: int | None = None) -> Any:
         """The data state of a checkpoint alone, None if it has none; by default of the newest.
 
@@ -178,25 +197,31 @@ class Checkpointer:
         return self.model_dir / f"checkpoint_{step}"
 
     @contextlib.contextmanager
-    def _whole(self, step: int, tops: Collection[str] | None) -> Iterator[None]:
+    def _whole(self, step: int, tops: Collection[str] | None) -> Iterator[bool]:
         """A context that reads a checkpoint; what it read is as it was written when the context ends.
 
-        `tops` as for `digests.verify`. Several processes, which wait for each other while they read,
-        share the comparison and make it first; all of them raise the same error.
+        Its value is whether the checkpoint has digests; `tops` as for `digests.verified`. Several
+        processes, which wait for each other while they read, share the comparison and make it first;
+        all of them raise the same error.
         """
         directory, processes = self._path(step), jax.process_count()
-        alone = processes == 1
-        if not alone:
-            share, sentence = (jax.process_index(), processes), None
-            try:
-                digests.verify(directory, tops, share)
-            except DamagedCheckpoint as error:
-                sentence = str(error)
-            if (sentence := agreed(sentence)) is not None:
-                raise DamagedCheckpoint(sentence)
-        with digests.verified(directory, tops) if alone else contextlib.nullcontext():
-            with reading_errors(directory):
-                yield
+        if step in self._verified:
+            yield True
+            return
+        if processes == 1:
+            with digests.verified(directory, tops) as found, reading_errors(directory):
+                yield found
+            return
+        found, sentence = False, None
+        try:
+            with digests.verified(directory, tops, (jax.process_index(), processes)) as found:
+                pass
+        except DamagedCheckpoint as error:
+            sentence = str(error)
+        if (sentence := agreed(sentence)) is not None:
+            raise DamagedCheckpoint(sentence)
+        with reading_errors(directory):
+            yield found
 
     def find(self, step: int | None) -> int:
         """`step`, or the newest step for None; ConfigError if it is not saved."""
@@ -243,6 +268,7 @@ class Checkpointer:
                 with save_errors(path):
                     path.parent.mkdir(exist_ok=True)
                     os.rename(self._path(step), path)
+        self._verified.difference_update(steps)
         agreed(None)  # all have chosen the paths, and the directories are moved
         self.reload()
         return moved

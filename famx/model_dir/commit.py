@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import re
+import sys
 import time
 from collections.abc import Iterator
 
@@ -78,12 +79,20 @@ def _error_number(error: BaseException | None) -> int | None:
 
 
 def quiet_orbax() -> None:
-    """Keep orbax from logging, with tracebacks, the errors that it raises as well."""
+    """Keep orbax from printing tracebacks of errors that it raises as well."""
     logger = logging.getLogger("absl")
-    if _unlogged not in logger.filters:
-        logger.addFilter(_unlogged)
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+        before = sys.unraisablehook
+        sys.unraisablehook = lambda error: None if _is_late(error) else before(error)
 
 
-def _unlogged(record: logging.LogRecord) -> bool:
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record of the log is not one of orbax' about an error."""
     ours = f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname
     return ours or record.levelno < logging.ERROR
+
+
+def _is_late(error) -> bool:
+    """Whether it is an answer of tensorstore to a read that has failed as a whole."""
+    return isinstance(error.exc_value, RuntimeError) and "loop is closed" in str(error.exc_value)

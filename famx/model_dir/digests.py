@@ -136,40 +136,23 @@ def damaged(directory: pathlib.Path, name: str, how: str) -> DamagedCheckpoint:
     )
 
 
-def verify(
-    directory: pathlib.Path, tops: Collection[str] | None = None, share: tuple[int, int] = (0, 1)
-) -> bool:
-    """Compare a checkpoint with its digests; returns whether it has any.
-
-    Args:
-      directory: the checkpoint.
-      tops: names at the top of the tree; of a file that many arrays share, only arrays below these are
-        compared. None: everything is.
-      share: `(i, n)` compares the i-th of n parts of the large files.
-
-    Raises:
-      DamagedCheckpoint: a file is missing, not as it was written, or was added.
-    """
-    with verified(directory, tops, share) as found:
-        return found
-
-
-def verify_small(directory: pathlib.Path) -> None:
-    """Compare sizes and names of all files of a checkpoint, and the content of the small ones."""
-    digests = read_digests(directory)
-    if digests is not None:
-        _compare_small(directory, digests)
-
-
 @contextlib.contextmanager
 def verified(
     directory: pathlib.Path, tops: Collection[str] | None = None, share: tuple[int, int] = (0, 1)
 ) -> Iterator[bool]:
-    """A context in which a checkpoint may be read, but nothing used; see `verify`.
+    """A context that compares a checkpoint with its digests while it is read; its value: it has any.
 
-    Sizes and small files, which say how to read the others, are compared before the context begins, and
-    large files in threads beside it. If they differ, that is the error that leaves the context, whatever
-    reading them raised.
+    Nothing that was read may be used before the context ends. Sizes and small files, which say how to
+    read the others, are compared before it begins, and large files in threads beside it. If they differ,
+    that is the error that leaves the context, whatever reading them raised.
+
+    Args:
+      directory: the checkpoint.
+      tops: names at the top of the tree; large files of other arrays are not compared. None: all are.
+      share: `(i, n)` compares the i-th of n parts of the large files.
+
+    Raises:
+      DamagedCheckpoint: a file is missing, not as it was written, or was added.
     """
     digests = read_digests(directory)
     if digests is None:
@@ -187,6 +170,9 @@ def verified(
             yield True
         except Exception as error:
             found = next(filter(None, results), None)
+            if found is None and tops is not None:  # what was read may lie in files of other arrays, too
+                everything = (compare() for _, compare in _large(directory, digests, None))
+                found = next(filter(None, everything), None)
             if found is not None:
                 raise _located(directory, digests, found) from error
             raise

@@ -1,44 +1,50 @@
 """Which checkpoint a run resumes from: the newest whole one, or that of `Run.resume_from`."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
 
-from famx.base.distributed import agreed
-from famx.base.errors import ConfigError
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.digests import DamagedCheckpoint
 
 
-class Resumed(NamedTuple):
-    """What a run resumes from.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The checkpoint that a run resumes from.
 
     Attributes:
-      step: step of the checkpoint; None: there is none, the run is new.
-      content: what was read from it.
+      step: its step; None: there is none, the run is new.
       origin: the step that `Run.resume_from` has named in this run or an earlier one, for the checkpoints
         to come; None: it has not.
-      notes: sentences for the log.
+      newer: steps of newer checkpoints, which the run does not go on from.
+      notes: sentences for the log about damaged ones.
     """
 
     step: int | None
-    content: Any = None
     origin: int | None = None
+    newer: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def set_newer_aside(self, checkpointer: Checkpointer) -> tuple[str, ...]:
+        """Move the newer checkpoints to `MODEL_DIR/set_aside`, so that their steps can be saved again.
 
-def resume(checkpointer: Checkpointer, wanted: int | None, read: Callable[[int], Any]) -> Resumed:
-    """Read the checkpoint to resume from; newer ones are moved to `MODEL_DIR/set_aside`.
+        All processes must call it once the run is sure to go on. Returns the sentences for the log.
+        """
+        if not self.newer:
+            return self.notes
+        moved = checkpointer.set_aside(self.newer)
+        names = ", ".join(path.name for path in moved)
+        return (*self.notes, f"Newer than step {self.step}, moved to {moved[0].parent}: {names}.")
 
-    So steps that are taken again can be saved again, and nothing is lost.
+
+def choose(checkpointer: Checkpointer, wanted: int | None) -> Choice:
+    """The checkpoint to resume from, compared with its digests; changes nothing.
 
     Args:
       checkpointer: the checkpoints.
       wanted: `Run.resume_from`. A run that was already resumed from there, and is only started again,
-        goes on from its newest checkpoint.
-      read: reads a checkpoint, in all processes; raises DamagedCheckpoint if it is damaged.
+        goes on from its newest whole checkpoint.
 
     Raises:
-      ConfigError: there is no such checkpoint, or none is whole.
+      ConfigError: there is no such checkpoint, it is damaged, or none is whole.
     """
     steps, notes = checkpointer.all_steps(), []
     if wanted is not None:
@@ -47,40 +53,29 @@ def resume(checkpointer: Checkpointer, wanted: int | None, read: Callable[[int],
         if later:
             notes.append(f"The run was resumed from step {wanted} before, and goes on from there.")
         steps = [step for step in steps if step >= wanted] if later else [wanted]
-    if not steps:
-        return Resumed(None)
-    sentences = []
+    errors = []
     for step in reversed(steps):
-        content, sentence = None, None
         try:
-            content = read(step)
+            checkpointer.verify(step)
         except DamagedCheckpoint as error:
-            sentence = str(error)
-        sentence = agreed(sentence)
-        if sentence is None:
-            break
-        if step == wanted:
-            raise DamagedCheckpoint(sentence)
-        sentences.append(sentence)
-    else:
-        raise DamagedCheckpoint(
-            sentences[0] if len(sentences) == 1 else
-            f"None of the checkpoints in {checkpointer.model_dir} is whole; of the newest: {sentences[0]}"
-        )  # fmt: skip
-    moved = checkpointer.set_aside([other for other in checkpointer.all_steps() if other > step])
-    for sentence in sentences:
-        notes.append(DamagedCheckpoint(sentence).finding)
-    if moved:
-        names = ", ".join(path.name for path in moved)
-        notes.append(f"Moved to {moved[0].parent}: {names}, which are newer than step {step}.")
-    origin = wanted if wanted is not None else _origin(checkpointer, step)
-    return Resumed(step, content, origin, tuple(notes))
+            errors.append(error)
+            continue
+        origin = wanted if wanted is not None else _origin(checkpointer, step)
+        newer = tuple(other for other in checkpointer.all_steps() if other > step)
+        return Choice(step, origin, newer, (*notes, *(error.finding for error in errors)))
+    if not errors:
+        return Choice(None)
+    if len(errors) == 1:
+        raise errors[0]
+    raise DamagedCheckpoint(
+        f"No checkpoint in {checkpointer.model_dir} is whole; of the newest: {errors[0]}"
+    )
 
 
 def _origin(checkpointer: Checkpointer, step: int) -> int | None:
     """The step that the run with this checkpoint was resumed from by `Run.resume_from`, or None."""
     try:
         position = checkpointer.data_state(step)
-    except ConfigError:
+    except DamagedCheckpoint:
         return None
     return position.get("resumed_from") if isinstance(position, dict) else None

@@ -21,7 +21,7 @@ from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
 from famx.model_dir.lock import RunLock, run_lock
 from famx.models import loss_weights
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY
-from famx.training.fallback import Resumed, resume
+from famx.training.fallback import choose
 from famx.training.metrics import RecentMetrics
 from famx.training.run import Run
 from famx.training.run_log import RunLog
@@ -179,17 +179,28 @@ def _begin_or_resume(
     first = jax.process_index() == 0
     last, place = stages[-1].run, Place(stages, stages[-1].run.steps)
     checkpointer = stack.enter_context(Checkpointer(directory, keep=last.checkpoints_to_keep))
-    resumed = _read_checkpoint(checkpointer, last, place)
-    run, position = place.stage.run, {}
+    choice, position = choose(checkpointer, last.resume_from), {}
+    if choice.step is not None:
+        position = checkpointer.data_state(choice.step)
+        if position is not None and "stage" in position:
+            place.set_state(position["stage"])
+    run = place.stage.run
+    initialize, abstract = make_initializer(run)
+    check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
     writer = RunWriter(last, directory, checkpointer, lock)
-    notes = [*data.notes, *resumed.notes, *writer.notes()]
-    if resumed.step is None:
-        initialize, abstract = _sized_initializer(run, directory)
+    notes = [*data.notes, *writer.notes()]
+    if choice.step is None:
         state = _new_state(run, data, initialize, writer, notes)
     else:
-        position, abstract, tree = resumed.content
+        tree, _, _ = checkpointer.restore(choice.step, abstract.to_checkpoint())
+        if position is None:
+            raise ConfigError(
+                f"{directory}/checkpoint_{choice.step} does not tell the position in the data: t5x saves"
+                " it with SaveCheckpointConfig.save_dataset=True."
+            )
         state = TrainState.from_checkpoint(tree)
         data.feeds[place.index].set_state(position["feed"])
+        notes += choice.set_newer_aside(checkpointer)
     step = int(state.step)
     log = stack.enter_context(
         RunLog(
@@ -209,41 +220,12 @@ def _begin_or_resume(
     stack.callback(profile.close)
     session = Session(
         last, data, directory, profile, checkpointer, writer, log, place, state, step, metrics,
-        position.get("logged", step), position.get("skipped", 0), step, resumed.origin,
+        position.get("logged", step), position.get("skipped", 0), step, choice.origin,
     )  # fmt: skip
     stack.callback(session.close)
     stack.enter_context(run.on_mesh())
     session.enter(abstract)
     return session
-
-
-def _read_checkpoint(checkpointer: Checkpointer, last: Run, place: Place) -> Resumed:
-    """The checkpoint to resume from, if there is one; `place` becomes its stage.
-
-    Its content is the position in the data, the state as ShapeDtypeStructs and the tree of the state.
-    """
-
-    def read(step: int):
-        position = checkpointer.data_state(step)
-        if position is not None and "stage" in position:
-            place.set_state(position["stage"])
-        _, abstract = _sized_initializer(place.stage.run, checkpointer.model_dir)
-        tree, _, _ = checkpointer.restore(step, abstract.to_checkpoint())
-        if position is None:
-            raise ConfigError(
-                f"{checkpointer.model_dir}/checkpoint_{step} does not tell the position in the data: t5x"
-                " saves it with SaveCheckpointConfig.save_dataset=True."
-            )
-        return position, abstract, tree
-
-    return resume(checkpointer, last.resume_from, read)
-
-
-def _sized_initializer(run: Run, directory: pathlib.Path):
-    """`make_initializer`, after a check that there is space for two checkpoints."""
-    initialize, abstract = make_initializer(run)
-    check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
-    return initialize, abstract
 
 
 def _new_state(run: Run, data: OpenData, initialize, writer: RunWriter, notes: list[str]) -> TrainState:
