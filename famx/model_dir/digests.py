@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from famx.base.files import write_bytes
 NAME = "digests.json"
 METADATA = "_CHECKPOINT_METADATA"  # of orbax
 KEY = "digests"  # of orbax' custom metadata, with the name of the file of digests
+STEP = re.compile(r"checkpoint_(\d+)")  # name of the directory of a checkpoint
 _PIECE = 1 << 26
 _BUFFER = 1 << 20
 _SMALL = 1 << 20  # files of up to this many bytes are compared before anything is read from them

@@ -1,7 +1,6 @@
 """Files that a run writes besides logs: checkpoints, adapters, and a record of what it began from."""
 
 import importlib.util
-import json
 import pathlib
 import shutil
 from typing import Any
@@ -10,8 +9,8 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
+from famx.base.checksums import read_checked_json, write_checked_json
 from famx.base.errors import ConfigError
-from famx.base.files import write_json
 from famx.lora import save_adapter
 from famx.lora.adapters import ADAPTERS
 from famx.model_dir.checkpointer import Checkpointer
@@ -55,7 +54,7 @@ class RunWriter:
         if not self._first:
             return
         base = {"checkpoint": str(checkpoint), "weights": weights}
-        write_json(self._directory / _BASE_FILE, base)
+        write_checked_json(self._directory / _BASE_FILE, base)
         source = initial_dir / "source"  # files of an imported model
         if source.is_dir():
             shutil.copytree(source, self._directory / "source", dirs_exist_ok=True)
@@ -100,7 +99,7 @@ class RunWriter:
         if not self._first:
             return
         model, path = self._run.model, self._directory / _BASE_FILE
-        base = json.loads(path.read_text()) if path.exists() else {}
+        base = read_checked_json(path) if path.exists() else {}
         memory = model.config.memory_fields()
         others = [path for path in flat if trainable.learns(path) and not path.endswith(ADAPTERS)]
         save_adapter(

@@ -1,0 +1,218 @@
+"""Training with damaged checkpoints, full disks and lost directories, in one sentence each."""
+
+import errno
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from tiny import assert_identical, make_run
+
+import famx
+from famx.base.errors import ConfigError
+from famx.model_dir import commit
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.digests import DamagedCheckpoint
+from famx.model_dir.lock import FILE, RunLock
+from famx.training import loop
+from famx.training.run import Every
+
+ROOT = pathlib.Path(famx.__file__).parent.parent
+
+
+def run(model_dir, steps=4, **changes):
+    settings = dict(
+        model_dir=str(model_dir), steps=steps, batch_size=2, optimizer=optax.adam(1e-2),
+        every=Every(log=1, checkpoint=2), checkpoints_to_keep=None,
+    )  # fmt: skip
+    return loop.train(make_run(**{**settings, **changes}))
+
+
+def steps_in(model_dir):
+    return sorted(int(path.name[11:]) for path in pathlib.Path(model_dir).glob("checkpoint_*"))
+
+
+def saved(model_dir, step):
+    return ocp.PyTreeCheckpointer().restore(pathlib.Path(model_dir) / f"checkpoint_{step}" / "state")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of six steps with checkpoints 2, 4 and 6."""
+    directory = tmp_path_factory.mktemp("trained")
+    run(directory, steps=6)
+    return directory
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def damage(model_dir, step, name="dataset/metadata"):
+    path = model_dir / f"checkpoint_{step}" / name
+    path.write_bytes(path.read_bytes().replace(b'"logged"', b'"logger"') + b" ")
+
+
+def snapshot(directory):
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def test_training_falls_back_to_the_newest_whole_checkpoint(copy, trained, capsys):
+    damage(copy, 6)
+    damage(copy, 4, "state/_METADATA")
+    run(copy, steps=6)
+    text = capsys.readouterr().err
+    assert f"{copy}/checkpoint_6 is damaged: dataset/metadata has " in text
+    assert f"{copy}/checkpoint_4 is damaged: state/_METADATA has " in text
+    assert "Resuming from step 2" in text
+    assert f"Newer than step 2, moved to {copy}/set_aside: checkpoint_4, checkpoint_6." in text
+    assert steps_in(copy) == [2, 4, 6]  # saved again, while the damaged ones are kept
+    assert steps_in(copy / "set_aside") == [4, 6]
+    assert_identical(saved(copy, 6), saved(trained, 6))
+    damage(copy, 6)
+    run(copy, steps=6)
+    assert (copy / "set_aside" / "checkpoint_6.2").is_dir()
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun_anew(copy):
+    for step in (2, 4, 6):
+        damage(copy, step)
+    before = snapshot(copy)
+    with pytest.raises(DamagedCheckpoint, match="No checkpoint in .* is whole; of the newest: .*_6 is"):
+        run(copy, steps=6)
+    assert snapshot(copy) == before
+
+
+def test_resume_from_names_the_checkpoint(copy, trained, capsys):
+    run(copy, steps=6, resume_from=4)
+    assert "Resuming from step 4" in capsys.readouterr().err
+    assert steps_in(copy) == [2, 4, 6] and steps_in(copy / "set_aside") == [6]
+    assert_identical(saved(copy, 6), saved(trained, 6))
+    run(copy, steps=8, resume_from=4)  # the same command, started again
+    text = capsys.readouterr().err
+    assert "Resuming from step 6" in text and "was resumed from step 4 before" in text
+    assert steps_in(copy) == [2, 4, 6, 8] and steps_in(copy / "set_aside") == [6]
+
+
+def test_resume_from_a_missing_or_damaged_checkpoint_is_refused(copy):
+    with pytest.raises(ConfigError, match="no checkpoint of step 3 .* saved steps: 2, 4, 6"):
+        run(copy, resume_from=3)
+    damage(copy, 4)
+    with pytest.raises(DamagedCheckpoint, match="checkpoint_4 is damaged: dataset/metadata"):
+        run(copy, resume_from=4)
+    assert steps_in(copy) == [2, 4, 6] and not (copy / "set_aside").exists()
+
+
+def test_a_second_run_in_the_directory_writes_nothing(copy):
+    lock = RunLock(copy)
+    lock.acquire()
+    before = snapshot(copy)
+    with pytest.raises(ConfigError, match="in use by the run of process"):
+        run(copy, random_seed=1)
+    assert {**snapshot(copy), FILE: before[FILE]} == before
+    lock.release()
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_no_run_deletes_its_last_checkpoint(tmp_path, keep):
+    for call in (lambda: run(tmp_path / "a", checkpoints_to_keep=keep),
+                 lambda: Checkpointer(tmp_path / "a", keep=keep)):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"must be at least 1, or None .*, not {keep}"):
+            call()
+
+
+def full(monkeypatch, which):
+    """The disk is full in the saves whose numbers, from 1, are in `which`."""
+    write, number = commit.digests.write_digests, itertools.count(1)
+
+    def fail(directory):
+        if next(number) in which:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+        write(directory)
+
+    monkeypatch.setattr(commit.digests, "write_digests", fail)
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(tmp_path, monkeypatch):
+    full(monkeypatch, {2, 3})
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, steps=6, checkpoints_to_keep=1)
+    sentence = f"{tmp_path}/checkpoint_4 cannot be written: No space left on device."
+    assert str(caught.value).split("\n")[0] == sentence
+    assert steps_in(tmp_path) == [2]
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        assert checkpointer.verify(2)
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+def test_a_full_disk_is_tried_again_if_so_configured(tmp_path, monkeypatch, capsys, trained):
+    full(monkeypatch, {2})
+    run(tmp_path, steps=6, checkpoints_to_keep=2, retry_full_disk=True)
+    assert "checkpoint_4 cannot be written: No space left on device. The run goes on" in (
+        capsys.readouterr().err
+    )
+    assert steps_in(tmp_path) == [2, 6]
+    assert_identical(saved(tmp_path, 6), saved(trained, 6))
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_an_error(tmp_path, monkeypatch):
+    full(monkeypatch, {2, 3, 4})
+    with pytest.raises(ConfigError, match="checkpoint_6 cannot be written: No space left on device"):
+        run(tmp_path, steps=6, retry_full_disk=True)
+    assert steps_in(tmp_path) == [2]
+
+
+def test_a_failed_save_is_reported_before_the_next_one(tmp_path, monkeypatch):
+    full(monkeypatch, {1})
+    with pytest.raises(ConfigError, match="checkpoint_400 cannot be written"):
+        run(tmp_path, steps=900, every=Every(log=10, checkpoint=400))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] < 800
+
+
+def test_a_removed_directory_is_a_sentence(tmp_path):
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(ConfigError, match="checkpoint_1 cannot be written: .* was removed"):
+            checkpointer.save(1, {"x": optax.adam(1e-3).init({"w": 1.0})})
+    assert not (tmp_path / "run").exists()
+
+
+LIMITED = """
+import resource, sys
+import jax.numpy as jnp
+from famx.model_dir.checkpointer import Checkpointer
+from famx.base.errors import ConfigError
+directory, small, large = sys.argv[1], jnp.ones(8), jnp.arange(1 << 20, dtype=jnp.float32)
+with Checkpointer(directory, keep=1) as saver:
+    saver.save(1, {"x": small}, {"i": 1})
+    saver.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+    saver.save(2, {"x": large}, {"i": 2})
+    try:
+        saver.wait()
+    except ConfigError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    saver.save(2, {"x": large}, {"i": 2})
+    saver.wait()
+    print(saver.all_steps(), saver.verify(2))
+"""
+
+
+def test_a_limit_below_orbax_is_a_sentence_and_the_next_save_works(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True,
+    )  # fmt: skip
+    sentence, after = result.stdout.splitlines()
+    assert sentence == f"{tmp_path}/checkpoint_2 cannot be written: File too large."
+    assert after == "[2] True" and "Traceback" not in result.stderr
