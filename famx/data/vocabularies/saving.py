@@ -1,12 +1,12 @@
 """Vocabularies in files: opening a tokenizer file, and saving any vocabulary next to a checkpoint."""
 
 import hashlib
+import json
 import os
 import pathlib
 
-from famx.base.checksums import read_checked_json, write_checked_json
 from famx.base.errors import ConfigError
-from famx.base.files import write_bytes
+from famx.base.files import write_bytes, write_json
 from famx.data.vocabularies.base import Vocabulary
 from famx.data.vocabularies.simple import ByteVocabulary, WordVocabulary
 from famx.data.vocabularies.tokenizer_files import (
@@ -71,7 +71,7 @@ def save_vocabulary(vocabulary: Vocabulary, directory: str | os.PathLike) -> Non
     }
     if vocabulary.file_name is not None:
         write_bytes(directory / vocabulary.file_name, vocabulary.content)
-    write_checked_json(directory / _DESCRIPTION_FILE, description)
+    write_json(directory / _DESCRIPTION_FILE, description)
 
 
 def load_vocabulary(directory: str | os.PathLike) -> Vocabulary:
@@ -87,8 +87,8 @@ def load_vocabulary(directory: str | os.PathLike) -> Vocabulary:
             f"There is no {_DESCRIPTION_FILE} in '{directory}'; name a directory into which a "
             "vocabulary was saved."
         )
-    description = read_checked_json(path)
     try:
+        description = json.loads(path.read_bytes())
         kind, name = description["kind"], description["file"]
         cls = KINDS.get(kind)
     except (ValueError, KeyError, TypeError) as error:
