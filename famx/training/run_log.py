@@ -110,9 +110,9 @@ class RunLog:
         self._progress.close()
         with contextlib.suppress(OSError):  # TensorBoard's events, of which metrics.jsonl has all values
             self._writer.close()
-        if self._file is not None:
+        if self._file >= 0:
             os.close(self._file)
-        self._file = None
+        self._file = -1
 
     def __enter__(self):
         return self
