@@ -221,7 +221,11 @@ class Checkpointer:
         if (sentence := agreed(sentence)) is not None:
             raise DamagedCheckpoint(sentence)
         with reading_errors(directory):
-            yield found
+            try:
+                yield found
+            except Exception:
+                with digests.verified(directory):  # raises if the cause is damage
+                    raise
 
     def find(self, step: int | None) -> int:
         """`step`, or the newest step for None; ConfigError if it is not saved."""

@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from processes import start_process
 from tiny import assert_identical, make_run
 
 import famx
@@ -216,3 +218,84 @@ def test_a_limit_below_orbax_is_a_sentence_and_the_next_save_works(tmp_path):
     sentence, after = result.stdout.splitlines()
     assert sentence == f"{tmp_path}/checkpoint_2 cannot be written: File too large."
     assert after == "[2] True" and "Traceback" not in result.stderr
+
+
+TWO = """
+import pathlib, shutil, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from famx.base import distributed
+from famx.base.errors import ConfigError
+from famx.model_dir import digests
+from famx.model_dir.checkpointer import Checkpointer
+from famx.model_dir.lock import FILE, run_lock
+from famx.training.fallback import choose
+address, index, directory = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+distributed.initialize(coordinator_address=address, num_processes=2, process_id=index)
+assert distributed.agreed(None) is None
+assert distributed.agreed("second" if index else None) == "second"
+assert distributed.agreed("first é" if index == 0 else "second") == "first é"
+digests._SMALL = 64  # so that the tiny files are shared among the processes
+place = NamedSharding(Mesh(np.array(jax.devices()), "x"), P("x"))
+make = lambda start: jax.make_array_from_callback((8, 64), place, lambda i: np.full((8, 64), start)[i])
+want = {"x": jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=place)}
+with run_lock(directory) as lock, Checkpointer(directory, keep=None) as saver:
+    lock.check()
+    for step in (1, 2, 3):
+        saver.save(step, {"x": make(np.float32(step))}, {"i": step})
+    saver.wait()
+    assert (directory / FILE).exists()
+    for step, name in ((3, "state/**/d/*"), (2, "dataset/metadata")):
+        if index == 0:
+            path = max((directory / f"checkpoint_{step}").glob(name), key=lambda x: x.stat().st_size)
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        distributed.agreed(None)
+        try:
+            saver.restore(step, want)
+        except digests.DamagedCheckpoint as error:
+            print("refused", step, str(error).split(": ")[1].split()[0])
+    choice = choose(saver, None)
+    notes = choice.set_newer_aside(saver)
+    got, data, step = saver.restore(choice.step, want)
+    assert all((shard.data == 1).all() for shard in got["x"].addressable_shards)
+    saver.save(2, {"x": make(np.float32(9))}, {"i": 9})
+    saver.wait()
+    print(choice.step, choice.newer, len(notes), data, saver.all_steps(), flush=True)
+distributed.agreed(None)
+# Another run has the directory: both processes are refused.
+if index == 0:
+    from famx.model_dir.lock import RunLock
+    other = RunLock(directory)
+    other.acquire()
+distributed.agreed(None)
+try:
+    with run_lock(directory):
+        pass
+except ConfigError as error:
+    print("in use" in str(error), flush=True)
+distributed.agreed(None)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = lambda index: [sys.executable, "-c", TWO, address, str(index), str(tmp_path)]
+    both = [
+        start_process(command(index), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                      env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        for index in range(2)
+    ]  # fmt: skip
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    outputs = [[line for line in text.splitlines() if "Gloo" not in line] for text in texts]
+    assert [process.returncode for process in both] == [0, 0]
+    assert outputs[0] == outputs[1]
+    third, second, chosen, refused = outputs[0]
+    assert third.startswith("refused 3 state/ocdbt.process_")
+    assert second == "refused 2 dataset/metadata"
+    assert chosen == "1 (2, 3) 3 {'i': 1} [1, 2]" and refused == "True"
+    assert steps_in(tmp_path) == [1, 2] and steps_in(tmp_path / "set_aside") == [2, 3]
