@@ -130,7 +130,9 @@ def test_checked_json_is_read_as_it_was_written(tmp_path, value):
 
 def test_every_flipped_byte_of_an_adapters_weights_is_found_or_harmless(copy):
     path = copy / "run" / "adapter" / "adapter_model.safetensors"
-    params = {"layers": {"query": {"kernel": jax.ShapeDtypeStruct((1, 4, 2, 2), jnp.float32)}}}
+    kernel = lambda *shape: {"kernel": jax.ShapeDtypeStruct((1, *shape), jnp.float32)}
+    mlp = {"gate": kernel(4, 8), "up": kernel(4, 8), "down": kernel(8, 4)}
+    params = {"layers": {"query": kernel(4, 2, 2), "mlp": mlp}}
     whole, settings = load_adapter(path.parent, params)
     data, found = path.read_bytes(), 0
     for offset in range(0, len(data), 3):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -295,7 +296,7 @@ def test_two_processes_agree(tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert outputs[0] == outputs[1]
     third, second, chosen, refused = outputs[0]
-    assert third.startswith("refused 3 state/ocdbt.process_")
+    assert re.fullmatch("refused 3 state/.*d/[0-9a-f]{32}", third)
     assert second == "refused 2 dataset/metadata"
     assert chosen == "1 (2, 3) 3 {'i': 1} [1, 2]" and refused == "True"
     assert steps_in(tmp_path) == [1, 2] and steps_in(tmp_path / "set_aside") == [2, 3]
