@@ -33,6 +33,7 @@ KEY = "digests"  # of orbax' custom metadata, with the name of the file of diges
 STEP = re.compile(r"checkpoint_(\d+)")  # name of the directory of a checkpoint
 _PIECE = 1 << 26
 _BUFFER = 1 << 20
+_PART = 1 << 21  # bytes of a stored value that are read at a time: smaller and larger ones take longer
 _SMALL = 1 << 20  # files of up to this many bytes are compared before anything is read from them
 _LISTING = "manifest.ocdbt"  # in a directory whose arrays share files, which are in its folders "d"
 _ADVICE = ". Copy the checkpoint again"
@@ -327,10 +328,10 @@ def _array(store, keys: Sequence[bytes]) -> str:
 
 
 def _parts(store, key: bytes) -> Iterator[bytes]:
-    """A stored value, whose size is not known, in parts: reading all at once takes five times as long."""
-    for start in itertools.count(0, _BUFFER):
+    """A stored value, whose size is not known, in parts; reading it at once takes five times as long."""
+    for start in itertools.count(0, _PART):
         try:
-            yield store.read(key, byte_range=slice(start, start + _BUFFER)).result().value
+            yield store.read(key, byte_range=slice(start, start + _PART)).result().value
         except ValueError as error:
             if "OUT_OF_RANGE" not in str(error):
                 raise
