@@ -1,6 +1,5 @@
 """Log of a run: scalars in TensorBoard and metrics.jsonl, progress in the terminal."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -8,12 +7,11 @@ import time
 from collections.abc import Mapping
 from typing import IO
 
-import tensorboardX
-
 from famx.base.errors import ConfigError
 from famx.base.files import NO_SPACE, write_text
 from famx.base.progress import Progress
 from famx.base.text import clock
+from famx.training.event_files import summary_writer
 
 _FILE = "metrics.jsonl"
 _FLUSH_SECONDS = 5
@@ -55,8 +53,8 @@ class RunLog:
         _drop_later_lines(path, start_step)
         # Unbuffered: what could not be written for want of space is not tried again on closing.
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self._writer = tensorboardX.SummaryWriter(
-            str(pathlib.Path(model_dir) / "tensorboard" / name),
+        self._writer = summary_writer(
+            pathlib.Path(model_dir) / "tensorboard" / name,
             purge_step=start_step + 1 if start_step else None,
             flush_secs=_FLUSH_SECONDS,
         )
@@ -108,8 +106,7 @@ class RunLog:
         if not self._enabled:
             return
         self._progress.close()
-        with contextlib.suppress(OSError):  # TensorBoard's events, of which metrics.jsonl has all values
-            self._writer.close()
+        self._writer.close()
         if self._file >= 0:
             os.close(self._file)
         self._file = -1

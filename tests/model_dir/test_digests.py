@@ -248,6 +248,13 @@ def test_plain_orbax_reads_a_checkpoint_with_digests(checkpoint):
         step = int(path.name.rsplit("_", 1)[-1])
         assert manager.all_steps() == [step]
         assert manager.metadata(step).custom_metadata == {"digests": "digests.json"}
+    # As t5x's OrbaxCheckpointManagerInterface does it, which also writes to the directory.
+    handlers = {"state": ocp.PyTreeCheckpointHandler(use_ocdbt=True)}
+    options = ocp.CheckpointManagerOptions(step_prefix="checkpoint", cleanup_tmp_directories=True)
+    with ocp.CheckpointManager(path.parent, options=options, item_handlers=handlers) as manager:
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore())
+        got = manager.restore(step, args=args)["state"]["target"]
+        np.testing.assert_array_equal(got["layers"]["kernel"], kernel)
 
 
 def test_files_are_compared_in_several_threads_and_pieces(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
@@ -187,6 +188,37 @@ def test_a_removed_directory_is_a_sentence(tmp_path):
         with pytest.raises(ConfigError, match="checkpoint_1 cannot be written: .* was removed"):
             checkpointer.save(1, {"x": optax.adam(1e-3).init({"w": 1.0})})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_path_that_is_too_long_is_a_sentence(tmp_path):
+    """The directory can be made, but not what orbax makes in it."""
+    directory = tmp_path
+    while len(str(directory)) < 3900:
+        directory = directory / ("x" * min(200, 4000 - len(str(directory))))
+    directory.mkdir(parents=True)
+    with Checkpointer(directory) as checkpointer:
+        with pytest.raises(ConfigError, match="checkpoint_1 cannot be written: File name too long"):
+            checkpointer.save(1, {"x": np.ones(4)}, {"i": 1})
+            checkpointer.wait()
+    assert not list(directory.iterdir())
+
+
+def test_a_directory_that_became_read_only_is_a_sentence(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"x": np.ones(4)})
+        checkpointer.wait()
+
+        def refuse(*_):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(commit.os, "rename", refuse)
+        checkpointer.save(2, {"x": np.ones(4)})
+        with pytest.raises(ConfigError, match="checkpoint_2 cannot be written: Read-only file system"):
+            checkpointer.wait()
+        assert checkpointer.all_steps() == [1]
+        monkeypatch.undo()
+        assert checkpointer.save(2, {"x": np.ones(4)})
+    assert steps_in(tmp_path) == [1, 2]
 
 
 LIMITED = """
