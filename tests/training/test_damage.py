@@ -1,5 +1,6 @@
 """Training with damaged checkpoints, full disks and lost directories, in one sentence each."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -332,3 +333,46 @@ def test_two_processes_agree(tmp_path):
     assert second == "refused 2 dataset/metadata"
     assert chosen == "1 (2, 3) 3 {'i': 1} [1, 2]" and refused == "True"
     assert steps_in(tmp_path) == [1, 2] and steps_in(tmp_path / "set_aside") == [2, 3]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 6 MB, where the test may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+class Filler:
+    """An evaluation that fills the disk at one step and frees it at another."""
+
+    def __init__(self, disk, fill, free):
+        self.path, self.fill, self.free = disk / "filler", fill, free
+
+    def __call__(self, model, params, step):
+        if step == self.fill:
+            with contextlib.suppress(OSError), self.path.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 10))
+        if step == self.free:
+            self.path.unlink()
+        return {"score": 1.0}
+
+
+def test_a_disk_that_fills_up(small_disk):
+    """The save of step 2 is complete when that of step 4 begins, which may itself find no space."""
+    every = Every(log=1, checkpoint=2, evaluation=1)
+    ends, goes_on = small_disk / "ends", small_disk / "goes_on"
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        run(ends, 8, every=every, evaluation=Filler(small_disk, 5, None))
+    assert 2 in steps_in(ends) and max(steps_in(ends)) <= 4
+    (small_disk / "filler").unlink()
+    run(goes_on, 8, every=every, evaluation=Filler(small_disk, 5, 7), retry_full_disk=True)
+    assert {2, 8} <= set(steps_in(goes_on)) < {2, 4, 6, 8}
+    for directory in (ends, goes_on):
+        with Checkpointer(directory, read_only=True) as checkpointer:
+            assert all(map(checkpointer.verify, checkpointer.all_steps()))
