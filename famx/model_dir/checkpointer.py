@@ -265,15 +265,24 @@ class Checkpointer:
         """Move checkpoints to `MODEL_DIR/set_aside`, so that these steps can be saved again.
 
         With several processes all must call it. Returns the new paths.
+
+        Raises:
+            SaveError: one cannot be moved.
         """
         moved = [_free_name(self.model_dir / SET_ASIDE / f"checkpoint_{step}") for step in sorted(steps)]
+        sentence = None
         if jax.process_index() == 0:
-            for step, path in zip(sorted(steps), moved, strict=True):
-                with save_errors(path):
-                    path.parent.mkdir(exist_ok=True)
-                    os.rename(self._path(step), path)
+            try:
+                for step, path in zip(sorted(steps), moved, strict=True):
+                    with save_errors(path):
+                        path.parent.mkdir(exist_ok=True)
+                        os.rename(self._path(step), path)
+            except SaveError as error:
+                sentence = str(error)
         self._verified.difference_update(steps)
-        agreed(None)  # all have chosen the paths, and the directories are moved
+        # Now all have chosen the paths, and the directories are moved.
+        if (sentence := agreed(sentence)) is not None:
+            raise SaveError(sentence)
         self.reload()
         return moved
 
