@@ -45,7 +45,9 @@ setup(
         # famx.base.gin_utils reads gin's table of bindings, which has no public accessor.
         "gin-config>=0.5.0,<0.6",
         "absl-py>=2.1",
-        # Checks of settings against their annotations (famx.base.values).
+        # Checks of settings against their annotations (famx.base.values), and typed reading of files that
+        # others wrote (famx.base.untrusted). Version 2 is written in Rust, so that the fields of a large
+        # tokenizer take little time.
         "pydantic>=2.8",
         "annotated-types>=0.7",
         "ml-collections>=1.1.0",
@@ -53,9 +55,7 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "safetensors>=0.8",
-        # Typed reading of files that others wrote (famx.base.untrusted). Version 2 is written in Rust, so
-        # that the fields of a large tokenizer take little time.
-        "pydantic>=2.8",
+        "xxhash>=3.4",  # digests of checkpoints
         "seqio>=0.0.20",
         "tensorflow-datasets>=4.9.10",
     ],

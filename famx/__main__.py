@@ -12,6 +12,7 @@ COMMANDS = {
     "infer": "famx.infer",
     "chat": "famx.chat",
     "memory": "famx.memory",
+    "verify": "famx.verify",
     "convert": "famx.convert",
     "export": "famx.export",
     "attention-maps": "famx.attention_maps",

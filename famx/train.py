@@ -29,6 +29,10 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "exit_code_if_stopped", 0, "Exit code of a run that SIGTERM or SIGINT stopped early.", 0, 255
     )
+    flags.DEFINE_integer(
+        "resume_from", None, "Step of the checkpoint to resume from, in place of the newest; newer ones"
+        " are moved to MODEL_DIR/set_aside.", 0,
+    )  # fmt: skip
     flags.DEFINE_string(
         "profile_steps", None, "First and last step to profile, such as 10:13; the trace goes to"
         " MODEL_DIR/profile.",
@@ -44,9 +48,10 @@ def main() -> None:
         values.multiprocess, values.coordinator_address, values.num_processes, values.process_id,
         values.peer_timeout_seconds, values.start_timeout_seconds,
     )  # fmt: skip
-    if values.profile_steps:
-        binding = f"Run.profile_steps = {values.profile_steps!r}"
-        values["gin_bindings"].value = [*values.gin_bindings, binding]
+    for name in ("profile_steps", "resume_from"):
+        if values[name].value not in (None, ""):
+            binding = f"Run.{name} = {values[name].value!r}"
+            values["gin_bindings"].value = [*values.gin_bindings, binding]
     with peers.together(values.peer_timeout_seconds, values.start_timeout_seconds):
         gin_utils.parse_gin_flags()
         gin_utils.call(loop.train)

@@ -36,6 +36,7 @@ from benchmarks import (  # noqa: E402
     device,
     device_sections,
     inference,
+    loading,
     memory_start,
     timing,
     train_step,
@@ -528,3 +529,11 @@ def test_a_memory_is_measured_by_the_loss_of_each_block(tmp_path, capsys):
     with pytest.raises(ConfigError, match="2 texts of more than"):
         memory_start.texts(trained, (), 2, 10**7)
     assert "block 2" in capsys.readouterr().out
+
+
+def test_loading_is_measured_with_and_without_the_comparison(tmp_path, capsys):
+    loading.main(["--megabytes=1", "--repeats=2", f"--directory={tmp_path}"])
+    saved, *lines = capsys.readouterr().out.splitlines()
+    assert saved.startswith("1 MB; saved in ") and not list(tmp_path.iterdir())
+    assert [line.split(": ")[0] for line in lines] == ["everything", "parameters"]
+    assert all("times the time of processors" in line for line in lines)

@@ -13,8 +13,12 @@ import signal
 from collections.abc import Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from famx.base.errors import ConfigError
+
+_SENTENCE_BYTES = 4096
 
 
 def initialize(
@@ -86,3 +90,15 @@ def _detect(waits: Mapping[str, int]) -> None:
             "--multiprocess detected no TPU slice, GKE job or Slurm step: start the command within one of"
             " these, or give --coordinator_address, --num_processes and --process_id."
         ) from error
+
+
+def agreed(sentence: str | None) -> str | None:
+    """The sentence of the first process that has one, the same in all; waits for all processes."""
+    if jax.process_count() == 1:
+        return sentence
+    data = (sentence or "").encode()[:_SENTENCE_BYTES]
+    row = np.zeros(_SENTENCE_BYTES, np.uint8)
+    row[: len(data)] = list(data)
+    rows = multihost_utils.process_allgather(row)
+    sentences = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows)
+    return next(filter(None, sentences), None)

@@ -17,7 +17,7 @@ from typing import Any
 from famx.base.errors import ConfigError
 
 Path = str | os.PathLike[str]
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -140,6 +140,6 @@ def _sentence(path: pathlib.Path, temporary: pathlib.Path | None = None) -> Iter
         yield
     except OSError as error:
         ours = str(error.filename or "").startswith(str(temporary or ""))
-        if not ours and error.errno not in _NO_SPACE:
+        if not ours and error.errno not in NO_SPACE:
             raise
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error

@@ -32,6 +32,7 @@ from famx.mesh import (
     logical_to_sharding,
     without_boxes,
 )
+from famx.model_dir.commit import CUSTOM_METADATA, CommitWithDigests
 from famx.modules import Decoder, DecoderConfig
 
 CHUNK_BYTES = 1 << 25
@@ -132,7 +133,11 @@ def write_checkpoint(
         shutil.rmtree(left)
     tree = {path: _Streamed(leaf, pieces[path], on_bytes) for path, leaf in leaves.items()}
     registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamedHandler()))
-    options = ocp.CheckpointManagerOptions(step_prefix="checkpoint", enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(
+        step_prefix="checkpoint",
+        enable_async_checkpointing=False,
+        temporary_path_class=CommitWithDigests,
+    )
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # orbax warns about attributes that only its own arrays have
     try:
@@ -141,7 +146,8 @@ def write_checkpoint(
             directory, options=options, item_handlers={"state": handler}
         ) as manager:
             item = ocp.args.PyTreeSave({"target": traverse_util.unflatten_dict(tree)})
-            manager.save(0, args=ocp.args.Composite(state=item), force=True)
+            args = ocp.args.Composite(state=item)
+            manager.save(0, args=args, force=True, custom_metadata=CUSTOM_METADATA)
     finally:
         logging.set_verbosity(verbosity)
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import gin
-import tensorboardX
 from annotated_types import MinLen
 
 import famx
@@ -32,6 +31,7 @@ from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import check_model, restore_params
 from famx.models import DecoderModel
+from famx.training.event_files import summary_writer
 
 MODES = ("latest", "all", "wait")
 # A checkpoint that cannot be read may be in the middle of its deletion by the training run. It counts
@@ -273,7 +273,7 @@ class _Output:
         self.directory, tensorboard = _output_directories(output_dir, model_dir)
         self._writers = {}
         for name in evaluations:
-            writer = tensorboardX.SummaryWriter(str(tensorboard / f"eval_{name}"))
+            writer = summary_writer(tensorboard / f"eval_{name}")
             self._writers[name] = stack.enter_context(contextlib.closing(writer))
 
     def reuse(self, evaluations: Mapping[str, Any], step: int) -> set[str]:

@@ -6,6 +6,7 @@ in float32 or bfloat16. The memory's parameters, and norms that were trained, ar
 begin with `famx.`; PEFT reports these as unexpected and ignores them.
 """
 
+import json
 import math
 import pathlib
 import re
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from famx.base.checksums import checksum
 from famx.base.errors import ConfigError
 from famx.base.files import write_bytes, write_json
 from famx.base.untrusted import shown
@@ -25,6 +27,8 @@ from famx.modules.memory import of_memory
 
 WEIGHTS = "adapter_model.safetensors"
 OURS, FINGERPRINT = "famx.", "famx.base_fingerprint"
+_CHECKSUM = "famx.sha256"  # of the tensors and these fields of the config, in the tensors' metadata
+_CHECKED = ("r", "lora_alpha", "target_modules", MEMORY)
 _THEIRS = {
     "layers/query": "self_attn.q_proj",
     "layers/key": "self_attn.k_proj",
@@ -95,6 +99,7 @@ def save_adapter(
         MEMORY: None if memory is None else dict(memory),
     }
     metadata = {"format": "pt"} | ({FINGERPRINT: fingerprint} if fingerprint else {})
+    metadata[_CHECKSUM] = _checksum(config, tensors)
     path = pathlib.Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -102,6 +107,20 @@ def save_adapter(
         raise ConfigError(f"The adapter cannot be written to {path}: {error.strerror}.") from error
     write_bytes(path / WEIGHTS, safetensors.numpy.save(tensors, metadata))
     write_json(path / CONFIG, config)
+
+
+def check_adapter(path) -> bool:
+    """Whether an adapter has a checksum, which fits; False for one made by PEFT or an older famx.
+
+    Raises:
+      ConfigError: there is no adapter, or it is damaged.
+    """
+    import safetensors
+
+    path = pathlib.Path(path).expanduser()
+    _read(path)
+    with safetensors.safe_open(path / WEIGHTS, "np") as file:
+        return _CHECKSUM in (file.metadata() or {})
 
 
 def adapter_memory(path) -> dict[str, Any]:
@@ -171,8 +190,9 @@ def _read(path: pathlib.Path):
     try:
         config = read_adapter_config(path)
         with safetensors.safe_open(path / WEIGHTS, "np") as file:
-            tensors = {name: _float32(file.get_tensor(name), name) for name in file.keys()}
-            fingerprint = (file.metadata() or {}).get(FINGERPRINT)
+            stored = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+        tensors = {name: _float32(tensor, name) for name, tensor in stored.items()}
     except FileNotFoundError:
         raise ConfigError(
             f"There is no adapter in {path}: it must contain {CONFIG} and {WEIGHTS}."
@@ -183,7 +203,17 @@ def _read(path: pathlib.Path):
         raise ConfigError(
             f"The adapter {path} is damaged and cannot be read: {shown(str(error), 200)}."
         ) from None
-    return config, tensors, fingerprint
+    if metadata.get(_CHECKSUM) not in (None, _checksum(config, stored)):
+        raise ConfigError(
+            f"The adapter {path} is not as it was saved, the checksum of {WEIGHTS} and {CONFIG} does not"
+            " fit: copy both again."
+        )
+    return config, tensors, metadata.get(FINGERPRINT)
+
+
+def _checksum(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    fields = {name: config.get(name) for name in _CHECKED}
+    return checksum(json.loads(json.dumps(fields)), tensors)
 
 
 def _float32(tensor: np.ndarray, name: str) -> np.ndarray:

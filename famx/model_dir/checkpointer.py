@@ -1,15 +1,20 @@
 """Checkpoints over orbax: `MODEL_DIR/checkpoint_<step>/state`, the layout that t5x reads.
 
 A checkpoint is written to a temporary name and renamed when complete, so a kill at any moment leaves
-the previous one as it was. Trees are stored as nested dicts of arrays (optax's named tuples by position
-and field, as flax's `to_state_dict` names them) and are restored bit for bit, in the structure, placement
-and dtypes that the caller describes. Orbax refuses empty arrays, so `restore` creates them.
+the previous one as it was. Each has digests of its files (`famx.model_dir.digests`), with which they are
+compared when it is loaded; one without digests is read as it is. Trees are stored as nested dicts of
+arrays (optax's named tuples by position and field, as flax's `to_state_dict` names them) and are restored
+bit for bit, in the structure, placement and dtypes that the caller describes. Orbax refuses empty arrays,
+so `restore` creates them.
 """
 
+import contextlib
 import copy
 import os
 import pathlib
 import shutil
+import threading
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -18,11 +23,24 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import serialization, traverse_util
 
+from famx.base.distributed import agreed
 from famx.base.errors import ConfigError
 from famx.base.files import check_writable
 from famx.base.text import byte_size
+from famx.model_dir import digests
+from famx.model_dir.commit import (
+    CUSTOM_METADATA,
+    CommitWithDigests,
+    SaveError,
+    quiet_orbax,
+    save_errors,
+)
+from famx.model_dir.digests import DamagedCheckpoint
+from famx.model_dir.unreadable import reading_errors
 
+SET_ASIDE = "set_aside"  # folder of a MODEL_DIR for checkpoints that are kept but not used
 _STATE, _DATASET = "state", "dataset"
+_FINALIZE_THREAD = "save_finalize"  # orbax' thread of a save, which ends when the save is complete
 
 
 class Checkpointer:
@@ -39,6 +57,9 @@ class Checkpointer:
         save_interval: `save` ignores steps that are not multiples of it, unless forced.
         async_: return from `save` once the arrays are copied, and write in the background.
         read_only: change nothing in `model_dir`, which another run may be writing to.
+
+    Raises:
+        ConfigError: `keep` is less than 1, so that no checkpoint would be left.
     """
 
     def __init__(
@@ -49,7 +70,11 @@ class Checkpointer:
         async_: bool = True,
         read_only: bool = False,
     ):
+        check_keep(keep)
+        quiet_orbax()
         self.model_dir = pathlib.Path(model_dir)
+        self._verified: set[int] = set()  # steps whose files were compared with their digests
+        self._saving: int | None = None  # step of a save that may not be complete
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             step_prefix="checkpoint",
@@ -58,6 +83,8 @@ class Checkpointer:
             enable_async_checkpointing=async_,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            lightweight_initialize=True,  # reads nothing from checkpoints, of which one may be damaged
+            temporary_path_class=CommitWithDigests,
         )
         handlers = {
             _STATE: ocp.PyTreeCheckpointHandler(),
@@ -75,14 +102,23 @@ class Checkpointer:
         """Save if `step` is due (or forced) and not saved yet; returns whether it saves.
 
         Arrays and data state may be donated or changed as soon as this returns.
+
+        Raises:
+            SaveError: this checkpoint or the one before cannot be written; nothing else was changed.
         """
         step = int(step)
+        self.wait()
         if step in self._manager.all_steps():
             return False
         items = {_STATE: ocp.args.PyTreeSave(_nest(_flatten(tree)))}
         if data_state is not None:
             items[_DATASET] = ocp.args.JsonSave(copy.deepcopy(data_state))  # written later
-        return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
+        if not self.model_dir.is_dir():  # orbax would make it again
+            raise SaveError(f"{self._path(step)} cannot be written: {self.model_dir} was removed.")
+        self._saving = step
+        args = ocp.args.Composite(**items)
+        with self._saves():
+            return self._manager.save(step, args=args, force=force, custom_metadata=CUSTOM_METADATA)
 
     def restore(
         self, step: int | None, abstract_tree: Any, partial: bool = False
@@ -97,15 +133,15 @@ class Checkpointer:
                 states.
 
         Raises:
+            DamagedCheckpoint: what is read is not as it was written, or cannot be read.
             ConfigError: there is no such checkpoint, or its leaves differ in name, shape or dtype.
         """
         step = self.find(step)
         wanted = _flatten(abstract_tree)
-        stored = self.leaves(step)
+        stored, top = self.leaves(step), {path[0] for path in wanted}
         if partial:
-            top = {path[0] for path in wanted}
             stored = {path: leaf for path, leaf in stored.items() if path[0] in top}
-        _check_same_leaves(self.model_dir / f"checkpoint_{step}", stored, wanted)
+        _check_same_leaves(self._path(step), stored, wanted)
 
         items = {
             _STATE: ocp.args.PyTreeRestore(
@@ -116,25 +152,80 @@ class Checkpointer:
         }
         if self._has_data_state(step):
             items[_DATASET] = ocp.args.JsonRestore()
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        with self._whole(step, top if partial else None):
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         leaves = traverse_util.flatten_dict(restored[_STATE])
         tree = _unflatten(abstract_tree, leaves)
         return tree, restored.get(_DATASET), step
+
+    def verify(self, step: int) -> bool:
+        """Compare all files of a checkpoint with its digests, once; returns whether it has any.
+
+        Of one without digests, metadata and data state are read. Several processes share the work.
+
+        Raises:
+            DamagedCheckpoint: it is not as it was written, or cannot be read.
+        """
+        step = self.find(step)
+        with self._whole(step, None) as found:
+            pass
+        if found:
+            self._verified.add(step)
+        else:
+            self.leaves(step)
+            self.data_state(step)
+        return found
 
     def data_state(self, step: int | None = None) -> Any:
         """The data state of a checkpoint alone, None if it has none; by default of the newest.
 
         Raises:
+            DamagedCheckpoint: the checkpoint is not as it was written, or the data state cannot be read.
             ConfigError: there is no such checkpoint.
         """
         step = self.find(step)
-        if not self._has_data_state(step):
-            return None
-        items = ocp.args.Composite(**{_DATASET: ocp.args.JsonRestore()})
-        return self._manager.restore(step, args=items)[_DATASET]
+        with self._whole(step, ()):
+            if not self._has_data_state(step):
+                return None
+            items = ocp.args.Composite(**{_DATASET: ocp.args.JsonRestore()})
+            return self._manager.restore(step, args=items)[_DATASET]
 
     def _has_data_state(self, step: int) -> bool:
-        return (self.model_dir / f"checkpoint_{step}" / _DATASET / "metadata").exists()
+        return (self._path(step) / _DATASET / "metadata").exists()
+
+    def _path(self, step: int) -> pathlib.Path:
+        return self.model_dir / f"checkpoint_{step}"
+
+    @contextlib.contextmanager
+    def _whole(self, step: int, tops: Collection[str] | None) -> Iterator[bool]:
+        """A context that reads a checkpoint; what it read is as it was written when the context ends.
+
+        Its value is whether the checkpoint has digests; `tops` as for `digests.verified`. Several
+        processes, which wait for each other while they read, share the comparison and make it first;
+        all of them raise the same error.
+        """
+        directory, processes = self._path(step), jax.process_count()
+        if step in self._verified:
+            yield True
+            return
+        if processes == 1:
+            with digests.verified(directory, tops) as found, reading_errors(directory):
+                yield found
+            return
+        found, sentence = False, None
+        try:
+            with digests.verified(directory, tops, (jax.process_index(), processes)) as found:
+                pass
+        except DamagedCheckpoint as error:
+            sentence = str(error)
+        if (sentence := agreed(sentence)) is not None:
+            raise DamagedCheckpoint(sentence)
+        with reading_errors(directory):
+            try:
+                yield found
+            except Exception:
+                with digests.verified(directory):  # raises if the cause is damage
+                    raise
 
     def find(self, step: int | None) -> int:
         """`step`, or the newest step for None; ConfigError if it is not saved."""
@@ -150,8 +241,13 @@ class Checkpointer:
         return steps[-1] if step is None else int(step)
 
     def leaves(self, step: int) -> dict[tuple[str, ...], Any]:
-        """Metadata with `shape` and `dtype` of every leaf of a checkpoint, by path; loads nothing."""
-        return traverse_util.flatten_dict(self._manager.item_metadata(step)[_STATE].tree)
+        """Metadata with `shape` and `dtype` of every leaf of a checkpoint, by path; loads nothing.
+
+        Raises:
+            DamagedCheckpoint: the checkpoint is not as it was written, or its metadata cannot be read.
+        """
+        with self._whole(step, ()):
+            return traverse_util.flatten_dict(self._manager.item_metadata(step)[_STATE].tree)
 
     def latest_step(self) -> int | None:
         """The newest saved step, or None."""
@@ -165,19 +261,93 @@ class Checkpointer:
         """Look for checkpoints that another process has written since."""
         self._manager.reload()
 
+    def set_aside(self, steps: Collection[int]) -> list[pathlib.Path]:
+        """Move checkpoints to `MODEL_DIR/set_aside`, so that these steps can be saved again.
+
+        With several processes all must call it. Returns the new paths.
+
+        Raises:
+            SaveError: one cannot be moved.
+        """
+        moved = [_free_name(self.model_dir / SET_ASIDE / f"checkpoint_{step}") for step in sorted(steps)]
+        sentence = None
+        if jax.process_index() == 0:
+            try:
+                for step, path in zip(sorted(steps), moved, strict=True):
+                    with save_errors(path):
+                        path.parent.mkdir(exist_ok=True)
+                        os.rename(self._path(step), path)
+            except SaveError as error:
+                sentence = str(error)
+        self._verified.difference_update(steps)
+        # Now all have chosen the paths, and the directories are moved.
+        if (sentence := agreed(sentence)) is not None:
+            raise SaveError(sentence)
+        self.reload()
+        return moved
+
     def wait(self) -> None:
-        """Block until background writing is done; raises its errors."""
-        self._manager.wait_until_finished()
+        """Block until background writing is done.
+
+        Raises:
+            SaveError: the last checkpoint could not be written; those before are as they were.
+        """
+        with self._saves():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    def check(self) -> None:
+        """Raise the error of a save in the background that has failed; does not wait.
+
+        Raises:
+            SaveError: see `wait`.
+        """
+        if self._saving is None:
+            return
+        if not any(thread.name == _FINALIZE_THREAD for thread in threading.enumerate()):
+            self.wait()
+
+    @contextlib.contextmanager
+    def _saves(self) -> Iterator[None]:
+        """A context in which a failed save raises SaveError and leaves no files."""
+        step = self._saving
+        try:
+            with save_errors(self._path(step) if step is not None else self.model_dir):
+                yield
+        except Exception:
+            if jax.process_index() == 0 and step is not None:
+                for left in self.model_dir.glob(f"checkpoint_{step}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            self._saving = None
+            self.reload()  # orbax has forgotten the steps that it would have deleted
+            raise
 
     def close(self) -> None:
-        """Finish background writing and end the threads."""
-        self._manager.close()
+        """Finish background writing and end the threads.
+
+        Raises:
+            SaveError: see `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind, *_):
+        with contextlib.suppress(SaveError) if kind is not None else contextlib.nullcontext():
+            self.close()
+
+
+def _free_name(path: pathlib.Path) -> pathlib.Path:
+    """`path`, or if it exists the first of `path.2`, `path.3`, ... that does not."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
 
 
 def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
@@ -233,6 +403,14 @@ def _describe(leaf: Any) -> str:
 
 
 # ---------------------------------------------------------------- checks before anything expensive
+
+
+def check_keep(keep: int | None) -> None:
+    """Raise ConfigError for a number of checkpoints that would leave none."""
+    if keep is not None and keep < 1:
+        raise ConfigError(
+            f"checkpoints_to_keep must be at least 1, or None to keep all checkpoints, not {keep}."
+        )
 
 
 def check_model_dir(path: str | os.PathLike, need_bytes: int = 0) -> pathlib.Path:

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from famx.base.checksums import read_checked_json, write_checked_json
 from famx.base.errors import ConfigError
-from famx.base.files import write_json
-from famx.base.untrusted import read_object
 from famx.models.description import check_description
 from famx.modules import memory as memories
 from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
@@ -45,13 +44,14 @@ def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
 
 
 def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
-    """Content of MODEL_DIR/model.json; ConfigError if it is missing or damaged."""
+    """Content of MODEL_DIR/model.json; ConfigError if it is missing, damaged or was changed."""
     path = pathlib.Path(model_dir) / _MODEL_FILE
-    if not path.exists():
+    try:
+        fields = read_checked_json(path)
+    except FileNotFoundError as error:
         raise ConfigError(
             f"{model_dir} is not the directory of a trained model: it has no {_MODEL_FILE}."
-        )
-    fields = read_object(path)
+        ) from error
     check_description(fields, path)
     return fields
 
@@ -100,7 +100,7 @@ def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any])
                 " choose another MODEL_DIR or go back to that model."
             )
     elif jax.process_index() == 0:
-        write_json(path, here, sort_keys=True)
+        write_checked_json(path, here, sort_keys=True)
 
 
 def model_fingerprint(config: DecoderConfig, params) -> str:

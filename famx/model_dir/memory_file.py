@@ -6,7 +6,6 @@ JSON. A file is refused if another model or other weights read the text, or if i
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 import famx
+from famx.base.checksums import checksum
 from famx.base.errors import ConfigError
 from famx.base.files import write_bytes
 from famx.base.untrusted import Fields, Name, parse_object, parsed, shown
@@ -156,6 +156,15 @@ def read_header(path: str | os.PathLike) -> Header:
     return _read(path)[0]
 
 
+def check_memory(path: str | os.PathLike) -> Header:
+    """The header of a memory file whose content fits its checksum.
+
+    Raises:
+      ConfigError: there is no such file, it was cut or altered, or it is of another format.
+    """
+    return _read(path, load=True)[0]
+
+
 def load_memory(path: str | os.PathLike, trained: TrainedModel) -> DecoderState:
     """The state that `save_memory` wrote, for the model that read it; see `restore_memory`."""
     return restore_memory(path, trained)[1]
@@ -260,9 +269,4 @@ def _read(path, load: bool = False) -> tuple[Header, dict[str, np.ndarray]]:
 
 
 def _checksum(header: Header, arrays: Mapping[str, np.ndarray]) -> str:
-    fields = dataclasses.asdict(dataclasses.replace(header, sha256=""))
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return checksum(dataclasses.asdict(dataclasses.replace(header, sha256="")), arrays)

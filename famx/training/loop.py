@@ -24,9 +24,11 @@ from famx.mesh import batch_sharding
 from famx.model_dir.checkpointer import Checkpointer, check_model_dir
 from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
+from famx.model_dir.lock import RunLock, run_lock
 from famx.models import loss_weights
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY
 from famx.training.bad_data import look_at, take
+from famx.training.fallback import Choice, choose
 from famx.training.feeds import Feed
 from famx.training.metrics import RecentMetrics
 from famx.training.resuming import History, Start, cannot_change, last_scalars, starting
@@ -72,18 +74,23 @@ def train(run: Run, allow_changes: Sequence[Name] = ()) -> dict[str, float]:
         anything is compiled or written. Or too many steps in a row had a gradient that was not finite.
     """
     stages, directory, profile = _check(run)
-    stages, data = _open_data(stages)
     with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(run_lock(directory))
+        stages, data = _open_data(stages)
         last = stages[-1].run
         if jax.process_count() > 1:
             agree("settings", agreement(last, data.settings, allow_changes))
         checkpointer = stack.enter_context(Checkpointer(directory, keep=last.checkpoints_to_keep))
-        step = checkpointer.latest_step()
-        start = starting(checkpointer, step, data.settings, last, allow_changes, data.vocabulary)
+        choice = choose(checkpointer, last.resume_from)
+        start = starting(
+            checkpointer, choice.step, data.settings, last, allow_changes, data.vocabulary
+        )
         agree("checkpoint", {"checkpoint": start.step})
         if History(directory).is_finished(last.steps, start.step, data.evaluation):
             return _finished_before(directory, start.step)
-        session = _begin_or_resume(stages, data, directory, profile, checkpointer, start, stack)
+        session = _begin_or_resume(
+            stages, data, directory, profile, checkpointer, lock, choice, start, stack
+        )
         seconds = None if run.minutes is None else 60 * run.minutes
         _step_through(session, stack.enter_context(graceful_stop(seconds=seconds)))
         return _finish(session)
@@ -99,6 +106,8 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
     if run.steps is None or run.data.task is None:
         missing = "TRAIN_STEPS" if run.steps is None else "MIXTURE_OR_TASK_NAME"
         raise ConfigError(f"{missing} is not set: training needs it.")
+    if run.retry_full_disk and jax.process_count() > 1:
+        raise ConfigError("Run.retry_full_disk needs a run of one process: others wait for a save.")
     stages = tuple(stage.ready() for stage in stages_of(run))
     for stage in stages:
         with stage.errors():
@@ -194,6 +203,8 @@ def _begin_or_resume(
     directory: pathlib.Path,
     profile: Profile,
     checkpointer: Checkpointer,
+    lock: RunLock,
+    choice: Choice,
     start: Start,
     stack: contextlib.ExitStack,
 ) -> Session:
@@ -209,14 +220,20 @@ def _begin_or_resume(
         save_vocabulary(data.vocabulary, directory)
     initialize, abstract = make_initializer(run)
     check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
-    writer = RunWriter(last, directory, checkpointer)
+    writer = RunWriter(last, directory, checkpointer, lock)
     notes = [*data.notes, *writer.notes(), *start.notes]
     if resumed is None:
         state = _new_state(run, data, initialize, writer, notes)
     else:
         state = _restored(checkpointer, start, abstract, data.feeds[place.index])
+        notes += choice.set_newer_aside(checkpointer)
     step = int(state.step)
-    log = stack.enter_context(RunLog(str(directory), steps=run.steps, start_step=step, enabled=first))
+    log = stack.enter_context(
+        RunLog(
+            str(directory), steps=run.steps, start_step=step, enabled=first,
+            skip_if_full=last.retry_full_disk,
+        )
+    )  # fmt: skip
     if first:
         History(directory).begin(start, data.settings, last)
         gin_utils.write_operative_config(str(directory))
@@ -230,7 +247,7 @@ def _begin_or_resume(
     stack.callback(profile.close)
     session = Session(
         last, data, directory, profile, checkpointer, writer, log, place, state, step, metrics,
-        position.get("logged", step), position.get("skipped", 0), step,
+        position.get("logged", step), position.get("skipped", 0), step, choice.origin,
     )  # fmt: skip
     stack.callback(session.close)
     stack.enter_context(run.on_mesh())
@@ -310,6 +327,7 @@ def _step_through(session: Session, stop) -> None:
             _log(session)
         if over:
             _next_stage(session)
+        session.check_saves()
         if session.step % every.checkpoint == 0 or over:
             session.save()
         if every.evaluation and session.step % every.evaluation == 0 and session.step < steps:

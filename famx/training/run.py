@@ -216,6 +216,9 @@ class Run:
       adapter_dtype: what `MODEL_DIR/adapter` is stored in, "float32" or "bfloat16", which takes half the
         space; the checkpoints always have the dtype of training.
       checkpoints_to_keep: number of checkpoints to keep, the newest; None keeps all.
+      resume_from: step of the checkpoint to resume from, in place of the newest one, see
+        `famx.training.fallback`.
+      retry_full_disk: if the disk is full, go on and save at the next period, rather than end.
       mesh: mesh of devices; None: `famx.mesh.make_mesh()`.
       rules: sharding rules from logical to mesh axes; None: `famx.mesh.make_rules()`.
       minutes: time after which training stops as at SIGTERM, from zero after a resume; None: no limit.
@@ -244,6 +247,8 @@ class Run:
     every: Every = Every()
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoints_to_keep: Positive | None = 3
+    resume_from: NonNegative | None = None
+    retry_full_disk: bool = False
     mesh: Mesh | None = None
     rules: Rules | None = None
     minutes: Rate | None = None

@@ -1,16 +1,17 @@
 """Log of a run: scalars in TensorBoard and metrics.jsonl, progress in the terminal."""
 
 import json
+import os
 import pathlib
 import time
 from collections.abc import Mapping
 from typing import IO
 
-import tensorboardX
-
-from famx.base.files import write_text
+from famx.base.errors import ConfigError
+from famx.base.files import NO_SPACE, write_text
 from famx.base.progress import Progress
 from famx.base.text import clock
+from famx.training.event_files import summary_writer
 
 _FILE = "metrics.jsonl"
 _FLUSH_SECONDS = 5
@@ -30,6 +31,7 @@ class RunLog:
         start_step: number of steps already taken; 0 for a new run.
         stream: stream for progress, standard error by default; a terminal gets a bar.
         enabled: whether methods do anything; False in all processes but the first.
+        skip_if_full: leave out lines for which the disk has no space, rather than raise.
     """
 
     def __init__(
@@ -40,17 +42,19 @@ class RunLog:
         start_step: int = 0,
         stream: IO[str] | None = None,
         enabled: bool = True,
+        skip_if_full: bool = False,
     ):
-        self._enabled = enabled
+        self._enabled, self._skip_if_full = enabled, skip_if_full
         if not enabled:
             return
         self._name = name
         self._progress = Progress(name, steps, start_step, line_seconds=0, stream=stream)
-        path = pathlib.Path(model_dir) / _FILE
+        self._path = path = pathlib.Path(model_dir) / _FILE
         _drop_later_lines(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._writer = tensorboardX.SummaryWriter(
-            str(pathlib.Path(model_dir) / "tensorboard" / name),
+        # Unbuffered: what could not be written for want of space is not tried again on closing.
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._writer = summary_writer(
+            pathlib.Path(model_dir) / "tensorboard" / name,
             purge_step=start_step + 1 if start_step else None,
             flush_secs=_FLUSH_SECONDS,
         )
@@ -59,13 +63,19 @@ class RunLog:
         """Records `scalars` at `step`, in TensorBoard as `<split>/<name>`.
 
         The line in metrics.jsonl is on disk on return, TensorBoard's event within seconds.
+
+        Raises:
+            ConfigError: the line cannot be written.
         """
         if not self._enabled:
             return
         step, scalars = int(step), {key: float(value) for key, value in scalars.items()}
         line = {"step": step, "split": split, "time": time.time(), **scalars}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            os.write(self._file, (json.dumps(line) + "\n").encode())
+        except OSError as error:
+            if not (self._skip_if_full and error.errno in NO_SPACE):
+                raise ConfigError(f"{self._path} cannot be written: {error.strerror}.") from error
         for key, value in scalars.items():
             self._writer.add_scalar(f"{split}/{key}", value, step)
 
@@ -97,7 +107,9 @@ class RunLog:
             return
         self._progress.close()
         self._writer.close()
-        self._file.close()
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
 
     def __enter__(self):
         return self

@@ -59,7 +59,8 @@ class Session:
       metrics: metrics of steps that are not logged or not yet observed.
       logged: number of steps taken at the last line of the log.
       skipped: number of latest steps in a row without a finite gradient, among those with metrics read.
-      saved: number of steps taken at the last checkpoint.
+      saved: number of steps taken at the last checkpoint; -1: it could not be written.
+      resumed_from: the step that `Run.resume_from` named, or None.
       ahead, speed, train_step: of the stage, see `enter`.
       longest: length in blocks that the curriculum unlocked last; None without a curriculum.
       scalars: scalars of the last line of the log.
@@ -81,6 +82,7 @@ class Session:
     logged: int
     skipped: int
     saved: int
+    resumed_from: int | None = None
     ahead: BatchesAhead | None = None
     speed: SpeedMeter | None = None
     train_step: Any = None
@@ -160,8 +162,25 @@ class Session:
         }
         if self.place.stage.count > 1:
             position["stage"] = self.place.get_state()
-        self.writer.save(self.step, self.state, position)
+        if self.resumed_from is not None:
+            position["resumed_from"] = self.resumed_from
+        self.check_saves(wait=True)
+        sentence = self.writer.save(self.step, self.state, position)
         self.saved = self.step
+        self._not_saved(sentence)
+
+    def check_saves(self, wait: bool = False) -> None:
+        """Reports a checkpoint that could not be written in the background; `wait`: once it is done.
+
+        Raises:
+          ConfigError: one could not be written, and the run does not try again.
+        """
+        self._not_saved(self.writer.check(wait))
+
+    def _not_saved(self, sentence: str | None) -> None:
+        if sentence is not None:
+            self.saved = -1
+            self.log.message(sentence)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates, logs and returns the scores."""

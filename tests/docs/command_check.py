@@ -29,6 +29,8 @@ class Parsed(Exception):
 
 def parse(main, define_flags=None, gin_flags=True, own_flags=True):
     """Replacement of `gin_utils.run`: a main that gin configures runs up to the end of gin's parsing."""
+    if sys.argv[0] == "famx.verify":  # takes paths
+        raise Parsed
     if not own_flags:  # `famx.lm_eval`, whose arguments are those of another program
         if importlib.util.find_spec("lm_eval") is not None:
             from lm_eval._cli import HarnessCLI

@@ -1,11 +1,17 @@
 """The run log: one history across resumes, and progress for terminals and files."""
 
+import errno
 import io
 import json
+import os
+import pathlib
+import time
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from famx.base.errors import ConfigError
+from famx.training import event_files
 from famx.training.run_log import RunLog, read_metrics
 
 
@@ -45,6 +51,53 @@ def test_write_reaches_both_files(tmp_path):
         (1, "train/accuracy", 0.25),
         (1, "eval/accuracy", 0.5),
     ]
+
+
+class FullDisk(io.FileIO):
+    """A file of a disk that has room for half of what is written, while `full`."""
+
+    full = False
+
+    def write(self, data):
+        if not self.full:
+            return super().write(data)
+        super().write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_out_whole_events_and_stops_nothing(tmp_path, monkeypatch):
+    opened = lambda path, *_, **__: FullDisk(path, "wb")  # noqa: E731
+    monkeypatch.setattr(pathlib.Path, "open", opened)
+    writer = event_files.summary_writer(tmp_path, flush_secs=0.01)
+    monkeypatch.undo()
+    for step in range(40):  # more than the writer's queue holds
+        FullDisk.full = 10 <= step < 30
+        writer.add_scalar("x", step, step)
+        time.sleep(0.03)
+    FullDisk.full = False
+    writer.close()
+    steps = [step for step, _, _ in scalars(tmp_path)]
+    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == 39 and len(steps) < 35
+
+
+def test_a_line_that_cannot_be_written_is_a_sentence_or_left_out(tmp_path, monkeypatch):
+    write = os.write
+
+    def refuse(file, data):
+        if b'"loss"' in data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    monkeypatch.setattr(os, "write", refuse)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    with RunLog(tmp_path / "a", stream=io.StringIO()) as log:
+        with pytest.raises(ConfigError, match="metrics.jsonl cannot be written: No space left"):
+            log.write(1, {"loss": 2.5})
+    with RunLog(tmp_path / "b", stream=io.StringIO(), skip_if_full=True) as log:
+        log.write(1, {"loss": 2.5})
+        log.write(2, {"accuracy": 0.5})
+    assert [line["step"] for line in read_metrics(tmp_path / "b")] == [2]
 
 
 def test_device_scalars_and_nan_are_written(tmp_path):

@@ -1,0 +1,98 @@
+"""How orbax commits a checkpoint of famx: with its digests, and with every error as one sentence."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Iterator
+
+from orbax.checkpoint.path import atomicity
+
+from famx.base.errors import ConfigError
+from famx.base.files import NO_SPACE
+from famx.model_dir import digests
+
+# What `CheckpointManager.save` is given, so that a checkpoint without its digests is known as damaged.
+CUSTOM_METADATA = {digests.KEY: digests.NAME}
+
+
+class SaveError(ConfigError):
+    """A checkpoint could not be written."""
+
+
+class CommitWithDigests(atomicity.AtomicRenameTemporaryPath):
+    """The temporary directory of a checkpoint, which takes its final name once its digests are written.
+
+    Orbax calls `finalize` in process 0, after all processes have written their files, and, for a save
+    in the background, on the thread of that save. It also does so for each item of a checkpoint, which
+    has no digests of its own.
+    """
+
+    async def finalize(self) -> None:
+        if atomicity.TMP_DIR_SUFFIX in self.get_final().parent.name:
+            await super().finalize()
+            return
+        store, temporary = self._checkpoint_metadata_store, pathlib.Path(self.get())
+        if store:
+            await asyncio.to_thread(store.wait_until_finished)
+            path = temporary / digests.METADATA
+            await asyncio.to_thread(store.update, file_path=path, commit_timestamp_nsecs=time.time_ns())
+            await asyncio.to_thread(store.wait_until_finished)
+        text = f"Checkpoint commit was successful to {self.get_final()}"  # as orbax writes it
+        (temporary / atomicity.COMMIT_SUCCESS_FILE).write_text(text)
+        await asyncio.to_thread(digests.write_digests, temporary)
+        os.rename(temporary, self.get_final())
+
+
+@contextlib.contextmanager
+def save_errors(directory: pathlib.Path) -> Iterator[None]:
+    """A context in which an error of writing the checkpoint `directory` becomes a `SaveError`."""
+    try:
+        yield
+    except SaveError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        number = _error_number(error)
+        if number is None:
+            raise
+        raise SaveError(f"{directory} cannot be written: {os.strerror(number)}.") from error
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error of writing came of a full disk, or a quota or limit that is used up."""
+    return _error_number(error) in NO_SPACE
+
+
+def _error_number(error: BaseException | None) -> int | None:
+    """The number of the system's error in an exception, what caused it or its text; None: it has none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if match := re.search(r"os_error_code='(\d+)'", str(error)):
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def quiet_orbax() -> None:
+    """Keep orbax from printing tracebacks of errors that it raises as well."""
+    logger = logging.getLogger("absl")
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+        before = sys.unraisablehook
+        sys.unraisablehook = lambda error: None if _is_late(error) else before(error)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record of the log is not one of orbax' about an error."""
+    ours = f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname
+    return ours or record.levelno < logging.ERROR
+
+
+def _is_late(error) -> bool:
+    """Whether it is an answer of tensorstore to a read that has failed as a whole."""
+    return isinstance(error.exc_value, RuntimeError) and "loop is closed" in str(error.exc_value)
