@@ -25,6 +25,18 @@ from famx.base.text import byte_size
 _STATE, _DATASET = "state", "dataset"
 
 
+class _Newest:
+    """Orbax's policy of preservation: the newest checkpoints, and those that are protected."""
+
+    def __init__(self, number: int | None):
+        self.number, self.protected = number, frozenset()
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps = sorted(info.step for info in checkpoints)
+        kept = {*(steps if self.number is None else steps[-self.number :]), *self.protected}
+        return [info.step in kept for info in checkpoints]
+
+
 class Checkpointer:
     """Saves and restores `(tree, data_state)` by step, and deletes all but the newest checkpoints.
 
@@ -50,8 +62,9 @@ class Checkpointer:
         read_only: bool = False,
     ):
         self.model_dir = pathlib.Path(model_dir)
+        self._newest = _Newest(None if read_only else keep)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=self._newest,
             step_prefix="checkpoint",
             save_interval_steps=0 if read_only else save_interval,
             create=not read_only,
@@ -83,6 +96,10 @@ class Checkpointer:
         if data_state is not None:
             items[_DATASET] = ocp.args.JsonSave(copy.deepcopy(data_state))  # written later
         return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
+
+    def protect(self, *steps: int) -> None:
+        """Keep the checkpoints of these steps however old they are, and no longer those named before."""
+        self._newest.protected = frozenset(steps)
 
     def restore(
         self, step: int | None, abstract_tree: Any, partial: bool = False

@@ -112,6 +112,11 @@ class Rows(NamedTuple):
     longest: int | None = None
     refresh: Refresh | None = None
 
+    @property
+    def trained(self) -> dict[str, np.ndarray]:
+        """The arrays that a step uses."""
+        return {name: x for name, x in self.batch.items() if name != "answer"}
+
 
 class Feed:
     """Base class of the feeds; has no curriculum and prepares no states."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import gin
 import jax
@@ -20,7 +21,9 @@ from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
 from famx.models import loss_weights
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY
-from famx.training.metrics import RecentMetrics
+from famx.training.feeds import Rows
+from famx.training.health import GoodCheckpoints, Unsound, Watch
+from famx.training.metrics import RecentMetrics, Sums
 from famx.training.run import Run
 from famx.training.run_log import RunLog
 from famx.training.saving import RunWriter
@@ -28,6 +31,7 @@ from famx.training.session import OpenData, Session
 from famx.training.speed import Profile
 from famx.training.stages import Place, Stage, stages_of
 from famx.training.step import TrainState, make_initializer, with_new_states
+from famx.training.stopping import stopped_by_numbers
 
 _MAX_SKIPPED = 20  # steps in a row whose gradient was not finite
 _STOP_PERIOD = 10  # steps between agreements of several processes on a stop, which wait for the devices
@@ -49,16 +53,20 @@ def train(run: Run) -> dict[str, float]:
       The last logged scalars.
 
     Raises:
-      ConfigError: the settings do not fit; known before anything is compiled. Or too many steps in a row
-        had a gradient that was not finite.
+      ConfigError: the settings do not fit; known before anything is compiled. Or the numbers went wrong:
+        too many steps in a row had a gradient that was not finite, or the parameters left their limits.
     """
     stages, directory, profile = _check(run)
-    stages, data = _open_data(stages, directory)
+    stages, data = open_data(stages)
+    _claim(directory, stages, data)
     with contextlib.ExitStack() as stack:
         session = _begin_or_resume(stages, data, directory, profile, stack)
         seconds = None if run.minutes is None else 60 * run.minutes
-        _step_through(session, stack.enter_context(graceful_stop(seconds=seconds)))
-        return _finish(session)
+        try:
+            _step_through(session, stack.enter_context(graceful_stop(seconds=seconds)))
+            return _finish(session)
+        except Unsound as error:
+            raise stopped_by_numbers(session, error) from error
 
 
 # ---------------------------------------------------------------- check
@@ -82,10 +90,8 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
 # ---------------------------------------------------------------- open the data
 
 
-def _open_data(
-    stages: tuple[Stage, ...], directory: pathlib.Path
-) -> tuple[tuple[Stage, ...], OpenData]:
-    """The stages with vocabulary and evaluation set, and their data; makes all remaining checks."""
+def open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
+    """The stages with vocabulary and evaluation set, and their data, checked; writes nothing."""
     last = stages[-1].run
     initial_dir = initial_vocabulary = None
     if last.initial_checkpoint_path is not None:
@@ -109,7 +115,7 @@ def _open_data(
         stages = tuple(stage.with_vocabulary(vocabulary) for stage in stages)
     stages, notes = _with_evaluation(stages, initial_vocabulary)
 
-    data = OpenData((), batch_sharding(last.mesh), initial_dir, notes)
+    data = OpenData((), batch_sharding(last.mesh), initial_dir, notes, vocabulary)
     feeds = []
     for stage, task in zip(stages, tasks, strict=True):
         run = stage.run
@@ -118,11 +124,15 @@ def _open_data(
         for other in feeds:
             feed.share(other)
         feeds.append(feed)
-    gin_utils.check_all_used()
-    check_same_model(directory, stages[-1].run.model.describe())  # last, as it writes model.json
-    if jax.process_index() == 0 and vocabulary is not None:
-        save_vocabulary(vocabulary, directory)
     return stages, dataclasses.replace(data, feeds=tuple(feeds))
+
+
+def _claim(directory: pathlib.Path, stages: tuple[Stage, ...], data: OpenData) -> None:
+    """Writes what the directory says of its model, after the last checks."""
+    gin_utils.check_all_used()
+    check_same_model(directory, stages[-1].run.model.describe())
+    if jax.process_index() == 0 and data.vocabulary is not None:
+        save_vocabulary(data.vocabulary, directory)
 
 
 def _with_evaluation(stages: tuple[Stage, ...], vocabulary) -> tuple[tuple[Stage, ...], tuple[str, ...]]:
@@ -194,7 +204,10 @@ def _begin_or_resume(
         state = TrainState.from_checkpoint(tree)
         data.feeds[place.index].set_state(position["feed"])
     step = int(state.step)
-    log = stack.enter_context(RunLog(str(directory), steps=run.steps, start_step=step, enabled=first))
+    log = RunLog(
+        str(directory), steps=run.steps, start_step=step, enabled=first, event_delay=METRICS_DELAY + 1
+    )
+    stack.enter_context(log)
     if first:
         gin_utils.write_operative_config(str(directory))
     log.message(_opening(run, state) if step == 0 else f"Resuming from step {step} of {directory}.")
@@ -204,10 +217,17 @@ def _begin_or_resume(
         log.message(note)
 
     metrics = RecentMetrics(position.get("pending", ()))
+    watch = Watch(last.health, last.model.config.vocab_size)
+    if "watch" in position:
+        watch.set_state(position["watch"])
+    existing = [saved for saved in checkpointer.all_steps() if saved <= step]
+    good = GoodCheckpoints(directory, existing, last.health.confirm_steps, first)
+    if good.newest is not None:
+        checkpointer.protect(good.newest)
     stack.callback(profile.close)
     session = Session(
         last, data, directory, profile, checkpointer, writer, log, place, state, step, metrics,
-        position.get("logged", step), position.get("skipped", 0), step,
+        position.get("logged", step), position.get("skipped", 0), watch, good, step,
     )  # fmt: skip
     stack.callback(session.close)
     stack.enter_context(run.on_mesh())
@@ -249,19 +269,7 @@ def _step_through(session: Session, stop) -> None:
     session.speed.restart()
     while session.step < steps and not _stopped(stop, session.step):
         _observe(session)
-        with session.speed.waiting():
-            rows = session.ahead.take()
-        if session.longest not in (None, rows.longest):
-            log.message(f"Step {session.step}: {rows.longest} blocks unlocked.")
-        session.longest = rows.longest
-        state = session.state
-        state = state.replace(kept=session.feed.prepare(rows, state.params, state.kept))
-        batch = {name: x for name, x in rows.batch.items() if name != "answer"}
-        batch = session.data.place(batch)
-        profile.before(session.step + 1)
-        session.state, metrics = session.train_step(state, batch)
-        session.metrics.add(session.step, rows.blocks, metrics)
-        session.step += 1
+        rows, batch, metrics = take_step(session)
         weighted = np.mean(loss_weights(rows.batch, pad_id) != 0)
         session.speed.count(*batch["decoder_target_tokens"].shape, weighted)
         if profile.after(session.step, metrics):
@@ -276,6 +284,23 @@ def _step_through(session: Session, stop) -> None:
         if every.evaluation and session.step % every.evaluation == 0 and session.step < steps:
             session.evaluate()
             session.speed.restart()
+
+
+def take_step(session: Session) -> tuple[Rows, dict[str, jax.Array], dict[str, Any]]:
+    """Takes a step; returns its rows, its batch on the devices and its metrics."""
+    with session.speed.waiting():
+        rows = session.ahead.take()
+    if session.longest not in (None, rows.longest):
+        session.log.message(f"Step {session.step}: {rows.longest} blocks unlocked.")
+    session.longest, session.recent[session.step] = rows.longest, rows
+    state = session.state
+    state = state.replace(kept=session.feed.prepare(rows, state.params, state.kept))
+    batch = session.data.place(rows.trained)
+    session.profile.before(session.step + 1)
+    session.state, metrics = session.train_step(state, batch)
+    session.metrics.add(session.step, rows.blocks, metrics)
+    session.step += 1
+    return rows, batch, metrics
 
 
 def _next_stage(session: Session) -> None:
@@ -298,23 +323,28 @@ def _observe(session: Session) -> None:
     seen = session.step - 1 - METRICS_DELAY
     entry = session.metrics.read(seen)
     if entry is not None:
-        session.skipped = _skipped(session.skipped, entry, seen + 1, session.checkpointer)
+        _check_numbers(session, seen, entry[1])
         if seen >= session.place.first:
             session.place.observe(*entry)
     session.ahead.ask(session.step + BATCHES_AHEAD, session.observation(seen))
 
 
-def _skipped(skipped: int, entry, step: int, checkpointer: Checkpointer) -> int:
-    """Number of steps in a row without a finite gradient, up to `step`; ConfigError if too many."""
-    skipped = skipped + 1 if entry[1]["skipped"][0] else 0
-    if skipped >= _MAX_SKIPPED:
-        last = checkpointer.latest_step()
-        good = f"The last checkpoint, of step {last}, is good."
-        raise ConfigError(
-            f"The gradient was not finite in the {skipped} steps before step {step}: lower the "
-            f"learning rate. {'There is no checkpoint yet.' if last is None else good}"
-        )
-    return skipped
+def _check_numbers(session: Session, step: int, sums: Sums) -> None:
+    """Checks the metrics of step `step`, counted from 0; Unsound if too many had no finite gradient."""
+    session.skipped = session.skipped + 1 if sums["skipped"][0] else 0
+    first = step - session.skipped + 1  # of those without a finite gradient
+    for old in [old for old in session.recent if old < step and old != first]:
+        del session.recent[old]
+    if step == session.place.first:
+        session.watch.restart()
+    well, alarms = session.watch.observe(step + 1, sums)
+    for alarm in alarms:
+        session.log.event(step + 1, alarm.sentence, alarm.values)
+    if session.good.observe(step + 1, well, session.checkpointer.all_steps()):
+        session.checkpointer.protect(session.good.newest)
+    if session.skipped >= _MAX_SKIPPED:
+        cause = f"The gradient was not finite in the {session.skipped} steps before step {step + 1}"
+        raise Unsound(cause, first)
 
 
 def _log(session: Session) -> None:
@@ -337,11 +367,11 @@ def _finish(session: Session) -> dict[str, float]:
     """Saves, and evaluates and reports a complete run; returns the last logged scalars."""
     run, step, log = session.last, session.step, session.log
     if step == run.steps:
-        skipped = session.skipped
+        observed = dataclasses.replace(session, watch=session.watch.copy())
         for late in range(step - 1 - METRICS_DELAY, step):
             entry = session.metrics.read(late)
             if entry is not None:
-                skipped = _skipped(skipped, entry, late + 1, session.checkpointer)
+                _check_numbers(observed, late, entry[1])
     if step != session.saved or session.checkpointer.latest_step() is None:
         session.save()
     session.checkpointer.wait()

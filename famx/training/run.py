@@ -44,6 +44,7 @@ from famx.modules.backends import resolve_backend
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import Source
 from famx.training.flops import Learning
+from famx.training.health import Health
 from famx.training.state_passing import Fresh, StatePassing
 from famx.training.trainable import Trainable
 
@@ -185,7 +186,9 @@ class Run:
       every: periods of logs, checkpoints and evaluations.
       adapter_dtype: what `MODEL_DIR/adapter` is stored in, "float32" or "bfloat16", which takes half the
         space; the checkpoints always have the dtype of training.
-      checkpoints_to_keep: number of checkpoints to keep, the newest; None keeps all.
+      checkpoints_to_keep: number of checkpoints to keep, the newest; None keeps all. The newest good one
+        is kept in any case, see `famx.training.health`.
+      health: limits of losses, parameters and memories.
       mesh: mesh of devices; None: `famx.mesh.make_mesh()`.
       rules: sharding rules from logical to mesh axes; None: `famx.mesh.make_rules()`.
       minutes: time after which training stops as at SIGTERM, from zero after a resume; None: no limit.
@@ -210,6 +213,7 @@ class Run:
     every: Every = Every()
     adapter_dtype: str = "float32"
     checkpoints_to_keep: int | None = 3
+    health: Health = Health()
     mesh: Mesh | None = None
     rules: Rules | None = None
     minutes: float | None = None

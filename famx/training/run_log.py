@@ -12,7 +12,7 @@ from famx.base.files import write_text
 from famx.base.progress import Progress
 from famx.base.text import clock
 
-_FILE = "metrics.jsonl"
+_FILE, _EVENT = "metrics.jsonl", "event"
 _FLUSH_SECONDS = 5
 
 
@@ -30,6 +30,8 @@ class RunLog:
         start_step: number of steps already taken; 0 for a new run.
         stream: stream for progress, standard error by default; a terminal gets a bar.
         enabled: whether methods do anything; False in all processes but the first.
+        event_delay: number of steps that a run takes before it knows the events of a step, so that one
+            that resumes at `start_step` writes the events of that many steps before it again.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class RunLog:
         start_step: int = 0,
         stream: IO[str] | None = None,
         enabled: bool = True,
+        event_delay: int = 0,
     ):
         self._enabled = enabled
         if not enabled:
@@ -47,7 +50,7 @@ class RunLog:
         self._name = name
         self._progress = Progress(name, steps, start_step, line_seconds=0, stream=stream)
         path = pathlib.Path(model_dir) / _FILE
-        _drop_later_lines(path, start_step)
+        _drop_later_lines(path, start_step, event_delay)
         self._file = path.open("a", encoding="utf-8")
         self._writer = tensorboardX.SummaryWriter(
             str(pathlib.Path(model_dir) / "tensorboard" / name),
@@ -91,6 +94,11 @@ class RunLog:
         if self._enabled:
             self._progress.message(text)
 
+    def event(self, step: int, sentence: str, values: Mapping[str, float]) -> None:
+        """Records something unusual of a step: a line for the reader, `values` in the split "event"."""
+        self.message(sentence)
+        self.write(step, values, split=_EVENT)
+
     def close(self) -> None:
         """Closes the files and the bar; safe to call twice."""
         if not self._enabled:
@@ -122,7 +130,8 @@ def _parse(line: str) -> dict | None:
         return None
 
 
-def _drop_later_lines(path: pathlib.Path, step: int) -> None:
-    kept = [line for line in read_metrics(str(path.parent)) if line["step"] <= step]
+def _drop_later_lines(path: pathlib.Path, step: int, event_delay: int) -> None:
+    last = lambda line: step - event_delay if line["split"] == _EVENT else step
+    kept = [line for line in read_metrics(str(path.parent)) if line["step"] <= last(line)]
     if path.exists():
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -9,7 +9,8 @@ import jax
 
 from famx.model_dir.checkpointer import Checkpointer
 from famx.training.ahead import BATCHES_AHEAD, OBSERVED_DELAY, BatchesAhead
-from famx.training.feeds import Feed
+from famx.training.feeds import Feed, Rows
+from famx.training.health import GoodCheckpoints, Watch, check_sound
 from famx.training.metrics import RecentMetrics, mean
 from famx.training.run import Run
 from famx.training.run_log import RunLog
@@ -28,12 +29,14 @@ class OpenData:
       sharding: sharding of a batch.
       initial_dir: `MODEL_DIR` of the checkpoint that the run begins from, or None.
       notes: sentences for the log.
+      vocabulary: vocabulary of the tasks, or None if famx cannot save it.
     """
 
     feeds: tuple[Feed, ...]
     sharding: Any
     initial_dir: pathlib.Path | None
     notes: tuple[str, ...]
+    vocabulary: Any = None
 
     def place(self, batch):
         """This host's rows as arrays of the global batch."""
@@ -52,10 +55,14 @@ class Session:
       metrics: metrics of steps that are not logged or not yet observed.
       logged: number of steps taken at the last line of the log.
       skipped: number of latest steps in a row without a finite gradient, among those with metrics read.
+      watch: what was usual in the steps with metrics read.
+      good: which checkpoints are good.
       saved: number of steps taken at the last checkpoint.
       ahead, speed, train_step: of the stage, see `enter`.
       longest: length in blocks that the curriculum unlocked last; None without a curriculum.
       scalars: scalars of the last line of the log.
+      recent: rows of the latest steps, numbered from 0: from the last one whose metrics are read on, and
+        of the first of the `skipped` ones.
       programs: jitted steps, each with the run and the shardings that it was made for.
     """
 
@@ -72,12 +79,15 @@ class Session:
     metrics: RecentMetrics
     logged: int
     skipped: int
+    watch: Watch
+    good: GoodCheckpoints
     saved: int
     ahead: BatchesAhead | None = None
     speed: SpeedMeter | None = None
     train_step: Any = None
     longest: int | None = None
     scalars: dict[str, float] = dataclasses.field(default_factory=dict)
+    recent: dict[int, Rows] = dataclasses.field(default_factory=dict)
     programs: list[tuple[Run, Any, Any]] = dataclasses.field(default_factory=list)
 
     @property
@@ -136,18 +146,27 @@ class Session:
         return jax.jit(self.last.model.merged)
 
     def save(self) -> None:
-        """Saves a checkpoint from which the run resumes exactly."""
+        """Saves a checkpoint from which the run resumes exactly.
+
+        Raises:
+          Unsound: parameters or moments are beyond the limits, see `famx.training.health`.
+        """
+        run, state = self.run, self.state
+        learned = run.state_passing.part(run.trainable, state.params, state.kept)
+        check_sound(learned, state.opt_state, run.health, self.step)
         self.metrics.drop(min(self.logged, self.step - OBSERVED_DELAY))
         position = {
             "feed": self.ahead.state(),
             "pending": self.metrics.to_json(),
             "logged": self.logged,
             "skipped": self.skipped,
+            "watch": self.watch.get_state(),
         }
         if self.place.stage.count > 1:
             position["stage"] = self.place.get_state()
         self.writer.save(self.step, self.state, position)
         self.saved = self.step
+        self.good.saved(self.step)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates, logs and returns the scores."""
