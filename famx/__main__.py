@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": "famx.prepare",
     "inspect-data": "famx.inspect_data",
     "compile": "famx.compile",
+    "replay": "famx.replay",
 }
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import serialization, traverse_util
 
 from famx.base.errors import ConfigError
@@ -225,9 +226,9 @@ def check_sound(params: Any, opt_state: Any, health: Health, step: int) -> None:
         return
     if not largest <= health.largest_parameter:  # NaN is not, either
         name, value = _largest(params)
-        raise Unsound(f"A value of the parameter {name} is {value:.3g} after step {step}", step - 1)
+        raise Unsound(f"The parameter {name} is {value:.3g} after step {step}", step - 1)
     name, value = _largest(serialization.to_state_dict(opt_state))
-    raise Unsound(f"A value of the optimiser's {name} is {value:.3g} after step {step}", step - 1)
+    raise Unsound(f"The optimiser's {name} is {value:.3g} after step {step}", step - 1)
 
 
 def _real(tree: Any) -> list[jax.Array]:
@@ -244,14 +245,18 @@ def _extent(params: Any, opt_state: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _largest(tree: Any) -> tuple[str, float]:
-    """The name of the leaf with a value that is not finite, or else with the largest one; that value."""
+    """The place 'layers/mlp/up/kernel[1, 5, 2]' and value of what is not finite, or else is largest."""
+
+    def of_leaf(x) -> tuple[float, int, float]:
+        size = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+        index = jnp.argmax(size)
+        return tuple(jax.device_get((jnp.max(size), index, x.ravel()[index])))
+
     flat = {"/".join(path): x for path, x in traverse_util.flatten_dict(tree).items()}
-    sizes = {
-        name: float(jax.device_get(jnp.max(jnp.abs(x)))) for name, x in flat.items() if len(_real([x]))
-    }
-    order = lambda name: math.inf if math.isnan(sizes[name]) else sizes[name]
-    name = max(sizes, key=order)
-    return name, sizes[name]
+    found = {name: of_leaf(x) for name, x in flat.items() if _real(x)}
+    name = max(found, key=lambda name: found[name][0])
+    index = np.unravel_index(int(found[name][1]), flat[name].shape)
+    return f"{name}{list(map(int, index))}", float(found[name][2])
 
 
 # ---------------------------------------------------------------- good checkpoints

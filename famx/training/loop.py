@@ -193,7 +193,7 @@ def _begin_or_resume(
     writer = RunWriter(last, directory, checkpointer)
     notes = [*data.notes, *writer.notes()]
     if resumed is None:
-        state = _new_state(run, data, initialize, writer, notes)
+        state = new_state(run, data, initialize, writer, notes)
     else:
         tree, _, _ = checkpointer.restore(resumed, abstract.to_checkpoint())
         if position is None:
@@ -235,7 +235,9 @@ def _begin_or_resume(
     return session
 
 
-def _new_state(run: Run, data: OpenData, initialize, writer: RunWriter, notes: list[str]) -> TrainState:
+def new_state(
+    run: Run, data: OpenData, initialize, writer: RunWriter | None, notes: list[str]
+) -> TrainState:
     """The initial state; adds to `notes` what was not taken from the initial checkpoint."""
     pretrained, loaded = {}, None
     if run.initial_checkpoint_path is not None:
@@ -243,7 +245,8 @@ def _new_state(run: Run, data: OpenData, initialize, writer: RunWriter, notes: l
             run.initial_checkpoint_path, run.model, run.memory_start, run.random_seed
         )
         notes += load_notes
-        writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
+        if writer is not None:
+            writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
         trained = TrainedModel(run.model, pretrained, 0, data.initial_dir)
         loaded = run.state_passing.load(trained)
     return initialize(jax.random.key(run.random_seed), pretrained, loaded)
@@ -268,7 +271,7 @@ def _step_through(session: Session, stop) -> None:
     every, steps, pad_id = session.last.every, session.last.steps, session.last.model.pad_id
     session.speed.restart()
     while session.step < steps and not _stopped(stop, session.step):
-        _observe(session)
+        observe(session)
         rows, batch, metrics = take_step(session)
         weighted = np.mean(loss_weights(rows.batch, pad_id) != 0)
         session.speed.count(*batch["decoder_target_tokens"].shape, weighted)
@@ -318,7 +321,7 @@ def _stopped(stop, step: int) -> bool:
     return (jax.process_count() == 1 or step % _STOP_PERIOD == 0) and stop()
 
 
-def _observe(session: Session) -> None:
+def observe(session: Session) -> None:
     """Reads the metrics of `METRICS_DELAY` steps ago, and requests the next batch."""
     seen = session.step - 1 - METRICS_DELAY
     entry = session.metrics.read(seen)

@@ -145,15 +145,19 @@ class Session:
         """Jitted function that merges adapters and int8 kernels into the decoder's parameters."""
         return jax.jit(self.last.model.merged)
 
+    def check_sound(self) -> None:
+        """Raises Unsound if what learns or its moments are beyond the limits."""
+        run, state = self.run, self.state
+        learned = run.state_passing.part(run.trainable, state.params, state.kept)
+        check_sound(learned, state.opt_state, run.health, self.step)
+
     def save(self) -> None:
         """Saves a checkpoint from which the run resumes exactly.
 
         Raises:
           Unsound: parameters or moments are beyond the limits, see `famx.training.health`.
         """
-        run, state = self.run, self.state
-        learned = run.state_passing.part(run.trainable, state.params, state.kept)
-        check_sound(learned, state.opt_state, run.health, self.step)
+        self.check_sound()
         self.metrics.drop(min(self.logged, self.step - OBSERVED_DELAY))
         position = {
             "feed": self.ahead.state(),
