@@ -10,6 +10,7 @@ import copy
 import os
 import pathlib
 import shutil
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -97,7 +98,7 @@ class Checkpointer:
             items[_DATASET] = ocp.args.JsonSave(copy.deepcopy(data_state))  # written later
         return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
 
-    def protect(self, *steps: int) -> None:
+    def protect(self, steps: Collection[int]) -> None:
         """Keep the checkpoints of these steps however old they are, and no longer those named before."""
         self._newest.protected = frozenset(steps)
 

@@ -8,9 +8,11 @@ A checkpoint is good if
 
 * its parameters lie within `Health.largest_parameter`, and the optimiser's moments are finite, which is
   checked on the devices when it is saved (`check_sound`); one that is not is never written;
-* the next `Health.confirm_steps` steps had a finite gradient and a loss that was no spike (`Watch`).
+* the next `Health.confirm_steps` steps had a finite gradient, a finite memory, and a loss that was no
+  spike (`Watch`).
 
-The newest good checkpoint is kept, whatever `Run.checkpoints_to_keep` says (`GoodCheckpoints`).
+The newest good checkpoint, and those on which these steps have not decided yet, are kept, whatever
+`Run.checkpoints_to_keep` says (`GoodCheckpoints`).
 """
 
 import dataclasses
@@ -123,8 +125,8 @@ class Watch:
           sums: its metrics.
 
         Returns:
-          Whether the step went well: its gradient is finite, and its loss no spike. And the alarms; one
-          that lasts for several steps is raised once.
+          Whether the step went well: gradient and memory are finite, and the loss is no spike. And the
+          alarms; one that lasts for several steps is raised once.
         """
         if mean(sums, "skipped"):
             sentence = f"Step {step}: the gradient was not finite, so the step changed nothing."
@@ -138,11 +140,14 @@ class Watch:
             found["loss_spike"] = sentence, {"loss_spike": loss, "usual_loss": usual}
         if _MEMORY in sums:
             rms = mean(sums, _MEMORY)
-            if not self._usual_memory(rms):
-                usual = statistics.median(self._memory)
+            finite = math.isfinite(rms)
+            well = well and finite
+            if not finite or not self._usual_memory(rms):
+                usual = statistics.median(self._memory) if self._memory else 0.0
                 sentence = f"Step {step}: the RMS of the memory is {rms:.4g}, usually {usual:.4g}."
                 found["memory_alarm"] = sentence, {"memory_alarm": rms, "usual_memory_rms": usual}
-            self._memory = [*self._memory, rms][-self._health.window :]
+            if finite:
+                self._memory = [*self._memory, rms][-self._health.window :]
         if known and math.isfinite(loss):
             self._losses = [*self._losses, loss][-self._health.window :]
         return well, self._raise(found)
@@ -286,12 +291,17 @@ class GoodCheckpoints:
         """The step of the newest good checkpoint, or None."""
         return max(self._good, default=None)
 
+    @property
+    def kept(self) -> frozenset[int]:
+        """Steps of checkpoints that must not be deleted: the newest good one, and those not decided on."""
+        return frozenset({*self._good[-1:], *self._pending})
+
     def saved(self, step: int) -> None:
         """Notes that a sound checkpoint is being saved after `step` steps."""
         self._pending[step] = 0
 
-    def observe(self, step: int, well: bool, existing: Collection[int]) -> bool:
-        """Notes whether a step went well; returns whether `newest` changed.
+    def observe(self, step: int, well: bool, existing: Collection[int]) -> None:
+        """Notes whether a step went well.
 
         Args:
           step: number of the step, from 1.
@@ -302,19 +312,18 @@ class GoodCheckpoints:
         if not well:
             for saved in after:
                 del self._pending[saved]
-            return False
+            return
         for saved in after:
             self._pending[saved] += 1
         found = [saved for saved in after if self._pending[saved] >= self._steps]
         if not found:
-            return False
+            return
         for saved in found:
             del self._pending[saved]
         # A checkpoint that is still being written is not among the existing ones.
         self._good = [step for step in self._good if step in existing] + sorted(found)
         if self._writes:
             write_json(self._path, {"steps": self._good})
-        return True
 
 
 def _listed(path: pathlib.Path) -> list[int]:

@@ -222,8 +222,7 @@ def _begin_or_resume(
         watch.set_state(position["watch"])
     existing = [saved for saved in checkpointer.all_steps() if saved <= step]
     good = GoodCheckpoints(directory, existing, last.health.confirm_steps, first)
-    if good.newest is not None:
-        checkpointer.protect(good.newest)
+    checkpointer.protect(good.kept)
     stack.callback(profile.close)
     session = Session(
         last, data, directory, profile, checkpointer, writer, log, place, state, step, metrics,
@@ -343,8 +342,8 @@ def _check_numbers(session: Session, step: int, sums: Sums) -> None:
     well, alarms = session.watch.observe(step + 1, sums)
     for alarm in alarms:
         session.log.event(step + 1, alarm.sentence, alarm.values)
-    if session.good.observe(step + 1, well, session.checkpointer.all_steps()):
-        session.checkpointer.protect(session.good.newest)
+    session.good.observe(step + 1, well, session.checkpointer.all_steps())
+    session.checkpointer.protect(session.good.kept)
     if session.skipped >= _MAX_SKIPPED:
         cause = f"The gradient was not finite in the {session.skipped} steps before step {step + 1}"
         raise Unsound(cause, first)

@@ -171,6 +171,7 @@ class Session:
         self.writer.save(self.step, self.state, position)
         self.saved = self.step
         self.good.saved(self.step)
+        self.checkpointer.protect(self.good.kept)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates, logs and returns the scores."""
