@@ -5,6 +5,7 @@ for each start of a run. That is sound as long as the parent has no other thread
 which `Child` checks. A child ends with its parent.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -15,6 +16,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,6 +26,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # each would be a thread of the parent
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# A cache of its own: a process that is killed may leave an entry that is not complete.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+    tempfile.gettempdir(), f"famx-reliability-jax-{os.getuid()}"
+)
 if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = flags.strip()
@@ -74,8 +80,10 @@ def tiny_run(folder: pathlib.Path, mode: str, steps: int, checkpoint: int = 7) -
 class Child:
     """A forked process that calls a function; its output goes to a file.
 
+    It writes to a pipe, so that its output is complete even where it may write no files.
+
     Args:
-      log: file that standard output and error are appended to.
+      log: file that standard output and error are appended to, whenever a method is called.
       function: what it calls; its exit code is 0, 2 for a ConfigError, 1 for any other exception.
     """
 
@@ -86,15 +94,17 @@ class Child:
 
         assert not xla_bridge._backends, "A process that uses devices must not fork."
         self.code: int | None = None
+        self._log, (self._output, output) = log, os.pipe()
+        os.set_blocking(self._output, False)
         sys.stdout.flush()
         parent, self.pid = os.getpid(), os.fork()
         if self.pid:
+            os.close(output)
             return
         try:  # in the child, which never returns from here
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(3)
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(output, 1)
             os.dup2(output, 2)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -109,9 +119,16 @@ class Child:
         """The exit code, negative for a signal; None while it runs."""
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._drain()
             if pid:
                 self.code = os.waitstatus_to_exitcode(status)
+                os.close(self._output)
         return self.code
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError), self._log.open("ab") as file:
+            while data := os.read(self._output, 1 << 16):
+                file.write(data)
 
     def wait(self, seconds: float) -> int | None:
         """As `poll`, after waiting for the end, at most this time."""

@@ -293,7 +293,7 @@ class GoodCheckpoints:
 
     @property
     def kept(self) -> frozenset[int]:
-        """Steps of checkpoints that must not be deleted: the newest good one, and those not decided on."""
+        """Steps of checkpoints that must not be deleted: the newest good one and the undecided ones."""
         return frozenset({*self._good[-1:], *self._pending})
 
     def saved(self, step: int) -> None:

@@ -27,6 +27,7 @@ from famx.training.stages import Place, stages_of
 from famx.training.step import TrainState, make_gradient, make_initializer, step_key
 from famx.training.stopping import Stopped, read_stopped
 
+_ARGUMENTS = {"params": "parameters", "kept": "carried states"}  # of the step, by their names; or "batch"
 _MEMORY_NAMES = ("memory_step", "_close", "scan_memory", "_start", "initial_state", "_remember", "_climb")
 
 
@@ -146,8 +147,9 @@ class Where:
     Attributes:
       layer: index of the layer, from 0, or None.
       block: index of the block in the rows, from 0, or None.
-      part: "attention", "feed-forward", "memory update", "start of the memory", "embedding", "loss",
-        "parameters, batch or kept states", or "others"; a part of the memory's in brackets.
+      part: "attention", "feed-forward", "memory update", "start of the memory", "embedding", "loss" or
+        "others"; a part of the memory's in brackets. "parameters", "batch" or "carried states" if a value
+        was not finite before the step.
       backward: whether it is in the backward pass.
     """
 
@@ -160,6 +162,11 @@ class Where:
 def where(origin: Origin) -> Where:
     """The place in the model of an operation."""
     layer = block = None
+    if origin.operation == "argument":
+        kind, *path = origin.names
+        if kind == "kept" or path[:1] == ["layers"]:
+            layer = origin.index[0]
+        return Where(layer, None, _ARGUMENTS.get(kind, "batch"), False)
     for loop_ in origin.loops:
         if loop_.names[-1:] == ("Decoder._start",) or loop_.names[-1:] == ("Decoder._scan_layers",):
             layer = loop_.index
@@ -168,12 +175,10 @@ def where(origin: Origin) -> Where:
     names = [name.split(".")[-1] for name in origin.names]
     if layer is None and "_start" in names and origin.index:  # all layers at once
         layer = origin.index[0]
-    return Where(layer, block, _part(origin, names), origin.backward)
+    return Where(layer, block, _part(names), origin.backward)
 
 
-def _part(origin: Origin, names: list[str]) -> str:
-    if origin.operation == "argument":
-        return "parameters, batch or kept states"
+def _part(names: list[str]) -> str:
     half = None
     if "mlp" in names or "mlp_norm" in names or "post_mlp_norm" in names:
         half = "feed-forward"
@@ -201,7 +206,8 @@ def describe(origin: Origin, layers: int) -> list[str]:
     words += [place.part, f"{direction} pass"]
     names = " / ".join(origin.names) or "the whole step"
     if origin.operation == "argument":
-        return [f"A value is not finite before the step begins: {origin.kind} in {names}."]
+        where_ = ", ".join([*words[:-1], f"{origin.kind} at {list(origin.index)} of {names}"])
+        return [f"A value is not finite before the step begins: {where_}."]
     return [
         f"The first value that is not finite: {', '.join(words)}.",
         f"  {origin.kind} at {list(origin.index)} of the result of {origin.operation} in {names};",

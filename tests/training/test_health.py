@@ -241,9 +241,11 @@ def test_a_replay_takes_the_same_steps_and_names_the_layer(mode, tmp_path, lines
     assert lines and lines == [line for line in first if stopped["checkpoint"] < line[0] <= 11]
     place = replay.where(origin)
     assert (place.layer, place.backward) == (1, False)
-    assert place.part in ("feed-forward", "start of the memory (feed-forward)")
+    # The pool of aged states was made by the bad weights before the step.
+    parts = {"aged": "carried states"}
+    assert place.part == parts.get(mode, "start of the memory (feed-forward)")
     text = "\n".join(said)
-    assert "layer 1 of 0 to 1" in text and "forward pass" in text and "is another" not in text
+    assert "layer 1 of 0 to 1" in text and "is another" not in text
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -268,7 +270,7 @@ def test_a_batch_that_is_not_finite_is_to_blame(tmp_path):
     again = dict(**settings, batch_size=4, model_dir=str(tmp_path))
     origin = replay.replay(make_run(**again, random_seed=3), said.append)
     assert (origin.names, origin.kind) == (("decoder_loss_weights",), "inf")
-    assert said[-1] == "A value is not finite before the step begins: inf in decoder_loss_weights."
+    assert said[-1].startswith("A value is not finite before the step begins: batch, inf at [0, 31] of")
     assert not any("is another" in line for line in said)
     replay.replay(make_run(**again, random_seed=4), said.append)
     text = "\n".join(said)
