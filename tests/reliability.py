@@ -15,7 +15,7 @@ they are meant to, is a function of the seed and the number of the case; when th
 | freeze | SIGSTOP of one process or all for up to a second, then SIGCONT |
 | stop | SIGTERM of one process |
 | full | from a step on no file can be written beyond some bytes, as on a full disk (RLIMIT_FSIZE) |
-| damage | a file of the newest of several checkpoints is changed, cut, emptied or deleted between starts |
+| damage | between starts a file of the newest checkpoint is changed, cut, emptied or deleted |
 
 Damage is among the faults where checkpoints have digests (`famx.model_dir.digests`).
 """

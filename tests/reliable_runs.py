@@ -65,11 +65,18 @@ _PR_SET_PDEATHSIG = 1
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 
 
-def tiny_run(folder: pathlib.Path, mode: str, steps: int, checkpoint: int = 7) -> Run:
-    """The run of a mode, which saves every `checkpoint` steps."""
+def tiny_run(
+    folder: pathlib.Path,
+    mode: str,
+    steps: int,
+    checkpoint: int = 7,
+    log: int = 3,
+    learning_rate: float = 1e-2,
+) -> Run:
+    """The run of a mode; `checkpoint` and `log` are its periods in steps."""
     settings = dict(
-        model_dir=str(folder), steps=steps, batch_size=4, optimizer=optax.adam(1e-2),
-        every=Every(log=3, checkpoint=checkpoint), checkpoints_to_keep=3,
+        model_dir=str(folder), steps=steps, batch_size=4, optimizer=optax.adam(learning_rate),
+        every=Every(log=log, checkpoint=checkpoint), checkpoints_to_keep=3,
     )  # fmt: skip
     return make_run(**settings, **MODES[mode])
 
