@@ -254,7 +254,7 @@ class Records:
     def add(self, case: Case) -> None:
         """Adds a finished case."""
         self.cases.append(case)
-        self._append(dataclasses.asdict(case))
+        self._append(vars(case))
 
     def _append(self, value: Any) -> None:
         with self._path.open("a") as file:

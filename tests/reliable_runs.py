@@ -23,16 +23,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # each would be a thread of the parent
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# A cache of its own: a process that is killed may leave an entry that is not complete.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
-    tempfile.gettempdir(), f"famx-reliability-jax-{os.getuid()}"
-)
-if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = flags.strip()
+if "numpy" not in sys.modules:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # each would be a thread of the parent
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -61,6 +53,8 @@ MODES: dict[str, dict[str, Any]] = {
     ),
     "relay": dict(state_passing=_LANES, model=make_model(memory=Relay(2))),
 }
+# Of its own: a process that is killed may leave an entry that is not complete.
+_CACHE = os.path.join(tempfile.gettempdir(), f"famx-reliability-jax-{os.getuid()}")
 _PR_SET_PDEATHSIG = 1
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 
@@ -156,6 +150,12 @@ class Child:
 
 
 def _code_of(function: Callable[[], Any]) -> int:
+    if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):  # small programs compile long
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] = flags.strip()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", _CACHE)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     try:
         function()
         return 0
