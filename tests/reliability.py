@@ -12,7 +12,7 @@ they are meant to, is a function of the seed and the number of the case; when th
 | fault | what |
 |---|---|
 | kill | SIGKILL of one process or all: at a step, while a checkpoint is written, or at any time |
-| freeze | SIGSTOP of one process or all for up to a second, then SIGCONT |
+| freeze | SIGSTOP of one process or all for up to a second, then SIGCONT, and soon SIGKILL |
 | stop | SIGTERM of one process |
 | full | from a step on no file can be written beyond some bytes, as on a full disk (RLIMIT_FSIZE) |
 | damage | between starts a file of the newest checkpoint is changed, cut, emptied or deleted |
@@ -51,7 +51,7 @@ from reliable_runs import (  # noqa: E402
     tiny_run,
 )
 
-STEPS = 80
+STEPS = 120
 DIGESTS = importlib.util.find_spec("famx.model_dir.digests") is not None
 FAULTS = ("kill", "freeze", "stop", "full", *(("damage",) if DIGESTS else ()))
 _WEIGHTS = {"kill": 6, "freeze": 1, "stop": 1, "full": 1, "damage": 1}
@@ -129,10 +129,10 @@ class Disturbed:
         """Waits for the moment of the fault, and for the end; the exit codes."""
         random_, alive = self.random, lambda: all(child.poll() is None for child in children)
         moment, delay = random_.choice(_MOMENTS), random_.uniform(0, 0.05)
-        step = self.newest + random_.randint(1, 25)
+        step = self.newest + random_.randint(1, 20)
         victims = random_.choice([children, [random_.choice(children)]])
         seconds, size = random_.uniform(0.02, 1), random_.choice([0, 512, 4096, 20_000])
-        early = random_.uniform(0, 2)
+        early, after = random_.uniform(0, 2), random_.uniform(0, 0.3)
         end = time.monotonic() + _LIMIT
         if kind is not None:
             if moment == "any":
@@ -164,7 +164,12 @@ class Disturbed:
                 time.sleep(seconds)
                 for child in victims:
                     child.send(signal.SIGCONT)
-        short = kind in ("kill", "full")
+                time.sleep(after)
+                self._seen()
+                if alive():  # it went on; so that one start has two faults
+                    self.case.faults["kill"] += 1
+                    victims[0].send(signal.SIGKILL)
+        short = kind in ("kill", "full", "freeze")
         codes = finish(children, _PEER_LIMIT if short else max(end - time.monotonic(), 1))
         if None in codes:
             self.case.findings.append(f"a process of {len(codes)} still ran after a {kind or 'start'}")
@@ -315,7 +320,8 @@ def trial(
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         begin = time.monotonic()
-        left = min(kills - records.count("kill"), kills_per_run)
+        share = max(2, -(-kills // len(kinds)))  # so that a short trial comes to every kind
+        left = min(kills - records.count("kill"), kills_per_run, share)
         Disturbed(case, place, seed, settings["faults"], left).run()
         _outcome(case, place, wholes[kind])
         records.add(case)
