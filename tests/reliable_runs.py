@@ -167,13 +167,16 @@ def _code_of(function: Callable[[], Any]) -> int:
         return 1
 
 
-def start(run: Callable[[], Run], processes: int, log: pathlib.Path) -> list[Child]:
-    """Starts the processes of a run; the log of process `i` is `<log>.<i>`."""
+def start(
+    run: Callable[[], Run], processes: int, log: pathlib.Path, devices: int = 1
+) -> list[Child]:
+    """Starts the processes of a run, each of `devices`; the log of process `i` is `<log>.<i>`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
 
     def train(index: int) -> None:
+        jax.config.update("jax_num_cpu_devices", devices)
         if processes > 1:
             distributed.initialize(
                 coordinator_address=address, num_processes=processes, process_id=index

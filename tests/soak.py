@@ -29,7 +29,6 @@ from collections.abc import Sequence
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import jax  # noqa: E402
 from reliable_runs import (  # noqa: E402
     Child,
     committed,
@@ -97,11 +96,8 @@ class Plan:
     def start(self, folder: pathlib.Path, steps: int, processes: int) -> list[Child]:
         """Starts the run on a mesh of two devices."""
 
-        def run():
-            jax.config.update("jax_num_cpu_devices", 2 // processes)
-            return tiny_run(folder, self.mode, steps, checkpoint=50, log=20, learning_rate=1e-3)
-
-        return start(run, processes, folder.with_suffix(".log"))
+        run = lambda: tiny_run(folder, self.mode, steps, checkpoint=50, log=20, learning_rate=1e-3)
+        return start(run, processes, folder.with_suffix(".log"), 2 // processes)
 
 
 def soak(plan: Plan) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import json
 import math
 import pathlib
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import gin
@@ -178,13 +178,10 @@ class Watch:
         if len(losses) < health.least_steps:
             return loss <= _WORST_START * max([self._chance, *losses])
         usual = statistics.median(losses)
+        if loss <= max(health.loss_ratio * usual, usual + health.loss_margin):
+            return True
         deviation = 1.4826 * statistics.median(abs(x - usual) for x in losses)  # of a normal distribution
-        above = (
-            health.loss_ratio * usual,
-            usual + health.loss_deviations * deviation,
-            usual + health.loss_margin,
-        )
-        return loss <= max(above)
+        return loss <= usual + health.loss_deviations * deviation
 
     def _usual_memory(self, rms: float) -> bool:
         if len(self._memory) < self._health.least_steps:
@@ -300,13 +297,13 @@ class GoodCheckpoints:
         """Notes that a sound checkpoint is being saved after `step` steps."""
         self._pending[step] = 0
 
-    def observe(self, step: int, well: bool, existing: Collection[int]) -> None:
+    def observe(self, step: int, well: bool, existing: Callable[[], Collection[int]]) -> None:
         """Notes whether a step went well.
 
         Args:
           step: number of the step, from 1.
           well: result of `Watch.observe`.
-          existing: steps of the checkpoints that exist.
+          existing: returns the steps of the checkpoints that exist.
         """
         after = [saved for saved in self._pending if saved < step]
         if not well:
@@ -321,7 +318,8 @@ class GoodCheckpoints:
         for saved in found:
             del self._pending[saved]
         # A checkpoint that is still being written is not among the existing ones.
-        self._good = [step for step in self._good if step in existing] + sorted(found)
+        known = existing()
+        self._good = [step for step in self._good if step in known] + sorted(found)
         if self._writes:
             write_json(self._path, {"steps": self._good})
 

@@ -342,7 +342,7 @@ def _check_numbers(session: Session, step: int, sums: Sums) -> None:
     well, alarms = session.watch.observe(step + 1, sums)
     for alarm in alarms:
         session.log.event(step + 1, alarm.sentence, alarm.values)
-    session.good.observe(step + 1, well, session.checkpointer.all_steps())
+    session.good.observe(step + 1, well, session.checkpointer.all_steps)
     session.checkpointer.protect(session.good.kept)
     if session.skipped >= _MAX_SKIPPED:
         cause = f"The gradient was not finite in the {session.skipped} steps before step {step + 1}"
