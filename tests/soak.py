@@ -179,7 +179,7 @@ def _steps(plan: Plan, run: pathlib.Path) -> int:
     """The number of steps that the run is finished with; the same one if this is called again then."""
     path, newest = plan.folder / "steps.json", max(committed(run), default=0)
     steps = json.loads(path.read_text()) if path.exists() else 0
-    if newest > steps:
+    if newest > steps or not steps:
         steps = (newest // _ROUND + 1) * _ROUND
         path.write_text(json.dumps(steps))
     return steps
