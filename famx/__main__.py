@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": "famx.prepare",
     "inspect-data": "famx.inspect_data",
     "compile": "famx.compile",
+    "replay": "famx.replay",
 }
 
 

@@ -125,6 +125,7 @@ def run(
     define_flags: Callable[[], None] | None = None,
     gin_flags: bool = True,
     own_flags: bool = True,
+    argument: str | None = None,
 ) -> None:
     """Runs a main under absl; a ConfigError ends it in one sentence, with exit code 2.
 
@@ -134,11 +135,15 @@ def run(
       gin_flags: whether gin configures the main, so that gin's flags are declared too.
       own_flags: whether the arguments are flags; if not, the main reads them from `sys.argv`, and only
         `--help` as the first of them is answered here.
+      argument: flag that the first argument is the value of if it is no flag; None: there is no such
+        argument.
     """
     command_line.declare(define_gin_flags if gin_flags else None, define_flags)
 
     def flags_parser(argv: list[str]) -> list[str]:
         settings = "settings are --gin_file and --gin.NAME=VALUE." if gin_flags else "see --help."
+        if argument and argv[1:2] and not argv[1].startswith("-"):
+            argv = [argv[0], f"--{argument}={argv[1]}", *argv[2:]]
         if not own_flags:
             argv = argv[:2] if argv[1:2] in (["-h"], ["--help"]) else argv[:1]
         command_line.parse(rewrite_gin_args(argv) if gin_flags else argv, main, settings)

@@ -43,6 +43,18 @@ _STATE, _DATASET = "state", "dataset"
 _FINALIZE_THREAD = "save_finalize"  # orbax' thread of a save, which ends when the save is complete
 
 
+class _Newest:
+    """Orbax's policy of preservation: the newest checkpoints, and those that are protected."""
+
+    def __init__(self, number: int | None):
+        self.number, self.protected = number, frozenset()
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps = sorted(info.step for info in checkpoints)
+        kept = {*(steps if self.number is None else steps[-self.number :]), *self.protected}
+        return [info.step in kept for info in checkpoints]
+
+
 class Checkpointer:
     """Saves and restores `(tree, data_state)` by step, and deletes all but the newest checkpoints.
 
@@ -75,8 +87,9 @@ class Checkpointer:
         self.model_dir = pathlib.Path(model_dir)
         self._verified: set[int] = set()  # steps whose files were compared with their digests
         self._saving: int | None = None  # step of a save that may not be complete
+        self._newest = _Newest(None if read_only else keep)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=self._newest,
             step_prefix="checkpoint",
             save_interval_steps=0 if read_only else save_interval,
             create=not read_only,
@@ -119,6 +132,10 @@ class Checkpointer:
         args = ocp.args.Composite(**items)
         with self._saves():
             return self._manager.save(step, args=args, force=force, custom_metadata=CUSTOM_METADATA)
+
+    def protect(self, steps: Collection[int]) -> None:
+        """Keep the checkpoints of these steps however old they are, and no longer those named before."""
+        self._newest.protected = frozenset(steps)
 
     def restore(
         self, step: int | None, abstract_tree: Any, partial: bool = False

@@ -117,6 +117,11 @@ class Rows(NamedTuple):
     skipped: int = 0
     last_skipped: str = ""
 
+    @property
+    def trained(self) -> dict[str, np.ndarray]:
+        """The arrays that a step uses."""
+        return {name: x for name, x in self.batch.items() if name != "answer"}
+
 
 class Feed:
     """Base class of the feeds; has no curriculum and prepares no states."""

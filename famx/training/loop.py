@@ -6,6 +6,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import gin
 import jax
@@ -29,8 +30,9 @@ from famx.models import loss_weights
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY
 from famx.training.bad_data import look_at, take
 from famx.training.fallback import Choice, choose
-from famx.training.feeds import Feed
-from famx.training.metrics import RecentMetrics
+from famx.training.feeds import Feed, Rows
+from famx.training.health import GoodCheckpoints, Unsound, Watch
+from famx.training.metrics import RecentMetrics, Sums
 from famx.training.resuming import History, Start, cannot_change, last_scalars, starting
 from famx.training.run import Run
 from famx.training.run_log import RunLog
@@ -40,6 +42,7 @@ from famx.training.settings import agreement, settings_of
 from famx.training.speed import Profile
 from famx.training.stages import Place, Stage, stages_of
 from famx.training.step import TrainState, make_initializer, with_new_states
+from famx.training.stopping import stopped_by_numbers
 
 _MAX_SKIPPED = 20  # steps in a row whose gradient was not finite
 _STOP_PERIOD = 10  # steps between agreements of several processes on a stop, which wait for the devices
@@ -71,12 +74,14 @@ def train(run: Run, allow_changes: Sequence[Name] = ()) -> dict[str, float]:
 
     Raises:
       ConfigError: the settings do not fit, or are not those of the run that resumes; known before
-        anything is compiled or written. Or too many steps in a row had a gradient that was not finite.
+        anything is compiled or written. Or the numbers went wrong: too many steps in a row had a gradient
+        that was not finite, or the parameters left their limits.
     """
     stages, directory, profile = _check(run)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(run_lock(directory))
-        stages, data = _open_data(stages)
+        stages, data = open_data(stages)
+        gin_utils.check_all_used()
         last = stages[-1].run
         if jax.process_count() > 1:
             agree("settings", agreement(last, data.settings, allow_changes))
@@ -92,8 +97,11 @@ def train(run: Run, allow_changes: Sequence[Name] = ()) -> dict[str, float]:
             stages, data, directory, profile, checkpointer, lock, choice, start, stack
         )
         seconds = None if run.minutes is None else 60 * run.minutes
-        _step_through(session, stack.enter_context(graceful_stop(seconds=seconds)))
-        return _finish(session)
+        try:
+            _step_through(session, stack.enter_context(graceful_stop(seconds=seconds)))
+            return _finish(session)
+        except Unsound as error:
+            raise stopped_by_numbers(session, error) from error
 
 
 # ---------------------------------------------------------------- check
@@ -121,8 +129,8 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
 # ---------------------------------------------------------------- open the data
 
 
-def _open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
-    """The stages with vocabulary and evaluation set, and their data."""
+def open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
+    """The stages with vocabulary and evaluation set, and their data, checked; writes nothing."""
     last = stages[-1].run
     initial_dir = initial_vocabulary = None
     if last.initial_checkpoint_path is not None:
@@ -157,7 +165,6 @@ def _open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
         for other in feeds:
             feed.share(other)
         feeds.append(feed)
-    gin_utils.check_all_used()
     return stages, dataclasses.replace(data, feeds=tuple(feeds), settings=settings_of(stages, tasks))
 
 
@@ -223,7 +230,7 @@ def _begin_or_resume(
     writer = RunWriter(last, directory, checkpointer, lock)
     notes = [*data.notes, *writer.notes(), *start.notes]
     if resumed is None:
-        state = _new_state(run, data, initialize, writer, notes)
+        state = new_state(run, data, initialize, writer, notes)
     else:
         state = _restored(checkpointer, start, abstract, data.feeds[place.index])
         notes += choice.set_newer_aside(checkpointer)
@@ -231,7 +238,7 @@ def _begin_or_resume(
     log = stack.enter_context(
         RunLog(
             str(directory), steps=run.steps, start_step=step, enabled=first,
-            skip_if_full=last.retry_full_disk,
+            skip_if_full=last.retry_full_disk, event_delay=METRICS_DELAY + 1,
         )
     )  # fmt: skip
     if first:
@@ -244,10 +251,16 @@ def _begin_or_resume(
         log.message(note)
 
     metrics = RecentMetrics(position.get("pending", ()))
+    watch = Watch(last.health, last.model.config.vocab_size)
+    if "watch" in position:
+        watch.set_state(position["watch"])
+    existing = [saved for saved in checkpointer.all_steps() if saved <= step]
+    good = GoodCheckpoints(directory, existing, last.health.confirm_steps, first)
+    checkpointer.protect(good.kept)
     stack.callback(profile.close)
     session = Session(
         last, data, directory, profile, checkpointer, writer, log, place, state, step, metrics,
-        position.get("logged", step), position.get("skipped", 0), step, choice.origin,
+        position.get("logged", step), position.get("skipped", 0), watch, good, step, choice.origin,
     )  # fmt: skip
     stack.callback(session.close)
     stack.enter_context(run.on_mesh())
@@ -271,7 +284,9 @@ def _restored(checkpointer: Checkpointer, start: Start, abstract: TrainState, fe
     return TrainState.from_checkpoint(tree)
 
 
-def _new_state(run: Run, data: OpenData, initialize, writer: RunWriter, notes: list[str]) -> TrainState:
+def new_state(
+    run: Run, data: OpenData, initialize, writer: RunWriter | None, notes: list[str]
+) -> TrainState:
     """The initial state; adds to `notes` what was not taken from the initial checkpoint."""
     pretrained, loaded = {}, None
     if run.initial_checkpoint_path is not None:
@@ -279,7 +294,8 @@ def _new_state(run: Run, data: OpenData, initialize, writer: RunWriter, notes: l
             run.initial_checkpoint_path, run.model, run.memory_start, run.random_seed
         )
         notes += load_notes
-        writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
+        if writer is not None:
+            writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
         trained = TrainedModel(run.model, pretrained, 0, data.initial_dir)
         loaded = run.state_passing.load(trained)
     return initialize(jax.random.key(run.random_seed), pretrained, loaded)
@@ -304,20 +320,8 @@ def _step_through(session: Session, stop) -> None:
     every, steps, pad_id = session.last.every, session.last.steps, session.last.model.pad_id
     session.speed.restart()
     while session.step < steps and not _stopped(stop, session.step):
-        _observe(session)
-        with session.speed.waiting():
-            rows = take(session)
-        if session.longest not in (None, rows.longest):
-            log.message(f"Step {session.step}: {rows.longest} blocks unlocked.")
-        session.longest = rows.longest
-        state = session.state
-        state = state.replace(kept=session.feed.prepare(rows, state.params, state.kept))
-        batch = {name: x for name, x in rows.batch.items() if name != "answer"}
-        batch = session.data.place(batch)
-        profile.before(session.step + 1)
-        session.state, metrics = session.train_step(state, batch)
-        session.metrics.add(session.step, rows.blocks, metrics)
-        session.step += 1
+        observe(session)
+        rows, batch, metrics = take_step(session)
         weighted = np.mean(loss_weights(rows.batch, pad_id) != 0)
         session.speed.count(*batch["decoder_target_tokens"].shape, weighted)
         if profile.after(session.step, metrics):
@@ -335,6 +339,23 @@ def _step_through(session: Session, stop) -> None:
             session.speed.restart()
 
 
+def take_step(session: Session) -> tuple[Rows, dict[str, jax.Array], dict[str, Any]]:
+    """Takes a step; returns its rows, its batch on the devices and its metrics."""
+    with session.speed.waiting():
+        rows = take(session)
+    if session.longest not in (None, rows.longest):
+        session.log.message(f"Step {session.step}: {rows.longest} blocks unlocked.")
+    session.longest, session.recent[session.step] = rows.longest, rows
+    state = session.state
+    state = state.replace(kept=session.feed.prepare(rows, state.params, state.kept))
+    batch = session.data.place(rows.trained)
+    session.profile.before(session.step + 1)
+    session.state, metrics = session.train_step(state, batch)
+    session.metrics.add(session.step, rows.blocks, metrics)
+    session.step += 1
+    return rows, batch, metrics
+
+
 def _next_stage(session: Session) -> None:
     """Enters the next stage; a checkpoint that is saved now resumes at its beginning."""
     session.place.advance(session.step)
@@ -350,28 +371,33 @@ def _stopped(stop, step: int) -> bool:
     return (jax.process_count() == 1 or step % _STOP_PERIOD == 0) and stop()
 
 
-def _observe(session: Session) -> None:
+def observe(session: Session) -> None:
     """Reads the metrics of `METRICS_DELAY` steps ago, and requests the next batch."""
     seen = session.step - 1 - METRICS_DELAY
     entry = session.metrics.read(seen)
     if entry is not None:
-        session.skipped = _skipped(session.skipped, entry, seen + 1, session.checkpointer)
+        _check_numbers(session, seen, entry[1])
         if seen >= session.place.first:
             session.place.observe(*entry)
     session.ahead.ask(session.step + BATCHES_AHEAD, session.observation(seen))
 
 
-def _skipped(skipped: int, entry, step: int, checkpointer: Checkpointer) -> int:
-    """Number of steps in a row without a finite gradient, up to `step`; ConfigError if too many."""
-    skipped = skipped + 1 if entry[1]["skipped"][0] else 0
-    if skipped >= _MAX_SKIPPED:
-        last = checkpointer.latest_step()
-        good = f"The last checkpoint, of step {last}, is good."
-        raise ConfigError(
-            f"The gradient was not finite in the {skipped} steps before step {step}: lower the "
-            f"learning rate. {'There is no checkpoint yet.' if last is None else good}"
-        )
-    return skipped
+def _check_numbers(session: Session, step: int, sums: Sums) -> None:
+    """Checks the metrics of step `step`, counted from 0; Unsound if too many had no finite gradient."""
+    session.skipped = session.skipped + 1 if sums["skipped"][0] else 0
+    first = step - session.skipped + 1  # of those without a finite gradient
+    for old in [old for old in session.recent if old < step and old != first]:
+        del session.recent[old]
+    if step == session.place.first:
+        session.watch.restart()
+    well, alarms = session.watch.observe(step + 1, sums)
+    for alarm in alarms:
+        session.log.event(step + 1, alarm.sentence, alarm.values)
+    session.good.observe(step + 1, well, session.checkpointer.all_steps)
+    session.checkpointer.protect(session.good.kept)
+    if session.skipped >= _MAX_SKIPPED:
+        cause = f"The gradient was not finite in the {session.skipped} steps before step {step + 1}"
+        raise Unsound(cause, first)
 
 
 def _log(session: Session) -> None:
@@ -396,11 +422,11 @@ def _finish(session: Session) -> dict[str, float]:
     """Saves, and evaluates and reports a complete run; returns the last logged scalars."""
     run, step, log = session.last, session.step, session.log
     if step == run.steps:
-        skipped = session.skipped
+        observed = dataclasses.replace(session, watch=session.watch.copy())
         for late in range(step - 1 - METRICS_DELAY, step):
             entry = session.metrics.read(late)
             if entry is not None:
-                skipped = _skipped(skipped, entry, late + 1, session.checkpointer)
+                _check_numbers(observed, late, entry[1])
     if step != session.saved or session.checkpointer.latest_step() is None:
         session.save()
     session.checkpointer.wait()

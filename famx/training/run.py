@@ -47,6 +47,7 @@ from famx.modules.backends import resolve_backend
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import Source
 from famx.training.flops import Learning
+from famx.training.health import Health
 from famx.training.stage_line import StageLine
 from famx.training.state_passing import Fresh, StatePassing
 from famx.training.trainable import Trainable
@@ -215,10 +216,12 @@ class Run:
       every: periods of logs, checkpoints and evaluations.
       adapter_dtype: what `MODEL_DIR/adapter` is stored in, "float32" or "bfloat16", which takes half the
         space; the checkpoints always have the dtype of training.
-      checkpoints_to_keep: number of checkpoints to keep, the newest; None keeps all.
+      checkpoints_to_keep: number of checkpoints to keep, the newest; None keeps all. The newest good one
+        is kept in any case, see `famx.training.health`.
       resume_from: step of the checkpoint to resume from, in place of the newest one, see
         `famx.training.fallback`.
       retry_full_disk: if the disk is full, go on and save at the next period, rather than end.
+      health: limits of losses, parameters and memories.
       mesh: mesh of devices; None: `famx.mesh.make_mesh()`.
       rules: sharding rules from logical to mesh axes; None: `famx.mesh.make_rules()`.
       minutes: time after which training stops as at SIGTERM, from zero after a resume; None: no limit.
@@ -249,6 +252,7 @@ class Run:
     checkpoints_to_keep: Positive | None = 3
     resume_from: NonNegative | None = None
     retry_full_disk: bool = False
+    health: Health = Health()
     mesh: Mesh | None = None
     rules: Rules | None = None
     minutes: Rate | None = None

@@ -13,7 +13,7 @@ from famx.base.progress import Progress
 from famx.base.text import clock
 from famx.training.event_files import summary_writer
 
-_FILE = "metrics.jsonl"
+_FILE, _EVENT = "metrics.jsonl", "event"
 _FLUSH_SECONDS = 5
 
 
@@ -32,6 +32,8 @@ class RunLog:
         stream: stream for progress, standard error by default; a terminal gets a bar.
         enabled: whether methods do anything; False in all processes but the first.
         skip_if_full: leave out lines for which the disk has no space, rather than raise.
+        event_delay: number of steps that a run takes before it knows the events of a step, so that one
+            that resumes at `start_step` writes the events of that many steps before it again.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class RunLog:
         stream: IO[str] | None = None,
         enabled: bool = True,
         skip_if_full: bool = False,
+        event_delay: int = 0,
     ):
         self._enabled, self._skip_if_full = enabled, skip_if_full
         if not enabled:
@@ -50,7 +53,7 @@ class RunLog:
         self._name = name
         self._progress = Progress(name, steps, start_step, line_seconds=0, stream=stream)
         self._path = path = pathlib.Path(model_dir) / _FILE
-        _drop_later_lines(path, start_step)
+        _drop_later_lines(path, start_step, event_delay)
         # Unbuffered: what could not be written for want of space is not tried again on closing.
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._writer = summary_writer(
@@ -101,6 +104,11 @@ class RunLog:
         if self._enabled:
             self._progress.message(text)
 
+    def event(self, step: int, sentence: str, values: Mapping[str, float]) -> None:
+        """Records something unusual of a step: a line for the reader, `values` in the split "event"."""
+        self.message(sentence)
+        self.write(step, values, split=_EVENT)
+
     def close(self) -> None:
         """Closes the files and the bar; safe to call twice."""
         if not self._enabled:
@@ -134,7 +142,8 @@ def _parse(line: str) -> dict | None:
         return None
 
 
-def _drop_later_lines(path: pathlib.Path, step: int) -> None:
-    kept = [line for line in read_metrics(str(path.parent)) if line["step"] <= step]
+def _drop_later_lines(path: pathlib.Path, step: int, event_delay: int) -> None:
+    last = lambda line: step - event_delay if line["split"] == _EVENT else step
+    kept = [line for line in read_metrics(str(path.parent)) if line["step"] <= last(line)]
     if path.exists():
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

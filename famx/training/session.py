@@ -9,7 +9,8 @@ import jax
 
 from famx.model_dir.checkpointer import Checkpointer
 from famx.training.ahead import BATCHES_AHEAD, OBSERVED_DELAY, BatchesAhead
-from famx.training.feeds import Feed
+from famx.training.feeds import Feed, Rows
+from famx.training.health import GoodCheckpoints, Watch, check_sound
 from famx.training.metrics import RecentMetrics, mean
 from famx.training.run import Run
 from famx.training.run_log import RunLog
@@ -59,12 +60,16 @@ class Session:
       metrics: metrics of steps that are not logged or not yet observed.
       logged: number of steps taken at the last line of the log.
       skipped: number of latest steps in a row without a finite gradient, among those with metrics read.
+      watch: what was usual in the steps with metrics read.
+      good: which checkpoints are good.
       saved: number of steps taken at the last checkpoint; -1: it could not be written.
       resumed_from: the step that `Run.resume_from` named, or None.
       ahead, speed, train_step: of the stage, see `enter`.
       longest: length in blocks that the curriculum unlocked last; None without a curriculum.
       scalars: scalars of the last line of the log.
       bad_records: number of bad documents that were left out, as the log tells.
+      recent: rows of the latest steps, numbered from 0: from the last one whose metrics are read on, and
+        of the first of the `skipped` ones.
       programs: jitted steps, each with the run and the shardings that it was made for.
     """
 
@@ -81,6 +86,8 @@ class Session:
     metrics: RecentMetrics
     logged: int
     skipped: int
+    watch: Watch
+    good: GoodCheckpoints
     saved: int
     resumed_from: int | None = None
     ahead: BatchesAhead | None = None
@@ -89,6 +96,7 @@ class Session:
     longest: int | None = None
     scalars: dict[str, float] = dataclasses.field(default_factory=dict)
     bad_records: int = 0
+    recent: dict[int, Rows] = dataclasses.field(default_factory=dict)
     programs: list[tuple[Run, Any, Any]] = dataclasses.field(default_factory=list)
 
     @property
@@ -146,8 +154,19 @@ class Session:
         """Jitted function that merges adapters and int8 kernels into the decoder's parameters."""
         return jax.jit(self.last.model.merged)
 
+    def check_sound(self) -> None:
+        """Raises Unsound if what learns or its moments are beyond the limits."""
+        run, state = self.run, self.state
+        learned = run.state_passing.part(run.trainable, state.params, state.kept)
+        check_sound(learned, state.opt_state, run.health, self.step)
+
     def save(self) -> None:
-        """Saves a checkpoint from which the run resumes exactly."""
+        """Saves a checkpoint from which the run resumes exactly.
+
+        Raises:
+          Unsound: parameters or moments are beyond the limits, see `famx.training.health`.
+        """
+        self.check_sound()
         self.metrics.drop(min(self.logged, self.step - OBSERVED_DELAY))
         position = {
             "feed": self.ahead.state(),
@@ -159,6 +178,7 @@ class Session:
                 "settings": self.data.settings,
                 "versions": versions(),
             },
+            "watch": self.watch.get_state(),
         }
         if self.place.stage.count > 1:
             position["stage"] = self.place.get_state()
@@ -167,6 +187,9 @@ class Session:
         self.check_saves(wait=True)
         sentence = self.writer.save(self.step, self.state, position)
         self.saved = self.step
+        if sentence is None:
+            self.good.saved(self.step)
+            self.checkpointer.protect(self.good.kept)
         self._not_saved(sentence)
 
     def check_saves(self, wait: bool = False) -> None:

@@ -106,14 +106,16 @@ def with_new_states(run: Run, state: TrainState, abstract: TrainState) -> TrainS
     return state.replace(kept=jax.jit(initial, out_shardings=shardings)(state.params))
 
 
-def make_train_step(run: Run, abstract: TrainState):
-    """The jitted `train_step(state, batch) -> (state, metrics)`; `state`, as `abstract`, is donated.
+def make_gradient(run: Run):
+    """The function `(part, state, batch, rng) -> (gradient, (metrics, kept))` of a training step.
 
     With several microbatches, the gradient of the batch is summed over its parts, computed one after
-    another; losses are divided by the weights of the whole batch, so the result of the step is the same.
+    another; losses are divided by the weights of the whole batch, so the result is the same.
 
-    Parameters that do not learn are returned unchanged, without a copy. A step whose gradient is not
-    finite changes only the step number, and counts in the metric `skipped`.
+    Returns:
+      That function: `part` are the values that learn (`run.state_passing.part`), `state` a `TrainState`,
+      `rng` the result of `step_key`. Its results are the gradient of `part`, the metrics, and the kept
+      states after the step, None if they stay as they are.
     """
     model, states, trainable = run.model, run.state_passing, run.trainable
 
@@ -151,10 +153,25 @@ def make_train_step(run: Run, abstract: TrainState):
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, part)
         return grads, (metrics, states.join(state.kept, ends))
 
+    return gradient if run.microbatches == 1 else accumulated
+
+
+def step_key(run: Run, step: jax.Array) -> jax.Array:
+    """The random key of a step, int32 `step` counted from 0."""
+    return jax.random.fold_in(jax.random.key(run.random_seed), step)
+
+
+def make_train_step(run: Run, abstract: TrainState):
+    """The jitted `train_step(state, batch) -> (state, metrics)`; `state`, as `abstract`, is donated.
+
+    Parameters that do not learn are returned unchanged, without a copy. A step whose gradient is not
+    finite changes only the step number, and counts in the metric `skipped`.
+    """
+    states, trainable, compute = run.state_passing, run.trainable, make_gradient(run)
+
     def train_step(state: TrainState, batch):
-        rng = jax.random.fold_in(jax.random.key(run.random_seed), state.step)
+        rng = step_key(run, state.step)
         part = states.part(trainable, state.params, state.kept)
-        compute = gradient if run.microbatches == 1 else accumulated
         grads, (metrics, end) = compute(part, state, batch, rng)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)

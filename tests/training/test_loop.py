@@ -228,7 +228,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
 @pytest.mark.usefixtures("poisoned")
 def test_twenty_such_steps_in_a_row_end_the_run(tmp_path):
     broken = dict(task="poisoned", steps=50, every=Every(log=4, checkpoint=3))
-    sentence = "not finite in the 20 steps before step 23: lower the learning rate. The last"
+    sentence = "not finite in the 20 steps before step 23: lower the learning rate. There is no good"
     with pytest.raises(ConfigError, match=sentence):
         run(tmp_path, **broken, options={"steps": (0, *range(3, 50))})
     assert np.isfinite(saved(tmp_path, 21)["target"]["embedding"]).all()
