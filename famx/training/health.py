@@ -21,23 +21,30 @@ import math
 import pathlib
 import statistics
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 from flax import serialization, traverse_util
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_json
+from famx.base.ranges import Amount, Positive
+from famx.base.values import checked
 from famx.training.metrics import Sums, mean
 
 _MEMORY = "memory_rms"  # the metric of the size of a memory, of every memory that has one
 _WORST_START = 10  # multiple of the loss of knowing nothing that no model begins with
 
 
+_AtLeastOne = Annotated[float, Ge(1)]
+
+
 @gin.configurable
+@checked
 @dataclasses.dataclass(frozen=True)
 class Health:
     """Limits of the numbers of a run. An alarm is a line of the log and an event in the metrics.
@@ -59,23 +66,16 @@ class Health:
       ConfigError: on construction, if a limit is out of range.
     """
 
-    window: int = 50
-    least_steps: int = 20
-    loss_ratio: float = 1.5
-    loss_deviations: float = 8.0
-    loss_margin: float = 0.5
-    memory_ratio: float = 10.0
-    largest_parameter: float = 1e6
-    confirm_steps: int = 5
+    window: Annotated[int, Ge(2)] = 50
+    least_steps: Annotated[int, Ge(2)] = 20
+    loss_ratio: _AtLeastOne = 1.5
+    loss_deviations: Amount = 8.0
+    loss_margin: Amount = 0.5
+    memory_ratio: _AtLeastOne = 10.0
+    largest_parameter: _AtLeastOne = 1e6
+    confirm_steps: Positive = 5
 
     def __post_init__(self):
-        least = {
-            "window": 2, "least_steps": 2, "loss_ratio": 1, "loss_deviations": 0, "loss_margin": 0,
-            "memory_ratio": 1, "largest_parameter": 1, "confirm_steps": 1,
-        }  # fmt: skip
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ConfigError(f"Health.{name} must be at least {bound}, not {getattr(self, name)}.")
         if self.least_steps > self.window:
             raise ConfigError(
                 f"Health.least_steps is {self.least_steps}, but Health.window holds only {self.window}"
