@@ -301,6 +301,17 @@ def test_units_are_encoded_once_for_equal_vocabularies():
     assert real_text_units(ByteVocabulary(), " ", True) is real_text_units(ByteVocabulary(), " ", True)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_may_be_learnt_too(name):
+    probe, with_text = PROBES[name](), PROBES[name](text_weight=0.25)
+    length = length_of(probe, 40)
+    plain, row = (p.example(3, length) for p in (probe, with_text))
+    start = row["answer_start"]
+    np.testing.assert_array_equal(row["tokens"], plain["tokens"])
+    np.testing.assert_array_equal(row["weights"][start:], plain["weights"][start:])
+    np.testing.assert_array_equal(row["weights"][:start], np.maximum(plain["weights"][:start], 0.25))
+
+
 def test_probes_are_values():
     for name in NAMES:
         probe = PROBES[name]()
@@ -315,6 +326,7 @@ def test_probes_are_values():
         (dict(split="test"), "choose one of train, eval"),
         (dict(seed=-1), "at least 0"),
         (dict(answer_weight=-0.5), "must not be negative"),
+        (dict(text_weight=-0.5), "A probe's text_weight is -0.5; it must not be negative"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)

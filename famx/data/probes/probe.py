@@ -32,8 +32,9 @@ class Probe:
 
     Attributes:
       vocabulary: see `famx.data.vocabularies.as_vocabulary`; it must have a bos_id.
-      answer_weight: loss weight of the tokens of the answer. Unless a subclass says otherwise, all
-        other tokens have weight 0.
+      answer_weight: loss weight of the tokens of the answer.
+      text_weight: loss weight of all other tokens, unless a subclass gives some of them a larger one.
+        Above 0, a pretrained model goes on learning to write such texts while it learns the task.
       seed: seed of all examples, at least 0.
       split: "train" or "eval"; examples of the two are drawn from disjoint random streams.
 
@@ -43,6 +44,7 @@ class Probe:
 
     vocabulary: str | Vocabulary = "bytes"
     answer_weight: float = 1.0
+    text_weight: float = 0.0
     seed: int = 0
     split: str = "train"
 
@@ -56,8 +58,9 @@ class Probe:
                 "one, such as its eos_id."
             )
         check_choice("split", self.split, SPLITS)
-        if self.answer_weight < 0:
-            raise ValueError(f"A probe's answer_weight is {self.answer_weight}; it must not be negative.")
+        for name in ("answer_weight", "text_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"A probe's {name} is {getattr(self, name)}; it must not be negative.")
         if self.seed < 0:
             raise ValueError(f"A probe's seed must be at least 0, but it is {self.seed}.")
 
@@ -118,6 +121,7 @@ class Probe:
         answer_start = row["answer_start"]
         row["answer"] = row["tokens"][answer_start:]
         weights = row.setdefault("weights", np.zeros(length, np.float32))
+        weights[:answer_start] = np.maximum(weights[:answer_start], self.text_weight)
         weights[answer_start:] = self.answer_weight
         return row
 
