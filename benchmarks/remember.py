@@ -119,9 +119,9 @@ SIZES = {
     # Two CPU cores, for a model of 135M parameters: short blocks and a short memory.
     "cpu": Size(
         stages=(
-            {"steps": 200, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
-             "microbatches": 2, "curriculum": {"blocks": (2, 4)}},
-            {"steps": 80, "options": {**VARIED, "filler": _FILLERS}, "curriculum": None},
+            {"steps": 240, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
+             "microbatches": 2, "curriculum": {"blocks": (2, 4)},
+             "options": {"filler": _FILLERS, "text_weight": 0.02}},
             {"state_passing": "aged", "curriculum": {"blocks": (4, 8, 16, 32)}},
         ),
         steps=320,

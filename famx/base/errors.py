@@ -1,6 +1,6 @@
 """Exceptions for mistakes of the user, and for data that cannot be used."""
 
-_MOST_CHARACTERS = 4000
+_MOST_CHARACTERS = 10_000
 
 
 class ConfigError(ValueError):

@@ -301,6 +301,17 @@ def test_units_are_encoded_once_for_equal_vocabularies():
     assert real_text_units(ByteVocabulary(), " ", True) is real_text_units(ByteVocabulary(), " ", True)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_may_be_learnt_too(name):
+    probe, with_text = PROBES[name](), PROBES[name](text_weight=0.25)
+    length = length_of(probe, 40)
+    plain, row = (p.example(3, length) for p in (probe, with_text))
+    start = row["answer_start"]
+    np.testing.assert_array_equal(row["tokens"], plain["tokens"])
+    np.testing.assert_array_equal(row["weights"][start:], plain["weights"][start:])
+    np.testing.assert_array_equal(row["weights"][:start], np.maximum(plain["weights"][:start], 0.25))
+
+
 def test_probes_are_values():
     for name in NAMES:
         probe = PROBES[name]()
@@ -315,6 +326,7 @@ def test_probes_are_values():
         (dict(split="test"), "split must be one of 'train', 'eval'"),
         (dict(seed=-1), "at least 0"),
         (dict(answer_weight=-0.5), "answer_weight must be a number of at least 0, not -0.5"),
+        (dict(text_weight=-0.5), "text_weight must be a number of at least 0, not -0.5"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)

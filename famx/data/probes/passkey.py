@@ -72,7 +72,7 @@ class PasskeyTask(Probe):
         block of this number of tokens, both as targets and as inputs (one position later). Question
         and answer are the last tokens: they are within one block if the length is a multiple of it.
       mention_weight: loss weight of the second mention of a key in its statement. The answer has
-        `answer_weight`, and all other tokens 0.
+        `answer_weight`, and all other tokens `text_weight`.
 
     Raises:
       ValueError: on construction, a setting is invalid.

@@ -34,8 +34,9 @@ class Probe:
 
     Attributes:
       vocabulary: see `famx.data.vocabularies.as_vocabulary`; it must have a bos_id.
-      answer_weight: loss weight of the tokens of the answer. Unless a subclass says otherwise, all
-        other tokens have weight 0.
+      answer_weight: loss weight of the tokens of the answer.
+      text_weight: loss weight of all other tokens, unless a subclass gives some of them a larger one.
+        Above 0, a pretrained model goes on learning to write such texts while it learns the task.
       seed: seed of all examples, at least 0.
       split: "train" or "eval"; examples of the two are drawn from disjoint random streams.
 
@@ -45,6 +46,7 @@ class Probe:
 
     vocabulary: AnyVocabulary = "bytes"
     answer_weight: Amount = 1.0
+    text_weight: Amount = 0.0
     seed: Seed = 0
     split: Annotated[str, OneOf(SPLITS)] = "train"
 
@@ -117,6 +119,7 @@ class Probe:
         answer_start = row["answer_start"]
         row["answer"] = row["tokens"][answer_start:]
         weights = row.setdefault("weights", np.zeros(length, np.float32))
+        weights[:answer_start] = np.maximum(weights[:answer_start], self.text_weight)
         weights[answer_start:] = self.answer_weight
         return row
 
