@@ -130,7 +130,8 @@ def test_a_second_run_in_the_directory_writes_nothing(copy):
 def test_no_run_deletes_its_last_checkpoint(tmp_path, keep):
     for call in (lambda: run(tmp_path / "a", checkpoints_to_keep=keep),
                  lambda: Checkpointer(tmp_path / "a", keep=keep)):  # fmt: skip
-        with pytest.raises(ConfigError, match=rf"checkpoints_to_keep must be .*at least 1.* None.*, not {keep}"):
+        sentence = rf"checkpoints_to_keep must be .*at least 1.* None.*, not {keep}"
+        with pytest.raises(ConfigError, match=sentence):
             call()
 
 
