@@ -51,8 +51,7 @@ def main() -> None:
         from famx.models.memory_start import MemoryStart
 
         fields, mesh = read_fields(values.set, values.memory) | given, read_mesh(values.mesh)
-        places = (values["from"].value, values.to)
-        start = MemoryStart(values.prompt, values.plain_text)
+        places, start = (values["from"].value, values.to), MemoryStart(values.prompt, values.plain_text)
         convert(*places, fields, mesh, values.tokenizer, values.pad_id, start, values.seed)
 
 

@@ -21,22 +21,16 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 can be reached.")
     define("num_processes", Positive, None, "Number of processes that train together.")
     define("process_id", NonNegative, None, "Index of this process, from 0.")
-    define(
-        "peer_timeout_seconds", Rate, 60.0, "Seconds without a sign of life after which a process is"
-        " lost, and the others end with exit code 75.",
-    )  # fmt: skip
+    silence = "Seconds without a sign of life after which a process is lost; the others exit with code 75."
+    define("peer_timeout_seconds", Rate, 60.0, silence)
     define("start_timeout_seconds", Rate, 300.0, "Seconds in which all processes must start.")
     flags.DEFINE_integer(
         "exit_code_if_stopped", 0, "Exit code of a run that SIGTERM or SIGINT stopped early.", 0, 255
     )
-    flags.DEFINE_integer(
-        "resume_from", None, "Step of the checkpoint to resume from, in place of the newest; newer ones"
-        " are moved to MODEL_DIR/set_aside.", 0,
-    )  # fmt: skip
-    flags.DEFINE_string(
-        "profile_steps", None, "First and last step to profile, such as 10:13; the trace goes to"
-        " MODEL_DIR/profile.",
-    )  # fmt: skip
+    older = "Step of the checkpoint to resume from; newer ones are moved to MODEL_DIR/set_aside."
+    define("resume_from", NonNegative, None, older)
+    steps = "First and last step to profile, such as 10:13; the trace goes to MODEL_DIR/profile."
+    flags.DEFINE_string("profile_steps", None, steps)
 
 
 def main() -> None:

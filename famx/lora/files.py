@@ -99,7 +99,7 @@ def save_adapter(
         MEMORY: None if memory is None else dict(memory),
     }
     metadata = {"format": "pt"} | ({FINGERPRINT: fingerprint} if fingerprint else {})
-    metadata[_CHECKSUM] = _checksum(config, tensors)
+    metadata[_CHECKSUM] = _checksum({name: config[name] for name in _CHECKED}, tensors)
     path = pathlib.Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,8 @@ def _read(path: pathlib.Path):
         raise ConfigError(
             f"The adapter {path} is damaged and cannot be read: {shown(str(error), 200)}."
         ) from None
-    if metadata.get(_CHECKSUM) not in (None, _checksum(config, stored)):
+    checked = {name: getattr(config, name) for name in _CHECKED}
+    if metadata.get(_CHECKSUM) not in (None, _checksum(checked, stored)):
         raise ConfigError(
             f"The adapter {path} is not as it was saved, the checksum of {WEIGHTS} and {CONFIG} does not"
             " fit: copy both again."
@@ -211,8 +212,8 @@ def _read(path: pathlib.Path):
     return config, tensors, metadata.get(FINGERPRINT)
 
 
-def _checksum(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
-    fields = {name: config.get(name) for name in _CHECKED}
+def _checksum(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    fields = {**fields, "lora_alpha": float(fields["lora_alpha"])}
     return checksum(json.loads(json.dumps(fields)), tensors)
 
 

@@ -47,7 +47,8 @@ class _Newest:
     """Orbax's policy of preservation: the newest checkpoints, and those that are protected."""
 
     def __init__(self, number: int | None):
-        self.number, self.protected = number, frozenset()
+        self.number = number
+        self.protected: frozenset[int] = frozenset()
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         steps = sorted(info.step for info in checkpoints)
