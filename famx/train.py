@@ -21,7 +21,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 can be reached.")
     define("num_processes", Positive, None, "Number of processes that train together.")
     define("process_id", NonNegative, None, "Index of this process, from 0.")
-    silence = "Seconds without a sign of life after which a process is lost; the others exit with code 75."
+    silence = "Seconds without a sign of life after which a process is lost; others exit with code 75."
     define("peer_timeout_seconds", Rate, 60.0, silence)
     define("start_timeout_seconds", Rate, 300.0, "Seconds in which all processes must start.")
     flags.DEFINE_integer(
