@@ -1,6 +1,6 @@
 """Exceptions for mistakes of the user, and for data that cannot be used."""
 
-_MOST_CHARACTERS = 10_000
+_MOST_CHARACTERS = 4800  # more than the longest path and a sentence
 
 
 class ConfigError(ValueError):
