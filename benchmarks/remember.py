@@ -141,10 +141,6 @@ SIZES = {
 # ---------------------------------------------------------------- the procedure
 
 
-class Stopped(SystemExit):
-    """Training was stopped by a signal; nothing is evaluated."""
-
-
 def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed: int) -> dict[str, Any]:
     """Train and evaluate the model in `directory/base`.
 
@@ -159,7 +155,7 @@ def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed
       Figures for `remember.json`.
 
     Raises:
-      Stopped: a signal stopped the training before its time.
+      SystemExit: a signal stopped the training before its time.
     """
     base = load_model(str(directory / "base"))
     model, twin = directory / "base.gin", directory / "bswa.gin"
@@ -179,7 +175,7 @@ def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed
         minutes, limit = (time.monotonic() - began) / 60, _minutes(name, size)
         trained = load_model(str(directory / name))
         if trained.step < steps and (limit is None or minutes < limit):
-            raise Stopped(f"Training stopped at step {trained.step}; the same command continues.")
+            raise SystemExit(f"Training stopped at step {trained.step}; the same command continues.")
         figures[name] = {
             "steps": trained.step,
             "minutes": minutes,
@@ -231,9 +227,9 @@ def _stage_ends(run: pathlib.Path) -> dict[str, int]:
 
 
 def _reached(run: pathlib.Path) -> int | None:
-    """Steps until the exact match over the longest documents of the first stage was `REACHED`, or None.
+    """Steps until the logged exact match of the first stage was `REACHED`, or None if it never was.
 
-    It is smoothed as for a stage's `until`.
+    It counts from where the longest documents are unlocked, smoothed from 0 like a stage's `until`.
     """
     lines = [line for line in read_metrics(str(run), "train") if int(line.get("stage", 1)) == 1]
     longest = max((line.get("blocks", 0) for line in lines), default=0)

@@ -175,7 +175,7 @@ def test_choices_are_measured_once_and_tabulated(tmp_path, monkeypatch, capsys):
     base = make_base(tmp_path / "base")
     size = dataclasses.replace(TINY, twin_steps=0)
     monkeypatch.setitem(memory_choices.SIZES, "twin", size)
-    choices = [choice for choice in memory_choices.CHOICES if choice[:2] in (({}, "text"), ({}, "bos"))]
+    choices = [choice for choice in memory_choices.CHOICES if choice in (({}, "text"), ({}, "bos"))]
     monkeypatch.setattr(memory_choices, "CHOICES", choices)
     page = tmp_path / "page.md"
     page.write_text("<!-- table: memory_choices_twin -->\n<!-- end -->\n")

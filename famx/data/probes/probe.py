@@ -36,7 +36,7 @@ class Probe:
       vocabulary: see `famx.data.vocabularies.as_vocabulary`; it must have a bos_id.
       answer_weight: loss weight of the tokens of the answer.
       text_weight: loss weight of all other tokens, unless a subclass gives some of them a larger one.
-        Above 0, a pretrained model goes on learning to write such texts while it learns the task.
+        Above 0, a pretrained model also trains on such texts while it learns the task.
       seed: seed of all examples, at least 0.
       split: "train" or "eval"; examples of the two are drawn from disjoint random streams.
 
