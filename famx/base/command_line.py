@@ -79,17 +79,22 @@ class _SettingParser(flags.ArgumentParser):
         return "setting"
 
 
-def parse(argv: Sequence[str], main: Callable[[], Any], settings: str) -> None:
+def parse(
+    argv: Sequence[str], main: Callable[[], Any], settings: str, argument: str | None = None
+) -> None:
     """Parses the arguments into `absl.flags.FLAGS`; `--help` prints the help text and exits.
 
     Args:
       argv: the program, then its arguments.
       main: the main that runs; its module says what it does.
       settings: end of the sentence about a stray argument.
+      argument: flag that the first argument is the value of if it is no flag; None: there is none.
 
     Raises:
       ConfigError: a flag does not exist or its value is invalid, or an argument is not a flag.
     """
+    if argument and argv[1:2] and not argv[1].startswith("-"):
+        argv = [argv[0], f"--{argument}={argv[1]}", *argv[2:]]
     options = set(argv[1 : argv.index("--")] if "--" in argv else argv[1:])
     if options & (_HELP | _HELP_FULL):
         print(_help_text(main))

@@ -142,11 +142,9 @@ def run(
 
     def flags_parser(argv: list[str]) -> list[str]:
         settings = "settings are --gin_file and --gin.NAME=VALUE." if gin_flags else "see --help."
-        if argument and argv[1:2] and not argv[1].startswith("-"):
-            argv = [argv[0], f"--{argument}={argv[1]}", *argv[2:]]
         if not own_flags:
             argv = argv[:2] if argv[1:2] in (["-h"], ["--help"]) else argv[:1]
-        command_line.parse(rewrite_gin_args(argv) if gin_flags else argv, main, settings)
+        command_line.parse(rewrite_gin_args(argv) if gin_flags else argv, main, settings, argument)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax reports every step of every save
         _cache_compiled_programs()

@@ -27,7 +27,7 @@ class Parsed(Exception):
     """The command was parsed; it is not run."""
 
 
-def parse(main, define_flags=None, gin_flags=True, own_flags=True):
+def parse(main, define_flags=None, gin_flags=True, own_flags=True, argument=None):
     """Replacement of `gin_utils.run`: a main that gin configures runs up to the end of gin's parsing."""
     if sys.argv[0] == "famx.verify":  # takes paths
         raise Parsed
@@ -39,8 +39,8 @@ def parse(main, define_flags=None, gin_flags=True, own_flags=True):
         raise Parsed
     command_line.declare(gin_utils.define_gin_flags if gin_flags else None, define_flags)
     argv = gin_utils.rewrite_gin_args(sys.argv) if gin_flags else sys.argv
-    command_line.parse(argv, main, "see --help.")
-    if gin_flags:
+    command_line.parse(argv, main, "see --help.", argument)
+    if gin_flags and not argument:  # the argument is a run's directory, which has the gin file
         main()
     raise Parsed
 
