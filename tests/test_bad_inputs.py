@@ -50,10 +50,9 @@ def answers(tmp_path_factory):
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "MPLCONFIGDIR": str(cache)},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    for end in ends:
-        if callable(end):
-            end()
     after = {path: contents(path) for path in watched}
+    for end in filter(callable, ends):
+        end()
     assert after[shared] == before[shared] and after[home] == before[home]
     return {
         name: (answer, places[name], before[places[name]], after[places[name]], files)

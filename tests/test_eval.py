@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_that_stays_is_an_error(model_dir, monkeypatch):
     for path in (model_dir / "checkpoint_2" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(ConfigError, match="checkpoint_2 is damaged and cannot be read: "):
+    with pytest.raises(ConfigError, match="checkpoint_2 is damaged: "):
         evaluate(str(model_dir), {"mean": Mean()})
     assert not (model_dir / "eval" / "mean").exists()
 

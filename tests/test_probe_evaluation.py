@@ -221,7 +221,7 @@ def test_a_table_without_a_folder_writes_nothing(tmp_path, monkeypatch):
         (dict(probes=["ruler_niah_singel_1"]), "is no probe. Did you mean ruler_niah_single_1?"),
         (dict(lengths=[200, 4000]), "begin with 200, too few for 'ruler_niah_single_1'"),
         (dict(probe_options={NEEDLE: {"colour": 1}}), "'ruler_niah_single_1': .*colour"),
-        (dict(probe_options={NEEDLE: {"keys": "letters"}}), "choose one of words, numbers, uuids"),
+        (dict(probe_options={NEEDLE: {"keys": "letters"}}), "must be one of 'words', .*, not 'letters'"),
         (dict(probes=["copy_at_distance"], probe_options={"copy_at_distance": {"block_size": 4}}),
          "does not fit into a block of 4"),
     ],

@@ -219,7 +219,7 @@ TRAINING = [
     ("run.Run.checkpoints_to_keep=0", f"Run.checkpoints_to_keep must be {WHOLE} or None, not 0."),
     ("run.Run.checkpoints_to_keep=-1", f"Run.checkpoints_to_keep must be {WHOLE} or None, not -1."),
     ("run.Run.microbatches=0", f"Run.microbatches must be {WHOLE}, not 0."),
-    ("run.Run.minutes='5'", "Run.minutes must be a number above 0 or None, not '5'."),
+    ("run.Run.minutes='5'", "Run.minutes must be a number of at least 0 or None, not '5'."),
     ("optimizers.adamw.weight_decay='0.1'",
      "adamw.weight_decay must be a number of at least 0, not '0.1'."),
     ("optimizers.adamw.b1=1", "adamw.b1 must be a number of at least 0 and below 1, not 1."),

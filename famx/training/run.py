@@ -26,7 +26,18 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from famx.base.errors import ConfigError
-from famx.base.ranges import Built, Expected, Name, NonNegative, Object, OneOf, Path, Positive, Rate, Seed
+from famx.base.ranges import (
+    Amount,
+    Built,
+    Expected,
+    Name,
+    NonNegative,
+    Object,
+    OneOf,
+    Path,
+    Positive,
+    Seed,
+)
 from famx.base.values import checked, options_named
 from famx.base.xla_options import CHOICES, DEFAULT, compiler_options
 from famx.data.tasks import registry
@@ -255,7 +266,7 @@ class Run:
     health: Health = Health()
     mesh: Mesh | None = None
     rules: Rules | None = None
-    minutes: Rate | None = None
+    minutes: Amount | None = None
     profile_steps: Name | None = None
     xla_options: Annotated[str, OneOf((DEFAULT, *CHOICES))] = DEFAULT
     stages: _Stages = ()

@@ -158,7 +158,7 @@ def test_without_flock_a_living_process_of_this_machine_has_the_lock(tmp_path, n
     first.acquire()
     assert f"process {os.getpid()} " in refusal(tmp_path)
     first.release()
-    ended = subprocess.Popen(["true"])
+    ended = start_process(["true"])
     ended.wait()
     leave_lease(tmp_path, machine=lock_module._machine(), pid=ended.pid, started="1")
     second = RunLock(tmp_path)

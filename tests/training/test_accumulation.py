@@ -83,7 +83,6 @@ def test_microbatches_need_less_memory():
     assert used[1] < 0.3 * used[0]
 
 
-@pytest.mark.parametrize("count", [0, 3])
-def test_a_batch_that_cannot_be_cut_is_refused(count, tmp_path):
-    with pytest.raises(ConfigError, match=f"BATCH_SIZE 4 cannot be cut into {count} microbatches"):
-        run(tmp_path, microbatches=count)
+def test_a_batch_that_cannot_be_cut_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="BATCH_SIZE 4 cannot be cut into 3 microbatches"):
+        run(tmp_path, microbatches=3)

@@ -112,7 +112,7 @@ def test_a_batch_is_drawn_a_fixed_number_of_steps_after_what_it_depends_on(monke
 SETTINGS = dict(
     mode="aged",
     state_passing=Aged(groups=2, refresh_period=3),
-    curriculum=Curriculum((4, 5, 7), unlock=0.001, smoothing=0.5, metric="loss", newest=0.6),
+    curriculum=Curriculum((4, 5, 7), unlock=0.0, metric="accuracy", smoothing=0.5, newest=0.6),
     steps=13,
 )
 

@@ -51,7 +51,7 @@ def test_a_bad_record_is_named_before_the_first_step(tmp_path, bad):
     with pytest.raises(BadRecord, match=f"Line 8 of {path}.*on_bad_record") as caught:
         run(tmp_path / "run", path)
     assert str(caught.value).count("Line 8") == 1
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def with_data(tmp_path, **changes):
@@ -101,7 +101,7 @@ def test_bad_records_that_are_skipped_are_said_before(tmp_path, capsys):
 def test_skipping_needs_documents_and_a_known_word(tmp_path):
     with pytest.raises(ConfigError, match="leaves out documents, and the task has none"):
         loop.train(make_run(model_dir=str(tmp_path / "run"), on_bad_record="skip"))
-    with pytest.raises(ConfigError, match="must be one of stop, skip; got 'ignore'"):
+    with pytest.raises(ConfigError, match="must be one of 'stop', 'skip', not 'ignore'"):
         Data("passkey", {"targets": 32}, 2, on_bad_record="ignore")
 
 

@@ -77,8 +77,9 @@ def test_lanes_equal_one_long_sequence_read_at_once():
     place = [None, None]  # which document each lane reads, and how far it has come
     seen = []
     for step in range(9):
-        batch, blocks, longest, refresh = feed.next(step)
-        assert blocks is longest is refresh is None
+        rows = feed.next(step)
+        batch = rows.batch
+        assert rows.blocks is rows.longest is rows.refresh is None
         nats = hits = 0
         for lane in range(2):
             targets = batch["decoder_target_tokens"][lane]

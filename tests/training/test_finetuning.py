@@ -12,6 +12,7 @@ import pytest
 import rounding
 import safetensors
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
 from test_loop import history, run, saved
 from tiny import (
     BLOCK,
@@ -80,7 +81,7 @@ def test_every_process_reads_the_weights_that_are_noted(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(saving, "weights_fingerprint", read.append)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    saving.RunWriter(make_run(), tmp_path, None).note_base("checkpoint_0", tmp_path, {"a": 1})
+    saving.RunWriter(make_run(), tmp_path, None, None).note_base("checkpoint_0", tmp_path, {"a": 1})
     assert read == [{"a": 1}] and not list(tmp_path.iterdir())
 
 
@@ -285,6 +286,8 @@ def test_an_adapter_brings_the_memory_that_it_was_trained_with(base, tmp_path):
     config = json.loads(file.read_text())
     config["famx_memory"]["memory"]["kind"] = "unheard-of"
     file.write_text(json.dumps(config))
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # without the checksum
     with pytest.raises(ConfigError, match="cannot be used: memory is of the kind 'unheard-of'"):
         load_model(base, adapter=str(tmp_path / "adapter"))
 

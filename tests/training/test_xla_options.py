@@ -55,8 +55,8 @@ def test_a_run_is_refused_before_anything_is_compiled():
 
 def test_the_step_is_compiled_with_the_options(monkeypatch):
     """Called, and ahead of time; that XLA refuses an option shows that it came there."""
-    monkeypatch.setitem(xla_options.CHOICES, "wrong", Choice("cpu", {"xla_gpu_no_such_option": True}))
-    run = make_run(xla_options="wrong").ready(jax.devices()[:1])
+    monkeypatch.setitem(xla_options.CHOICES, "graphs", Choice("cpu", {"xla_gpu_no_such_option": True}))
+    run = make_run(xla_options="graphs").ready(jax.devices()[:1])
     initialize, abstract = make_initializer(run)
     step = make_train_step(run, abstract)
     with run.on_mesh():
