@@ -33,6 +33,15 @@ def nearest(name: str, names: Sequence[str]) -> str:
       >>> nearest("TRAIN_STEP", ["BATCH_SIZE", "TRAIN_STEPS"])
       ' Did you mean TRAIN_STEPS?'
     """
+    return near(name, names, most=1)
+
+
+def near(name: str, names: Sequence[str], most: int = 3) -> str:
+    """Returns ' Did you mean X, Y or Z?' for up to `most` known names near to `name`, or ''."""
     lower = {known.lower(): known for known in names}
-    matches = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
-    return f" Did you mean {lower[matches[0]]}?" if matches else ""
+    *first, last = [
+        lower[match] for match in difflib.get_close_matches(name.lower(), list(lower), n=most, cutoff=0.5)
+    ] or [None]
+    if last is None:
+        return ""
+    return f" Did you mean {', '.join(first)}{' or ' * bool(first)}{last}?"

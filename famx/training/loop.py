@@ -81,7 +81,7 @@ def train(run: Run, allow_changes: Sequence[Name] = ()) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(run_lock(directory))
         stages, data = open_data(stages)
-        gin_utils.check_all_used()
+        data = dataclasses.replace(data, notes=(*data.notes, *gin_utils.check_all_used()))
         last = stages[-1].run
         if jax.process_count() > 1:
             agree("settings", agreement(last, data.settings, allow_changes))
