@@ -46,8 +46,8 @@ def main() -> None:
 
         cache_by_name(
             values.task, values.output_dir, options, values.vocabulary, values.split or None,
-            values.num_shards, values.decoder_only, values.length, values.examples, values["import"].value,
-            values.beam_options,
+            values.num_shards, values.decoder_only, values.length, values.examples,
+            values["import"].value, values.beam_options,
         )  # fmt: skip
 
 

@@ -4,7 +4,8 @@
         --gin.EVALUATIONS="{'passkey': @PasskeyEvaluation()}"
     famx eval probes --gin.CHECKPOINT_PATH=/tmp/famx/smollm2
 
-The settings are the macros of gin_configs/runs/eval.gin, which is read if no gin file is given. Prints a table of the results and writes them to `MODEL_DIR/eval/<name>/<step>.json`.
+The settings are the macros of gin_configs/runs/eval.gin, which is read if no gin file is given. Prints a
+table of the results and writes them to `MODEL_DIR/eval/<name>/<step>.json`.
 """
 
 from famx.base import gin_utils

@@ -4,7 +4,8 @@
 
 All arguments are those of `lm_eval`; `famx lm-eval run --help` lists them. Arguments of the model, as
 --model_args NAME=VALUE,...: checkpoint, and if wanted memory (a memory file), adapter, batch_size,
-add_bos_token, prefix_token_id, max_gen_toks, zero_memory, seed. --import=MODULE is famx's own. It needs pip install 'famx[lm-eval]'.
+add_bos_token, prefix_token_id, max_gen_toks, zero_memory, seed. Only --import=MODULE is famx's.
+It needs pip install 'famx[lm-eval]'.
 """
 
 import sys

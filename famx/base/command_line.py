@@ -20,8 +20,8 @@ _HELP = {"-h", "-help", "--help", "-helpshort", "--helpshort"}
 _HELP_FULL = {"-helpfull", "--helpfull"}
 _WIDTH = 100
 _SETTINGS = (
-    "Setting of a gin file, such as --gin.TRAIN_STEPS=100 or --gin.Fam.update=residual. Text needs no quotes;"
-    " numbers, lists, %MACRO and @function() are read as gin reads them. Repeatable."
+    "Setting of a gin file, such as --gin.TRAIN_STEPS=100 or --gin.Fam.update=residual. Text needs no"
+    " quotes; numbers, lists, %MACRO and @function() are read as gin reads them. Repeatable."
 )
 
 # Help of the flag of the commands that can run as a pipeline, see `famx.data.beam`.
@@ -139,7 +139,7 @@ def example(about: str | None) -> str:
     Raises:
       ValueError: there is none.
     """
-    found = re.search(r"^    (famx .+(?:\\\n.+)*)", about or "", re.MULTILINE)
+    found = re.search(r"^    (famx (?:.*\\\n)*.*)$", about or "", re.MULTILINE)
     if found is None:
         raise ValueError(f"No command in {about!r}.")
     return re.sub(r"\s*\\\n\s*", " ", found[1])
@@ -157,7 +157,7 @@ def _help_text(main: Callable[[], Any], argument: str | None = None) -> str:
     usage = f"Usage: {program}{_arguments(argument)} [--FLAG=VALUE ...]"
     lines = [about, "", usage, *(["", "Flags:"] if names else [])]
     if "gin_bindings" in names:
-        lines.append(f"  --gin.NAME=VALUE\n{textwrap.indent(textwrap.fill(_SETTINGS, _WIDTH - 6), ' ' * 6)}")
+        lines += ["  --gin.NAME=VALUE", _filled(_SETTINGS)]
     for name in names:
         flag = flags.FLAGS[name]
         choices = re.match(r"(<.+?>): ", flag.help)
@@ -166,8 +166,13 @@ def _help_text(main: Callable[[], Any], argument: str | None = None) -> str:
         if flag.default not in (None, "", []):
             text += f" Default: {str(flag.default_as_str)[1:-1]}."
         lines.append(f"  --{'[no]' * flag.boolean}{name}" + (f"={choices[1]}" if choices else ""))
-        lines.append(textwrap.indent(textwrap.fill(text, _WIDTH - 6), " " * 6))
+        lines.append(_filled(text))
     return "\n".join(lines)
+
+
+def _filled(text: str) -> str:
+    """The text about a flag, in lines below its name."""
+    return textwrap.indent(textwrap.fill(text, _WIDTH - 6), " " * 6)
 
 
 def _arguments(argument: str | None) -> str:

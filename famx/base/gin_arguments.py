@@ -1,8 +1,8 @@
 """Arguments of gin on a command line: `--gin.NAME=VALUE`, and gin files by name.
 
-A value that reads as gin is gin's: a number, True, False, None, or what begins with a quote, a bracket, `%`
-or `@`. Everything else is the text itself, so that `--gin.MODEL_DIR=runs/x` needs no quotes. A text that
-would read as gin, such as the number 7, needs quotes of its own: `--gin.NAME="'7'"`.
+A value that reads as gin is gin's: a number, True, False, None, or what begins with a quote, a bracket,
+`%` or `@`. Everything else is the text itself, so that `--gin.MODEL_DIR=runs/x` needs no quotes. A text
+that would read as gin, such as the number 7, needs quotes of its own: `--gin.NAME="'7'"`.
 """
 
 import ast

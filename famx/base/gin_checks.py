@@ -19,8 +19,8 @@ def check_macros() -> None:
     values, used = _macros()
     replaced = gin_overrides.current.all_replaced()
     for name, value in values.items():
-        unread = name not in used and not (f"%{name}" in replaced and not _commanded(name, _MACRO, "value"))
-        if unread and not _is_required(value):
+        replaced_reader = f"%{name}" in replaced and not _commanded(name, _MACRO, "value")
+        if name not in used and not replaced_reader and not _is_required(value):
             near = nearest(name, list(used))
             raise ConfigError(f"Nothing uses {name}: it is set, but no binding reads it.{near}")
     for name in used:
@@ -49,8 +49,8 @@ def check_all_used(ignore: Sequence[str] = ()) -> list[str]:
     To be called once everything configurable has been built. It catches what parsing cannot: a
     parameter of a function that this run never calls, or that its caller overrides. A parameter that is
     bound to nothing but a macro is exempt if a parameter in use is bound to the same macro: run files
-    bind LEARNING_RATE for every optimiser. Parameters that a file binds are exempt if a later binding took
-    the place of what they configure, as `--gin.OPTIMIZER=@optimizers.lion()` does of AdamW.
+    bind LEARNING_RATE for every optimiser. Parameters that a file binds are exempt if a later binding
+    took the place of what they configure, as `--gin.OPTIMIZER=@optimizers.lion()` does of AdamW.
 
     Args:
       ignore: names of configurables that are called only later.
@@ -92,8 +92,8 @@ def check_all_used(ignore: Sequence[str] = ()) -> list[str]:
             " not called with it. Remove the binding, or select the component that it configures."
         )
     return [
-        f"{_name(replaced[selector])} is set on the command line: the settings of {short(selector)} in the"
-        f" gin file, such as {example}, have no effect."
+        f"{_name(replaced[selector])} is set on the command line: the settings of {short(selector)} in"
+        f" the gin file, such as {example}, have no effect."
         for selector, example in forgiven.items() if _commanded(*replaced[selector])
     ]  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Names of famx's classes and functions in the bindings of a command line.
 
 A gin file makes a name known to gin by its import; a binding such as
-`--gin.DecoderConfig.memory=@modules.Memory()` has no imports. A name is looked up as a gin file would import
-it, `modules.Memory` from famx/modules, and a name alone among what famx has imported so far.
+`--gin.DecoderConfig.memory=@modules.Memory()` has no imports. A name is looked up as a gin file would
+import it, `modules.Memory` from famx/modules, and a name alone among what famx has imported so far.
 """
 
 import importlib
@@ -69,7 +69,7 @@ def _modules(path: str) -> Iterator[Any]:
     tail = path.removeprefix("famx.").replace(".", "/")
     for file in sorted([*package.rglob(f"{tail}.py"), *package.rglob(f"{tail}/__init__.py")]):
         parts = file.relative_to(package.parent).with_suffix("").parts
-        if _OTHER_PROGRAMS not in parts and "/".join(parts).removesuffix("/__init__").endswith(f"/{tail}"):
+        if _OTHER_PROGRAMS not in parts:
             yield importlib.import_module(".".join(parts).removesuffix(".__init__"))
 
 

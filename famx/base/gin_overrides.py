@@ -3,8 +3,8 @@
     OPTIMIZER = @optimizers.adamw()    in a file, with optimizers.adamw.weight_decay = 0.01
     --gin.OPTIMIZER=@optimizers.lion() on the command line
 
-The settings of adamw then have no effect, and that is no mistake: what the command line gives replaces what
-the file names. `recorded` notes such replacements while a configuration is parsed.
+The settings of adamw then have no effect, and that is no mistake: what the command line gives replaces
+what the file names. `recorded` notes such replacements while a configuration is parsed.
 """
 
 import contextlib

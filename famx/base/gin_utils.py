@@ -28,12 +28,11 @@ from famx.base import command_line, gin_overrides
 from famx.base.errors import ConfigError
 from famx.base.files import write_text
 from famx.base.gin_arguments import find_gin_file, gin_files
-from famx.base.gin_arguments import rewrite_gin_args as rewrite_gin_args  # part of this module's interface
+from famx.base.gin_arguments import rewrite_gin_args as rewrite_gin_args  # part of this interface
 from famx.base.gin_checks import check_all_used as check_all_used  # part of this module's interface
 from famx.base.gin_checks import check_macros, check_required, nearest, not_set, short, unset_macros
 from famx.base.gin_names import with_known_names
 from famx.base.gin_values import check_bindings
-
 
 _UNKNOWN = "No configurable matching "  # how gin's errors about names begin
 
@@ -56,8 +55,8 @@ def parse_gin(
       gin_files: files, looked up with their includes in the current directory, in `search_paths` and
         in the directory of famx's own gin_configs/; those in there also by name, as `passkey_tiny`. A
         module whose functions they bind without importing it must have been imported before.
-      gin_bindings: bindings such as `TRAIN_STEPS = 100`. They name classes and functions of famx as a file
-        would that imports their modules: `@modules.Memory()`.
+      gin_bindings: bindings such as `TRAIN_STEPS = 100`. They name classes and functions of famx as a
+        file would that imports their modules: `@modules.Memory()`.
       search_paths: further directories.
       unneeded: macros that may be unset; they become None.
 
@@ -149,15 +148,14 @@ def import_modules() -> None:
     """
     for name in flags.FLAGS["import"].value:
         if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) or name.endswith(".py"):
-            raise ConfigError(f"--import={name} must be the name of a module: my_module for my_module.py.")
+            raise ConfigError(f"--import={name} must name a module: my_module for my_module.py.")
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
             raise ConfigError(
-                f"--import={name}: there is no module {error.name} in {os.getcwd()} or among the installed"
-                " packages."
+                f"--import={name}: there is no module {error.name} in {os.getcwd()} or installed."
             ) from error
 
 
@@ -352,9 +350,9 @@ class _PlainErrors:
         if self.binding is not None:
             name, _, value = (part.strip() for part in self.binding.partition("="))
             return (
-                f"The value of --gin.{name} cannot be read: {value}. What begins with a quote, a bracket, % or"
-                f" @ is a Python literal, %MACRO or @function; text that begins so needs quotes of its own, as"
-                f" in --gin.{name}=\"'text'\"."
+                f"The value of --gin.{name} cannot be read: {value}. What begins with a quote, a bracket,"
+                " % or @ is a Python literal, %MACRO or @function; text that begins so needs its own"
+                f" quotes, as in --gin.{name}=\"'text'\"."
             )
         place = f" in {error.filename}, line {error.lineno}" if error.filename else ""
         return f"A gin file cannot be read{place}: {error.msg.splitlines()[0].rstrip('.')}."

@@ -1,7 +1,7 @@
-"""Numbers and lists of names, formatted for readers."""
+"""Numbers, lists of names and tables of texts, formatted for readers."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def byte_size(count: float, digits: int = 1) -> str:
@@ -24,6 +24,14 @@ def some(names: Sequence[str], most: int = 6) -> str:
     """'a, b and 3 more': the first `most` names and the number of the others."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts for a terminal: a line of headings, then a line for each row."""
+    lines = [tuple(head), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (zip(line, widths, strict=True) for line in lines)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in padded)
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
