@@ -151,7 +151,7 @@ def opened(monkeypatch, capsys):
         monkeypatch.setattr(loop, "_begin_or_resume", begin)
         monkeypatch.setattr(sys, "argv", ["train", *args])
         with pytest.raises(_Begins):
-            gin_utils.run(train.main, train.define_flags)
+            gin_utils.run(train.main, train.define_flags, argument="gin_file")
         return begun.pop()
 
     yield call
@@ -201,7 +201,7 @@ def bad_input(monkeypatch, capsys, tmp_path):
         _forget()
         monkeypatch.setattr(sys, "argv", ["train", *args])
         with pytest.raises(SystemExit) as caught:
-            gin_utils.run(train.main, train.define_flags)
+            gin_utils.run(train.main, train.define_flags, argument="gin_file")
         error = capsys.readouterr().err
         assert caught.value.code == 2, error
         *before, last = error.strip().splitlines()
@@ -251,7 +251,6 @@ def _forget():
         (["mesh.make_mesh.fsdp=3"], "does not fit"),
         (["BATCH_SIZE=0"], "BATCH_SIZE must be a whole number of at least 1, not 0."),
         (["TRAIN_STEPS=0", "LEARNING_RATE=0.1"], "TRAIN_STEPS must be a whole number of at least 1 or"),
-        (["MODEL_DIR='runs/x'"], "MODEL_DIR must be an absolute path, not runs/x: write /"),
         (["MODEL_DIR='/proc/famx/x'"], "MODEL_DIR /proc/famx/x is not writable"),
     ],
 )  # fmt: skip
@@ -263,7 +262,7 @@ def test_bad_settings(bad_input, tmp_path, bindings, sentence):
 
 def test_unset_macro(bad_input):
     sentence = bad_input(f"--gin_file={EXAMPLE}")
-    assert sentence == "MODEL_DIR is not set: add --gin.MODEL_DIR=\"'/some/dir'\"."
+    assert sentence == "MODEL_DIR is not set: add --gin.MODEL_DIR=/some/dir."
 
 
 def test_unknown_gin_file(bad_input, tmp_path):
@@ -272,7 +271,24 @@ def test_unknown_gin_file(bad_input, tmp_path):
 
 
 def test_no_gin_file(bad_input):
-    assert "is not set: add --gin." in bad_input()
+    sentence = bad_input()
+    assert sentence == (
+        "No gin file says what to run. A complete command is `famx train passkey_tiny"
+        " --gin.MODEL_DIR=/tmp/famx/passkey_tiny`; `famx examples` lists those that come with famx."
+    )
+    assert bad_input("--gin.TRAIN_STEPS=5") == sentence
+
+
+@pytest.mark.parametrize("name, near", [
+    ("passkey_tniy", " Did you mean passkey_tiny, passkey_tiny_bswa or passkey_short?"),
+    ("xyzzy", ""),
+    ("pretrain_2b", " Did you mean pretrain, pretrain_8b or pretrain_1b?"),
+])  # fmt: skip
+def test_a_wrong_name_lists_near_ones(bad_input, name, near):
+    sentence = bad_input(name)
+    assert sentence == (
+        f"There is no gin file {name}.{near} `famx examples` lists those that come with famx."
+    )
 
 
 def test_parameter_without_a_value(bad_input, tmp_path):

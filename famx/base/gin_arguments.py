@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from famx.base.errors import ConfigError
-from famx.base.text import near
+from famx.base.text import near, nearest
 
 _FLAG = "--gin."
 _BEGINNINGS = ("'", '"', "(", "[", "{", "%", "@")  # of values that are gin's, whatever follows
@@ -63,9 +63,12 @@ def find_gin_file(name: str, directories: Sequence[str]) -> str:
     shipped = {path.stem: path for path in shipped_files(directories)}
     if (found := shipped.get(name.removesuffix(".gin"))) is not None:
         return found.as_posix()
-    known = [*shipped, *gin_files(directories)]
-    example = " `famx examples` lists those that come with famx." if "/" not in name else ""
-    raise ConfigError(f"There is no gin file {name}.{near(name, known)}{example}")
+    if "/" in name or name.endswith(".gin"):
+        raise ConfigError(f"There is no gin file {name}.{nearest(name, list(gin_files(directories)))}")
+    hint = near(name, list(shipped))
+    raise ConfigError(
+        f"There is no gin file {name}.{hint} `famx examples` lists those that come with famx."
+    )
 
 
 def shipped_files(directories: Sequence[str]) -> Iterator[pathlib.Path]:

@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import sys
+import tokenize
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -78,7 +79,7 @@ def parse_gin(
                 try:
                     gin.parse_config(binding)
                 except ValueError as error:
-                    if not str(error).startswith(_UNKNOWN) or with_known_names(binding) == binding:
+                    if not str(error).startswith(_UNKNOWN):
                         raise
                     gin.parse_config(with_known_names(binding))
     unset = unset_macros(unneeded)
@@ -327,7 +328,7 @@ class _PlainErrors:
         text = str(error)
         place = re.search(r'In file "(.+)", line (\d+)', text)
         where = f" (in {place[1]}, line {place[2]})" if place else ""
-        if isinstance(error, SyntaxError):
+        if isinstance(error, SyntaxError | tokenize.TokenError):
             return self._syntax_sentence(error)
         if match := re.match(r"Unable to open file: (.+?)\. Searched", text):
             names = list(gin_files(self.prefixes))
@@ -346,7 +347,7 @@ class _PlainErrors:
             return f"The gin configuration is wrong{where}: {text.splitlines()[0]}"
         return None
 
-    def _syntax_sentence(self, error: SyntaxError) -> str:
+    def _syntax_sentence(self, error: SyntaxError | tokenize.TokenError) -> str:
         if self.binding is not None:
             name, _, value = (part.strip() for part in self.binding.partition("="))
             return (
@@ -354,6 +355,9 @@ class _PlainErrors:
                 " % or @ is a Python literal, %MACRO or @function; text that begins so needs its own"
                 f" quotes, as in --gin.{name}=\"'text'\"."
             )
+        if not isinstance(error, SyntaxError):  # a bracket or quotes that do not end
+            message, (line, _) = error.args
+            return f"A gin file cannot be read: {message}, line {line}."
         place = f" in {error.filename}, line {error.lineno}" if error.filename else ""
         return f"A gin file cannot be read{place}: {error.msg.splitlines()[0].rstrip('.')}."
 

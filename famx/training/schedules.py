@@ -108,8 +108,8 @@ def _check(
     if steps <= warmup_steps:
         raise ConfigError(f"steps ({steps}) must be larger than warmup_steps ({warmup_steps}).{hint}")
     if decay_steps > left:
-        raise ConfigError(f"decay_steps must be at most steps - warmup_steps ({left}), not {decay_steps}.{hint}")
-    if floor > learning_rate:
         raise ConfigError(
-            f"floor must be at most learning_rate ({learning_rate}), not {floor}: add {flag('floor', 0.0)}."
+            f"decay_steps must be at most steps - warmup_steps ({left}), not {decay_steps}.{hint}"
         )
+    if floor > learning_rate:
+        raise ConfigError(f"floor must be at most learning_rate ({learning_rate}), not {floor}.")
