@@ -196,7 +196,7 @@ def _model_dir() -> str:
     value = _macro("MODEL_DIR")
     if not isinstance(value, str) or not os.path.isabs(value):
         raise ConfigError(
-            f"MODEL_DIR must be an absolute path, not {value}: set --gin.MODEL_DIR=\"'/dir'\"."
+            f"MODEL_DIR must be an absolute path, not {value}: set --gin.MODEL_DIR=/dir."
         )
     return os.path.normpath(value)
 

@@ -230,10 +230,10 @@ def next_steps(plan: Plan, directory) -> str:
     """Commands that use the imported model."""
     lines = [f"Written: {directory}. Next:"]
     if plan.vocabulary is not None:
-        lines.append(f"  python -m famx.chat --checkpoint {directory}")
+        lines.append(f"  famx chat --checkpoint {directory}")
     lines.append(
-        "  python -m famx.train --gin_file=gin_configs/runs/finetune.gin"
+        "  famx train gin_configs/runs/finetune.gin"
         f" --gin_file={directory}/model.gin \\\n"
-        f"      --gin.INITIAL_CHECKPOINT_PATH=\"'{directory}'\" ..."
+        f"      --gin.INITIAL_CHECKPOINT_PATH='{directory}' ..."
     )
     return "\n".join(lines)
