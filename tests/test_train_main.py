@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -187,6 +188,69 @@ def test_an_evaluation_with_a_task_of_its_own_says_so(opened, tmp_path):
 def test_a_binding_that_an_option_overrides_is_refused(bad_input, tmp_path):
     sentence = bad_input(*arguments(tmp_path, "TASK_OPTIONS={'header': False}"))
     assert sentence.startswith("The binding PasskeyTask.header has no effect in this run")
+
+
+# ---------------------------------------------------------------- first tweaks
+
+
+def names_in(notes):
+    """What the command line sets, and whose settings have no effect, of the notes in the log."""
+    pattern = r"(\S+) is set on the command line: the settings of (\S+) in the gin file, such as \S+, have no"
+    return [match.groups() for note in notes if (match := re.match(pattern, note))]
+
+
+@pytest.mark.parametrize("tweaks, replaced", [
+    (["LEARNING_RATE=1e-3"], [("LEARNING_RATE", "warmup_stable_decay")]),
+    (["LEARNING_RATE=1e-3", "TRAIN_STEPS=5"], [("LEARNING_RATE", "warmup_stable_decay")]),
+    (["LEARNING_RATE=@schedules.constant_rate()", "schedules.constant_rate.learning_rate=1e-3"],
+     [("LEARNING_RATE", "warmup_stable_decay")]),
+    (["warmup_stable_decay.learning_rate=1e-3"], []),
+    (["OPTIMIZER=@lion()"], [("OPTIMIZER", "adamw")]),
+    (["BATCH_SIZE=1"], []),
+    (["BATCH_SIZE=3"], []),
+    (["Run.evaluation=None"], [("Run.evaluation", "PasskeyEvaluation")]),
+    (["run.Run.evaluation=None", "Data.curriculum=None", "TASK_FEATURE_LENGTHS={'targets': 64}",
+      "STATE_PASSING=none"],
+     [("Run.evaluation", "PasskeyEvaluation"), ("Data.curriculum", "Curriculum")]),
+    (["DecoderConfig.memory=@modules.Memory()"], [("DecoderConfig.memory", "Fam")]),
+    (["DecoderConfig.memory=@infini.Infini()", "Infini.delta=True"], [("DecoderConfig.memory", "Fam")]),
+    (["TRAIN_STEPS=50", "warmup_stable_decay.warmup_steps=5", "warmup_stable_decay.decay_steps=22"], []),
+], ids=str)  # fmt: skip
+def test_a_tweak_of_an_example_begins(opened, tmp_path, tweaks, replaced):
+    bindings = [f"MODEL_DIR={tmp_path}", *tweaks]
+    _, _, notes = opened("passkey_tiny", *(f"--gin.{binding}" for binding in bindings))
+    assert names_in(notes) == replaced
+
+
+@pytest.mark.parametrize("example", ["own_text", "own_text_bswa", "passkey_short", "passkey_tiny_bswa"])
+def test_other_examples_begin_with_few_settings(opened, tmp_path, example):
+    steps = ["TRAIN_STEPS=5", "LEARNING_RATE=1e-3", "BATCH_SIZE=2", "Run.evaluation=None"]
+    opened(example, *(f"--gin.{binding}" for binding in (f"MODEL_DIR={tmp_path}", *steps)))
+
+
+def test_a_relative_directory_is_that_of_this_one(opened, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, _, notes = opened("passkey_tiny", "--gin.MODEL_DIR=runs/x")
+    assert notes == (f"MODEL_DIR is {tmp_path}/runs/x.",) and (tmp_path / "runs" / "x").is_dir()
+
+
+@pytest.mark.parametrize("tweaks, sentence", [
+    (["TRAIN_STEPS=50"], "steps (50) must be larger than warmup_steps (100). A run of 50 steps can have"
+     " --gin.warmup_stable_decay.warmup_steps=5 --gin.warmup_stable_decay.decay_steps=22."),
+    (["TRAIN_STEPS=1000"], "decay_steps must be at most steps - warmup_steps (900), not 3500. A run of 1000"
+     " steps can have --gin.warmup_stable_decay.decay_steps=450."),
+    (["Run.evaluation=None", "PasskeyEvaluation.examples=4"],
+     "The binding PasskeyEvaluation.examples has no effect in this run: "),
+    (["train.evaluation=None"], "train has no parameter evaluation. Did you mean Run.evaluation or"),
+], ids=str)  # fmt: skip
+def test_a_tweak_that_does_not_fit_names_the_flag(bad_input, tmp_path, tweaks, sentence):
+    bindings = [f"MODEL_DIR={tmp_path}", *tweaks]
+    assert bad_input("passkey_tiny", *(f"--gin.{x}" for x in bindings)).startswith(sentence)
+
+
+def test_the_flag_of_a_setting_that_a_macro_gives_is_that_of_the_macro(bad_input, tmp_path):
+    sentence = bad_input("passkey_short", f"--gin.MODEL_DIR={tmp_path}", "--gin.TRAIN_STEPS=25")
+    assert sentence.endswith("--gin.warmup_stable_decay.warmup_steps=2 --gin.DECAY_STEPS=11.")
 
 
 # ---------------------------------------------------------------- bad input
