@@ -22,6 +22,7 @@ PARTS = {
     "tokenizers": "tokenizers of Hugging Face, SentencePiece and GGUF; chat templates",
     "convert": "import of pretrained models",
     "parquet": "Parquet and Arrow files, data sets of Hugging Face",
+    "gcs": "texts and JSON lines in gs:// buckets",
     "seqio": "tasks of SeqIO and TensorFlow Datasets",
     "lm-eval": "tasks of lm-evaluation-harness",
     "texts": "the task kjv",
