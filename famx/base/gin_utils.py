@@ -104,13 +104,14 @@ def write_operative_config(model_dir: str) -> None:
 
 
 def define_gin_flags() -> None:
-    """Declares t5x's gin flags, unless they are declared already."""
+    """Declares t5x's gin flags and `--import`, unless they are declared already."""
     if "gin_file" in flags.FLAGS:
         return
     file = "Gin file: a path, or a name that `famx examples` lists; later files win."
     flags.DEFINE_multi_string("gin_file", [], file)
     flags.DEFINE_multi_string("gin_bindings", [], "Binding NAME = VALUE, in gin's own syntax.")
     flags.DEFINE_list("gin_search_paths", [], "Further directories to look for gin files in.")
+    define_import_flag()
 
 
 def define_import_flag() -> None:
@@ -178,7 +179,7 @@ def run(
       argument: flag that the first argument is the value of if it is no flag, or, for a flag that may be
         repeated, the arguments before the first flag; None: there are no such arguments.
     """
-    command_line.declare(define_gin_flags if gin_flags else None, define_flags, define_import_flag)
+    command_line.declare(define_gin_flags if gin_flags else define_import_flag, define_flags)
 
     def flags_parser(argv: list[str]) -> list[str]:
         settings = "settings are written --gin.NAME=VALUE." if gin_flags else "see --help."

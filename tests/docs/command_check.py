@@ -37,8 +37,8 @@ def parse(main, define_flags=None, gin_flags=True, own_flags=True, argument=None
 
             HarnessCLI().parse_args()
         raise Parsed
-    define_gin = gin_utils.define_gin_flags if gin_flags else None
-    command_line.declare(define_gin, define_flags, gin_utils.define_import_flag)
+    general = gin_utils.define_gin_flags if gin_flags else gin_utils.define_import_flag
+    command_line.declare(general, define_flags)
     argv = gin_utils.rewrite_gin_args(sys.argv) if gin_flags else sys.argv
     command_line.parse(argv, main, "see --help.", argument)
     if gin_flags and argument != "model_dir":  # of a run, which has the gin file
