@@ -303,7 +303,7 @@ gin.parse_config("EVALUATIONS = @PasskeyEvaluation()")
 def test_an_unset_path_or_a_stray_argument(bad_input):
     for files in ((), ("eval",), ("--gin_file=gin_configs/runs/eval.gin",)):
         assert bad_input(*files) == "CHECKPOINT_PATH is not set: add --gin.CHECKPOINT_PATH=/some/dir."
-    assert bad_input("passkey_tny").startswith("There is no gin file passkey_tny. Did you mean passkey_tiny")
+    assert bad_input("passkey_tny").startswith("There is no gin file passkey_tny. Did you mean passkey_")
     assert bad_input("eval", "--gin.RE_EVALUATE=True", "passkey") == (
         "Unknown argument passkey: settings are written --gin.NAME=VALUE."
     )

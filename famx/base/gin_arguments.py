@@ -14,7 +14,8 @@ from famx.base.text import near, nearest
 
 _FLAG = "--gin."
 _BEGINNINGS = ("'", '"', "(", "[", "{", "%", "@")  # of values that are gin's, whatever follows
-_SHIPPED = ("examples", "runs", "models", "meshes")  # folders of gin_configs/ whose files have names
+_FIRST = ("examples", "runs", "models", "meshes")  # folders of gin_configs/, as they are listed
+_OTHER_PROGRAMS = ("t5x",)  # those whose files no main of famx reads
 
 
 def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
@@ -50,7 +51,7 @@ def find_gin_file(name: str, directories: Sequence[str]) -> str:
 
     Args:
       name: a path, looked up in the current directory and in `directories`, or a name such as
-        `passkey_tiny` of a file in gin_configs/examples, runs, models or meshes.
+        `passkey_tiny` of a file in a folder of gin_configs/.
       directories: directories to look in; one of them has gin_configs/.
 
     Raises:
@@ -74,7 +75,8 @@ def find_gin_file(name: str, directories: Sequence[str]) -> str:
 def shipped_files(directories: Sequence[str]) -> Iterator[pathlib.Path]:
     """Paths of the files that have names, from the directory of gin_configs/."""
     for root in map(pathlib.Path, directories):
-        for folder in _SHIPPED:
+        others = sorted(path.name for path in (root / "gin_configs").glob("*") if path.is_dir())
+        for folder in (x for x in dict.fromkeys((*_FIRST, *others)) if x not in _OTHER_PROGRAMS):
             for path in sorted((root / "gin_configs" / folder).glob("*.gin")):
                 yield path.relative_to(root)
 
