@@ -120,7 +120,7 @@ def test_own_text(tmp_path):
         f"--gin.MODEL_DIR='{tmp_path / 'run'}'",
         f"--gin.TEXT_FILES='{tmp_path}/*.txt'",
         "--gin.TRAIN_STEPS=55",
-        "--gin.TASK_FEATURE_LENGTHS={'targets': 96}",
+        "--gin.TASK_FEATURE_LENGTHS={'targets': 64}",
         "--gin.TextEvaluation.length=64",
         *(f"--gin.DecoderConfig.{size}" for size in sizes),
     )
