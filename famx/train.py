@@ -1,11 +1,9 @@
 """Trains a model from gin files.
 
     famx train passkey_tiny --gin.MODEL_DIR=/tmp/famx/passkey_tiny
-    famx train own_text --gin.MODEL_DIR=/tmp/famx/own_text --gin.TEXT_FILES=book.txt --gin.TRAIN_STEPS=200
 
-A gin file is a path, or a name that `famx examples` lists; later ones win. The same command
-resumes an interrupted run. With several hosts, each runs it with --multiprocess, see
-`famx.base.distributed`; `launch/` starts the processes.
+A gin file is a path, or a name that `famx examples` lists. The same command resumes an interrupted run. With
+several hosts, each runs it with --multiprocess, see `famx.base.distributed`; `launch/` starts the processes.
 """
 
 import sys
