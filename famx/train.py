@@ -2,8 +2,8 @@
 
     famx train passkey_tiny --gin.MODEL_DIR=/tmp/famx/passkey_tiny
 
-A gin file is a path, or a name that `famx examples` lists. The same command resumes an interrupted run. With
-several hosts, each runs it with --multiprocess, see `famx.base.distributed`; `launch/` starts the processes.
+A gin file is a path, or a name that `famx examples` lists. The same command resumes an interrupted run.
+With several hosts, each runs it with --multiprocess (`famx.base.distributed`), which `launch/` does.
 """
 
 import sys
