@@ -232,7 +232,7 @@ def test_other_examples_begin_with_few_settings(opened, tmp_path, example):
 def test_a_relative_directory_is_that_of_this_one(opened, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, _, notes = opened("passkey_tiny", "--gin.MODEL_DIR=runs/x")
-    assert notes == (f"MODEL_DIR is {tmp_path}/runs/x.",) and (tmp_path / "runs" / "x").is_dir()
+    assert notes == (f"MODEL_DIR is {tmp_path}/runs/x.",) and (tmp_path / "runs").is_dir()
 
 
 @pytest.mark.parametrize("tweaks, sentence", [

@@ -16,6 +16,7 @@ import numpy as np
 from famx.base import gin_utils
 from famx.base.describe import describe
 from famx.base.errors import ConfigError
+from famx.base.files import removed_if_unused
 from famx.base.peers import agree
 from famx.base.ranges import Name
 from famx.base.signals import graceful_stop
@@ -78,8 +79,9 @@ def train(run: Run, allow_changes: Sequence[Name] = ()) -> dict[str, float]:
         anything is compiled or written. Or the numbers went wrong: too many steps in a row had a gradient
         that was not finite, or the parameters left their limits.
     """
-    stages, directory, profile = _check(run)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(removed_if_unused(run.model_dir))
+        stages, directory, profile = _check(run)
         lock = stack.enter_context(run_lock(directory))
         stages, data = open_data(stages)
         notes = [] if os.path.isabs(run.model_dir) else [f"MODEL_DIR is {directory}."]
@@ -126,7 +128,7 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
     path = pathlib.Path(run.model_dir)
     if jax.process_count() == 1:  # others may be in another directory
         path = path.absolute()
-    profile = Profile(run.profile_steps, path)
+    profile = Profile(run.profile_steps, path, run.steps)
     directory = check_model_dir(path)  # last, as it makes the directory
     return stages, directory, profile
 
