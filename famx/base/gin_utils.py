@@ -148,7 +148,7 @@ def import_modules() -> None:
     Raises:
       ConfigError: one of them does not exist. What a module raises itself is passed on.
     """
-    for name in flags.FLAGS["import"].value:
+    for name in flags.FLAGS["import"].value or ():
         if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) or name.endswith(".py"):
             raise ConfigError(f"--import={name} must name a module: my_module for my_module.py.")
         try:

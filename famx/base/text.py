@@ -47,9 +47,8 @@ def nearest(name: str, names: Sequence[str]) -> str:
 def near(name: str, names: Sequence[str], most: int = 3) -> str:
     """Returns ' Did you mean X, Y or Z?' for up to `most` known names near to `name`, or ''."""
     lower = {known.lower(): known for known in names}
-    *first, last = [
-        lower[match] for match in difflib.get_close_matches(name.lower(), list(lower), n=most, cutoff=0.5)
-    ] or [None]
-    if last is None:
+    found = difflib.get_close_matches(name.lower(), list(lower), n=most, cutoff=0.5)
+    if not found:
         return ""
+    *first, last = [lower[match] for match in found]
     return f" Did you mean {', '.join(first)}{' or ' * bool(first)}{last}?"
