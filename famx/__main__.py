@@ -1,4 +1,4 @@
-"""Runs one of the programs of famx: `famx train ...` is `python -m famx.train ...`."""
+"""Runs one of the programs of famx: `famx train ...`, which is `python -m famx.train ...`."""
 
 import importlib
 import os
@@ -6,6 +6,8 @@ import runpy
 import sys
 
 COMMANDS = {
+    "examples": "famx.examples",
+    "tasks": "famx.tasks",
     "train": "famx.train",
     "eval": "famx.eval",
     "lm-eval": "famx.lm_eval",
@@ -21,6 +23,7 @@ COMMANDS = {
     "inspect-data": "famx.inspect_data",
     "compile": "famx.compile",
     "replay": "famx.replay",
+    "doctor": "famx.doctor",
 }
 
 
@@ -43,11 +46,13 @@ def main() -> None:
 
 
 def usage() -> str:
-    """List of the commands, each with the first sentence of its module's docstring."""
+    """List of the commands, each with the first sentence and command of its module's docstring."""
+    from famx.base.command_line import example
+
     lines = ["Usage: famx COMMAND [--FLAG=VALUE ...]", ""]
     for name, module in COMMANDS.items():
-        about, *_ = str(importlib.import_module(module).__doc__).splitlines()
-        lines.append(f"  {name:<16}{about}")
+        doc = str(importlib.import_module(module).__doc__)
+        lines += [f"  {name:<16}{doc.splitlines()[0]}", f"{'':18}{example(doc)}"]
     return "\n".join([*lines, "", "famx COMMAND --help lists the flags of a command."])
 
 

@@ -1,7 +1,7 @@
 """Writes the attention maps of a text: figures, a page, the numbers and their summary.
 
-    python -m famx.attention_maps --checkpoint /tmp/famx/model --text book.txt --out /tmp/maps
-    python -m famx.attention_maps --checkpoint /tmp/famx/model --text book.txt --out /tmp/maps \\
+    famx attention-maps --checkpoint /tmp/famx/model --text book.txt --out /tmp/maps
+    famx attention-maps --checkpoint /tmp/famx/model --text book.txt --out /tmp/maps \\
         --layers 0,5 --heads 0,1 --blocks 0,1,-1
 
 The text may have any length: only the maps of the blocks in `--blocks` are kept; -1 is the last block.

@@ -1,6 +1,6 @@
 """Writes a task's examples in SeqIO's cache layout, in this process or on the workers of Apache Beam.
 
-    python -m famx.cache --task scrolls_qasper --output_dir /cache
+    famx cache --task scrolls_qasper --output_dir /cache
 
 writes OUTPUT_DIR/TASK/SPLIT.tfrecord-00000-of-00016 and so on, `info.SPLIT.json`, `stats.SPLIT.json` and,
 when all requested splits are complete, `COMPLETED`. SeqIO reads it wherever the same task is registered:
@@ -30,7 +30,6 @@ def define_flags() -> None:
     flags.DEFINE_bool("decoder_only", False, "Cache inputs and targets as one sequence with weights.")
     define("length", Positive, None, "Tokens per example, for tasks that generate their examples.")
     define("examples", Positive, None, "Examples per split, for tasks that generate their examples.")
-    flags.DEFINE_multi_string("module_import", [], "Module that registers SeqIO tasks.")
     flags.DEFINE_string("beam_options", None, BEAM_OPTIONS)
 
 
@@ -47,8 +46,8 @@ def main() -> None:
 
         cache_by_name(
             values.task, values.output_dir, options, values.vocabulary, values.split or None,
-            values.num_shards, values.decoder_only, values.length, values.examples, values.module_import,
-            values.beam_options,
+            values.num_shards, values.decoder_only, values.length, values.examples,
+            values["import"].value, values.beam_options,
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Holds a conversation with a trained model, from an empty state or from a memory file.
 
-    python -m famx.chat --checkpoint /tmp/famx/model --memory book.famem
-    echo "What is the pass key? The pass key is" | python -m famx.chat --checkpoint /tmp/famx/model
+    famx chat --checkpoint /tmp/famx/model --memory book.famem
+    echo "What is the pass key? The pass key is" | famx chat --checkpoint /tmp/famx/model
 
 Each line of standard input is a message; /help lists the commands. Answers go to standard output, errors
 to standard error. An instruct model reads messages in its own chat template, if it was imported with one.

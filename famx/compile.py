@@ -1,6 +1,6 @@
 """Compiles a run's programs for devices that need not exist: do they fit, how fast can they be?
 
-    python -m famx.compile --gin_file=gin_configs/examples/pretrain_8b.gin --topology=v5p:4x4x4
+    famx compile pretrain_8b --topology=v5p:4x4x4
 
 The gin files and bindings are those of `famx.train`; no data or checkpoint is opened. See docs/scale.md.
 """
@@ -46,6 +46,7 @@ def main() -> None:
     from famx.scale.compiling import check_programs, compile_programs
 
     check_programs(values.programs)
+    gin_utils.require_gin_file(__doc__)
     gin_utils.parse_gin_flags(_UNNEEDED.split())
     fits = compile_programs(
         values.topology, values.num_slices, values.programs, values.inference_batch_size, values.find,
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    gin_utils.run(main, define_flags)
+    gin_utils.run(main, define_flags, argument="gin_file")

@@ -1,7 +1,7 @@
 """Makes a MODEL_DIR from a pretrained model: a Hugging Face directory or a GGUF file.
 
-    python -m famx.convert --from ~/models/SmolLM2-135M-Instruct --to /tmp/famx/smollm2
-    python -m famx.convert --from model.gguf --to /tmp/famx/model --param_dtype=bfloat16 --memory=none
+    famx convert --from ~/models/SmolLM2-135M-Instruct --to /tmp/famx/smollm2
+    famx convert --from model.gguf --to /tmp/famx/model --param_dtype=bfloat16 --memory=none
 
 The weights are those of the original; the memory's parameters are new and learnt by finetuning. The
 directory also gets the vocabulary and a `model.gin` for training. Tensors are copied one at a time.

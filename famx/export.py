@@ -1,10 +1,10 @@
 """Writes a trained model as a directory that transformers can load.
 
-    python -m famx.export --checkpoint /tmp/famx/model --to /tmp/famx/exported
-    python -m famx.export --checkpoint /tmp/famx/model/checkpoint_5000 --to DIR --dtype bfloat16
+    famx export --checkpoint /tmp/famx/model --to /tmp/famx/exported
+    famx export --checkpoint /tmp/famx/model/checkpoint_5000 --to DIR --dtype bfloat16
 
 Adapters are merged into the weights. A model with a memory comes with the code that transformers runs
-with `trust_remote_code=True`. `python -m famx.convert --from DIR` reads all of it back.
+with `trust_remote_code=True`. `famx convert --from DIR` reads all of it back.
 """
 
 from absl import flags

@@ -1,7 +1,7 @@
 """Shows what a model sees of a task: tokens, their loss weights, blocks and sizes.
 
-    python -m famx.inspect_data --task passkey_words --length 512 --block_size 128
-    python -m famx.inspect_data --task python_stdlib --packed --length 8192 --plot lengths.png
+    famx inspect-data --task passkey_words --length 512 --block_size 128
+    famx inspect-data --task python_stdlib --packed --length 8192 --plot lengths.png
 
 `famx.data.tools.inspect` explains the marks in the output.
 """

@@ -1,10 +1,10 @@
 """Reads texts of any length into a memory file of constant size.
 
-    python -m famx.memory --checkpoint /tmp/famx/model --read book.txt --out book.famem
-    python -m famx.memory --checkpoint /tmp/famx/model --memory book.famem --read more.txt --out two.famem
-    python -m famx.memory --show book.famem
+    famx memory --checkpoint /tmp/famx/model --read book.txt --out book.famem
+    famx memory --checkpoint /tmp/famx/model --memory book.famem --read more.txt --out two.famem
+    famx memory --show book.famem
 
-`python -m famx.chat --memory book.famem` answers questions about the text.
+`famx chat --memory book.famem` answers questions about the text.
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """Turns the official download of a data set into records that its task reads quickly.
 
-    python -m famx.prepare --task scrolls_qasper --source ~/Downloads/qasper.zip --data_dir /data
+    famx prepare --task scrolls_qasper --source ~/Downloads/qasper.zip --data_dir /data
 
 The source is a folder or an archive (zip, tar, tar.gz, tar.bz2, tar.xz), or a folder that contains such
 archives. The records are written to DATA_DIR/TASK/SPLIT.tfrecord-00000-of-00001, each split completely or

@@ -30,6 +30,7 @@ def main() -> None:
     config = directory / "config.gin"
     if not config.exists():
         raise ConfigError(f"{directory} has no config.gin: it is not the directory of a training run.")
+    gin_utils.import_modules()
     gin_utils.parse_gin([str(config), *values.gin_file], values.gin_bindings, values.gin_search_paths)
     replay(gin_utils.call(lambda: Run(model_dir=str(directory), evaluation=None)))
 

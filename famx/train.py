@@ -1,10 +1,9 @@
 """Trains a model from gin files.
 
-    python -m famx.train --gin_file=gin_configs/examples/passkey_tiny.gin \\
-        --gin.MODEL_DIR="'/tmp/famx/passkey_tiny'"
+    famx train passkey_tiny --gin.MODEL_DIR=/tmp/famx/passkey_tiny
 
-The same command resumes an interrupted run. With several hosts, each runs it with --multiprocess, see
-`famx.base.distributed`; `launch/` starts the processes.
+A gin file is a path, or a name that `famx examples` lists. The same command resumes an interrupted run.
+With several hosts, each runs it with --multiprocess (`famx.base.distributed`), which `launch/` does.
 """
 
 import sys
@@ -34,6 +33,8 @@ def define_flags() -> None:
 
 
 def main() -> None:
+    gin_utils.require_gin_file(__doc__)
+
     from famx.base import distributed, peers, signals
     from famx.training import loop
 
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    gin_utils.run(main, define_flags)
+    gin_utils.run(main, define_flags, argument="gin_file")

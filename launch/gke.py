@@ -3,7 +3,7 @@
     python -m launch.gke --config=launch/configs/gke_v5e_256.py --config.project=my-project \\
         --config.zone=us-west4-a --config.cluster=my-cluster --config.bucket=my-bucket \\
         --config.base_image=python:3.12 --config.name=fam \\
-        --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR="'/mnt/famx/fam'" --dry_run
+        --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR=/mnt/famx/fam --dry_run
 
 Submits a workload, waits until it ends, and deletes it. Kubernetes restarts it after a preemption. With
 --create_cluster the cluster is created first and the bucket attached to it.

@@ -175,6 +175,7 @@ def make_job(config: ConfigDict, check_gin: bool = True) -> Job:
         if any(c in text for c in "\n\r\0"):
             raise ConfigError(f"A gin file name or binding must be a single line, not {text!r}.")
     if check_gin:
+        gin_utils.import_modules()
         gin_utils.parse_gin(files, bindings)
     model_dir = _model_dir() if check_gin else ""
     steps = _macro("TRAIN_STEPS") if check_gin else None
@@ -182,6 +183,7 @@ def make_job(config: ConfigDict, check_gin: bool = True) -> Job:
     stage = pathlib.Path(config.stage_dir).expanduser().absolute() / f"famx-{config.name}"
     gin_flags = [f"--gin_file={name}" for name in files]
     gin_flags += [f"--gin_bindings={text}" for text in bindings]
+    gin_flags += [f"--import={name}" for name in flags.FLAGS["import"].value]
     steps = steps if isinstance(steps, int) else None
     return Job(config.name, tuple(files), tuple(gin_flags), model_dir, shown, secret, stage, steps)
 
@@ -198,7 +200,7 @@ def _model_dir() -> str:
     value = _macro("MODEL_DIR")
     if not isinstance(value, str) or not os.path.isabs(value):
         raise ConfigError(
-            f"MODEL_DIR must be an absolute path, not {value}: set --gin.MODEL_DIR=\"'/dir'\"."
+            f"MODEL_DIR must be an absolute path, not {value}: set --gin.MODEL_DIR=/dir."
         )
     return os.path.normpath(value)
 

@@ -1,7 +1,7 @@
 """Launcher for several training processes on this machine.
 
     python -m launch.local --config.processes=2 --gin_file=gin_configs/examples/passkey_tiny.gin \\
-        --gin.MODEL_DIR="'/tmp/famx/two_processes'"
+        --gin.MODEL_DIR=/tmp/famx/two_processes
 
 Output lines are prefixed with the number of their process. SIGTERM and Ctrl-C are forwarded, so that the
 run saves a checkpoint and stops. If a process dies, the others are stopped, and its exit code becomes

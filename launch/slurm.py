@@ -1,7 +1,7 @@
 """Launcher for Slurm GPU clusters: one process per node, with all GPUs of the node.
 
     python -m launch.slurm --config=launch/configs/slurm_8gpu.py --config.nodes=4 --config.name=fam \\
-        --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR="'/shared/runs/fam'" --dry_run
+        --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR=/shared/runs/fam --dry_run
 
 Writes a batch script and submits it. The processes find each other through Slurm's environment
 variables. Before the time limit and on preemption the run saves a checkpoint, and the job is requeued.

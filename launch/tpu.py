@@ -2,7 +2,7 @@
 
     python -m launch.tpu --config=launch/configs/v5e_256.py --config.project=my-project \\
         --config.zone=us-west4-a --config.bucket=my-bucket --config.name=fam \\
-        --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR="'/mnt/famx/fam'" --dry_run
+        --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR=/mnt/famx/fam --dry_run
 
 Requests the slices, waits for them, copies famx and the gin files, installs them, trains on all workers,
 prints the output of worker 0, restarts after a preemption, and deletes the slices at the end. Each step

@@ -53,12 +53,12 @@ for second_key in (0.0, 1.0):  # its probability
 # %% [markdown]
 # ## Train
 #
-# Settings are in gin files. `gin_configs/examples/passkey_short.gin` is the README's recipe with keys of
-# three digits instead of five, documents of at most 32 blocks instead of 128, and fewer steps; any
-# setting can be changed by name. The call below does the same as `python -m famx.train
-# --gin_file=gin_configs/examples/passkey_short.gin --gin.MODEL_DIR=...` in a terminal. Gradients go
-# through rows of 4 blocks; the text before a row is represented by the memory, without gradient. In the
-# log, `blocks` is the longest document so far, which grows when the model answers well.
+# Settings are in gin files. `gin_configs/examples/passkey_short.gin` is the README's recipe with keys
+# of three digits instead of five, documents of at most 32 blocks instead of 128, and fewer steps; any
+# setting can be changed by name. The call below does the same as `famx train passkey_short
+# --gin.MODEL_DIR=...` in a terminal. Gradients go through rows of 4 blocks; the text before a row is
+# represented by the memory, without gradient. In the log, `blocks` is the longest document so far,
+# which grows when the model answers well.
 
 
 # %%

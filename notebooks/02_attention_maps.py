@@ -14,7 +14,7 @@ if "google.colab" in sys.modules:
 # A FAM is written and read by attention, so attention maps show what it stores and when it is used. This
 # notebook trains a tiny model on PassKey (about a minute), reads a document with it, and shows the
 # attention of every layer and head. To analyse your own model, set `MODEL_DIR` to its directory and skip
-# the training. `python -m famx.attention_maps` makes all these figures for any checkpoint and text file.
+# the training. `famx attention-maps` makes all these figures for any checkpoint and text file.
 
 # %%
 import html

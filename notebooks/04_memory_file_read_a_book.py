@@ -16,7 +16,7 @@ if "google.colab" in sys.modules:
 # later and without the book.
 #
 # The "book" here is synthetic: a key in its first sentence, followed by thousands of words, because the
-# model trained here in a minute knows only PassKey. `python -m famx.memory` and `python -m famx.chat` do
+# model trained here in a minute knows only PassKey. `famx memory` and `famx chat` do
 # the same with any text and any model, as the README shows.
 
 # %%

@@ -148,7 +148,7 @@ def run(_):
             os.kill(os.getpid(), signal.SIGTERM)
         stop()
 gin_utils.call = run
-gin_utils.run(train.main, train.define_flags)
+gin_utils.run(train.main, train.define_flags, argument="gin_file")
 """
 
 
@@ -157,6 +157,7 @@ gin_utils.run(train.main, train.define_flags)
 def test_a_stopped_run_ends_with_the_exit_code_that_was_asked_for(code):
     args = [f"--exit_code_if_stopped={code}"] if code else ["--exit_code_if_stopped=43"]
     result = subprocess.run(
-        [sys.executable, "-c", STOPPED, *args], cwd=gin_utils.gin_root(), capture_output=True, text=True
-    )
+        [sys.executable, "-c", STOPPED, "passkey_tiny", *args],
+        cwd=gin_utils.gin_root(), capture_output=True, text=True,
+    )  # fmt: skip
     assert result.returncode == code, result.stderr

@@ -259,7 +259,7 @@ def bad_input(monkeypatch, capsys):
         forget()
         monkeypatch.setattr(sys, "argv", ["eval", *args])
         with pytest.raises(SystemExit) as caught:
-            gin_utils.run(eval_main.main)
+            gin_utils.run(eval_main.main, argument="gin_file")
         error = capsys.readouterr().err
         assert caught.value.code == 2 and "Traceback" not in error, error
         last = error.strip().splitlines()[-1]
@@ -301,8 +301,12 @@ gin.parse_config("EVALUATIONS = @PasskeyEvaluation()")
 
 
 def test_an_unset_path_or_a_stray_argument(bad_input):
-    assert bad_input("--gin_file=gin_configs/runs/eval.gin").startswith("CHECKPOINT_PATH is not set: add")
-    assert bad_input("passkey").startswith("Unknown argument passkey: settings are --gin_file")
+    for files in ((), ("eval",), ("--gin_file=gin_configs/runs/eval.gin",)):
+        assert bad_input(*files) == "CHECKPOINT_PATH is not set: add --gin.CHECKPOINT_PATH=/some/dir."
+    assert bad_input("passkey_tny").startswith("There is no gin file passkey_tny. Did you mean passkey_")
+    assert bad_input("eval", "--gin.RE_EVALUATE=True", "passkey") == (
+        "Unknown argument passkey: settings are written --gin.NAME=VALUE."
+    )
 
 
 def start(*args):

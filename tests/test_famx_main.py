@@ -41,8 +41,9 @@ def test_without_a_command_all_are_listed():
     code, out, err = run("-m", "famx")
     assert (code, err) == (0, "") and out == usage() + "\n"
     assert (code, out, err) == run("-m", "famx", "--help")
-    lines = re.findall(r"^  (\S+) +([A-Z].+[.?])$", out, re.MULTILINE)
-    assert [name for name, _ in lines] == list(COMMANDS)
+    lines = re.findall(r"^  (\S+) +[A-Z].+[.?]\n {18}famx (\S+).*[^\\]$", out, re.MULTILINE)
+    assert [name for name, _ in lines] == [name for _, name in lines] == list(COMMANDS)
+    assert " famx train passkey_tiny --gin.MODEL_DIR=/tmp/famx/passkey_tiny\n" in out
 
 
 @pytest.mark.parametrize("name, hint", [

@@ -63,13 +63,14 @@ def command(path, pretrained, model_dir, data):
     """The command in the example's header, with the paths replaced."""
     (arguments,) = commands(path.read_text())
     places = {
-        "/tmp/famx/smollm2/model.gin": f"{pretrained}/model.gin",
-        "'/tmp/famx/smollm2'": repr(pretrained),
-        "'DATA'": repr(str(data)),
+        r"^/tmp/famx/smollm2/model\.gin$": f"{pretrained}/model.gin",
+        r"(?<==)/tmp/famx/smollm2$": pretrained,
+        r"(?<==)DATA$": str(data),
+        r"(?<=MODEL_DIR=).*": str(model_dir),
     }
     for there, here in places.items():
-        arguments = [argument.replace(there, here) for argument in arguments]
-    return [re.sub("MODEL_DIR=.*", f"MODEL_DIR={str(model_dir)!r}", argument) for argument in arguments]
+        arguments = [re.sub(there, here, argument) for argument in arguments]
+    return arguments
 
 
 @pytest.mark.slow

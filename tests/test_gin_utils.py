@@ -9,9 +9,9 @@ import pytest
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.gin_arguments import find_gin_file, shipped_files
 from famx.memories import Fam
 from famx.modules import Memory
-from famx.training.state_passing import Fresh
 
 
 @gin.configurable(module="famx_test")
@@ -118,14 +118,59 @@ def test_file_that_cannot_be_parsed(tmp_path):
     assert f"cannot be read in {path}, line 2" in fails([], [str(path)])
 
 
-def test_text_without_quotes():
-    sentence = fails(["build_tool.alpha = ab"])
-    assert "needs quotes, as in --gin.build_tool.alpha=\"'text'\"" in sentence
+def test_what_begins_as_gin_must_be_gin():
+    sentence = fails(["build_tool.alpha = (1, 2"])
+    assert sentence.startswith("The value of --gin.build_tool.alpha cannot be read: (1, 2. What begins")
+    assert "quotes, as in --gin.build_tool.alpha=\"'text'\"" in sentence
+
+
+@pytest.mark.parametrize("text", [
+    "runs/x", "ab", "~/runs", "/tmp/a b", "*.txt", "gs://b/x", "2026-11-27", "1e3x", "010", "3 apples",
+    "x#1",
+    "it's", 'say "a"', "f(1)", "a, b", "1, 2", "C:\\new", "none", "-", "é", "a=b", "a'",
+])  # fmt: skip
+def test_what_does_not_read_as_gin_is_the_text_itself(text):
+    (binding,) = gin_utils.rewrite_gin_args([f"--gin.build_tool.alpha={text}"])
+    gin_utils.parse_gin([], [binding.removeprefix("--gin_bindings=")])
+    assert build_tool()[0] == text
+
+
+@pytest.mark.parametrize("text, value", [
+    ("3", 3), ("-3", -3), ("1e-3", 1e-3), ("1_000", 1000), (" 7 ", 7), ("True", True), ("None", None),
+    ("'7'", "7"), ("'a b'", "a b"), ('"it\'s"', "it's"), ("(1, 'a')", (1, "a")),
+    ("{'a': [2]}", {"a": [2]}),
+    ("%SIZE", 5), ("@build_strict()", 6),
+])  # fmt: skip
+def test_what_reads_as_gin_is_gin(text, value):
+    (binding,) = gin_utils.rewrite_gin_args([f"--gin.build_tool.alpha={text}"])
+    more = ["SIZE = 5", "build_tool.beta = %SIZE", "build_strict.size = 6"]
+    gin_utils.parse_gin([], [binding.removeprefix("--gin_bindings="), *more])
+    assert build_tool()[0] == value and type(build_tool()[0]) is type(value)
+
+
+def test_files_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    roots = [str(gin_utils.gin_root())]
+    assert find_gin_file("passkey_tiny", roots) == "gin_configs/examples/passkey_tiny.gin"
+    assert find_gin_file("passkey_tiny.gin", roots) == "gin_configs/examples/passkey_tiny.gin"
+    assert find_gin_file("eval", roots) == "gin_configs/runs/eval.gin"
+    assert find_gin_file("gin_configs/t5x/eval.gin", roots) == "gin_configs/t5x/eval.gin"
+    (tmp_path / "passkey_tiny").mkdir()  # such as the MODEL_DIR of a run
+    assert find_gin_file("passkey_tiny", roots) == "gin_configs/examples/passkey_tiny.gin"
+    (tmp_path / "mine.gin").write_text("")
+    assert find_gin_file("mine", roots) == "mine.gin"
+    (tmp_path / "passkey_tiny.gin").write_text("")  # one's own comes first
+    assert find_gin_file("passkey_tiny", roots) == "passkey_tiny.gin"
+
+
+def test_names_of_shipped_files_are_not_ambiguous():
+    names = [path.stem for path in shipped_files([str(gin_utils.gin_root())])]
+    assert len(names) > 30 and len(set(names)) == len(names)
 
 
 def test_unset_macro_is_named():
     sentence = fails(["build_tool.model_dir = %MODEL_DIR"])
-    assert sentence == "MODEL_DIR is not set: add --gin.MODEL_DIR=\"'/some/dir'\"."
+    assert sentence == "MODEL_DIR is not set: add --gin.MODEL_DIR=/some/dir."
 
 
 def test_unset_macro_inside_a_structure():
@@ -176,18 +221,99 @@ def test_a_macro_may_be_bound_for_what_another_run_would_call():
         gin_utils.check_all_used()
 
 
-def test_only_a_memory_that_was_replaced_may_have_bindings_without_effect():
+def test_settings_in_a_file_of_what_was_replaced_may_be_without_effect(tmp_path):
     """Model files bind the length of their memory; a run may choose another memory."""
-    gin_utils.parse_gin([], ["BuildFam.length = 8"])
-    with pytest.raises(ConfigError, match="BuildFam.length has no effect"):
-        gin_utils.check_all_used()
-    BuildMemory()
-    gin_utils.check_all_used()
+    files = [str(tmp_path / "a.gin")]
+    (tmp_path / "a.gin").write_text(
+        "MEMORY = @BuildFam()\nbuild_tool.alpha = %MEMORY\nBuildFam.length = 8\n"
+        "BuildFam.bias = @build_strict()\nbuild_strict.size = %SIZE\nSIZE = 3\n"
+    )
+    gin_utils.parse_gin(files, ["MEMORY = @BuildMemory()"])
+    assert isinstance(build_tool()[0], BuildMemory)
+    assert gin_utils.check_all_used() == [
+        "MEMORY is set anew: the settings of BuildFam in the gin files, such as"
+        " BuildFam.length, have no effect.",
+        "MEMORY is set anew: the settings of build_strict in the gin files, such as"
+        " build_strict.size, have no effect.",
+    ]
     gin.clear_config()
-    gin_utils.parse_gin([], ["Random.probability = 0.5"])
-    Fresh()
-    with pytest.raises(ConfigError, match="Random.probability has no effect"):
+    # Without the macro, which nothing reads then.
+    gin_utils.parse_gin(files, ["build_tool.alpha = None"])
+    build_tool()
+    assert len(gin_utils.check_all_used()) == 2
+
+
+def test_settings_of_the_command_line_must_have_an_effect(tmp_path):
+    files = [str(tmp_path / "a.gin")]
+    text = "build_tool.alpha = @BuildFam()\nBuildFam.length = %LENGTH\nLENGTH = 8\n"
+    (tmp_path / "a.gin").write_text(text)
+    for binding in ("BuildFam.length = 4", "LENGTH = 4"):
+        gin_utils.parse_gin(files, ["build_tool.alpha = None", binding])
+        build_tool()
+        with pytest.raises(ConfigError, match="BuildFam.length has no effect"):
+            gin_utils.check_all_used()
+        gin.clear_config()
+    # What a later file replaces needs no line in the log; what nothing replaced is an error.
+    (tmp_path / "b.gin").write_text("build_tool.alpha = None")
+    gin_utils.parse_gin([*files, str(tmp_path / "b.gin")])
+    build_tool()
+    assert gin_utils.check_all_used() == []
+    gin.clear_config()
+    (tmp_path / "b.gin").write_text("in/build_strict.size = 1")
+    gin_utils.parse_gin([*files, str(tmp_path / "b.gin")], ["build_tool.alpha = None"])
+    build_tool()
+    with pytest.raises(ConfigError, match="in/build_strict.size has no effect"):
         gin_utils.check_all_used()
+
+
+def test_a_macro_that_a_binding_of_the_command_line_bypasses_is_no_mistake(tmp_path):
+    (tmp_path / "a.gin").write_text("SIZE = 3\nbuild_tool.alpha = %SIZE\n")
+    files = [str(tmp_path / "a.gin")]
+    gin_utils.parse_gin(files, ["build_tool.alpha = 4"])
+    assert build_tool()[0] == 4
+    gin.clear_config()
+    with pytest.raises(ConfigError, match="Nothing uses SIZE"):
+        gin_utils.parse_gin(files, ["build_tool.alpha = 4", "SIZE = 5"])
+
+
+def test_a_parameter_of_another_class_is_pointed_to():
+    assert fails(["build_strict.beta = 1"]) == (
+        "build_strict has no parameter beta. Did you mean build_tool.beta?"
+    )
+
+
+NAMES = """
+import gin
+from famx.base import gin_utils
+
+@gin.configurable
+def job(memory=None, schedule=None):
+    print(type(memory).__name__, getattr(memory, "length", None))
+
+gin_utils.parse_gin([], {bindings!r})
+job()
+print(gin.operative_config_str())
+"""
+
+
+@pytest.mark.parametrize("bindings, printed", [
+    (["job.memory = @modules.Memory()"], "Memory None"),
+    (["job.memory = @infini.Infini()"], "Infini None"),
+    (["job.memory = @famx.memories.fam.Fam()", "fam.Fam.length = 5"], "Fam 5"),
+    (["memories.Fam.length = 6", "job.memory = @fam.Fam()"], "Fam 6"),
+    (["a/fam.Fam.length = 7", "job.memory = @a/fam.Fam()"], "Fam 7"),
+])  # fmt: skip
+def test_names_of_famx_are_known_without_a_gin_file(bindings, printed):
+    code = NAMES.format(bindings=bindings)
+    env = {**os.environ, "PYTHONPATH": str(gin_utils.gin_root())}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[0] == printed
+
+
+def test_a_name_that_famx_does_not_have_is_named():
+    sentence = fails(["build_tool.alpha = @modules.Memroy()"])
+    assert sentence.startswith("Nothing configurable is named modules.Memroy.")
 
 
 def test_check_all_used_sees_a_caller_that_overrides():

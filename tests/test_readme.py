@@ -19,16 +19,15 @@ EXAMPLES = sorted((ROOT / "gin_configs" / "examples").glob("*.gin"))
 
 
 def commands(text):
-    """The arguments of every `python -m famx.train` in a text, line continuations joined."""
+    """The arguments of every `famx train` in a text, line continuations joined."""
     joined = re.sub(r"\\\n[# ]*", "", text)
-    return [shlex.split(m) for m in re.findall(r"python -m famx\.train (--gin[^\n]*)", joined)]
+    return [shlex.split(m) for m in re.findall(r"^#   famx train ([^\n]*)", joined, re.MULTILINE)]
 
 
 def parses(arguments):
     code = (
-        "import sys; from absl import flags; from famx.base import gin_utils;"
-        "gin_utils.define_gin_flags(); argv = gin_utils.rewrite_gin_args(['x', *sys.argv[1:]]);"
-        "flags.FLAGS(argv); gin_utils.parse_gin_flags()"
+        "from famx.base import gin_utils; from famx import train;"
+        "gin_utils.run(gin_utils.parse_gin_flags, train.define_flags, argument='gin_file')"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
@@ -59,12 +58,11 @@ def test_the_commands_that_use_a_model_run(tmp_path):
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     ran = []
     for command in blocks:
-        main = re.search(r"python -m famx\.(infer|memory|chat|eval) ", command)
+        main = re.search(r"famx (infer|memory|chat|eval) ", command)
         if main is None:
             continue
         command = command.replace("/tmp/famx/passkey_tiny", directory)
-        command = command.replace("gin_configs/", f"{ROOT}/gin_configs/")
-        command = command.replace("python -m", f"{sys.executable} -m")
+        command = command.replace("famx ", f"{sys.executable} -m famx ")
         command = command.strip() + ' --gin.PasskeyEvaluation.blocks="(16,)"' * (main[1] == "eval")
         run = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True
@@ -81,9 +79,9 @@ def test_the_commands_that_use_a_model_run(tmp_path):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_every_example_says_its_command_at_the_top(path):
     (arguments,) = commands(path.read_text())
-    assert f"--gin_file=gin_configs/examples/{path.name}" in arguments
+    assert path.stem in arguments
     # The imported model does not exist here; any other model file parses as well.
-    parses([x.replace("/tmp/famx/smollm2/model.gin", "gin_configs/models/tiny.gin") for x in arguments])
+    parses([x.replace("/tmp/famx/smollm2/model.gin", "tiny") for x in arguments])
 
 
 def test_its_figures_are_those_of_the_pages_that_it_names():

@@ -8,7 +8,7 @@
     figures.heads_figure(maps, layer=0, block=0).savefig("heads.png")
     open("page.html", "w").write(interactive.attention_page(maps))
 
-`python -m famx.attention_maps` does the same for a text file.
+`famx attention-maps` does the same for a text file.
 """
 
 from collections.abc import Iterable, Sequence

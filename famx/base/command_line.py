@@ -1,6 +1,7 @@
 """Flags of the mains: declaration when a main starts, `--help`, and errors in one sentence."""
 
 import contextlib
+import itertools
 import json
 import re
 import sys
@@ -18,6 +19,10 @@ from famx.base.values import SettingError, check
 _HELP = {"-h", "-help", "--help", "-helpshort", "--helpshort"}
 _HELP_FULL = {"-helpfull", "--helpfull"}
 _WIDTH = 100
+_SETTINGS = (
+    "Setting of a gin file, such as --gin.TRAIN_STEPS=100 or --gin.Fam.update=residual. Text needs no"
+    " quotes; numbers, lists, %MACRO and @function() are read as gin reads them. Repeatable."
+)
 
 # Help of the flag of the commands that can run as a pipeline, see `famx.data.beam`.
 BEAM_OPTIONS = (
@@ -88,16 +93,19 @@ def parse(
       argv: the program, then its arguments.
       main: the main that runs; its module says what it does.
       settings: end of the sentence about a stray argument.
-      argument: flag that the first argument is the value of if it is no flag; None: there is none.
+      argument: flag that the first argument is the value of if it is no flag, or, for a flag that may be
+        repeated, the arguments before the first flag; None: there are none.
 
     Raises:
       ConfigError: a flag does not exist or its value is invalid, or an argument is not a flag.
     """
-    if argument and argv[1:2] and not argv[1].startswith("-"):
-        argv = [argv[0], f"--{argument}={argv[1]}", *argv[2:]]
+    if argument:
+        most = len(argv) if isinstance(flags.FLAGS[argument], flags.MultiFlag) else 1
+        values = list(itertools.takewhile(lambda arg: not arg.startswith("-"), argv[1:]))[:most]
+        argv = [argv[0], *(f"--{argument}={value}" for value in values), *argv[1 + len(values) :]]
     options = set(argv[1 : argv.index("--")] if "--" in argv else argv[1:])
     if options & (_HELP | _HELP_FULL):
-        print(_help_text(main))
+        print(_help_text(main, argument))
         if options & _HELP_FULL:
             print(f"\nAll flags:\n{flags.FLAGS.get_help()}")
         sys.exit(0)
@@ -125,7 +133,19 @@ def _sentence(error: Exception) -> str:
     return f"--{match[1]} must be {wanted}, not {match[2]}."
 
 
-def _help_text(main: Callable[[], Any]) -> str:
+def example(about: str | None) -> str:
+    """The first command in the docstring of a main, in one line.
+
+    Raises:
+      ValueError: there is none.
+    """
+    found = re.search(r"^    (famx (?:.*\\\n)*.*)$", about or "", re.MULTILINE)
+    if found is None:
+        raise ValueError(f"No command in {about!r}.")
+    return re.sub(r"\s*\\\n\s*", " ", found[1])
+
+
+def _help_text(main: Callable[[], Any], argument: str | None = None) -> str:
     """The docstring of the main's module, its usage and its flags."""
     module = main.__globals__ if main.__module__ == "__main__" else vars(sys.modules["__main__"])
     spec = module.get("__spec__")
@@ -134,7 +154,10 @@ def _help_text(main: Callable[[], Any]) -> str:
     for source in (main.__module__, sys.argv[0]):  # absl knows flags of `__main__` by the program's name
         names |= dict.fromkeys(flag.name for flag in flags.FLAGS.get_key_flags_for_module(source))
     about = (module.get("__doc__") or "").strip()
-    lines = [about, "", f"Usage: {program} [--FLAG=VALUE ...]", *(["", "Flags:"] if names else [])]
+    usage = f"Usage: {program}{_arguments(argument)} [--FLAG=VALUE ...]"
+    lines = [about, "", usage, *(["", "Flags:"] if names else [])]
+    if "gin_bindings" in names:
+        lines += ["  --gin.NAME=VALUE", _filled(_SETTINGS)]
     for name in names:
         flag = flags.FLAGS[name]
         choices = re.match(r"(<.+?>): ", flag.help)
@@ -143,8 +166,22 @@ def _help_text(main: Callable[[], Any]) -> str:
         if flag.default not in (None, "", []):
             text += f" Default: {str(flag.default_as_str)[1:-1]}."
         lines.append(f"  --{'[no]' * flag.boolean}{name}" + (f"={choices[1]}" if choices else ""))
-        lines.append(textwrap.indent(textwrap.fill(text, _WIDTH - 6), " " * 6))
+        lines.append(_filled(text))
     return "\n".join(lines)
+
+
+def _filled(text: str) -> str:
+    """The text about a flag, in lines below its name."""
+    return textwrap.indent(textwrap.fill(text, _WIDTH - 6), " " * 6)
+
+
+def _arguments(argument: str | None) -> str:
+    """The arguments that need no flag, and settings, in the line of the usage."""
+    settings = " [--gin.NAME=VALUE ...]" * ("gin_bindings" in flags.FLAGS)
+    if argument is None:
+        return settings
+    word = "FILE" if argument == "gin_file" else argument.upper()
+    return f" {word}{' ...' * isinstance(flags.FLAGS[argument], flags.MultiFlag)}{settings}"
 
 
 # ---------------------------------------------------------------- values

@@ -1,7 +1,7 @@
 """How the processes that train one model together find each other.
 
-    python -m famx.train --multiprocess ...                              on TPU, GKE or Slurm
-    python -m famx.train --coordinator_address=host:1234 --num_processes=2 --process_id=0 ...
+    famx train FILE --multiprocess ...                         on TPU, GKE or Slurm
+    famx train FILE --coordinator_address=host:1234 --num_processes=2 --process_id=0 ...
 
 The first form detects the cluster that it runs on; the second works everywhere, with one command per
 process. `launch/` writes these commands.

@@ -1,6 +1,6 @@
 """Gin on the command line, with t5x's flags and a plain sentence for every bad binding.
 
-    python -m famx.train --gin_file=gin_configs/examples/x.gin --gin.TRAIN_STEPS=100
+    famx train passkey_tiny --gin.TRAIN_STEPS=100
 
 Gin ignores some mistakes and reports others with a traceback. Here an unknown file, configurable,
 parameter or macro, a macro that nothing uses, and a value that was never set each raise a
@@ -9,6 +9,7 @@ parameter or macro, a macro that nothing uses, and a value that was never set ea
 
 import contextlib
 import functools
+import importlib
 import inspect
 import os
 import pathlib
@@ -16,7 +17,7 @@ import re
 import sys
 import tokenize
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -24,28 +25,17 @@ from absl import app, flags, logging
 from gin import config as gin_config
 from gin.resource_reader import system_path_reader
 
-from famx.base import command_line
+from famx.base import command_line, gin_overrides
 from famx.base.errors import ConfigError
 from famx.base.files import write_text
+from famx.base.gin_arguments import find_gin_file, gin_files
+from famx.base.gin_arguments import rewrite_gin_args as rewrite_gin_args  # part of this interface
 from famx.base.gin_checks import check_all_used as check_all_used  # part of this module's interface
 from famx.base.gin_checks import check_macros, check_required, nearest, not_set, short, unset_macros
+from famx.base.gin_names import with_known_names
 from famx.base.gin_values import check_bindings
 
-_FLAG = "--gin."
-
-
-def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
-    """Rewrites each `--gin.NAME=VALUE` to `--gin_bindings=NAME = VALUE` and leaves the rest as it is."""
-    return [_rewrite(arg) for arg in argv]
-
-
-def _rewrite(arg: str) -> str:
-    if not arg.startswith(_FLAG):
-        return arg
-    name, equals, value = arg.removeprefix(_FLAG).partition("=")
-    if not equals or not name.strip() or not value.strip():
-        raise ConfigError(f"{arg} is not a gin binding: write it as --gin.NAME=VALUE.")
-    return f"--gin_bindings={name} = {value}"
+_UNKNOWN = "No configurable matching "  # how gin's errors about names begin
 
 
 def gin_root() -> pathlib.Path:
@@ -64,9 +54,10 @@ def parse_gin(
 
     Args:
       gin_files: files, looked up with their includes in the current directory, in `search_paths` and
-        in the directory of famx's own gin_configs/. A module whose functions they bind without
-        importing it must have been imported before.
-      gin_bindings: bindings such as `TRAIN_STEPS = 100`.
+        in the directory of famx's own gin_configs/; those in there also by name, as `passkey_tiny`. A
+        module whose functions they bind without importing it must have been imported before.
+      gin_bindings: bindings such as `TRAIN_STEPS = 100`. They name classes and functions of famx as a
+        file would that imports their modules: `@modules.Memory()`.
       search_paths: further directories.
       unneeded: macros that may be unset; they become None.
 
@@ -78,13 +69,19 @@ def parse_gin(
     for prefix in prefixes:
         if prefix not in gin_config._LOCATION_PREFIXES:
             gin.add_config_file_search_path(prefix)
-    with _only_files_on_disk():
+    with _only_files_on_disk(), gin_overrides.recorded() as overrides:
         for name in gin_files:
             with _PlainErrors(prefixes, name):
-                gin.parse_config_file(name)
+                gin.parse_config_file(find_gin_file(name, prefixes))
+        overrides.commanding = True
         for binding in gin_bindings:
             with _PlainErrors(prefixes, binding=binding):
-                gin.parse_config(binding)
+                try:
+                    gin.parse_config(binding)
+                except ValueError as error:
+                    if not str(error).startswith(_UNKNOWN):
+                        raise
+                    gin.parse_config(with_known_names(binding))
     unset = unset_macros(unneeded)
     for name in unset:
         gin.parse_config(f"{name} = None")
@@ -107,18 +104,61 @@ def write_operative_config(model_dir: str) -> None:
 
 
 def define_gin_flags() -> None:
-    """Declares t5x's gin flags, unless they are declared already."""
+    """Declares t5x's gin flags and `--import`, unless they are declared already."""
     if "gin_file" in flags.FLAGS:
         return
-    flags.DEFINE_multi_string("gin_file", [], "Gin file; later files win.")
-    flags.DEFINE_multi_string("gin_bindings", [], "Binding NAME = VALUE, also written --gin.NAME=VALUE.")
+    file = "Gin file: a path, or a name that `famx examples` lists; later files win."
+    flags.DEFINE_multi_string("gin_file", [], file)
+    flags.DEFINE_multi_string("gin_bindings", [], "Binding NAME = VALUE, in gin's own syntax.")
     flags.DEFINE_list("gin_search_paths", [], "Further directories to look for gin files in.")
+    define_import_flag()
 
 
-def parse_gin_flags(unneeded: Sequence[str] = ()) -> None:
-    """Calls `parse_gin` with the values of gin's flags."""
+def define_import_flag() -> None:
+    """Declares `--import`."""
+    text = "Module of yours to import first, such as one that registers a task or has a memory."
+    flags.DEFINE_multi_string("import", [], text)
+
+
+def require_gin_file(about: str | None) -> None:
+    """Raises ConfigError if no gin file was given; `about`: docstring of the main, with an example."""
+    if not flags.FLAGS.gin_file:
+        raise ConfigError(
+            "No gin file says what to run. A complete command is"
+            f" `{command_line.example(about)}`; `famx examples` lists those that come with famx."
+        )
+
+
+def parse_gin_flags(unneeded: Sequence[str] = (), default: str | None = None) -> None:
+    """Imports the modules of `--import`, and calls `parse_gin` with the values of gin's flags.
+
+    Args:
+      unneeded: see `parse_gin`.
+      default: gin file to parse if none was given.
+    """
     values = flags.FLAGS
-    parse_gin(values.gin_file, values.gin_bindings, values.gin_search_paths, unneeded)
+    import_modules()
+    files = values.gin_file or ([default] if default else [])
+    parse_gin(files, values.gin_bindings, values.gin_search_paths, unneeded)
+
+
+def import_modules() -> None:
+    """Imports the modules that `--import` names.
+
+    Raises:
+      ConfigError: one of them does not exist. What a module raises itself is passed on.
+    """
+    for name in flags.FLAGS["import"].value or ():
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) or name.endswith(".py"):
+            raise ConfigError(f"--import={name} must name a module: my_module for my_module.py.")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise ConfigError(
+                f"--import={name}: there is no module {error.name} in {os.getcwd()} or installed."
+            ) from error
 
 
 def run(
@@ -136,22 +176,33 @@ def run(
       gin_flags: whether gin configures the main, so that gin's flags are declared too.
       own_flags: whether the arguments are flags; if not, the main reads them from `sys.argv`, and only
         `--help` as the first of them is answered here.
-      argument: flag that the first argument is the value of if it is no flag; None: there is no such
-        argument.
+      argument: flag that the first argument is the value of if it is no flag, or, for a flag that may be
+        repeated, the arguments before the first flag; None: there are no such arguments.
     """
-    command_line.declare(define_gin_flags if gin_flags else None, define_flags)
+    command_line.declare(define_gin_flags if gin_flags else define_import_flag, define_flags)
 
     def flags_parser(argv: list[str]) -> list[str]:
-        settings = "settings are --gin_file and --gin.NAME=VALUE." if gin_flags else "see --help."
+        settings = "settings are written --gin.NAME=VALUE." if gin_flags else "see --help."
         if not own_flags:
-            argv = argv[:2] if argv[1:2] in (["-h"], ["--help"]) else argv[:1]
+            argv = _without_others(argv)
         command_line.parse(rewrite_gin_args(argv) if gin_flags else argv, main, settings, argument)
+        if not gin_flags:
+            import_modules()
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax reports every step of every save
         _cache_compiled_programs()
         return argv[:1]
 
     app.run(_exit_on_bad_input(lambda argv: main()), flags_parser=_exit_on_bad_input(flags_parser))
+
+
+def _without_others(argv: list[str]) -> list[str]:
+    """The arguments that famx answers of a main that reads `sys.argv` itself, which keeps the others."""
+    if argv[1:2] in (["-h"], ["--help"]):
+        return argv[:2]
+    ours = [argument for argument in argv[1:] if argument.startswith("--import=")]
+    sys.argv = [argument for argument in sys.argv if argument not in ours]
+    return [argv[0], *ours]
 
 
 def _cache_compiled_programs() -> None:
@@ -292,7 +343,7 @@ class _PlainErrors:
         if isinstance(error, UnicodeDecodeError):
             return f"{self.place}, or a file that it includes, is not UTF-8: convert it."
         if match := re.match(r"Unable to open file: (.+?)\. Searched", text):
-            names = list(_gin_files(self.prefixes))
+            names = list(gin_files(self.prefixes))
             return f"There is no gin file {match[1]}." + nearest(match[1], names)
         if isinstance(error, ImportError):
             return f"A gin file imports a module that cannot be imported: {text.splitlines()[0]}."
@@ -302,7 +353,8 @@ class _PlainErrors:
             return f"Nothing configurable is named {name}{where}." + nearest(name, names)
         if match := re.match(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", text):
             names = _parameters(match[1])
-            return f"{match[1]} has no parameter {match[2]}{where}." + nearest(match[2], names)
+            hint = nearest(match[2], names) or _elsewhere(match[2])
+            return f"{match[1]} has no parameter {match[2]}{where}.{hint}"
         if isinstance(error, (ValueError, KeyError, NameError, AttributeError)):
             return f"The gin configuration is wrong{where}: {text.splitlines()[0]}"
         return None
@@ -311,22 +363,24 @@ class _PlainErrors:
         if self.binding is not None:
             name, _, value = (part.strip() for part in self.binding.partition("="))
             return (
-                f"The value of --gin.{name} cannot be read: {value}. It must be a Python literal,"
-                f" %MACRO or @function; text needs quotes, as in --gin.{name}=\"'text'\"."
+                f"The value of --gin.{name} cannot be read: {value}. What begins with a quote, a bracket,"
+                " % or @ is a Python literal, %MACRO or @function; text that begins so needs its own"
+                f" quotes, as in --gin.{name}=\"'text'\"."
             )
         place = f" in {error.filename}" if error.filename else ""
         where = f"{place}, line {error.lineno}" if error.lineno else place
         return f"{self.place} cannot be read{where}: {error.msg.splitlines()[0].rstrip('.')}."
 
 
-def _gin_files(prefixes: Sequence[str]) -> Iterator[str]:
-    for prefix in prefixes:
-        root = pathlib.Path(prefix)
-        base = root / "gin_configs" if (root / "gin_configs").is_dir() else root
-        for path in sorted(base.rglob("*.gin")):
-            yield str(path.relative_to(root))
-
-
 def _parameters(selector: str) -> list[str]:
     match = gin_config._REGISTRY.get_match(selector)
     return list(inspect.signature(inspect.unwrap(match.wrapped)).parameters) if match else []
+
+
+def _elsewhere(parameter: str) -> str:
+    """Returns ' Did you mean X.parameter?' if few configurables have a parameter of this name."""
+    names = dict.fromkeys(
+        f"{short(selector)}.{parameter}" for selector, _ in gin_config._REGISTRY.items()
+        if parameter in _parameters(selector)
+    )  # fmt: skip
+    return f" Did you mean {' or '.join(names)}?" if 0 < len(names) < 4 else ""

@@ -68,12 +68,20 @@ class Built(Test):
 
 @dataclasses.dataclass(frozen=True)
 class LocalPath(Test):
-    """Test for paths of files: not empty, and no URL; `~` at the beginning is the home directory."""
+    """Test for paths of files: not empty, and no URL; `~` at the beginning is the home directory.
+
+    Attributes:
+      or_remote: whether a URL of a store is allowed, too.
+    """
+
+    or_remote: bool = False
 
     def complaint(self, value):
         text = os.fspath(value)
         if not text:
             return "is an empty text: give a path, such as '/some/path'."
+        if self.or_remote and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://.", text):
+            return None
         if match := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
             return (
                 f"is the URL {text}, and famx reads and writes files of mounted file systems only: mount"
@@ -94,8 +102,9 @@ PositiveShare = Annotated[float, Gt(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 Name = Annotated[str, MinLen(1)]
 Path = Annotated[str | os.PathLike, LocalPath(), Expected("a path, such as '/some/path'")]
+_Place = Annotated[str | os.PathLike, LocalPath(or_remote=True), Expected("a path, such as '/some/path'")]
 Paths = Annotated[
-    Path | Annotated[Sequence[Path], MinLen(1)],
+    _Place | Annotated[Sequence[_Place], MinLen(1)],
     Expected("a path or glob pattern, such as '/some/dir/*.txt', or several of them"),
 ]
 # What a call in a gin file returns, where no common type exists.

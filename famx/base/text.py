@@ -1,7 +1,7 @@
-"""Numbers and lists of names, formatted for readers."""
+"""Numbers, lists of names and tables of texts, formatted for readers."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def byte_size(count: float, digits: int = 1) -> str:
@@ -26,6 +26,14 @@ def some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts for a terminal: a line of headings, then a line for each row."""
+    lines = [tuple(head), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (zip(line, widths, strict=True) for line in lines)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in padded)
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """Returns ' Did you mean X?' for the known name nearest to `name`, or '' if none is near.
 
@@ -33,6 +41,14 @@ def nearest(name: str, names: Sequence[str]) -> str:
       >>> nearest("TRAIN_STEP", ["BATCH_SIZE", "TRAIN_STEPS"])
       ' Did you mean TRAIN_STEPS?'
     """
+    return near(name, names, most=1)
+
+
+def near(name: str, names: Sequence[str], most: int = 3) -> str:
+    """Returns ' Did you mean X, Y or Z?' for up to `most` known names near to `name`, or ''."""
     lower = {known.lower(): known for known in names}
-    matches = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
-    return f" Did you mean {lower[matches[0]]}?" if matches else ""
+    found = difflib.get_close_matches(name.lower(), list(lower), n=most, cutoff=0.5)
+    if not found:
+        return ""
+    *first, last = [lower[match] for match in found]
+    return f" Did you mean {', '.join(first)}{' or ' * bool(first)}{last}?"

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import pathlib
 import re
+import shlex
 import types
 from collections.abc import Mapping, Sequence
 
@@ -230,10 +231,7 @@ def next_steps(plan: Plan, directory) -> str:
     """Commands that use the imported model."""
     lines = [f"Written: {directory}. Next:"]
     if plan.vocabulary is not None:
-        lines.append(f"  python -m famx.chat --checkpoint {directory}")
-    lines.append(
-        "  python -m famx.train --gin_file=gin_configs/runs/finetune.gin"
-        f" --gin_file={directory}/model.gin \\\n"
-        f"      --gin.INITIAL_CHECKPOINT_PATH=\"'{directory}'\" ..."
-    )
+        lines.append(f"  famx chat --checkpoint {shlex.quote(str(directory))}")
+    model, path = shlex.quote(f"{directory}/model.gin"), shlex.quote(str(directory))
+    lines.append(f"  famx train finetune {model} --gin.INITIAL_CHECKPOINT_PATH={path} ...")
     return "\n".join(lines)

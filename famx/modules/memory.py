@@ -257,7 +257,7 @@ def from_dict(fields: dict[str, Any]) -> Memory:
     if kind not in _KINDS:
         raise ValueError(
             f"memory is of the kind {kind!r}, which is not known here: import the module that defines"
-            f" it, or choose from {', '.join(_KINDS)}."
+            f" it (--import=my_module), or choose from {', '.join(_KINDS)}."
         )
     names = {field.name for field in dataclasses.fields(_KINDS[kind])}
     unknown = ", ".join(sorted(fields.keys() - names))

@@ -1,4 +1,4 @@
-"""From gin files to reports: the work of `python -m famx.compile`."""
+"""From gin files to reports: the work of `famx compile`."""
 
 import dataclasses
 import functools

@@ -10,7 +10,7 @@ from famx.training.run import Data
 from famx.training.session import Session
 
 _HOW_TO_SKIP = (
-    "Set --gin.Data.on_bad_record=\"'skip'\" to leave out such records, or mend it; a run in progress"
+    "Set --gin.Data.on_bad_record=skip to leave out such records, or mend it; a run in progress"
     " then needs --gin.train.allow_changes=\"('data',)\"."
 )
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -83,7 +84,8 @@ def train(run: Run, allow_changes: Sequence[Name] = ()) -> dict[str, float]:
         stages, directory, profile = _check(run)
         lock = stack.enter_context(run_lock(directory))
         stages, data = open_data(stages)
-        gin_utils.check_all_used()
+        notes = [] if os.path.isabs(run.model_dir) else [f"MODEL_DIR is {directory}."]
+        data = dataclasses.replace(data, notes=(*data.notes, *gin_utils.check_all_used(), *notes))
         last = stages[-1].run
         if jax.process_count() > 1:
             agree("settings", agreement(last, data.settings, allow_changes))
@@ -123,8 +125,11 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
         with stage.errors():
             stage.run.data.check_options()
             stage.run.state_passing.check(stage.run)
-    profile = Profile(run.profile_steps, pathlib.Path(run.model_dir), run.steps)
-    directory = check_model_dir(run.model_dir)  # last, as it makes the directory
+    path = pathlib.Path(run.model_dir)
+    if jax.process_count() == 1:  # others may be in another directory
+        path = path.absolute()
+    profile = Profile(run.profile_steps, path, run.steps)
+    directory = check_model_dir(path)  # last, as it makes the directory
     return stages, directory, profile
 
 

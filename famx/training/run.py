@@ -210,7 +210,8 @@ class Run:
       optimizer: an optax transformation.
       steps: number of steps of the whole run, including those before a resume; None only if no step is
         taken.
-      model_dir: absolute directory of checkpoints and logs; None only if nothing is written.
+      model_dir: directory of checkpoints and logs, absolute if there are several processes; None only if
+        nothing is written.
       random_seed: seed of parameters, data and all other random draws.
       state_passing: states that examples begin from, see `famx.training.state_passing`.
       trainable: which parameters learn, see `famx.training.trainable`.

@@ -13,6 +13,7 @@ import optax
 
 from famx.base.describe import remembers
 from famx.base.errors import ConfigError
+from famx.base.gin_checks import flag_of
 from famx.base.ranges import Amount, NonNegative, Positive, Rate
 from famx.base.values import checked
 
@@ -42,7 +43,7 @@ def warmup_cosine(
       >>> [round(float(rate(step)), 6) for step in (10, 55, 100)]
       [0.001, 0.0005, 0.0]
     """
-    _check(learning_rate, warmup_steps, steps, floor)
+    _check("warmup_cosine", learning_rate, warmup_steps, steps, floor)
     low = floor / learning_rate
 
     def rate(step):
@@ -75,12 +76,7 @@ def warmup_stable_decay(
     floor: Amount = 0.0,
 ) -> optax.Schedule:
     """`learning_rate`, then linear decay to `floor` over the last `decay_steps` of the run."""
-    _check(learning_rate, warmup_steps, steps, floor)
-    if decay_steps > steps - warmup_steps:
-        raise ConfigError(
-            f"decay_steps must be at most steps - warmup_steps ({steps - warmup_steps}), not"
-            f" {decay_steps}."
-        )
+    _check("warmup_stable_decay", learning_rate, warmup_steps, steps, floor, decay_steps)
     low = floor / learning_rate
 
     def rate(step):
@@ -99,8 +95,21 @@ def _warmed_up(learning_rate: float, warmup_steps: int, rate: _Rate) -> optax.Sc
     return schedule
 
 
-def _check(learning_rate: float, warmup_steps: int, steps: int, floor: float) -> None:
+def _check(
+    name: str, learning_rate: float, warmup_steps: int, steps: int, floor: float, decay_steps: int = 0
+) -> None:
+    """Raises ConfigError unless warm-up and decay fit into the steps, with flags for which they do."""
+    flag = lambda setting, value: f"{flag_of(f'{name}.{setting}')}={value}"
+    shorter = [flag("warmup_steps", steps // 10)] if steps <= warmup_steps else []
+    left = steps - (steps // 10 if shorter else warmup_steps)
+    if decay_steps > left:
+        shorter.append(flag("decay_steps", max(1, left // 2)))
+    hint = f" A run of {steps} steps can have {' '.join(shorter)}."
     if steps <= warmup_steps:
-        raise ConfigError(f"steps ({steps}) must be larger than warmup_steps ({warmup_steps}).")
+        raise ConfigError(f"steps ({steps}) must be larger than warmup_steps ({warmup_steps}).{hint}")
+    if decay_steps > left:
+        raise ConfigError(
+            f"decay_steps must be at most steps - warmup_steps ({left}), not {decay_steps}.{hint}"
+        )
     if floor > learning_rate:
         raise ConfigError(f"floor must be at most learning_rate ({learning_rate}), not {floor}.")

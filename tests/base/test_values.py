@@ -74,7 +74,7 @@ ALLOWED = [
     (Object, [Thing(), len, np.zeros(2)]),
     (OptionalObject, [None, Thing()]),
     (Path, ["/a", "a/b", pathlib.Path("/a"), "C:\\a", "a:b"]),
-    (Paths, ["/a/*", pathlib.Path("/a"), ["/a", "/b"]]),
+    (Paths, ["/a/*", pathlib.Path("/a"), ["/a", "/b"], ["/a", "gs://b/c"], "s3://b/*.txt"]),
     (Any, [None, Thing()]),
 ]
 REFUSED = [
@@ -97,7 +97,7 @@ REFUSED = [
     (Thing, [Thing, {"size": 1}, None]),
     (Object, [1, "a", None, True, {}, [1], Thing]),
     (Path, ["", "gs://bucket/run", "https://a/b", "s3:/a", 1, None]),
-    (Paths, ["", [], ["/a", "gs://b/c"], 1]),
+    (Paths, ["", [], ["/a", "gs:/b"], 1]),
 ]  # fmt: skip
 
 

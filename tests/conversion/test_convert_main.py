@@ -284,7 +284,7 @@ def test_the_vocabulary_comes_along(tmp_path, instruct, capsys):
     assert kept == {k: v for k, v in files(instruct).items() if k != "model.safetensors"}
     out = capsys.readouterr().out
     assert "Vocabulary: 300 ids (byte_pair), pad 1, end 0." in out
-    assert f"python -m famx.chat --checkpoint {tmp_path / 'model'}\n" in out
+    assert f"famx chat --checkpoint {tmp_path / 'model'}\n" in out
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,10 @@ def run_documented(main: str, directory: pathlib.Path, more: str = "") -> str:
     """Runs the page's command for a main on another directory, with `more` flags; its output."""
     pytest.importorskip("gguf")
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-    command = next(block for block in blocks if f"python -m famx.{main}" in block and "smollm2" in block)
+    command = next(block for block in blocks if f"famx {main}" in block and "smollm2" in block)
     command = command.replace("/tmp/famx/smollm2", str(directory))
-    command = command.replace("gin_configs/", f"{ROOT}/gin_configs/")
     command = command.replace("python ", f"{sys.executable} ")
+    command = command.replace(f"famx {main} ", f"{sys.executable} -m famx {main} ")
     run = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command.strip() + more], capture_output=True, text=True,
         cwd=directory.parent, env={**os.environ, "JAX_PLATFORMS": "cpu"},

@@ -31,13 +31,14 @@ def test_its_commands_run(tmp_path):
         line = '{"id": "1", "pid": "1_0", "input": "What?", "output": "That."}\n'
         (tmp_path / "DOWNLOADS" / "qasper" / f"{split}.jsonl").write_text(line)
     block = PAGE.split("## Commands")[1].split("```")[1]
-    commands = re.findall(r"^python -m (famx\.(?:prepare|cache|inspect_data) .*)$", block, re.MULTILINE)
+    commands = re.findall(r"^famx ((?:prepare|cache|inspect-data) .*)$", block, re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
-        if command.startswith("famx.prepare"):
+        if command.startswith("prepare"):
             command += " --allow_partial"
         run = subprocess.run(
-            [sys.executable, "-m", *command.split()], cwd=tmp_path, capture_output=True, text=True,
+            [sys.executable, "-m", "famx", *command.split()],
+            cwd=tmp_path, capture_output=True, text=True,
             env={**os.environ, "FAMX_DATA_DIR": str(tmp_path / "DATA")},
         )  # fmt: skip
         assert run.returncode == 0, run.stderr

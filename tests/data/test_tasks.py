@@ -156,7 +156,7 @@ def test_missing_data_gets_a_sentence_with_the_command(folder):
     with pytest.raises(ConfigError) as error:
         task.examples("train")
     for part in ("none/first/train, which is not there", "Published: nowhere", "`tfds build made_up`",
-                 f"python -m famx.prepare --task made_up --source DOWNLOAD --data_dir {folder}/none"):
+                 f"famx prepare --task made_up --source DOWNLOAD --data_dir {folder}/none"):
         assert part in str(error.value)
     installed = dataclasses.replace(TASK, package="the package x", folders=(lambda: None,))
     with pytest.raises(ConfigError, match="'made_up' is not there; install the package x"):

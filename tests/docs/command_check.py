@@ -37,18 +37,20 @@ def parse(main, define_flags=None, gin_flags=True, own_flags=True, argument=None
 
             HarnessCLI().parse_args()
         raise Parsed
-    command_line.declare(gin_utils.define_gin_flags if gin_flags else None, define_flags)
+    general = gin_utils.define_gin_flags if gin_flags else gin_utils.define_import_flag
+    command_line.declare(general, define_flags)
     argv = gin_utils.rewrite_gin_args(sys.argv) if gin_flags else sys.argv
     command_line.parse(argv, main, "see --help.", argument)
-    if gin_flags and not argument:  # the argument is a run's directory, which has the gin file
+    if gin_flags and argument != "model_dir":  # of a run, which has the gin file
         main()
     raise Parsed
 
 
-def parse_gin_flags(unneeded=()):
+def parse_gin_flags(unneeded=(), default=None):
     """Replacement of `gin_utils.parse_gin_flags`."""
     values = flags.FLAGS
-    gin_utils.parse_gin(values.gin_file, values.gin_bindings, values.gin_search_paths, unneeded)
+    files = values.gin_file or [default]
+    gin_utils.parse_gin(files, values.gin_bindings, values.gin_search_paths, unneeded)
     raise Parsed
 
 

@@ -7,6 +7,7 @@ Blocks run in order. Python shares one namespace, as in a notebook. What a block
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -28,6 +29,7 @@ def main(page: str) -> None:
         elif block.language == "bash":
             text = block.text.replace("/tmp/famx/", f"{os.getcwd()}/")
             text = text.replace("python -m", f"{sys.executable} -m")
+            text = re.sub(r"(?<![\w/.-])famx (?=[a-z])", f"{sys.executable} -m famx ", text)
             subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True)
         print(f"{block} ran", flush=True)
 

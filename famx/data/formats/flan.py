@@ -18,7 +18,7 @@ are ignored. Few-shot examples are part of the inputs. If inputs do not end with
 put between inputs and targets.
 
 Each submixture is a text task, such as `flan_cot`, and `flan` is their mixture, which
-`python -m famx.prepare` takes. `flan_packed` makes the rows to train on, see `FlanRows`.
+`famx prepare` takes. `flan_packed` makes the rows to train on, see `FlanRows`.
 """
 
 import dataclasses

@@ -233,7 +233,7 @@ def suite(
     vocabulary: AnyVocabulary = "bytes",
     **options: Any,
 ) -> Suite:
-    """Make `gpt3_rank` or `gpt3_gen`.
+    """Make a suite of GPT-3's zero-shot tasks: `gpt3_rank` or `gpt3_gen`.
 
     Args:
       name: "gpt3_rank" or "gpt3_gen".

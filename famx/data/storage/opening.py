@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from famx.base.errors import ConfigError
+from famx.data.storage import places
 from famx.data.storage.paths import matching_files
 from famx.data.storage.records import JsonlRecords
 from famx.data.storage.tables import ARROW, PARQUET, TableRecords
@@ -50,7 +52,7 @@ def open_records(
       fields: columns to read, which the records must have; None: all columns.
 
     Raises:
-      ConfigError: the package pyarrow is missing.
+      ConfigError: the package pyarrow is missing, or tables are to be read from a store.
       ValueError: as `JsonlRecords` and `TableRecords`, or the files have several formats.
     """
     patterns = [paths] if isinstance(paths, str | os.PathLike) else paths
@@ -59,6 +61,11 @@ def open_records(
     if tables and len(tables) < len(files):
         other = next(path for path in files if path not in tables)
         raise ValueError(f"{tables[0]} and {other} have different formats; name files of one format.")
+    if tables and places.is_remote(tables[0]):
+        raise ConfigError(
+            f"{tables[0]} is a table, and tables are read from mounted file systems only: mount the"
+            " store, or give JSON lines."
+        )
     return TableRecords(files, fields) if tables else JsonlRecords(files, fields)
 
 

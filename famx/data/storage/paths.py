@@ -1,16 +1,17 @@
 """Paths of text and record files: glob patterns, validation splits, Python's own sources."""
 
-import glob
 import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 
+from famx.data.storage import places
+
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 
 def matching_files(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """Sorted absolute paths of the files that match one or several paths or glob patterns.
+    """Sorted absolute paths of the files that match one or several paths or glob patterns, or URLs.
 
     Raises:
       ValueError: a pattern matches no file, or there is no pattern.
@@ -19,9 +20,9 @@ def matching_files(patterns: str | os.PathLike | Sequence[str | os.PathLike]) ->
     for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
         pattern = os.path.expanduser(pattern)
         # A name that exists is not expanded, even if it has characters of glob patterns.
-        matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-        files = [os.path.abspath(path) for path in matches if os.path.isfile(path)]
-        if not files and os.path.isdir(pattern):
+        matches = [pattern] if places.is_file(pattern) else places.matching(pattern)
+        files = [places.absolute(path) for path in matches if places.is_file(path)]
+        if not files and places.is_directory(pattern):
             raise ValueError(f"'{pattern}' is a directory; name its files, such as '{pattern}/*'.")
         if not files:
             raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from famx.base.errors import BadData, BadRecord
 from famx.base.files import move_into_place, scratch_directory
-from famx.data.storage import tfrecord
+from famx.data.storage import places, tfrecord
 from famx.data.storage.paths import listed, matching_files
 from famx.data.storage.shards import shard_paths
 from famx.data.storage.unchanged import LARGEST, Unchanged, check_mark, check_size
@@ -73,8 +73,11 @@ class _Records:
     def __getitem__(self, i: int) -> dict[str, Any]:
         path, start, stop = self._place(i)
         self._unchanged.check(path)
-        file = self._file(path)  # this reference keeps it open if another thread drops it
-        data = os.pread(file.fileno(), stop - start, start)
+        if places.is_remote(path):
+            data = places.read(path, start, stop)
+        else:
+            file = self._file(path)  # this reference keeps it open if another thread drops it
+            data = os.pread(file.fileno(), stop - start, start)
         if len(data) < stop - start:
             self._unchanged.check(path)
             raise BadData(f"{path} cannot be read as far as byte {stop}: copy it again.")
@@ -132,7 +135,7 @@ class JsonlRecords(_Records):
 
     def _index(self, path: str) -> array:
         spans, start = array("q"), 0
-        with open(path, "rb") as file:
+        with places.opened(path) as file:
             for line in iter(lambda: file.readline(LARGEST + 1), b""):
                 if not start:
                     check_mark(path, line)
@@ -331,7 +334,7 @@ class RecordDocuments:
 
 def _line(path: str, start: int) -> str:
     """Name of the line that begins at byte `start`, for a message."""
-    with open(path, "rb") as file:
+    with places.opened(path) as file:
         number = 1
         while start:
             data = file.read(min(start, 2**20))

@@ -1,6 +1,5 @@
 """Text files as documents."""
 
-import os
 from typing import Literal
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from famx.base.errors import BadRecord
 from famx.base.ranges import Paths, Seed, ShareBelowOne
 from famx.base.values import checked
+from famx.data.storage import places
 from famx.data.storage.paths import matching_files, stdlib_text_files, validation_names
 from famx.data.storage.tables import ARROW, PARQUET
 from famx.data.storage.unchanged import Unchanged, check_size, decoded
@@ -33,8 +33,8 @@ class TextFiles:
     ):
         """
         Args:
-          files: path or glob pattern, or several (`**` matches folders of any depth); None:
-            `stdlib_text_files()`.
+          files: path or glob pattern, or several (`**` matches folders of any depth), also URLs of
+            objects such as gs://bucket/*.txt; None: `stdlib_text_files()`.
           vocabulary: see `famx.data.vocabularies.as_vocabulary`.
           split: "train" or "validation".
           validation_fraction: approximate share of the documents that is held out for validation.
@@ -105,9 +105,7 @@ class TextFiles:
         path, start, stop = self._parts[i]
         check_size(path, stop - start)
         self._unchanged.check(path)
-        with open(path, "rb") as file:
-            file.seek(start)
-            data = file.read(stop - start)
+        data = places.read(path, start, stop)
         text = decoded(data, path, start == 0, stop == self._unchanged.size(path))
         if not text.strip():
             raise BadRecord(f"{path} has nothing but white space: write a text into it, or leave it out.")
@@ -120,6 +118,5 @@ class TextFiles:
 
 
 def _validation_paths(paths: list[str], fraction: float, seed: int) -> set[str]:
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    names = {os.path.relpath(path, root).replace(os.sep, "/"): path for path in paths}
+    names = dict(zip(places.relative_names(paths), paths, strict=True))
     return {names[name] for name in validation_names(list(names), fraction, seed)}

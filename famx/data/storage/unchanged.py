@@ -1,12 +1,14 @@
 """Files that must not change while a run reads them, and texts in encodings that are not UTF-8."""
 
-import os
+import time
 from collections.abc import Iterable
 
 from famx.base.errors import BadData, BadRecord
 from famx.base.text import byte_size
+from famx.data.storage import places
 
 LARGEST = 2**31  # bytes of a document or a line, which is held in memory as a whole
+_PERIOD = 60.0  # seconds between two looks at an object of a store
 _MARKS = {  # the first bytes of a text, the longest marks first
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -25,17 +27,25 @@ class Unchanged:
     """
 
     def __init__(self, paths: Iterable[str]):
-        self._known = {path: _stamp(path) for path in paths}
+        self._known = {path: places.stamp(path) for path in paths}
+        self._checked = dict.fromkeys(filter(places.is_remote, self._known), time.monotonic())
 
     def size(self, path: str) -> int:
         """The size of a file in bytes when it was opened."""
         return self._known[path][0]
 
     def check(self, path: str) -> None:
-        """Raises BadData if a file was removed, cut or changed since it was opened."""
+        """Raises BadData if a file was removed, cut or changed since it was opened.
+
+        Objects of a store are looked at again only after a minute, since each look is a request.
+        """
         known = self._known[path]
+        if path in self._checked:
+            if time.monotonic() < self._checked[path] + _PERIOD:
+                return
+            self._checked[path] = time.monotonic()
         try:
-            now = _stamp(path)
+            now = places.stamp(path)
         except OSError as error:
             raise BadData(f"{path} was there when the run began and is gone: put it back.") from error
         if now == known:
@@ -49,11 +59,6 @@ class Unchanged:
             f"{path} was replaced or changed after the run began: put it back as it was, and do not"
             " change the data during a run."
         )
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
 
 
 def check_size(path: str, size: int, what: str = "") -> None:

@@ -4,13 +4,13 @@ Folders above the ones that the files have in common do not count, so that data 
 """
 
 import hashlib
-import os
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from famx.data.storage import places
 from famx.data.tasks.kinds import Kind, kind_of
 
 _MOST_FILES = 64  # files that are listed; of more, this many are sampled
@@ -33,8 +33,8 @@ def identity(task: Any) -> dict[str, Any]:
     paths = files_of(task)
     if not paths:
         return described
-    names = _names(paths)
-    sizes = [os.path.getsize(path) for path in paths]
+    names = places.relative_names(paths)
+    sizes = [places.stamp(path)[0] for path in paths]
     described["bytes"] = sum(sizes)
     if len(paths) > _MOST_FILES:
         listing = "\n".join(f"{name} {size}" for name, size in zip(names, sizes))
@@ -56,13 +56,11 @@ def sample_digest(path: str, size: int) -> str:
       OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        if size <= _PIECES * _PIECE:
-            digest.update(file.read())
-        else:
-            for start in np.linspace(0, size - _PIECE, _PIECES).astype(int):
-                file.seek(int(start))
-                digest.update(file.read(_PIECE))
+    if size <= _PIECES * _PIECE:
+        digest.update(places.read(path, 0, size))
+    else:
+        for start in np.linspace(0, size - _PIECE, _PIECES).astype(int):
+            digest.update(places.read(path, int(start), int(start) + _PIECE))
     return digest.hexdigest()[:16]
 
 
@@ -91,8 +89,8 @@ def _paths(value: Any) -> Iterator[str]:
     if isinstance(value, type | types.ModuleType):
         return
     for path in (getattr(value, "path", None), *_listed(getattr(value, "paths", ()))):
-        if isinstance(path, str) and os.path.isfile(path):
-            yield os.path.abspath(path)
+        if isinstance(path, str) and places.is_file(path):
+            yield places.absolute(path)
 
 
 def _listed(paths: Any) -> Sequence[Any]:
@@ -120,9 +118,3 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not assigned yet
         return None
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    """The paths, relative to the folder that all have in common."""
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]

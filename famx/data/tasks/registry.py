@@ -109,6 +109,6 @@ def get(name: str, **options: Any) -> Any:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     hint = f" The nearest name is '{near[0]}'." if near else ""
     raise ValueError(
-        f"No task is named '{name}'.{hint} Known are: {', '.join(known)}. A SeqIO task is known "
-        "once the module that registers it has been imported."
+        f"No task is named '{name}'.{hint} `famx tasks` lists all. A task of your own, or of SeqIO, is"
+        " known once the module that registers it is imported: --import=my_module."
     )

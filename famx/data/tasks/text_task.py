@@ -18,7 +18,7 @@ answer, see `famx.data.tasks.ranking`), "documents" (the whole text is the targe
 
 The records of a task are looked for in this order:
 
-1. `DATA_DIR/NAME/SPLIT.tfrecord-*`, which `python -m famx.prepare` writes, or Parquet or Arrow files in
+1. `DATA_DIR/NAME/SPLIT.tfrecord-*`, which `famx prepare` writes, or Parquet or Arrow files in
    DATA_DIR/NAME (see `famx.data.storage.opening`) with the columns `inputs`, `targets` and `references`,
    and, for kind "rank", `choices` and `answer`,
 2. the official files, in one of the task's folders of DATA_DIR,
@@ -226,7 +226,7 @@ class TextTask:
         tfds = f", or prepare it with `tfds build {self.tfds}`" if self.tfds else ""
         raise ConfigError(
             f"The {split} split of task '{self.name}' {needed}. Published: {self.published}. "
-            f"Then run `python -m famx.prepare --task {self.name} --source DOWNLOAD --data_dir "
+            f"Then run `famx prepare --task {self.name} --source DOWNLOAD --data_dir "
             f"{self.root or 'DATA_DIR'}`{tfds}."
         )
 
