@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from gin import config as gin_config
 from gin.resource_reader import system_path_reader
 
-from famx.base import command_line
+from famx.base import command_line, native_stderr, waiting
 from famx.base.errors import ConfigError
 from famx.base.files import write_text
 from famx.base.gin_checks import check_all_used as check_all_used  # part of this module's interface
@@ -150,7 +150,8 @@ def run(
         _cache_compiled_programs()
         return argv[:1]
 
-    app.run(_exit_on_bad_input(lambda argv: main()), flags_parser=_exit_on_bad_input(flags_parser))
+    with native_stderr.without_noise(), waiting.announced():
+        app.run(_exit_on_bad_input(lambda argv: main()), flags_parser=_exit_on_bad_input(flags_parser))
 
 
 def _cache_compiled_programs() -> None:

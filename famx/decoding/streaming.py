@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.waiting import Announced
 from famx.decoding.generation import Generation, Sampling, generate
 from famx.modules import Decoder, DecoderState
 from famx.modules.prepared import computing, with_joint_kernels
@@ -102,9 +103,11 @@ class Streamer:
             rows = np.repeat(np.arange(state.batch_size), samples)
             return logits[rows], state.take(rows)
 
-        self._initial, self._read_blocks, self._read_part = initial, read_blocks, read_part
+        self._initial = initial
+        self._read_blocks = Announced(read_blocks, "the reading of blocks")
+        self._read_part = Announced(read_part, "the reading of parts of a block")
         self._logits = jax.jit(lambda params, hidden: apply(params, "logits", hidden))
-        self._write, self._repeat = write, repeat
+        self._write, self._repeat = Announced(write, "the writing of text"), repeat
 
     def initial_state(self, params, batch_size: int) -> DecoderState:
         """State before the first token.

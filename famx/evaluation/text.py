@@ -13,6 +13,7 @@ import numpy as np
 from famx.base.errors import ConfigError
 from famx.base.ranges import Object, Positive
 from famx.base.values import checked
+from famx.base.waiting import Announced
 from famx.data.rows.lanes import ContinuousLanes
 from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.evaluation.common import HEALTH_TOKENS, check_vocabulary, compared, memory_figures
@@ -135,7 +136,7 @@ def _lane_step(module: Decoder, loss_chunk: int | None, zero_memory: bool):
         state, sums = jax.lax.scan(without, state, blocks)
         return state, jnp.sum(sums, axis=0)
 
-    return run
+    return Announced(run, "the evaluation on texts")
 
 
 def _text_scores(sums) -> dict[str, float]:
