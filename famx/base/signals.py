@@ -5,11 +5,14 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_Result = TypeVar("_Result")
+_LOOK = 0.05  # seconds between two looks whether to stop
 _STDERR = 2  # the file descriptor, which threads of C++ write to as well
 INTERRUPTED = 128 + signal.SIGINT  # the shell's exit code for a command that Ctrl-C ended
 
@@ -104,6 +107,41 @@ def handling(
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def interruptible(
+    function: Callable[[], _Result], stop: Callable[[], bool] = lambda: False
+) -> _Result:
+    """The result of `function()`, which runs on a thread, so that Ctrl-C need not wait for its end.
+
+    A call that is interrupted goes on in the background, and its result is dropped.
+
+    Args:
+      function: takes long in code that handles no signals, such as a compilation.
+      stop: asked now and then; True interrupts, too.
+
+    Raises:
+      KeyboardInterrupt: it was interrupted.
+      BaseException: whatever `function` raised.
+    """
+    results: list[_Result] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # the process may end before it
+    thread.start()
+    while thread.is_alive():
+        thread.join(_LOOK)
+        if thread.is_alive() and stop():
+            raise KeyboardInterrupt
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _in_any_process(number: int) -> int:

@@ -303,7 +303,7 @@ def new_state(
             writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
         trained = TrainedModel(run.model, pretrained, 0, data.initial_dir)
         loaded = run.state_passing.load(trained)
-    initialize = Announced(initialize, "the model's start")
+    initialize = Announced(initialize, "the model's first values")
     return initialize(jax.random.key(run.random_seed), pretrained, loaded)
 
 
