@@ -152,6 +152,8 @@ def check_config_flags(argv: Sequence[str]) -> None:
                 "Set environment variables in the config file, or copy them from this environment with"
                 " --config.environment_from=\"('NAME',)\"."
             )
+        if field == "labels" and field in config:
+            raise ConfigError("Set labels in the config file: labels={'team': 'name'}.")
         if field not in config or inner:
             raise ConfigError(f"--config has no field {name}.{nearest(name, list(config))}")
 
@@ -169,12 +171,18 @@ def make_job(config: ConfigDict, check_gin: bool = True) -> Job:
     """
     files = [*config.gin_files, *flags.FLAGS.gin_file]
     bindings = [*config.gin_bindings, *flags.FLAGS.gin_bindings]
+    bindings = [in_mount(config, text) for text in bindings]
     for text in (*files, *bindings):
         if any(c in text for c in "\n\r\0"):
             raise ConfigError(f"A gin file name or binding must be a single line, not {text!r}.")
     if check_gin:
         gin_utils.parse_gin(files, bindings)
-    model_dir = _model_dir() if check_gin else ""
+    model_dir = ""
+    if check_gin:
+        given = _macro("MODEL_DIR")
+        model_dir = _model_dir(config, given)
+        if given.startswith("gs://"):  # gin files name the bucket, and workers train in its mount
+            bindings.append(f"MODEL_DIR = {model_dir!r}")
     steps = _macro("TRAIN_STEPS") if check_gin else None
     shown, secret = settings.environment(config)
     stage = pathlib.Path(config.stage_dir).expanduser().absolute() / f"famx-{config.name}"
@@ -192,8 +200,21 @@ def _macro(name: str) -> Any:
         return None
 
 
-def _model_dir() -> str:
-    value = _macro("MODEL_DIR")
+def in_mount(config: ConfigDict, text: str) -> str:
+    """`text` with the paths of the config's bucket, gs://BUCKET/..., as workers see them in the mount."""
+    if not config.get("mount"):
+        return text
+    bucket = re.escape(f"gs://{config.bucket}")
+    return re.sub(rf"{bucket}(?=[/'\"]|$)", config.mount.rstrip("/"), text)
+
+
+def _model_dir(config: ConfigDict, value: Any) -> str:
+    value = in_mount(config, value) if isinstance(value, str) else value
+    if isinstance(value, str) and value.startswith("gs://") and config.get("mount"):
+        raise ConfigError(
+            f"MODEL_DIR {value} is not in the bucket gs://{config.bucket} of --config.bucket, which the"
+            " workers mount: name the same bucket in both."
+        )
     if not isinstance(value, str) or not os.path.isabs(value):
         raise ConfigError(
             f"MODEL_DIR must be an absolute path, not {value}: set --gin.MODEL_DIR=\"'/dir'\"."
@@ -249,5 +270,5 @@ def check_model_dir(config: ConfigDict, job: Job) -> None:
     if config.mount.rstrip("/") not in map(str, pathlib.PurePath(job.model_dir).parents):
         raise ConfigError(
             f"MODEL_DIR {job.model_dir} would be lost with the workers: the bucket is mounted at"
-            f" {config.mount}, so set --gin.MODEL_DIR=\"'{config.mount.rstrip('/')}/{job.name}'\"."
+            f" {config.mount}, so set --gin.MODEL_DIR=\"'gs://{config.bucket}/{job.name}'\"."
         )

@@ -18,6 +18,7 @@ from famx.data import ByteVocabulary, PasskeyTask, TextFiles
 from famx.data.probes import CopyProbe
 from famx.data.probes.passkey_text import passkey_words
 from famx.data.vocabularies import as_vocabulary
+from famx.decoding import Sampling
 from famx.evaluation import (
     PROBES,
     STANDARD_PROBES,
@@ -167,6 +168,39 @@ def test_report(tmp_path):
 
     picture = image.imread(tmp_path / "passkey.png")
     assert picture.ndim == 3 and picture.std() > 0.01
+
+
+def test_a_sample_of_the_writing_and_the_command_to_chat(tmp_path):
+    (tmp_path / "a.txt").write_text("The sun is yellow.\n\nThe sky is blue. " * 9)
+    documents, vocabulary = TextFiles(str(tmp_path / "a.txt"), split="validation"), ByteVocabulary()
+    model = make_model(vocab_size=259, block_size=BLOCK, vocabulary=vocabulary)
+    params = make_params(model.module)
+    report = lambda **changes: TextEvaluation(documents, **changes).report(model, params, "/tmp/my run")
+    text = report(sample_tokens=120)
+    assert text == report(sample_tokens=120) and all(len(line) <= 80 for line in text.splitlines())
+    assert all(c.isprintable() or c == "\n" for c in text)
+    begins, *lines, talk = text.splitlines()
+    assert begins == "How a held-out document begins:" and "  The sun is yellow." in lines
+    assert talk == "Talk to it: famx chat --checkpoint='/tmp/my run' --temperature=0.8"
+    goes_on = lines.index("How the model goes on (temperature 0.8):")
+    tokens = np.array([[vocabulary.bos_id, *vocabulary.encode(documents_text(documents)[:63])]], np.int32)
+    streamer = streamer_of(model.module)
+    logits, state = streamer.read(params, streamer.initial_state(params, 1), tokens)
+    sampling = Sampling(120, 0.8, stop_tokens=tuple(vocabulary.end_ids))
+    out = streamer.generate(params, logits, state, sampling)
+    ids = [int(i) for i in np.asarray(out.tokens)[0, : int(out.lengths[0])]]
+    expected = vocabulary.decode([i for i in ids if i not in {vocabulary.bos_id, *vocabulary.end_ids}])
+    shown = [c for c in "".join(lines[goes_on + 1 :]) if c.isprintable() and c not in " \ufffd"]
+    assert shown == [c for c in expected if c.isprintable() and c not in " \ufffd"]
+    assert report(sample_tokens=0) == talk
+    bare = dataclasses.replace(model, vocabulary=None)
+    assert TextEvaluation(documents).report(bare, params, "/tmp/x") == ""
+
+
+def documents_text(documents):
+    tokens = documents[0]
+    tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+    return ByteVocabulary().decode([int(i) for i in tokens if i < 256 + 3])
 
 
 @pytest.mark.parametrize("name", ["byte_pair_numbers", "sentencepiece"])

@@ -445,7 +445,8 @@ def _finish(session: Session) -> dict[str, float]:
             params = session.merge(session.state.params)
             with waiting("Evaluating for the report", run.model_dir):
                 report = run.evaluation.report(run.model, params, str(session.directory))
-            log.message(report)
+            if report:
+                log.message(report)
         sentence = run.state_passing.export(session.state.kept, session.directory, step)
         if sentence is not None:
             log.message(sentence)
