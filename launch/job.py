@@ -23,6 +23,7 @@ from launch.commands import Commands
 
 STOPPED = 42  # exit code of famx.train after a graceful stop; tells launchers to restart the run
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+_URL = re.compile(r"^\s*MODEL_DIR\s*=\s*['\"](gs://[^'\"]*)['\"]", re.MULTILINE)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Launch config: a Python file that defines get_config(), see launch/configs/."
@@ -170,19 +171,13 @@ def make_job(config: ConfigDict, check_gin: bool = True) -> Job:
         with `check_gin`), or an environment variable is.
     """
     files = [*config.gin_files, *flags.FLAGS.gin_file]
-    bindings = [*config.gin_bindings, *flags.FLAGS.gin_bindings]
-    bindings = [in_mount(config, text) for text in bindings]
+    bindings = _in_mount(config, files, [*config.gin_bindings, *flags.FLAGS.gin_bindings])
     for text in (*files, *bindings):
         if any(c in text for c in "\n\r\0"):
             raise ConfigError(f"A gin file name or binding must be a single line, not {text!r}.")
     if check_gin:
         gin_utils.parse_gin(files, bindings)
-    model_dir = ""
-    if check_gin:
-        given = _macro("MODEL_DIR")
-        model_dir = _model_dir(config, given)
-        if given.startswith("gs://"):  # gin files name the bucket, and workers train in its mount
-            bindings.append(f"MODEL_DIR = {model_dir!r}")
+    model_dir = _model_dir() if check_gin else ""
     steps = _macro("TRAIN_STEPS") if check_gin else None
     shown, secret = settings.environment(config)
     stage = pathlib.Path(config.stage_dir).expanduser().absolute() / f"famx-{config.name}"
@@ -200,26 +195,40 @@ def _macro(name: str) -> Any:
         return None
 
 
-def in_mount(config: ConfigDict, text: str) -> str:
-    """`text` with the paths of the config's bucket, gs://BUCKET/..., as workers see them in the mount."""
-    if not config.get("mount"):
-        return text
-    bucket = re.escape(f"gs://{config.bucket}")
-    return re.sub(rf"{bucket}(?=[/'\"]|$)", config.mount.rstrip("/"), text)
-
-
-def _model_dir(config: ConfigDict, value: Any) -> str:
-    value = in_mount(config, value) if isinstance(value, str) else value
-    if isinstance(value, str) and value.startswith("gs://") and config.get("mount"):
-        raise ConfigError(
-            f"MODEL_DIR {value} is not in the bucket gs://{config.bucket} of --config.bucket, which the"
-            " workers mount: name the same bucket in both."
-        )
+def _model_dir() -> str:
+    value = _macro("MODEL_DIR")
     if not isinstance(value, str) or not os.path.isabs(value):
         raise ConfigError(
             f"MODEL_DIR must be an absolute path, not {value}: set --gin.MODEL_DIR=\"'/dir'\"."
         )
     return os.path.normpath(value)
+
+
+def _in_mount(config: ConfigDict, files: Sequence[str], bindings: Sequence[str]) -> list[str]:
+    """`bindings` with paths of the config's bucket, gs://BUCKET/..., as workers see them in the mount.
+
+    A MODEL_DIR that a gin file places in the bucket gets a binding, too.
+
+    Raises:
+      ConfigError: MODEL_DIR is in another bucket.
+    """
+    if not config.get("mount"):
+        return list(bindings)
+    bucket, mount = re.escape(f"gs://{config.bucket}"), config.mount.rstrip("/")
+    inside = lambda text: re.sub(rf"{bucket}(?=[/'\"]|$)", mount, text)
+    bindings = [inside(text) for text in bindings]
+    given = [text for text in bindings if re.match(r"\s*MODEL_DIR\s*=", text)]
+    texts = given[-1:] or [path.read_text() for _, path in _with_includes(files[::-1])]
+    urls = [url for text in texts for url in _URL.findall(text)]
+    if not urls:
+        return bindings
+    model_dir = inside(urls[0])
+    if model_dir == urls[0]:
+        raise ConfigError(
+            f"MODEL_DIR {model_dir} is not in the bucket gs://{config.bucket} of --config.bucket, which"
+            " the workers mount: name the same bucket in both."
+        )
+    return [*bindings, f"MODEL_DIR = {model_dir!r}"]
 
 
 def _with_includes(names: Sequence[str]) -> Iterator[tuple[str, pathlib.Path]]:
