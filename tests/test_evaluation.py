@@ -180,10 +180,12 @@ def test_a_sample_of_the_writing_and_the_command_to_chat(tmp_path):
     assert text == report(sample_tokens=120) and all(len(line) <= 80 for line in text.splitlines())
     assert all(c.isprintable() or c == "\n" for c in text)
     begins, *lines, talk = text.splitlines()
-    assert begins == "How a held-out document begins:" and "  The sun is yellow." in lines
+    assert begins == "How a held-out document begins:"
     assert talk == "Talk to it: famx chat --checkpoint='/tmp/my run' --temperature=0.8"
     goes_on = lines.index("How the model goes on (temperature 0.8):")
-    tokens = np.array([[vocabulary.bos_id, *vocabulary.encode(documents_text(documents)[:63])]], np.int32)
+    begin = documents_text(documents)[:63]
+    assert "".join(begin.split()) == "".join("".join(lines[:goes_on]).split()) != ""
+    tokens = np.array([[vocabulary.bos_id, *vocabulary.encode(begin)]], np.int32)
     streamer = streamer_of(model.module)
     logits, state = streamer.read(params, streamer.initial_state(params, 1), tokens)
     sampling = Sampling(120, 0.8, stop_tokens=tuple(vocabulary.end_ids))

@@ -67,7 +67,7 @@ def test_what_a_run_remembers_is_shown_beside_its_zeroed_memory_and_its_twin(tmp
     zeroed = {"hold/4": 0.25, "hold/64": 0.0, "overwrite/64": 0.125}
     fam = write_kind(tmp_path / "run", "fam", ONE, zeroed)
     alone, _ = drawn(figures.recall_figure(fam))
-    assert set(lines(alone)) == {"FAM", FAM_ZEROED, "the curriculum's longest"}
+    assert set(lines(alone)) == {"FAM", FAM_ZEROED, "longest text in training"}
     twin = write_kind(tmp_path / "run_bswa", "none", {"hold": {"4": 0.5, "64": 0.125}})
     for folder in (fam, twin):
         figure = figures.recall_figure(folder)
@@ -81,7 +81,7 @@ def test_what_a_run_remembers_is_shown_beside_its_zeroed_memory_and_its_twin(tmp
         assert (colors["FAM"], colors[TWIN]) == (palette.MEMORY, palette.PAST)
         assert figure.get_suptitle().startswith("How often is the key repeated")
     (overwrite,) = drawn(figures.recall_figure(fam))[1:]
-    assert set(lines(overwrite)) == {"FAM", FAM_ZEROED, "the curriculum's longest"}
+    assert set(lines(overwrite)) == {"FAM", FAM_ZEROED, "longest text in training"}
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"exact_match": {"hold": {"4": 1}}}', None])
@@ -91,7 +91,7 @@ def test_a_directory_that_is_no_twin_is_left_out(tmp_path, content):
     if content is not None:
         (other / "passkey.json").write_text(content)
     hold, _ = drawn(figures.recall_figure(fam))
-    assert set(lines(hold)) == {"FAM", "the curriculum's longest"}
+    assert set(lines(hold)) == {"FAM", "longest text in training"}
 
 
 def test_colours_of_the_runs_differ(tmp_path):

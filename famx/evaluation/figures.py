@@ -97,7 +97,8 @@ def recall_figure(model_dir: str | os.PathLike) -> Figure:
             ):
                 if row:
                     lines[name], colors[name] = row, color
-    figure = lengths_figure(panels, own["block_size"], own["train_blocks"], colors)
+    mark = "longest text in training"
+    figure = lengths_figure(panels, own["block_size"], own["train_blocks"], colors, mark)
     figure.suptitle("How often is the key repeated without a mistake after so much text?")
     figure.axes[0].set_ylabel("share of the documents")
     return figure
@@ -124,6 +125,7 @@ def lengths_figure(
     block_size: int,
     train_blocks: int | None,
     colors: Mapping[str, str] | None = None,
+    mark: str = "the curriculum's longest",
 ) -> Figure:
     """Exact match over the number of blocks read.
 
@@ -132,6 +134,7 @@ def lengths_figure(
       block_size: tokens per block, for the axis label.
       train_blocks: length marked by a vertical line; None or 0 draws none.
       colors: colour of each line; None: one after another.
+      mark: label of the vertical line.
     """
     figure = Figure(figsize=(max(7, 4 * len(panels)), 4.2), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -141,7 +144,7 @@ def lengths_figure(
             style = dict(marker=marker, color=color, alpha=0.8, clip_on=False)
             axes.plot(list(row), list(row.values()), label=name, **style)
         if train_blocks:
-            axes.axvline(train_blocks, color="gray", linestyle="--", label="the curriculum's longest")
+            axes.axvline(train_blocks, color="gray", linestyle="--", label=mark)
         axes.set_title(title)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({blocks for row in lines.values() for blocks in row}))

@@ -143,10 +143,12 @@ class RunLog:
 def _figures(scalars: Mapping[str, float]) -> list[str]:
     """The scalars that a line shows, as text, the most important first."""
     text = lambda name: f"{name} {float(scalars[name]):.4g}"
-    loss = [] if _LOSS in scalars else ["no targets"]
     alarms = [text(name) for name in _ALARMS if scalars.get(name)]
-    first, *others = loss + [text(name) for name in (_LOSS, *_SHOWN) if name in scalars]
-    return [first, *alarms, *others]
+    if _LOSS in scalars:
+        loss = [text(_LOSS)]
+    else:  # there were no targets, unless no step had a finite gradient
+        loss = [] if scalars.get("skipped") == 1 else ["no targets"]
+    return [*loss, *alarms, *(text(name) for name in _SHOWN if name in scalars)]
 
 
 def _count(value: float) -> str:

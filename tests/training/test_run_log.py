@@ -168,8 +168,10 @@ def test_steps_without_targets_have_no_loss(tmp_path):
     with RunLog(tmp_path, stream=stream) as log:
         log.progress(5, {"gradient_norm": 0.0, "tokens_per_second": 12.345})
         log.progress(6, {"tokens_per_second": 1_234_567})
+        log.progress(7, {"skipped": 1.0})
     assert stream.getvalue().splitlines() == [
         "train step 5  no targets  12.3 tokens/s", "train step 6  no targets  1.2M tokens/s",
+        "train step 7  skipped 1",
     ]  # fmt: skip
 
 
