@@ -29,6 +29,7 @@ from famx.evaluation import (
 )
 from famx.evaluation.common import streamer_of
 from famx.evaluation.passkey import _answers
+from famx.evaluation.text import _opening
 from famx.memories import Fam
 from famx.models import DecoderModel
 from famx.modules import Memory
@@ -183,9 +184,9 @@ def test_a_sample_of_the_writing_and_the_command_to_chat(tmp_path):
     assert begins == "How a held-out document begins:"
     assert talk == "Talk to it: famx chat --checkpoint='/tmp/my run' --temperature=0.8"
     goes_on = lines.index("How the model goes on (temperature 0.8):")
-    begin = documents_text(documents)[:63]
+    tokens = _opening(documents, 64)
+    begin = vocabulary.decode(tokens[0, 1:].tolist())
     assert "".join(begin.split()) == "".join("".join(lines[:goes_on]).split()) != ""
-    tokens = np.array([[vocabulary.bos_id, *vocabulary.encode(begin)]], np.int32)
     streamer = streamer_of(model.module)
     logits, state = streamer.read(params, streamer.initial_state(params, 1), tokens)
     sampling = Sampling(120, 0.8, stop_tokens=tuple(vocabulary.end_ids))
@@ -197,12 +198,6 @@ def test_a_sample_of_the_writing_and_the_command_to_chat(tmp_path):
     assert report(sample_tokens=0) == talk
     bare = dataclasses.replace(model, vocabulary=None)
     assert TextEvaluation(documents).report(bare, params, "/tmp/x") == ""
-
-
-def documents_text(documents):
-    tokens = documents[0]
-    tokens = tokens[0] if isinstance(tokens, tuple) else tokens
-    return ByteVocabulary().decode([int(i) for i in tokens if i < 256 + 3])
 
 
 @pytest.mark.parametrize("name", ["byte_pair_numbers", "sentencepiece"])

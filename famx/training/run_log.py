@@ -108,9 +108,9 @@ class RunLog:
         room = COLUMNS - len("  ".join([place, *end]))
         shown: list[str] = []
         for figure in figures:
-            room -= len(figure) + 2
-            if room >= 0:
+            if len(figure) + 2 <= room:
                 shown.append(figure)
+                room -= len(figure) + 2
         return "  ".join([place, *shown, *end])
 
     def message(self, text: str) -> None:
