@@ -23,9 +23,8 @@ def define_flags() -> None:
     silence = "Seconds without a sign of life after which a process is lost; others exit with code 75."
     define("peer_timeout_seconds", Rate, 60.0, silence)
     define("start_timeout_seconds", Rate, 300.0, "Seconds in which all processes must start.")
-    flags.DEFINE_integer(
-        "exit_code_if_stopped", 0, "Exit code of a run that SIGTERM or SIGINT stopped early.", 0, 255
-    )
+    stopped = "Exit code of a stopped run; by default 130 after SIGINT (Ctrl-C), 143 after SIGTERM."
+    flags.DEFINE_integer("exit_code_if_stopped", None, stopped, 0, 255)
     older = "Step of the checkpoint to resume from; newer ones are moved to MODEL_DIR/set_aside."
     define("resume_from", NonNegative, None, older)
     steps = "First and last step to profile, such as 10:13; the trace goes to MODEL_DIR/profile."
@@ -50,8 +49,9 @@ def main() -> None:
     with peers.together(values.peer_timeout_seconds, values.start_timeout_seconds):
         gin_utils.parse_gin_flags()
         gin_utils.call(loop.train)
-    if values.exit_code_if_stopped and signals.was_stopped():
-        sys.exit(values.exit_code_if_stopped)
+    if signals.was_stopped():
+        code = values.exit_code_if_stopped
+        sys.exit(signals.stopped_code() if code is None else code)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ STOPPED = 42  # exit code of famx.train after a graceful stop
 LOST = 75  # its exit code after the loss of another process, `famx.base.peers.LOST`
 RESTARTED = (STOPPED, LOST)  # exit codes after which the same command goes on
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+_URL = re.compile(r"^\s*MODEL_DIR\s*=\s*['\"](gs://[^'\"]*)['\"]", re.MULTILINE)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Launch config: a Python file that defines get_config(), see launch/configs/."
@@ -154,6 +155,8 @@ def check_config_flags(argv: Sequence[str]) -> None:
                 "Set environment variables in the config file, or copy them from this environment with"
                 " --config.environment_from=\"('NAME',)\"."
             )
+        if field == "labels" and field in config:
+            raise ConfigError("Set labels in the config file: labels={'team': 'name'}.")
         if field not in config or inner:
             raise ConfigError(f"--config has no field {name}.{nearest(name, list(config))}")
 
@@ -170,7 +173,7 @@ def make_job(config: ConfigDict, check_gin: bool = True) -> Job:
         with `check_gin`), or an environment variable is.
     """
     files = [*config.gin_files, *flags.FLAGS.gin_file]
-    bindings = [*config.gin_bindings, *flags.FLAGS.gin_bindings]
+    bindings = _in_mount(config, files, [*config.gin_bindings, *flags.FLAGS.gin_bindings])
     for text in (*files, *bindings):
         if any(c in text for c in "\n\r\0"):
             raise ConfigError(f"A gin file name or binding must be a single line, not {text!r}.")
@@ -203,6 +206,33 @@ def _model_dir() -> str:
             f"MODEL_DIR must be an absolute path, not {value}: set --gin.MODEL_DIR=/dir."
         )
     return os.path.normpath(value)
+
+
+def _in_mount(config: ConfigDict, files: Sequence[str], bindings: Sequence[str]) -> list[str]:
+    """`bindings` with paths of the config's bucket, gs://BUCKET/..., as workers see them in the mount.
+
+    A MODEL_DIR that a gin file places in the bucket gets a binding, too.
+
+    Raises:
+      ConfigError: MODEL_DIR is in another bucket.
+    """
+    if not config.get("mount"):
+        return list(bindings)
+    bucket, mount = re.escape(f"gs://{config.bucket}"), config.mount.rstrip("/")
+    inside = lambda text: re.sub(rf"{bucket}(?=[/'\"]|$)", mount, text)
+    bindings = [inside(text) for text in bindings]
+    given = [text for text in bindings if re.match(r"\s*MODEL_DIR\s*=", text)]
+    texts = given[-1:] or [path.read_text() for _, path in _with_includes(files[::-1])]
+    urls = [url for text in texts for url in _URL.findall(text)]
+    if not urls:
+        return bindings
+    model_dir = inside(urls[0])
+    if model_dir == urls[0]:
+        raise ConfigError(
+            f"MODEL_DIR {model_dir} is not in the bucket gs://{config.bucket} of --config.bucket, which"
+            " the workers mount: name the same bucket in both."
+        )
+    return [*bindings, f"MODEL_DIR = {model_dir!r}"]
 
 
 def _with_includes(names: Sequence[str]) -> Iterator[tuple[str, pathlib.Path]]:
@@ -253,5 +283,5 @@ def check_model_dir(config: ConfigDict, job: Job) -> None:
     if config.mount.rstrip("/") not in map(str, pathlib.PurePath(job.model_dir).parents):
         raise ConfigError(
             f"MODEL_DIR {job.model_dir} would be lost with the workers: the bucket is mounted at"
-            f" {config.mount}, so set --gin.MODEL_DIR=\"'{config.mount.rstrip('/')}/{job.name}'\"."
+            f" {config.mount}, so set --gin.MODEL_DIR='gs://{config.bucket}/{job.name}'."
         )

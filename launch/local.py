@@ -4,8 +4,8 @@
         --gin.MODEL_DIR=/tmp/famx/two_processes
 
 Output lines are prefixed with the number of their process. SIGTERM and Ctrl-C are forwarded, so that the
-run saves a checkpoint and stops. If a process dies, the others are stopped, and its exit code becomes
-that of the launcher.
+run saves a checkpoint and stops; the exit code is then 143 or 130. If a process dies, the others are
+stopped, and its exit code becomes that of the launcher.
 """
 
 import os
@@ -17,12 +17,15 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from famx.base.signals import handling
 from launch.commands import Commands
-from launch.job import Job, run
+from launch.job import STOPPED, Job, run
+
+_FINE = (None, 0, STOPPED)  # codes of processes that still run, are done, or have saved and stopped
 
 
 def process_environment(config: ConfigDict, index: int) -> dict[str, str]:
@@ -51,12 +54,12 @@ class Processes:
     Attributes:
       config, job, commands: as for every launcher.
       children: the processes that were started.
-      stopping: whether a stop was requested.
+      stopping: the signal that requested a stop, or None.
     """
 
     def __init__(self, config: ConfigDict, job: Job, commands: Commands):
         self.config, self.job, self.commands = config, job, commands
-        self.stopping = False
+        self.stopping: int | None = None
         self.children: list[subprocess.Popen] = []
         self._threads: list[threading.Thread] = []
         self._print = threading.Lock()
@@ -67,12 +70,13 @@ class Processes:
         address = f"localhost:{_free_port()}"
         for index in range(config.processes):
             cluster = (f"--coordinator_address={address}", f"--num_processes={config.processes}")
-            command = job.train(sys.executable, *cluster, f"--process_id={index}")
+            stopped = f"--exit_code_if_stopped={STOPPED}"
+            command = job.train(sys.executable, *cluster, stopped, f"--process_id={index}")
             devices = process_environment(config, index)
             assignments = [f"{name}={value}" for name, value in (job.shown | devices).items()]
             assignments += [f"{name}=***" for name in job.secret]
             self.commands.say(f"$ {shlex.join(['env', *assignments, *command])}")
-            if not (self.commands.dry_run or self.stopping):
+            if not self.commands.dry_run and self.stopping is None:
                 self._start(index, command, {**os.environ, **job.shown, **job.secret, **devices})
 
     def _start(self, index: int, command: list[str], environment: dict[str, str]) -> None:
@@ -92,9 +96,9 @@ class Processes:
             with self._print:
                 print(f"[{index}] {self.commands.mask(line.rstrip())}", file=sink, flush=True)
 
-    def stop(self, *_) -> None:
+    def stop(self, number: int = signal.SIGTERM, frame: Any = None) -> None:
         """Tells all processes to save and stop. Usable as a signal handler."""
-        self.stopping = True
+        self.stopping = number
         self.signal(signal.SIGTERM)
 
     def signal(self, number: int) -> None:
@@ -107,17 +111,21 @@ class Processes:
         """Waits until all processes have ended; stops the others when one fails.
 
         Returns:
-          0, or the exit code of the process that failed: 128 + n if signal n killed it.
+          0; 128 + n if signal n stopped the run; or the exit code of the process that failed, 128 + n if
+          signal n killed it.
         """
+        failed = lambda: next((c.returncode for c in self.children if c.poll() not in _FINE), 0)
         code = 0
         while code == 0 and any(child.poll() is None for child in self.children):
             time.sleep(0.05)
-            code = next((child.returncode for child in self.children if child.poll()), 0)
-        code = code or next((child.returncode for child in self.children if child.returncode), 0)
+            code = failed()
+        code = code or failed()
         if code:
             self._end()
         for thread in self._threads:
             thread.join(timeout=5)
+        if not code and any(child.returncode == STOPPED for child in self.children):
+            return 128 + (self.stopping or signal.SIGTERM)
         return code if code >= 0 else 128 - code
 
     def _end(self) -> None:

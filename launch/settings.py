@@ -31,7 +31,8 @@ _CLOUD = dict(
     zone="",
     accelerator="",  # such as v5litepod-256: family, and the slice's chips (v2 to v5p: cores)
     num_slices=1,
-    provisioning="on_demand",  # on_demand, spot or reserved
+    provisioning="on_demand",  # on_demand, spot, reserved or (launch.tpu) flex_start
+    reservation="",  # name of a reservation, if provisioning is "reserved"
     bucket="",  # Cloud Storage bucket that is mounted on the workers and holds MODEL_DIR
     mount="/mnt/famx",  # directory where the bucket is mounted
     price_per_chip_hour=0.0,  # your price, for the estimated cost; 0 estimates chip-hours only
@@ -42,6 +43,8 @@ _TPU = dict(
     subnetwork="",
     service_account="",
     internal_ips=False,  # create workers without external addresses and connect through IAP
+    labels=ConfigDict(),  # labels of the slices, by which bills can be split: {name: value}
+    max_run_duration="",  # time after which flex_start takes the slices away, such as 24h; at most 7 days
     valid_until_duration="",  # how long the request may wait for capacity, such as 6h; "" for ever
     poll_seconds=30,  # seconds between two queries of the state, and before a retry
 )
@@ -49,7 +52,6 @@ _GKE = dict(
     cluster="",
     image="",  # container image with famx and the gin files; set this or base_image
     base_image="",  # container image with Python; xpk adds famx's wheel and the gin files
-    reservation="",  # name of the reservation, if provisioning is "reserved"
     priority="medium",
     bucket_gigabytes=1000,  # bucket size declared to Kubernetes, which demands one
 )
@@ -113,19 +115,22 @@ _PATTERNS = {  # {field: (pattern, description for the error message)}
     "name": (_NAME, _NAME_WORDS),
     "project": (r"([a-z][-a-z0-9.]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]", "the id of a Google Cloud project"),
     "zone": (r"[a-z]+(-[a-z]+)+[0-9]+-[a-z]", "a zone such as us-west4-a"),
-    "bucket": (r"[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]", "the name of a bucket, without gs://"),
+    "bucket": (r"[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]", "a bucket, such as gs://my-bucket or my-bucket"),
     "mount": (r"/[A-Za-z0-9_./-]+", "an absolute path of letters, digits, _ . / and -"),
     "runtime_version": (r"[a-z0-9][-.a-z0-9]*", "a TPU software version such as v2-alpha-tpuv5-lite"),
     "network": (r"[a-z0-9][-a-z0-9./]*", "the name of a network"),
     "subnetwork": (r"[a-z0-9][-a-z0-9./]*", "the name of a subnetwork"),
     "service_account": (r"[a-z0-9][-a-z0-9.]*@[a-z0-9.-]+", "the address of a service account"),
     "valid_until_duration": (r"([0-9]+[smhd])+", "a duration such as 6h"),
+    "max_run_duration": (r"([0-9]+[smhd])+", "a duration such as 24h"),
     "cluster": (_NAME, _NAME_WORDS),
     "image": (r"[a-z0-9][A-Za-z0-9_.:/@-]*", "the name of a container image"),
     "base_image": (r"[a-z0-9][A-Za-z0-9_.:/@-]*", "the name of a container image"),
     "reservation": (r"[a-z0-9][-a-z0-9./]*", "the name of a reservation"),
     "priority": (r"(very-)?(low|high)|medium", "very-low, low, medium, high or very-high"),
-    "provisioning": (r"on_demand|spot|reserved", "on_demand, spot or reserved"),
+    "provisioning": (
+        r"on_demand|spot|reserved|flex_start", "on_demand, spot, reserved or, with launch.tpu, flex_start"
+    ),
     "memory": (r"[0-9]+[KMGT]?", "a size such as 500G"),
     "time": (r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "a Slurm time such as 24:00:00 or 2-00:00:00"),
     "partition": (_SLURM_WORD, "one word"),
@@ -134,6 +139,7 @@ _PATTERNS = {  # {field: (pattern, description for the error message)}
     "constraint": (_SLURM_WORD, "one word"),
     "platform": (r"[a-z0-9]+", "a JAX platform such as cpu or cuda"),
 }
+_LABEL = r"[a-z][-_a-z0-9]{0,62}", r"[-_a-z0-9]{0,63}"
 _REQUIRED = {
     "tpu": ("name", "project", "zone", "accelerator", "bucket"),
     "gke": ("name", "project", "zone", "accelerator", "cluster", "bucket"),
@@ -170,6 +176,9 @@ def check(config: ConfigDict, kind: str) -> ConfigDict:
     for name in config:
         if name not in known:
             raise ConfigError(f"A {kind} config has no field {name}.{nearest(name, known)}")
+    config = ConfigDict(config)
+    if "bucket" in config:
+        config.bucket = config.bucket.removeprefix("gs://").rstrip("/")
     for name in _REQUIRED[kind]:
         if not config[name]:
             raise ConfigError(f"--config.{name} is not set.")
@@ -180,7 +189,6 @@ def check(config: ConfigDict, kind: str) -> ConfigDict:
     for name, minimum in _AT_LEAST.items():
         if name in config and config[name] < minimum:
             raise ConfigError(f"--config.{name} must be at least {minimum}, not {config[name]}.")
-    config = ConfigDict(config)
     if "accelerator" in config:
         slice_ = accelerators.parse(config.accelerator)
         if not config.get("runtime_version", "unused"):
@@ -189,11 +197,32 @@ def check(config: ConfigDict, kind: str) -> ConfigDict:
         raise ConfigError(f"--config.python must be a version such as 3.12, not {config.python!r}.")
     if kind == "gke" and bool(config.image) == bool(config.base_image):
         raise ConfigError("Set exactly one of --config.image and --config.base_image.")
-    if kind == "gke" and (config.provisioning == "reserved") != bool(config.reservation):
+    if kind in ("tpu", "gke"):
+        _check_provisioning(config, kind)
+    return config
+
+
+def _check_provisioning(config: ConfigDict, kind: str) -> None:
+    """Raises ConfigError if how slices are obtained and what belongs to it do not fit together."""
+    reserved, flexible = (config.provisioning == way for way in ("reserved", "flex_start"))
+    if config.reservation and not reserved or kind == "gke" and reserved and not config.reservation:
         raise ConfigError(
             "Set --config.reservation if and only if --config.provisioning is 'reserved'."
         )
-    return config
+    if kind == "gke":
+        if flexible:
+            raise ConfigError("--config.provisioning=flex_start is for launch.tpu: choose another one.")
+        return
+    if flexible != bool(config.max_run_duration):
+        raise ConfigError(
+            "Set --config.max_run_duration if and only if --config.provisioning is 'flex_start'."
+        )
+    for name, value in config.labels.items():
+        if not (re.fullmatch(_LABEL[0], str(name)) and re.fullmatch(_LABEL[1], str(value))):
+            raise ConfigError(
+                f"The label {name}={value} of --config.labels must have lower-case letters, digits, _ and"
+                " - alone, at most 63 each, and a letter first."
+            )
 
 
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)

@@ -2,12 +2,13 @@
 
     python -m launch.tpu --config=launch/configs/v5e_256.py --config.project=my-project \\
         --config.zone=us-west4-a --config.bucket=my-bucket --config.name=fam \\
-        --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR=/mnt/famx/fam --dry_run
+        --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR=gs://my-bucket/fam --dry_run
 
 Requests the slices, waits for them, copies famx and the gin files, installs them, trains on all workers,
-prints the output of worker 0, restarts after a preemption, and deletes the slices at the end. Each step
-first checks the current state, so that the same command resumes an interrupted launch or attaches to a
-training run in progress.
+prints the output of worker 0, restarts after a preemption, and deletes the slices at the end. The logs of
+all workers are kept in the bucket, and the last lines of those that fail are printed. Each step first
+checks the current state, so that the same command resumes an interrupted launch or attaches to a training
+run in progress.
 """
 
 import pathlib
@@ -26,6 +27,8 @@ from launch.job import DELETE, RESTARTED, STOPPED, Job, add_wheel, check_model_d
 # States of a queued resource.
 _LOST = ("FAILED", "SUSPENDED")
 _GOING_AWAY = ("SUSPENDING", "DELETING")
+_ALPHA = ("reservation", "provisioning-model", "max-run-duration")  # flags of `gcloud alpha` alone
+_LAST_LINES = 30  # of a worker's log that are shown if it failed
 _ATTEMPTS = 3  # per command: new workers refuse connections until their ssh keys have arrived
 _MAX_UNANSWERED = 10  # consecutive status queries that worker 0 may fail to answer
 _WORKER = pathlib.Path(__file__).with_name("worker.sh")
@@ -52,7 +55,9 @@ class Slices:
     def gcloud(self, action: str, *words: str) -> list[str]:
         """Command that performs an action on queued resources."""
         where = [f"--project={self.config.project}", f"--zone={self.config.zone}", "--quiet"]
-        return ["gcloud", "compute", "tpus", "queued-resources", action, *words, *where]
+        new = any(word.startswith(f"--{name}=") for word in words for name in _ALPHA)
+        track = ["alpha"] if new and action == "create" else []
+        return ["gcloud", *track, "compute", "tpus", "queued-resources", action, *words, *where]
 
     def state(self, assume: str) -> str:
         """State of the queued resource, such as ACTIVE; '' if it does not exist.
@@ -77,8 +82,15 @@ class Slices:
             words += [f"--node-id={config.name}"]
         else:
             words += [f"--node-count={config.num_slices}", f"--node-prefix={config.name}"]
-        if config.provisioning != "on_demand":
+        if config.provisioning == "flex_start":
+            words += ["--provisioning-model=flex-start", f"--max-run-duration={config.max_run_duration}"]
+        elif config.reservation:
+            words += [f"--reservation={config.reservation}"]
+        elif config.provisioning != "on_demand":
             words += [f"--{config.provisioning}"]
+        if config.labels:
+            pairs = [f"{name}={config.labels[name]}" for name in sorted(config.labels)]
+            words += [f"--labels={','.join(pairs)}"]
         for name in ("network", "subnetwork", "service_account", "valid_until_duration"):
             if config[name]:
                 words += [f"--{name.replace('_', '-')}={config[name]}"]
@@ -199,13 +211,22 @@ class Slices:
             if status != "running":
                 break
             time.sleep(self.config.poll_seconds)  # only the connection was cut: follow again
+        if status == "lost":
+            self.show_failures()
         if not status.startswith("exited"):
             return None
         code = int(status.split()[1])
         if code in (0, 2):  # finished, or a mistake of the user: a restart would not change it
             return code
+        if code not in RESTARTED:
+            self.show_failures()
         # Codes above 127 are deaths by a signal, as when a worker is shut down.
         return None if code in RESTARTED or code > 127 or self._preempted() else code
+
+    def show_failures(self) -> None:
+        """Prints the last lines of the workers that failed, while they still exist."""
+        if self.state(assume="ACTIVE") == "ACTIVE":
+            self.commands.run(*self.ssh("last", str(_LAST_LINES), all_workers=True))
 
     def _preempted(self) -> bool:
         """Whether the slices are being taken away; asks twice, because the state changes with a delay."""
@@ -246,12 +267,18 @@ class Slices:
         self.commands.say(f"  {shlex.join(self.gcloud('delete', self.job.name, '--force'))}")
 
 
+def logs_directory(job: Job) -> str:
+    """Directory of the bucket, as the workers see it, that keeps the logs of all workers."""
+    return f"{job.model_dir}/launch_logs"
+
+
 def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
     """Collects the files that are copied to every worker."""
     commands.make_directory(job.stage)
     wheel = add_wheel(config, job, commands)
     command = job.train("venv/bin/python", "--multiprocess", f"--exit_code_if_stopped={STOPPED}")
     values = {"BUCKET": config.bucket, "MOUNT": config.mount, "PYTHON": config.python, "WHEEL": wheel}
+    values["LOGS"] = logs_directory(job)
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     commands.write(job.stage / "settings.sh", "\n".join([*lines, f"COMMAND=({shlex.join(command)})", ""]))
     job.write_environment(commands)
@@ -266,6 +293,8 @@ def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
     commands.require("gcloud")
     slices = Slices(config, job, commands)
     write_stage(config, job, commands)
+    inside = logs_directory(job).removeprefix(config.mount.rstrip("/"))
+    commands.say(f"The logs of all workers are kept in gs://{config.bucket}{inside}.")
     try:
         code = slices.train()
     except KeyboardInterrupt:

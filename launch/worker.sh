@@ -1,6 +1,6 @@
 #!/bin/bash
-# Runs on each TPU worker; launch.tpu calls it as `worker.sh setup|start|status|follow LINE|stop`.
-# settings.sh in the same folder defines BUCKET, MOUNT, PYTHON, WHEEL and COMMAND.
+# Runs on each TPU worker; launch.tpu calls it as `worker.sh setup|start|status|follow LINE|last LINES|stop`.
+# settings.sh in the same folder defines BUCKET, MOUNT, PYTHON, WHEEL, LOGS and COMMAND.
 set -euo pipefail
 umask 077
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -45,11 +45,25 @@ start() {
   echo "$!" > pid
 }
 
-# Runs the training and records its exit code; renaming makes the file appear complete.
+# Copies the log to the bucket; one that cannot be reached is no reason to stop.
+keep_log() {
+  mkdir -p "$LOGS" && cp log "$LOGS/.$1.new" && mv "$LOGS/.$1.new" "$LOGS/$1" || true
+}
+
+# Runs the training, keeps its log every minute and at the end, and records its exit code; renaming makes
+# the file appear complete.
 train() {
   . ./environment.sh
-  local code=0
+  local code=0 name
+  name="$(date --utc +%Y%m%dT%H%M%SZ)-$(hostname).log"
+  while true; do
+    for _ in $(seq 60); do sleep 1; done  # so that no sleep stays for long once the loop is ended
+    keep_log "$name"
+  done &
+  local keeper=$!
   "${COMMAND[@]}" || code=$?
+  kill "$keeper" 2> /dev/null || true
+  keep_log "$name"
   echo "$code" > exit_code.new
   mv exit_code.new exit_code
 }
@@ -70,6 +84,18 @@ status() {
 # Prints the log from a line on until the training ends.
 follow() {
   tail --lines="+$1" --sleep-interval=0.5 --pid="$(cat pid)" --follow log
+}
+
+# Prints how the training ended here, and the last lines of its log unless it ended well (0), was stopped
+# (42), or only because another process was lost (75).
+last() {
+  local state
+  state="$(status)"
+  echo "--- $(hostname): $state"
+  case "$state" in
+    "exited 0" | "exited 42" | "exited 75" | absent) ;;
+    *) tail --lines="$1" log ;;
+  esac
 }
 
 # Tells the training to save and stop, and waits up to five minutes.

@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -29,7 +30,7 @@ from famx.data.probes.passkey_text import passkey_words
 from famx.decoding import Sampling, Streamer
 from famx.inference import conversation as module
 from famx.inference.conversation import Conversation, check_template, load_with_vocabulary
-from famx.inference.terminal import HELP, converse, unescape
+from famx.inference.terminal import HELP, converse, reply, unescape
 from famx.model_dir.loading import TrainedModel
 from famx.model_dir.memory_file import save_memory
 
@@ -322,7 +323,7 @@ def test_commands(say, tmp_path):
         "/reset",
         "/state",
         f"/load {memory}",
-        f"/save {memory}",
+        f"/replace {memory}",
         "/help",
     )
     size = conversation.num_bytes
@@ -332,12 +333,12 @@ def test_commands(say, tmp_path):
     lines = out.splitlines()
     answer = lines[2]
     asked = begun.replace("101", "111").replace("12 m", "13 m")
-    assert lines[:-11] == [
+    assert lines[:-12] == [
         f"101 tokens read from {tmp_path / 'a book.txt'}.", f"Saved to {memory}.", answer, begun,
         NOT_KEPT, answer, KEPT, answer, asked,
         none, none, begun, f"Saved to {memory}.",
     ]  # fmt: skip
-    assert "\n".join(lines[-11:]) == HELP and err == ""
+    assert "\n".join(lines[-12:]) == HELP and err == ""
 
 
 @pytest.mark.parametrize(
@@ -355,7 +356,9 @@ def test_commands(say, tmp_path):
          "{}/empty.txt is not a whole memory file: make it again, or copy it again."),
         ("/load {}/two.famem",
          "{}/two.famem holds 2 memories, but a conversation can load only one."),
-        ("/save {}/empty.txt", "{}/empty.txt already exists: choose another name, or remove it first."),
+        ("/save {}/empty.txt", "{}/empty.txt already exists: choose another name, or use /replace."),
+        ("/save {}/two.famem", "{}/two.famem already exists: choose another name, or use /replace."),
+        ("/replace", "/replace needs a file."),
         ("/save {}/no/x", "{}/no/x cannot be written: No such file or directory."),
     ],
 )  # fmt: skip
@@ -369,6 +372,94 @@ def test_what_cannot_be_done_is_one_sentence_and_changes_nothing(say, tmp_path, 
     out, err = say(conversation, line.format(tmp_path), "/keep")
     assert (out, err) == (f"{KEPT}\n", f"famx: {sentence.format(tmp_path)}\n")
     assert_identical(conversation._state, state)
+
+
+def test_a_memory_file_that_was_loaded_or_saved_is_not_replaced_unasked(say, tmp_path):
+    path = tmp_path / "x.famem"
+    conversation = Conversation(TRAINED, Sampling(5))
+    refused = f"famx: {path} already exists: choose another name, or use /replace.\n"
+    save, load = f"/save {path}", f"/load {path}"
+    out, err = say(conversation, QUESTION, save, "river", save, load, save)
+    assert out.count(f"Saved to {path}.") == 1 and err == 2 * refused
+    out, err = say(conversation, "river", f"/replace {path}")
+    assert f"Saved to {path}." in out and err == ""
+    again = Conversation(TRAINED)
+    again.load(str(path))
+    assert again.tokens == conversation.tokens
+    with pytest.raises(ConfigError, match="already exists"):
+        conversation.save(str(path))
+
+
+class Screen(io.StringIO):
+    """Standard output and error of a terminal, on which both are seen."""
+
+    def isatty(self):
+        return True
+
+
+def test_the_bar_of_reading_is_gone_before_the_sentence(monkeypatch, tmp_path):
+    (tmp_path / "x.txt").write_text("The sun is yellow. " * 20)
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    reply(Conversation(TRAINED), f"/read {tmp_path / 'x.txt'}")
+    *_, last = screen.getvalue().split("\r")
+    assert last == f"101 tokens read from {tmp_path / 'x.txt'}.\n"
+
+
+@pytest.mark.parametrize("stage", ["reading", "first piece", "second piece"])
+def test_ctrl_c_does_not_wait_for_the_model(stage, monkeypatch):
+    """Each program is held up until the answer has been stopped."""
+    conversation, parts = Conversation(TRAINED, Sampling(96)), []
+    talk(conversation, "river")
+    before, streamer = conversation.tokens, conversation._streamer
+    expected, _ = talk(conversation, "bread")
+    conversation.back()
+    held, released, calls = threading.Event(), threading.Event(), []
+
+    def holding(function):
+        def call(*args, **kwargs):
+            calls.append(function)
+            if len(calls) == {"reading": 1, "first piece": 2, "second piece": 3}[stage]:
+                held.set()
+                released.wait(60)
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streamer, "read", holding(streamer.read))
+        patch.setattr(streamer, "generate", holding(streamer.generate))
+        began = time.monotonic()
+        answer = conversation.exchange("bread", parts.append, held.is_set)
+        assert time.monotonic() - began < 50 and not released.is_set()
+        released.set()
+    assert answer == "".join(parts) and expected.startswith(answer)
+    assert (answer != "") == (stage == "second piece")
+    read = len(VOCABULARY.encode("bread")) + 32 if stage == "second piece" else 0
+    assert conversation.tokens == before + read
+    rest, _ = talk(conversation, "" if stage == "second piece" else "bread")
+    words = [*answer.split(), *rest.split()]
+    assert words[: len(expected.split())] == expected.split()
+
+
+def test_a_second_message_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(module, "Streamer", Streamer)
+    model = make_model(vocab_size=128, vocabulary=VOCABULARY, block_size=64)
+    params = make_params(model.module, seed=1)
+    conversation = Conversation(TrainedModel(model, params, 1, pathlib.Path("/m")), Sampling(5))
+    compiled = []
+    listen = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        talk(conversation, "the grass is green. the sky is blue. " * 2)
+        assert compiled, "the listener hears nothing"
+        compiled.clear()
+        for message in ("river", "the sun is yellow. the sky is blue.", "bread and butter. " * 2):
+            talk(conversation, message)
+        assert conversation.tokens > 50 and compiled == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_nothing_to_save_and_nothing_to_take_back(say, tmp_path):
@@ -462,19 +553,19 @@ def test_a_terminal_has_a_prompt_and_ctrl_c_ends_the_answer_alone(tmp_path):
         return found
 
     try:
-        found = wait_for("bytes] > ")
-        assert "/help lists the commands." in found and "[0 tokens, " in found
+        found = wait_for(" tokens] > ")
+        assert "/help lists the commands." in found and "[0 tokens] > " in found
         os.write(here, f"{QUESTION}\n".encode())
         wait_for("", length=500)  # the line, and more than the first piece of an answer
         process.send_signal(signal.SIGINT)
-        found = wait_for("bytes] > ")
+        found = wait_for(" tokens] > ")
         count = int(found.rsplit("[", 1)[1].split()[0].replace(",", ""))
         assert 32 < count < 1_000_000
         drop_line = lambda: process.send_signal(signal.SIGINT)
         drop_line()
-        wait_for("bytes] > ", again=drop_line)
+        wait_for(" tokens] > ", again=drop_line)
         os.write(here, b"/back\n")
-        assert "[0 tokens, " in wait_for("bytes] > ")
+        assert "[0 tokens] > " in wait_for(" tokens] > ")
         os.write(here, b"\x04")
         assert process.wait(30) == 0
     finally:

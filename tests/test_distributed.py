@@ -144,8 +144,8 @@ from famx.base import gin_utils, signals
 gin_utils.parse_gin_flags = lambda: None
 def run(_):
     with signals.graceful_stop() as stop:
-        if sys.argv[-1] == "--exit_code_if_stopped=42":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if os.environ["STOP_BY"]:
+            os.kill(os.getpid(), getattr(signal, os.environ["STOP_BY"]))
         stop()
 gin_utils.call = run
 gin_utils.run(train.main, train.define_flags, argument="gin_file")
@@ -153,11 +153,19 @@ gin_utils.run(train.main, train.define_flags, argument="gin_file")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [0, 42])
-def test_a_stopped_run_ends_with_the_exit_code_that_was_asked_for(code):
-    args = [f"--exit_code_if_stopped={code}"] if code else ["--exit_code_if_stopped=43"]
+@pytest.mark.parametrize(
+    "by,flags,code",
+    [
+        ("", ["--exit_code_if_stopped=43"], 0),
+        ("SIGTERM", ["--exit_code_if_stopped=42"], 42),
+        ("SIGTERM", ["--exit_code_if_stopped=0"], 0),
+        ("SIGTERM", [], 143),
+        ("SIGINT", [], 130),
+    ],
+)
+def test_a_stopped_run_ends_with_the_exit_code_that_was_asked_for(by, flags, code):
     result = subprocess.run(
-        [sys.executable, "-c", STOPPED, "passkey_tiny", *args],
-        cwd=gin_utils.gin_root(), capture_output=True, text=True,
+        [sys.executable, "-c", STOPPED, "passkey_tiny", *flags], cwd=gin_utils.gin_root(),
+        capture_output=True, text=True, env={**os.environ, "STOP_BY": by},
     )  # fmt: skip
     assert result.returncode == code, result.stderr

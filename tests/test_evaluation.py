@@ -18,6 +18,7 @@ from famx.data import ByteVocabulary, PasskeyTask, TextFiles
 from famx.data.probes import CopyProbe
 from famx.data.probes.passkey_text import passkey_words
 from famx.data.vocabularies import as_vocabulary
+from famx.decoding import Sampling
 from famx.evaluation import (
     PROBES,
     STANDARD_PROBES,
@@ -28,6 +29,7 @@ from famx.evaluation import (
 )
 from famx.evaluation.common import streamer_of
 from famx.evaluation.passkey import _answers
+from famx.evaluation.text import _opening
 from famx.memories import Fam
 from famx.models import DecoderModel
 from famx.modules import Memory
@@ -167,6 +169,35 @@ def test_report(tmp_path):
 
     picture = image.imread(tmp_path / "passkey.png")
     assert picture.ndim == 3 and picture.std() > 0.01
+
+
+def test_a_sample_of_the_writing_and_the_command_to_chat(tmp_path):
+    (tmp_path / "a.txt").write_text("The sun is yellow.\n\nThe sky is blue. " * 9)
+    documents, vocabulary = TextFiles(str(tmp_path / "a.txt"), split="validation"), ByteVocabulary()
+    model = make_model(vocab_size=259, block_size=BLOCK, vocabulary=vocabulary)
+    params = make_params(model.module)
+    report = lambda **changes: TextEvaluation(documents, **changes).report(model, params, "/tmp/my run")
+    text = report(sample_tokens=120)
+    assert text == report(sample_tokens=120) and all(len(line) <= 80 for line in text.splitlines())
+    assert all(c.isprintable() or c == "\n" for c in text)
+    begins, *lines, talk = text.splitlines()
+    assert begins == "How a held-out document begins:"
+    assert talk == "Talk to it: famx chat --checkpoint='/tmp/my run' --temperature=0.8"
+    goes_on = lines.index("How the model goes on (temperature 0.8):")
+    tokens = _opening(documents, 64)
+    begin = vocabulary.decode(tokens[0, 1:].tolist())
+    assert "".join(begin.split()) == "".join("".join(lines[:goes_on]).split()) != ""
+    streamer = streamer_of(model.module)
+    logits, state = streamer.read(params, streamer.initial_state(params, 1), tokens)
+    sampling = Sampling(120, 0.8, stop_tokens=tuple(vocabulary.end_ids))
+    out = streamer.generate(params, logits, state, sampling)
+    ids = [int(i) for i in np.asarray(out.tokens)[0, : int(out.lengths[0])]]
+    expected = vocabulary.decode([i for i in ids if i not in {vocabulary.bos_id, *vocabulary.end_ids}])
+    shown = [c for c in "".join(lines[goes_on + 1 :]) if c.isprintable() and c not in " \ufffd"]
+    assert shown == [c for c in expected if c.isprintable() and c not in " \ufffd"]
+    assert report(sample_tokens=0) == talk
+    bare = dataclasses.replace(model, vocabulary=None)
+    assert TextEvaluation(documents).report(bare, params, "/tmp/x") == ""
 
 
 @pytest.mark.parametrize("name", ["byte_pair_numbers", "sentencepiece"])

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from famx.base import palette
 from famx.base.errors import ConfigError
 from famx.evaluation import figures
 
@@ -47,6 +48,50 @@ def test_passkey_figure_has_a_panel_for_each_probe_and_a_line_for_each_run(tmp_p
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["one", "two", "the curriculum's longest"]
     assert "16 tokens" in hold.get_xlabel() and "16 tokens" in overwrite.get_xlabel()
+
+
+FAM_ZEROED = "FAM, memory set to zero"
+TWIN = "the same model without a memory"
+
+
+def write_kind(folder, kind, exact_match, zeroed=None, block_size=16):
+    write_run(folder, exact_match)
+    memory = {f"zeroed/{name}": score for name, score in (zeroed or {}).items()} | {"rms/update_1": 1.0}
+    about = json.loads((folder / "passkey.json").read_text())
+    about |= {"memory_config": {"kind": kind}, "memory": memory, "block_size": block_size}
+    (folder / "passkey.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_what_a_run_remembers_is_shown_beside_its_zeroed_memory_and_its_twin(tmp_path):
+    zeroed = {"hold/4": 0.25, "hold/64": 0.0, "overwrite/64": 0.125}
+    fam = write_kind(tmp_path / "run", "fam", ONE, zeroed)
+    alone, _ = drawn(figures.recall_figure(fam))
+    assert set(lines(alone)) == {"FAM", FAM_ZEROED, "longest text in training"}
+    twin = write_kind(tmp_path / "run_bswa", "none", {"hold": {"4": 0.5, "64": 0.125}})
+    for folder in (fam, twin):
+        figure = figures.recall_figure(folder)
+        hold = drawn(figure)[0]
+        assert hold.get_title() == "One key, then random words"
+        found = lines(hold)
+        assert [list(found[name][1]) for name in ("FAM", FAM_ZEROED, TWIN)] == [
+            [1.0, 0.5], [0.25, 0.0], [0.5, 0.125]
+        ]  # fmt: skip
+        colors = {line.get_label(): line.get_color() for line in hold.get_lines()}
+        assert (colors["FAM"], colors[TWIN]) == (palette.MEMORY, palette.PAST)
+        assert figure.get_suptitle().startswith("How often is the key repeated")
+    (overwrite,) = drawn(figures.recall_figure(fam))[1:]
+    assert set(lines(overwrite)) == {"FAM", FAM_ZEROED, "longest text in training"}
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"exact_match": {"hold": {"4": 1}}}', None])
+def test_a_directory_that_is_no_twin_is_left_out(tmp_path, content):
+    fam = write_kind(tmp_path / "run", "fam", ONE)
+    other = write_kind(tmp_path / "run_bswa", "none", ONE, block_size=32)
+    if content is not None:
+        (other / "passkey.json").write_text(content)
+    hold, _ = drawn(figures.recall_figure(fam))
+    assert set(lines(hold)) == {"FAM", "longest text in training"}
 
 
 def test_colours_of_the_runs_differ(tmp_path):

@@ -16,8 +16,8 @@ from matplotlib.transforms import offset_copy
 
 from famx.analysis.maps import AttentionMaps, AttentionSummary
 from famx.analysis.pictures import Picture
+from famx.base.palette import LINES, MEMORY, OWN, PAST, UNSEEN
 
-MEMORY, PAST, OWN, UNSEEN = "#E69F00", "#56B4E9", "#009E73", "#E4E4E4"
 _LABELLED = 120  # maximum number of tokens per axis that get a label each
 _DRAWN = 1000  # maximum number of rows or columns drawn without pooling
 _STRIP = 6  # width of the coloured margin in points
@@ -295,9 +295,8 @@ def _nothing(axes, sentence: str):
 
 def line_colors(count: int):
     """Colours for `count` lines: Okabe and Ito's palette for up to 7, a colour map for more."""
-    palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-    if count <= len(palette):
-        return palette[:count]
+    if count <= len(LINES):
+        return LINES[:count]
     return matplotlib.colormaps["viridis"](np.linspace(0, 0.95, count))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from famx.base.errors import ConfigError
+from famx.base.native_stderr import stdout_to_stderr
 
 _SENTENCE_BYTES = 4096
 
@@ -75,6 +76,7 @@ def initialize(
 
 
 def _join(*args, **kwargs) -> None:
+    stdout_to_stderr()  # Gloo greets there
     jax.distributed.initialize(*args, **kwargs)
     # jax now handles SIGTERM; until training begins, SIGTERM should end the process.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

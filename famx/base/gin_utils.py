@@ -25,7 +25,7 @@ from absl import app, flags, logging
 from gin import config as gin_config
 from gin.resource_reader import system_path_reader
 
-from famx.base import command_line, gin_overrides
+from famx.base import command_line, gin_overrides, native_stderr, waiting
 from famx.base.errors import ConfigError
 from famx.base.files import write_text
 from famx.base.gin_arguments import find_gin_file, gin_files
@@ -193,7 +193,8 @@ def run(
         _cache_compiled_programs()
         return argv[:1]
 
-    app.run(_exit_on_bad_input(lambda argv: main()), flags_parser=_exit_on_bad_input(flags_parser))
+    with native_stderr.without_noise(), waiting.announced():
+        app.run(_exit_on_bad_input(lambda argv: main()), flags_parser=_exit_on_bad_input(flags_parser))
 
 
 def _without_others(argv: list[str]) -> list[str]:

@@ -1,18 +1,71 @@
-"""Standard error of native libraries, passed on a moment later, so that its end can be left out.
+"""Standard error of native libraries: without what is no news to a user, and without a needless end.
 
-A library that aborts the process explains it in its own words, with a stack of addresses. Where famx
-knows the cause, its sentence takes their place.
+`without_noise` leaves out lines that report nothing wrong. `NativeStderr` passes standard error on a
+moment later, so that its end can be left out: a library that aborts the process explains it in its own
+words, with a stack of addresses, and where famx knows the cause, its sentence takes their place.
 """
 
+import contextlib
 import fcntl
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
 from absl import logging
 
-_STDERR = 2  # the file descriptor that libraries write to
+_STDOUT, _STDERR = 1, 2  # the file descriptors that libraries write to
+# XLA's alarm about a compilation of more than two minutes, which it logs as an error, in a frame of
+# stars; and Gloo's greeting to each process.
+_NOISE = (
+    r"^[A-Z][0-9]{4} .*slow_operation_alarm\.cc|^The operation took |\] Very slow compile\?"
+    r"|^\*{20,}$|^$|^\[Gloo\] Rank [0-9]+ is connected to "
+)
 _LARGEST = 2**24  # bytes of the file after which it begins again
+
+
+@contextlib.contextmanager
+def without_noise() -> Iterator[None]:
+    """A context in which lines of `_NOISE` that libraries write to standard error are left out.
+
+    Another process, grep, does it, so that the last words of a process that aborts are not lost. Python's
+    own standard error goes out at once, as before. Nothing changes where it is captured, as in a test.
+    """
+    # Notices and warnings of XLA and of the libraries around it; errors are level 2 and above.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    grep = shutil.which("grep")
+    if grep is None or sys.stderr is not sys.__stderr__ or sys.stderr.fileno() != _STDERR:
+        yield
+        return
+    sys.stderr.flush()
+    before, out = sys.stderr, os.dup(_STDERR)
+    # In a session of its own, Ctrl-C does not end it.
+    filter_ = subprocess.Popen(
+        [grep, "--line-buffered", "-a", "-v", "-E", _NOISE],
+        stdin=subprocess.PIPE, stdout=out, start_new_session=True,
+    )  # fmt: skip
+    os.dup2(filter_.stdin.fileno(), _STDERR)
+    filter_.stdin.close()
+    sys.stderr = os.fdopen(os.dup(out), "w", buffering=1, errors="backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = before
+        os.dup2(out, _STDERR)  # the last end of the pipe in this process
+        os.close(out)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            filter_.wait(1)  # a child of this process may still have the pipe
+
+
+def stdout_to_stderr() -> None:
+    """From now on, what libraries write to standard output goes to their standard error."""
+    if sys.stdout is sys.__stdout__ and sys.stdout.fileno() == _STDOUT:
+        sys.stdout.flush()
+        sys.stdout = os.fdopen(os.dup(_STDOUT), "w", buffering=1, errors=sys.stdout.errors)
+        os.dup2(_STDERR, _STDOUT)
 
 
 class NativeStderr:

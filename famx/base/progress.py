@@ -1,5 +1,6 @@
 """Progress of a long task: a bar on a terminal, occasional plain lines elsewhere."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic as _monotonic
@@ -11,6 +12,35 @@ from famx.base.text import byte_size
 
 _Item = TypeVar("_Item")
 LINE_SECONDS = 10.0
+
+_compiled = 0.0  # seconds that this process has spent compiling in the foreground
+_compiling = False
+
+
+@contextlib.contextmanager
+def compilation() -> Iterator[None]:
+    """A context in which the task stands still for a compilation, which no later unit needs."""
+    global _compiled, _compiling
+    if _compiling:
+        yield
+        return
+    _compiling, began = True, _monotonic()
+    try:
+        yield
+    finally:
+        _compiling = False
+        _compiled += _monotonic() - began
+
+
+def compilation_seconds() -> float:
+    """Seconds that this process has spent in `compilation`; two values tell those between them."""
+    return _compiled
+
+
+def say(text: str) -> None:
+    """Print a line on standard error, above the bars of a terminal."""
+    tqdm.tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
 
 
 class Progress:
@@ -45,6 +75,7 @@ class Progress:
         self._start, self._line_seconds, self._last_line = start, line_seconds, last_line
         self._stream: IO[str] = sys.stderr if stream is None else stream
         self._began = self._now = self._printed = _monotonic()
+        self._compiled, self._shown_compiled = compilation_seconds(), compilation_seconds()
         self._bar: Any = None
         if self._stream.isatty():
             self._bar = tqdm.tqdm(
@@ -58,11 +89,19 @@ class Progress:
         return self._now - self._began
 
     @property
+    def working(self) -> float:
+        """Seconds from the start to the last update without those of compilations."""
+        return max(self.elapsed - (compilation_seconds() - self._compiled), 0.0)
+
+    @property
     def remaining(self) -> float | None:
-        """Estimated seconds for the rest of the task, at the average speed; None: unknown."""
+        """Estimated seconds for the rest of the task, at the average speed; None: unknown.
+
+        What was compiled so far is not compiled again, so its time does not count.
+        """
         if self.total is None or self.done <= self._start:
             return None
-        return self.elapsed * (self.total - self.done) / (self.done - self._start)
+        return self.working * (self.total - self.done) / (self.done - self._start)
 
     def update(
         self,
@@ -84,6 +123,9 @@ class Progress:
         self.total = self.total if total is None else total
         if self._bar is not None:
             self._bar.total = self.total
+            # The bar's speed is that since its last print.
+            self._bar.last_print_t += compilation_seconds() - self._shown_compiled
+            self._shown_compiled = compilation_seconds()
             if note is not None:
                 self._bar.set_postfix_str(note(), refresh=False)
             self._bar.update(step)

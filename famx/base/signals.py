@@ -5,15 +5,20 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_Result = TypeVar("_Result")
+_LOOK = 0.05  # seconds between two looks whether to stop
 _STDERR = 2  # the file descriptor, which threads of C++ write to as well
 INTERRUPTED = 128 + signal.SIGINT  # the shell's exit code for a command that Ctrl-C ended
 
-_stopped = False
+_IN_TIME = 1  # in place of a signal: the limit of time was reached
+
+_stopped = 0  # the signal that asked for the last stop, or `_IN_TIME`; 0: none did
 
 
 @contextlib.contextmanager
@@ -33,7 +38,7 @@ def graceful_stop(
       seconds: time in this context after which the function returns True as well; None: no limit.
     """
     global _stopped
-    _stopped = False
+    _stopped = 0
     asked: list[int] = []
     end = math.inf if seconds is None else time.monotonic() + seconds
 
@@ -44,8 +49,9 @@ def graceful_stop(
 
     def stop() -> bool:
         global _stopped
-        _stopped = _any_process(bool(asked) or time.monotonic() >= end)
-        return _stopped
+        late = _IN_TIME if time.monotonic() >= end else 0
+        _stopped = _in_any_process(asked[0] if asked else late)
+        return bool(_stopped)
 
     with handling(ask, numbers):
         yield stop
@@ -53,7 +59,15 @@ def graceful_stop(
 
 def was_stopped() -> bool:
     """Whether the function of the last `graceful_stop` returned True when it was last called."""
-    return _stopped
+    return bool(_stopped)
+
+
+def stopped_code() -> int:
+    """Exit code of a command that `was_stopped`, as shells have it: 130 for SIGINT, 143 for SIGTERM.
+
+    It is 0 for one that was not, or that came to the end of its time.
+    """
+    return 128 + _stopped if _stopped > _IN_TIME else 0
 
 
 @contextlib.contextmanager
@@ -95,13 +109,48 @@ def handling(
             signal.signal(number, old)
 
 
-def _any_process(value: bool) -> bool:
-    """Whether `value` is true in any JAX process."""
+def interruptible(
+    function: Callable[[], _Result], stop: Callable[[], bool] = lambda: False
+) -> _Result:
+    """The result of `function()`, which runs on a thread, so that Ctrl-C need not wait for its end.
+
+    A call that is interrupted goes on in the background, and its result is dropped.
+
+    Args:
+      function: takes long in code that handles no signals, such as a compilation.
+      stop: asked now and then; True interrupts, too.
+
+    Raises:
+      KeyboardInterrupt: it was interrupted.
+      BaseException: whatever `function` raised.
+    """
+    results: list[_Result] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # the process may end before it
+    thread.start()
+    while thread.is_alive():
+        thread.join(_LOOK)
+        if thread.is_alive() and stop():
+            raise KeyboardInterrupt
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _in_any_process(number: int) -> int:
+    """The largest `number` of all JAX processes."""
     import jax  # launch/ needs this module where JAX may be missing
 
     if jax.process_count() == 1:
-        return value
+        return number
     import numpy as np
     from jax.experimental import multihost_utils
 
-    return bool(np.max(multihost_utils.process_allgather(np.int32(value))))
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))

@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.waiting import Announced
 from famx.decoding.generation import Generation, Sampling, generate
 from famx.modules import Decoder, DecoderState
 from famx.modules.prepared import computing, with_joint_kernels
 
 _BLOCKS = 8  # whole blocks per call: enough to hide the cost of a call, few enough for a small program
-_PART_WIDTHS = (1, 16, 256)  # tokens per call within a block
+_PART_WIDTHS = (1, 16, 256)
 _HEAD_TOKENS = 256  # tokens whose logits exist at the same time
 _MAX_POSITION = 2**31 - 1  # int32
 
@@ -29,13 +31,16 @@ class Streamer:
       module: the decoder.
       zero_memory: set the memory to zero before every piece that is read, to measure what it contributes;
         `generate` leaves it as it is.
+      widths: numbers of tokens that are read in one call within a block; each is a program of its own.
     """
 
-    def __init__(self, module: Decoder, zero_memory: bool = False):
+    def __init__(
+        self, module: Decoder, zero_memory: bool = False, widths: Sequence[int] = _PART_WIDTHS
+    ):
         config = dataclasses.replace(module.config, blocks_per_chunk=1)
         self.module = Decoder(config)
         self._blocks = 1 if zero_memory else _BLOCKS
-        self._widths = sorted({min(width, config.block_size) for width in _PART_WIDTHS})
+        self._widths = sorted({min(width, config.block_size) for width in widths})
         apply = lambda params, method, *args, **kwargs: self.module.apply(
             {"params": params}, *args, method=method, **kwargs
         )
@@ -102,9 +107,11 @@ class Streamer:
             rows = np.repeat(np.arange(state.batch_size), samples)
             return logits[rows], state.take(rows)
 
-        self._initial, self._read_blocks, self._read_part = initial, read_blocks, read_part
+        self._initial = initial
+        self._read_blocks = Announced(read_blocks, "the reading of blocks")
+        self._read_part = Announced(read_part, "the reading of parts of a block")
         self._logits = jax.jit(lambda params, hidden: apply(params, "logits", hidden))
-        self._write, self._repeat = write, repeat
+        self._write, self._repeat = Announced(write, "the writing of text"), repeat
 
     def initial_state(self, params, batch_size: int) -> DecoderState:
         """State before the first token.

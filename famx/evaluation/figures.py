@@ -14,10 +14,23 @@ from matplotlib.ticker import ScalarFormatter
 
 from famx.analysis.figures import line_colors
 from famx.base.errors import ConfigError
+from famx.base.palette import MEMORY, PAST, ZEROED
 from famx.training.run_log import read_metrics
 
 Scores = Mapping[str, Mapping[int, float]]  # {line label: {blocks read: score}}
 _LABELS = {"exact_match": "exact match"}
+# What a reader sees who does not know the probes' names.
+_PROBES = {
+    "hold": "One key, then random words",
+    "hold_repeated": "One key, then one sentence\nagain and again",
+    "hold_text": "One key, then real text",
+    "hold_headerless": "One key, not announced",
+    "hold_anywhere": "One key, anywhere in the text",
+    "overwrite": "A second key replaces the first",
+}
+_WITHOUT = "the same model without a memory"
+_KINDS = {"fam": "FAM", "infini": "Infini-attention", "none": _WITHOUT}
+_TWIN = "_bswa"  # end of the name of a MODEL_DIR whose run has no memory
 
 
 def passkey_results(model_dir: str | os.PathLike) -> dict[str, Any]:
@@ -57,22 +70,81 @@ def passkey_figure(model_dirs: Mapping[str, str | os.PathLike]) -> Figure:
     return lengths_figure(panels, first["block_size"], first["train_blocks"])
 
 
-def lengths_figure(panels: Mapping[str, Scores], block_size: int, train_blocks: int | None) -> Figure:
+def recall_figure(model_dir: str | os.PathLike) -> Figure:
+    """What a run remembers: its memory, the same memory set to zero, and its twin without a memory.
+
+    The twin is the run in the directory of the same name with `_bswa` at its end, and the other way
+    round; without one there is no line for it.
+
+    Args:
+      model_dir: `MODEL_DIR` of a run that has a passkey.json.
+    """
+    folder = pathlib.Path(model_dir).absolute()
+    own = passkey_results(folder)
+    runs = sorted([own, *_twin(folder, own)], key=_is_without_memory)
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    colors = {}
+    for probe in own["exact_match"]:
+        lines = panels[_PROBES.get(probe, probe)] = {}
+        for run in runs:
+            kind = run["memory_config"]["kind"]
+            label, begin = _KINDS.get(kind, kind), f"zeroed/{probe}/"
+            of_zeroed = {n: x for n, x in run.get("memory", {}).items() if n.startswith(begin)}
+            zeroed = {int(name.removeprefix(begin)): score for name, score in of_zeroed.items()}
+            for name, row, color in (
+                (label, run["exact_match"].get(probe), PAST if _is_without_memory(run) else MEMORY),
+                (f"{label}, memory set to zero", dict(sorted(zeroed.items())), ZEROED),
+            ):
+                if row:
+                    lines[name], colors[name] = row, color
+    mark = "longest text in training"
+    figure = lengths_figure(panels, own["block_size"], own["train_blocks"], colors, mark)
+    figure.suptitle("How often is the key repeated without a mistake after so much text?")
+    figure.axes[0].set_ylabel("share of the documents")
+    return figure
+
+
+def _twin(folder: pathlib.Path, own: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results of the run of the same blocks with or without memory, or nothing."""
+    end = folder.name.removesuffix(_TWIN)
+    other = folder.with_name(end if end != folder.name else f"{folder.name}{_TWIN}")
+    try:
+        twin = passkey_results(other)
+        fits = twin["block_size"] == own["block_size"]
+        return [twin] if fits and _is_without_memory(twin) != _is_without_memory(own) else []
+    except (ConfigError, ValueError, LookupError, TypeError):  # none, or of another version
+        return []
+
+
+def _is_without_memory(results: Mapping[str, Any]) -> bool:
+    return results["memory_config"]["kind"] == "none"
+
+
+def lengths_figure(
+    panels: Mapping[str, Scores],
+    block_size: int,
+    train_blocks: int | None,
+    colors: Mapping[str, str] | None = None,
+    mark: str = "the curriculum's longest",
+) -> Figure:
     """Exact match over the number of blocks read.
 
     Args:
       panels: `{panel title: {line label: {blocks: score}}}`.
       block_size: tokens per block, for the axis label.
       train_blocks: length marked by a vertical line; None or 0 draws none.
+      colors: colour of each line; None: one after another.
+      mark: label of the vertical line.
     """
     figure = Figure(figsize=(max(7, 4 * len(panels)), 4.2), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, lines) in zip(grid, panels.items()):
         for (name, row), marker, color in zip(lines.items(), "os^vDP*X" * 9, line_colors(len(lines))):
+            color = color if colors is None else colors[name]
             style = dict(marker=marker, color=color, alpha=0.8, clip_on=False)
             axes.plot(list(row), list(row.values()), label=name, **style)
         if train_blocks:
-            axes.axvline(train_blocks, color="gray", linestyle="--", label="the curriculum's longest")
+            axes.axvline(train_blocks, color="gray", linestyle="--", label=mark)
         axes.set_title(title)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({blocks for row in lines.values() for blocks in row}))

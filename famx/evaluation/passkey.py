@@ -99,10 +99,12 @@ class PasskeyEvaluation:
     def report(self, model: DecoderModel, params, model_dir: str) -> str:
         """Scores all of `report_blocks` and writes passkey.json and passkey.png to `model_dir`.
 
+        The picture is `famx.evaluation.figures.recall_figure`.
+
         Returns:
           A plain-text table of the scores.
         """
-        from famx.evaluation.figures import lengths_figure  # matplotlib is slow to import
+        from famx.evaluation.figures import recall_figure  # matplotlib is slow to import
 
         scores = self._measure(model, params, self.report_blocks)
         size = model.config.block_size
@@ -121,7 +123,7 @@ class PasskeyEvaluation:
             "memory": {k.removeprefix("memory/"): v for k, v in scores.items() if is_of_memory(k)},
         }
         write_json(folder / "passkey.json", result)
-        lengths_figure({"": table}, size, self.train_blocks).savefig(folder / "passkey.png", dpi=150)
+        recall_figure(folder).savefig(folder / "passkey.png", dpi=150)
         lines = [f"Exact match over {self.examples} fresh documents per cell, streamed:"]
         lines.append("blocks".rjust(8) + "tokens".rjust(10) + "".join(p.rjust(20) for p in table))
         for b in self.report_blocks:

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import math
+import os
+import shlex
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.base.ranges import Object, Positive
+from famx.base.ranges import NonNegative, Object, Positive
 from famx.base.values import checked
+from famx.base.waiting import Announced
 from famx.data.rows.lanes import ContinuousLanes
 from famx.data.tasks import Kind, kind_of, vocabulary_of
-from famx.evaluation.common import HEALTH_TOKENS, check_vocabulary, compared, memory_figures
+from famx.decoding import Sampling
+from famx.evaluation.common import (
+    HEALTH_TOKENS,
+    check_vocabulary,
+    compared,
+    memory_figures,
+    streamer_of,
+)
 from famx.models import DecoderModel
 from famx.modules import Decoder
+
+_SAMPLE_START = 64  # tokens of a document before a sample
+_TEMPERATURE = 0.8  # of a sample: the likeliest tokens alone soon repeat themselves
+_WIDTH = 78  # characters of a line of a sample
 
 
 @checked
@@ -38,6 +53,7 @@ class TextEvaluation:
         are computed on the first `health_tokens` tokens; `memory/kept/...` holds the scores of the
         same tokens with the memory. The memory statistics are measured on a single document.
       health_tokens: maximum number of tokens read for each of these.
+      sample_tokens: number of tokens of the sample that `report` shows; 0: none.
     """
 
     documents: Sequence[Any] | Object | None = None
@@ -46,6 +62,7 @@ class TextEvaluation:
     max_tokens: Positive | None = 200_000
     health: bool = True
     health_tokens: Positive = HEALTH_TOKENS
+    sample_tokens: NonNegative = 200
 
     def with_task(self, make_task: Callable[..., Any]) -> "TextEvaluation":
         """A copy that reads the split "validation" of a run's task; this evaluation if it has documents.
@@ -100,6 +117,39 @@ class TextEvaluation:
             scores |= memory_figures(model, params, tokens, self.health_tokens)
         return scores
 
+    def report(self, model: DecoderModel, params, model_dir: str | os.PathLike) -> str:
+        """A sample of the model's writing after the beginning of a held-out document, and how to chat.
+
+        A run of several processes shows no sample, and a model without vocabulary nothing at all.
+        """
+        vocabulary = model.vocabulary
+        if vocabulary is None:
+            return ""
+        where = shlex.quote(str(model_dir))
+        talk = f"Talk to it: famx chat --checkpoint={where} --temperature={_TEMPERATURE}"
+        if not self.sample_tokens or jax.process_count() > 1:
+            return talk
+        tokens = _opening(self.documents, _SAMPLE_START)
+        streamer = streamer_of(model.module)
+        sampling = Sampling(
+            self.sample_tokens, _TEMPERATURE, stop_tokens=tuple(sorted({*vocabulary.end_ids} - {None}))
+        )
+        logits, state = streamer.read(params, streamer.initial_state(params, 1), tokens)
+        out = streamer.generate(params, logits, state, sampling)
+        written = np.asarray(out.tokens)[0, : int(out.lengths[0])]
+        special = {vocabulary.bos_id, *sampling.stop_tokens}
+        ids = [i for i in written.tolist() if i < vocabulary.vocab_size and i not in special]
+        began = [i for i in tokens[0].tolist() if i not in special]
+        return "\n".join(
+            [
+                "How a held-out document begins:",
+                _quoted(vocabulary.decode(began)),
+                f"How the model goes on (temperature {_TEMPERATURE}):",
+                _quoted(vocabulary.decode(ids)),
+                talk,
+            ]
+        )
+
     def check(self, model: DecoderModel) -> None:
         """Raises ConfigError if there are no documents, or their vocabulary is not the model's."""
         if self.documents is None:
@@ -135,7 +185,14 @@ def _lane_step(module: Decoder, loss_chunk: int | None, zero_memory: bool):
         state, sums = jax.lax.scan(without, state, blocks)
         return state, jnp.sum(sums, axis=0)
 
-    return run
+    return Announced(run, "the evaluation on texts")
+
+
+def _quoted(text: str) -> str:
+    """Text as indented lines, without characters that would move the cursor."""
+    shown = "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\ufffd" for c in text)
+    lines = [part for line in shown.splitlines() for part in textwrap.wrap(line, _WIDTH) or [""]]
+    return textwrap.indent("\n".join(lines), "  ", lambda line: True)
 
 
 def _text_scores(sums) -> dict[str, float]:

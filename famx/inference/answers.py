@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.waiting import Announced
 from famx.data.vocabularies import Vocabulary
 from famx.decoding import Sampling, Streamer, generate
 from famx.inference.prefixes import PrefixReader
@@ -58,7 +59,7 @@ class Answers:
                 logits, state = logits[rows], state.take(rows)
             return generate(self.streamer.module, params, logits, state, sampling, keys, max_tokens[rows])
 
-        self._write = write
+        self._write = Announced(write, "the writing of text")
 
     def predict(self, params, batch: Sequence[Example]) -> tuple[list[dict[str, Any]], int]:
         """Continue each prompt.

@@ -4,12 +4,14 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.signals import interruptible
 from famx.data.vocabularies.chat_template import ChatTemplate
 from famx.decoding import Sampling, Streamer
 from famx.inference.reading import encode_file
@@ -21,6 +23,8 @@ from famx.models import DecoderModel
 
 _FILE_BLOCKS = 64  # blocks read between two progress reports
 _ANSWER_PIECE = 32  # tokens generated before they are shown
+# Tokens per call within a block: one number, so that no later message compiles another program.
+_WIDTHS = (32,)
 
 
 def model_with_vocabulary(checkpoint: str) -> DecoderModel:
@@ -115,7 +119,7 @@ class Conversation:
             check_template(template)
         self._trained, self._vocabulary = trained, trained.model.vocabulary
         self._mesh, self._rules = make_mesh(), make_rules()
-        self._streamer = Streamer(trained.model.module)
+        self._streamer = Streamer(trained.model.module, widths=_WIDTHS)
         self._template, self._stop, self._seed = template, tuple(filter(None, stop)), seed
         ends = {*self._vocabulary.end_ids, getattr(template, "end_of_turn", None)} - {None}
         self._limit = sampling.max_new_tokens
@@ -130,12 +134,12 @@ class Conversation:
     @property
     def tokens(self) -> int:
         """Number of tokens that the state has read, including its own answers."""
-        return int(self._state.position[0])
+        return int(np.asarray(self._state.position)[0])  # waits for no other program
 
     @property
     def updates(self) -> int:
         """Number of memory updates so far."""
-        return int(self._state.updates[0])
+        return int(np.asarray(self._state.updates)[0])
 
     @property
     def num_bytes(self) -> int:
@@ -149,7 +153,7 @@ class Conversation:
         with on_mesh(self._mesh, self._rules):
             state = self._streamer.initial_state(self._trained.params, 1)
         self._go_to(None, state)
-        self.sources, self._file = [], None
+        self.sources = []
 
     def load(self, path: str) -> None:
         """Replace the state by that of a memory file.
@@ -163,14 +167,14 @@ class Conversation:
                 f"{path} holds {state.batch_size} memories, but a conversation can load only one."
             )
         self._go_to(logits, state)
-        self.sources, self._file = read_header(path).sources, os.path.realpath(path)
+        self.sources = read_header(path).sources
 
     def save(self, path: str, overwrite: bool = False) -> None:
         """Write the state to a memory file.
 
         Args:
-          path: the file. The one that was last loaded or saved may be replaced.
-          overwrite: whether any existing file may be replaced.
+          path: the file.
+          overwrite: whether an existing file may be replaced.
 
         Raises:
           ConfigError: nothing has been read, the file exists and must not be replaced, or it cannot be
@@ -178,11 +182,9 @@ class Conversation:
         """
         if self._logits is None:
             raise ConfigError("Nothing has been read yet, so there is no memory to save.")
-        real = os.path.realpath(path)
-        if os.path.exists(path) and not overwrite and real != self._file:
+        if os.path.exists(path) and not overwrite:
             raise ConfigError(f"{path} already exists: choose another name, or remove it first.")
         save_memory(path, self._trained, self._logits, self._state, self.sources)
-        self._file = real
 
     def back(self) -> None:
         """Undo the last exchange.
@@ -251,18 +253,27 @@ class Conversation:
         bos = self._vocabulary.bos_id
         return [] if self._logits is not None or bos is None else [bos]
 
-    def _read(self, ids: list[int]):
+    def _read(self, ids: list[int], stop: Callable[[], bool] = lambda: False):
         """`(logits, state)` after `ids`, from a copy of the current state."""
         state = jax.tree.map(jnp.copy, self._state)
         if not ids:
             return self._logits, state
-        return self._advance(state, np.array(ids, np.int32))
+        return self._advance(state, np.array(ids, np.int32), stop)
 
-    def _advance(self, state, ids):
+    def _advance(self, state, ids, stop: Callable[[], bool] = lambda: False):
         """`(logits, state)` after `ids [n]`; the buffers of `state` are donated."""
-        try:
+        read = lambda: self._streamer.read(self._trained.params, state, ids[None])
+        return self._run(lambda: jax.block_until_ready(read()), stop)
+
+    def _run(self, program: Callable[[], Any], stop: Callable[[], bool]):
+        """The result of a program of the streamer; see `interruptible`."""
+
+        def run():
             with on_mesh(self._mesh, self._rules):
-                return self._streamer.read(self._trained.params, state, ids[None])
+                return program()
+
+        try:
+            return interruptible(run, stop)
         except ValueError as error:  # the last position is reached
             raise ConfigError(str(error)) from error
 
@@ -276,7 +287,7 @@ class Conversation:
         Args:
           message: the message; if it encodes to no tokens, the text read so far is continued.
           show: called with each new part of the answer.
-          stop: called after each part; True ends the answer.
+          stop: asked all the while; True ends the answer after what was shown.
 
         Returns:
           The answer.
@@ -291,20 +302,14 @@ class Conversation:
         before = self._logits, self._state, self._ended
         written: list[int] = []
         answer, text, shown, cut, logits, state = [], "", 0, None, None, None
+        reached: Any = None  # logits and state after `written`
         try:
-            logits, state = self._read(prompt)
+            logits, state = self._read(prompt, stop)
             for _ in range(0, self._limit, _ANSWER_PIECE):
                 position = self.tokens + len(prompt) + len(written)
-                seed = np.random.SeedSequence((self._seed, position)).generate_state(1)
-                try:
-                    with on_mesh(self._mesh, self._rules):
-                        out = self._streamer.generate(
-                            self._trained.params, logits, state, self._sampling, seed
-                        )
-                except ValueError as error:  # the last position is reached
-                    raise ConfigError(str(error)) from error
-                logits, state = out.logits, out.state
-                written = written + np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
+                reached = logits, jax.tree.map(jnp.copy, state)  # if the next piece is stopped
+                tokens, *reached = self._write(logits, state, position, stop)
+                (logits, state), written = reached, written + tokens
                 answer = written[: self._limit]
                 text = self._decode(answer)
                 cut = min((text.find(stop) for stop in self._stop if stop in text), default=None)
@@ -316,7 +321,7 @@ class Conversation:
                 if stop():
                     break
         except KeyboardInterrupt:
-            state = None  # its buffers may have been donated
+            logits, state = reached if written else (None, None)
         show(text[shown:cut])
         while cut is not None and len(self._decode(answer)) > cut:
             answer = answer[:-1]
@@ -325,6 +330,17 @@ class Conversation:
                 logits, state = self._read(prompt + answer)
             self._go_to(logits, state, self._is_end(answer), before)
         return text[:cut]
+
+    def _write(self, logits, state, position: int, stop: Callable[[], bool]):
+        """`(tokens, logits, state)` of the next piece of an answer; `state` is donated."""
+        seed = np.random.SeedSequence((self._seed, position)).generate_state(1)
+
+        def write():
+            out = self._streamer.generate(self._trained.params, logits, state, self._sampling, seed)
+            length = int(np.asarray(out.lengths)[0])
+            return np.asarray(out.tokens)[0, :length].tolist(), out.logits, out.state
+
+        return self._run(write, stop)
 
     def _prompt(self, message: str) -> list[int]:
         """Ids that are read for a message."""

@@ -240,7 +240,7 @@ class LineProgress(Progress):
         self.update(done, lambda: f"tokens/s={self._speed()}", self._line)
 
     def _speed(self) -> str:
-        return f"{self._tokens / self.elapsed:.4g}"
+        return f"{self._tokens / max(self.working, 1e-9):.4g}"
 
     def _line(self) -> str:
         clock = lambda seconds: datetime.timedelta(seconds=round(seconds))

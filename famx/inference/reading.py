@@ -91,7 +91,7 @@ class ReadProgress(Progress):
 
         def line() -> str:
             share = f" ({done / self.total:.0%})" if self.total else ""
-            rate = tokens / self.elapsed
+            rate = tokens / max(self.working, 1e-9)
             return f"{self._name}: {done:,} bytes{share}, {tokens:,} tokens, {rate:,.0f} tokens/s"
 
         self.update(done, lambda: f"{tokens:,} tokens", line)

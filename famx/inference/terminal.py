@@ -16,16 +16,17 @@ from famx.model_dir.loading import TrainedModel
 from famx.model_dir.memory_file import read_header
 
 HELP = """\
-/read FILE   read a text file
-/save FILE   write the current state to a memory file
-/load FILE   replace the current state by that of a memory file
-/reset       forget everything
-/fresh       answer each further message from the current state, and keep neither
-/keep        keep further messages and answers
-/back        undo the last message and its answer
-/state       show what has been read
-/help        list these commands
-/quit        end the conversation, as the end of input does
+/read FILE     read a text file
+/save FILE     write the current state to a new memory file
+/replace FILE  the same, also if the file exists
+/load FILE     replace the current state by that of a memory file
+/reset         forget everything
+/fresh         answer each further message from the current state, and keep neither
+/keep          keep further messages and answers
+/back          undo the last message and its answer
+/state         show what has been read
+/help          list these commands
+/quit          end the conversation, as the end of input does
 Anything else is a message. Write // for a message that begins with /. Ctrl-C stops an answer."""
 
 
@@ -117,7 +118,7 @@ def converse(conversation: Conversation) -> None:
 
         print(f"{state_line(conversation)} /help lists the commands.")
     while True:
-        prompt = f"[{conversation.tokens:,} tokens, {conversation.num_bytes:,} bytes] > "
+        prompt = f"[{conversation.tokens:,} tokens] > "
         try:
             line = input(prompt if terminal else "").strip()
             if line == "/quit":
@@ -150,16 +151,19 @@ def reply(conversation: Conversation, line: str) -> None:
         print(flush=True)
         return
     command, _, name = line.partition(" ")
-    takes_file = command in ("/read", "/save", "/load")
+    takes_file = command in ("/read", "/save", "/replace", "/load")
     path = os.path.expanduser(name.strip())
     if takes_file != bool(path) and command in HELP.split():
         raise ConfigError(f"{command} needs a file." if takes_file else f"{command} takes no argument.")
     match command:
         case "/read":
             with ReadProgress(path) as progress:
-                print(f"{conversation.read_file(path, progress):,} tokens read from {path}.")
-        case "/save":
-            conversation.save(path)
+                count = conversation.read_file(path, progress)
+            print(f"{count:,} tokens read from {path}.")  # after the bar is gone
+        case "/save" | "/replace":
+            if command == "/save" and os.path.exists(path):
+                raise ConfigError(f"{path} already exists: choose another name, or use /replace.")
+            conversation.save(path, overwrite=True)
             print(f"Saved to {path}.")
         case "/load":
             conversation.load(path)

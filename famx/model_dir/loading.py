@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from famx.base.errors import ConfigError
 from famx.base.text import some
 from famx.base.values import SettingError
+from famx.base.waiting import waiting
 from famx.data.vocabularies import load_vocabulary
 from famx.lora import adapter_memory, combine, load_adapter, merged
 from famx.lora.adapters import ADAPTERS, SCALE
@@ -150,7 +151,8 @@ def restore_params(checkpointer: Checkpointer, model: DecoderModel, step: int | 
         if path[-1] == SCALE:
             leaf = stored[path]
             wanted[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-    tree, _, step = checkpointer.restore(step, {"target": unflatten_dict(wanted)}, partial=True)
+    with waiting("Loading the weights", str(checkpointer.model_dir)):
+        tree, _, step = checkpointer.restore(step, {"target": unflatten_dict(wanted)}, partial=True)
     params = tree["target"]
     if any(path[-1] in (*ADAPTERS, SCALE) for path in wanted):
         with warnings.catch_warnings():  # merging leaves donated arrays without an output to reuse them

@@ -3,6 +3,10 @@
 A memory file is a safetensors file. Its arrays are the fields of one `DecoderState`, bit for bit, and
 `logits`, those after the last token, from which generation continues. Its metadata holds a `Header` as
 JSON. A file is refused if another model or other weights read the text, or if it was cut or altered.
+
+Of the window, a file holds the slots that are not zero: `keys` and `values` are `[layers, B, n, K, Dh]`,
+and `filled` (int32 `[n]`) names the slots, counted through all blocks of the window. Files of format 1
+hold the whole window.
 """
 
 import dataclasses
@@ -26,7 +30,8 @@ from famx.model_dir.identity import differing_fields, model_fingerprint
 from famx.model_dir.loading import TrainedModel
 from famx.modules import DecoderState
 
-FORMAT = 1
+FORMAT = 2  # of files that are written; 1 is read, too
+_WINDOW, _FILLED = ("keys", "values"), "filled"
 _KEY = "famem"  # key of the header in the metadata of safetensors
 
 
@@ -100,7 +105,7 @@ def save_memory(
     Raises:
       ConfigError: the file cannot be written.
     """
-    arrays = {**_named(state), "logits": np.asarray(logits)}
+    arrays = {**_packed(_named(state)), "logits": np.asarray(logits)}
     vocabulary = trained.model.vocabulary
     header = Header(
         famx=famx.__version__,
@@ -135,6 +140,38 @@ def _named(tree) -> dict[str, np.ndarray]:
 
 def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _packed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a state, with only those slots of the window in which a bit is set."""
+    joined = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    flat = {name: joined(arrays[name]) for name in _WINDOW}
+    bits = lambda x: np.ascontiguousarray(x).reshape(*x.shape[:3], -1).view(np.uint8)
+    filled = np.any([bits(x).any(axis=(0, 1, 3)) for x in flat.values()], axis=0)
+    slots = np.flatnonzero(filled).astype(np.int32)
+    return {**arrays, **{name: np.take(x, slots, axis=2) for name, x in flat.items()}, _FILLED: slots}
+
+
+def _unpacked(path, arrays: Mapping[str, np.ndarray], wanted) -> dict[str, np.ndarray]:
+    """The arrays of a state from those of a file; `wanted` is the state as ShapeDtypeStructs.
+
+    Raises:
+      ConfigError: the arrays of the window do not fit together, or not the model.
+    """
+    layers, batch, segments, size, *rest = wanted.keys.shape
+    slots = arrays.get(_FILLED)
+    ordered = slots is not None and slots.dtype == np.int32 and slots.ndim == 1
+    if ordered and slots.size:
+        ordered = slots[0] >= 0 and slots[-1] < segments * size and (np.diff(slots) > 0).all()
+    shape = (layers, batch, slots.size if ordered else 0, *rest)
+    if not ordered or any(name not in arrays or arrays[name].shape != shape for name in _WINDOW):
+        raise ConfigError(f"{path} does not hold the window of this model: make the memory file again.")
+    whole = {name: array for name, array in arrays.items() if name != _FILLED}
+    for name in _WINDOW:
+        flat = np.zeros((layers, batch, segments * size, *rest), arrays[name].dtype)
+        flat[:, :, slots] = arrays[name]
+        whole[name] = flat.reshape(layers, batch, segments, size, *rest)
+    return whole
 
 
 def _write(path, header: Header, arrays: Mapping[str, np.ndarray]) -> Header:
@@ -202,6 +239,8 @@ def restore_memory(path: str | os.PathLike, trained: TrainedModel) -> tuple[jax.
             )
     batch = len(header.position)
     wanted = jax.eval_shape(lambda params: model.initial_state(params, batch), trained.params)
+    if header.format > 1:
+        arrays = _unpacked(path, arrays, wanted)
     _check_arrays(path, header, arrays, wanted, model.config.vocab_size)
     load = lambda path, leaf: jnp.array(arrays[_name(path)], leaf.dtype)
     return jnp.array(arrays["logits"]), jax.tree_util.tree_map_with_path(load, wanted)
@@ -247,11 +286,11 @@ def _read(path, load: bool = False) -> tuple[Header, dict[str, np.ndarray]]:
             if text is None:
                 raise ConfigError(f"{path} is a safetensors file, but not a memory of famx.")
             fields = parse_object(text, path)
-            if fields.get("format") != FORMAT:
+            if fields.get("format") not in (1, FORMAT):
                 wrote = shown(fields.get("famx")).strip("'")
                 raise ConfigError(
                     f"{path} has format {shown(fields.get('format'))}, and this famx, {famx.__version__},"
-                    f" reads format {FORMAT}: famx {wrote} wrote it."
+                    f" reads the formats 1 and {FORMAT}: famx {wrote} wrote it."
                 )
             header = Header(**parsed(_Header, fields, path).model_dump())
             arrays = {name: file.get_tensor(name) for name in file.keys()} if load else {}

@@ -21,6 +21,7 @@ from famx.base.peers import agree
 from famx.base.ranges import Name
 from famx.base.signals import graceful_stop
 from famx.base.values import checked
+from famx.base.waiting import Announced, hush, waiting
 from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.data.vocabularies import save_vocabulary
 from famx.mesh import batch_sharding
@@ -79,11 +80,14 @@ def train(run: Run, allow_changes: Sequence[Name] = ()) -> dict[str, float]:
         anything is compiled or written. Or the numbers went wrong: too many steps in a row had a gradient
         that was not finite, or the parameters left their limits.
     """
+    if jax.process_index() > 0:
+        hush()
     with contextlib.ExitStack() as stack:
         stack.enter_context(removed_if_unused(run.model_dir))
         stages, directory, profile = _check(run)
         lock = stack.enter_context(run_lock(directory))
-        stages, data = open_data(stages)
+        with waiting("Opening the data"):
+            stages, data = open_data(stages)
         notes = [] if os.path.isabs(run.model_dir) else [f"MODEL_DIR is {directory}."]
         data = dataclasses.replace(data, notes=(*data.notes, *gin_utils.check_all_used(), *notes))
         last = stages[-1].run
@@ -278,7 +282,8 @@ def _begin_or_resume(
 def _restored(checkpointer: Checkpointer, start: Start, abstract: TrainState, feed: Feed) -> TrainState:
     """The state of the checkpoint that a run resumes from; sets the position of the feed."""
     try:
-        tree, _, _ = checkpointer.restore(start.step, abstract.to_checkpoint())
+        with waiting("Loading the checkpoint", str(checkpointer.model_dir)):
+            tree, _, _ = checkpointer.restore(start.step, abstract.to_checkpoint())
         if start.position is None:
             place = f"{checkpointer.model_dir}/checkpoint_{start.step}"
             raise ConfigError(
@@ -305,6 +310,7 @@ def new_state(
             writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
         trained = TrainedModel(run.model, pretrained, 0, data.initial_dir)
         loaded = run.state_passing.load(trained)
+    initialize = Announced(initialize, "the model's first values")
     return initialize(jax.random.key(run.random_seed), pretrained, loaded)
 
 
@@ -444,7 +450,10 @@ def _finish(session: Session) -> dict[str, float]:
     if jax.process_index() == 0:
         if hasattr(run.evaluation, "report"):
             params = session.merge(session.state.params)
-            log.message(run.evaluation.report(run.model, params, str(session.directory)))
+            with waiting("Evaluating for the report", run.model_dir):
+                report = run.evaluation.report(run.model, params, str(session.directory))
+            if report:
+                log.message(report)
         sentence = run.state_passing.export(session.state.kept, session.directory, step)
         if sentence is not None:
             log.message(sentence)

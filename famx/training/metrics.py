@@ -40,14 +40,17 @@ class RecentMetrics:
             del self._entries[step]
 
     def means(self, since: int) -> dict[str, float]:
-        """Means over the steps from `since` on."""
+        """Means over the steps from `since` on, of those metrics that had a weight in one of them.
+
+        So there is no loss if none of the steps had a token to predict.
+        """
         totals: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
         for step in self._entries:
             if step >= since:
                 for name, (total, count) in self.read(step)[1].items():
                     totals[name][0] += total
                     totals[name][1] += count
-        return {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
+        return {name: total / count for name, (total, count) in totals.items() if count}
 
     def to_json(self) -> list[Any]:
         """All entries as JSON values; waits for their steps."""

@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO
 
 from famx.base.errors import ConfigError
@@ -15,6 +15,11 @@ from famx.training.event_files import summary_writer
 
 _FILE, _EVENT = "metrics.jsonl", "event"
 _FLUSH_SECONDS = 5
+COLUMNS = 80  # of a line in the terminal
+# Scalars that a line shows as far as it has room, in this order; metrics.jsonl has them all.
+_LOSS = "loss"
+_ALARMS = ("skipped", "bad_records")  # only if they are not 0
+_SHOWN = ("accuracy", "exact_match", "blocks", "stage")
 
 
 class RunLog:
@@ -83,21 +88,30 @@ class RunLog:
             self._writer.add_scalar(f"{split}/{key}", value, step)
 
     def progress(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Moves the bar to `step`, or prints one line: step, scalars, elapsed, time left."""
+        """Moves the bar to `step`, or prints one line: step, loss and a few more figures, time left.
+
+        The line has at most `COLUMNS` characters. Steps without a loss are said to have no targets.
+        """
         if not self._enabled:
             return
-        shown = {key: f"{float(value):.4g}" for key, value in scalars.items()}
-        note = lambda: ", ".join(f"{key}={value}" for key, value in shown.items())
-        self._progress.update(int(step), note, lambda: self._line(shown))
+        figures = _figures(scalars)
+        note = lambda: ", ".join(figures[:3])
+        self._progress.update(int(step), note, lambda: self._line(figures, scalars))
 
-    def _line(self, shown: Mapping[str, str]) -> str:
+    def _line(self, figures: Sequence[str], scalars: Mapping[str, float]) -> str:
         progress = self._progress
-        parts = [f"{self._name} step {progress.done}" + (f"/{progress.total}" if progress.total else "")]
-        parts += [f"{key} {value}" for key, value in shown.items()]
-        parts.append(f"elapsed {clock(progress.elapsed)}")
+        place = f"{self._name} step {progress.done}" + (f"/{progress.total}" if progress.total else "")
+        speed = scalars.get("tokens_per_second")
+        end = [] if speed is None else [f"{_count(float(speed))} tokens/s"]
         if progress.remaining is not None:
-            parts.append(f"eta {clock(progress.remaining)}")
-        return "  ".join(parts)
+            end.append(f"eta {clock(progress.remaining)}")
+        room = COLUMNS - len("  ".join([place, *end]))
+        shown: list[str] = []
+        for figure in figures:
+            if len(figure) + 2 <= room:
+                shown.append(figure)
+                room -= len(figure) + 2
+        return "  ".join([place, *shown, *end])
 
     def message(self, text: str) -> None:
         """Prints a line without tearing the bar."""
@@ -124,6 +138,24 @@ class RunLog:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _figures(scalars: Mapping[str, float]) -> list[str]:
+    """The scalars that a line shows, as text, the most important first."""
+    text = lambda name: f"{name} {float(scalars[name]):.4g}"
+    alarms = [text(name) for name in _ALARMS if scalars.get(name)]
+    if _LOSS in scalars:
+        loss = [text(_LOSS)]
+    else:  # there were no targets, unless no step had a finite gradient
+        loss = [] if scalars.get("skipped") == 1 else ["no targets"]
+    return [*loss, *alarms, *(text(name) for name in _SHOWN if name in scalars)]
+
+
+def _count(value: float) -> str:
+    """'3,177', '12k' or '1.2M'."""
+    if value < 9999.5:
+        return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
+    return f"{value / 1e6:.1f}M" if value >= 999_500 else f"{value / 1e3:.0f}k"
 
 
 def read_metrics(model_dir: str, split: str | None = None) -> list[dict]:

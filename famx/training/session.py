@@ -3,17 +3,19 @@
 import dataclasses
 import functools
 import pathlib
+import textwrap
 from typing import Any
 
 import jax
 
+from famx.base.waiting import Announced, waiting
 from famx.model_dir.checkpointer import Checkpointer
 from famx.training.ahead import BATCHES_AHEAD, OBSERVED_DELAY, BatchesAhead
 from famx.training.feeds import Feed, Rows
 from famx.training.health import GoodCheckpoints, Watch, check_sound
 from famx.training.metrics import RecentMetrics, mean
 from famx.training.run import Run
-from famx.training.run_log import RunLog
+from famx.training.run_log import COLUMNS, RunLog
 from famx.training.saving import RunWriter
 from famx.training.settings import versions
 from famx.training.speed import Profile, SpeedMeter
@@ -132,7 +134,7 @@ class Session:
         for other, known, train_step in self.programs:
             if traced(other) == traced(run) and known == shardings:
                 return train_step
-        train_step = make_train_step(run, abstract)
+        train_step = Announced(make_train_step(run, abstract), "the training step")
         self.programs.append((run, shardings, train_step))
         return train_step
 
@@ -210,9 +212,10 @@ class Session:
         run = self.last
         if run.evaluation is None:
             return {}
-        scores = run.evaluation(run.model, self.merge(self.state.params), self.step)
+        with waiting("Evaluating", run.model_dir):
+            scores = run.evaluation(run.model, self.merge(self.state.params), self.step)
         self.log.write(self.step, scores, split="eval")
         shown = {name: value for name, value in scores.items() if not name.startswith("memory/")}
         text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        self.log.message(f"Step {self.step}: {text}")
+        self.log.message(textwrap.fill(f"Step {self.step}: {text}", COLUMNS, subsequent_indent="  "))
         return scores

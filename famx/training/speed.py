@@ -12,6 +12,7 @@ import jax
 
 from famx.base.chips import peak_flops
 from famx.base.errors import ConfigError
+from famx.base.progress import compilation_seconds
 from famx.modules import DecoderConfig
 from famx.training.flops import Learning, train_flops
 
@@ -35,7 +36,7 @@ class SpeedMeter:
 
     def restart(self) -> None:
         """Starts a new report now, as after an evaluation."""
-        self._began = time.monotonic()
+        self._began, self._compiled = time.monotonic(), compilation_seconds()
         self._tokens, self._steps, self._flops, self._waited = 0, 0, 0, 0.0
 
     @contextlib.contextmanager
@@ -60,13 +61,14 @@ class SpeedMeter:
     def report(self) -> dict[str, float]:
         """The scalars of `NAMES` that are known on this machine, since the last report.
 
+        Compilations are left out of the time.
         Call it once the counted steps are done. `data_wait` is the share of the time that the loop waited
         for batches; the devices may have computed earlier steps meanwhile, so it is an upper bound on
         the share in which they were idle for lack of a batch. `mfu` is the share of the devices' peak
         that was used for the operations of `train_flops`. `memory_gb` is the peak memory use of this
         process's first device, or on CPUs of the process itself.
         """
-        elapsed = time.monotonic() - self._began
+        elapsed = time.monotonic() - self._began - (compilation_seconds() - self._compiled)
         figures = {
             "tokens_per_second": self._tokens / elapsed,
             "step_seconds": elapsed / max(self._steps, 1),

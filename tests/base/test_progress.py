@@ -4,7 +4,8 @@ import io
 
 import pytest
 
-from famx.base.progress import ByteProgress, Progress
+from famx.base import progress as progress_module
+from famx.base.progress import ByteProgress, Progress, compilation, say
 from famx.base.text import byte_size, clock, some
 
 
@@ -78,3 +79,36 @@ def test_texts():
     assert byte_size(999) == "999 bytes" and byte_size(2.5e9) == "2.5 GB"
     assert byte_size(42_700, 0) == "43 kB" and byte_size(7e12, 0) == "7.0 TB"
     assert some(["a", "b"]) == "a, b" and some(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+
+
+def test_what_was_compiled_does_not_count_for_the_rest(now):
+    progress = Progress("x", 40, stream=io.StringIO())
+    with compilation():
+        with compilation():  # counted once
+            now[0] += 30
+    now[0] += 10
+    progress.update(10)
+    assert progress.elapsed == 40 and progress.working == 10 and progress.remaining == 30
+    later = Progress("y", 40, stream=io.StringIO())
+    now[0] += 10
+    later.update(10)
+    assert later.working == 10 and later.remaining == 30
+
+
+def test_a_bar_leaves_a_compilation_out_of_its_speed():
+    stream = Terminal()
+    with Progress("name", 100, stream=stream) as progress:
+        clock = [0.0]
+        progress._bar._time = lambda: clock[0]
+        progress._bar.start_t = progress._bar.last_print_t = 0.0
+        progress._bar.mininterval = 0
+        with compilation():
+            progress_module._compiled += 50
+        clock[0] = 60.0
+        progress.update(10)
+    assert "1.00it/s" in stream.getvalue()
+
+
+def test_a_message_to_standard_error(capsys):
+    say("busy")
+    assert capsys.readouterr().err == "busy\n"

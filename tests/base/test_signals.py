@@ -19,8 +19,9 @@ def test_a_signal_asks_for_a_stop_and_the_old_handler_returns(number):
         os.kill(os.getpid(), number)
         assert stop() and stop() and signals.was_stopped()
     assert signal.getsignal(number) == old and signals.was_stopped()
+    assert signals.stopped_code() == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     with signals.graceful_stop():
-        assert not signals.was_stopped()
+        assert not signals.was_stopped() and signals.stopped_code() == 0
 
 
 def test_only_the_signals_that_are_named_ask():
@@ -53,7 +54,7 @@ def test_a_limit_of_time_stops_like_a_signal(monkeypatch):
         assert not stop()
         now = 105.0
         assert stop() and not unlimited()
-        assert stop() and signals.was_stopped()
+        assert stop() and signals.was_stopped() and signals.stopped_code() == 0
 
 
 def test_sigterm_as_an_interrupt():

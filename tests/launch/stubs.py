@@ -26,11 +26,17 @@ GCLOUD = {
         "accelerator-type": True, "runtime-version": True, "node-id": True, "node-count": True,
         "node-prefix": True, "spot": False, "reserved": False, "network": True, "subnetwork": True,
         "service-account": True, "internal-ips": False, "valid-until-duration": True, "async": False,
+        "labels": True,
     },
     "describe": _WIDE,
     "delete": _WIDE | {"force": False, "async": False},
     "ssh": _WIDE | _CONNECT | {"command": True},
     "scp": _WIDE | _CONNECT | {"recurse": False, "compress": False},
+}  # fmt: skip
+# Further flags of `gcloud alpha compute tpus queued-resources create`.
+ALPHA = {
+    "reservation": True, "max-run-duration": True,
+    "provisioning-model": ("standard", "spot", "flex-start", "reservation-bound"),
 }  # fmt: skip
 _XPK = {"cluster": True, "project": True, "zone": True}
 _SLICES = {"tpu-type": True, "num-slices": True, "on-demand": False, "spot": False, "reservation": True}
@@ -130,10 +136,11 @@ def parse(argv: list[str], known: dict) -> tuple[list[str], dict]:
 
 
 def gcloud(folder, state, argv):
+    alpha, argv = argv[0] == "alpha", argv[argv[0] == "alpha" :]
     if argv[:3] != ["compute", "tpus", "queued-resources"] or argv[3] not in GCLOUD:
         refuse(f"Invalid choice: {argv[:4]}")
     action = argv[3]
-    words, given = parse(argv[4:], GCLOUD[action])
+    words, given = parse(argv[4:], GCLOUD[action] | (ALPHA if alpha and action == "create" else {}))
     if "quiet" not in given or "project" not in given or "zone" not in given:
         refuse("would prompt")
     return globals()[f"_{action}"](folder, state, words, given)
@@ -150,6 +157,7 @@ def _create(folder, state, words, given):
     if (
         "spot" in given
         and "reserved" in given
+        or ("max-run-duration" in given) != (given.get("provisioning-model") == "flex-start")
         or not {"accelerator-type", "runtime-version"} <= given.keys()
     ):
         refuse("INVALID_ARGUMENT")

@@ -76,7 +76,7 @@ def test_two_processes_stop_resume_and_equal_one(tmp_path, gin_file):
             process.send_signal(signal.SIGTERM)
             break
     text = "".join(lines) + process.stdout.read()
-    assert process.wait() == 0, text
+    assert process.wait() == 143, text
     assert "the same command resumes from there" in text, text
     assert "--process_id=1" in text
 
@@ -157,12 +157,16 @@ def test_a_stop_reaches_each_process_once_and_lets_it_end():
     program = (
         "import signal, time; seen = []; signal.signal(15, lambda *_: seen.append(1))\n"
         "while not seen: time.sleep(0.05)\n"
-        "time.sleep(0.3); raise SystemExit(len(seen) - 1)"
+        "time.sleep(0.3 + {}); raise SystemExit(42 if seen == [1] else 7)"
     )
-    processes = make_processes(program, program)
+    processes = make_processes(program.format(0), program.format(1))  # the first is done earlier
     processes.start()
-    threading.Timer(2, processes.stop).start()
-    assert processes.wait() == 0 and processes.stopping
+    threading.Timer(2, processes.stop, (signal.SIGINT,)).start()
+    assert processes.wait() == 130 and processes.stopping == signal.SIGINT
+
+
+def test_a_run_that_stopped_by_itself_has_not_ended_well():
+    assert run("raise SystemExit(42)", "raise SystemExit(42)") == 143
 
 
 def test_a_dry_run_starts_nothing(capsys):

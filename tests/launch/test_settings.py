@@ -35,6 +35,11 @@ def check(kind, **changes):
 # ---------------------------------------------------------------- configs
 
 
+def test_a_bucket_may_be_given_as_its_address():
+    for kind in ("tpu", "gke"):
+        assert check(kind, bucket="gs://my-bucket/").bucket == "my-bucket"
+
+
 @pytest.mark.parametrize(
     "kind,changes,sentence",
     [
@@ -45,7 +50,8 @@ def check(kind, **changes):
         ("tpu", {"zone": "us-west4"}, "a zone such as us-west4-a, not 'us-west4'"),
         ("tpu", {"zone": ""}, "--config.zone is not set."),
         ("tpu", {"project": "$(id)"}, "the id of a Google Cloud project"),
-        ("tpu", {"bucket": "gs://b"}, "the name of a bucket, without gs://"),
+        ("tpu", {"bucket": "gs://b"}, "a bucket, such as gs://my-bucket or my-bucket"),
+        ("tpu", {"bucket": "s3://my-bucket"}, "a bucket, such as gs://my-bucket or my-bucket"),
         ("tpu", {"mount": "relative"}, "an absolute path"),
         (
             "tpu",
@@ -56,7 +62,13 @@ def check(kind, **changes):
         ("tpu", {"accelerator": "h100-8"}, "Known families are v2, v3, v4, v5litepod, v5p, v6e."),
         ("tpu", {"accelerator": "v4-9"}, "sizes of v4 are 8, 16, 32, 64 and multiples of 128 up to"),
         ("tpu", {"accelerator": "v5p"}, "Unknown accelerator 'v5p'"),
-        ("tpu", {"provisioning": "cheap"}, "on_demand, spot or reserved"),
+        ("tpu", {"provisioning": "cheap"}, "on_demand, spot, reserved or, with launch.tpu, flex_start"),
+        ("tpu", {"provisioning": "flex_start"}, "Set --config.max_run_duration if and only if"),
+        ("tpu", {"max_run_duration": "6h"}, "Set --config.max_run_duration if and only if"),
+        ("tpu", {"reservation": "r"}, "Set --config.reservation if and only if"),
+        ("tpu", {"labels": {"Team": "x"}}, "The label Team=x of --config.labels must have lower-case"),
+        ("tpu", {"labels": {"team": "a b"}}, "The label team=a b of --config.labels must have"),
+        ("gke", {"provisioning": "flex_start"}, "--config.provisioning=flex_start is for launch.tpu"),
         ("tpu", {"num_slices": 0}, "--config.num_slices must be at least 1, not 0."),
         ("tpu", {"python": "3.12; id"}, "a version such as 3.12"),
         ("gke", {"image": ""}, "Set exactly one of --config.image and --config.base_image."),
@@ -190,6 +202,21 @@ def test_fields_and_gin_settings_of_the_command_line(command_line):
     assert job.gin_flags == (GIN, "--gin_bindings=MODEL_DIR = '/mnt/famx/x'")
 
 
+def test_paths_of_the_bucket_become_paths_of_its_mount(command_line, tmp_path):
+    files = "--gin.TEXT_FILES=('gs://my-bucket/books', \"gs://my-bucket\", 'gs://my-bucket-2/x')"
+    moved = "--gin_bindings=TEXT_FILES = ('/mnt/famx/books', \"/mnt/famx\", 'gs://my-bucket-2/x')"
+    model_dir = "--gin.MODEL_DIR='gs://my-bucket/x/'"
+    code, _, job = command_line("tpu", V5E, *MINE, GIN, files, model_dir)
+    assert code == 0 and job.model_dir == "/mnt/famx/x"
+    assert job.gin_flags == (GIN, moved, "--gin_bindings=MODEL_DIR = '/mnt/famx/x/'")
+    (tmp_path / "mine.gin").write_text(
+        "include 'gin_configs/examples/own_text.gin'\nMODEL_DIR = 'gs://my-bucket/y'\n"
+    )
+    code, _, job = command_line("tpu", V5E, *MINE, "--gin_file=mine.gin")
+    assert code == 0 and job.model_dir == "/mnt/famx/y"
+    assert job.gin_flags == ("--gin_file=mine.gin", "--gin_bindings=MODEL_DIR = '/mnt/famx/y'")
+
+
 def test_a_config_that_is_not_needed(command_line):
     code, config, job = command_line(
         "local", "--config.processes=3", GIN, default="local.py", check_gin=False
@@ -220,6 +247,8 @@ def test_gin_files_travel_with_what_they_include(command_line, tmp_path):
         ((V5E, *MINE, "--config.accelerator=v5litepod-7", GIN, MODEL_DIR), "sizes of v5litepod are"),
         ((V5E, *MINE, GIN), "MODEL_DIR is not set"),
         ((V5E, *MINE, GIN, "--gin.MODEL_DIR='runs/x'"), "MODEL_DIR must be an absolute path, not runs/x"),
+        ((V5E, *MINE, GIN, "--gin.MODEL_DIR='gs://b/x'"), "MODEL_DIR gs://b/x is not in the bucket gs://my"),
+        ((V5E, *MINE, GIN, "--config.labels.team=x"), "Set labels in the config file: labels={'te"),
         ((V5E, *MINE, GIN, MODEL_DIR, "--gin.DecoderConfig.blocksize=4"), "Did you mean block_size?"),
         (
             (V5E, *MINE, "--gin_file=gin_configs/examples/own_texts.gin"),

@@ -42,6 +42,7 @@ def cloud(tmp_path, monkeypatch):
         "mountpoint": 'test -e "$HOME/mounted"',
         "sudo": "true",
         "gcsfuse": 'echo "$@" > "$HOME/mounted"',
+        "hostname": 'echo "worker-$(basename $HOME)"',
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{line}\n")
         (tools / name).chmod(0o755)
@@ -67,7 +68,7 @@ def make_job(config, **changes):
     fields = dict(
         name=config.name, gin_files=("gin_configs/runs/pretrain.gin",),
         gin_flags=("--gin_file=gin_configs/runs/pretrain.gin", SETTING),
-        model_dir="/mnt/famx/x", shown=shown, secret=secret, stage=stage,
+        model_dir=f"{config.mount}/x", shown=shown, secret=secret, stage=stage,
     )  # fmt: skip
     return jobs.Job(**{**fields, **changes})
 
@@ -82,6 +83,7 @@ def actions(cloud):
     """What gcloud was asked for, questions left out: 'create', 'ssh setup', ..."""
     names = []
     for call in stubs.calls(cloud):
+        call = [word for word in call if word != "alpha"]
         name, command = call[4], next((word for word in call if word.startswith("--command=")), "")
         names.append(" ".join([name, *command.split()[2:]]))
     return [name for name in names if name not in ("describe", "ssh status")]
@@ -141,6 +143,60 @@ def test_options_of_a_request(cloud):
     assert connecting and all("--tunnel-through-iap" in call for call in connecting)
 
 
+def test_labels_reservations_and_flex_start(cloud):
+    labels = {"team": "memory", "cost-center": "42"}
+    ways = {
+        "reserved": (dict(reservation="my-block", labels=labels), {"reservation": "my-block"}),
+        "flex_start": (
+            dict(max_run_duration="24h", valid_until_duration="6h"),
+            {"provisioning-model": "flex-start", "max-run-duration": "24h", "valid-until-duration": "6h"},
+        ),
+        "spot": (dict(labels=labels), {"spot": "", "labels": "cost-center=42,team=memory"}),
+    }
+    for way, (changes, expected) in ways.items():
+        assert launch(make_config(cloud, provisioning=way, **changes), delete="never") == 0
+        given = stubs.read(cloud)["tpus"]["fam"]["given"]
+        assert given.items() >= expected.items() and ("labels" in given) == ("labels" in changes)
+        assert ("spot" in given) == (way == "spot") and "reserved" not in given
+        create = next(call for call in stubs.calls(cloud)[::-1] if "create" in call)
+        assert (create[1] == "alpha") == (way != "spot"), "only what needs it asks gcloud alpha"
+        stubs._delete(cloud, stubs.read(cloud), ["fam"], {"force": ""})
+
+
+def in_bucket(cloud, **changes):
+    """A config whose bucket is a folder here, of two workers."""
+    stubs.write(cloud, {"workers": 2})
+    return make_config(cloud, mount=str(cloud / "bucket"), **changes)
+
+
+def test_the_logs_of_all_workers_are_kept_in_the_bucket(cloud, capsys):
+    assert launch(in_bucket(cloud)) == 0
+    logs = {path.name.split("Z-")[1]: path for path in (cloud / "bucket/x/launch_logs").iterdir()}
+    assert set(logs) == {"worker-0.log", "worker-1.log"} and not (cloud / "workers/0").exists()
+    for i in (0, 1):
+        assert logs[f"worker-{i}.log"].read_text().startswith(f"{i} -m famx.train --multiprocess")
+    out = capsys.readouterr().out
+    assert "The logs of all workers are kept in gs://my-bucket/x/launch_logs." in out
+    assert "--- worker-" not in out
+
+
+def test_a_bucket_that_cannot_be_written_does_not_end_the_training(cloud):
+    (cloud / "bucket").write_text("a file")
+    assert launch(in_bucket(cloud)) == 0
+
+
+def test_the_last_lines_of_the_worker_that_failed_are_shown_before_the_slices_go(cloud, capsys):
+    (cloud / "python").write_text(
+        f"{TRAIN}if [ $(basename $HOME) = 0 ]; then sleep 1; exit 75; fi\n"
+        "for i in $(seq 50); do echo line $i; done; echo it broke; exit 1\n"
+    )
+    assert launch(in_bucket(cloud)) == 75
+    assert actions(cloud) == [*LIFE, "ssh last 30", "delete"]
+    out = capsys.readouterr().out
+    assert "--- worker-0: exited 75\n--- worker-1: exited 1\nline 22\n" in out
+    assert "line 50\nit broke\n" in out and "line 21\n" not in out
+
+
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
 def test_a_preemption_is_followed_by_a_new_request_and_the_same_command(cloud, capsys, state):
     (cloud / "python").write_text(PREEMPTED)
@@ -178,7 +234,7 @@ def test_a_run_that_was_stopped_goes_on_on_the_same_slices(cloud, code):
 def test_a_run_that_fails_by_itself_ends_with_its_exit_code(cloud, code):
     (cloud / "python").write_text(f"{TRAIN}exit {code}\n")
     assert launch(make_config(cloud)) == code
-    assert actions(cloud) == [*LIFE, "delete"]
+    assert actions(cloud) == [*LIFE, *["ssh last 30"] * (code == 1), "delete"]
 
 
 def test_fresh_workers_may_refuse_the_first_connections(cloud):

@@ -27,6 +27,7 @@ from famx.data import ByteVocabulary
 from famx.data.probes.passkey_text import passkey_words
 from famx.decoding import Streamer
 from famx.memories import Fam
+from famx.model_dir import memory_file
 from famx.model_dir.loading import TrainedModel, load_model
 from famx.model_dir.memory_file import (
     load_memory,
@@ -114,7 +115,7 @@ def test_the_file_is_a_plain_safetensors_file(saved):
     path, trained = saved
     logits, state = any_state(trained, 1)
     arrays = safetensors.numpy.load_file(path)
-    assert set(arrays) == {field.name for field in dataclasses.fields(state)} | {"logits"}
+    assert set(arrays) == {field.name for field in dataclasses.fields(state)} | {"logits", "filled"}
     np.testing.assert_array_equal(arrays["logits"], logits)
 
 
@@ -214,12 +215,58 @@ def test_another_format(saved):
     path, trained = saved
     with safetensors.safe_open(path, "np") as file:
         fields = json.loads(file.metadata()["famem"])
-    fields |= {"format": 2, "famx": "9.9", "unheard": "of"}
+    fields |= {"format": 3, "famx": "9.9", "unheard": "of"}
     safetensors.numpy.save_file({"x": np.zeros(1)}, path, {"famem": json.dumps(fields)})
     sentence = refusal(path, trained)
-    assert "has format 2" in sentence and "reads format 1" in sentence and "famx 9.9 wrote" in sentence
-    with pytest.raises(ConfigError, match="has format 2"):
+    assert "has format 3" in sentence and "reads the formats 1 and 2" in sentence
+    assert "famx 9.9 wrote" in sentence
+    with pytest.raises(ConfigError, match="has format 3"):
         read_header(path)
+
+
+def few_tokens(trained, count=5):
+    """`(logits, state)` of two texts, of which the second is shorter by two tokens."""
+    streamer = Streamer(trained.model.module)
+    tokens, lengths = np.arange(2 * count).reshape(2, count) % 60 + 1, np.array([count, count - 2])
+    state = streamer.initial_state(trained.params, 2)
+    return streamer.read(trained.params, state, tokens.astype(np.int32), lengths)
+
+
+def test_a_file_holds_only_the_slots_that_are_filled(tmp_path):
+    trained = make_trained(block_size=64)
+    logits, state = few_tokens(trained)
+    header = save_memory(tmp_path / "x.famem", trained, logits, state)
+    with safetensors.safe_open(tmp_path / "x.famem", "np") as file:
+        assert file.get_tensor("keys").shape[2] == len(file.get_tensor("filled")) == 5
+    assert (tmp_path / "x.famem").stat().st_size < header.num_bytes / 4
+    assert_identical(restore_memory(tmp_path / "x.famem", trained), (logits, state))
+
+
+def test_a_file_of_format_1_is_read_and_rewritten(tmp_path):
+    trained = make_trained()
+    logits, state = few_tokens(trained)
+    header = dataclasses.replace(save_memory(tmp_path / "x.famem", trained, logits, state), format=1)
+    whole = {**memory_file._named(state), "logits": np.asarray(logits)}
+    memory_file._write(tmp_path / "old.famem", header, whole)
+    assert read_header(tmp_path / "old.famem").format == 1
+    assert_identical(restore_memory(tmp_path / "old.famem", trained), (logits, state))
+    other = jax.tree.map(lambda x: x + 1, state.memory)
+    with_memory(tmp_path / "old.famem", tmp_path / "new.famem", other)
+    assert_identical(load_memory(tmp_path / "new.famem", trained), state.replace(memory=other))
+
+
+@pytest.mark.parametrize(
+    "slots", [[0, 1, 2, 3], [4, 3, 2, 1, 0], [0, 1, 2, 3, 10**6], [-1, 0, 1, 2, 3], None]
+)
+def test_slots_that_are_not_those_of_the_window_are_refused(tmp_path, slots):
+    trained = make_trained()
+    header = save_memory(tmp_path / "x.famem", trained, *few_tokens(trained))
+    arrays = dict(memory_file._read(tmp_path / "x.famem", load=True)[1])
+    del arrays["filled"]
+    if slots is not None:
+        arrays["filled"] = np.array(slots, np.int32)
+    memory_file._write(tmp_path / "x.famem", header, arrays)
+    assert "does not hold the window of this model" in refusal(tmp_path / "x.famem", trained)
 
 
 @settings(max_examples=60)

@@ -136,10 +136,43 @@ def test_plain_lines(tmp_path, monkeypatch):
     monkeypatch.setattr("famx.base.progress._monotonic", lambda: next(clock))
     stream = io.StringIO()
     with RunLog(tmp_path, steps=40, start_step=10, stream=stream) as log:
-        log.progress(20, {"loss": 1.23456, "tokens/s": 20480.0})
+        scalars = {"accuracy": 0.5, "gradient_norm": 2.0, "loss": 1.23456, "skipped": 0.0}
+        log.progress(20, {**scalars, "tokens_per_second": 20480.0})
     assert stream.getvalue() == (
-        "train step 20/40  loss 1.235  tokens/s 2.048e+04  elapsed 1:15  eta 2:30\n"
+        "train step 20/40  loss 1.235  accuracy 0.5  20k tokens/s  eta 2:30\n"
     )
+
+
+WIDE = {
+    "accuracy": 0.123456, "exact_match": 0.654321, "gradient_norm": 1.0, "loss": 1.23456e-5,
+    "skipped": 0.04, "tokens_per_second": 1234.5, "data_wait": 0.5, "blocks": 4096, "bad_records": 123456,
+    "stage": 3,
+}  # fmt: skip
+
+
+def test_a_line_has_room_for_the_most_important_figures_alone(tmp_path):
+    stream = io.StringIO()
+    with RunLog(tmp_path, steps=10**5, stream=stream) as log:
+        log.progress(99_999, WIDE)
+        log.write(99_999, WIDE)
+    (line,) = stream.getvalue().splitlines()
+    assert len(line) <= 80
+    assert line.startswith("train step 99999/100000  loss 1.235e-05  skipped 0.04  ")
+    assert "  1,234 tokens/s  eta 0:00" in line and "gradient_norm" not in line
+    (kept,) = read_metrics(tmp_path)
+    assert kept.items() >= WIDE.items()
+
+
+def test_steps_without_targets_have_no_loss(tmp_path):
+    stream = io.StringIO()
+    with RunLog(tmp_path, stream=stream) as log:
+        log.progress(5, {"gradient_norm": 0.0, "tokens_per_second": 12.345})
+        log.progress(6, {"tokens_per_second": 1_234_567})
+        log.progress(7, {"skipped": 1.0})
+    assert stream.getvalue().splitlines() == [
+        "train step 5  no targets  12.3 tokens/s", "train step 6  no targets  1.2M tokens/s",
+        "train step 7  skipped 1",
+    ]  # fmt: skip
 
 
 def test_bar_on_a_terminal(tmp_path):

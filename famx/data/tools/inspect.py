@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.palette import LINES
 from famx.base.ranges import AtLeastTwo, NonNegative, Positive, Seed
 from famx.base.values import checked, options_named
 from famx.data.rows import PackedRows, tokens_and_weights
@@ -261,7 +262,7 @@ def plot(lengths: Sequence[tuple[int, int]], path: str, title: str) -> None:
             values = np.maximum(values, 1)
             bins = np.geomspace(values.min(), values.max(), 50)
             axes.set_xscale("log")
-        axes.hist(values, bins=bins)
+        axes.hist(values, bins=bins, color=LINES[0])
         axes.axvline(median, color="black", linestyle=":", label=f"median {median:g}")
         axes.set_xlabel(name)
         axes.set_ylabel("examples")
