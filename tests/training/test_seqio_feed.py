@@ -93,7 +93,7 @@ def test_vocabularies_without_bos_give_rows(vocabulary):
         task = own_module().register(name, vocabulary)
     else:
         ids = {"targets": [[7, 8, 9]]}
-        read = lambda split, shuffle_files, seed: tf.data.Dataset.from_tensor_slices(ids)
+        read = lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(ids)
         task = seqio.TaskRegistry.add(
             name,
             source=seqio.FunctionDataSource(read, splits=("train",)),
