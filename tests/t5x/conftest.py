@@ -9,8 +9,8 @@ import pytest
 def summary_writers_are_closed(monkeypatch):
     """A test closes the trainers that it makes, such as the one of an `InteractiveModel`.
 
-    t5x closes the writer of one that is forgotten when Python collects it. If tf.data is tracing a function
-    at that moment, the operation that closes it becomes a part of the function, which then fails.
+    t5x closes the writer of one that is forgotten when Python collects it. If tf.data traces a function
+    at that moment, the operation that closes it becomes part of the function, which then fails.
     """
     trainer, managers = sys.modules.get("t5x.trainer"), []
     if trainer is None:
