@@ -90,7 +90,7 @@ def test_an_optimizer_of_t5x_is_taken_as_it_is():
 
 def test_adafactor_of_t5x_factors_every_parameter_that_has_two_sides():
     optimizer = t5x_adafactor.Adafactor(0.1)
-    axes, shapes = axes_of(optimizer)
+    axes, shapes = axes_of(optimizer, trainable=Trainable("lora"))
     assert optimizer.hyper_params.logical_factor_rules is None  # a copy has them
     sides = lambda path: {
         name: shapes[f"state/param_states/{path}/{name}"].shape for name in ("v_row", "v_col", "v")
