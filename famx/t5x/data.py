@@ -19,6 +19,7 @@ from t5x import utils
 from famx.base.errors import ConfigError
 from famx.base.files import write_text
 from famx.data.seqio import register_named, register_tasks
+from famx.data.seqio_cache import check_cached_vocabulary
 from famx.data.tasks import Kind, kind_of, registry
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.identity import split_checkpoint
@@ -190,6 +191,8 @@ def get_dataset(
                 " (famx.data.seqio.register_named), cache that and train on it."
             )
         cfg = dataclasses.replace(cfg, mixture_or_task_name=seqio_task(name, options))
+    if cfg.use_cached:
+        check_cached_vocabulary(seqio.get_mixture_or_task(cfg.mixture_or_task_name))
     make = functools.partial(
         utils.get_dataset, cfg, shard_id, num_shards, feature_converter_cls, num_epochs
     )

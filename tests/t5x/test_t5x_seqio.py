@@ -16,9 +16,10 @@ from trained import write_model_dir
 
 from famx import t5x as famx_t5x
 from famx.base.errors import ConfigError
-from famx.data.seqio import from_seqio_vocabulary
+from famx.data.seqio import from_seqio_vocabulary, register_text_task
+from famx.data.seqio_cache import cache
 from famx.data.tasks import registry
-from famx.data.vocabularies import ByteVocabulary, load_vocabulary
+from famx.data.vocabularies import ByT5Vocabulary, ByteVocabulary, load_vocabulary, save_vocabulary
 from famx.decoding import Sampling
 
 pytestmark = pytest.mark.t5x
@@ -145,14 +146,17 @@ def test_a_module_that_registers_tasks_is_imported_first():
             call(NAME, **{"module" if call is famx_t5x.seqio_task else "task_module": "no_such"})
 
 
-def test_the_split_the_order_and_the_length_of_inputs_are_those_asked_for(tmp_path):
+def write_questions(folder):
+    """Files of `scrolls_qasper`: "a10?" to "a17?" to train on, "b10?" and so on to validate."""
+    (folder / "qasper").mkdir()
     for split, letter in (("train", "a"), ("validation", "b")):
-        (tmp_path / "qasper").mkdir(exist_ok=True)
-        lines = [
-            {"id": f"{i}", "pid": f"{i}", "input": f"{letter}{i}?", "output": f"{letter}"}
-            for i in range(10, 18)
-        ]  # fmt: skip
-        (tmp_path / "qasper" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        texts = {f"{i}": {"input": f"{letter}{i}?", "output": letter} for i in range(10, 18)}
+        lines = [{"id": i, "pid": i, **text} for i, text in texts.items()]
+        (folder / "qasper" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_the_split_the_order_and_the_length_of_inputs_are_those_asked_for(tmp_path):
+    write_questions(tmp_path)
     options = {"data_dir": str(tmp_path)}
     task = registry.get("scrolls_qasper", **options)
     model = famx_t5x.T5xModel(make_model(), "scrolls_qasper", options)
@@ -179,3 +183,21 @@ def test_a_cache_with_options_gets_a_sentence():
     options = {"files": __file__}
     with pytest.raises(ConfigError, match="reads 'own_text' as it was cached, whatever files says"):
         famx_t5x.get_dataset(cfg, 0, 1, None, model=make_model(), options=options)
+
+
+def test_a_cache_of_another_vocabulary_gets_a_sentence_and_its_own_is_read(tmp_path):
+    options = {"data_dir": str(tmp_path)}
+    write_questions(tmp_path)
+    task = registry.get("scrolls_qasper", **options)
+    register_text_task(task, "own_cached", decoder_only=True)
+    cache(seqio.get_mixture_or_task("own_cached"), str(tmp_path / "cache"), message=str)
+    before = list(seqio.get_global_cache_dirs())
+    seqio.add_global_cache_dirs([str(tmp_path / "cache")])
+    try:
+        (batch, _) = rows("own_cached", use_cached=True)
+        assert "a1" in task.vocab.decode(batch["decoder_target_tokens"][0])
+        save_vocabulary(ByT5Vocabulary(), tmp_path / "cache" / "own_cached")
+        with pytest.raises(ConfigError, match="ids of another vocabulary than that of 'own_cached'"):
+            rows("own_cached", use_cached=True)
+    finally:
+        seqio.set_global_cache_dirs(before)
