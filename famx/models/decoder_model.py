@@ -215,7 +215,8 @@ class DecoderModel:
         if num_decodes > 1:
             of = np.repeat(np.arange(len(room)), num_decodes)
             logits, room, state = logits[of], room[of], state.take(of)
-        keys = None if rng is None else jax.random.split(rng, len(room))
+        draws = rng is not None and sampling.temperature > 0
+        keys = jax.random.split(rng, len(room)) if draws else None
         out = generate(self.module, params, logits, state, sampling, keys, room)
         written = jnp.arange(length) < out.lengths[:, None]
         tokens = jnp.where(written, out.tokens, self.pad_id)
