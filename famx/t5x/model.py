@@ -110,7 +110,7 @@ class T5xModel:
                 self.optimizer_def = OptaxOptimizer(optimizer, trainable)
         self.model = model
         self.input_vocabulary = self.output_vocabulary = model.vocabulary
-        self._saved, self._begin = model.vocabulary, getattr(model.vocabulary, "bos_id", 1)
+        self._saved, self._begin = _known(model.vocabulary), getattr(model.vocabulary, "bos_id", 1)
         if mixture_or_task_name is not None:
             name = seqio_task(mixture_or_task_name, task_options, checkpoint, task_module)
             self._set_vocabulary(name, checkpoint)
@@ -121,11 +121,9 @@ class T5xModel:
         """Sets SeqIO's vocabulary of the task, which must equal the model's and the checkpoint's."""
         vocabulary = seqio.get_mixture_or_task(task_name).output_features["targets"].vocabulary
         given = self.model.vocabulary
-        if isinstance(given, seqio.Vocabulary):
-            given = from_seqio_vocabulary(given) or given
         if given is None and checkpoint is not None:
             given = check_model(split_checkpoint(checkpoint)[0]).vocabulary
-        saved = from_seqio_vocabulary(vocabulary, given if isinstance(given, Vocabulary) else None)
+        saved = from_seqio_vocabulary(vocabulary, _known(given))
         needed = max(vocabulary.vocab_size, 0 if saved is None else saved.vocab_size)
         if needed > (size := self.model.config.vocab_size):
             raise ConfigError(
@@ -136,7 +134,10 @@ class T5xModel:
             logging.warning(
                 "%s can neither be saved nor compared with a checkpoint's.", type(vocabulary).__name__
             )
-        elif given not in (None, saved):
+            other = isinstance(given, seqio.Vocabulary) and given != vocabulary
+        else:
+            other = given is not None and _known(given) != saved
+        if other:
             raise ConfigError(
                 f"The vocabulary of the task {task_name} is not that of the model: give it to the task"
                 " with TASK_OPTIONS, or take a task for that vocabulary."
@@ -270,6 +271,13 @@ class T5xModel:
         if not self.return_all_decodes:
             tokens, scores = tokens[:, -1], scores[:, -1]
         return tokens, {"scores": scores}
+
+
+def _known(vocabulary: Any) -> Vocabulary | None:
+    """A vocabulary of famx or SeqIO as famx's; None if famx has none for it."""
+    if isinstance(vocabulary, seqio.Vocabulary):
+        return from_seqio_vocabulary(vocabulary)
+    return vocabulary if isinstance(vocabulary, Vocabulary) else None
 
 
 class Initializer(utils.TrainStateInitializer):
