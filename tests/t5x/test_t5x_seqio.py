@@ -79,6 +79,7 @@ def of_checkpoint(folder, **options):
 def test_the_task_that_a_model_was_trained_on_is_evaluated(trained, tmp_path, engine):
     settings = of_checkpoint(trained[0] / engine)
     evaluator = functools.partial(seqio.Evaluator, logger_cls=[seqio.JSONLogger])
+    (tmp_path / "inference_eval").mkdir()  # in the commands TensorBoard's logger makes it
     t5x_eval.evaluate(output_dir=str(tmp_path), inference_evaluator_cls=evaluator, **settings)
     (metrics,) = tmp_path.glob(f"**/{NAME}-metrics.jsonl")
     assert json.loads(metrics.read_text())["exact"] >= 0
