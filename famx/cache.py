@@ -2,8 +2,9 @@
 
     famx cache --task scrolls_qasper --output_dir /cache
 
-writes OUTPUT_DIR/TASK/SPLIT.tfrecord-00000-of-00016 and so on, `info.SPLIT.json`, `stats.SPLIT.json` and,
-when all requested splits are complete, `COMPLETED`. SeqIO reads it wherever the same task is registered:
+writes OUTPUT_DIR/TASK/SPLIT.tfrecord-00000-of-00016 and so on, `info.SPLIT.json`, `stats.SPLIT.json`,
+the vocabulary of ids and, when all requested splits are complete, `COMPLETED`. SeqIO reads it wherever
+the same task is registered:
 
     seqio.add_global_cache_dirs(["/cache"])
     register_text_task(famx.data.get("scrolls_qasper"))

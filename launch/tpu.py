@@ -218,7 +218,7 @@ class Slices:
         code = int(status.split()[1])
         if code in (0, 2):  # finished, or a mistake of the user: a restart would not change it
             return code
-        if code not in RESTARTED:
+        if code != STOPPED:
             self.show_failures()
         # Codes above 127 are deaths by a signal, as when a worker is shut down.
         return None if code in RESTARTED or code > 127 or self._preempted() else code

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -20,8 +21,14 @@ from famx.base.command_line import json_object  # noqa: E402
 from famx.base.errors import ConfigError  # noqa: E402
 from famx.data.formats import flan  # noqa: E402, F401, a mixture
 from famx.data.seqio import register_tasks, register_text_task  # noqa: E402
-from famx.data.seqio_cache import cache, seqio_task, shard_of  # noqa: E402
+from famx.data.seqio_cache import (  # noqa: E402
+    cache,
+    check_cached_vocabulary,
+    seqio_task,
+    shard_of,
+)
 from famx.data.tasks import registry  # noqa: E402
+from famx.data.vocabularies import ByT5Vocabulary  # noqa: E402
 
 SIZES = {"train": 37, "validation": 3}
 
@@ -68,6 +75,7 @@ def test_seqio_reads_the_same_examples_with_and_without_the_cache(tmp_path, deco
     folder = tmp_path / "cache" / "scrolls_qasper"
     assert sorted(os.listdir(folder)) == sorted([
         "COMPLETED",
+        *(["vocabulary.json"] if decoder_only else []),
         *(f"{x}.{split}.json" for x in ("begun", "info", "stats") for split in SIZES),
         *(f"{split}.tfrecord-{k:05d}-of-00003" for split in SIZES for k in range(3)),
     ])  # fmt: skip
@@ -111,6 +119,19 @@ def test_the_order_of_the_split_is_kept_for_any_number_of_files(size, num_shards
     assert cache(task, str(tmp_path), num_shards=num_shards, message=str) == {"numbers": {"train": size}}
     seqio.add_global_cache_dirs([str(tmp_path)])
     assert [x["targets"] for x in read("numbers", "train", True)] == [[i] for i in range(size)]
+
+
+def test_ids_of_another_vocabulary_are_noticed(tmp_path):
+    options = {"data_dir": write_qasper(tmp_path / "data")}
+    cache(seqio_task("scrolls_qasper", options, True), str(tmp_path / "cache"), message=str)
+    seqio.add_global_cache_dirs([str(tmp_path / "cache")])
+    check_cached_vocabulary(seqio_task("scrolls_qasper", options, True))
+    other = seqio_task("scrolls_qasper", {**options, "vocabulary": ByT5Vocabulary()}, True)
+    with pytest.raises(ConfigError, match="ids of another vocabulary than that of 'scrolls_qasper'"):
+        check_cached_vocabulary(other)
+    shutil.rmtree(tmp_path / "cache")
+    cache(other, str(tmp_path / "cache"), message=str)
+    check_cached_vocabulary(other)
 
 
 def test_an_interrupted_command_keeps_what_is_complete(tmp_path, monkeypatch):

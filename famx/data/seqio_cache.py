@@ -29,7 +29,7 @@ from famx.data.beam import map_on_workers
 from famx.data.storage import shard_paths
 from famx.data.storage.records import TFRecordRecords
 from famx.data.tasks import IndexedDocuments, Kind, Suite, has_settings, kind_of, registry, vocabulary_of
-from famx.data.vocabularies import open_vocabulary
+from famx.data.vocabularies import load_vocabulary, open_vocabulary, save_vocabulary
 
 _RUN = 16  # files that SeqIO reads at a time, and examples that it takes of each in turn
 
@@ -87,9 +87,42 @@ def cache(
             _write_files(plan.task, plan.split, plan.paths, plan.missing)
         done = _finish(plan, [made[path] for path in plan.paths if path in made], message)
         counts.setdefault(plan.task.name, {})[plan.split] = done
-    for folder in dict.fromkeys(os.path.dirname(plan.paths[0]) for plan in plans):
+    for folder, plan in {os.path.dirname(plan.paths[0]): plan for plan in plans}.items():
+        _save_vocabulary(plan, folder)
         write_text(os.path.join(folder, "COMPLETED"), "")
     return counts
+
+
+def _save_vocabulary(plan: "_Plan", folder: str) -> None:
+    """Write the vocabulary of cached ids into the folder; texts have none, and some cannot be saved."""
+    from famx.data.seqio import from_seqio_vocabulary
+
+    ids = plan.first.get("targets")
+    if ids is not None and ids.dtype.is_integer:
+        vocabulary = from_seqio_vocabulary(plan.task.output_features["targets"].vocabulary)
+        if vocabulary is not None:
+            save_vocabulary(vocabulary, folder)
+
+
+def check_cached_vocabulary(task: Any) -> None:
+    """Check that a cached SeqIO task or mixture has ids of its own vocabulary, as far as the cache tells.
+
+    Raises:
+      ConfigError: a cache was written with another vocabulary.
+    """
+    import seqio
+
+    from famx.data.seqio import from_seqio_vocabulary
+
+    for member in seqio.get_subtasks(task):
+        folder = member.cache_dir
+        if folder and os.path.exists(os.path.join(folder, "vocabulary.json")):
+            saved = load_vocabulary(folder)
+            if from_seqio_vocabulary(member.output_features["targets"].vocabulary, saved) != saved:
+                raise ConfigError(
+                    f"{folder} holds ids of another vocabulary than that of '{member.name}': cache it"
+                    " again elsewhere, or register it with the vocabulary that it was cached with."
+                )
 
 
 class _Plan(NamedTuple):

@@ -167,17 +167,28 @@ class DecoderModel:
         picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(picked * loss_weights(batch, self.pad_id), axis=1)
 
-    def predict(self, params, batch: Batch):
-        """Greedy continuations of the prompts and their log-likelihood.
+    def predict(
+        self, params, batch: Batch, sampling: Sampling | None = None, rng=None, num_decodes: int = 1
+    ):
+        """Continuations of the prompts and their log-likelihood.
 
         The prompt is where `decoder_causal_attention` is 1, begin of text included; the last of these
         positions predicts the first target. In a batch without that feature the whole row, up to its
         padding, is the prompt. The vocabulary's `end_ids` end a continuation; the one that does is part
         of it.
 
+        Args:
+          params: parameters.
+          batch: see the module.
+          sampling: how tokens are selected; its `stop_tokens` come to those of the vocabulary. None:
+            always the likeliest.
+          rng: random key, needed only if the temperature is not 0.
+          num_decodes: number of continuations `n` of each prompt, which is read once.
+
         Returns:
-          int32 `[B, L]`, the first new token first, padding after the end or where the row has no
-          more room; and the log-likelihoods, float32 `[B]`.
+          int32 `[B * n, L]`, those of an example one after the other; of each the first new token first,
+          padding after the end or where the row has no more room; and the log-likelihoods, float32
+          `[B * n]`.
         """
         tokens = batch["decoder_input_tokens"]
         length = tokens.shape[1]
@@ -197,8 +208,16 @@ class DecoderModel:
         if stops is None:  # a vocabulary of SeqIO, or none
             eos_id = getattr(self.vocabulary, "eos_id", None)
             stops = () if eos_id is None else (eos_id,)
-        sampling, room = Sampling(length, stop_tokens=stops), length - size + 1
-        out = generate(self.module, params, logits, state, sampling, room=room)
+        sampling, room = sampling or Sampling(length), length - size + 1
+        room = jnp.minimum(room, sampling.max_new_tokens)
+        stops = (*sampling.stop_tokens, *stops)
+        sampling = dataclasses.replace(sampling, max_new_tokens=length, stop_tokens=stops)
+        if num_decodes > 1:
+            of = np.repeat(np.arange(len(room)), num_decodes)
+            logits, room, state = logits[of], room[of], state.take(of)
+        draws = rng is not None and sampling.temperature > 0
+        keys = jax.random.split(rng, len(room)) if draws else None
+        out = generate(self.module, params, logits, state, sampling, keys, room)
         written = jnp.arange(length) < out.lengths[:, None]
         tokens = jnp.where(written, out.tokens, self.pad_id)
         return tokens, out.log_likelihood

@@ -1,6 +1,10 @@
 """Tasks of famx for t5x: registered with SeqIO, and as the iterator that t5x trains on."""
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
+import importlib
 import json
 import pathlib
 import re
@@ -15,16 +19,36 @@ from t5x import utils
 from famx.base.errors import ConfigError
 from famx.base.files import write_text
 from famx.data.seqio import register_named, register_tasks
+from famx.data.seqio_cache import check_cached_vocabulary
 from famx.data.tasks import Kind, kind_of, registry
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import check_model
 from famx.models import DecoderModel
-from famx.training.feeds import Feed, SeqioFeed, Source, fresh_feed
+from famx.training.feeds import DatasetFeed, Feed, Source, fresh_feed
 from famx.training.run import bound_options
 
 
-def seqio_task(name: str, options: Mapping[str, Any] | None = None, checkpoint: str | None = None) -> str:
+def import_tasks(module: str | None) -> None:
+    """Import the module that registers tasks with SeqIO; None: there is none.
+
+    Raises:
+      ConfigError: there is no such module.
+    """
+    if module is None:
+        return
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"MIXTURE_OR_TASK_MODULE {module!r} cannot be imported: {error}.") from error
+
+
+def seqio_task(
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    checkpoint: str | None = None,
+    module: str | None = None,
+) -> str:
     """Name of a task in SeqIO's registry; a task with options is registered under a name of its own.
 
     Args:
@@ -32,12 +56,14 @@ def seqio_task(name: str, options: Mapping[str, Any] | None = None, checkpoint: 
       options: options of a task of `famx.data`.
       checkpoint: a `MODEL_DIR` or a checkpoint in it; its vocabulary is the task's if the task can take
         any vocabulary and is given none.
+      module: a module to import first, which registers tasks.
 
     Raises:
-      ConfigError: there is no such task, or it does not take these options.
+      ConfigError: there is no such task or module, or the task does not take these options.
     """
+    import_tasks(module)
     register_tasks()
-    try:
+    with _named(name):
         options, as_name = task_options(name, options, checkpoint), name
         if options:
             described = {key: getattr(value, "fingerprint", value) for key, value in options.items()}
@@ -45,8 +71,6 @@ def seqio_task(name: str, options: Mapping[str, Any] | None = None, checkpoint: 
             as_name = f"{name}_{digest[:8]}"
         if as_name not in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
             register_named(name, as_name, **options)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"MIXTURE_OR_TASK_NAME {name!r}: {error}") from error
     return as_name
 
 
@@ -141,7 +165,8 @@ def get_dataset(
 ) -> FeedIterator:
     """The batches that t5x trains on: those of famx's training loop, or those of any SeqIO task.
 
-    The arguments up to `continue_from_last_checkpoint` are t5x's.
+    The arguments up to `continue_from_last_checkpoint` are t5x's. A task of famx is read by famx's feed
+    if it is the split "train", shuffled and not cached; everything else is read by t5x's pipeline.
 
     Args:
       model: the model, for its block size; needed for tasks of `famx.data`.
@@ -151,28 +176,51 @@ def get_dataset(
       ConfigError: the task, its options and the lengths do not go together.
     """
     del continue_from_last_checkpoint
-    name = cfg.mixture_or_task_name
+    import_tasks(cfg.module)
     register_tasks()
-    if name not in registry.names() or cfg.use_cached:
-        dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls, num_epochs)
-        return FeedIterator(_PipelineFeed(dataset))
+    if (name := cfg.mixture_or_task_name) in registry.names():
+        with _named(name):
+            options = task_options(name, options, checkpoint)
+            task = registry.get(name, **options)
+        if cfg.split == "train" and cfg.shuffle and not cfg.use_cached:
+            return FeedIterator(_feed(cfg, (shard_id, num_shards), task, model))
+        if cfg.use_cached and options:
+            raise ConfigError(
+                f"USE_CACHED_TASKS reads {name!r} as it was cached, whatever {_listed(options)} says:"
+                " register the task with these options under a name of its own"
+                " (famx.data.seqio.register_named), cache that and train on it."
+            )
+        cfg = dataclasses.replace(cfg, mixture_or_task_name=seqio_task(name, options))
+    if cfg.use_cached:
+        check_cached_vocabulary(seqio.get_mixture_or_task(cfg.mixture_or_task_name))
+    make = functools.partial(
+        utils.get_dataset, cfg, shard_id, num_shards, feature_converter_cls, num_epochs
+    )
+    return FeedIterator(DatasetFeed(make))
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(options))
+
+
+def _feed(cfg: utils.DatasetConfig, shard: tuple[int, int], task: Any, model: DecoderModel) -> Feed:
+    lengths = cfg.task_feature_lengths
+    length = lengths["targets"] + lengths.get("inputs", 0)
+    packed = cfg.pack and kind_of(task) is not Kind.MADE  # t5x packs by default; such rows are whole
+    return fresh_feed(Source(
+        task, cfg.batch_size, length, model.config.block_size, cfg.seed, shard, packed=packed,
+    ))  # fmt: skip
+
+
+@contextlib.contextmanager
+def _named(name: str):
+    """Makes a ConfigError of what is wrong with the task of this name."""
     try:
-        task = registry.get(name, **task_options(name, options, checkpoint))
+        yield
+    except ConfigError:
+        raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"MIXTURE_OR_TASK_NAME {name!r}: {error}") from error
-    packed = cfg.pack and kind_of(task) is not Kind.MADE  # t5x packs by default; such rows are whole
-    return FeedIterator(fresh_feed(Source(
-        task, cfg.batch_size, cfg.task_feature_lengths["targets"], model.config.block_size, cfg.seed,
-        (shard_id, num_shards), packed=packed,
-    )))  # fmt: skip
-
-
-class _PipelineFeed(SeqioFeed):
-    """Feed of the batches of a dataset; its position is the number of batches taken."""
-
-    def __init__(self, dataset):
-        self._dataset = dataset
-        self.set_state({"batches": 0})
 
 
 def _copy(state: Any) -> Any:

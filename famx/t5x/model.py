@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.core
 import jax
+import jax.numpy as jnp
 import seqio
 from absl import logging
 from flax.linen.partitioning import AxisMetadata
@@ -16,16 +17,18 @@ from t5x import utils
 from t5x.optimizers import OptimizerDef
 
 from famx.base.errors import ConfigError
-from famx.data.seqio import FamFeatureConverter, as_seqio_vocabulary, from_seqio_vocabulary
-from famx.data.vocabularies import save_vocabulary
+from famx.data.seqio import FamFeatureConverter, begin_id, from_seqio_vocabulary
+from famx.data.vocabularies import load_vocabulary, save_vocabulary
 from famx.data.vocabularies.base import Vocabulary
+from famx.decoding import Sampling
 from famx.model_dir.checkpointer import check_model_dir
 from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import check_model, load_pretrained
 from famx.models import Batch, DecoderModel
 from famx.t5x.data import seqio_task
 from famx.t5x.metrics import as_t5x
-from famx.t5x.optimizers import OptaxOptimizer
+from famx.t5x.optimizers import OptaxOptimizer, with_factor_rules
+from famx.training.feeds import check_bos
 from famx.training.state_passing import MUTABLES, RANDOM, Fresh, Random, StatePassing
 from famx.training.trainable import Trainable
 
@@ -46,6 +49,10 @@ class T5xModel:
       checkpoint: a `MODEL_DIR`, or one `checkpoint_<step>` in it, to evaluate or to start from.
       trainable: which parameters are trained, without `frozen_dtype`: t5x differentiates every parameter.
       stages: stages of the run; must be empty.
+      task_module: a module to import first, which registers tasks with SeqIO.
+      sampling: how `predict` selects tokens; None: always the likeliest.
+      num_decodes: number of continuations that are drawn of each prompt.
+      return_all_decodes: whether a prediction has them all, the likeliest last, or the likeliest alone.
 
     Attributes:
       model: the `DecoderModel`; one that is trained has adapters only if `trainable` names "lora".
@@ -68,6 +75,10 @@ class T5xModel:
         checkpoint: str | None = None,
         trainable: Trainable = Trainable(),
         stages: Sequence[Mapping[str, Any]] = (),
+        task_module: str | None = None,
+        sampling: Sampling | None = None,
+        num_decodes: int = 1,
+        return_all_decodes: bool = False,
     ):
         if model is None and checkpoint is None:
             raise ConfigError("MODEL is not set: add a model file such as gin_configs/models/tiny.gin.")
@@ -82,8 +93,15 @@ class T5xModel:
             raise ConfigError("Under t5x STAGES is (): t5x has no stages. Train with famx.train instead.")
         if trainable.frozen_dtype is not None:
             raise ConfigError("Under t5x FROZEN_DTYPE is None: t5x differentiates every parameter.")
+        if num_decodes > 1 and (sampling is None or sampling.temperature == 0):
+            raise ConfigError(
+                f"NUM_DECODES is {num_decodes}, but without a temperature all continuations are the same:"
+                " set SAMPLING to @decoding.Sampling() and Sampling.temperature."
+            )
+        self.sampling, self.num_decodes = sampling, num_decodes
+        self.return_all_decodes = return_all_decodes
         self.state_passing, self.random_seed, self.trainable = state_passing, random_seed, trainable
-        self.optimizer_def = optimizer
+        self.optimizer_def = with_factor_rules(optimizer)
         if optimizer is not None:
             if not trainable.has_adapters:
                 model = dataclasses.replace(model, lora=None)
@@ -92,40 +110,60 @@ class T5xModel:
                 self.optimizer_def = OptaxOptimizer(optimizer, trainable)
         self.model = model
         self.input_vocabulary = self.output_vocabulary = model.vocabulary
+        self._saved, self._begin = _known(model.vocabulary), getattr(model.vocabulary, "bos_id", 1)
         if mixture_or_task_name is not None:
-            self._set_vocabulary(seqio_task(mixture_or_task_name, task_options, checkpoint))
+            name = seqio_task(mixture_or_task_name, task_options, checkpoint, task_module)
+            self._set_vocabulary(name, checkpoint)
         if model_dir is not None:
             self._note(check_model_dir(model_dir))
 
-    def _set_vocabulary(self, task_name: str) -> None:
-        """Sets SeqIO's vocabulary of the task, which must equal the model's if it has one."""
+    def _set_vocabulary(self, task_name: str, checkpoint: str | None) -> None:
+        """Sets SeqIO's vocabulary of the task, which must equal the model's and the checkpoint's."""
         vocabulary = seqio.get_mixture_or_task(task_name).output_features["targets"].vocabulary
-        size, given = self.model.config.vocab_size, self.model.vocabulary
-        if vocabulary.vocab_size > size:
+        given = self.model.vocabulary
+        if given is None and checkpoint is not None:
+            given = check_model(split_checkpoint(checkpoint)[0]).vocabulary
+        saved = from_seqio_vocabulary(vocabulary, _known(given))
+        needed = max(vocabulary.vocab_size, 0 if saved is None else saved.vocab_size)
+        if needed > (size := self.model.config.vocab_size):
             raise ConfigError(
-                f"The task's vocabulary has {vocabulary.vocab_size} tokens, the model's only"
+                f"The task's vocabulary has {needed} tokens, the model's only"
                 f" {size}: raise DecoderConfig.vocab_size."
             )
-        given = as_seqio_vocabulary(given) if isinstance(given, Vocabulary) else given
-        if given not in (None, vocabulary):
+        if saved is None:
+            logging.warning(
+                "%s can neither be saved nor compared with a checkpoint's.", type(vocabulary).__name__
+            )
+            other = isinstance(given, seqio.Vocabulary) and given != vocabulary
+        else:
+            other = given is not None and _known(given) != saved
+        if other:
             raise ConfigError(
                 f"The vocabulary of the task {task_name} is not that of the model: give it to the task"
                 " with TASK_OPTIONS, or take a task for that vocabulary."
             )
+        self._saved, self._begin = saved, check_bos(begin_id(vocabulary), task_name)
         self.model = dataclasses.replace(self.model, vocabulary=vocabulary)
         self.input_vocabulary = self.output_vocabulary = vocabulary
 
     def _note(self, directory: pathlib.Path) -> None:
         check_same_model(directory, self.model.describe())
-        vocabulary = self.output_vocabulary and from_seqio_vocabulary(self.output_vocabulary)
-        if vocabulary is not None and jax.process_index() == 0:
-            save_vocabulary(vocabulary, directory)
+        if self._saved is None:
+            return
+        if (directory / "vocabulary.json").exists() and load_vocabulary(directory) != self._saved:
+            raise ConfigError(
+                f"MODEL_DIR {directory} holds a model with another vocabulary than the task's: choose"
+                " another MODEL_DIR or a task for that vocabulary."
+            )
+        if jax.process_index() == 0:
+            save_vocabulary(self._saved, directory)
 
     @property
     def FEATURE_CONVERTER_CLS(self):  # noqa: N802, t5x's name
         """SeqIO's feature converter for this model."""
-        bos_id = getattr(self.output_vocabulary, "bos_id", 1)
-        return functools.partial(FamFeatureConverter, bos_id=bos_id, pad_id=self.model.pad_id)
+        return functools.partial(
+            FamFeatureConverter, bos_id=self._begin, pad_id=self.model.pad_id
+        )
 
     @property
     def module(self):
@@ -191,17 +229,17 @@ class T5xModel:
             state, dropout_rng = passing.start(kept, state, None, dropout_rng)
         loss, metrics, end = self.model.loss(params, batch, dropout_rng, state)
         if flax_mutables is None:
-            return loss, as_t5x(metrics)
+            return loss, as_t5x(metrics, batch["decoder_input_tokens"])
         end = None if dropout_rng is None else passing.end(kept, end)
         if end is not None:
             flax_mutables = flax_mutables.copy(flax.core.freeze(end[MUTABLES]))
-        return loss, (as_t5x(metrics), flax_mutables)
+        return loss, (as_t5x(metrics, batch["decoder_input_tokens"]), flax_mutables)
 
     def eval_fn(self, params, batch: Batch, flax_mutables=None):
         """`(loss, metrics)` from the start of each example, without any training technique."""
         del flax_mutables
         loss, metrics, _ = self.model.loss(params, batch)
-        return loss, as_t5x(metrics)
+        return loss, as_t5x(metrics, batch["decoder_input_tokens"])
 
     # Inference.
 
@@ -213,14 +251,33 @@ class T5xModel:
         return self.model.score(params, batch)
 
     def predict_batch(self, params, batch: Batch, rng=None, flax_mutables=None):
-        """Greedy continuations of the prompts, int32 `[B, L]`: see `DecoderModel.predict`."""
+        """The tokens of `predict_batch_with_aux`."""
         return self.predict_batch_with_aux(params, batch, rng, flax_mutables)[0]
 
     def predict_batch_with_aux(self, params, batch: Batch, rng=None, flax_mutables=None):
-        """Greedy continuations, and `{"scores": float32 [B]}`: see `DecoderModel.predict`."""
-        del rng, flax_mutables
-        tokens, scores = self.model.predict(params, batch)
+        """Continuations of the prompts: see `DecoderModel.predict`.
+
+        Returns:
+          The likeliest of the `n = num_decodes` that are drawn, int32 `[B, L]`, and `{"scores": float32
+          [B]}`; with `return_all_decodes` all, `[B, n, L]` and `[B, n]`, the likeliest last.
+        """
+        del flax_mutables
+        tokens, scores = self.model.predict(params, batch, self.sampling, rng, self.num_decodes)
+        scores = scores.reshape(-1, self.num_decodes)
+        tokens = tokens.reshape(*scores.shape, -1)
+        order = jnp.argsort(scores, axis=1)
+        tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
+        scores = jnp.take_along_axis(scores, order, axis=1)
+        if not self.return_all_decodes:
+            tokens, scores = tokens[:, -1], scores[:, -1]
         return tokens, {"scores": scores}
+
+
+def _known(vocabulary: Any) -> Vocabulary | None:
+    """A vocabulary of famx or SeqIO as famx's; None if famx has none for it."""
+    if isinstance(vocabulary, seqio.Vocabulary):
+        return from_seqio_vocabulary(vocabulary)
+    return vocabulary if isinstance(vocabulary, Vocabulary) else None
 
 
 class Initializer(utils.TrainStateInitializer):

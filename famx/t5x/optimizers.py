@@ -1,5 +1,6 @@
-"""An optax transformation as t5x's optimizer."""
+"""An optax transformation as t5x's optimizer, and t5x's Adafactor for famx's axes."""
 
+import copy
 from typing import Any
 
 import jax
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 import optax
 from flax.core import freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
+from t5x import adafactor
 from t5x.optimizers import OptaxStatePartitionRules, OptaxWrapper, OptimizerState
 
 from famx.lora import combine
+from famx.mesh import LOGICAL_AXES
 from famx.training.trainable import Trainable
 
 
@@ -51,6 +54,24 @@ class OptaxOptimizer(OptaxWrapper):
         flat = flatten_dict(unfreeze(tree), sep="/")
         learns = {path: leaf for path, leaf in flat.items() if self.trainable.learns(path)}
         return freeze(unflatten_dict(learns, sep="/"))
+
+
+def with_factor_rules(optimizer: Any) -> Any:
+    """`optimizer`; t5x's Adafactor as a copy that knows how to factor each logical axis of famx.
+
+    Its own rules win, then t5x's. Other axes are columns, as heads are in t5x. An Adafactor that is not
+    factored, or that has a `factor_map`, is left as it is.
+    """
+    if not isinstance(optimizer, adafactor.Adafactor):
+        return optimizer
+    settings = optimizer.hyper_params
+    if not settings.factored or (settings.factor_map and settings.logical_factor_rules is None):
+        return optimizer
+    ours = dict.fromkeys(LOGICAL_AXES, adafactor.FactorDim.COLUMN)
+    rules = {**ours, **adafactor.standard_logical_factor_rules(), **(settings.logical_factor_rules or {})}
+    optimizer = copy.copy(optimizer)
+    optimizer.hyper_params = settings.replace(logical_factor_rules=freeze(rules))
+    return optimizer
 
 
 def learning_rate_fn(learning_rate: float | optax.Schedule) -> optax.Schedule:

@@ -8,6 +8,7 @@ before the steps begin (`famx.training.ahead`); `prepare` needs the parameters o
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -170,17 +171,16 @@ class LaneFeed(Feed):
             raise ConfigError(str(error)) from error
 
 
-class SeqioFeed(Feed):
-    """Rows of a SeqIO task or mixture; needs seqio, which the task's own module has imported."""
+class DatasetFeed(Feed):
+    """Batches of a `tf.data.Dataset`; its position is the number of batches taken.
 
-    def __init__(self, source: Source):
-        from famx.data.seqio import training_rows
+    Args:
+      make: makes the dataset, without end and in a seeded order. It is called for every start, since a
+        dataset that shuffles has another order whenever it is read again.
+    """
 
-        task, packed = source.task, bool(source.packed)
-        vocabulary = task.output_features["targets"].vocabulary
-        bos_id = check_bos(getattr(vocabulary, "bos_id", 1), task.name)
-        dataset = training_rows(task, source.length, source.order_seed, source.shard, packed, bos_id)
-        self._dataset = dataset.batch(source.batch_size // source.shard[1], drop_remainder=True)
+    def __init__(self, make: Callable[[], Any]):
+        self._make = make
         self.set_state({"batches": 0})
 
     def next(self, step):
@@ -191,9 +191,27 @@ class SeqioFeed(Feed):
         return {"batches": self._taken}
 
     def set_state(self, state):
-        """Skips the batches that were already taken; their seeded order is the same."""
+        """Skips the batches that were already taken."""
         self._taken = int(state["batches"])
-        self._batches = self._dataset.skip(self._taken).as_numpy_iterator()
+        self._batches = self._make().skip(self._taken).as_numpy_iterator()
+
+
+class SeqioFeed(DatasetFeed):
+    """Rows of a SeqIO task or mixture; needs seqio, which the task's own module has imported."""
+
+    def __init__(self, source: Source):
+        from famx.data.seqio import begin_id, training_rows
+
+        task, packed = source.task, bool(source.packed)
+        bos_id = check_bos(begin_id(task.output_features["targets"].vocabulary), task.name)
+
+        def make():
+            rows = training_rows(
+                task, source.length, source.order_seed, source.shard, packed, bos_id
+            )
+            return rows.batch(source.batch_size // source.shard[1], drop_remainder=True)
+
+        super().__init__(make)
 
 
 class IndexedFeed(Feed):

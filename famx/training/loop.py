@@ -151,7 +151,7 @@ def open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
     for stage in stages:
         with stage.errors():
             tasks.append(stage.run.data.make_task(initial_vocabulary))
-            found = _vocabulary(tasks[-1], stage.run)
+            found = _vocabulary(tasks[-1], stage.run, initial_vocabulary)
             notes += look_at(tasks[-1], stage.run.data)
             if initial_vocabulary is not None and found not in (None, initial_vocabulary):
                 raise ConfigError(
@@ -197,16 +197,27 @@ def _with_evaluation(stages: tuple[Stage, ...], vocabulary) -> tuple[tuple[Stage
     return (*first, dataclasses.replace(stage, run=run)), tuple(notes)
 
 
-def _vocabulary(task, run: Run):
-    """The task's vocabulary, or None if famx cannot save it; ConfigError if the model has fewer ids."""
-    vocabulary, size = vocabulary_of(task), run.model.config.vocab_size
+def _vocabulary(task, run: Run, initial):
+    """The task's vocabulary, or None if famx cannot save it.
+
+    Args:
+      task: the opened task.
+      run: the run.
+      initial: vocabulary of the initial checkpoint, or None.
+
+    Raises:
+      ConfigError: the model has fewer ids.
+    """
+    vocabulary, size, needed = vocabulary_of(task), run.model.config.vocab_size, 0
     if kind_of(task) is Kind.SEQIO:
         from famx.data.seqio import from_seqio_vocabulary
 
-        vocabulary = from_seqio_vocabulary(task.output_features["targets"].vocabulary)
-    if vocabulary is not None and vocabulary.vocab_size > size:
+        of_task = task.output_features["targets"].vocabulary
+        vocabulary, needed = from_seqio_vocabulary(of_task, initial), of_task.vocab_size
+    needed = max(needed, 0 if vocabulary is None else vocabulary.vocab_size)
+    if needed > size:
         raise ConfigError(
-            f"The task's vocabulary has {vocabulary.vocab_size} tokens, the model's only "
+            f"The task's vocabulary has {needed} tokens, the model's only "
             f"{size}: raise DecoderConfig.vocab_size."
         )
     return vocabulary

@@ -86,7 +86,8 @@ class Data:
 
     Attributes:
       task: name of a task of `famx.data` or of SeqIO, or a task object.
-      lengths: `{"targets": L}`, the number of tokens of a row, through which gradients flow.
+      lengths: `{"targets": L}`, the number of tokens of a row, through which gradients flow; a length of
+        "inputs" is added to it.
       batch_size: number of rows of the global batch.
       options: settings of the task. For a name, they override gin bindings of the class that makes the
         task (a run of gin files refuses a setting that is given twice); for an object, which must be a
@@ -116,7 +117,7 @@ class Data:
         """Number of tokens of a row; ConfigError if `lengths` does not give it."""
         if "targets" not in self.lengths:
             raise ConfigError("TASK_FEATURE_LENGTHS must name a length for 'targets': {'targets': 512}.")
-        return self.lengths["targets"]
+        return self.lengths["targets"] + self.lengths.get("inputs", 0)
 
     def check_options(self) -> None:
         """Raises ConfigError if a named task has no such option, or its annotations forbid the value."""

@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import pytest
+from own_seqio import EXTRA_IDS, own_module
 
 seqio = pytest.importorskip("seqio")
 tf = pytest.importorskip("tensorflow")
@@ -15,10 +16,16 @@ from famx.data.probes.passkey_text import passkey_words  # noqa: E402
 from famx.data.seqio import (  # noqa: E402
     FamFeatureConverter,
     as_seqio_vocabulary,
+    begin_id,
+    from_seqio_vocabulary,
     register_made,
     register_tasks,
 )
-from famx.data.vocabularies import SentencePieceVocabulary  # noqa: E402
+from famx.data.vocabularies import (  # noqa: E402
+    SentencePieceVocabulary,
+    load_vocabulary,
+    save_vocabulary,
+)
 
 register_tasks()
 
@@ -287,6 +294,65 @@ def test_vocabulary_of_a_tokenizer_file(tmp_path, pad_id):
     padded = [*ids, vocab.eos_id, ids[0], vocab.pad_id]
     assert vocab.decode(padded) == vocab.decode_tf(tf.constant([padded]))[0].numpy().decode() == text
     assert "⁇" in vocab.decode([0]), "id 0 is unknown, not padding"
+
+
+@pytest.mark.parametrize("settings", [{}, {"extra_ids": EXTRA_IDS, "reverse_extra_ids": False}])
+@pytest.mark.parametrize("overrides", [False, True])
+def test_a_vocabulary_of_seqios_is_saved_with_all_its_ids(tmp_path, settings, overrides):
+    if overrides:
+        proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+        spec = proto.NormalizerSpec(add_dummy_prefix=False)
+        settings = {**settings, "normalizer_spec_overrides": spec}
+    theirs = seqio.SentencePieceVocabulary(own_module().MODEL, **settings)
+    ours = from_seqio_vocabulary(theirs)
+    assert theirs.bos_id == -1 and (ours.pad_id, ours.bos_id, ours.eos_id, ours.unk_id) == (0, 1, 1, 2)
+    save_vocabulary(ours, tmp_path)
+    ours = load_vocabulary(tmp_path)
+    assert ours == from_seqio_vocabulary(theirs) and ours.vocab_size == theirs.vocab_size
+    for text in ("red house ?", "house <extra_id_0> tree <extra_id_1>"):
+        ids = theirs.encode_tf(tf.constant(text)).numpy().tolist()
+        assert ours.encode(text) == ids and ours.decode(ids) == theirs.decode(ids)
+
+
+def test_a_vocabulary_with_the_same_file_is_taken_in_its_place():
+    theirs = seqio.SentencePieceVocabulary(own_module().MODEL)
+    mine = SentencePieceVocabulary(own_module().MODEL, bos_id=theirs.vocab_size)
+    assert from_seqio_vocabulary(theirs) != mine
+    assert from_seqio_vocabulary(theirs, mine) is mine
+    assert from_seqio_vocabulary(theirs, ByteVocabulary()) == from_seqio_vocabulary(theirs)
+
+
+def test_seqios_bytes_are_byt5s():
+    theirs = seqio.ByteVocabulary(extra_ids=3)
+    ours = from_seqio_vocabulary(theirs)
+    text = "Käse, 12"
+    assert ours.encode(text) == theirs.encode(text)
+    ids = [*ours.encode(text), 261, ours.eos_id]
+    assert ours.decode(ids) == theirs.decode(ids) == text
+    assert ours.vocab_size == theirs.vocab_size == 262
+    with pytest.raises(ValueError, match="ids run from 0 to 261"):
+        ours.decode([262])
+
+
+@pytest.mark.parametrize(
+    "vocabulary, begin",
+    [
+        (seqio.ByteVocabulary(), 1),
+        (seqio.PassThroughVocabulary(9), 0),
+        (seqio.PassThroughVocabulary(9, eos_id=3), 3),
+        (seqio.PartialCodepointVocabulary([97]), 1),
+        (as_seqio_vocabulary(ByteVocabulary()), 1),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_rows_begin_with_bos_or_what_takes_its_place(vocabulary, begin):
+    assert begin_id(vocabulary) == begin
+    assert begin_id(own_module().VOCABULARY) == 1
+
+
+def test_a_vocabulary_of_ours_without_bos_begins_with_nothing():
+    ours = SentencePieceVocabulary(own_module().MODEL)
+    assert ours.bos_id is begin_id(as_seqio_vocabulary(ours)) is None
 
 
 def test_registering_a_made_task_replaces_what_the_call_registered():

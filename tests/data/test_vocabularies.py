@@ -13,6 +13,7 @@ from famx.data import ByteVocabulary, WordVocabulary
 from famx.data.probes.passkey_text import FILLER_WORDS, HEADER, QUESTION, STATEMENT, passkey_words
 from famx.data.vocabularies import (
     KINDS,
+    ByT5Vocabulary,
     fingerprint,
     load_vocabulary,
     open_vocabulary,
@@ -94,6 +95,7 @@ def small_byte_pair(path):
 
 MAKERS = {
     "bytes": lambda path: ByteVocabulary(),
+    "byt5_bytes": lambda path: ByT5Vocabulary(extra_ids=4),
     "words": lambda path: WordVocabulary(["Käse", "is", "."]),
     "sentencepiece": small_sentencepiece,
     "byte_pair": small_byte_pair,

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from driving import BATCH, LENGTH  # skips without t5x
+from own_seqio import MODULE, NAME, own_folder
 from processes import start_process
 
 from famx.base.gin_utils import gin_root
@@ -157,3 +158,27 @@ def test_meshes_and_processes_give_the_losses_of_one_device(tmp_path):
         assert losses(tmp_path / name, split) == pytest.approx(one, rel=1e-4), name
     saved = tmp_path / "two" / "checkpoint_3" / "dataset"
     assert len(list(saved.glob("process_*-of-2/*"))) >= 2 and (saved / "metadata").exists()
+
+
+def test_a_task_of_ones_own_module_is_trained_on_and_evaluated_by_command(tmp_path, monkeypatch):
+    folder = own_folder()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    own = {
+        "MIXTURE_OR_TASK_MODULE": f"'{MODULE}'",
+        "MIXTURE_OR_TASK_NAME": f"'{NAME}'",
+        "TASK_OPTIONS": {},
+    }
+    (tmp_path / "optimizer.gin").write_text(
+        "from __gin__ import dynamic_registration\nfrom t5x import adafactor\n"
+        "OPTIMIZER = @adafactor.Adafactor()\nadafactor.Adafactor.learning_rate = 0.01\n"
+    )
+    run, files = tmp_path / "run", ("gin_configs/models/tiny.gin", str(tmp_path / "optimizer.gin"))
+    lengths = {"TASK_FEATURE_LENGTHS": {"inputs": 10, "targets": 6}}
+    finish(train(run, steps=2, gin_files=files, **own, **lengths))
+    logged = losses(run, name="timing/target_tokens_per_second")
+    assert logged.keys() == {2} and logged[2] > 0
+    drawn = {"SAMPLING": "@decoding.Sampling()", "Sampling.temperature": 1.0, "NUM_DECODES": 2}
+    out = {"CHECKPOINT_PATH": f"'{run}'", "EVAL_OUTPUT_DIR": f"'{tmp_path / 'eval'}'", "BATCH_SIZE": 4}
+    finish(start("t5x.eval", ["gin_configs/t5x/eval.gin"], {**own, **out, **drawn}))
+    (metrics,) = (tmp_path / "eval").glob("**/*-metrics.jsonl")
+    assert 0 <= json.loads(metrics.read_text())["exact"] <= 1

@@ -133,6 +133,7 @@ def test_the_interactive_model_trains_predicts_and_scores(trained, tmp_path):
     scores = [score for _, score in interactive.score(examples)]
     assert np.all(np.array([scores, aux["scores"]]) < 0)
     assert interactive.evaluate(examples, [count]) == {"count": 2}
+    interactive.trainer.close()
 
 
 def count(targets, predictions):

@@ -14,6 +14,7 @@ from driving import make_optimizer  # skips without t5x
 from clu.metrics import Metric  # isort: skip
 
 from famx import t5x as famx_t5x
+from famx.decoding import Sampling
 from famx.memories import Fam
 from famx.models import DecoderModel
 from famx.modules import Decoder, DecoderConfig
@@ -25,6 +26,7 @@ CONFIG = DecoderConfig(
     vocab_size=VOCAB, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12, block_size=4,
     memory_segments=1, memory=Fam(length=2),
 )  # fmt: skip
+PROMPT = np.broadcast_to(np.arange(LENGTH) < 3, (BATCH, LENGTH)).astype(np.int32)
 SHAPES = {"decoder_input_tokens": (BATCH, LENGTH)}
 ROUNDING = rounding.bound(rounding.of_decoder(CONFIG, LENGTH))  # between programs, of numbers around 1
 
@@ -113,6 +115,30 @@ def test_scores_and_predictions_are_the_models():
     np.testing.assert_array_equal(out, tokens)
     np.testing.assert_array_equal(aux["scores"], log_p)
     np.testing.assert_array_equal(model.predict_batch(params(), batch), tokens)
+
+
+def test_samples_of_a_prompt_are_drawn_apart_and_the_likeliest_is_taken():
+    batch = make_batch() | {"decoder_causal_attention": PROMPT}
+    key, sampling = jax.random.key(1), Sampling(temperature=2.0, max_new_tokens=4)
+    several = make_model(sampling=sampling, num_decodes=3, return_all_decodes=True)
+    tokens, aux = several.predict_batch_with_aux(params(), batch, key)
+    assert tokens.shape == (BATCH, 3, LENGTH) and aux["scores"].shape == (BATCH, 3)
+    assert np.all(np.diff(aux["scores"]) >= 0) and len(np.unique(tokens.reshape(-1, LENGTH), axis=0)) > 5
+    assert np.all(tokens[..., 4:] == 0)
+    one = make_model(sampling=sampling, num_decodes=3)
+    best, score = one.predict_batch_with_aux(params(), batch, key)
+    np.testing.assert_array_equal(best, tokens[:, -1])
+    np.testing.assert_array_equal(score["scores"], aux["scores"][:, -1])
+    # The score is the likelihood of the tokens after the prompt.
+    row = np.concatenate([batch["decoder_input_tokens"][:, :3], best[:, :4]], axis=1)
+    weights = np.arange(6) >= 2
+    again = {
+        "decoder_input_tokens": row[:, :-1],
+        "decoder_target_tokens": row[:, 1:],
+        "decoder_loss_weights": np.broadcast_to(weights, (BATCH, 6)).astype(np.float32),
+    }
+    expected = one.score_batch(params(), again)
+    np.testing.assert_allclose(score["scores"], expected, rtol=1e-4)
 
 
 def test_the_converter_begins_and_pads_as_the_vocabulary_does():

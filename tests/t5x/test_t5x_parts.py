@@ -10,6 +10,8 @@ import seqio
 import tensorflow as tf
 from driving import BATCH, LENGTH, OPTIONS, TASK, dataset, make_optimizer  # skips without t5x
 from flax.traverse_util import flatten_dict
+from t5x import adafactor as t5x_adafactor
+from t5x import metrics as t5x_metrics
 from t5x import optimizers as t5x_optimizers
 from t5x.train_state import FlaxOptimTrainState
 from tiny import assert_identical, make_model, make_params
@@ -20,8 +22,11 @@ from famx.base.errors import ConfigError
 from famx.data.seqio import as_seqio_vocabulary
 from famx.data.tasks import registry
 from famx.lora import Lora
+from famx.mesh import LOGICAL_AXES
 from famx.t5x.data import FeedIterator
-from famx.training.feeds import IndexedFeed, SeqioFeed, Source, fresh_feed
+from famx.t5x.metrics import as_t5x
+from famx.t5x.optimizers import with_factor_rules
+from famx.training.feeds import DatasetFeed, IndexedFeed, Source, fresh_feed
 from famx.training.state_passing import Aged, Random
 from famx.training.trainable import Trainable
 
@@ -83,6 +88,31 @@ def test_an_optimizer_of_t5x_is_taken_as_it_is():
     assert famx_t5x.T5xModel(make_model(), optimizer=optimizer).optimizer_def is optimizer
 
 
+def test_adafactor_of_t5x_factors_every_parameter_that_has_two_sides():
+    optimizer = t5x_adafactor.Adafactor(0.1)
+    axes, shapes = axes_of(optimizer, trainable=Trainable("lora"))
+    assert optimizer.hyper_params.logical_factor_rules is None  # a copy has them
+    sides = lambda path: {
+        name: shapes[f"state/param_states/{path}/{name}"].shape for name in ("v_row", "v_col", "v")
+    }
+    assert sides("layers/key/kernel") == {"v_row": (1, 16), "v_col": (1, 2, 8), "v": (1,)}
+    assert sides("layers/output/kernel") == {"v_row": (1, 16), "v_col": (1, 2, 8), "v": (1,)}
+    assert sides("layers/mlp/up/lora_a") == {"v_row": (1, 16), "v_col": (1, 2), "v": (1,)}
+    assert sides("layers/mlp_norm/scale")["v"] == (1, 16)
+    path = "layers/mlp_norm/scale"
+    assert axes[f"state/param_states/{path}/v"] == axes[f"target/{path}"]
+
+
+def test_rules_of_an_adafactor_win_and_one_with_a_map_stays_as_it_is():
+    column = t5x_adafactor.FactorDim.COLUMN
+    given = t5x_adafactor.Adafactor(0.1, logical_factor_rules={"embed": column})
+    rules = with_factor_rules(given).hyper_params.logical_factor_rules
+    assert rules["embed"] is column and {*LOGICAL_AXES} <= {*rules}
+    for settings in ({"factored": False}, {"factor_map": t5x_adafactor.HParamMap([(".*", None)])}):
+        left = t5x_adafactor.Adafactor(0.1, **settings)
+        assert with_factor_rules(left) is left
+
+
 def test_the_logged_learning_rate_is_the_optimizers():
     assert famx_t5x.learning_rate_fn(0.25)(7) == 0.25
     assert famx_t5x.learning_rate_fn(lambda step: 2 * step)(7) == 14
@@ -106,6 +136,20 @@ def test_evaluation_reads_the_kept_memory_without_a_change():
     assert loss == plain and metrics["loss"].count > 0
 
 
+def test_metrics_of_the_speed_are_t5xs():
+    found = as_t5x({}, np.zeros((4, 32), np.int32))
+    merged = {name: value.merge(value) for name, value in found.items()}
+    merged = t5x_metrics.set_time_metrics_duration(merged, 2.0)
+    merged = t5x_metrics.set_step_metrics_num_steps(merged, 2)
+    values = {name.removeprefix("timing/"): float(x.compute()) for name, x in merged.items()}
+    devices = jax.device_count()
+    assert values == pytest.approx({
+        "seconds": 2, "seqs": 8, "steps_per_second": 1, "seqs_per_second": 4,
+        "seqs_per_second_per_core": 4 / devices, "target_tokens_per_second": 128,
+        "target_tokens_per_second_per_core": 128 / devices,
+    })  # fmt: skip
+
+
 def test_rules_cut_our_axes_and_keep_what_may_be_whole():
     rules = dict(famx_t5x.logical_axis_rules())
     assert rules["batch"] == "data" and rules["embed"] is None and rules["memory"] is None
@@ -123,24 +167,21 @@ def make_iterator():
 
 
 def test_the_position_is_that_of_the_checkpoint_though_a_batch_was_looked_at(tmp_path):
-    class Rows(SeqioFeed):
-        def __init__(self):
-            self._dataset = tf.data.Dataset.range(50).map(lambda i: {"x": i[None]})
-            self.set_state({"batches": 0})
-
-    iterator = FeedIterator(Rows())
+    make = lambda: tf.data.Dataset.range(50).shuffle(50, seed=1).map(lambda i: {"x": i[None]})
+    numbers = [int(row["x"][0]) for row in make().as_numpy_iterator()]
+    iterator = FeedIterator(DatasetFeed(make))
     assert iterator.element_spec["x"].shape == (1,)
-    assert [int(next(iterator)["x"][0]) for _ in range(4)] == [0, 1, 2, 3]
+    assert [int(next(iterator)["x"][0]) for _ in range(4)] == numbers[:4]
     for step in (3, 4):  # 3: t5x has looked one batch ahead
         folder = tmp_path / f"checkpoint_{step}.orbax-checkpoint-tmp" / "dataset"
         folder.mkdir(parents=True)
         iterator.save(str(folder / "train_ds-000-of-001"))
         assert json.loads((folder / "metadata").read_text())["feed"] == {"batches": step}
-        again = FeedIterator(Rows())
+        again = FeedIterator(DatasetFeed(make))
         again.restore(str(folder / "train_ds-000-of-001"))
-        assert int(next(again)["x"][0]) == step
+        assert int(next(again)["x"][0]) == numbers[step]
     iterator.reset()
-    assert int(next(iterator)["x"][0]) == 0
+    assert int(next(iterator)["x"][0]) == numbers[0]
     folder = folder / "process_0-of-2"  # where each of several processes saves its own
     folder.mkdir()
     iterator.save(str(folder / "train_ds-000-of-002"))
@@ -223,6 +264,7 @@ def test_the_vocabulary_is_the_tasks():
         ({"mixture_or_task_name": TASK, "task_options": {"digit": 1}}, "MIXTURE_OR_TASK_NAME"),
         ({"model": make_model(vocab_size=50), "mixture_or_task_name": TASK}, "the model's only 50"),
         ({"model_dir": "runs/a"}, "MODEL_DIR must be an absolute path"),
+        ({"num_decodes": 2}, "NUM_DECODES is 2, but without a temperature"),
     ],
 )
 def test_what_does_not_fit_gets_a_sentence(options, sentence):

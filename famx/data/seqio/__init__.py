@@ -14,11 +14,12 @@ from famx.data.seqio.registration import (
     register_text_task,
 )
 from famx.data.seqio.rows import training_rows
-from famx.data.seqio.vocabularies import as_seqio_vocabulary, from_seqio_vocabulary
+from famx.data.seqio.vocabularies import as_seqio_vocabulary, begin_id, from_seqio_vocabulary
 
 __all__ = [
     "FamFeatureConverter",
     "as_seqio_vocabulary",
+    "begin_id",
     "from_seqio_vocabulary",
     "register_documents",
     "register_made",

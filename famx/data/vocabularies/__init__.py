@@ -10,11 +10,12 @@ from famx.data.vocabularies.saving import (
     open_vocabulary,
     save_vocabulary,
 )
-from famx.data.vocabularies.simple import ByteVocabulary, WordVocabulary
+from famx.data.vocabularies.simple import ByT5Vocabulary, ByteVocabulary, WordVocabulary
 from famx.data.vocabularies.tokenizer_files import BytePairVocabulary, SentencePieceVocabulary
 
 __all__ = [
     "AnyVocabulary",
+    "ByT5Vocabulary",
     "BytePairVocabulary",
     "ByteVocabulary",
     "KINDS",

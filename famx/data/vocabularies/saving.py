@@ -13,7 +13,7 @@ from famx.base.ranges import NonNegative, Path
 from famx.base.untrusted import Fields, Name, parsed, read_limited, read_object, shown
 from famx.base.values import checked
 from famx.data.vocabularies.base import Vocabulary
-from famx.data.vocabularies.simple import ByteVocabulary, WordVocabulary
+from famx.data.vocabularies.simple import ByT5Vocabulary, ByteVocabulary, WordVocabulary
 from famx.data.vocabularies.special_tokens import MOST_TOKEN, MOST_TOKENS
 from famx.data.vocabularies.tokenizer_config import MOST_TOKENIZER_BYTES
 from famx.data.vocabularies.tokenizer_files import (
@@ -24,7 +24,9 @@ from famx.data.vocabularies.tokenizer_files import (
 
 KINDS: dict[str, type[Vocabulary]] = {
     cls.kind: cls
-    for cls in (ByteVocabulary, WordVocabulary, SentencePieceVocabulary, BytePairVocabulary)
+    for cls in (
+        ByteVocabulary, WordVocabulary, SentencePieceVocabulary, BytePairVocabulary, ByT5Vocabulary
+    )
 }
 _DESCRIPTION_FILE = "vocabulary.json"
 _Word = Annotated[str, Field(max_length=MOST_TOKEN)]

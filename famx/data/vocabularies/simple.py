@@ -1,6 +1,6 @@
-"""Vocabularies that need no file: UTF-8 bytes, and a closed list of words.
+"""Vocabularies that need no file: UTF-8 bytes, in famx's ids and in ByT5's, and a closed list of words.
 
-In both, pad is 0, bos is 1 and eos is 2, and no text encodes to these ids.
+Pad is 0, and no text encodes to the special ids. In famx's own two, bos is 1 and eos is 2.
 """
 
 import re
@@ -37,6 +37,41 @@ class ByteVocabulary(Vocabulary):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become the replacement character."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class ByT5Vocabulary(ByteVocabulary):
+    """UTF-8 bytes as in ByT5 (arXiv 2105.13626) and `seqio.ByteVocabulary`.
+
+    Byte `b` has id `b + 3`, as in `ByteVocabulary`, but pad is 0, eos 1 and unknown 2. There is no
+    bos; eos takes its place. Ids above the bytes, which mask spans in ByT5's pretraining, have no text.
+    """
+
+    kind = "byt5_bytes"
+    bos_id, eos_id, unk_id = 1, 1, 2
+
+    def __init__(self, extra_ids: int = 0):
+        """
+        Args:
+          extra_ids: number of ids above the bytes.
+
+        Raises:
+          ValueError: it is negative.
+        """
+        if extra_ids < 0:
+            raise ValueError(f"A vocabulary cannot have {extra_ids} extra ids.")
+        self.vocab_size = ByteVocabulary.vocab_size + extra_ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of `ids`; special and extra ids are left out.
+
+        Raises:
+          ValueError: an id is outside the vocabulary.
+        """
+        return super().decode_bytes(i for i in self._check_ids(ids) if i < ByteVocabulary.vocab_size)
+
+    @classmethod
+    def restore(cls, description: Mapping[str, Any], content: bytes | None) -> Self:
+        return cls(int(description["vocab_size"]) - ByteVocabulary.vocab_size)
 
 
 class WordVocabulary(Vocabulary):
