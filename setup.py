@@ -12,6 +12,8 @@ VERSION = re.search(
 
 # Readers of tokenizer files (SentencePiece models, tokenizer.json, GGUF) and of chat templates.
 TOKENIZERS = ["sentencepiece>=0.2", "tokenizers>=0.20", "gguf>=0.17", "jinja2>=3.1"]
+# SeqIO's tasks, t5x, and preparing data sets of TensorFlow Datasets. SeqIO brings TensorFlow (2 GB).
+SEQIO = ["seqio>=0.0.20", "tensorflow-datasets>=4.9.10"]
 # Packages that execute notebooks, without an editor for them.
 NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29", "plotly>=6"]
 
@@ -56,8 +58,6 @@ setup(
         "matplotlib>=3.8",
         "safetensors>=0.8",
         "xxhash>=3.4",  # digests of checkpoints
-        "seqio>=0.0.20",
-        "tensorflow-datasets>=4.9.10",
     ],
     entry_points={"console_scripts": ["famx = famx.__main__:main"]},
     extras_require={
@@ -77,7 +77,9 @@ setup(
             "rouge-score>=0.1.2",
             "nltk>=3.10",
             *TOKENIZERS,
+            *SEQIO,
         ],
+        "seqio": SEQIO,
         # The original implementations of imported models; on Linux, torch comes with CUDA (3 GB).
         "parity": ["torch>=2.6", "transformers>=5.0", "peft>=0.17"],
         "tokenizers": TOKENIZERS,

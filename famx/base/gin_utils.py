@@ -29,6 +29,7 @@ from famx.base.files import write_text
 from famx.base.gin_checks import check_all_used as check_all_used  # part of this module's interface
 from famx.base.gin_checks import check_macros, check_required, nearest, not_set, short, unset_macros
 from famx.base.gin_values import check_bindings
+from famx.base.packages import install_hint
 
 _FLAG = "--gin."
 
@@ -283,7 +284,8 @@ class _PlainErrors:
             names = list(_gin_files(self.prefixes))
             return f"There is no gin file {match[1]}." + nearest(match[1], names)
         if isinstance(error, ImportError):
-            return f"A gin file imports a module that cannot be imported: {text.splitlines()[0]}."
+            sentence = f"A gin file imports a module that cannot be imported: {text.splitlines()[0]}."
+            return sentence + install_hint(error)
         if match := re.match(r"No configurable matching (?:reference )?'@?([^'()]+)", text):
             names = [short(selector) for selector, _ in gin_config._REGISTRY.items()]
             name = match[1].rsplit("/", 1)[-1]

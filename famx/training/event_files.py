@@ -2,15 +2,15 @@
 
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tensorboardX
-from tensorboardX import record_writer
+if TYPE_CHECKING:
+    import tensorboardX
 
 _PREFIX = "famx-events"  # of the paths that are opened by `_Opened`
 
 
-def summary_writer(directory: str | os.PathLike, **options: Any) -> tensorboardX.SummaryWriter:
+def summary_writer(directory: str | os.PathLike, **options: Any) -> "tensorboardX.SummaryWriter":
     """A SummaryWriter that leaves out events that cannot be written.
 
     The thread of an ordinary one ends by the error, and further events wait for it for ever.
@@ -19,6 +19,9 @@ def summary_writer(directory: str | os.PathLike, **options: Any) -> tensorboardX
       directory: directory of the event file; made if missing.
       options: options of `SummaryWriter`.
     """
+    import tensorboardX  # which imports torch where it is installed: only a run that begins needs it
+    from tensorboardX import record_writer
+
     record_writer.register_writer_factory(_PREFIX, _Factory)
     return tensorboardX.SummaryWriter(f"{_PREFIX}:{os.fspath(directory)}", **options)
 
