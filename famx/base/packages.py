@@ -1,6 +1,7 @@
 """Optional packages: importing one, and the sentence that says what installs it."""
 
 import importlib
+import re
 from types import ModuleType
 
 from famx.base.errors import ConfigError
@@ -38,5 +39,6 @@ def missing_package(name: str, what: str, extra: str) -> ConfigError:
 
 def install_hint(error: ImportError) -> str:
     """The sentence, after a space, that says what installs a module that is missing; "" if unknown."""
-    extra = _EXTRAS.get((error.name or "").partition(".")[0])
+    named = re.search(r"No module named '(\w+)", str(error))  # gin drops the error's own `name`
+    extra = _EXTRAS.get(named[1]) if named else None
     return f" Run pip install 'famx[{extra}]'." if extra else ""
