@@ -58,6 +58,7 @@ def check(kind, **changes):
         ("tpu", {"accelerator": "v5p"}, "Unknown accelerator 'v5p'"),
         ("tpu", {"provisioning": "cheap"}, "on_demand, spot or reserved"),
         ("tpu", {"num_slices": 0}, "--config.num_slices must be at least 1, not 0."),
+        ("tpu", {"extras": "tpu; id"}, "names of extras with commas between them"),
         ("tpu", {"python": "3.12; id"}, "a version such as 3.12"),
         ("gke", {"image": ""}, "Set exactly one of --config.image and --config.base_image."),
         ("gke", {"base_image": "python:3.12"}, "Set exactly one of --config.image and"),
