@@ -52,6 +52,7 @@ scalars = loop.train(Run(
     optax.sgd(0.1), steps=2, model_dir=sys.argv[1], state_passing=state_passing.Lanes(),
 ))
 assert scalars["loss"] > 0
+assert "tensorboardX" in sys.modules and "torch" not in sys.modules
 print("done")
 """
 

@@ -1,7 +1,9 @@
 """TensorBoard's event files, which a disk without space leaves short, but does not stop."""
 
+import importlib
 import os
 import pathlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,11 +21,23 @@ def summary_writer(directory: str | os.PathLike, **options: Any) -> "tensorboard
       directory: directory of the event file; made if missing.
       options: options of `SummaryWriter`.
     """
-    import tensorboardX  # which imports torch where it is installed: only a run that begins needs it
+    _import_without_torch()
+    import tensorboardX
     from tensorboardX import record_writer
 
     record_writer.register_writer_factory(_PREFIX, _Factory)
     return tensorboardX.SummaryWriter(f"{_PREFIX}:{os.fspath(directory)}", **options)
+
+
+def _import_without_torch() -> None:
+    """Imports tensorboardX, but not torch, which it uses in annotations only: that takes seconds."""
+    if "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # so that importing it is an ImportError
+    try:
+        importlib.import_module("tensorboardX")
+    finally:
+        del sys.modules["torch"]
 
 
 def _path(name: str) -> pathlib.Path:
