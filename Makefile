@@ -15,14 +15,14 @@ types:
 test:
 	python -m pytest -n 2 -q $(ARGS)
 
-# The model, decoding, adapters, training and the main job's first steps under another Python, with the
-# newest versions of jax and flax that setup.py allows; `make test-python PYTHON=python3.13`. Another
-# environment: VERSIONS="jax==0.11.2"; other tests: TESTS=tests EXTRAS=test,parity.
+# The model against its oracle, generation, and the main job's first steps under another Python, with the
+# newest versions of jax and flax that setup.py allows; `make test-python PYTHON=python3.13`. Other
+# versions: VERSIONS="jax==0.11.2"; the whole suite: TESTS=tests EXTRAS=test,parity.
 PYTHON = python3.13
 EXTRAS = test-model
 VERSIONS =
-TESTS = tests/modules tests/decoding tests/lora tests/test_models.py tests/test_state_passing.py \
-	tests/training/test_loop.py tests/test_train_main.py::test_the_main_job_whole_and_interrupted
+TESTS = tests/modules/test_oracle.py tests/modules/test_causality.py tests/modules/test_order.py \
+	tests/decoding/test_generation.py tests/test_train_main.py::test_the_main_job_whole_and_interrupted
 ENVIRONMENT = build/test-python
 test-python:
 	$(PYTHON) -m venv --clear $(ENVIRONMENT)

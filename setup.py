@@ -11,7 +11,7 @@ VERSION = re.search(
 ).group(1)
 
 JAX = ">=0.10.2,<0.13"
-# What the tests of the model, of training and of decoding need.
+# What the tests of the model, of generation and of training need.
 MODEL_TESTS = ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 # Readers of tokenizer files (SentencePiece models, tokenizer.json, GGUF) and of chat templates.
 TOKENIZERS = ["sentencepiece>=0.2", "tokenizers>=0.20", "gguf>=0.17", "jinja2>=3.1"]
