@@ -10,8 +10,13 @@ VERSION = re.search(
     r'^__version__ = "([^"]+)"$', (ROOT / "famx" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
+JAX = ">=0.10.2,<0.13"
+# What the tests of the model, of generation and of training need.
+MODEL_TESTS = ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 # Readers of tokenizer files (SentencePiece models, tokenizer.json, GGUF) and of chat templates.
 TOKENIZERS = ["sentencepiece>=0.2", "tokenizers>=0.20", "gguf>=0.17", "jinja2>=3.1"]
+# SeqIO's tasks, t5x, and preparing data sets of TensorFlow Datasets. SeqIO brings TensorFlow (2 GB).
+SEQIO = ["seqio>=0.0.20", "tensorflow-datasets>=4.9.10"]
 # Packages that execute notebooks, without an editor for them.
 NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29", "plotly>=6"]
 
@@ -31,10 +36,12 @@ setup(
     # famx/conversion/exported/ holds the code of an exported model, which famx itself does not import.
     package_data={"famx.gin_configs": ["*.gin", "**/*.gin"], "famx.conversion": ["exported/*.py"]},
     install_requires=[
-        # Lower bounds of jax, flax, optax and orbax are the versions that the tests ran with, on
-        # Python 3.11. jax 0.11, which needs Python 3.12, is allowed; the suite did not run on it.
-        "jax>=0.10.2,<0.12",
-        "flax>=0.12.8,<0.13",
+        # Bounds of jax, flax, optax and orbax are versions that tests ran with: jax 0.10.2 and flax
+        # 0.12.8, the last ones for Python 3.11, with the whole suite; the newest ones, for Python 3.12
+        # and later, with `make test-python`.
+        f"jax{JAX}",
+        "flax>=0.12.8,<0.13; python_version < '3.12'",
+        "flax>=0.12.12,<0.13; python_version >= '3.12'",
         "optax>=0.2.8,<0.3",
         # Orbax changes its checkpoint handlers and on-disk metadata between minor versions, and
         # exact resume depends on both.
@@ -57,18 +64,14 @@ setup(
         "matplotlib>=3.8",
         "safetensors>=0.8",
         "xxhash>=3.4",  # digests of checkpoints
-        "seqio>=0.0.20",
-        "tensorflow-datasets>=4.9.10",
     ],
     entry_points={"console_scripts": ["famx = famx.__main__:main"]},
     extras_require={
+        "test-model": MODEL_TESTS,
         # setuptools and wheel: the package tests build a wheel without network access.
         "test": [
-            "pytest>=9",
-            "pytest-timeout>=2.4",
-            "pytest-xdist>=3.5",
+            *MODEL_TESTS,
             "tokamax>=0.0.12",
-            "hypothesis>=6.100",
             "setuptools>=65.5",
             "wheel",
             *NOTEBOOKS,
@@ -78,7 +81,9 @@ setup(
             "rouge-score>=0.1.2",
             "nltk>=3.10",
             *TOKENIZERS,
+            *SEQIO,
         ],
+        "seqio": SEQIO,
         # The original implementations of imported models; on Linux, torch comes with CUDA (3 GB).
         "parity": ["torch>=2.6", "transformers>=5.0", "peft>=0.17"],
         "tokenizers": TOKENIZERS,
@@ -90,11 +95,11 @@ setup(
         # Its helpers for models and tasks are not a stable interface. RULER, BABILong and SCROLLS import
         # transformers.
         "lm-eval": ["lm-eval[ruler]>=0.4.13,<0.5", "transformers>=5.0", *TOKENIZERS],
-        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
+        "tpu": [f"jax[tpu]{JAX}"],
+        "cuda13": [f"jax[cuda13]{JAX}"],
         # What compiling for a GPU needs where there is none, without the libraries of CUDA: JAX's plugin,
         # ptxas, and libdevice, which comes with it.
-        "cuda13-compiler": ["jax[cuda13-local]>=0.10.2,<0.12", "nvidia-cuda-nvcc>=13,<14"],
+        "cuda13-compiler": [f"jax[cuda13-local]{JAX}", "nvidia-cuda-nvcc>=13,<14"],
         "notebooks": ["jupyter", *NOTEBOOKS],
         "convert": TOKENIZERS,
         # Another library of attention kernels: attention_backend "tokamax".
@@ -114,6 +119,8 @@ setup(
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

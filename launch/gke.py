@@ -93,7 +93,7 @@ def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
     commands.make_directory(job.stage)
     if config.base_image:
         wheel = add_wheel(config, job, commands)
-        install = f'pip install --quiet "famx[tpu] @ file://$PWD/"{shlex.quote(wheel)}'
+        install = f'pip install --quiet "famx[{config.extras}] @ file://$PWD/"{shlex.quote(wheel)}'
         text = f"#!/bin/bash\nset -euo pipefail\n{install}\nexec {shlex.join(_train(job))}\n"
         commands.write(job.stage / "run.sh", text)
         job.write_gin_files(commands)

@@ -25,6 +25,7 @@ _COMMON = dict(
 _WORKERS = dict(
     wheel="",  # path of famx's wheel; "" builds it from this source tree
     python="3.12",  # Python version of the workers
+    extras="tpu",  # extras of famx that the workers install: "tpu,seqio" for tasks of SeqIO
 )
 _CLOUD = dict(
     project="",
@@ -116,6 +117,7 @@ _PATTERNS = {  # {field: (pattern, description for the error message)}
     "project": (r"([a-z][-a-z0-9.]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]", "the id of a Google Cloud project"),
     "zone": (r"[a-z]+(-[a-z]+)+[0-9]+-[a-z]", "a zone such as us-west4-a"),
     "bucket": (r"[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]", "a bucket, such as gs://my-bucket or my-bucket"),
+    "extras": (r"[a-z0-9-]+(,[a-z0-9-]+)*", "names of extras with commas between them"),
     "mount": (r"/[A-Za-z0-9_./-]+", "an absolute path of letters, digits, _ . / and -"),
     "runtime_version": (r"[a-z0-9][-.a-z0-9]*", "a TPU software version such as v2-alpha-tpuv5-lite"),
     "network": (r"[a-z0-9][-a-z0-9./]*", "the name of a network"),

@@ -279,6 +279,7 @@ def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
     command = job.train("venv/bin/python", "--multiprocess", f"--exit_code_if_stopped={STOPPED}")
     values = {"BUCKET": config.bucket, "MOUNT": config.mount, "PYTHON": config.python, "WHEEL": wheel}
     values["LOGS"] = logs_directory(job)
+    values["EXTRAS"] = config.extras
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     commands.write(job.stage / "settings.sh", "\n".join([*lines, f"COMMAND=({shlex.join(command)})", ""]))
     job.write_environment(commands)

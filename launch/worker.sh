@@ -1,6 +1,6 @@
 #!/bin/bash
 # Runs on each TPU worker; launch.tpu calls it as `worker.sh setup|start|status|follow LINE|last LINES|stop`.
-# settings.sh in the same folder defines BUCKET, MOUNT, PYTHON, WHEEL, LOGS and COMMAND.
+# settings.sh in the same folder defines BUCKET, MOUNT, PYTHON, WHEEL, EXTRAS, LOGS and COMMAND.
 set -euo pipefail
 umask 077
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -27,7 +27,7 @@ setup() {
     curl --fail --silent --show-error --location https://astral.sh/uv/install.sh | sh
   fi
   "$uv" venv --quiet --allow-existing --python "$PYTHON" venv
-  "$uv" pip install --quiet --python venv/bin/python "famx[tpu] @ file://$PWD/$WHEEL"
+  "$uv" pip install --quiet --python venv/bin/python "famx[$EXTRAS] @ file://$PWD/$WHEEL"
 }
 
 # Whether the training process is alive.

@@ -34,6 +34,7 @@ from famx.base.gin_checks import check_all_used as check_all_used  # part of thi
 from famx.base.gin_checks import check_macros, check_required, nearest, not_set, short, unset_macros
 from famx.base.gin_names import with_known_names
 from famx.base.gin_values import check_bindings
+from famx.base.packages import install_hint
 
 _UNKNOWN = "No configurable matching "  # how gin's errors about names begin
 
@@ -347,7 +348,8 @@ class _PlainErrors:
             names = list(gin_files(self.prefixes))
             return f"There is no gin file {match[1]}." + nearest(match[1], names)
         if isinstance(error, ImportError):
-            return f"A gin file imports a module that cannot be imported: {text.splitlines()[0]}."
+            sentence = f"A gin file imports a module that cannot be imported: {text.splitlines()[0]}."
+            return sentence + install_hint(error)
         if match := re.match(r"No configurable matching (?:reference )?'@?([^'()]+)", text):
             names = [short(selector) for selector, _ in gin_config._REGISTRY.items()]
             name = match[1].rsplit("/", 1)[-1]

@@ -12,10 +12,10 @@ import numpy as np
 from pydantic import Field
 
 from famx.base.errors import ConfigError
+from famx.base.packages import optional_package
 from famx.base.untrusted import Fields, Name, parsed, parsed_as, shown
 from famx.conversion.config_file import MOST_LAYERS, MOST_WIDTH, Id, Positions, Positive, is_on
 from famx.conversion.tensor_source import TensorInfo
-from famx.data.vocabularies.base import optional_package
 from famx.data.vocabularies.gguf_file import GgufFile
 
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -32,7 +32,8 @@ from famx.mesh import (
     logical_to_sharding,
     without_boxes,
 )
-from famx.model_dir.commit import CUSTOM_METADATA, CommitWithDigests
+from famx.model_dir.commit import CUSTOM_METADATA
+from famx.model_dir.digested_commit import CommitWithDigests
 from famx.modules import Decoder, DecoderConfig
 
 CHUNK_BYTES = 1 << 25

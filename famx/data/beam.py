@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from famx.base.errors import ConfigError
 from famx.base.files import scratch_directory
 from famx.base.gin_checks import nearest
-from famx.data.vocabularies.base import optional_package
+from famx.base.packages import optional_package
 
 
 def map_on_workers(

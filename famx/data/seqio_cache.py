@@ -22,6 +22,7 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.base.files import replacing, write_json, write_text
+from famx.base.packages import install_hint, optional_package
 from famx.base.progress import Progress
 from famx.base.ranges import Path, Positive
 from famx.base.values import checked, options_named
@@ -334,7 +335,8 @@ class Recipe:
             try:
                 importlib.import_module(module)
             except ImportError as error:
-                raise ConfigError(f"The module {module} cannot be imported: {error}.") from error
+                hint = install_hint(error)
+                raise ConfigError(f"The module {module} cannot be imported: {error}.{hint}") from error
         options = self.options
         if self.vocabulary:
             options = {**(options or {}), "vocabulary": open_vocabulary(self.vocabulary)}
@@ -405,7 +407,7 @@ def seqio_task(
       ConfigError: the task does not exist, the options do not fit it, its files are missing, or it has
         no splits.
     """
-    import seqio
+    seqio = optional_package("seqio", "Caches of SeqIO's tasks", "seqio")
 
     from famx.data.seqio import register_documents, register_text_task
 

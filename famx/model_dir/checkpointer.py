@@ -15,11 +15,10 @@ import pathlib
 import shutil
 import threading
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from flax import serialization, traverse_util
 
@@ -28,15 +27,12 @@ from famx.base.errors import ConfigError
 from famx.base.files import check_writable
 from famx.base.text import byte_size
 from famx.model_dir import digests
-from famx.model_dir.commit import (
-    CUSTOM_METADATA,
-    CommitWithDigests,
-    SaveError,
-    quiet_orbax,
-    save_errors,
-)
+from famx.model_dir.commit import CUSTOM_METADATA, SaveError, quiet_orbax, save_errors
 from famx.model_dir.digests import DamagedCheckpoint
 from famx.model_dir.unreadable import reading_errors
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 SET_ASIDE = "set_aside"  # folder of a MODEL_DIR for checkpoints that are kept but not used
 _STATE, _DATASET = "state", "dataset"
@@ -83,6 +79,10 @@ class Checkpointer:
         async_: bool = True,
         read_only: bool = False,
     ):
+        import orbax.checkpoint as ocp  # slow to import: a run that is refused does without
+
+        from famx.model_dir.digested_commit import CommitWithDigests
+
         check_keep(keep)
         quiet_orbax()
         self.model_dir = pathlib.Path(model_dir)
@@ -120,6 +120,8 @@ class Checkpointer:
         Raises:
             SaveError: this checkpoint or the one before cannot be written; nothing else was changed.
         """
+        import orbax.checkpoint as ocp
+
         step = int(step)
         self.wait()
         if step in self._manager.all_steps():
@@ -154,6 +156,8 @@ class Checkpointer:
             DamagedCheckpoint: what is read is not as it was written, or cannot be read.
             ConfigError: there is no such checkpoint, or its leaves differ in name, shape or dtype.
         """
+        import orbax.checkpoint as ocp
+
         step = self.find(step)
         wanted = _flatten(abstract_tree)
         stored, top = self.leaves(step), {path[0] for path in wanted}
@@ -201,6 +205,8 @@ class Checkpointer:
             DamagedCheckpoint: the checkpoint is not as it was written, or the data state cannot be read.
             ConfigError: there is no such checkpoint.
         """
+        import orbax.checkpoint as ocp
+
         step = self.find(step)
         with self._whole(step, ()):
             if not self._has_data_state(step):
@@ -395,7 +401,9 @@ def _fill(leaf: Any) -> Any:
     return empty if sharding is None else jax.device_put(empty, sharding)
 
 
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+def _restore_args(leaf: Any) -> "ocp.RestoreArgs":
+    import orbax.checkpoint as ocp
+
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)

@@ -1,16 +1,18 @@
 """TensorBoard's event files, which a disk without space leaves short, but does not stop."""
 
+import importlib
 import os
 import pathlib
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
-import tensorboardX
-from tensorboardX import record_writer
+if TYPE_CHECKING:
+    import tensorboardX
 
 _PREFIX = "famx-events"  # of the paths that are opened by `_Opened`
 
 
-def summary_writer(directory: str | os.PathLike, **options: Any) -> tensorboardX.SummaryWriter:
+def summary_writer(directory: str | os.PathLike, **options: Any) -> "tensorboardX.SummaryWriter":
     """A SummaryWriter that leaves out events that cannot be written.
 
     The thread of an ordinary one ends by the error, and further events wait for it for ever.
@@ -19,8 +21,23 @@ def summary_writer(directory: str | os.PathLike, **options: Any) -> tensorboardX
       directory: directory of the event file; made if missing.
       options: options of `SummaryWriter`.
     """
+    _import_without_torch()
+    import tensorboardX
+    from tensorboardX import record_writer
+
     record_writer.register_writer_factory(_PREFIX, _Factory)
     return tensorboardX.SummaryWriter(f"{_PREFIX}:{os.fspath(directory)}", **options)
+
+
+def _import_without_torch() -> None:
+    """Imports tensorboardX, but not torch, which it uses in annotations only: that takes seconds."""
+    if "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # so that importing it is an ImportError
+    try:
+        importlib.import_module("tensorboardX")
+    finally:
+        del sys.modules["torch"]
 
 
 def _path(name: str) -> pathlib.Path:

@@ -128,6 +128,6 @@ def test_options_of_other_mains_exist(block):
 
 def test_extras_that_pages_install_exist():
     setup = (ROOT / "setup.py").read_text()
-    known = re.findall(r'^        "([\w-]+)": [\[T]', setup, re.MULTILINE)
+    known = re.findall(r'^        "([\w-]+)": [\[A-Z]', setup, re.MULTILINE)
     asked = [x for page in PAGES for x in re.findall(r"(?:famx|\.)\[([\w,-]+)\]", page.read_text())]
     assert asked and {name for names in asked for name in names.split(",")} <= set(known)

@@ -275,7 +275,7 @@ if sys.argv[1] == "venv":
 else:
     assert sys.argv[1:6] == ["pip", "install", "--quiet", "--python", "venv/bin/python"], sys.argv
     requirement = sys.argv[6]
-    assert requirement.startswith("famx[tpu] @ file:///"), requirement
+    assert requirement.startswith(("famx[tpu] @ file:///", "famx[tpu,seqio] @ file:///")), requirement
     assert os.path.isfile(requirement.partition("file://")[2]), requirement
 """
 

@@ -57,7 +57,8 @@ def test_a_workload_is_submitted_waited_for_and_deleted(cluster):
     assert flags["command"] == "exec bash run.sh" and flags["base-docker-image"] == "python:3.12"
     assert given(wait)["wait-for-job-completion"] == "fam" and given(delete)["workload"] == "fam"
     stage = cluster / "stage" / "famx-fam"
-    last = (stage / "run.sh").read_text().splitlines()[-1]
+    *_, install, last = (stage / "run.sh").read_text().splitlines()
+    assert install.startswith('pip install --quiet "famx[tpu] @ file://')
     words = "exec python -m famx.train --multiprocess --exit_code_if_stopped=42".split()
     assert shlex.split(last) == [*words, "--gin_bindings=X = 'a b'"]
     assert (stage / "gin_configs" / "runs" / "pretrain.gin").is_file()

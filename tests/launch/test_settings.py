@@ -70,6 +70,7 @@ def test_a_bucket_may_be_given_as_its_address():
         ("tpu", {"labels": {"team": "a b"}}, "The label team=a b of --config.labels must have"),
         ("gke", {"provisioning": "flex_start"}, "--config.provisioning=flex_start is for launch.tpu"),
         ("tpu", {"num_slices": 0}, "--config.num_slices must be at least 1, not 0."),
+        ("tpu", {"extras": "tpu; id"}, "names of extras with commas between them"),
         ("tpu", {"python": "3.12; id"}, "a version such as 3.12"),
         ("gke", {"image": ""}, "Set exactly one of --config.image and --config.base_image."),
         ("gke", {"base_image": "python:3.12"}, "Set exactly one of --config.image and"),

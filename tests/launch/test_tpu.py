@@ -364,7 +364,7 @@ def test_secrets_reach_the_workers_and_nothing_else(cloud, capsys, monkeypatch):
 
 def test_a_dry_run_prints_exactly_what_is_run(cloud, capsys):
     stubs.write(cloud, {"lives": [["ACTIVE"]]})
-    config = make_config(cloud)
+    config = make_config(cloud, extras="tpu,seqio")
     assert launch(config, dry_run=True) == 0
     out = capsys.readouterr().out
     printed = [shlex.split(line[2:]) for line in out.splitlines() if line.startswith("$ ")]
@@ -375,6 +375,7 @@ def test_a_dry_run_prints_exactly_what_is_run(cloud, capsys):
     stage = cloud / "stage"
     assert sorted(files) == sorted(str(path) for path in stage.rglob("*") if path.is_file())
     text = (stage / "famx-fam" / "settings.sh").read_text()
+    assert "EXTRAS=tpu,seqio\n" in text
     assert "".join(f"  | {line}\n" for line in text.splitlines()) in out
 
 

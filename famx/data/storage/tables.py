@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from famx.base.errors import BadData
+from famx.base.packages import optional_package
 from famx.data.storage.paths import listed, matching_files
 from famx.data.storage.unchanged import Unchanged
-from famx.data.vocabularies.base import optional_package
 
 _OPEN_FILES = 64
 _KEPT_BYTES = 2**28

@@ -1,14 +1,11 @@
-"""The base class of vocabularies, and the import of optional packages."""
+"""The base class of vocabularies."""
 
 import functools
 import hashlib
-import importlib
 import json
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any, Self
-
-from famx.base.errors import ConfigError
 
 
 class Vocabulary:
@@ -101,23 +98,3 @@ class Vocabulary:
                     f"Id {i} is not in this vocabulary; ids run from 0 to {self.vocab_size - 1}."
                 )
         return ids
-
-
-def optional_package(name: str, what: str, extra: str = "tokenizers") -> ModuleType:
-    """Import a module of a package that not every installation has.
-
-    Args:
-      name: name of the module.
-      what: what needs it, a plural, for the sentence of the error.
-      extra: the extra of famx that installs it.
-
-    Raises:
-      ConfigError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"{what} need the package '{name.partition('.')[0]}', which is not installed; run "
-            f"pip install 'famx[{extra}]'."
-        ) from error

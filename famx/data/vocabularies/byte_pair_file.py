@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from famx.base.errors import ConfigError
+from famx.base.packages import optional_package
 from famx.base.untrusted import Fields, Name, parse_object, parsed, shown
-from famx.data.vocabularies.base import optional_package
 from famx.data.vocabularies.special_tokens import (
     MOST_SPECIAL,
     MOST_TOKEN,

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.packages import optional_package
 from famx.base.untrusted import shown
-from famx.data.vocabularies.base import optional_package
 
 _VERSIONS = (2, 3)
 # Numbers by their type in the format, as numpy names them.

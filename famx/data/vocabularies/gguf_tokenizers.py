@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from famx.base.errors import ConfigError
+from famx.base.packages import optional_package
 from famx.base.untrusted import Fields, Name, parsed
-from famx.data.vocabularies.base import optional_package
 from famx.data.vocabularies.gguf_file import GgufFile
 from famx.data.vocabularies.special_tokens import MOST_TOKEN, MOST_TOKENS
 from famx.data.vocabularies.tokenizer_config import MOST_TEMPLATE, ROLES, TokenizerConfig

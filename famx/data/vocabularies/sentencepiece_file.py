@@ -2,7 +2,7 @@
 
 import math
 
-from famx.data.vocabularies.base import optional_package
+from famx.base.packages import optional_package
 from famx.data.vocabularies.special_tokens import MOST_TOKEN, MOST_TOKENS
 
 _MOST_NORMALIZER_BYTES = 1 << 24

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from famx.base.errors import ConfigError
-from famx.data.vocabularies.base import optional_package
+from famx.base.packages import optional_package
 
 _PROGRAM = pathlib.Path(__file__).with_name("template_process.py")
 MOST_MEMORY = 1 << 30  # bytes of address space

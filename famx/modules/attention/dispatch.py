@@ -5,13 +5,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from famx.modules.attention import blockwise, cudnn, dense, splash, tokamax
+from famx.modules.attention import blockwise, cudnn, dense, tokamax
 from famx.modules.attention.common import attend_parts
 from famx.modules.attention.over_mesh import BATCH_AXIS, over_mesh
 from famx.modules.backends import WIDTHS, resolve_backend
 from famx.modules.config import DecoderConfig
 
-_KERNELS = {"splash": splash.attention, "cudnn": cudnn.attention, "tokamax": tokamax.attention}
+
+def _splash(*args):
+    from famx.modules.attention import splash  # JAX's Pallas kernels for TPUs are slow to import
+
+    return splash.attention(*args)
+
+
+_KERNELS = {"splash": _splash, "cudnn": cudnn.attention, "tokamax": tokamax.attention}
 
 
 def token_attention(
