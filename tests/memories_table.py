@@ -6,9 +6,7 @@
 
 import importlib
 
-from relay_memory import Relay
-
-from famx.memories import Fam, Infini
+from famx.memories import AutoCompressor, Fam, Infini, Rmt
 from famx.modules import Memory
 
 MEMORIES: dict[str, Memory] = {  # fmt: skip
@@ -20,7 +18,8 @@ MEMORIES: dict[str, Memory] = {  # fmt: skip
     ),
     "infini": Infini(),
     "infini with the delta rule": Infini(delta=True, gate_init=1.0),
-    "relay": Relay(2),
+    "rmt": Rmt(2),
+    "auto compressor": AutoCompressor(2, most=2),
 }
 REMEMBERING = {name: memory for name, memory in MEMORIES.items() if memory.exists}
 SIDE_BY_SIDE = {name: m for name, m in REMEMBERING.items() if not m.through_depth}
@@ -38,5 +37,9 @@ def oracle_of(memory: Memory):
     """The numpy oracle of a decoder with this memory, or None if there is none."""
     from modules.infini_oracle import InfiniOracle
     from modules.oracle import Oracle
+    from modules.summaries_oracle import SummariesOracle
 
-    return {"none": Oracle, "fam": Oracle, "infini": InfiniOracle}.get(memory.kind)
+    return {
+        "none": Oracle, "fam": Oracle, "infini": InfiniOracle, "rmt": SummariesOracle,
+        "auto_compressor": SummariesOracle,
+    }.get(memory.kind)  # fmt: skip

@@ -1,6 +1,8 @@
 """Memories of a decoder, each in a file of its own; `famx.modules.memory` is their base."""
 
+from famx.memories.auto_compressor import AutoCompressor
 from famx.memories.fam import Fam
 from famx.memories.infini import Infini
+from famx.memories.rmt import Rmt
 
-__all__ = ["Fam", "Infini"]
+__all__ = ["AutoCompressor", "Fam", "Infini", "Rmt"]

@@ -111,9 +111,9 @@ class Fam(Memory):
 
     # The four moments; tokens attend to the columns by the layer's own softmax (`Memory.attend`).
 
-    def prompt(self, parameters, config):
-        wide = jnp.promote_types(config.dtype, jnp.float32)
-        return None if parameters is None else parameters().astype(wide)
+    def prompt(self, decoder):
+        wide = jnp.promote_types(decoder.config.dtype, jnp.float32)
+        return None if decoder.memory is None else decoder.memory().astype(wide)
 
     def start(self, layer, climb, here):
         if climb is None:

@@ -166,6 +166,11 @@ class DecoderConfig:
         _one_of(self, "param_dtype", ("float32", "bfloat16", "float64"))
         _one_of(self, "remat", REMAT_POLICIES)
         _one_of(self, "attention_backend", ATTENTION_BACKENDS)
+        _require(
+            self.attention_softcap is None or not self.memory.masks_columns,
+            f"attention_softcap does not go with a memory of the kind {self.memory.kind!r}, whose columns"
+            " fill up: a softcap would bring hidden ones back.",
+        )
         for sentence in (self.memory.check(self), refusal(self, self.attention_backend)):
             _require(sentence is None, sentence)
 

@@ -84,7 +84,7 @@ class Decoder(nn.Module):
     def initial_state(self, batch_size: int) -> DecoderState:
         """The state before the first token, for `batch_size` examples."""
         c = self.config
-        climb = c.memory.prompt(self.memory, c)
+        climb = c.memory.prompt(self)
         zero = jnp.zeros((1,), jnp.int32)
         context = ChunkContext(zero, zero, zero)
         if c.memory.through_depth:
@@ -347,7 +347,7 @@ class Decoder(nn.Module):
         if not rule.through_depth:
             return None
         memory = jax.tree.map(lambda m: m[0], state.memory)
-        return rule.enter(self.memory, memory, self.config)
+        return rule.enter(self, memory)
 
     def _by_layer(self, state: DecoderState):
         """`(memory, keys, values)`, layers first; no memory if it is `through_depth`."""
@@ -357,7 +357,7 @@ class Decoder(nn.Module):
     def _made(self, climb, state: DecoderState):
         """The memory `through_depth` after a full block, from the `climb` of the last layer."""
         memory = jax.tree.map(lambda m: m[0], state.memory)
-        made = self.config.memory.leave(self.memory, climb[1], memory, self.config)
+        made = self.config.memory.leave(self, climb[1], memory)
         return jax.tree.map(lambda m: m[None], made)
 
     def _here(self, state: DecoderState) -> ChunkContext:

@@ -140,7 +140,7 @@ class Layer(nn.Module):
         if opened.keys is None:
             opened = opened.replace(keys=_no_columns(k), values=_no_columns(v))
         else:
-            opened = opened.replace(keys=bias_keys(opened.keys, True))
+            opened = opened.replace(keys=bias_keys(opened.keys, True, opened.visible))
             mass = lambda: memory_mass(bias_query(q), seen, opened.keys, first, c)
             self.keep(MASS, "tokens_on_memory", mass)
         self.keep(INPUTS, "queries", lambda: bias_query(q)[:, 0])
@@ -248,7 +248,7 @@ class Layer(nn.Module):
             return jnp.pad(x, [(0, 0), (0, unused), (0, 0), (0, 0)]).swapaxes(1, 2)
 
         parts = with_columns(opened.keys, keys), with_columns(opened.values, values)
-        return climb, TokenWindow(*parts, opened.extra)
+        return climb, TokenWindow(*parts, opened.visible, opened.extra)
 
     def read_tokens(self, x, window: TokenWindow, context: ChunkContext):
         """`W` tokens that stay within each example's block: `[B, W, D] -> [B, W, D]`.
@@ -272,6 +272,9 @@ class Layer(nn.Module):
         columns, block = jnp.arange(window.keys.shape[-2]), windows.columns_before(c)
         written = columns < block + context.start[:, None, None]
         seen = visible(c, rows[..., None], columns, missing) & written
+        if window.visible is not None:
+            rest = seen.shape[-1] - window.visible.shape[-1]
+            seen &= jnp.pad(window.visible, [(0, 0), (0, rest)], constant_values=True)[:, None]
         parts = (
             (window.keys, window.values, seen[:, None, None]),
             (k.swapaxes(1, 2), v.swapaxes(1, 2), visible(c, index[:, None], block + index, 0)),

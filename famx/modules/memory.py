@@ -35,12 +35,14 @@ class Opened:
     Attributes:
       keys, values: columns `[B, N, K, Dh]` that every token of the block attends to, in one softmax
         with its window; `N` is `Memory.columns`. None: no columns.
+      visible: which columns are seen, bool `[B, N]`, of a memory that `masks_columns`; else None.
       extra: any pytree, leaves `[B, ...]`, that `Memory.attend` reads from `Tokens.extra`.
       held: any pytree that `Memory.close` reads; tokens do not see it.
     """
 
     keys: Any = None
     values: Any = None
+    visible: Any = None
     extra: Any = None
     held: Any = None
 
@@ -80,11 +82,15 @@ class Memory:
     and, while text is written, before `close`. `open` and `close` together call each projection of the
     layer at most once, unless the memory is `through_depth` (`famx.modules.deferred`).
 
+    `prompt`, `enter` and `leave` get the bound `Decoder`: `memory`, the module that `parameters` made,
+    `config` and `final_norm`.
+
     Class attributes:
       kind: name in model.json and in error messages; each subclass has its own.
       through_depth: see above; such a memory sets neither of the two attributes below.
       attends: whether the memory itself attends, with `queries`, to its columns and the block in
         `close`; attention maps then show it.
+      masks_columns: whether `open` says which columns are seen, for a memory that fills up.
       closes_oldest: whether `close` takes the block that leaves the window, `M` blocks before the one
         just filled, so that no token is in the window and in the memory at once.
     """
@@ -92,6 +98,7 @@ class Memory:
     kind: ClassVar[str] = "none"
     through_depth: ClassVar[bool] = False
     attends: ClassVar[bool] = False
+    masks_columns: ClassVar[bool] = False
     closes_oldest: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
@@ -147,8 +154,8 @@ class Memory:
 
     # The four moments.
 
-    def prompt(self, parameters, config) -> Any:
-        """The `climb` of `start` in the first layer; `parameters`: the bound module of that name."""
+    def prompt(self, decoder) -> Any:
+        """The `climb` of `start` in the first layer, from the bound decoder."""
         return None
 
     def start(self, layer, climb, here) -> tuple[Any, Any]:
@@ -158,11 +165,11 @@ class Memory:
         """
         return climb, None
 
-    def enter(self, parameters, memory, config) -> tuple[Any, Any]:
+    def enter(self, decoder, memory) -> tuple[Any, Any]:
         """First values of `climb` for `open` and for `close`, from the memory of the whole model."""
         return memory, memory
 
-    def leave(self, parameters, climb, memory, config) -> Any:
+    def leave(self, decoder, climb, memory) -> Any:
         """The memory of the whole model after a block, from the `climb` of the last layer's `close`."""
         return climb
 

@@ -94,11 +94,13 @@ class TokenWindow:
       keys, values: of the memory's columns, the past blocks and the block's own tokens,
         `[layers, B, K, X, Dh]` with `X` of `column_count`; all but the own stay the same until the
         block is full.
+      visible: `Opened.visible` of the block, `[layers, B, N]`, or None.
       extra: `Opened.extra` of the block, leaves `[layers, B, ...]`.
     """
 
     keys: jax.Array
     values: jax.Array
+    visible: Any = None
     extra: Any = None
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from famx.modules.config import DecoderConfig
 
 MASKED = -1e30
+_HIDDEN = -1e9  # added to the scores of hidden columns; products with it are finite in bfloat16
 # Name, for rematerialisation policies, of a kernel's output and log-sum-exp: where these are kept, the
 # backward pass does not run the kernel again.
 ATTENTION_RESULT = "attention_result"
@@ -47,32 +48,45 @@ def softcap(scores, cap):
 
 
 def bias_dimensions(bias, config: DecoderConfig):
-    """Functions that add a bias per head to the scores of the memory's columns, in every backend.
+    """Functions that change or mask the scores of the memory's columns, in every backend.
 
-    Queries and keys get two dimensions more: the bias in those of the queries, ones in those of the
-    memory's keys and zeros in those of all other keys. So no kernel needs to know of the bias or of its
-    gradient. The second dimension holds what the compute dtype rounds off in the first.
+    For a bias per head, queries and keys get two dimensions more: the bias in those of the queries, ones
+    in those of the memory's keys and zeros in those of all other keys. So no kernel needs to know of the
+    bias or of its gradient. The second dimension holds what the compute dtype rounds off in the first. For
+    a memory that `masks_columns` they get another one, which lowers the scores of hidden columns until
+    their weight is zero.
 
     Args:
-      bias: `[H]`, added to the scores before a softcap; None: the functions change nothing.
-      config: `DecoderConfig`, of which the scale is used.
+      bias: `[H]`, added to the scores before a softcap, or None.
+      config: `DecoderConfig`, of which the scale and whether columns are masked are used.
 
     Returns:
-      A function of queries `[..., H, Dh]`, and one of keys `[..., K, Dh]` and whether they are the
-      memory's.
+      A function of queries `[..., H, Dh]`, and one of keys `[..., K, Dh]`, whether they are the memory's,
+      and which of them are visible, bool `[...]` or None for all. They change nothing if there is neither
+      a bias nor a mask.
     """
-    if bias is None:
-        return (lambda q: q), (lambda keys, of_memory: keys)
+    masks = config.memory.masks_columns
 
     def bias_query(q):
-        wide = bias.astype(jnp.promote_types(q.dtype, jnp.float32)) / config.query_scale
-        high = wide.astype(q.dtype)
-        both = jnp.stack([high, (wide - high).astype(q.dtype)], axis=-1)
-        return jnp.concatenate([q, jnp.broadcast_to(both, (*q.shape[:-1], 2))], axis=-1)
+        more = []
+        if bias is not None:
+            wide = bias.astype(jnp.promote_types(q.dtype, jnp.float32)) / config.query_scale
+            high = wide.astype(q.dtype)
+            more += [high, (wide - high).astype(q.dtype)]
+        if masks:
+            more.append(jnp.full(q.shape[-2:-1], _HIDDEN / config.query_scale, q.dtype))
+        if not more:
+            return q
+        more = jnp.stack(more, axis=-1)
+        return jnp.concatenate([q, jnp.broadcast_to(more, (*q.shape[:-1], more.shape[-1]))], axis=-1)
 
-    def bias_keys(keys, of_memory):
-        both = jnp.full((*keys.shape[:-1], 2), of_memory, keys.dtype)
-        return jnp.concatenate([keys, both], axis=-1)
+    def bias_keys(keys, of_memory, seen=None):
+        more = [] if bias is None else [jnp.full((*keys.shape[:-1], 2), of_memory, keys.dtype)]
+        if masks:
+            hidden = jnp.zeros(keys.shape[:-2], bool) if seen is None else ~seen
+            hidden = jnp.broadcast_to(hidden[..., None, None], (*keys.shape[:-1], 1))
+            more.append(hidden.astype(keys.dtype))
+        return jnp.concatenate([keys, *more], axis=-1) if more else keys
 
     return bias_query, bias_keys
 
