@@ -52,9 +52,9 @@ def bias_dimensions(bias, config: DecoderConfig):
 
     For a bias per head, queries and keys get two dimensions more: the bias in those of the queries, ones
     in those of the memory's keys and zeros in those of all other keys. So no kernel needs to know of the
-    bias or of its gradient. The second dimension holds what the compute dtype rounds off in the first. For
-    a memory that `masks_columns` they get another one, which lowers the scores of hidden columns until
-    their weight is zero.
+    bias or of its gradient. The second dimension holds what the compute dtype rounds off in the first.
+    For a memory that `masks_columns` they get another one, which lowers the scores of hidden columns
+    until their weight is zero.
 
     Args:
       bias: `[H]`, added to the scores before a softcap, or None.
