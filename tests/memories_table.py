@@ -19,7 +19,7 @@ MEMORIES: dict[str, Memory] = {  # fmt: skip
     "infini": Infini(),
     "infini with the delta rule": Infini(delta=True, gate_init=1.0),
     "rmt": Rmt(2),
-    "auto compressor": AutoCompressor(2, most=2),
+    "auto compressor": AutoCompressor(2, most=2, stop_after=0),
 }
 REMEMBERING = {name: memory for name, memory in MEMORIES.items() if memory.exists}
 SIDE_BY_SIDE = {name: m for name, m in REMEMBERING.items() if not m.through_depth}

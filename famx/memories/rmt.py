@@ -22,8 +22,8 @@ class Rmt(Memory):
 
     What the paper leaves open, or its codes do differently from each other: the rows that are read see
     each other both ways, and so do those that are written (as in the paper; a later code has a causal
-    mask); positions are the places in the order rows, block, rows; the memory has passed the final norm, as
-    in the authors' code for GPT-2. With a window beside it, the rows do not see the past blocks.
+    mask); positions are the places in the order rows, block, rows; the memory has passed the final norm,
+    as in the authors' code for GPT-2. With a window beside it, the rows do not see the past blocks.
 
     Attributes:
       length: `N`; the paper has 10 to 25, and more than 10 adds little.
