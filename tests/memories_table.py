@@ -6,7 +6,7 @@
 
 import importlib
 
-from famx.memories import AutoCompressor, Fam, Infini, Rmt
+from famx.memories import AutoCompressor, Fam, Infini, KeyValueMeans, Rmt
 from famx.modules import Memory
 
 MEMORIES: dict[str, Memory] = {  # fmt: skip
@@ -19,6 +19,8 @@ MEMORIES: dict[str, Memory] = {  # fmt: skip
     "infini": Infini(),
     "infini with the delta rule": Infini(delta=True, gate_init=1.0),
     "rmt": Rmt(2),
+    "means": KeyValueMeans(3),
+    "growing means": KeyValueMeans(11, budget="root", scale=1.5),
     "auto compressor": AutoCompressor(2, most=2, stop_after=0),
 }
 REMEMBERING = {name: memory for name, memory in MEMORIES.items() if memory.exists}
@@ -36,10 +38,11 @@ def add(description: str):
 def oracle_of(memory: Memory):
     """The numpy oracle of a decoder with this memory, or None if there is none."""
     from modules.infini_oracle import InfiniOracle
+    from modules.means_oracle import MeansOracle
     from modules.oracle import Oracle
     from modules.summaries_oracle import SummariesOracle
 
     return {
         "none": Oracle, "fam": Oracle, "infini": InfiniOracle, "rmt": SummariesOracle,
-        "auto_compressor": SummariesOracle,
+        "auto_compressor": SummariesOracle, "key_value_means": MeansOracle,
     }.get(memory.kind)  # fmt: skip

@@ -5,6 +5,7 @@ Comments use the paper's letters: `I` input, `A` after attention, `O` output. `D
 """
 
 import functools
+import operator
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ from famx.modules import deferred, rope
 from famx.modules import window as windows
 from famx.modules.attention import (
     attend_apart,
-    bias_dimensions,
+    column_dimensions,
     memory_mass,
     token_attention,
     visible,
@@ -110,7 +111,7 @@ class Layer(nn.Module):
 
     # Whole chunks.
 
-    def read_chunk(self, x, climb, memory, keys, values, context: ChunkContext):
+    def read_chunk(self, x, climb, memory, keys, values, features, context: ChunkContext):
         """Algorithm 2 for `C` blocks at once.
 
         Args:
@@ -119,10 +120,11 @@ class Layer(nn.Module):
             memory `through_depth`; else None.
           memory: the layer's memory before the chunk, leaves `[B, ...]`.
           keys, values: the window before the chunk `[B, M + 1, S, K, Dh]`, as in `DecoderState`.
+          features: what the memory keeps of its tokens, likewise, or None.
           context: positions of the blocks.
 
         Returns:
-          `O` `[P * B, C, S, D]`, then `climb`, `memory`, `keys` and `values` after the chunk.
+          `O` `[P * B, C, S, D]`, then `climb`, `memory`, `keys`, `values`, `features` after the chunk.
         """
         c, past, size = self.config, self.config.memory_segments, self.config.block_size
         batch, first = keys.shape[0], context.first_block
@@ -131,38 +133,43 @@ class Layer(nn.Module):
         angle = self.angles(positions.reshape(-1, x.shape[1], size), context)
         plain, k, v = self.project(x)
         q, k = rope.rotate(plain, angle), rope.rotate(k, angle)
-        k, v = windows.merge(k, keys, context, size), windows.merge(v, values, context, size)
+        held = keys, values, features
+        merge = lambda new, old: windows.merge(new, old, context, size)
+        new = jax.tree.map(merge, (k, v, c.memory.features(self, x)), held)
         with_past = lambda new, old: jnp.concatenate([windows.before(new, old, past), new], axis=1)
-        keys, values = with_past(k, keys), with_past(v, values)
-        climb, memory, opened = self._remember(climb, memory, (k, v), (keys, values), context)
-        bias_query, bias_keys = bias_dimensions(c.memory.column_bias(self), c)
-        seen = bias_keys(keys, False)
+        window = jax.tree.map(with_past, new, held)
+        climb, memory, opened = self._remember(climb, memory, new, window, context)
+        (k, _, _), (keys, values, _) = new, window
+        widen_query, widen_keys = column_dimensions(c.memory.column_bias(self), c)
+        seen = widen_keys(keys, False)
         if opened.keys is None:
             opened = opened.replace(keys=_no_columns(k), values=_no_columns(v))
         else:
-            opened = opened.replace(keys=bias_keys(opened.keys, True, opened.visible))
-            mass = lambda: memory_mass(bias_query(q), seen, opened.keys, first, c)
+            opened = opened.replace(keys=widen_keys(opened.keys, True, opened.visible))
+            mass = lambda: memory_mass(widen_query(q, plain), seen, opened.keys, first, c)
             self.keep(MASS, "tokens_on_memory", mass)
-        self.keep(INPUTS, "queries", lambda: bias_query(q)[:, 0])
+        self.keep(INPUTS, "queries", lambda: widen_query(q, plain)[:, 0])
         self.keep(INPUTS, "keys", lambda: seen[:, : past + 1])
         self.keep(INPUTS, "memory_keys", lambda: opened.keys[:, 0])
-        attend = lambda query: token_attention(
-            bias_query(query), seen, values, opened.keys, opened.values, first, c,
+        attend = lambda query, plain=plain: token_attention(
+            widen_query(query, plain), seen, values, opened.keys, opened.values, first, c,
             windows.batch_axis(x.shape[0] // batch),
         )  # fmt: skip
         out = self.finish(x, c.memory.attend(self, Tokens(x, q, plain, attend, opened.extra), context))
-        keys, values = (windows.after(y, batch, context, past, size) for y in (keys, values))
-        return out, climb, memory, keys, values
+        after = lambda y: windows.after(y, batch, context, past, size)
+        return out, climb, memory, *jax.tree.map(after, window)
 
     def _remember(self, climb, memory, new, window, context: ChunkContext):
         """`(climb, memory)` after the chunk, and `Opened` of its blocks, leaves `[P * B, C, ...]`.
 
-        `new` are the chunk's keys and values, `window` also has the `M` blocks before each shard.
+        `new` are the chunk's keys, values and features, `window` also has the `M` blocks before each
+        shard.
         """
         c, blocks = self.config, new[0].shape[1]
         lag = c.memory_segments if c.memory.closes_oldest else 0
         index = context.first_block[:, None] + jnp.arange(blocks) - lag
-        to_close = Block(*(tuple(y[:, :blocks] for y in window) if lag else new), index)
+        keys, values, features = jax.tree.map(lambda y: y[:, :blocks], window) if lag else new
+        to_close = Block(keys, values, index, features)
         if not c.memory.through_depth:
             return climb, *c.memory.scan(self, memory, to_close, context)
         block = jax.tree.map(lambda y: y[:, 0], to_close)
@@ -180,11 +187,12 @@ class Layer(nn.Module):
     def scan_memory(self, memory, blocks: Block, context: ChunkContext):
         """Updates the memory block by block, the only sequential part of a layer; see `Memory.scan`."""
         index = jnp.arange(blocks.keys.shape[1])
-        xs = (index, *(y.swapaxes(0, 1) for y in (blocks.keys, blocks.values, blocks.index)))
+        xs = index, jax.tree.map(lambda y: y.swapaxes(0, 1), blocks)
         if self.is_initializing():  # this creates variables, which a scan cannot
             opened = []
             for i in index:
-                memory, of_block = self.memory_step(memory, tuple(x[i] for x in xs), context)
+                x = jax.tree.map(operator.itemgetter(i), xs)
+                memory, of_block = self.memory_step(memory, x, context)
                 opened.append(of_block)
             return memory, jax.tree.map(lambda *x: jnp.stack(x, axis=1), *opened)
         # Shards take turns. All compute at once; what a shard computes ahead of its turn is discarded.
@@ -209,12 +217,12 @@ class Layer(nn.Module):
     def memory_step(self, memory, xs, context: ChunkContext):
         """The memory after one block, and `Opened` of that block.
 
-        `xs`: index in the chunk, and the fields of the `Block` that closes.
+        `xs`: index in the chunk, and the `Block` that closes.
         """
-        number, *block = xs
+        number, block = xs
         here = context.block(number)
         _, opened = self.config.memory.open(self, None, memory, here)
-        new = self._close(memory, opened, Block(*block), here)
+        new = self._close(memory, opened, block, here)
         complete = context.complete(self.config.block_size)
         if complete is not None:
             new = where_examples(number < complete, new, memory)
@@ -232,7 +240,7 @@ class Layer(nn.Module):
 
     # Tokens within an incomplete block.
 
-    def open_window(self, climb, memory, keys, values, context: ChunkContext):
+    def open_window(self, climb, memory, keys, values, features, context: ChunkContext):
         """What the tokens of a block read, heads first, from a state's `memory`, `keys`, `values`.
 
         Returns:
@@ -259,7 +267,8 @@ class Layer(nn.Module):
           context: positions of the blocks; `start` is the first token's slot.
 
         Returns:
-          `O`, and the tokens' `(keys, values)` `[B, W, K, Dh]`, which the window does not hold yet.
+          `O`, and the tokens' `(keys, values)` `[B, W, K, Dh]`, which the window does not hold yet, with
+          their features.
         """
         c, index = self.config, jnp.arange(x.shape[1])
         rows = context.start[:, None] + index
@@ -279,15 +288,17 @@ class Layer(nn.Module):
             (window.keys, window.values, seen[:, None, None]),
             (k.swapaxes(1, 2), v.swapaxes(1, 2), visible(c, index[:, None], block + index, 0)),
         )
-        attend = lambda query: attend_apart(query, parts, c, c.memory.column_bias(self))
+        bias = c.memory.column_bias(self)
+        attend = lambda query, plain=plain: attend_apart(query, parts, c, bias, plain)
         attention = c.memory.attend(self, Tokens(x, q, plain, attend, window.extra), context)
-        return self.finish(x, attention), (k, v)
+        return self.finish(x, attention), (k, v, c.memory.features(self, x))
 
-    def complete_block(self, climb, memory, keys, values, context: ChunkContext):
-        """`(climb, memory)` after the block of `context` became full; keys, values are a state's."""
+    def complete_block(self, climb, memory, keys, values, features, context: ChunkContext):
+        """`(climb, memory)` after the block of `context` became full; the rest is a state's."""
         rule = self.config.memory
         slot, lag = (0, self.config.memory_segments) if rule.closes_oldest else (-1, 0)
-        block = Block(keys[:, slot], values[:, slot], context.first_block - lag)
+        keys, values, features = jax.tree.map(lambda y: y[:, slot], (keys, values, features))
+        block = Block(keys, values, context.first_block - lag, features)
         if rule.through_depth:
             return self._climb(climb, memory, block, context)[0], memory
         _, opened = rule.open(self, None, memory, context)

@@ -55,11 +55,13 @@ class Block:
       keys: rotated keys `[B, S, K, Dh]`; `Layer.unrotate(keys, index, here)` inverts the rotation.
       values: values `[B, S, K, Dh]`, which are never rotated.
       index: index of the block in each example's sequence, int32 `[B]`.
+      features: `Memory.features` of its tokens `[B, S, *F]`; None: the memory has none.
     """
 
     keys: jax.Array
     values: jax.Array
     index: jax.Array
+    features: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Memory:
       attends: whether the memory itself attends, with `queries`, to its columns and the block in
         `close`; attention maps then show it.
       masks_columns: whether `open` says which columns are seen, for a memory that fills up.
+      plain_columns: whether the columns are compared with queries before their rotation, so that no
+        position plays a part; the columns are then not rotated either.
       closes_oldest: whether `close` takes the block that leaves the window, `M` blocks before the one
         just filled, so that no token is in the window and in the memory at once.
     """
@@ -99,6 +103,7 @@ class Memory:
     through_depth: ClassVar[bool] = False
     attends: ClassVar[bool] = False
     masks_columns: ClassVar[bool] = False
+    plain_columns: ClassVar[bool] = False
     closes_oldest: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
@@ -127,6 +132,10 @@ class Memory:
     def has_column_bias(self) -> bool:
         """Whether `column_bias` is not None."""
         return False
+
+    def feature_shape(self, config) -> tuple[int, ...] | None:
+        """Shape `F` of what `features` gives for a token; None: nothing."""
+        return None
 
     @property
     def exists(self) -> bool:
@@ -181,6 +190,18 @@ class Memory:
         """What the scores of the columns are raised by, in every query head, `[H]`; None: nothing."""
         return None
 
+    def features(self, layer, x) -> Any:
+        """What `close` needs of each token besides keys and values, with which it is kept in the window.
+
+        Args:
+          layer: the bound layer.
+          x: the layer's input `[..., D]`.
+
+        Returns:
+          `[..., *F]` in the compute dtype, with the shape `F` of `feature_shape`, or None.
+        """
+        return None
+
     def attend(self, layer, tokens, here):
         """Attention of tokens before the output projection, `[..., H, Dh]`.
 
@@ -217,6 +238,11 @@ class Memory:
     def axes(self) -> Any:
         """Logical axes of the memory's leaves without layers and batch: a pytree of tuples of names."""
         return None
+
+    @property
+    def feature_axes(self) -> tuple[str, ...]:
+        """Logical axes of `feature_shape`."""
+        return ()
 
     def queries(self, opened: Opened):
         """Queries `[B, N, H, Dh]` of a memory that `attends`, which see its columns and the block."""

@@ -112,15 +112,15 @@ class Tokens:
       input: the layer's input `[..., D]`.
       query: rotated queries `[..., H, Dh]`.
       plain_query: queries before the rotation; they cost nothing if unused.
-      attend: function from rotated queries to attention `[..., H, Dh]`, in one softmax over the window
-        and the memory's columns.
+      attend: function from rotated queries, and if the memory has `plain_columns` those before the
+        rotation, to attention `[..., H, Dh]`, in one softmax over the window and the memory's columns.
       extra: `Opened.extra`, leaves `[B, C, ...]` or `[B, ...]`.
     """
 
     input: jax.Array
     query: jax.Array
     plain_query: jax.Array
-    attend: Callable[[jax.Array], jax.Array]
+    attend: Callable[..., jax.Array]
     extra: Any
 
 

@@ -8,7 +8,7 @@ from famx.modules.attention.common import (
     attend,
     attend_apart,
     attend_parts,
-    bias_dimensions,
+    column_dimensions,
     softcap,
     visible,
 )
@@ -23,7 +23,7 @@ __all__ = [
     "attend_all",
     "attend_apart",
     "attend_parts",
-    "bias_dimensions",
+    "column_dimensions",
     "memory_mass",
     "softcap",
     "token_attention",

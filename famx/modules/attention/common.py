@@ -47,27 +47,30 @@ def softcap(scores, cap):
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def bias_dimensions(bias, config: DecoderConfig):
+def column_dimensions(bias, config: DecoderConfig):
     """Functions that change or mask the scores of the memory's columns, in every backend.
 
     For a bias per head, queries and keys get two dimensions more: the bias in those of the queries, ones
     in those of the memory's keys and zeros in those of all other keys. So no kernel needs to know of the
     bias or of its gradient. The second dimension holds what the compute dtype rounds off in the first.
     For a memory that `masks_columns` they get another one, which lowers the scores of hidden columns
-    until their weight is zero.
+    until their weight is zero. For one with `plain_columns` they get `Dh` more, in which queries before
+    their rotation meet the memory's keys, while the rest of these keys is zero.
 
     Args:
       bias: `[H]`, added to the scores before a softcap, or None.
-      config: `DecoderConfig`, of which the scale and whether columns are masked are used.
+      config: `DecoderConfig`, of which the scale and the memory are used.
 
     Returns:
-      A function of queries `[..., H, Dh]`, and one of keys `[..., K, Dh]`, whether they are the memory's,
-      and which of them are visible, bool `[...]` or None for all. They change nothing if there is neither
-      a bias nor a mask.
+      A function of queries `[..., H, Dh]`, rotated and as they were before, and one of keys `[..., K,
+      Dh]`, whether they are the memory's, and which of them are visible, bool `[...]` or None for all.
+      They change nothing for a memory that needs none of this.
     """
-    masks = config.memory.masks_columns
+    masks, plain_columns = config.memory.masks_columns, config.memory.plain_columns
 
-    def bias_query(q):
+    def widen_query(q, plain=None):
+        if plain_columns:
+            q = jnp.concatenate([q, plain], axis=-1)
         more = []
         if bias is not None:
             wide = bias.astype(jnp.promote_types(q.dtype, jnp.float32)) / config.query_scale
@@ -80,7 +83,10 @@ def bias_dimensions(bias, config: DecoderConfig):
         more = jnp.stack(more, axis=-1)
         return jnp.concatenate([q, jnp.broadcast_to(more, (*q.shape[:-1], more.shape[-1]))], axis=-1)
 
-    def bias_keys(keys, of_memory, seen=None):
+    def widen_keys(keys, of_memory, seen=None):
+        if plain_columns:
+            none = jnp.zeros_like(keys)
+            keys = jnp.concatenate([none, keys] if of_memory else [keys, none], axis=-1)
         more = [] if bias is None else [jnp.full((*keys.shape[:-1], 2), of_memory, keys.dtype)]
         if masks:
             hidden = jnp.zeros(keys.shape[:-2], bool) if seen is None else ~seen
@@ -88,7 +94,7 @@ def bias_dimensions(bias, config: DecoderConfig):
             more.append(hidden.astype(keys.dtype))
         return jnp.concatenate([keys, *more], axis=-1) if more else keys
 
-    return bias_query, bias_keys
+    return widen_query, widen_keys
 
 
 def attend(q, keys, values, mask, config: DecoderConfig):
@@ -107,23 +113,32 @@ def attend(q, keys, values, mask, config: DecoderConfig):
     return attend_parts(q, ((heads_first(keys), heads_first(values), mask),), config)
 
 
-def attend_apart(q, parts, config: DecoderConfig, bias=None):
+def attend_apart(q, parts, config: DecoderConfig, bias=None, plain=None):
     """`attend_parts` without the probabilities, for few queries: nothing as wide as a part is copied.
 
     Scores are `[..., K, G * Q, X]`, rows of a matrix product, and their sum divides its result. `bias`
-    `[H]` is added to the scores of the memory's columns, the first `N` of the first part.
+    `[H]` is added to the scores of the memory's columns, the first `N` of the first part, and `plain`,
+    queries before their rotation, are compared with the columns of a memory with `plain_columns`.
     """
-    groups = config.num_kv_heads
-    q = jnp.moveaxis(q.reshape(q.shape[:-2] + (groups, -1, q.shape[-1])), -4, -2)
+    groups, n = config.num_kv_heads, config.memory_columns
+    by_group = lambda q: jnp.moveaxis(q.reshape(q.shape[:-2] + (groups, -1, q.shape[-1])), -4, -2)
+    q = by_group(q)
     shape, wide = q.shape, jnp.promote_types(q.dtype, jnp.float32)
     rows = q.reshape(shape[:-3] + (-1, shape[-1]))
+    product = lambda rows, keys: jnp.matmul(
+        rows, jnp.swapaxes(keys, -1, -2), preferred_element_type=wide
+    )
     scores = []
     for keys, _, mask in parts:
-        score = jnp.matmul(rows, jnp.swapaxes(keys, -1, -2), preferred_element_type=wide)
+        if config.memory.plain_columns and not scores:
+            on_columns = product(by_group(plain).reshape(rows.shape), keys[..., :n, :])
+            score = jnp.concatenate([on_columns, product(rows, keys[..., n:, :])], axis=-1)
+        else:
+            score = product(rows, keys)
         score = score.reshape(shape[:-1] + score.shape[-1:]) * config.query_scale
         if bias is not None and not scores:
             of_heads = bias.astype(wide).reshape(groups, -1, 1, 1)
-            score += jnp.where(jnp.arange(score.shape[-1]) < config.memory_columns, of_heads, 0)
+            score += jnp.where(jnp.arange(score.shape[-1]) < n, of_heads, 0)
         score = softcap(score, config.attention_softcap)
         scores.append(score if mask is None else jnp.where(mask, score, MASKED))
     highest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
