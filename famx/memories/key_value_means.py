@@ -2,8 +2,8 @@
 
 Per key/value head the memory has rows of summed keys `sK`, summed values `sV` and the norm `rho` that
 their value keeps. A block that leaves the window first fills free rows with those of its tokens that are
-least like any row; each of the others is added to the row that it is most like. Tokens see the rows and the
-window in one softmax, the rows as `Khat = LN(sK)` and `Vhat = rho sV / |sV|`.
+least like any row; each of the others is added to the row that it is most like. Tokens see the rows and
+the window in one softmax, the rows as `Khat = LN(sK)` and `Vhat = rho sV / |sV|`.
 """
 
 import dataclasses

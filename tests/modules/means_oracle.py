@@ -77,7 +77,9 @@ class MeansOracle(Oracle):
         for h in range(self.c.num_heads):
             scores, read = [], []
             for row in memory.heads[h // group]:
-                scores.append(w["memory"]["on_rows"][h] * plain[h] @ self.layer_norm(w["memory"], row["key"]))
+                scores.append(
+                    w["memory"]["on_rows"][h] * plain[h] @ self.layer_norm(w["memory"], row["key"])
+                )
                 read.append(row["norm"] * row["value"] / np.linalg.norm(row["value"]))
             for there in range(len(keys)):
                 if self.sees(here, there):
