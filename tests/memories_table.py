@@ -6,7 +6,7 @@
 
 import importlib
 
-from famx.memories import AutoCompressor, Fam, Infini, KeyValueMeans, Rmt
+from famx.memories import AutoCompressor, Fam, Infini, KeyValueMeans, Landmark, Rmt
 from famx.modules import Memory
 
 MEMORIES: dict[str, Memory] = {  # fmt: skip
@@ -21,6 +21,8 @@ MEMORIES: dict[str, Memory] = {  # fmt: skip
     "rmt": Rmt(2),
     "means": KeyValueMeans(3),
     "growing means": KeyValueMeans(11, budget="root", scale=1.5),
+    "landmark": Landmark(piece=2, pieces=3),
+    "landmark, the best": Landmark(piece=4, pieces=3, top=1),
     "auto compressor": AutoCompressor(2, most=2, stop_after=0),
 }
 REMEMBERING = {name: memory for name, memory in MEMORIES.items() if memory.exists}
@@ -38,6 +40,7 @@ def add(description: str):
 def oracle_of(memory: Memory):
     """The numpy oracle of a decoder with this memory, or None if there is none."""
     from modules.infini_oracle import InfiniOracle
+    from modules.landmark_oracle import LandmarkOracle
     from modules.means_oracle import MeansOracle
     from modules.oracle import Oracle
     from modules.summaries_oracle import SummariesOracle
@@ -45,4 +48,5 @@ def oracle_of(memory: Memory):
     return {
         "none": Oracle, "fam": Oracle, "infini": InfiniOracle, "rmt": SummariesOracle,
         "auto_compressor": SummariesOracle, "key_value_means": MeansOracle,
+        "landmark": LandmarkOracle,
     }.get(memory.kind)  # fmt: skip

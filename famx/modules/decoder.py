@@ -207,10 +207,14 @@ class Decoder(nn.Module):
         folded = tokens.reshape(batch, shards, -1, c.block_size).swapaxes(0, 1)
         x = self._embed(folded.reshape(batch * shards, -1, c.block_size))
         x = nn.with_logical_constraint(x, (examples, "blocks", "block", "embed"))
+        rows = self._rows(x.shape[:2])
+        if rows is not None:
+            x = jnp.concatenate([x, rows], axis=2)
         here = context.shards(shards, blocks // shards, c.block_size)
         (x, climb), (memory, keys, values, features) = self._scan_layers(
             layer_step, (x, self._climbs(state)), self._by_layer(state), here, c.unroll_layers
         )
+        x = x[:, :, : c.block_size]
         x = x.reshape(shards, batch, -1, c.embed_dim).swapaxes(0, 1).reshape(batch, -1, c.embed_dim)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         x = x.reshape(batch, blocks, c.block_size, c.embed_dim)
@@ -315,7 +319,8 @@ class Decoder(nn.Module):
         memory = state.memory
         if self.config.memory.exists:
             step = lambda layer, climb, xs, here: layer.complete_block(climb, *xs, here)
-            climb, memory = self._scan_layers(step, self._climbs(state), self._by_layer(state), context)
+            climb = self._climbs(state) if self.config.memory.through_depth else self._rows(full.shape)
+            climb, memory = self._scan_layers(step, climb, self._by_layer(state), context)
         if self.config.memory.through_depth:
             memory = self._made(climb, state)
         shift = lambda x: jnp.pad(x[:, :, 1:], [(0, 0), (0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 3))
@@ -346,6 +351,13 @@ class Decoder(nn.Module):
         c = self.config
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         return x * math.sqrt(c.embed_dim) if c.scale_embeddings else x
+
+    def _rows(self, shape):
+        """The memory's rows of blocks `[*shape, R, D]` before the first layer; None: it has none."""
+        rows = self.config.memory.block_rows(self)
+        if rows is None:
+            return None
+        return jnp.broadcast_to(rows.astype(self.config.dtype), (*shape, *rows.shape))
 
     # A memory `through_depth` belongs to the model: layers get `climb` in place of a memory.
 

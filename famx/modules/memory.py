@@ -56,12 +56,14 @@ class Block:
       values: values `[B, S, K, Dh]`, which are never rotated.
       index: index of the block in each example's sequence, int32 `[B]`.
       features: `Memory.features` of its tokens `[B, S, *F]`; None: the memory has none.
+      rows: keys and values `[B, R, K, Dh]` of the rows that climbed with it; None: it has none.
     """
 
     keys: jax.Array
     values: jax.Array
     index: jax.Array
     features: Any = None
+    rows: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,11 @@ class Memory:
                 f"{cls.__qualname__} is `through_depth`, which goes with neither `attends` nor"
                 " `closes_oldest`."
             )
+        if cls.row_slots is not Memory.row_slots and (cls.through_depth or cls.closes_oldest):
+            raise ValueError(
+                f"{cls.__qualname__} has `row_slots`, which goes with neither `through_depth` nor"
+                " `closes_oldest`."
+            )
         if "kind" in cls.__dict__:  # gin derives a class of the same name and without a `kind`
             _KINDS[cls.kind] = cls
 
@@ -132,6 +139,17 @@ class Memory:
     def has_column_bias(self) -> bool:
         """Whether `column_bias` is not None."""
         return False
+
+    def row_slots(self, config) -> tuple[int, ...]:
+        """Slots, of a block, of the rows that climb the layers with every block; empty: there are none.
+
+        A row is like a token of that slot which nothing sees but the memory, in `close`.
+        """
+        return ()
+
+    def block_rows(self, decoder) -> Any:
+        """The rows of a block before the first layer, `[R, D]`, from the bound decoder."""
+        return None
 
     def feature_shape(self, config) -> tuple[int, ...] | None:
         """Shape `F` of what `features` gives for a token; None: nothing."""
@@ -203,7 +221,7 @@ class Memory:
         return None
 
     def attend(self, layer, tokens, here):
-        """Attention of tokens before the output projection, `[..., H, Dh]`.
+        """Attention of tokens or of the block's rows before the output projection, `[..., H, Dh]`.
 
         Args:
           layer: the bound layer.

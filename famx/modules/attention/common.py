@@ -152,6 +152,31 @@ def attend_apart(q, parts, config: DecoderConfig, bias=None, plain=None):
     return out.reshape(out.shape[:-3] + (-1, out.shape[-1]))
 
 
+def attend_logsum(q, keys, values, mask, config: DecoderConfig):
+    """Attention to one part, to be joined with others in one softmax.
+
+    Args:
+      q: `[..., Q, H, Dh]`.
+      keys, values: `[..., K, X, Dh]`.
+      mask: bool, broadcastable to `[..., K, G, Q, X]`.
+      config: `DecoderConfig`, of which scale and softcap are used.
+
+    Returns:
+      Output `[..., Q, H, Dh]` and the logarithm of the sum of the weights `[..., Q, H]`, float32 at
+      least.
+    """
+    groups, wide = config.num_kv_heads, jnp.promote_types(q.dtype, jnp.float32)
+    q = q.reshape(q.shape[:-2] + (groups, -1, q.shape[-1]))
+    scores = jnp.einsum("...skgd,...kxd->...kgsx", q, keys, preferred_element_type=wide)
+    scores = jnp.where(mask, softcap(scores * config.query_scale, config.attention_softcap), MASKED)
+    log_sum = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - log_sum)
+    out = jnp.einsum("...kgsx,...kxd->...skgd", weights, values.astype(wide))
+    out = out.reshape(out.shape[:-3] + (-1, out.shape[-1]))
+    log_sum = jnp.moveaxis(log_sum[..., 0], -1, -3)
+    return out, log_sum.reshape(log_sum.shape[:-2] + (-1,))
+
+
 def attend_parts(q, parts, config: DecoderConfig):
     """`attend` over several sets `(keys, values, mask)` in one softmax, without concatenating the keys.
 
