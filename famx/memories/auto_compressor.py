@@ -59,7 +59,7 @@ class AutoCompressor(Memory):
 
     def start(self, layer, climb, here):
         rows = jnp.zeros((self.columns, climb.shape[-1]), climb.dtype)
-        return climb, {"rows": rows, "count": jnp.zeros((), jnp.int32)}
+        return climb, {"rows": rows, "count": jnp.zeros(())}
 
     def enter(self, decoder, memory):
         summary = decoder.memory()
@@ -67,7 +67,8 @@ class AutoCompressor(Memory):
 
     def open(self, layer, climb, memory, here):
         rows, count = climb["rows"], climb["count"]
-        visible = jnp.arange(self.columns) >= self.columns - self.length * count[:, None]
+        known = self.length * jax.lax.stop_gradient(count)
+        visible = jnp.arange(self.columns) >= self.columns - known[:, None]
         rows, opened = read_rows(layer, rows, here, visible, causal=True)
         return {"rows": rows, "count": count}, opened
 

@@ -75,7 +75,7 @@ class KeyValueMeans(Memory):
     def start(self, layer, climb, here):
         heads, width = layer.config.num_kv_heads, layer.config.head_dim
         zeros = lambda *shape: jnp.zeros((heads, self.rows, *shape), _wide(layer.config))
-        count = jnp.zeros((), jnp.int32)
+        count = jnp.zeros(())
         return climb, {"keys": zeros(width), "values": zeros(width), "norms": zeros(), "count": count}
 
     def open(self, layer, climb, memory, here):
@@ -83,7 +83,7 @@ class KeyValueMeans(Memory):
         keys = layer.memory.normalize(memory["keys"])
         values = memory["norms"][..., None] * memory["values"] / _length(memory["values"])
         rows_first = lambda x: x.swapaxes(1, 2).astype(dtype)
-        visible = jnp.arange(self.rows) < memory["count"][:, None]
+        visible = jnp.arange(self.rows) < _whole(memory["count"])[:, None]
         return climb, Opened(rows_first(keys), rows_first(values), visible)
 
     def features(self, layer, x):
@@ -93,7 +93,7 @@ class KeyValueMeans(Memory):
 
     def attend(self, layer, tokens, here):
         on_rows, on_window = layer.memory.temperatures
-        scaled = lambda q, by: q * by[:, None].astype(q.dtype)
+        scaled = lambda q, by: (q * by[:, None]).astype(q.dtype)
         return tokens.attend(scaled(tokens.query, on_window), scaled(tokens.plain_query, on_rows))
 
     def close(self, layer, climb, memory, opened, block, here):
@@ -102,7 +102,7 @@ class KeyValueMeans(Memory):
         heads_first = lambda x: x.swapaxes(1, 2).astype(wide)
         keys = normalize(heads_first(layer.unrotate(block.keys, block.index, here)))
         values, gate = heads_first(block.values), heads_first(block.features)
-        count, size = memory["count"], keys.shape[2]
+        count, size = _whole(memory["count"]), keys.shape[2]
         read = (block.index + layer.config.memory_segments + 1) * size
         room = jnp.minimum(self._budget(read), self.rows) - count
         new = jnp.clip(room, 0, size)
@@ -130,7 +130,7 @@ class KeyValueMeans(Memory):
         place = jnp.where(appended[..., None], 0, nearest * gate[..., None])
         memory = {
             "keys": add(summed_keys, place, keys), "values": add(summed_values, place, values),
-            "norms": norms, "count": count,
+            "norms": norms, "count": count.astype(memory["count"].dtype),
         }  # fmt: skip
         return climb, memory
 
@@ -153,7 +153,7 @@ class KeyValueMeans(Memory):
 
     def figures(self, parameters, memory):
         return {
-            "rows": jnp.mean(memory["count"].astype(jnp.float32)),
+            "rows": jnp.mean(memory["count"]),
             "rms": jnp.sqrt(jnp.mean(jnp.square(memory["values"]))),
         }
 
@@ -197,6 +197,11 @@ class _OfLayer(nn.Module):
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         return centred * jax.lax.rsqrt(variance + self.config.norm_epsilon) * self.scale + self.bias
+
+
+def _whole(count):
+    """The count as whole numbers; it is kept as a real one, like all that a memory holds."""
+    return jax.lax.stop_gradient(count).astype(jnp.int32)
 
 
 def _rounded(score):

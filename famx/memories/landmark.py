@@ -68,7 +68,7 @@ class Landmark(Memory):
     def start(self, layer, climb, here):
         c, held = layer.config, self.pieces + self._in_window(layer.config)
         zeros = lambda *shape: jnp.zeros((held, *shape, c.num_kv_heads, c.head_dim), c.dtype)
-        count = jnp.zeros((), jnp.int32)
+        count = jnp.zeros(())
         return climb, {
             "keys": zeros(self.piece), "values": zeros(self.piece), "landmarks": zeros(), "count": count
         }  # fmt: skip
@@ -76,7 +76,7 @@ class Landmark(Memory):
     def open(self, layer, climb, memory, here):
         # The newest pieces are those of the window.
         old = {name: memory[name][:, : self.pieces] for name in ("keys", "values", "landmarks")}
-        known = memory["count"] - self._in_window(layer.config)
+        known = jax.lax.stop_gradient(memory["count"]) - self._in_window(layer.config)
         old["visible"] = jnp.arange(self.pieces) >= self.pieces - known[:, None]
         return climb, Opened(extra=old)
 
@@ -128,7 +128,7 @@ class Landmark(Memory):
         return {"keys": piece, "values": piece, "landmarks": ("memory", "kv_heads", "kv"), "count": ()}
 
     def figures(self, parameters, memory):
-        return {"pieces": jnp.mean(memory["count"].astype(jnp.float32))}
+        return {"pieces": jnp.mean(memory["count"])}
 
     def flops(self, config, price, length, from_start):
         blocks, size = -(-length // config.block_size), config.block_size
