@@ -85,9 +85,7 @@ class Landmark(Memory):
         wide = jnp.promote_types(c.dtype, jnp.float32)
         query = tokens.plain_query
         query = query.reshape(*query.shape[:-2], c.num_kv_heads, -1, c.head_dim)
-        times = lambda spec, x: (
-            jnp.einsum(spec, query, x, preferred_element_type=wide) * c.query_scale
-        )
+        times = lambda spec, x: jnp.einsum(spec, query, x, preferred_element_type=wide) * c.query_scale
         on_landmarks = times("...skgd,...rkd->...skgr", extra["landmarks"])
         visible = extra["visible"][..., None, None, None, :]
         on_landmarks = jnp.where(visible, on_landmarks, MASKED)

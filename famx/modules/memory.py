@@ -73,7 +73,7 @@ class Memory:
     Methods get the bound `Layer` (`qkv`, `finish`, `angles`, `unrotate`, and `memory`, the module that
     `layer_parameters` made) and `here`, the `ChunkContext` of one block: its index, the number of
     updates before it, position offsets and the layer's rotation. What `start` and `close` return is the
-    memory, any pytree of real numbers `[B, ...]` (`start`: without the batch axis); the decoder carries it
+    memory, any pytree of real numbers `[B, ...]` (`start`: without the batch axis); the decoder keeps it
     as `DecoderState.memory`, leaves `[layers, B, ...]`.
 
     A memory `through_depth` is made at the top of the stack and read from the bottom (Recurrent Memory
