@@ -17,7 +17,7 @@ from famx.base.ranges import Expected, NonNegative, OneOf, Positive, PositiveSha
 from famx.base.values import checked
 from famx.memories.fam_parameters import OfLayer, Prompt, shapes
 from famx.modules import rope
-from famx.modules.attention import attend_all, attend_parts, bias_dimensions
+from famx.modules.attention import attend_all, attend_parts, column_dimensions
 from famx.modules.components import rms_normalize
 from famx.modules.layer import MASS
 from famx.modules.memory import Memory, Opened
@@ -102,9 +102,9 @@ class Fam(Memory):
 
     # The four moments; tokens attend to the columns by the layer's own softmax (`Memory.attend`).
 
-    def prompt(self, parameters, config):
-        wide = jnp.promote_types(config.dtype, jnp.float32)
-        return None if parameters is None else parameters().astype(wide)
+    def prompt(self, decoder):
+        wide = jnp.promote_types(decoder.config.dtype, jnp.float32)
+        return None if decoder.memory is None else decoder.memory().astype(wide)
 
     def start(self, layer, climb, here):
         if climb is None:
@@ -121,12 +121,12 @@ class Fam(Memory):
         block = here.first_block
         angle, key_angle = (self._angles(layer, b, here) for b in (block, block - 1))
         q, k, v = layer.qkv(memory, angle, key_angle, self._adapters(layer))
-        bias_query, bias_keys = bias_dimensions(self.column_bias(layer), layer.config)
-        return climb, Opened(k, v, held=(bias_query(q), bias_keys(k, True), v))
+        widen_query, widen_keys = column_dimensions(self.column_bias(layer), layer.config)
+        return climb, Opened(k, v, held=(widen_query(q), widen_keys(k, True), v))
 
     def close(self, layer, climb, memory, opened, block, here):
         q, k, v = opened.held
-        block_keys = bias_dimensions(self.column_bias(layer), layer.config)[1](block.keys, False)
+        block_keys = column_dimensions(self.column_bias(layer), layer.config)[1](block.keys, False)
         parts = (k, v), (block_keys, block.values)
         probabilities = None
         if self._reads_probabilities or layer.is_mutable_collection(MASS):

@@ -5,6 +5,7 @@ the axes `[B, M + 1, S, ...]`, oldest block first.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,11 +95,13 @@ class TokenWindow:
       keys, values: of the memory's columns, the past blocks and the block's own tokens,
         `[layers, B, K, X, Dh]` with `X` of `column_count`; all but the own stay the same until the
         block is full.
+      visible: `Opened.visible` of the block, `[layers, B, N]`, or None.
       extra: `Opened.extra` of the block, leaves `[layers, B, ...]`.
     """
 
     keys: jax.Array
     values: jax.Array
+    visible: Any = None
     extra: Any = None
 
 
@@ -111,15 +114,33 @@ class Tokens:
       query: rotated queries `[..., H, Dh]`.
       plain_query: queries before the rotation; they cost nothing if unused.
       attend: function from rotated queries to attention `[..., H, Dh]`, in one softmax over the window
-        and the memory's columns.
+        and the memory's columns; a second argument are queries before the rotation, for a memory with
+        `plain_columns`. None for rows.
       extra: `Opened.extra`, leaves `[B, C, ...]` or `[B, ...]`.
+      part: function from rotated queries to attention to the window alone and the logarithm of the sum
+        of its weights, `[..., H]`, float32 at least, for `joined`. It does not use the fused kernels.
     """
 
     input: jax.Array
     query: jax.Array
     plain_query: jax.Array
-    attend: Callable[[jax.Array], jax.Array]
+    attend: Callable[..., jax.Array]
     extra: Any
+    part: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def joined(*parts):
+    """Attention in one softmax, from that to each of several parts.
+
+    Args:
+      *parts: attention `[..., H, Dh]` and the logarithm of the sum of its weights `[..., H]`.
+
+    Returns:
+      The same of all parts together.
+    """
+    log_sum = functools.reduce(jnp.logaddexp, (log_sum for _, log_sum in parts))
+    share = lambda of_part: jnp.exp(of_part - log_sum)[..., None]
+    return sum(share(of_part) * attention for attention, of_part in parts), log_sum
 
 
 def merge(new, window, context: ChunkContext, size: int):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -24,7 +25,6 @@ from hypothesis import strategies as st
 from processes import start_process
 from published import LLAMA, MEMORY, make_weights, train_bpe, train_sentencepiece, write_source
 from reference_models import CONFIGS
-from relay_memory import Relay
 from tiny import assert_identical
 
 from famx.base import gin_utils
@@ -519,11 +519,18 @@ def test_the_gin_file_makes_the_same_decoder(tmp_path):
     assert made == configs
 
 
+@dataclasses.dataclass(frozen=True)
+class Own(Fam):
+    """A memory of a module outside famx."""
+
+    kind: ClassVar[str] = "own"
+
+
 def test_a_memory_may_be_of_a_module_without_a_package():
     sizes = dict(vocab_size=9, num_layers=1, embed_dim=8, num_heads=2)
-    text = model_gin(DecoderConfig(**sizes, memory=Relay(3), blocks_per_chunk=1), "a model")
-    assert "\nimport relay_memory\n" in text and "\n  memory = @relay_memory.Relay()\n" in text
-    assert "\nrelay_memory.Relay:\n  length = 3\n" in text
+    text = model_gin(DecoderConfig(**sizes, memory=Own(3), blocks_per_chunk=1), "a model")
+    assert f"\nimport {__name__}\n" in text and f"\n  memory = @{__name__}.Own()\n" in text
+    assert f"\n{__name__}.Own:\n" in text and "\n  length = 3\n" in text
 
 
 @pytest.mark.slow
