@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "train": "famx.train",
+    "ablate": "famx.ablate",
     "eval": "famx.eval",
     "lm-eval": "famx.lm_eval",
     "infer": "famx.infer",

@@ -57,13 +57,17 @@ def passkey_figure(model_dirs: Mapping[str, str | os.PathLike]) -> Figure:
     return lengths_figure(panels, first["block_size"], first["train_blocks"])
 
 
-def lengths_figure(panels: Mapping[str, Scores], block_size: int, train_blocks: int | None) -> Figure:
+def lengths_figure(
+    panels: Mapping[str, Scores], block_size: int, train_blocks: int | None,
+    ranges: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]] | None = None,
+) -> Figure:  # fmt: skip
     """Exact match over the number of blocks read.
 
     Args:
       panels: `{panel title: {line label: {blocks: score}}}`.
       block_size: tokens per block, for the axis label.
       train_blocks: length marked by a vertical line; None or 0 draws none.
+      ranges: `{panel title: {line label: {blocks: (lowest, highest)}}}`, shaded; None: there are none.
     """
     figure = Figure(figsize=(max(7, 4 * len(panels)), 4.2), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -71,6 +75,9 @@ def lengths_figure(panels: Mapping[str, Scores], block_size: int, train_blocks: 
         for (name, row), marker, color in zip(lines.items(), "os^vDP*X" * 9, line_colors(len(lines))):
             style = dict(marker=marker, color=color, alpha=0.8, clip_on=False)
             axes.plot(list(row), list(row.values()), label=name, **style)
+            if ranges is not None:
+                low, high = zip(*ranges[title][name].values(), strict=True)
+                axes.fill_between(list(row), low, high, color=color, alpha=0.15, linewidth=0)
         if train_blocks:
             axes.axvline(train_blocks, color="gray", linestyle="--", label="the curriculum's longest")
         axes.set_title(title)

@@ -10,11 +10,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from famx.base.ranges import NonNegative, Positive
+from famx.base.values import checked
 from famx.memories.rmt import Rows
 from famx.memories.summaries import read_rows, rows_flops, write_rows
 from famx.modules.memory import Memory
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class AutoCompressor(Memory):
     """Summaries of `length` vectors of each of the last `most` blocks, in the whole model.
@@ -35,19 +38,13 @@ class AutoCompressor(Memory):
     kind: ClassVar[str] = "auto_compressor"
     through_depth: ClassVar[bool] = True
     masks_columns: ClassVar[bool] = True
-    length: int = 50
-    most: int = 20
-    stop_after: int = 2
+    length: Positive = 50
+    most: Positive = 20
+    stop_after: NonNegative = 2
 
     @property
     def columns(self):
         return self.most * self.length
-
-    def check(self, config):
-        for name, least in (("length", 1), ("most", 1), ("stop_after", 0)):
-            if getattr(self, name) < least:
-                return f"AutoCompressor.{name} must be at least {least}, got {getattr(self, name)}."
-        return None
 
     def parameters(self, config):
         return Rows(config, self.length)

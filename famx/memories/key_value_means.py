@@ -7,19 +7,21 @@ the window in one softmax, the rows as `Khat = LN(sK)` and `Vhat = rho sV / |sV|
 """
 
 import dataclasses
-import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from famx.base.ranges import AtLeastTwo, OneOf, Rate
+from famx.base.values import checked
 from famx.modules.components import Projection, partitioned
 from famx.modules.memory import Memory, Opened
 
 BUDGETS = ("fixed", "root", "saturating")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class KeyValueMeans(Memory):
     """Rows `{"keys": [B, K, R, Dh], "values": [B, K, R, Dh], "norms": [B, K, R], "count": [B]}`.
@@ -43,22 +45,13 @@ class KeyValueMeans(Memory):
     closes_oldest: ClassVar[bool] = True
     masks_columns: ClassVar[bool] = True
     plain_columns: ClassVar[bool] = True
-    rows: int = 256
-    budget: str = "fixed"
-    scale: float = 16.0
+    rows: AtLeastTwo = 256
+    budget: Annotated[str, OneOf(BUDGETS)] = "fixed"
+    scale: Rate = 16.0
 
     @property
     def columns(self):
         return self.rows
-
-    def check(self, config):
-        if self.rows < 2:
-            return f"KeyValueMeans.rows must be at least 2, a sink and another, got {self.rows}."
-        if self.budget not in BUDGETS:
-            return f"KeyValueMeans.budget must be one of {', '.join(BUDGETS)}; got {self.budget!r}."
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            return f"KeyValueMeans.scale must be a positive number, got {self.scale}."
-        return None
 
     def layer_parameters(self, config):
         return _OfLayer(config)

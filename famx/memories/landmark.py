@@ -11,12 +11,15 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from famx.base.ranges import Positive
+from famx.base.values import checked
 from famx.memories.rmt import Rows
 from famx.modules.attention.common import MASKED
 from famx.modules.memory import Memory, Opened
 from famx.modules.window import joined
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Landmark(Memory):
     """A ring of the last `pieces` pieces before the window, in every layer; oldest first.
@@ -36,20 +39,15 @@ class Landmark(Memory):
     """
 
     kind: ClassVar[str] = "landmark"
-    piece: int = 32
-    pieces: int = 64
-    top: int | None = None
+    piece: Positive = 32
+    pieces: Positive = 64
+    top: Positive | None = None
 
     def check(self, config):
-        for name in ("piece", "pieces"):
-            if getattr(self, name) < 1:
-                return f"Landmark.{name} must be at least 1, got {getattr(self, name)}."
         if config.block_size % self.piece:
             return f"Landmark.piece {self.piece} must divide block_size {config.block_size}."
-        if self.top is not None and not 1 <= self.top <= self.pieces:
-            return (
-                f"Landmark.top must lie between 1 and pieces, {self.pieces}, or be None; got {self.top}."
-            )
+        if self.top is not None and self.top > self.pieces:
+            return f"Landmark.top {self.top} exceeds pieces {self.pieces}, from which it chooses."
         return None
 
     def parameters(self, config):

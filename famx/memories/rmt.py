@@ -11,11 +11,14 @@ from typing import ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
+from famx.base.ranges import Positive
+from famx.base.values import checked
 from famx.memories.summaries import read_rows, rows_flops, write_rows
 from famx.modules.components import partitioned
 from famx.modules.memory import Memory
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Rmt(Memory):
     """Memory of `length` vectors in the whole model. The paper keeps no window: `memory_segments=0`.
@@ -31,16 +34,11 @@ class Rmt(Memory):
 
     kind: ClassVar[str] = "rmt"
     through_depth: ClassVar[bool] = True
-    length: int = 10
+    length: Positive = 10
 
     @property
     def columns(self):
         return self.length
-
-    def check(self, config):
-        if self.length < 1:
-            return f"Rmt.length must be at least 1, got {self.length}; for none set memory to Memory()."
-        return None
 
     def parameters(self, config):
         return Rows(config, self.length)
