@@ -6,7 +6,7 @@
 
 import importlib
 
-from famx.memories import AutoCompressor, Fam, Infini, KeyValueMeans, Landmark, Rmt
+from famx.memories import AutoCompressor, Fam, Feedback, Infini, KeyValueMeans, Landmark, Rmt
 from famx.modules import Memory
 
 MEMORIES: dict[str, Memory] = {  # fmt: skip
@@ -16,6 +16,9 @@ MEMORIES: dict[str, Memory] = {  # fmt: skip
         2, update_scale=0.5, normalize="measured", first_residual="ordinary",
         bias="minus_log_length", adapter_rank=3,
     ),
+    "several fams": Fam(2, past=3, positions="float"),
+    "fam that asks by learned queries": Fam(2, query="learned"),
+    "feedback": Feedback(8),
     "infini": Infini(),
     "infini with the delta rule": Infini(delta=True, gate_init=1.0),
     "rmt": Rmt(2),
@@ -39,6 +42,7 @@ def add(description: str):
 
 def oracle_of(memory: Memory):
     """The numpy oracle of a decoder with this memory, or None if there is none."""
+    from modules.feedback_oracle import FeedbackOracle
     from modules.infini_oracle import InfiniOracle
     from modules.landmark_oracle import LandmarkOracle
     from modules.means_oracle import MeansOracle
@@ -48,5 +52,5 @@ def oracle_of(memory: Memory):
     return {
         "none": Oracle, "fam": Oracle, "infini": InfiniOracle, "rmt": SummariesOracle,
         "auto_compressor": SummariesOracle, "key_value_means": MeansOracle,
-        "landmark": LandmarkOracle,
+        "landmark": LandmarkOracle, "feedback": FeedbackOracle,
     }.get(memory.kind)  # fmt: skip

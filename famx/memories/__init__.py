@@ -2,9 +2,10 @@
 
 from famx.memories.auto_compressor import AutoCompressor
 from famx.memories.fam import Fam
+from famx.memories.feedback import Feedback
 from famx.memories.infini import Infini
 from famx.memories.key_value_means import KeyValueMeans
 from famx.memories.landmark import Landmark
 from famx.memories.rmt import Rmt
 
-__all__ = ["AutoCompressor", "Fam", "Infini", "KeyValueMeans", "Landmark", "Rmt"]
+__all__ = ["AutoCompressor", "Fam", "Feedback", "Infini", "KeyValueMeans", "Landmark", "Rmt"]

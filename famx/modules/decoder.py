@@ -381,7 +381,8 @@ class Decoder(nn.Module):
         return jax.tree.map(lambda m: m[None], made)
 
     def _here(self, state: DecoderState) -> ChunkContext:
-        return ChunkContext(state.position // self.config.block_size, state.offset, state.updates)
+        first, shared = state.position // self.config.block_size, self.config.memory.shared(self)
+        return ChunkContext(first, state.offset, state.updates, shared=shared)
 
     def _each_layer(self, layers, method: str, x, xs, context: ChunkContext):
         """Like `_scan_layers` of `layer.method(x, *xs, context) -> (x, y)`, layer after layer.

@@ -93,6 +93,10 @@ class Layer(nn.Module):
             out = self.post_mlp_norm(out)
         return out + a
 
+    def _finish(self, x, attention, beside):
+        """`finish` with `Memory.beside` added to the residual, if there is any."""
+        return self.finish(x, attention, None if beside is None else x + beside)
+
     def angles(self, positions, here: ChunkContext, beyond=None):
         """RoPE angles of positions `[...]` in this layer, `[..., Dh / 2]`; `beyond` adds fractions."""
         dtype = jnp.promote_types(self.config.dtype, jnp.float32)
@@ -168,17 +172,18 @@ class Layer(nn.Module):
             windows.batch_axis(shards),
         )  # fmt: skip
 
-        def attention(of_part, slots, attend):
+        def read(of_part, slots, attend):
             part = lambda query: window_part(query, keys, values, slots, first, c)
             tokens = Tokens(of_part(x), of_part(q), of_part(plain), attend, opened.extra, part)
-            return c.memory.attend(self, tokens, context)
+            return c.memory.attend(self, tokens, context), c.memory.beside(self, tokens, context)
 
-        attended = attention(of_tokens, np.arange(size), attend)
+        attended, beside = read(of_tokens, np.arange(size), attend)
         if rows is not None:
-            of_rows = attention(of_rows, row_slots, None)
-            attended = jnp.concatenate([attended, of_rows], axis=2)
+            of_rows = read(of_rows, row_slots, None)
+            both = lambda *parts: jnp.concatenate(parts, axis=2)
+            attended, beside = jax.tree.map(both, (attended, beside), of_rows)
         after = lambda y: windows.after(y, batch, context, past, size)
-        return self.finish(x, attended), climb, memory, *jax.tree.map(after, window)
+        return self._finish(x, attended, beside), climb, memory, *jax.tree.map(after, window)
 
     def _remember(self, climb, memory, new, window, rows, context: ChunkContext):
         """`(climb, memory)` after the chunk, and `Opened` of its blocks, leaves `[P * B, C, ...]`.
@@ -190,13 +195,29 @@ class Layer(nn.Module):
         lag = c.memory_segments if c.memory.closes_oldest else 0
         index = context.first_block[:, None] + jnp.arange(blocks) - lag
         keys, values, features = jax.tree.map(lambda y: y[:, :blocks], window) if lag else new
-        to_close = Block(keys, values, index, features, rows)
+        past = self._past(windows.past_of_each(y, c.memory_segments) for y in window[:2])
+        to_close = Block(keys, values, index, features, rows, past)
         if not c.memory.through_depth:
             return climb, *c.memory.scan(self, memory, to_close, context)
         block = jax.tree.map(lambda y: y[:, 0], to_close)
         climb, opened = self._climb(climb, memory, block, context)
         opened = jax.tree.map(lambda y: y[:, None], opened.replace(held=None))
         return climb, memory, opened
+
+    def _past(self, keys_values):
+        """`Block.past` of keys and values, which are made only if the memory asks for it."""
+        if not self.config.memory.sees_past:
+            return None
+        stopped = jax.lax.stop_gradient if self.config.stop_gradient_segments else lambda y: y
+        return tuple(map(stopped, keys_values))
+
+    def sees_past(self, block: Block):
+        """Which tokens of `block.past` each of the block's tokens sees, bool `[B, S, M * S]`."""
+        c = self.config
+        past = c.memory_segments * c.block_size
+        missing = jnp.maximum(c.memory_segments - block.index, 0)[:, None, None]
+        columns = c.memory_columns + jnp.arange(past)
+        return visible(c, jnp.arange(c.block_size)[:, None], columns, missing)
 
     def _climb(self, climb, memory, block: Block, here: ChunkContext):
         """`climb` for the layer above, and `Opened`, of a memory `through_depth` after a full block."""
@@ -320,8 +341,8 @@ class Layer(nn.Module):
             return windows.joined(*(attend_logsum(query, *of_part, c) for of_part in (before, own)))
 
         tokens = Tokens(x, q, plain, attend, window.extra, part)
-        attention = c.memory.attend(self, tokens, context)
-        return self.finish(x, attention), (k, v, c.memory.features(self, x))
+        attention, beside = (f(self, tokens, context) for f in (c.memory.attend, c.memory.beside))
+        return self._finish(x, attention, beside), (k, v, c.memory.features(self, x))
 
     def complete_block(self, climb, memory, keys, values, features, context: ChunkContext):
         """`(climb, memory)` after the block of `context` became full; the rest is a state's."""
@@ -331,8 +352,9 @@ class Layer(nn.Module):
         rows = None
         if rule.row_slots(self.config):
             climb, rows = self._read_rows(climb, opened, keys, values, context)
+        past = self._past(y[:, :-1] for y in (keys, values))
         keys, values, features = jax.tree.map(lambda y: y[:, slot], (keys, values, features))
-        block = Block(keys, values, context.first_block - lag, features, rows)
+        block = Block(keys, values, context.first_block - lag, features, rows, past)
         if rule.through_depth:
             return self._climb(climb, memory, block, context)[0], memory
         return climb, self._close(memory, opened, block, context)
@@ -350,7 +372,8 @@ class Layer(nn.Module):
             return jax.tree.map(lambda y: y[:, 0], found)
 
         tokens = Tokens(x, q, plain, None, opened.extra, part)
-        return self.finish(x, c.memory.attend(self, tokens, context)), (k, v)
+        attention, beside = (f(self, tokens, context) for f in (c.memory.attend, c.memory.beside))
+        return self._finish(x, attention, beside), (k, v)
 
 
 def _no_columns(x):

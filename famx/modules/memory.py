@@ -57,6 +57,8 @@ class Block:
       index: index of the block in each example's sequence, int32 `[B]`.
       features: `Memory.features` of its tokens `[B, S, *F]`; None: the memory has none.
       rows: keys and values `[B, R, K, Dh]` of the rows that climbed with it; None: it has none.
+      past: keys and values `[B, M, S, K, Dh]` of the `M` blocks before it, of a memory that `sees_past`;
+        `Layer.sees_past` says which of them exist. Else None.
     """
 
     keys: jax.Array
@@ -64,6 +66,7 @@ class Block:
     index: jax.Array
     features: Any = None
     rows: Any = None
+    past: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Memory:
         position plays a part; the columns are then not rotated either.
       closes_oldest: whether `close` takes the block that leaves the window, `M` blocks before the one
         just filled, so that no token is in the window and in the memory at once.
+      sees_past: whether `close` also gets the window's blocks before the one just filled; it goes
+        without `closes_oldest`.
     """
 
     kind: ClassVar[str] = "none"
@@ -107,6 +112,7 @@ class Memory:
     masks_columns: ClassVar[bool] = False
     plain_columns: ClassVar[bool] = False
     closes_oldest: ClassVar[bool] = False
+    sees_past: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -173,9 +179,13 @@ class Memory:
         return None
 
     def turns(self, radians) -> Any:
-        """Additional rotations as fixed-point turns, from radians per token `[layers, Dh / 2]`.
+        """What each layer has of its own, such as more rotations as fixed-point turns.
 
-        Any pytree, leaves `[layers, ...]`; a layer's part is `here.rotation.memory`.
+        Args:
+          radians: radians per token `[layers, Dh / 2]`.
+
+        Returns:
+          Any pytree, leaves `[layers, ...]`; a layer's part is `here.rotation.memory`.
         """
         return None
 
@@ -206,6 +216,21 @@ class Memory:
 
     def column_bias(self, layer) -> Any:
         """What the scores of the columns are raised by, in every query head, `[H]`; None: nothing."""
+        return None
+
+    def shared(self, decoder) -> Any:
+        """Arrays that every layer gets as `here.shared`, such as parameters above the layers.
+
+        Args:
+          decoder: the bound decoder.
+        """
+        return None
+
+    def beside(self, layer, tokens, here) -> Any:
+        """A term `[..., D]` next to the attention of `tokens`, behind its output projection; None: none.
+
+        Arguments as for `attend`.
+        """
         return None
 
     def features(self, layer, x) -> Any:

@@ -51,6 +51,7 @@ class ChunkContext:
       start: number of tokens of the first block that the state already holds, int32 `[B]`; None: zero.
       stop: number of slots of the chunk that hold a token after it was read, int32 `[B]`; None: all.
       rotation: rotation of the layer; the decoder sets it.
+      shared: `Memory.shared`, the same in all layers.
       batch_axis: logical name of the axis `B`.
     """
 
@@ -60,6 +61,7 @@ class ChunkContext:
     start: jax.Array | None = None
     stop: jax.Array | None = None
     rotation: rope.Rotation | None = None
+    shared: Any = None
     batch_axis: str = flax.struct.field(pytree_node=False, default="batch")
 
     def complete(self, size: int):
@@ -178,6 +180,12 @@ def before(new, window, past: int):
         of_state = [window[:, end - count : end] for end in ends]
         parts.append(next_shard(new[:, blocks - count :], jnp.concatenate(of_state), distance))
     return jnp.concatenate(parts, axis=1) if parts else new[:, :0]
+
+
+def past_of_each(blocks, past: int):
+    """The `past` blocks before each of `C` blocks: of `[B, M + C, ...]`, `[B, C, M, ...]`."""
+    count = blocks.shape[1] - past
+    return blocks[:, jnp.arange(count)[:, None] + jnp.arange(past)]
 
 
 def after(blocks, batch: int, context: ChunkContext, past: int, size: int):

@@ -276,7 +276,7 @@ def test_agrees_with_xla_on_one_dense_layer():
     zero = jnp.zeros((2,), jnp.int32)
     rotation = jax.tree.map(lambda turns: turns[0], rope.rotations(c))
     context = ChunkContext(zero, zero, zero, rotation=rotation)
-    args = x, None, None, keys, keys, context
+    args = x, None, None, keys, keys, None, context
     run = lambda params: Layer(c).apply(params, *args, method="read_chunk")
     init = lambda key: Layer(c).init(key, *args, method="read_chunk")
     shapes = jax.eval_shape(init, jax.random.key(0))
