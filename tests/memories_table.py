@@ -6,7 +6,16 @@
 
 import importlib
 
-from famx.memories import AutoCompressor, Fam, Feedback, Infini, KeyValueMeans, Landmark, Rmt
+from famx.memories import (
+    AutoCompressor,
+    BlockRecurrent,
+    Fam,
+    Feedback,
+    Infini,
+    KeyValueMeans,
+    Landmark,
+    Rmt,
+)
 from famx.modules import Memory
 
 MEMORIES: dict[str, Memory] = {  # fmt: skip
@@ -22,6 +31,8 @@ MEMORIES: dict[str, Memory] = {  # fmt: skip
     "infini": Infini(),
     "infini with the delta rule": Infini(delta=True, gate_init=1.0),
     "rmt": Rmt(2),
+    "block recurrent": BlockRecurrent(3),
+    "block recurrent, lstm": BlockRecurrent(2, layers=(1, 0), gate="lstm"),
     "means": KeyValueMeans(3),
     "growing means": KeyValueMeans(11, budget="root", scale=1.5),
     "landmark": Landmark(piece=2, pieces=3),
@@ -42,6 +53,7 @@ def add(description: str):
 
 def oracle_of(memory: Memory):
     """The numpy oracle of a decoder with this memory, or None if there is none."""
+    from modules.block_recurrent_oracle import BlockRecurrentOracle
     from modules.feedback_oracle import FeedbackOracle
     from modules.infini_oracle import InfiniOracle
     from modules.landmark_oracle import LandmarkOracle
@@ -53,4 +65,5 @@ def oracle_of(memory: Memory):
         "none": Oracle, "fam": Oracle, "infini": InfiniOracle, "rmt": SummariesOracle,
         "auto_compressor": SummariesOracle, "key_value_means": MeansOracle,
         "landmark": LandmarkOracle, "feedback": FeedbackOracle,
+        "block_recurrent": BlockRecurrentOracle,
     }.get(memory.kind)  # fmt: skip

@@ -22,9 +22,9 @@ from famx.modules.memory import Memory, Opened
 class Feedback(Memory):
     """Outputs `[B, length, D]` of the last tokens of each layer, the newest last, at their positions.
 
-    In the paper it takes the place of the window: set `memory_segments` to 0. The tokens of a block, which
-    attend in parallel, are made once more when it is full, for their outputs. So reading costs about twice
-    as much as with BSWA, and in a layer blocks wait for each other.
+    In the paper it takes the place of the window: set `memory_segments` to 0. The tokens of a block,
+    which attend in parallel, are made once more when it is full, for their outputs. So reading
+    costs about twice as much as with BSWA, and in a layer blocks wait for each other.
 
     Attributes:
       length: number of past tokens, a multiple of `block_size`; the paper's FM1 has one block, FM4 four.

@@ -14,6 +14,7 @@ and imports nothing of famx, so that the config may name it.
 """
 
 import dataclasses
+import numbers
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -300,7 +301,7 @@ class Memory:
         """
         return {}
 
-    def flops(self, config, price, length: int, from_start: bool) -> tuple[int, int]:
+    def flops(self, config, price, length: int, from_start: bool) -> tuple[numbers.Rational, int]:
         """Matrix-product operations of a training step on one example.
 
         Args:
@@ -310,7 +311,7 @@ class Memory:
           from_start: whether the example starts from `start`, not from an earlier memory.
 
         Returns:
-          Operations in each layer, and additional operations of all layers, once per batch.
+          Operations in each layer, in the mean, and additional operations of all layers, once per batch.
         """
         return 0, 0
 

@@ -117,7 +117,7 @@ def train_flops(
         "projections": batch * c.num_layers * length * project,
         "attention": batch * c.num_layers * _visible_pairs(c, length, from_start) * pair,
         "feed_forward": batch * c.num_layers * length * feed,
-        "memory": batch * c.num_layers * by_layer + once,
+        "memory": int(batch * c.num_layers * by_layer) + once,
         "head": weighted * 2 * d * c.vocab_size * (1 + into_head + table),
     }
 
