@@ -221,7 +221,7 @@ class Fam(Memory):
     def flops(self, config, price, length, from_start):
         n, columns, blocks = self.length, self.columns, -(-length // config.block_size)
         # Before every block the memories give keys and values; every token sees them all.
-        adapters = {name: 6 * self.adapter_rank * sum(map(math.prod, shapes))
+        adapters = {name: price.product * self.adapter_rank * sum(map(math.prod, shapes))
                     for name, shapes in shapes(config).items()}  # fmt: skip
         keys_values = adapters["key"] + adapters["value"] + price.keys_values
         read = blocks * columns * keys_values + length * columns * price.score

@@ -159,7 +159,7 @@ class KeyValueMeans(Memory):
         read = length * self.rows * price.score
         group = c.num_heads // c.num_kv_heads
         written = blocks * size * self.rows * 3 * price.score // group
-        gate = length * 6 * c.embed_dim * c.num_kv_heads
+        gate = length * price.product * c.embed_dim * c.num_kv_heads
         return read + written + gate, 0
 
 

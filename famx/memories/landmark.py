@@ -129,8 +129,9 @@ class Landmark(Memory):
     def flops(self, config, price, length, from_start):
         blocks, size = -(-length // config.block_size), config.block_size
         rows = blocks * (size // self.piece)
-        # Every token and landmark is compared with all landmarks and all tokens behind them.
-        read = (length + rows) * self.pieces * (1 + self.piece) * price.score
+        # Every token and landmark is compared with all landmarks, whose values nobody reads, and with all
+        # tokens behind them.
+        read = (length + rows) * self.pieces * (1 + 2 * self.piece) * price.score // 2
         seen = sum(slot + 1 for slot in self.row_slots(config)) + size * config.memory_segments
         climb = rows * (price.project + price.feed_forward) + blocks * seen * price.score
         return read + climb, 0

@@ -163,6 +163,11 @@ class Memory:
         return None
 
     @property
+    def updates_in_order(self) -> bool:
+        """Whether `scan` updates the memory block after block, and not for all blocks at once."""
+        return self.exists
+
+    @property
     def exists(self) -> bool:
         """Whether anything is remembered beyond the window."""
         return type(self) is not Memory
@@ -306,7 +311,8 @@ class Memory:
 
         Args:
           config: the `DecoderConfig`.
-          price: `famx.training.flops.Price`: operations of a row of each projection, and of a score.
+          price: `famx.training.flops.Price`: operations of a row of each projection, of a score, and of a
+            multiplication with its addition.
           length: number of tokens.
           from_start: whether the example starts from `start`, not from an earlier memory.
 
