@@ -52,6 +52,7 @@ _GKE = dict(
     reservation="",  # name of the reservation, if provisioning is "reserved"
     priority="medium",
     bucket_gigabytes=1000,  # bucket size declared to Kubernetes, which demands one
+    study_tasks=0,  # workloads that share the cells of a study (famx.ablate); 0: one training run
 )
 _SLURM = dict(
     nodes=1,
@@ -66,6 +67,7 @@ _SLURM = dict(
     python="python",  # Python on the nodes that has famx installed
     prologue="",  # shell file sourced at the start of the job, for `module load` and the like
     warning_seconds=120,  # seconds before the time limit at which the run is told to save and stop
+    study_tasks=0,  # tasks of an array that share the cells of a study (famx.ablate); 0: one training run
 )
 _LOCAL = dict(
     platform="cpu",  # JAX platform: cpu, cuda, ...
@@ -143,7 +145,7 @@ _REQUIRED = {
 _AT_LEAST = {
     "num_slices": 1, "nodes": 1, "processes": 1, "devices_per_process": 1, "bucket_gigabytes": 1,
     "poll_seconds": 0, "restarts": 0, "gpus_per_node": 0, "cpus_per_task": 0, "warning_seconds": 1,
-    "grace_seconds": 0, "price_per_chip_hour": 0,
+    "grace_seconds": 0, "price_per_chip_hour": 0, "study_tasks": 0,
 }  # fmt: skip
 
 
@@ -193,7 +195,23 @@ def check(config: ConfigDict, kind: str) -> ConfigDict:
         raise ConfigError(
             "Set --config.reservation if and only if --config.provisioning is 'reserved'."
         )
+    if config.get("study_tasks"):
+        _check_study(config)
     return config
+
+
+def _check_study(config: ConfigDict) -> None:
+    """Raises ConfigError if tasks of a study would have several processes: a cell is trained by one."""
+    if config.get("nodes", 1) > 1 or config.get("num_slices", 1) > 1:
+        raise ConfigError(
+            "Each task of a study has one node or slice: set --config.nodes or --config.num_slices to 1,"
+            " and their number in --config.study_tasks."
+        )
+    if "accelerator" in config and not accelerators.parse(config.accelerator).of_one_host:
+        raise ConfigError(
+            f"Each cell of a study is trained by one process, but {config.accelerator} has several hosts:"
+            " set --config.accelerator to a slice of one host, such as v5litepod-8."
+        )
 
 
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)

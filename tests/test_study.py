@@ -9,9 +9,14 @@ import subprocess
 import sys
 import time
 
+import gin
 import pytest
+from configurables import clean
 
+from famx import ablate
+from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.modules import DecoderConfig
 from famx.study import commands, results, runner
 from famx.study.grid import Study
 
@@ -98,6 +103,26 @@ def test_a_study_that_cannot_be_is_one_sentence(tmp_path, changes, sentence):
         study(**{"directory": str(tmp_path), **changes})
 
 
+def test_every_cell_of_the_shipped_study_is_a_run(tmp_path):
+    with clean():
+        gin_utils.parse_gin(["gin_configs/studies/memories.gin"], [f"STUDY_DIR = {str(tmp_path)!r}"])
+        one = gin_utils.call(commands.study)
+    cells = [cell for cell in one.cells() if cell.seed == 0]
+    kinds = []
+    for cell in cells:
+        one.write_gin_file(cell)
+        with clean():
+            gin_utils.parse_gin([str(cell.gin_file)])
+            config = gin.get_configurable(DecoderConfig)()
+        kinds.append((config.memory.kind, config.memory_segments))
+    assert len(cells) == len(set(cell.name for cell in cells)) == 10
+    assert {kind for kind, _ in kinds} == {
+        "none", "fam", "infini", "key_value_means", "landmark", "rmt", "auto_compressor",
+        "block_recurrent",
+    }  # fmt: skip
+    assert {segments for kind, segments in kinds if kind == "none"} == {3}
+
+
 def finish(cell, **scores):
     """What a complete cell leaves."""
     cell.directory.mkdir(parents=True)
@@ -153,6 +178,20 @@ def test_the_summary_names_what_was_measured_if_asked_for_something_else(tmp_pat
     finish(next(one.cells()), **{"2": 0.5})
     with pytest.raises(ConfigError, match="No run measured train/los: choose from train/loss, eval/loss"):
         results.write(one)
+
+
+def test_the_task_is_that_of_the_flags_or_else_of_the_environment(monkeypatch):
+    for variable in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")  # of a job without a number of completions
+    assert ablate._index(0, None) == (0, 1)
+    monkeypatch.setenv("JOB_COMPLETIONS", "5")
+    assert ablate._index(0, None) == (3, 5) and ablate._index(1, 2) == (1, 2)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "9")
+    assert ablate._index(0, None) == (7, 9)
+    with pytest.raises(ConfigError, match="--task=2 must be below --tasks=2"):
+        ablate._index(2, 2)
 
 
 def test_tasks_of_an_array_share_the_cells(tmp_path, capsys):

@@ -12,6 +12,8 @@ from famx.study import results
 from famx.study.grid import Cell, Study
 from famx.study.runner import Runner, command, is_complete
 
+STOPPED = 128  # exit codes above are of signals
+
 
 @gin.configurable
 def study(study: Study) -> Study:
@@ -58,7 +60,7 @@ def run(
         failed = runner.run(cells)
     if stopped:
         print("Stopped; the same command continues.", flush=True)
-        return 128 + stopped[0]
+        return STOPPED + stopped[0]
     if any(map(is_complete, study.cells())):
         print(tables(study))
     return 1 if failed else 0
