@@ -11,6 +11,7 @@ from absl import flags
 
 from famx.base import gin_utils
 from famx.base.command_line import define
+from famx.base.errors import ConfigError
 from famx.base.ranges import Path
 
 
@@ -29,6 +30,10 @@ def main() -> None:
 
     values = flags.FLAGS
     if values.show:
+        names = ("checkpoint", "adapter", "read", "out", "memory")
+        others = [name for name in names if values[name].value]
+        if others:
+            raise ConfigError(f"--show only describes a memory file: leave out --{others[0]}.")
         print(memorize.describe(values.show))
         return
     memorize.make_memory(

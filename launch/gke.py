@@ -19,7 +19,7 @@ from famx.base.errors import ConfigError
 from famx.base.signals import interrupt_on_sigterm
 from launch import estimate
 from launch.commands import Commands
-from launch.job import DELETE, STOPPED, Job, add_wheel, check_model_dir, run
+from launch.job import DELETE, RESTARTED, STOPPED, Job, add_wheel, check_model_dir, run
 
 _CREATE = flags.DEFINE_bool("create_cluster", False, "Create the cluster and attach the bucket first.")
 _WAIT = flags.DEFINE_bool("wait", True, "Wait until the workload has ended.")
@@ -75,7 +75,7 @@ def create_workload(config: ConfigDict, job: Job, name: str, task: int) -> list[
         config, "workload", "create", f"--workload={name}", *slices, *image,
         f"--command=exec {shlex.join(command)}", f"--env-file={job.stage / 'environment.txt'}",
         f"--storage={_storage(config)}", f"--priority={config.priority}",
-        f"--max-restarts={config.restarts}", f"--restart-on-exit-codes={STOPPED}",
+        f"--max-restarts={config.restarts}", f"--restart-on-exit-codes={','.join(map(str, RESTARTED))}",
         f"--termination-grace-period-seconds={_GRACE_SECONDS}",
     )  # fmt: skip
 

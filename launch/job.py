@@ -22,7 +22,9 @@ from famx.study import commands as study_commands
 from launch import settings
 from launch.commands import Commands
 
-STOPPED = 42  # exit code of famx.train after a graceful stop; tells launchers to restart the run
+STOPPED = 42  # exit code of famx.train after a graceful stop
+LOST = 75  # its exit code after the loss of another process, `famx.base.peers.LOST`
+RESTARTED = (STOPPED, LOST)  # exit codes after which the same command goes on
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from famx.base.errors import ConfigError
 from launch.commands import Commands
-from launch.job import STOPPED, Job, run
+from launch.job import RESTARTED, STOPPED, Job, run
 
 _OPTIONS = ("time", "partition", "account", "qos", "constraint")
 
@@ -51,6 +51,7 @@ def batch_script(config: ConfigDict, job: Job) -> str:
         step += [f"--cpus-per-task={config.cpus_per_task}"]  # srun does not inherit it from sbatch
     # By default JAX gives each process of a Slurm job a single GPU.
     devices = "" if config.study_tasks else ",".join(map(str, range(config.gpus_per_node)))
+    again = [f'[ "$code" -eq {code} ]' for code in RESTARTED]
     return "\n".join(
         [
             "#!/bin/bash",
@@ -65,7 +66,7 @@ def batch_script(config: ConfigDict, job: Job) -> str:
             *([f"export JAX_LOCAL_DEVICE_IDS={devices}"] if devices else []),
             "code=0",
             f"{shlex.join([*step, *command])} || code=$?",
-            f'if [ "$code" -eq {STOPPED} ] && [ -z "$cancelled" ] &&',
+            f"if {{ {' || '.join(again)}; }} && [ -z \"$cancelled\" ] &&",
             f'   [ "${{SLURM_RESTART_COUNT:-0}}" -lt {config.restarts} ]; then',
             '  exec scontrol requeue "$SLURM_JOB_ID"',
             "fi",

@@ -21,7 +21,7 @@ from famx.base.errors import ConfigError
 from famx.base.signals import interrupt_on_sigterm
 from launch import estimate
 from launch.commands import Commands
-from launch.job import DELETE, STOPPED, Job, add_wheel, check_model_dir, run
+from launch.job import DELETE, RESTARTED, STOPPED, Job, add_wheel, check_model_dir, run
 
 # States of a queued resource.
 _LOST = ("FAILED", "SUSPENDED")
@@ -205,7 +205,7 @@ class Slices:
         if code in (0, 2):  # finished, or a mistake of the user: a restart would not change it
             return code
         # Codes above 127 are deaths by a signal, as when a worker is shut down.
-        return None if code == STOPPED or code > 127 or self._preempted() else code
+        return None if code in RESTARTED or code > 127 or self._preempted() else code
 
     def _preempted(self) -> bool:
         """Whether the slices are being taken away; asks twice, because the state changes with a delay."""

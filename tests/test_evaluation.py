@@ -346,7 +346,7 @@ def test_a_task_without_an_answer_has_no_exact_match(monkeypatch):
     "changes, sentence",
     [
         (dict(task="passkey_wrods"), "The nearest name is 'passkey_words'"),
-        (dict(task_options={"digit": 1}), "unexpected keyword argument 'digit'"),
+        (dict(task_options={"digit": 1}), "has no option 'digit'"),
         (dict(task_options={"digits": 0}), r"TaskEvaluation.task_options\['digits'\] must be a whole"),
         (dict(task="own_text", task_options={}), "use TextEvaluation, or choose another task"),
         (dict(length=20), "length is 20, but the task 'passkey_words' needs at least"),
@@ -502,7 +502,7 @@ def test_an_evaluation_without_a_task_takes_that_of_the_run(tmp_path):
     assert held_out.paths and not set(held_out.paths) & set(texts().paths)
     with pytest.raises(ConfigError, match="measures PassKey, but the run trains on TextFiles: set"):
         PasskeyEvaluation().with_task(texts)
-    with pytest.raises(ConfigError, match="unexpected keyword argument 'splt'"):
+    with pytest.raises(ConfigError, match="has no option 'splt'"):
         keys(splt="eval")
 
 

@@ -122,8 +122,14 @@ def test_bytes_are_taken_as_they_are(tmp_path_factory, data, size):
 def test_no_character_is_lost_or_cut(tmp_path_factory, data, size):
     path = tmp_path_factory.mktemp("text") / "x.txt"
     path.write_bytes(data)
-    text = "".join(map(chr, joined(path, Characters(), size)))
-    assert text == data.decode("utf-8", errors="replace")
+    try:
+        text = data.decode("utf-8-sig")
+        assert not data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    except UnicodeDecodeError as error:
+        with pytest.raises(ConfigError, match=f"is not UTF-8 at byte {error.start}:|is encoded in UTF-"):
+            joined(path, Characters(), size)
+    else:
+        assert "".join(map(chr, joined(path, Characters(), size))) == text
 
 
 def test_pieces_stay_small_whatever_the_lines(tmp_path):

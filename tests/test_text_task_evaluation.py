@@ -421,7 +421,7 @@ def test_it_is_the_evaluation_of_a_training_run(data, tmp_path):
     "task, changes, sentence",
     [
         ("scrolls_qaspr", {}, "task 'scrolls_qaspr': .* nearest name is 'scrolls_qasper'"),
-        ("scrolls_qasper", dict(task_options={"data": "x"}), "unexpected keyword argument 'data'"),
+        ("scrolls_qasper", dict(task_options={"data": "x"}), "has no option 'data'"),
         ("scrolls_qasper", dict(task_options={"data_dir": "/no"}), "needs /no/scrolls/qasper/valid"),
         ("scrolls_qasper", dict(split="tets"), "has no split 'tets'; the nearest name is 'test'"),
         ("scrolls_qasper", dict(split="test"), "Example 0 of the test split of 'scrolls_qasper' has no"),

@@ -128,6 +128,18 @@ def check_writable(directory: Path) -> None:
     probe.unlink()
 
 
+@contextlib.contextmanager
+def removed_if_unused(directory: Path | None) -> Iterator[None]:
+    """Context that removes a directory which was made within it and is still empty; None: none."""
+    missing = directory is not None and not os.path.exists(directory)
+    try:
+        yield
+    finally:
+        if missing:
+            with contextlib.suppress(OSError):  # it is in use, or was never made
+                os.rmdir(str(directory))
+
+
 def _sync(path: pathlib.Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import sys
+import tokenize
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -79,10 +80,10 @@ def parse_gin(
             gin.add_config_file_search_path(prefix)
     with _only_files_on_disk():
         for name in gin_files:
-            with _PlainErrors(prefixes):
+            with _PlainErrors(prefixes, name):
                 gin.parse_config_file(name)
         for binding in gin_bindings:
-            with _PlainErrors(prefixes, binding):
+            with _PlainErrors(prefixes, binding=binding):
                 gin.parse_config(binding)
     unset = unset_macros(unneeded)
     for name in unset:
@@ -239,6 +240,9 @@ def _call_error_sentence(error: Exception) -> str | None:
     text = str(error).split("\n  In call to configurable")[0].split("\n  No values supplied")[0]
     if isinstance(error, ValueError):
         return text
+    if re.match(r"Unable to initialize backend|Unknown backend", text):
+        reason = text.splitlines()[0].split(" (set JAX_PLATFORMS")[0].rstrip(".")
+        return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}."
     missing = re.match(r"Required bindings for `(.+)` not provided in config: \['(\w+)'", text)
     return missing and not_set(f"{missing[1]}.{missing[2]}")
 
@@ -260,8 +264,9 @@ def _only_files_on_disk():
 class _PlainErrors:
     """Context manager that turns what gin raises while parsing into a ConfigError."""
 
-    def __init__(self, prefixes: Sequence[str], binding: str | None = None):
+    def __init__(self, prefixes: Sequence[str], file: str | None = None, binding: str | None = None):
         self.prefixes, self.binding = prefixes, binding
+        self.place = f"The gin file {file}" if file else "A binding"
 
     def __enter__(self):
         return self
@@ -274,11 +279,18 @@ class _PlainErrors:
             raise ConfigError(sentence) from error
 
     def _sentence(self, error: Exception) -> str | None:
+        if isinstance(error, RecursionError):  # its text, which gin extends at each level, is too long
+            return f"{self.place} includes itself, directly or through other gin files: take that out."
         text = str(error)
         place = re.search(r'In file "(.+)", line (\d+)', text)
         where = f" (in {place[1]}, line {place[2]})" if place else ""
+        if isinstance(error, tokenize.TokenError):  # a bracket that is not closed
+            position = ("", error.args[1][0], 0, "")
+            return self._syntax_sentence(SyntaxError("a bracket or a text is not closed", position))
         if isinstance(error, SyntaxError):
             return self._syntax_sentence(error)
+        if isinstance(error, UnicodeDecodeError):
+            return f"{self.place}, or a file that it includes, is not UTF-8: convert it."
         if match := re.match(r"Unable to open file: (.+?)\. Searched", text):
             names = list(_gin_files(self.prefixes))
             return f"There is no gin file {match[1]}." + nearest(match[1], names)
@@ -302,8 +314,9 @@ class _PlainErrors:
                 f"The value of --gin.{name} cannot be read: {value}. It must be a Python literal,"
                 f" %MACRO or @function; text needs quotes, as in --gin.{name}=\"'text'\"."
             )
-        place = f" in {error.filename}, line {error.lineno}" if error.filename else ""
-        return f"A gin file cannot be read{place}: {error.msg.splitlines()[0].rstrip('.')}."
+        place = f" in {error.filename}" if error.filename else ""
+        where = f"{place}, line {error.lineno}" if error.lineno else place
+        return f"{self.place} cannot be read{where}: {error.msg.splitlines()[0].rstrip('.')}."
 
 
 def _gin_files(prefixes: Sequence[str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.errors import ConfigError
-from famx.base.files import write_json, write_text
+from famx.base.files import removed_if_unused, write_json, write_text
 from famx.base.text import some
 from famx.conversion import families
 from famx.conversion.gin_file import model_gin
@@ -140,9 +140,10 @@ def write_model(
     """
     directory = check_destination(directory)
     clear(directory)
-    check_model_dir(directory, plan.num_bytes)
-    pieces = _pieces(plan, start, seed)
-    (directory / _MARK).touch()
+    with removed_if_unused(directory):
+        check_model_dir(directory, plan.num_bytes)
+        pieces = _pieces(plan, start, seed)
+        (directory / _MARK).touch()
     check_same_model(directory, plan.config.to_dict())
     write_text(directory / "model.gin", model_gin(plan.config, plan.source.name))
     if plan.vocabulary is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from famx.base.errors import ConfigError
 from famx.inference.conversation import Conversation, load_with_vocabulary
 from famx.inference.reading import ReadProgress
-from famx.model_dir.memory_file import read_header
+from famx.model_dir.memory_file import check_memory, read_header
 
 
 def make_memory(
@@ -69,8 +69,12 @@ def make_memory(
 
 
 def describe(path: str) -> str:
-    """Header of a memory file as text, one entry per line."""
-    header = read_header(path)
+    """Header of a memory file as text, one entry per line.
+
+    Raises:
+      ConfigError: there is no such file, it was cut or altered, or it is of another format.
+    """
+    header = check_memory(path)
     numbers = lambda values: ", ".join(f"{value:,}" for value in values)
     lines = {
         "texts": ", ".join(header.sources),

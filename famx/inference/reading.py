@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from famx.base.progress import Progress
+from famx.data.storage.unchanged import check_mark, not_utf8
 from famx.data.vocabularies import ByteVocabulary, Vocabulary
 
 _FILE_PIECE = 1 << 16  # bytes encoded at a time
@@ -18,10 +19,10 @@ def encode_file(
 ) -> Iterator[tuple[int, list[int]]]:
     """Encode a file piece by piece, in memory that does not depend on its length.
 
-    A byte vocabulary takes the bytes as they are. For any other, the file is decoded as UTF-8, with the
-    replacement character in place of invalid bytes, and a piece ends at the last line end before a
-    non-space character, or else at the last space between two words. Cut there, word vocabularies and
-    byte-level BPE give the ids of the whole file. A piece without such a place is cut where it ends.
+    A byte vocabulary takes the bytes as they are. For any other, the file is decoded as UTF-8, without
+    the mark that it may begin with, and a piece ends at the last line end before a non-space character,
+    or else at the last space between two words. Cut there, word vocabularies and byte-level BPE give the
+    ids of the whole file. A piece without such a place is cut where it ends.
     SentencePiece models that prepend a space to a text prepend one to every piece.
 
     Args:
@@ -34,21 +35,36 @@ def encode_file(
 
     Raises:
       OSError: the file cannot be read.
+      BadRecord: it is not UTF-8.
     """
     with open(path, "rb") as file:
         done, text = 0, ""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
         while data := file.read(size):
-            done += len(data)
             if isinstance(vocabulary, ByteVocabulary):
+                done += len(data)
                 yield done, vocabulary.encode(data)
                 continue
-            text += decoder.decode(data)
+            if not done:
+                check_mark(path, data)
+            text += _decoded(decoder, data, path, done)
+            done += len(data)
             whole = _LINE.match(text) or _WORD.match(text)
             cut = whole.end() if whole else len(text)
             yield done, vocabulary.encode(text[:cut])
             text = text[cut:]
-        yield done, vocabulary.encode(text + decoder.decode(b"", final=True))
+        yield done, vocabulary.encode(text + _decoded(decoder, b"", path, done, final=True))
+
+
+def _decoded(
+    decoder: codecs.IncrementalDecoder, data: bytes, path: str, done: int, final: bool = False
+) -> str:
+    """`data` as text, after the `done` bytes of the file before it; BadRecord if it is not UTF-8."""
+    before = done - len(decoder.getstate()[0])  # where the bytes that are decoded now begin
+    try:
+        return decoder.decode(data, final)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, before + error.start, data) from error
 
 
 # Only a single space or line end is a safe place to cut: byte-level BPE splits a run of them before its

@@ -65,6 +65,8 @@ def chat(
         check_template(template)
         if system is not None:
             raise ConfigError("--system is for the model's own chat template: put it into --template.")
+    if "" in stop:
+        raise ConfigError("--stop is an empty text, with which every answer would end: leave it out.")
     try:
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p)
     except ValueError as error:

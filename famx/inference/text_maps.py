@@ -51,10 +51,11 @@ def make_maps(
         raise ConfigError(
             f"{layer_count} layers of {len(blocks)} blocks are too many figures: name fewer of them."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be made: {error.strerror}.") from error
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"{out} cannot be made: {existing} must be a folder where you may write.")
 
     def pieces(progress) -> Iterator[list[int]]:
         tokens = 0
@@ -62,6 +63,8 @@ def make_maps(
             yield ids
             tokens += len(ids)
             progress(done, tokens)
+        if not tokens:
+            raise ConfigError(f"{text} contains no text.")
 
     try:
         with ReadProgress(text) as progress:
@@ -69,6 +72,7 @@ def make_maps(
     except OSError as error:
         raise ConfigError(f"{text} cannot be read: {error.strerror}.") from error
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         count = write_maps(maps, folder)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error.strerror or error}.") from error

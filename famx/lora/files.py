@@ -201,7 +201,7 @@ def _read(path: pathlib.Path):
         raise
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise ConfigError(
-            f"The adapter {path} is damaged and cannot be read: {shown(str(error), 200)}."
+            f"The adapter {path} is damaged: {WEIGHTS} cannot be read: {shown(str(error), 200)}."
         ) from None
     checked = {name: getattr(config, name) for name in _CHECKED}
     if metadata.get(_CHECKSUM) not in (None, _checksum(checked, stored)):

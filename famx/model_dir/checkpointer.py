@@ -250,7 +250,8 @@ class Checkpointer:
         self.wait()
         steps = self.all_steps()
         if not steps:
-            raise ConfigError(f"There is no checkpoint in {self.model_dir}.")
+            wanted = "" if step is None else f", so none of step {step}"
+            raise ConfigError(f"There is no checkpoint in {self.model_dir}{wanted}.")
         if step is not None and step not in steps:
             saved = ", ".join(map(str, steps))
             raise ConfigError(

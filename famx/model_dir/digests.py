@@ -159,6 +159,8 @@ def verified(
     """
     digests = read_digests(directory)
     if digests is None:
+        if directory.is_dir() and not any(directory.iterdir()):
+            raise damaged(directory, "its content", "is missing")
         yield False
         return
     _compare_small(directory, digests)

@@ -49,8 +49,11 @@ def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
     try:
         fields = read_checked_json(path)
     except FileNotFoundError as error:
+        other = ""
+        if (path.parent / "config.json").exists():
+            other = f" It holds a model of Hugging Face: famx convert --from={model_dir} imports it."
         raise ConfigError(
-            f"{model_dir} is not the directory of a trained model: it has no {_MODEL_FILE}."
+            f"{model_dir} is not the directory of a trained model: it has no {_MODEL_FILE}.{other}"
         ) from error
     check_description(fields, path)
     return fields

@@ -134,7 +134,8 @@ class MemoryStart:
                 with open(self.text, encoding="utf-8") as file:
                     text = file.read(1 << 16)
             except (OSError, ValueError) as error:
-                raise ConfigError(f"The plain text {self.text} cannot be read: {error}.") from error
+                reason = getattr(error, "strerror", None) or "it is not UTF-8"
+                raise ConfigError(f"The plain text {self.text} cannot be read: {reason}.") from error
         ids = np.array(vocabulary.encode(text), np.int32)
         if not len(ids):
             raise ConfigError(f"The plain text {self.text} is empty: name another.")

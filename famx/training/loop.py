@@ -15,6 +15,7 @@ import numpy as np
 from famx.base import gin_utils
 from famx.base.describe import describe
 from famx.base.errors import ConfigError
+from famx.base.files import removed_if_unused
 from famx.base.peers import agree
 from famx.base.ranges import Name
 from famx.base.signals import graceful_stop
@@ -77,8 +78,9 @@ def train(run: Run, allow_changes: Sequence[Name] = ()) -> dict[str, float]:
         anything is compiled or written. Or the numbers went wrong: too many steps in a row had a gradient
         that was not finite, or the parameters left their limits.
     """
-    stages, directory, profile = _check(run)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(removed_if_unused(run.model_dir))
+        stages, directory, profile = _check(run)
         lock = stack.enter_context(run_lock(directory))
         stages, data = open_data(stages)
         gin_utils.check_all_used()
@@ -121,7 +123,7 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
         with stage.errors():
             stage.run.data.check_options()
             stage.run.state_passing.check(stage.run)
-    profile = Profile(run.profile_steps, pathlib.Path(run.model_dir))
+    profile = Profile(run.profile_steps, pathlib.Path(run.model_dir), run.steps)
     directory = check_model_dir(run.model_dir)  # last, as it makes the directory
     return stages, directory, profile
 

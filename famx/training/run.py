@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from famx.base.errors import ConfigError
 from famx.base.ranges import Built, Expected, Name, NonNegative, Object, OneOf, Path, Positive, Rate, Seed
-from famx.base.values import check_arguments, checked, options_named
+from famx.base.values import checked, options_named
 from famx.base.xla_options import CHOICES, DEFAULT, compiler_options
 from famx.data.tasks import registry
 from famx.mesh import (
@@ -108,11 +108,11 @@ class Data:
         return self.lengths["targets"]
 
     def check_options(self) -> None:
-        """Raises ConfigError if an option of a named task is not what the task's annotations allow."""
+        """Raises ConfigError if a named task has no such option, or its annotations forbid the value."""
         options = self.options or {}
-        if isinstance(self.task, str) and (factory := registry.factory(self.task)) is not None:
+        if isinstance(self.task, str) and registry.factory(self.task) is not None:
             with options_named("TASK_OPTIONS", options):
-                check_arguments(factory, options)
+                registry.check_options(self.task, options)
 
     def make_task(self, vocabulary: Any = None, **changes: Any) -> Any:
         """The task object.

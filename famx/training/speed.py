@@ -90,10 +90,10 @@ class Profile:
     It is written to `MODEL_DIR/profile` and read with `tensorboard --logdir` or `xprof`.
 
     Raises:
-      ConfigError: the steps are not written as "10:13".
+      ConfigError: the steps are not written as "10:13", or the run does not have them.
     """
 
-    def __init__(self, steps: str | None, model_dir: pathlib.Path):
+    def __init__(self, steps: str | None, model_dir: pathlib.Path, last: int):
         self.directory = model_dir / "profile"
         self.first = self.last = None
         self._running = False
@@ -101,8 +101,13 @@ class Profile:
             return
         match = re.fullmatch(r"(\d+):(\d+)", str(steps))
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise ConfigError(f"The steps to profile are written as 10:13, first:last; not {steps!r}.")
+            raise ConfigError(
+                f"profile_steps must be the first and the last step to profile, such as 10:13, not"
+                f" {steps}."
+            )
         self.first, self.last = int(match[1]), int(match[2])
+        if self.first > last:
+            raise ConfigError(f"profile_steps {steps} come after the last step of the run, {last}.")
 
     def before(self, step: int) -> None:
         """Call before step `step`, counted from 1."""

@@ -40,7 +40,7 @@ from famx.conversion.tensor_source import TensorInfo
 from famx.conversion.vocabulary import fitting_vocabulary
 from famx.conversion.with_memory import full_config
 from famx.data.vocabularies import load_vocabulary, open_vocabulary
-from famx.memories import Fam
+from famx.memories import BlockRecurrent, Fam
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.loading import load_model
 from famx.models.memory_start import MemoryStart
@@ -437,13 +437,17 @@ def test_memories_by_kind_and_fields():
     gated = commands.read_memory("fam:length=8, update=gated,normalize=True")
     assert gated == Fam(8, update="gated", normalize=True)
     assert commands.read_memory("fam:update_scale=1") == Fam(update_scale=1)
+    recurrent = BlockRecurrent(8, layers=(0, 1))
+    assert commands.read_memory("block_recurrent:layers=(0, 1), length=8") == recurrent
     for text, said in (
         ("famm", "is of the kind 'famm', which is not known here"),
         ("fam:lenght=8", "has no field lenght; it has .*, length, normalize"),
         ("fam:8", "8 sets nothing"),
-        ("fam:length=8.5", "length takes a value such as 64, not 8.5"),
-        ("fam:length=long", "length takes a value such as 64, not 'long'"),
-        ("fam:normalize=1", "normalize takes a value such as False, not 1"),
+        ("fam:length=8.5", "Fam.length must be a whole number of at least 1 .*, not 8.5"),
+        ("fam:length=long", "Fam.length must be a whole number of at least 1 .*, not 'long'"),
+        ("fam:normalize=1", "Fam.normalize must be True or False or 'measured', not 1"),
+        ("landmark:top=0", "Landmark.top must be a whole number of at least 1 or None, not 0"),
+        ("own:length=0", "Own.length must be a whole number of at least 1 .*, not 0"),
     ):
         with pytest.raises(ConfigError, match=said):
             commands.read_memory(text)

@@ -53,7 +53,7 @@ def test_a_workload_is_submitted_waited_for_and_deleted(cluster):
     ]  # fmt: skip
     flags = given(create)
     assert (flags["tpu-type"], flags["num-slices"], flags["max-restarts"]) == ("v5litepod-16", "2", "3")
-    assert flags["restart-on-exit-codes"] == "42" and flags["storage"] == "my-bucket"
+    assert flags["restart-on-exit-codes"] == "42,75" and flags["storage"] == "my-bucket"
     assert flags["command"] == "exec bash run.sh" and flags["base-docker-image"] == "python:3.12"
     assert given(wait)["wait-for-job-completion"] == "fam" and given(delete)["workload"] == "fam"
     stage = cluster / "stage" / "famx-fam"

@@ -76,7 +76,9 @@ def test_one_process_per_node_has_all_the_gpus_and_the_environment(cluster, monk
     assert "hf_it" not in (stage / "job.sh").read_text()
 
 
-@pytest.mark.parametrize("code,before,queued", [(42, 0, 1), (42, 2, 1), (42, 3, 0), (1, 0, 0), (0, 0, 0)])
+@pytest.mark.parametrize("code,before,queued", [
+    (42, 0, 1), (42, 2, 1), (42, 3, 0), (75, 0, 1), (75, 3, 0), (1, 0, 0), (2, 0, 0), (0, 0, 0),
+])  # fmt: skip
 def test_a_run_that_was_stopped_is_queued_again_so_often(cluster, code, before, queued):
     assert launch(cluster) == 0
     stubs.write(cluster, {"srun_code": code})

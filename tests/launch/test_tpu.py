@@ -15,6 +15,7 @@ from absl.testing import flagsaver
 from processes import start_process
 
 from famx.base.errors import ConfigError
+from famx.base.peers import LOST
 from launch import job as jobs
 from launch import settings, tpu
 from launch.commands import Commands
@@ -165,8 +166,9 @@ def test_restarts_have_a_limit(cloud):
     assert actions(cloud).count("create") == 3 and stubs.read(cloud)["tpus"] == {}
 
 
-def test_a_run_that_was_stopped_goes_on_on_the_same_slices(cloud):
-    once = "if [ -e $HOME/once ]; then exit 0; fi; touch $HOME/once; exit 42\n"
+@pytest.mark.parametrize("code", [42, LOST])
+def test_a_run_that_was_stopped_goes_on_on_the_same_slices(cloud, code):
+    once = f"if [ -e $HOME/once ]; then exit 0; fi; touch $HOME/once; exit {code}\n"
     (cloud / "python").write_text(TRAIN + once)
     assert launch(make_config(cloud)) == 0
     assert actions(cloud) == [*LIFE, *LIFE[1:], "delete"]

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from famx.base.errors import BadRecord
 from famx.base.ranges import Paths, Seed, ShareBelowOne
 from famx.base.values import checked
 from famx.data.storage.paths import matching_files, stdlib_text_files, validation_names
@@ -42,7 +43,7 @@ class TextFiles:
         Raises:
           ValueError: a pattern matches no file, all files are empty, or the split has no document.
 
-        Reading a document raises BadRecord if it is not UTF-8, with the name of the file.
+        Reading a document raises BadRecord if it is not UTF-8 or is blank, with the name of the file.
         """
         self.vocab = as_vocabulary(vocabulary)
         paths = matching_files(stdlib_text_files() if files is None else files)
@@ -98,7 +99,7 @@ class TextFiles:
         """Document `i`: a text, or for bytes the bytes as they are in the file.
 
         Raises:
-          BadRecord: it is not UTF-8, or too large.
+          BadRecord: it is not UTF-8, is blank, or is too large.
           BadData: the file changed since it was opened.
         """
         path, start, stop = self._parts[i]
@@ -108,6 +109,8 @@ class TextFiles:
             file.seek(start)
             data = file.read(stop - start)
         text = decoded(data, path, start == 0, stop == self._unchanged.size(path))
+        if not text.strip():
+            raise BadRecord(f"{path} has nothing but white space: write a text into it, or leave it out.")
         return data if isinstance(self.vocab, ByteVocabulary) else text
 
     def num_tokens(self, i: int) -> int:

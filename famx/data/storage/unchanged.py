@@ -99,8 +99,19 @@ def decoded(data: bytes, path: str, begins: bool = True, ends: bool = True) -> s
     except UnicodeDecodeError as error:
         if not ends and error.reason == "unexpected end of data":
             return data[start : start + error.start].decode("utf-8")
-        zeros = " It has bytes of zero, as UTF-16 without a mark and binary files do." * (b"\0" in data)
-        raise BadRecord(
-            f"{path} is not UTF-8 at byte {start + error.start}: convert it, for example with `iconv -f"
-            f" LATIN1 -t UTF-8`, or copy it again.{zeros}"
-        ) from error
+        raise not_utf8(path, start + error.start, data) from error
+
+
+def not_utf8(path: str, position: int, data: bytes) -> BadRecord:
+    """Error for a text that is not UTF-8.
+
+    Args:
+      path: the file.
+      position: first byte that cannot be decoded, counted as the reader of the sentence is to find it.
+      data: bytes around it.
+    """
+    zeros = " It has bytes of zero, as UTF-16 without a mark and binary files do." * (b"\0" in data)
+    return BadRecord(
+        f"{path} is not UTF-8 at byte {position}: convert it, for example with `iconv -f LATIN1 -t"
+        f" UTF-8`, or copy it again.{zeros}"
+    )

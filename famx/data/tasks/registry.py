@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from famx.base.errors import ConfigError
+from famx.base.text import nearest
 from famx.base.values import check_arguments
 
 Factory = Callable[..., Any]
@@ -62,6 +64,22 @@ def needs_options(name: str) -> bool:
     return any(p.default is p.empty and p.kind in kinds for p in parameters)
 
 
+def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a registered task, with `~` expanded in paths.
+
+    Raises:
+      ConfigError: the task has no such option, or a value is not what the annotations allow.
+    """
+    maker = _FACTORIES[name]
+    parameters = inspect.signature(maker).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                hint = nearest(option, list(parameters)) or f" Its options: {', '.join(parameters)}."
+                raise ConfigError(f"The task {name} has no option {option!r}.{hint}")
+    return check_arguments(maker, options)
+
+
 def get(name: str, **options: Any) -> Any:
     """Make the task of this name; if it is not registered here, return SeqIO's of this name.
 
@@ -72,11 +90,11 @@ def get(name: str, **options: Any) -> Any:
       **options: passed to the factory; SeqIO's tasks take none.
 
     Raises:
-      ConfigError: an option is not what the annotations of the factory allow.
+      ConfigError: see `check_options`.
       ValueError: no task has this name, or options were given for a SeqIO task.
     """
     if name in _FACTORIES:
-        return _FACTORIES[name](**check_arguments(_FACTORIES[name], options))
+        return _FACTORIES[name](**check_options(name, options))
     seqio: Any = sys.modules.get("seqio")
     seqio_names = []
     if seqio is not None:

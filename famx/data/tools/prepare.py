@@ -20,7 +20,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from famx.base.errors import ConfigError
-from famx.base.files import move_into_place, new_directory, replacing, scratch_directory, write_json
+from famx.base.files import (
+    move_into_place,
+    new_directory,
+    removed_if_unused,
+    replacing,
+    scratch_directory,
+    write_json,
+)
 from famx.base.progress import Progress
 from famx.base.ranges import Path, Positive
 from famx.base.values import checked
@@ -70,6 +77,7 @@ def prepare(
         directory cannot be used; or files are missing or not the published ones.
       ValueError: a file is broken; the sentence names it and, for a text file, the line.
     """
+    name = task
     if isinstance(task, str):
         try:
             task = registry.get(task)
@@ -79,18 +87,34 @@ def prepare(
         members = ", ".join(member.name for member in task.tasks)
         raise ConfigError(f"'{task.name}' is a suite; prepare its tasks one by one: {members}.")
     if not isinstance(task, TextTask | Mixture):
-        raise ConfigError("This task reads no published data set; it needs no preparation.")
+        raise ConfigError(f"{name} reads no published data set; it needs no preparation.")
     data_dir = data_dir or os.environ.get("FAMX_DATA_DIR")
     if not data_dir:
         raise ConfigError("There is no directory for the records; give --data_dir or set FAMX_DATA_DIR.")
     source, data_dir = (os.path.abspath(os.path.expanduser(x)) for x in (source, data_dir))
     if not os.path.exists(source):
         raise ConfigError(f"The source {source} does not exist; give the folder or archive to read.")
+    with removed_if_unused(data_dir):
+        try:
+            os.makedirs(data_dir, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"The data directory {data_dir} cannot be made: {error.strerror}."
+            ) from error
+        return _prepare(task, source, data_dir, allow_partial, num_shards, message, beam_options)
+
+
+def _prepare(
+    task: TextTask | Mixture,
+    source: str,
+    data_dir: str,
+    allow_partial: bool,
+    num_shards: int,
+    message: Callable[[str], None],
+    beam_options: str | None,
+) -> dict[str, dict[str, int]]:
+    """`prepare` for a task object and absolute paths of directories that exist."""
     tasks = list(task.tasks) if isinstance(task, Mixture) else [task]
-    try:
-        os.makedirs(data_dir, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"The data directory {data_dir} cannot be made: {error.strerror}.") from error
     message(f"Reading {source}.")
     folders = _folders(source, tasks)
     opened = {member.name: _open(member, folders) for member in tasks}
@@ -287,7 +311,6 @@ def _unpack(archive: str, data_dir: str, message: Callable[[str], None]) -> str:
         except (*_DAMAGED, OSError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
-            raise ConfigError(
-                f"{archive} cannot be unpacked as zip or tar ({error}); download it again."
-            ) from error
+            reason = getattr(error, "strerror", None) or "it is no whole zip or tar archive"
+            raise ConfigError(f"{archive} cannot be unpacked: {reason}; download it again.") from error
     return folder

@@ -1,6 +1,6 @@
 """Tiny models of every family: config.json, weights drawn from a seed, and the logits of transformers.
 
-    python tests/conversion/reference_models.py
+    python tests/reference_models.py
 
 records the logits of `transformers` in `recorded_logits.npz`. Weights are not stored: each tensor is
 drawn from its name, so that both sides make the same ones from the names and shapes they know.
