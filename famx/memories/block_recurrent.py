@@ -22,6 +22,10 @@ from famx.modules.components import partitioned, rms_normalize
 from famx.modules.memory import Memory, Opened
 
 GATES = ("fixed", "lstm")
+_PROJECTIONS = (
+    "query_kernel", "cross_query_kernel", "key_kernel", "value_kernel", "token_query_kernel",
+    "token_output_kernel",
+)  # fmt: skip
 
 
 @checked
@@ -73,7 +77,9 @@ class BlockRecurrent(Memory):
         return _States(config, len(self.chosen(config)))
 
     def shared(self, decoder):
-        return decoder.memory()
+        # Projections are cast once, and not by every token.
+        cast = lambda name, w: w.astype(decoder.config.dtype) if name in _PROJECTIONS else w
+        return {name: cast(name, w) for name, w in decoder.memory().items()}
 
     def turns(self, radians):
         # Which of the states a layer has; -1: none.
@@ -90,10 +96,10 @@ class BlockRecurrent(Memory):
         return climb, climb
 
     def enter(self, decoder, memory):
-        w, c = decoder.memory(), decoder.config
+        w, c = self.shared(decoder), decoder.config
         of_state = {name: w[name] for name in ("norm_scale", "ids")}
         h = _identified(jax.tree.map(lambda w: w.reshape(len(w), -1, c.embed_dim), of_state), memory, c)
-        project = lambda name: jnp.einsum("bznd,zdkh->bznkh", h, w[name].astype(c.dtype))
+        project = lambda name: jnp.einsum("bznd,zdkh->bznkh", h, w[name])
         return {"keys": _direction(project("key_kernel")), "values": project("value_kernel")}, memory
 
     def open(self, layer, climb, memory, here):
@@ -105,11 +111,11 @@ class BlockRecurrent(Memory):
 
         def read(x, states):
             w = jax.tree.map(lambda w: w[slot], here.shared)
-            kernel = w["token_query_kernel"].astype(c.dtype)
-            query = _direction(jnp.einsum("...sd,dhk->...shk", x, kernel))
+            query = _direction(jnp.einsum("...sd,dhk->...shk", x, w["token_query_kernel"]))
             attention = _attend(query, states["keys"], states["values"], w["token_scale"], c)
-            kernel = w["token_output_kernel"].astype(c.dtype)
-            return jnp.einsum("...shk,hkd->...sd", attention.astype(c.dtype), kernel)
+            return jnp.einsum(
+                "...shk,hkd->...sd", attention.astype(c.dtype), w["token_output_kernel"]
+            )
 
         none = lambda x, states: jnp.zeros(x.shape, c.dtype)
         return jax.lax.cond(slot >= 0, read, none, layer.attention_norm(tokens.input), tokens.extra)
@@ -129,7 +135,7 @@ class BlockRecurrent(Memory):
         def write(climb):
             w, state = jax.tree.map(lambda w: w[slot], here.shared), climb[:, slot]
             h = _identified(w, state, c)
-            project = lambda name: _direction(jnp.einsum("bnd,dhk->bnhk", h, w[name].astype(c.dtype)))
+            project = lambda name: _direction(jnp.einsum("bnd,dhk->bnhk", h, w[name]))
             own = opened.extra["keys"], opened.extra["values"]
             itself = _attend(project("query_kernel"), *own, w["state_scale"], c)
             query = project("cross_query_kernel")
