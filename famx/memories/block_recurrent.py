@@ -57,11 +57,15 @@ class BlockRecurrent(Memory):
     layers: Annotated[tuple[NonNegative, ...], MinLen(1)] | None = None
     gate: Annotated[str, OneOf(GATES)] = "fixed"
 
+    def __post_init__(self):
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))  # lists come from gin and JSON
+
     def check(self, config):
         chosen = self.chosen(config)
         if max(chosen) >= config.num_layers or len(set(chosen)) < len(chosen):
             return (
-                f"BlockRecurrent.layers {tuple(chosen)} must be different layers of the model's, 0 to"
+                f"BlockRecurrent.layers {chosen} must be different layers of the model's, 0 to"
                 f" {config.num_layers - 1}."
             )
         return None
@@ -71,7 +75,7 @@ class BlockRecurrent(Memory):
         return self._chosen(config.num_layers)
 
     def _chosen(self, count):
-        return (max(count * 5 // 6 - 1, 0),) if self.layers is None else tuple(self.layers)
+        return (max(count * 5 // 6 - 1, 0),) if self.layers is None else self.layers
 
     def parameters(self, config):
         return _States(config, len(self.chosen(config)))
