@@ -18,7 +18,6 @@ import famx
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
-from famx.study import commands as study_commands
 from launch import settings
 from launch.commands import Commands
 
@@ -183,6 +182,8 @@ def make_job(config: ConfigDict, check_gin: bool = True) -> Job:
         gin_utils.parse_gin(files, bindings)
     of_runs: tuple[str, ...] = ()
     if config.get("study_tasks"):
+        from famx.study import commands as study_commands  # with libraries for figures
+
         study = gin_utils.call(study_commands.study)
         model_dir, of_runs = os.path.normpath(study.directory), tuple(study.gin_files)
     else:

@@ -13,9 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from annotated_types import MinLen
 
-from famx.base.ranges import NonNegative, OneOf, Positive
+from famx.base.ranges import Indices, OneOf, Positive
 from famx.base.values import checked
 from famx.modules.attention.common import MASKED
 from famx.modules.components import partitioned, rms_normalize
@@ -54,7 +53,7 @@ class BlockRecurrent(Memory):
     through_depth: ClassVar[bool] = True
     sees_past: ClassVar[bool] = True
     length: Positive = 512
-    layers: Annotated[tuple[NonNegative, ...], MinLen(1)] | None = None
+    layers: Indices | None = None
     gate: Annotated[str, OneOf(GATES)] = "fixed"
 
     def __post_init__(self):
