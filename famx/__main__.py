@@ -9,6 +9,7 @@ COMMANDS = {
     "examples": "famx.examples",
     "tasks": "famx.tasks",
     "train": "famx.train",
+    "ablate": "famx.ablate",
     "eval": "famx.eval",
     "lm-eval": "famx.lm_eval",
     "infer": "famx.infer",

@@ -302,11 +302,13 @@ def state_sharding(state: Any, config: DecoderConfig, mesh: Mesh, rules: Rules) 
     batch = "batch" if state.batch_size > 1 else None
     box = lambda leaf, names: nn.LogicallyPartitioned(leaf, names)
     window = ("layers", batch, "segments", "block", "kv_heads", "kv")
-    names = {"keys": window, "values": window}
+    names = {
+        "keys": window, "values": window, "features": (*window[:4], *config.memory.feature_axes)
+    }  # fmt: skip
     boxed = {
         field.name: box(getattr(state, field.name), names.get(field.name, (batch,)))
         for field in dataclasses.fields(state)
-        if field.name != "memory"
+        if field.name != "memory" and getattr(state, field.name) is not None
     }
     boxed["memory"] = jax.tree.map(
         lambda leaf, names: box(leaf, ("layers", batch, *names)), state.memory, config.memory.axes()

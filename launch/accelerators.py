@@ -19,6 +19,7 @@ class _Family:
       sizes: sizes that an accelerator name may end in: cores for v2 to v5p, chips for the others.
       cores: units of such a size per chip: 2 where it counts cores, 1 where it counts chips.
       dimensions: number of dimensions of the chip grid, 2 or 3.
+      host: chips of the largest slice that one host has.
       compiler: name of the family in topologies of famx.compile; '' if it cannot compile for it.
       runtime: default TPU software version of the workers.
     """
@@ -26,6 +27,7 @@ class _Family:
     sizes: tuple[int, ...]
     cores: int
     dimensions: int
+    host: int
     compiler: str
     runtime: str = "tpu-ubuntu2204-base"
 
@@ -37,12 +39,12 @@ def _cubes(largest: int) -> tuple[int, ...]:
 
 _FLAT = (1, 4, 8, 16, 32, 64, 128, 256)
 FAMILIES = {
-    "v2": _Family((8, 32, 128, 256, 512), 2, 2, ""),
-    "v3": _Family((8, 32, 64, 128, 256, 512, 1024, 2048), 2, 2, ""),
-    "v4": _Family(_cubes(8192), 2, 3, "v4"),
-    "v5litepod": _Family(_FLAT, 1, 2, "v5e", "v2-alpha-tpuv5-lite"),
-    "v5p": _Family(_cubes(12288), 2, 3, "v5p", "v2-alpha-tpuv5"),
-    "v6e": _Family(_FLAT, 1, 2, "v6e", "v2-alpha-tpuv6e"),
+    "v2": _Family((8, 32, 128, 256, 512), 2, 2, 4, ""),
+    "v3": _Family((8, 32, 64, 128, 256, 512, 1024, 2048), 2, 2, 4, ""),
+    "v4": _Family(_cubes(8192), 2, 3, 4, "v4"),
+    "v5litepod": _Family(_FLAT, 1, 2, 8, "v5e", "v2-alpha-tpuv5-lite"),
+    "v5p": _Family(_cubes(12288), 2, 3, 4, "v5p", "v2-alpha-tpuv5"),
+    "v6e": _Family(_FLAT, 1, 2, 8, "v6e", "v2-alpha-tpuv6e"),
 }
 
 
@@ -57,6 +59,11 @@ class Slice:
     def chips(self) -> int:
         """Number of chips."""
         return math.prod(self.grid)
+
+    @property
+    def of_one_host(self) -> bool:
+        """Whether one host has all chips."""
+        return self.chips <= FAMILIES[self.family].host
 
     @property
     def topology(self) -> str:

@@ -6,7 +6,8 @@
         --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR=/mnt/famx/fam --dry_run
 
 Submits a workload, waits until it ends, and deletes it. Kubernetes restarts it after a preemption. With
---create_cluster the cluster is created first and the bucket attached to it.
+--create_cluster the cluster is created first and the bucket attached to it. With
+`--config.study_tasks=N` the gin files describe a study, and N workloads share its cells.
 """
 
 import shlex
@@ -55,17 +56,23 @@ def _storage(config: ConfigDict) -> str:
     return config.bucket.replace("_", "-").replace(".", "-")
 
 
-def create_workload(config: ConfigDict, job: Job) -> list[str]:
-    """Command that submits the training as a workload."""
+def workloads(config: ConfigDict, job: Job) -> list[str]:
+    """Names of the workloads: of a training run one, of a study one for each task."""
+    tasks = config.study_tasks
+    return [f"{job.name}-{task}" for task in range(tasks)] if tasks else [job.name]
+
+
+def create_workload(config: ConfigDict, job: Job, name: str, task: int) -> list[str]:
+    """Command that submits the training, or a task of a study, as a workload of this name."""
     slices = [f"--tpu-type={config.accelerator}", f"--num-slices={config.num_slices}"]
     if config.image:
         # xpk runs the command in a subshell and sends it SIGTERM; `exec` lets Python receive the signal.
-        image, command = [f"--docker-image={config.image}"], _train(job)
+        image, command = [f"--docker-image={config.image}"], _main(config, job, str(task))
     else:
         image = [f"--base-docker-image={config.base_image}", f"--script-dir={job.stage}"]
-        command = ["bash", "run.sh"]
+        command = ["bash", "run.sh", *([str(task)] if config.study_tasks else [])]
     return _xpk(
-        config, "workload", "create", f"--workload={job.name}", *slices, *image,
+        config, "workload", "create", f"--workload={name}", *slices, *image,
         f"--command=exec {shlex.join(command)}", f"--env-file={job.stage / 'environment.txt'}",
         f"--storage={_storage(config)}", f"--priority={config.priority}",
         f"--max-restarts={config.restarts}", f"--restart-on-exit-codes={','.join(map(str, RESTARTED))}",
@@ -73,8 +80,11 @@ def create_workload(config: ConfigDict, job: Job) -> list[str]:
     )  # fmt: skip
 
 
-def _train(job: Job) -> list[str]:
-    return job.train("python", "--multiprocess", f"--exit_code_if_stopped={STOPPED}")
+def _main(config: ConfigDict, job: Job, task: str) -> list[str]:
+    stopped = f"--exit_code_if_stopped={STOPPED}"
+    if not config.study_tasks:
+        return job.train("python", "--multiprocess", stopped)
+    return job.study("python", stopped, f"--task={task}", f"--tasks={config.study_tasks}")
 
 
 def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
@@ -88,13 +98,15 @@ def write_stage(config: ConfigDict, job: Job, commands: Commands) -> None:
             raise ConfigError(
                 f"xpk cannot pass on the value of {name}, which contains a quote or a backslash."
             )
-    if "$(" in shlex.join(_train(job)):
+    if "$(" in shlex.join(_main(config, job, "")):
         raise ConfigError("Kubernetes would expand $( ) in a gin binding: move it to a gin file.")
     commands.make_directory(job.stage)
     if config.base_image:
         wheel = add_wheel(config, job, commands)
         install = f'pip install --quiet "famx[{config.extras}] @ file://$PWD/"{shlex.quote(wheel)}'
-        text = f"#!/bin/bash\nset -euo pipefail\n{install}\nexec {shlex.join(_train(job))}\n"
+        # Quoted as it stands, and then the shell's own argument in its place.
+        main = shlex.join(_main(config, job, "TASK")).replace("--task=TASK ", '--task="$1" ', 1)
+        text = f"#!/bin/bash\nset -euo pipefail\n{install}\nexec {main}\n"
         commands.write(job.stage / "run.sh", text)
         job.write_gin_files(commands)
     # For a name without a value xpk takes the value from its own environment, so secrets stay out of
@@ -109,32 +121,40 @@ def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
     """Submits the workload and waits for it; returns the exit code of the launcher."""
     check_model_dir(config, job)
     commands.require("xpk")
-    estimate.show(config, job, commands)
+    if not config.study_tasks:  # its runs have gin files of their own
+        estimate.show(config, job, commands)
     write_stage(config, job, commands)
     commands.environment.update(job.secret)
     for command in create_cluster(config) if _CREATE.value else []:
         if commands.run(*command):
             raise ConfigError(f"xpk failed to prepare the cluster {config.cluster}: see the lines above.")
-    if commands.run(*create_workload(config, job)):
-        raise ConfigError(f"xpk failed to submit {job.name}: see the lines above.")
-    follow = ["kubectl", "logs", "--follow", f"--selector=xpk.google.com/workload={job.name},"
+    names = workloads(config, job)
+    for task, name in enumerate(names):
+        if commands.run(*create_workload(config, job, name, task)):
+            raise ConfigError(f"xpk failed to submit {name}: see the lines above.")
+    follow = ["kubectl", "logs", "--follow", f"--selector=xpk.google.com/workload={names[0]},"
               "batch.kubernetes.io/job-completion-index=0"]  # fmt: skip
     commands.say(f"To follow the log of the first worker: {shlex.join(follow)}")
-    delete = _xpk(config, "workload", "delete", f"--workload={job.name}", "--force")
+    deletes = [_xpk(config, "workload", "delete", f"--workload={name}", "--force") for name in names]
     if not _WAIT.value:
-        commands.say(f"To delete the workload: {shlex.join(delete)}")
+        for delete in deletes:
+            commands.say(f"To delete the workload: {shlex.join(delete)}")
         return 0
+    codes = []
     try:
-        code = commands.run(*_xpk(config, "workload", "list", f"--wait-for-job-completion={job.name}"))
+        for name in names:
+            wait = f"--wait-for-job-completion={name}"
+            codes.append(commands.run(*_xpk(config, "workload", "list", wait)))
     except KeyboardInterrupt:
-        if DELETE.value == "always":
-            commands.run(*delete)
-        else:
-            commands.say(f"The workload keeps running. To delete it: {shlex.join(delete)}")
+        for delete in deletes:
+            if DELETE.value == "always":
+                commands.run(*delete)
+            else:
+                commands.say(f"The workload keeps running. To delete it: {shlex.join(delete)}")
         return 130
-    if DELETE.value != "never":
+    for delete in deletes if DELETE.value != "never" else []:
         commands.run(*delete)
-    return code
+    return next(filter(None, codes), 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The training job that every launcher starts: `famx.train` with gin files, bindings and environment."""
+"""The job that every launcher starts: `famx.train`, or `famx.ablate`, with gin files and environment."""
 
 import dataclasses
 import os
@@ -43,13 +43,13 @@ DELETE = flags.DEFINE_enum(
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training run, independent of where it is launched.
+    """A training run, or a study, independent of where it is launched.
 
     Attributes:
       name: name of the job.
-      gin_files: gin files, as the user named them.
+      gin_files: gin files, as the user named them; of a study, those of its runs, too.
       gin_flags: flags that pass these files and the gin bindings to famx.train.
-      model_dir: MODEL_DIR; "" if gin was not parsed.
+      model_dir: MODEL_DIR, or the directory of the study; "" if gin was not parsed.
       shown: environment variables whose values may be printed.
       secret: environment variables whose values must not be printed.
       stage: local directory where the files of the launch are collected.
@@ -68,6 +68,10 @@ class Job:
     def train(self, python: str, *flags: str) -> list[str]:
         """The training command, with the Python interpreter `python` and additional flags."""
         return [python, "-m", "famx.train", *flags, *self.gin_flags]
+
+    def study(self, python: str, *flags: str) -> list[str]:
+        """The command of a task of a study."""
+        return [python, "-m", "famx.ablate", *flags, *self.gin_flags]
 
     def write_gin_files(self, commands: Commands) -> None:
         """Copies the gin files and the files they include to the stage, under the same relative names.
@@ -180,7 +184,14 @@ def make_job(config: ConfigDict, check_gin: bool = True) -> Job:
     if check_gin:
         gin_utils.import_modules()
         gin_utils.parse_gin(files, bindings)
-    model_dir = _model_dir() if check_gin else ""
+    of_runs: tuple[str, ...] = ()
+    if config.get("study_tasks"):
+        from famx.study import commands as study_commands  # with libraries for figures
+
+        study = gin_utils.call(study_commands.study)
+        model_dir, of_runs = os.path.normpath(study.directory), tuple(study.gin_files)
+    else:
+        model_dir = _model_dir() if check_gin else ""
     steps = _macro("TRAIN_STEPS") if check_gin else None
     shown, secret = settings.environment(config)
     stage = pathlib.Path(config.stage_dir).expanduser().absolute() / f"famx-{config.name}"
@@ -188,7 +199,8 @@ def make_job(config: ConfigDict, check_gin: bool = True) -> Job:
     gin_flags += [f"--gin_bindings={text}" for text in bindings]
     gin_flags += [f"--import={name}" for name in flags.FLAGS["import"].value]
     steps = steps if isinstance(steps, int) else None
-    return Job(config.name, tuple(files), tuple(gin_flags), model_dir, shown, secret, stage, steps)
+    files = (*files, *of_runs)
+    return Job(config.name, files, tuple(gin_flags), model_dir, shown, secret, stage, steps)
 
 
 def _macro(name: str) -> Any:
@@ -281,7 +293,11 @@ def add_wheel(config: ConfigDict, job: Job, commands: Commands) -> str:
 def check_model_dir(config: ConfigDict, job: Job) -> None:
     """Raises ConfigError if MODEL_DIR is not in the bucket: the workers' disks are deleted with them."""
     if config.mount.rstrip("/") not in map(str, pathlib.PurePath(job.model_dir).parents):
+        there = f"gs://{config.bucket}/{job.name}"
+        what, advice = "MODEL_DIR", f"set --gin.MODEL_DIR={there}"
+        if config.get("study_tasks"):
+            what, advice = "The study's directory", f"make it one such as {there}"
         raise ConfigError(
-            f"MODEL_DIR {job.model_dir} would be lost with the workers: the bucket is mounted at"
-            f" {config.mount}, so set --gin.MODEL_DIR='gs://{config.bucket}/{job.name}'."
+            f"{what} {job.model_dir} would be lost with the workers: the bucket is mounted at"
+            f" {config.mount}, so {advice}."
         )

@@ -55,6 +55,7 @@ _GKE = dict(
     base_image="",  # container image with Python; xpk adds famx's wheel and the gin files
     priority="medium",
     bucket_gigabytes=1000,  # bucket size declared to Kubernetes, which demands one
+    study_tasks=0,  # workloads that share the cells of a study (famx.ablate); 0: one training run
 )
 _SLURM = dict(
     nodes=1,
@@ -69,6 +70,7 @@ _SLURM = dict(
     python="python",  # Python on the nodes that has famx installed
     prologue="",  # shell file sourced at the start of the job, for `module load` and the like
     warning_seconds=120,  # seconds before the time limit at which the run is told to save and stop
+    study_tasks=0,  # tasks of an array that share the cells of a study (famx.ablate); 0: one training run
 )
 _LOCAL = dict(
     platform="cpu",  # JAX platform: cpu, cuda, ...
@@ -151,7 +153,7 @@ _REQUIRED = {
 _AT_LEAST = {
     "num_slices": 1, "nodes": 1, "processes": 1, "devices_per_process": 1, "bucket_gigabytes": 1,
     "poll_seconds": 0, "restarts": 0, "gpus_per_node": 0, "cpus_per_task": 0, "warning_seconds": 1,
-    "grace_seconds": 0, "price_per_chip_hour": 0,
+    "grace_seconds": 0, "price_per_chip_hour": 0, "study_tasks": 0,
 }  # fmt: skip
 
 
@@ -201,6 +203,8 @@ def check(config: ConfigDict, kind: str) -> ConfigDict:
         raise ConfigError("Set exactly one of --config.image and --config.base_image.")
     if kind in ("tpu", "gke"):
         _check_provisioning(config, kind)
+    if config.get("study_tasks"):
+        _check_study(config)
     return config
 
 
@@ -225,6 +229,20 @@ def _check_provisioning(config: ConfigDict, kind: str) -> None:
                 f"The label {name}={value} of --config.labels must have lower-case letters, digits, _ and"
                 " - alone, at most 63 each, and a letter first."
             )
+
+
+def _check_study(config: ConfigDict) -> None:
+    """Raises ConfigError if tasks of a study would have several processes: a cell is trained by one."""
+    if config.get("nodes", 1) > 1 or config.get("num_slices", 1) > 1:
+        raise ConfigError(
+            "Each task of a study has one node or slice: set --config.nodes or --config.num_slices to 1,"
+            " and their number in --config.study_tasks."
+        )
+    if "accelerator" in config and not accelerators.parse(config.accelerator).of_one_host:
+        raise ConfigError(
+            f"Each cell of a study is trained by one process, but {config.accelerator} has several hosts:"
+            " set --config.accelerator to a slice of one host, such as v5litepod-8."
+        )
 
 
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)

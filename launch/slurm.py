@@ -5,6 +5,7 @@
 
 Writes a batch script and submits it. The processes find each other through Slurm's environment
 variables. Before the time limit and on preemption the run saves a checkpoint, and the job is requeued.
+With `--config.study_tasks=N` the gin files describe a study, and N tasks of an array share its cells.
 `stage_dir` and MODEL_DIR must be on a file system shared by all nodes.
 """
 
@@ -26,22 +27,30 @@ def batch_script(config: ConfigDict, job: Job) -> str:
         "nodes": config.nodes,
         "ntasks-per-node": 1,
         **{name: config[name] for name in _OPTIONS if config[name]},
-        "output": _log(job, "%j"),
+        "output": _log(job, "%A_%a" if config.study_tasks else "%j"),
         "open-mode": "append",  # a requeued job appends to its log
         "signal": f"TERM@{config.warning_seconds}",  # sent to the processes of srun, not to this script
     }
+    if config.study_tasks:
+        options["array"] = f"0-{config.study_tasks - 1}"
     if config.gpus_per_node:
         options["gpus-per-node"] = config.gpus_per_node
     if config.cpus_per_task:
         options["cpus-per-task"] = config.cpus_per_task
     if config.memory:
         options["mem"] = config.memory
-    command = job.train(config.python, "--multiprocess", f"--exit_code_if_stopped={STOPPED}")
+    stopped = f"--exit_code_if_stopped={STOPPED}"
+    if config.study_tasks:
+        gpus = config.gpus_per_node  # a cell on each
+        side_by_side = [f"--processes={gpus}", f"--gpus={gpus}"] if gpus else []
+        command = job.study(config.python, stopped, *side_by_side)
+    else:
+        command = job.train(config.python, "--multiprocess", stopped)
     step = ["srun", "--wait=60"]
     if config.cpus_per_task:
         step += [f"--cpus-per-task={config.cpus_per_task}"]  # srun does not inherit it from sbatch
     # By default JAX gives each process of a Slurm job a single GPU.
-    devices = ",".join(map(str, range(config.gpus_per_node)))
+    devices = "" if config.study_tasks else ",".join(map(str, range(config.gpus_per_node)))
     again = [f'[ "$code" -eq {code} ]' for code in RESTARTED]
     return "\n".join(
         [
@@ -93,7 +102,8 @@ def launch(config: ConfigDict, job: Job, commands: Commands) -> int:
     if code:
         raise ConfigError(f"sbatch rejected the job: {error or out or f'exit code {code}'}")
     number = out.split(";")[0]
-    commands.say(f"Submitted job {number}. Log: {_log(job, number)}. To cancel: scancel {number}")
+    log = _log(job, f"{number}_TASK" if config.study_tasks else number)
+    commands.say(f"Submitted job {number}. Log: {log}. To cancel: scancel {number}")
     return 0
 
 

@@ -13,10 +13,10 @@ from gin import config as gin_config
 import famx.data.catalogue  # noqa: F401
 import famx.inference  # noqa: F401
 import famx.scale.compiling  # noqa: F401
+from famx import memories
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.evaluation import bindable
-from famx.memories import Fam, Infini
 from famx.modules import RopeScaling
 
 FILES = sorted(
@@ -26,7 +26,7 @@ FILES = sorted(
 UNSET = (
     *("MODEL", "MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TRAIN_STEPS", "BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
     *("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH", "EVALUATIONS", "INPUT_FILE", "OUTPUT_FILE"),
-    *("TEXT_FILES", "DATA_DIR"),
+    *("TEXT_FILES", "DATA_DIR", "STUDY_DIR"),
 )
 _RUN = "gin_configs/runs/pretrain.gin"
 
@@ -34,7 +34,7 @@ _RUN = "gin_configs/runs/pretrain.gin"
 def parse(path: pathlib.Path) -> None:
     """Parses a shipped gin file as a run does: after the run file, if it is a part of a run."""
     bindable.register()
-    alone = path.parent.name in ("examples", "runs") and path.name != "paper.gin"
+    alone = path.parent.name in ("examples", "runs", "studies") and path.name != "paper.gin"
     gin_utils.parse_gin([str(path)] if alone else [_RUN, str(path)], unneeded=UNSET)
 
 
@@ -59,7 +59,8 @@ def configurables() -> dict[str, Callable[..., Any]]:
             parse(path)
     makers = [getattr(maker, "func", maker) for maker in famx.data.catalogue.TASKS.values()]
     makers = [maker for maker in dict.fromkeys(makers) if hasattr(maker, "__name__")]
-    for target in (*makers, famx.data.tasks.TextTask, Fam, Infini, RopeScaling):
+    ours = [getattr(memories, name) for name in memories.__all__]
+    for target in (*makers, famx.data.tasks.TextTask, *ours, RopeScaling):
         try:
             gin.get_configurable(target)
         except ValueError:

@@ -6,9 +6,16 @@
 
 import importlib
 
-from relay_memory import Relay
-
-from famx.memories import Fam, Infini
+from famx.memories import (
+    AutoCompressor,
+    BlockRecurrent,
+    Fam,
+    Feedback,
+    Infini,
+    KeyValueMeans,
+    Landmark,
+    Rmt,
+)
 from famx.modules import Memory
 
 MEMORIES: dict[str, Memory] = {  # fmt: skip
@@ -18,9 +25,19 @@ MEMORIES: dict[str, Memory] = {  # fmt: skip
         2, update_scale=0.5, normalize="measured", first_residual="ordinary",
         bias="minus_log_length", adapter_rank=3,
     ),
+    "several fams": Fam(2, past=3, positions="float"),
+    "fam that asks by learned queries": Fam(2, query="learned"),
+    "feedback": Feedback(8),
     "infini": Infini(),
     "infini with the delta rule": Infini(delta=True, gate_init=1.0),
-    "relay": Relay(2),
+    "rmt": Rmt(2),
+    "block recurrent": BlockRecurrent(3),
+    "block recurrent, lstm": BlockRecurrent(2, layers=(1, 0), gate="lstm"),
+    "means": KeyValueMeans(3),
+    "growing means": KeyValueMeans(11, budget="root", scale=1.5),
+    "landmark": Landmark(piece=2, pieces=3),
+    "landmark, the best": Landmark(piece=4, pieces=3, top=1),
+    "auto compressor": AutoCompressor(2, most=2, stop_after=0),
 }
 REMEMBERING = {name: memory for name, memory in MEMORIES.items() if memory.exists}
 SIDE_BY_SIDE = {name: m for name, m in REMEMBERING.items() if not m.through_depth}
@@ -36,7 +53,17 @@ def add(description: str):
 
 def oracle_of(memory: Memory):
     """The numpy oracle of a decoder with this memory, or None if there is none."""
+    from modules.block_recurrent_oracle import BlockRecurrentOracle
+    from modules.feedback_oracle import FeedbackOracle
     from modules.infini_oracle import InfiniOracle
+    from modules.landmark_oracle import LandmarkOracle
+    from modules.means_oracle import MeansOracle
     from modules.oracle import Oracle
+    from modules.summaries_oracle import SummariesOracle
 
-    return {"none": Oracle, "fam": Oracle, "infini": InfiniOracle}.get(memory.kind)
+    return {
+        "none": Oracle, "fam": Oracle, "infini": InfiniOracle, "rmt": SummariesOracle,
+        "auto_compressor": SummariesOracle, "key_value_means": MeansOracle,
+        "landmark": LandmarkOracle, "feedback": FeedbackOracle,
+        "block_recurrent": BlockRecurrentOracle,
+    }.get(memory.kind)  # fmt: skip

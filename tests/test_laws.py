@@ -32,7 +32,7 @@ FLOORS = (
     ("training", "analysis", "conversion"),
     ("inference",),
     ("evaluation",),
-    ("scale", "t5x"),
+    ("scale", "t5x", "study"),
     (MAINS,),
 )
 # (lower, upper) packages of one floor, where the upper one may import the lower.

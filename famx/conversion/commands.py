@@ -5,13 +5,13 @@ import dataclasses
 import pathlib
 import re
 import shlex
-import types
 from collections.abc import Mapping, Sequence
 
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
 from famx.base.progress import ByteProgress, Progress
 from famx.base.text import byte_size
+from famx.base.values import check_arguments
 from famx.conversion import exporting
 from famx.conversion.importing import Plan, check_destination, plan_import, write_model
 from famx.conversion.sources import open_source
@@ -148,33 +148,23 @@ def read_memory(text: str) -> Memory:
     """
     kind, _, settings = text.partition(":")
     fields: dict[str, object] = {"kind": kind.strip()}
-    for setting in filter(None, settings.split(",")):
+    for setting in filter(None, re.split(r",(?![^(]*\))", settings)):  # but for commas within ( )
         name, equals, value = (part.strip() for part in setting.partition("="))
         if not equals:
             raise ConfigError(f"--memory={text}: {setting} sets nothing, write it as FIELD=VALUE.")
         fields[name] = _literal(value)
     try:
         memory = memory_from_dict(fields)
+        check_arguments(type(memory), fields)  # a class of one's own may not be `checked`
     except ValueError as error:
         raise ConfigError(f"--memory={text}: {error}") from error
-    for field in dataclasses.fields(memory):
-        if field.name in fields and field.default is not dataclasses.MISSING:
-            _check_type(f"--memory={text}", field.name, fields[field.name], field.default, field.type)
     return memory
 
 
-def _check_type(setting: str, name: str, value: object, default: object, kinds: object = None) -> None:
-    """Raises ConfigError unless `value` has the type of `default`; None stands for an optional int.
-
-    `kinds` is the annotation of the field; one of several types, such as `bool | str`, replaces the type
-    of the default.
-    """
+def _check_type(setting: str, name: str, value: object, default: object) -> None:
+    """Raises ConfigError unless `value` has the type of `default`; None stands for an optional int."""
     wanted = {float: (int, float), type(None): (int, type(None))}.get(type(default), type(default))
-    if isinstance(kinds, types.UnionType):
-        fits = type(value) in kinds.__args__
-    else:
-        fits = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
-    if not fits:
+    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
         example = "4 or None" if default is None else repr(default)
         raise ConfigError(f"{setting}: {name} takes a value such as {example}, not {value!r}.")
 

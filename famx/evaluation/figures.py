@@ -126,6 +126,7 @@ def lengths_figure(
     train_blocks: int | None,
     colors: Mapping[str, str] | None = None,
     mark: str = "the curriculum's longest",
+    ranges: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]] | None = None,
 ) -> Figure:
     """Exact match over the number of blocks read.
 
@@ -135,6 +136,7 @@ def lengths_figure(
       train_blocks: length marked by a vertical line; None or 0 draws none.
       colors: colour of each line; None: one after another.
       mark: label of the vertical line.
+      ranges: `{panel title: {line label: {blocks: (lowest, highest)}}}`, shaded; None: there are none.
     """
     figure = Figure(figsize=(max(7, 4 * len(panels)), 4.2), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -143,6 +145,9 @@ def lengths_figure(
             color = color if colors is None else colors[name]
             style = dict(marker=marker, color=color, alpha=0.8, clip_on=False)
             axes.plot(list(row), list(row.values()), label=name, **style)
+            if ranges is not None:
+                low, high = zip(*ranges[title][name].values(), strict=True)
+                axes.fill_between(list(row), low, high, color=color, alpha=0.15, linewidth=0)
         if train_blocks:
             axes.axvline(train_blocks, color="gray", linestyle="--", label=mark)
         axes.set_title(title)

@@ -17,7 +17,7 @@ from famx.base.ranges import Expected, NonNegative, OneOf, Positive, PositiveSha
 from famx.base.values import checked
 from famx.memories.fam_parameters import OfLayer, Prompt, shapes
 from famx.modules import rope
-from famx.modules.attention import attend_all, attend_parts, bias_dimensions
+from famx.modules.attention import attend_all, attend_parts, column_dimensions
 from famx.modules.components import rms_normalize
 from famx.modules.layer import MASS
 from famx.modules.memory import Memory, Opened
@@ -27,6 +27,7 @@ STARTS = ("prompt", "prefix")
 UPDATES = ("residual", "gated")
 RESIDUALS = ("zero", "ordinary")
 BIASES = ("none", "zero", "minus_log_length")
+QUERIES = ("memory", "learned")
 _Length = Annotated[
     Positive, Expected("a whole number of at least 1 (for none set DecoderConfig.memory to @Memory())")
 ]
@@ -54,10 +55,14 @@ class Fam(Memory):
         weigh as much as one) say where it starts.
       adapter_rank: rank of low-rank adapters through which only the memory goes, not the text, on all
         projections of each layer; ours. They are parameters of the memory, and 0 is none.
+      query: what compresses a block: "memory", a copy of the last `F` (paper); "learned", `N` learned
+        rows in each layer, which are the residual as well, so that the last `F` is seen only as keys and
+        values. The paper's ablation, which fails there; where its rows come from it leaves open.
+      past: number of past memories that tokens and the memory itself see, the newest last (B.4.2). The
+        state then has `past * N` rows.
     """
 
     kind: ClassVar[str] = "fam"
-    attends: ClassVar[bool] = True
     length: _Length = 64
     positions: Annotated[str, OneOf(POSITIONS)] = "last"
     start_from: Annotated[str, OneOf(STARTS)] = "prompt"
@@ -67,10 +72,20 @@ class Fam(Memory):
     first_residual: Annotated[str, OneOf(RESIDUALS)] = "zero"
     bias: Annotated[str, OneOf(BIASES)] = "none"
     adapter_rank: NonNegative = 0
+    query: Annotated[str, OneOf(QUERIES)] = "memory"
+    past: Positive = 1
 
     @property
     def columns(self):
-        return self.length
+        return self.length * self.past
+
+    @property
+    def attends(self):  # maps have as many rows as columns
+        return self.past == 1
+
+    @property
+    def masks_columns(self):  # past memories that do not exist yet
+        return self.past > 1
 
     def check(self, config):
         if self.length > config.block_size:
@@ -85,6 +100,7 @@ class Fam(Memory):
 
     def layer_parameters(self, config):
         learns = self.start_from == "prefix" or self.has_column_bias or self.adapter_rank
+        learns = learns or self.query == "learned"
         return OfLayer(config) if learns or self.normalize == "measured" else None
 
     @property
@@ -102,37 +118,54 @@ class Fam(Memory):
 
     # The four moments; tokens attend to the columns by the layer's own softmax (`Memory.attend`).
 
-    def prompt(self, parameters, config):
-        wide = jnp.promote_types(config.dtype, jnp.float32)
-        return None if parameters is None else parameters().astype(wide)
+    def prompt(self, decoder):
+        wide = jnp.promote_types(decoder.config.dtype, jnp.float32)
+        return None if decoder.memory is None else decoder.memory().astype(wide)
 
     def start(self, layer, climb, here):
         if climb is None:
-            return None, layer.memory.prefix.astype(jnp.promote_types(layer.config.dtype, jnp.float32))
+            prefix = layer.memory.prefix.astype(jnp.promote_types(layer.config.dtype, jnp.float32))
+            return None, self._as_newest(prefix)
         # A bias of all columns would change nothing here.
         angle, adapters = self._angles(layer, here.first_block - 1, here)[0], self._adapters(layer)
         q, k, v = layer.qkv(climb, angle, adapters=adapters)
         attention = attend_all(q[None], [(k[None], v[None])], layer.config)[0]
-        return layer.finish(climb, attention, adapters=adapters).astype(climb.dtype), climb
+        above = layer.finish(climb, attention, adapters=adapters).astype(climb.dtype)
+        return above, self._as_newest(climb)
 
     def open(self, layer, climb, memory, here):
         # qF, kF, vF = QKV(Norm(F_{t-1})). As a query the memory has the position of the block that it
         # compresses, as a key still that of the block that it was made from.
-        block = here.first_block
-        angle, key_angle = (self._angles(layer, b, here) for b in (block, block - 1))
-        q, k, v = layer.qkv(memory, angle, key_angle, self._adapters(layer))
-        bias_query, bias_keys = bias_dimensions(self.column_bias(layer), layer.config)
-        return climb, Opened(k, v, held=(bias_query(q), bias_keys(k, True), v))
+        block, n = here.first_block, self.length
+        angle = self._angles(layer, block, here)
+        ages = range(self.past, 0, -1)
+        key_angle = jnp.concatenate([self._angles(layer, block - age, here) for age in ages], axis=1)
+        adapters, visible = self._adapters(layer), None
+        if self.query == "learned":
+            # Each projection is called once: the learned rows stand in front.
+            rows = jnp.concatenate([self._learned(layer, memory), memory], axis=1)
+            angles = jnp.concatenate([angle, key_angle], axis=1)
+            q, k, v = layer.qkv(rows, angles, angles, adapters)
+            q, k, v = q[:, :n], k[:, n:], v[:, n:]
+        else:
+            angle = jnp.concatenate([key_angle[:, :-n], angle], axis=1)
+            q, k, v = layer.qkv(memory, angle, key_angle, adapters)
+            q = q[:, -n:]
+        if self.past > 1:
+            known = n * jnp.minimum(here.updates + 1, self.past)
+            visible = jnp.arange(self.columns) >= self.columns - known[:, None]
+        widen_query, widen_keys = column_dimensions(self.column_bias(layer), layer.config)
+        return climb, Opened(k, v, visible, held=(widen_query(q), widen_keys(k, True, visible), v))
 
     def close(self, layer, climb, memory, opened, block, here):
         q, k, v = opened.held
-        block_keys = bias_dimensions(self.column_bias(layer), layer.config)[1](block.keys, False)
+        block_keys = column_dimensions(self.column_bias(layer), layer.config)[1](block.keys, False)
         parts = (k, v), (block_keys, block.values)
         probabilities = None
         if self._reads_probabilities or layer.is_mutable_collection(MASS):
             heads_first = [(k.swapaxes(1, 2), v.swapaxes(1, 2), None) for k, v in parts]
             attention, probabilities = attend_parts(q, heads_first, layer.config)
-            on_itself = probabilities[..., : self.length]
+            on_itself = probabilities[..., : self.columns]
             layer.keep(MASS, "memory_on_itself", lambda: jnp.mean(jnp.sum(on_itself, -1), -1))
         else:
             attention = attend_all(q, parts, layer.config, here.batch_axis)
@@ -140,7 +173,12 @@ class Fam(Memory):
         choose = lambda at_first, later: jnp.where(first, at_first, later)
         if self.first_residual == "ordinary":
             choose = lambda at_first, later: later
-        new = layer.finish(memory, attention, choose(0, memory), self._adapters(layer))  # A_F, then F_t
+        older, memory = memory[:, self.length :], memory[:, -self.length :]
+        if self.query == "learned":
+            base = residual = self._learned(layer, memory)
+        else:
+            base, residual = memory, choose(0, memory)
+        new = layer.finish(base, attention, residual, self._adapters(layer))  # A_F, then F_t
         new = new.astype(memory.dtype)
         if self.update_scale != 1.0:
             new = choose(new, memory + self.update_scale * (new - memory))
@@ -148,7 +186,8 @@ class Fam(Memory):
             new = rms_normalize(new, layer.config.norm_epsilon)
         if self.normalize == "measured":
             new = new * jax.lax.stop_gradient(layer.memory.rms).astype(new.dtype)
-        return climb, choose(new, self.updated(memory, new, probabilities))
+        new = choose(new, self.updated(memory, new, probabilities))
+        return climb, jnp.concatenate([older, new], axis=1) if self.past > 1 else new
 
     def updated(self, memory, new, probabilities):
         """`F_t` of every update after the first, or of every one; override it for another rule.
@@ -156,12 +195,12 @@ class Fam(Memory):
         Args:
           memory: `F_{t-1} [B, N, D]`, float32 at least.
           new: `F_t` of Algorithm 2, scaled and normalised as the fields say.
-          probabilities: attention of the memory's queries `[B, K, G, N, N + S]`; the first `N` columns
-            are the memory itself. None for the paper's rule, which needs none.
+          probabilities: attention of the memory's queries `[B, K, G, N, columns + S]`; the first
+            columns are the memory itself. None for the paper's rule, which needs none.
         """
         if self.update == "residual":
             return new
-        gate = write_gate(probabilities, self.length).astype(memory.dtype)
+        gate = write_gate(probabilities, self.columns).astype(memory.dtype)
         return memory + gate * (new - memory)
 
     @property
@@ -177,17 +216,17 @@ class Fam(Memory):
         return opened.held[0]
 
     def figures(self, parameters, memory):
-        return {"rms": jnp.sqrt(jnp.mean(jnp.square(memory)))}
+        return {"rms": jnp.sqrt(jnp.mean(jnp.square(memory[..., -self.length :, :])))}
 
     def flops(self, config, price, length, from_start):
-        n, blocks = self.length, -(-length // config.block_size)
-        # Before every block the memory gives keys and values; every token sees them all.
-        adapters = {name: 6 * self.adapter_rank * sum(map(math.prod, shapes))
+        n, columns, blocks = self.length, self.columns, -(-length // config.block_size)
+        # Before every block the memories give keys and values; every token sees them all.
+        adapters = {name: price.product * self.adapter_rank * sum(map(math.prod, shapes))
                     for name, shapes in shapes(config).items()}  # fmt: skip
         keys_values = adapters["key"] + adapters["value"] + price.keys_values
-        read = blocks * n * keys_values + length * n * price.score
+        read = blocks * columns * keys_values + length * columns * price.score
         # Every block but the last updates it; the memory's own keys and values exist already.
-        seen = n + config.block_size
+        seen = columns + config.block_size
         all_rows = price.project + price.feed_forward + sum(adapters.values())
         update = n * (all_rows - keys_values + seen * price.score)
         once = 0
@@ -196,6 +235,15 @@ class Fam(Memory):
             row = all_rows + n * price.score
             once = (config.num_layers - 1) * n * row
         return read + (blocks - 1) * update, once
+
+    def _as_newest(self, memory):
+        """The whole memory `[past * N, D]`, of which only the newest, `[N, D]`, exists."""
+        return jnp.pad(memory, [(self.columns - self.length, 0), (0, 0)])
+
+    def _learned(self, layer, like):
+        """The learned queries for every example, `[B, N, D]`."""
+        queries = layer.memory.queries.astype(like.dtype)
+        return jnp.broadcast_to(queries, (like.shape[0], *queries.shape))
 
     def _adapters(self, layer):
         return layer.memory.adapters if self.adapter_rank else None
@@ -211,12 +259,12 @@ class Fam(Memory):
         return layer.angles(end + np.full_like(n, -1), here, here.rotation.memory)
 
 
-def write_gate(probabilities, length: int):
+def write_gate(probabilities, columns: int):
     """`max(0, 2 m - 1)` of the attention mass `m` on the block, mean over heads: `[B, N, 1]`.
 
     The gradient passes a closed gate as if it were open; otherwise a memory that has learned to hold
     could not learn to write.
     """
-    mass = jnp.mean(jnp.sum(probabilities[..., length:], -1), axis=(1, 2))
+    mass = jnp.mean(jnp.sum(probabilities[..., columns:], -1), axis=(1, 2))
     gate = (2 * mass - 1)[..., None]
     return gate + jax.lax.stop_gradient(nn.relu(gate) - gate)

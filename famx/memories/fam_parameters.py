@@ -33,6 +33,8 @@ class OfLayer(nn.Module):
         c, memory = self.config, self.config.memory
         if memory.start_from == "prefix":
             self.prefix = _embeddings(self, "prefix")
+        if memory.query == "learned":
+            self.queries = _embeddings(self, "queries")
         if memory.has_column_bias:
             start = {"zero": 0.0, "minus_log_length": -math.log(memory.length)}[memory.bias]
             init = partitioned(nn.initializers.constant(start), "heads")

@@ -41,6 +41,10 @@ class Infini(Memory):
     delta: bool = False
     gate_init: Number = 0.0
 
+    @property
+    def updates_in_order(self):
+        return self.delta
+
     def layer_parameters(self, config):
         return _Gate(config, self.gate_init)
 

@@ -192,7 +192,7 @@ def _layer_reader(config: DecoderConfig):
     @jax.jit
     def read(params, x, rotation):
         here = ChunkContext(zero, zero, zero, rotation=rope.Rotation(rotation))
-        args = x[None, None], None, None, window, window, here
+        args = x[None, None], None, None, window, window, None, here
         return layer.apply({"params": params}, *args, method="read_chunk")[0][0, 0]
 
     return read

@@ -17,8 +17,10 @@ _HOPPER = (9, 0)
 
 
 def kernel_width(config) -> int:
-    """Width of the heads in a fused kernel, in which a bias of the memory's columns takes a part."""
-    return config.head_dim + WIDTHS * config.memory.has_column_bias
+    """Width of the heads in a fused kernel, with what `column_dimensions` adds."""
+    memory = config.memory
+    more = WIDTHS * (memory.has_column_bias or memory.masks_columns)
+    return config.head_dim * (1 + memory.plain_columns) + more
 
 
 def refusal(config, backend: str) -> str | None:
@@ -50,7 +52,7 @@ def refusal(config, backend: str) -> str | None:
             )
         if kernel_width(config) > _WIDEST:
             return (
-                f"{name} has no room for a bias of the memory's columns beside a head_dim of"
+                f"{name} has no room for what the memory's columns need beside a head_dim of"
                 f" {config.head_dim}: choose auto or xla."
             )
         if config.window_mask and not config.memory_segments:

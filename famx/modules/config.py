@@ -149,6 +149,11 @@ class DecoderConfig:
                 len(self.rope_layers) == self.num_layers,
                 f"rope_layers lists {len(self.rope_layers)} layers, but the model has {self.num_layers}.",
             )
+        _require(
+            self.attention_softcap is None or not self.memory.masks_columns,
+            f"attention_softcap does not go with a memory of the kind {self.memory.kind!r}, whose columns"
+            " fill up: a softcap would bring hidden ones back.",
+        )
         for sentence in (self.memory.check(self), refusal(self, self.attention_backend)):
             _require(sentence is None, sentence)
 

@@ -84,7 +84,7 @@ class Decoder(nn.Module):
     def initial_state(self, batch_size: int) -> DecoderState:
         """The state before the first token, for `batch_size` examples."""
         c = self.config
-        climb = c.memory.prompt(self.memory, c)
+        climb = c.memory.prompt(self)
         zero = jnp.zeros((1,), jnp.int32)
         context = ChunkContext(zero, zero, zero)
         if c.memory.through_depth:
@@ -198,19 +198,23 @@ class Decoder(nn.Module):
         def layer_step(layer, carry, xs, context):
             x, climb = carry
             x = checkpoint_name(x, _LAYER_INPUT)
-            x, climb, memory, keys, values = layer.read_chunk(x, climb, *xs, context)
+            x, climb, *after = layer.read_chunk(x, climb, *xs, context)
             x = nn.with_logical_constraint(x, (examples, "blocks", "block", "embed"))
-            return (x, climb), (memory, keys, values)
+            return (x, climb), after
 
         if c.remat != "none":
             layer_step = nn.remat(layer_step, prevent_cse=False, policy=_POLICIES[c.remat])
         folded = tokens.reshape(batch, shards, -1, c.block_size).swapaxes(0, 1)
         x = self._embed(folded.reshape(batch * shards, -1, c.block_size))
         x = nn.with_logical_constraint(x, (examples, "blocks", "block", "embed"))
+        rows = self._rows(x.shape[:2])
+        if rows is not None:
+            x = jnp.concatenate([x, rows], axis=2)
         here = context.shards(shards, blocks // shards, c.block_size)
-        (x, climb), (memory, keys, values) = self._scan_layers(
+        (x, climb), (memory, keys, values, features) = self._scan_layers(
             layer_step, (x, self._climbs(state)), self._by_layer(state), here, c.unroll_layers
         )
+        x = x[:, :, : c.block_size]
         x = x.reshape(shards, batch, -1, c.embed_dim).swapaxes(0, 1).reshape(batch, -1, c.embed_dim)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         x = x.reshape(batch, blocks, c.block_size, c.embed_dim)
@@ -224,8 +228,9 @@ class Decoder(nn.Module):
             if context.stop is not None:
                 memory = where_examples(complete > 0, memory, state.memory, axis=1)
         state = DecoderState(
-            memory, keys, values, state.position + read, state.updates + complete, state.offset
-        )
+            memory, keys, values, state.position + read, state.updates + complete, state.offset,
+            features,
+        )  # fmt: skip
         return state, x
 
     # Tokens within an incomplete block, for decoding: open the window, read tokens as long as the block
@@ -271,11 +276,12 @@ class Decoder(nn.Module):
         context, x = self._here(state).replace(start=slot), self._embed(tokens)
         if layers is None:
             step = lambda layer, x, window, context: layer.read_tokens(x, window, context)
-            hidden, (k, v) = self._scan_layers(step, x, window, context)
+            hidden, (k, v, features) = self._scan_layers(step, x, window, context)
         else:
             xs = [(of_layer,) for of_layer in window]
             hidden, written = self._each_layer(layers, "read_tokens", x, xs, context)
-            k, v = zip(*written, strict=True)
+            k, v, features = zip(*written, strict=True)
+            features = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *features)
         index = jnp.arange(tokens.shape[1])
         columns = columns_before(c) + slot[:, None] + index
         write = jnp.where(index < count[:, None], columns, column_count(c) + index)  # dropped there
@@ -288,7 +294,12 @@ class Decoder(nn.Module):
             return window.replace(keys=set_(window.keys, k), values=set_(window.values, v))
 
         window = jax.vmap(put)(window, k, v) if layers is None else [*map(put, window, k, v)]
-        return hidden, state.replace(position=state.position + count), window
+        slots = jnp.where(index < count[:, None], slot[:, None] + index, c.block_size + index)
+        note = lambda held, new: held.at[:, examples, -1, slots].set(
+            new, mode="drop", unique_indices=True
+        )
+        features = jax.tree.map(note, state.features, features)
+        return hidden, state.replace(position=state.position + count, features=features), window
 
     def close_window(self, state: DecoderState, window) -> DecoderState:
         """The state with the keys and values that `read_tokens` wrote to the window, or to a list."""
@@ -308,14 +319,16 @@ class Decoder(nn.Module):
         memory = state.memory
         if self.config.memory.exists:
             step = lambda layer, climb, xs, here: layer.complete_block(climb, *xs, here)
-            climb, memory = self._scan_layers(step, self._climbs(state), self._by_layer(state), context)
+            climb = self._climbs(state) if self.config.memory.through_depth else self._rows(full.shape)
+            climb, memory = self._scan_layers(step, climb, self._by_layer(state), context)
         if self.config.memory.through_depth:
             memory = self._made(climb, state)
-        shift = lambda window: jnp.pad(window[:, :, 1:], [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0), (0, 0)])
+        shift = lambda x: jnp.pad(x[:, :, 1:], [(0, 0), (0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 3))
         done = state.replace(
             memory=memory,
             keys=shift(state.keys),
             values=shift(state.values),
+            features=jax.tree.map(shift, state.features),
             updates=state.updates + 1,
         )
         return done.select(full, state)
@@ -339,6 +352,13 @@ class Decoder(nn.Module):
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         return x * math.sqrt(c.embed_dim) if c.scale_embeddings else x
 
+    def _rows(self, shape):
+        """The memory's rows of blocks `[*shape, R, D]` before the first layer; None: it has none."""
+        rows = self.config.memory.block_rows(self)
+        if rows is None:
+            return None
+        return jnp.broadcast_to(rows.astype(self.config.dtype), (*shape, *rows.shape))
+
     # A memory `through_depth` belongs to the model: layers get `climb` in place of a memory.
 
     def _climbs(self, state: DecoderState):
@@ -347,21 +367,22 @@ class Decoder(nn.Module):
         if not rule.through_depth:
             return None
         memory = jax.tree.map(lambda m: m[0], state.memory)
-        return rule.enter(self.memory, memory, self.config)
+        return rule.enter(self, memory)
 
     def _by_layer(self, state: DecoderState):
-        """`(memory, keys, values)`, layers first; no memory if it is `through_depth`."""
+        """`(memory, keys, values, features)`, layers first; no memory if it is `through_depth`."""
         memory = None if self.config.memory.through_depth else state.memory
-        return memory, state.keys, state.values
+        return memory, state.keys, state.values, state.features
 
     def _made(self, climb, state: DecoderState):
         """The memory `through_depth` after a full block, from the `climb` of the last layer."""
         memory = jax.tree.map(lambda m: m[0], state.memory)
-        made = self.config.memory.leave(self.memory, climb[1], memory, self.config)
+        made = self.config.memory.leave(self, climb[1], memory)
         return jax.tree.map(lambda m: m[None], made)
 
     def _here(self, state: DecoderState) -> ChunkContext:
-        return ChunkContext(state.position // self.config.block_size, state.offset, state.updates)
+        first, shared = state.position // self.config.block_size, self.config.memory.shared(self)
+        return ChunkContext(first, state.offset, state.updates, shared=shared)
 
     def _each_layer(self, layers, method: str, x, xs, context: ChunkContext):
         """Like `_scan_layers` of `layer.method(x, *xs, context) -> (x, y)`, layer after layer.

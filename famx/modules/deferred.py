@@ -112,7 +112,7 @@ class _Group:
     def kernel(self, params):
         """The kernel in the compute dtype, gathered once and not in every step."""
         kernels, first = [params[(*path, "kernel")] for path in self.paths], self.members[0]
-        if (*first.path, JOINT) in params:
+        if len(kernels) > 1 and (*first.path, JOINT) in params:
             return params[(*first.path, JOINT)]
         if len(kernels) > 1:
             return joint(kernels).astype(first.config.dtype)

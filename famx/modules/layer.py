@@ -5,19 +5,23 @@ Comments use the paper's letters: `I` input, `A` after attention, `O` output. `D
 """
 
 import functools
+import operator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from famx.modules import deferred, rope
 from famx.modules import window as windows
 from famx.modules.attention import (
     attend_apart,
-    bias_dimensions,
+    attend_logsum,
+    column_dimensions,
     memory_mass,
     token_attention,
     visible,
+    window_part,
 )
 from famx.modules.components import FeedForward, Norm, Projection, adapted
 from famx.modules.config import DecoderConfig
@@ -89,6 +93,10 @@ class Layer(nn.Module):
             out = self.post_mlp_norm(out)
         return out + a
 
+    def _finish(self, x, attention, beside):
+        """`finish` with `Memory.beside` added to the residual, if there is any."""
+        return self.finish(x, attention, None if beside is None else x + beside)
+
     def angles(self, positions, here: ChunkContext, beyond=None):
         """RoPE angles of positions `[...]` in this layer, `[..., Dh / 2]`; `beyond` adds fractions."""
         dtype = jnp.promote_types(self.config.dtype, jnp.float32)
@@ -101,6 +109,10 @@ class Layer(nn.Module):
         """
         offset = here.offset.reshape(here.offset.shape + (1,) * index.ndim)
         positions = index[..., None] * self.config.block_size + jnp.arange(keys.shape[-3]) + offset
+        return self.unrotated(keys, positions, here)
+
+    def unrotated(self, keys, positions, here: ChunkContext):
+        """Keys `[..., X, K, Dh]` at positions `[..., X]` without their rotation."""
         return rope.rotate(keys, -self.angles(positions, here))
 
     def keep(self, collection: str, name: str, make):
@@ -110,65 +122,102 @@ class Layer(nn.Module):
 
     # Whole chunks.
 
-    def read_chunk(self, x, climb, memory, keys, values, context: ChunkContext):
+    def read_chunk(self, x, climb, memory, keys, values, features, context: ChunkContext):
         """Algorithm 2 for `C` blocks at once.
 
         Args:
-          x: `I`, `[P * B, C, S, D]`, see `ChunkContext`.
+          x: `I`, `[P * B, C, S + R, D]`, see `ChunkContext`: the tokens of each block, and behind them
+            the `R` rows of the memory (`Memory.row_slots`), if it has any.
           climb: the pair of `climb` values that `open` and `close` of the layer below returned, for a
             memory `through_depth`; else None.
           memory: the layer's memory before the chunk, leaves `[B, ...]`.
           keys, values: the window before the chunk `[B, M + 1, S, K, Dh]`, as in `DecoderState`.
+          features: what the memory keeps of its tokens, likewise, or None.
           context: positions of the blocks.
 
         Returns:
-          `O` `[P * B, C, S, D]`, then `climb`, `memory`, `keys` and `values` after the chunk.
+          `O` `[P * B, C, S + R, D]`; `climb`, `memory`, `keys`, `values` and `features` after the chunk.
         """
         c, past, size = self.config, self.config.memory_segments, self.config.block_size
-        batch, first = keys.shape[0], context.first_block
-        slots = jnp.arange(x.shape[1] * size)
-        positions = first[:, None] * size + slots + context.offset[:, None]
-        angle = self.angles(positions.reshape(-1, x.shape[1], size), context)
+        batch, first, shards = keys.shape[0], context.first_block, x.shape[0] // keys.shape[0]
+        row_slots = np.array(c.memory.row_slots(c), np.int32)
+        slots = np.arange(x.shape[1])[:, None] * size + np.concatenate([np.arange(size), row_slots])
+        angle = self.angles((first * size + context.offset)[:, None, None] + slots, context)
         plain, k, v = self.project(x)
         q, k = rope.rotate(plain, angle), rope.rotate(k, angle)
-        k, v = windows.merge(k, keys, context, size), windows.merge(v, values, context, size)
+        of_tokens, of_rows = (lambda y: y[:, :, :size]), (lambda y: y[:, :, size:])
+        rows = (of_rows(k), of_rows(v)) if row_slots.size else None
+        held = keys, values, features
+        merge = lambda new, old: windows.merge(of_tokens(new), old, context, size)
+        new = jax.tree.map(merge, (k, v, c.memory.features(self, x)), held)
         with_past = lambda new, old: jnp.concatenate([windows.before(new, old, past), new], axis=1)
-        keys, values = with_past(k, keys), with_past(v, values)
-        climb, memory, opened = self._remember(climb, memory, (k, v), (keys, values), context)
-        bias_query, bias_keys = bias_dimensions(c.memory.column_bias(self), c)
-        seen = bias_keys(keys, False)
+        window = jax.tree.map(with_past, new, held)
+        climb, memory, opened = self._remember(climb, memory, new, window, rows, context)
+        keys, values, _ = window
+        widen_query, widen_keys = column_dimensions(c.memory.column_bias(self), c)
+        seen = widen_keys(keys, False)
         if opened.keys is None:
-            opened = opened.replace(keys=_no_columns(k), values=_no_columns(v))
+            opened = opened.replace(keys=_no_columns(new[0]), values=_no_columns(new[0]))
         else:
-            opened = opened.replace(keys=bias_keys(opened.keys, True))
-            mass = lambda: memory_mass(bias_query(q), seen, opened.keys, first, c)
+            opened = opened.replace(keys=widen_keys(opened.keys, True, opened.visible))
+            query = lambda: widen_query(of_tokens(q), of_tokens(plain))
+            mass = lambda: memory_mass(query(), seen, opened.keys, first, c)
             self.keep(MASS, "tokens_on_memory", mass)
-        self.keep(INPUTS, "queries", lambda: bias_query(q)[:, 0])
+        self.keep(INPUTS, "queries", lambda: widen_query(of_tokens(q), of_tokens(plain))[:, 0])
         self.keep(INPUTS, "keys", lambda: seen[:, : past + 1])
         self.keep(INPUTS, "memory_keys", lambda: opened.keys[:, 0])
-        attend = lambda query: token_attention(
-            bias_query(query), seen, values, opened.keys, opened.values, first, c,
-            windows.batch_axis(x.shape[0] // batch),
-        )  # fmt: skip
-        out = self.finish(x, c.memory.attend(self, Tokens(x, q, plain, attend, opened.extra), context))
-        keys, values = (windows.after(y, batch, context, past, size) for y in (keys, values))
-        return out, climb, memory, keys, values
 
-    def _remember(self, climb, memory, new, window, context: ChunkContext):
+        attend = lambda query, plain=of_tokens(plain): token_attention(
+            widen_query(query, plain), seen, values, opened.keys, opened.values, first, c,
+            windows.batch_axis(shards),
+        )  # fmt: skip
+
+        def read(of_part, slots, attend):
+            part = lambda query: window_part(query, keys, values, slots, first, c)
+            tokens = Tokens(of_part(x), of_part(q), of_part(plain), attend, opened.extra, part)
+            return c.memory.attend(self, tokens, context), c.memory.beside(self, tokens, context)
+
+        attended, beside = read(of_tokens, np.arange(size), attend)
+        if rows is not None:
+            of_rows = read(of_rows, row_slots, None)
+            both = lambda *parts: jnp.concatenate(parts, axis=2)
+            attended, beside = jax.tree.map(both, (attended, beside), of_rows)
+        after = lambda y: windows.after(y, batch, context, past, size)
+        return self._finish(x, attended, beside), climb, memory, *jax.tree.map(after, window)
+
+    def _remember(self, climb, memory, new, window, rows, context: ChunkContext):
         """`(climb, memory)` after the chunk, and `Opened` of its blocks, leaves `[P * B, C, ...]`.
 
-        `new` are the chunk's keys and values, `window` also has the `M` blocks before each shard.
+        `new` are the chunk's keys, values and features, `window` also has the `M` blocks before each
+        shard; `rows` are keys and values of the blocks' rows.
         """
         c, blocks = self.config, new[0].shape[1]
         lag = c.memory_segments if c.memory.closes_oldest else 0
         index = context.first_block[:, None] + jnp.arange(blocks) - lag
-        to_close = Block(*(tuple(y[:, :blocks] for y in window) if lag else new), index)
+        keys, values, features = jax.tree.map(lambda y: y[:, :blocks], window) if lag else new
+        past = self._past(windows.past_of_each(y, c.memory_segments) for y in window[:2])
+        to_close = Block(keys, values, index, features, rows, past)
         if not c.memory.through_depth:
             return climb, *c.memory.scan(self, memory, to_close, context)
         block = jax.tree.map(lambda y: y[:, 0], to_close)
         climb, opened = self._climb(climb, memory, block, context)
         opened = jax.tree.map(lambda y: y[:, None], opened.replace(held=None))
         return climb, memory, opened
+
+    def _past(self, keys_values):
+        """`Block.past` of keys and values, which are made only if the memory asks for it."""
+        if not self.config.memory.sees_past:
+            return None
+        stopped = jax.lax.stop_gradient if self.config.stop_gradient_segments else lambda y: y
+        return tuple(map(stopped, keys_values))
+
+    def sees_past(self, block: Block):
+        """Which tokens of `block.past` each of the block's tokens sees, bool `[B, S, M * S]`."""
+        c = self.config
+        past = c.memory_segments * c.block_size
+        missing = jnp.maximum(c.memory_segments - block.index, 0)[:, None, None]
+        columns = c.memory_columns + jnp.arange(past)
+        return visible(c, jnp.arange(c.block_size)[:, None], columns, missing)
 
     def _climb(self, climb, memory, block: Block, here: ChunkContext):
         """`climb` for the layer above, and `Opened`, of a memory `through_depth` after a full block."""
@@ -180,11 +229,12 @@ class Layer(nn.Module):
     def scan_memory(self, memory, blocks: Block, context: ChunkContext):
         """Updates the memory block by block, the only sequential part of a layer; see `Memory.scan`."""
         index = jnp.arange(blocks.keys.shape[1])
-        xs = (index, *(y.swapaxes(0, 1) for y in (blocks.keys, blocks.values, blocks.index)))
+        xs = index, jax.tree.map(lambda y: y.swapaxes(0, 1), blocks)
         if self.is_initializing():  # this creates variables, which a scan cannot
             opened = []
             for i in index:
-                memory, of_block = self.memory_step(memory, tuple(x[i] for x in xs), context)
+                x = jax.tree.map(operator.itemgetter(i), xs)
+                memory, of_block = self.memory_step(memory, x, context)
                 opened.append(of_block)
             return memory, jax.tree.map(lambda *x: jnp.stack(x, axis=1), *opened)
         # Shards take turns. All compute at once; what a shard computes ahead of its turn is discarded.
@@ -209,12 +259,12 @@ class Layer(nn.Module):
     def memory_step(self, memory, xs, context: ChunkContext):
         """The memory after one block, and `Opened` of that block.
 
-        `xs`: index in the chunk, and the fields of the `Block` that closes.
+        `xs`: index in the chunk, and the `Block` that closes.
         """
-        number, *block = xs
+        number, block = xs
         here = context.block(number)
         _, opened = self.config.memory.open(self, None, memory, here)
-        new = self._close(memory, opened, Block(*block), here)
+        new = self._close(memory, opened, block, here)
         complete = context.complete(self.config.block_size)
         if complete is not None:
             new = where_examples(number < complete, new, memory)
@@ -232,7 +282,7 @@ class Layer(nn.Module):
 
     # Tokens within an incomplete block.
 
-    def open_window(self, climb, memory, keys, values, context: ChunkContext):
+    def open_window(self, climb, memory, keys, values, features, context: ChunkContext):
         """What the tokens of a block read, heads first, from a state's `memory`, `keys`, `values`.
 
         Returns:
@@ -248,7 +298,7 @@ class Layer(nn.Module):
             return jnp.pad(x, [(0, 0), (0, unused), (0, 0), (0, 0)]).swapaxes(1, 2)
 
         parts = with_columns(opened.keys, keys), with_columns(opened.values, values)
-        return climb, TokenWindow(*parts, opened.extra)
+        return climb, TokenWindow(*parts, opened.visible, opened.extra)
 
     def read_tokens(self, x, window: TokenWindow, context: ChunkContext):
         """`W` tokens that stay within each example's block: `[B, W, D] -> [B, W, D]`.
@@ -259,7 +309,8 @@ class Layer(nn.Module):
           context: positions of the blocks; `start` is the first token's slot.
 
         Returns:
-          `O`, and the tokens' `(keys, values)` `[B, W, K, Dh]`, which the window does not hold yet.
+          `O`, and the tokens' `(keys, values)` `[B, W, K, Dh]`, which the window does not hold yet, with
+          their features.
         """
         c, index = self.config, jnp.arange(x.shape[1])
         rows = context.start[:, None] + index
@@ -272,23 +323,57 @@ class Layer(nn.Module):
         columns, block = jnp.arange(window.keys.shape[-2]), windows.columns_before(c)
         written = columns < block + context.start[:, None, None]
         seen = visible(c, rows[..., None], columns, missing) & written
+        if window.visible is not None:
+            rest = seen.shape[-1] - window.visible.shape[-1]
+            seen &= jnp.pad(window.visible, [(0, 0), (0, rest)], constant_values=True)[:, None]
         parts = (
             (window.keys, window.values, seen[:, None, None]),
             (k.swapaxes(1, 2), v.swapaxes(1, 2), visible(c, index[:, None], block + index, 0)),
         )
-        attend = lambda query: attend_apart(query, parts, c, c.memory.column_bias(self))
-        attention = c.memory.attend(self, Tokens(x, q, plain, attend, window.extra), context)
-        return self.finish(x, attention), (k, v)
+        bias = c.memory.column_bias(self)
+        attend = lambda query, plain=plain: attend_apart(query, parts, c, bias, plain)
 
-    def complete_block(self, climb, memory, keys, values, context: ChunkContext):
-        """`(climb, memory)` after the block of `context` became full; keys, values are a state's."""
+
+        def part(query):
+            (keys, values, mask), own = parts
+            n = c.memory_columns
+            before = keys[..., n:, :], values[..., n:, :], mask[..., n:]
+            return windows.joined(*(attend_logsum(query, *of_part, c) for of_part in (before, own)))
+
+        tokens = Tokens(x, q, plain, attend, window.extra, part)
+        attention, beside = (f(self, tokens, context) for f in (c.memory.attend, c.memory.beside))
+        return self._finish(x, attention, beside), (k, v, c.memory.features(self, x))
+
+    def complete_block(self, climb, memory, keys, values, features, context: ChunkContext):
+        """`(climb, memory)` after the block of `context` became full; the rest is a state's."""
         rule = self.config.memory
         slot, lag = (0, self.config.memory_segments) if rule.closes_oldest else (-1, 0)
-        block = Block(keys[:, slot], values[:, slot], context.first_block - lag)
+        _, opened = (None, None) if rule.through_depth else rule.open(self, None, memory, context)
+        rows = None
+        if rule.row_slots(self.config):
+            climb, rows = self._read_rows(climb, opened, keys, values, context)
+        past = self._past(y[:, :-1] for y in (keys, values))
+        keys, values, features = jax.tree.map(lambda y: y[:, slot], (keys, values, features))
+        block = Block(keys, values, context.first_block - lag, features, rows, past)
         if rule.through_depth:
             return self._climb(climb, memory, block, context)[0], memory
-        _, opened = rule.open(self, None, memory, context)
         return climb, self._close(memory, opened, block, context)
+
+    def _read_rows(self, x, opened: Opened, keys, values, context: ChunkContext):
+        """`O` of the rows `[B, R, D]` of the block that became full, and their keys and values."""
+        c, first = self.config, context.first_block
+        slots = np.array(c.memory.row_slots(c), np.int32)
+        angle = self.angles((first * c.block_size + context.offset)[:, None] + slots, context)
+        plain, k, v = self.project(x)
+        q, k = rope.rotate(plain, angle), rope.rotate(k, angle)
+
+        def part(query):
+            found = window_part(query[:, None], keys, values, slots, first, c)
+            return jax.tree.map(lambda y: y[:, 0], found)
+
+        tokens = Tokens(x, q, plain, None, opened.extra, part)
+        attention, beside = (f(self, tokens, context) for f in (c.memory.attend, c.memory.beside))
+        return self._finish(x, attention, beside), (k, v)
 
 
 def _no_columns(x):

@@ -14,6 +14,7 @@ and imports nothing of famx, so that the config may name it.
 """
 
 import dataclasses
+import numbers
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -35,12 +36,14 @@ class Opened:
     Attributes:
       keys, values: columns `[B, N, K, Dh]` that every token of the block attends to, in one softmax
         with its window; `N` is `Memory.columns`. None: no columns.
+      visible: which columns are seen, bool `[B, N]`, of a memory that `masks_columns`; else None.
       extra: any pytree, leaves `[B, ...]`, that `Memory.attend` reads from `Tokens.extra`.
       held: any pytree that `Memory.close` reads; tokens do not see it.
     """
 
     keys: Any = None
     values: Any = None
+    visible: Any = None
     extra: Any = None
     held: Any = None
 
@@ -53,11 +56,18 @@ class Block:
       keys: rotated keys `[B, S, K, Dh]`; `Layer.unrotate(keys, index, here)` inverts the rotation.
       values: values `[B, S, K, Dh]`, which are never rotated.
       index: index of the block in each example's sequence, int32 `[B]`.
+      features: `Memory.features` of its tokens `[B, S, *F]`; None: the memory has none.
+      rows: keys and values `[B, R, K, Dh]` of the rows that climbed with it; None: it has none.
+      past: keys and values `[B, M, S, K, Dh]` of the `M` blocks before it, of a memory that `sees_past`;
+        `Layer.sees_past` says which of them exist. Else None.
     """
 
     keys: jax.Array
     values: jax.Array
     index: jax.Array
+    features: Any = None
+    rows: Any = None
+    past: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +77,7 @@ class Memory:
     Methods get the bound `Layer` (`qkv`, `finish`, `angles`, `unrotate`, and `memory`, the module that
     `layer_parameters` made) and `here`, the `ChunkContext` of one block: its index, the number of
     updates before it, position offsets and the layer's rotation. What `start` and `close` return is the
-    memory, any pytree with leaves `[B, ...]` (`start`: without the batch axis); the decoder carries it
+    memory, any pytree of real numbers `[B, ...]` (`start`: without the batch axis); the decoder keeps it
     as `DecoderState.memory`, leaves `[layers, B, ...]`.
 
     A memory `through_depth` is made at the top of the stack and read from the bottom (Recurrent Memory
@@ -80,19 +90,30 @@ class Memory:
     and, while text is written, before `close`. `open` and `close` together call each projection of the
     layer at most once, unless the memory is `through_depth` (`famx.modules.deferred`).
 
+    `prompt`, `enter` and `leave` get the bound `Decoder`: `memory`, the module that `parameters` made,
+    `config` and `final_norm`.
+
     Class attributes:
       kind: name in model.json and in error messages; each subclass has its own.
       through_depth: see above; such a memory sets neither of the two attributes below.
       attends: whether the memory itself attends, with `queries`, to its columns and the block in
         `close`; attention maps then show it.
+      masks_columns: whether `open` says which columns are seen, for a memory that fills up.
+      plain_columns: whether the columns are compared with queries before their rotation, so that no
+        position plays a part; the columns are then not rotated either.
       closes_oldest: whether `close` takes the block that leaves the window, `M` blocks before the one
         just filled, so that no token is in the window and in the memory at once.
+      sees_past: whether `close` also gets the window's blocks before the one just filled; it goes
+        without `closes_oldest`.
     """
 
     kind: ClassVar[str] = "none"
     through_depth: ClassVar[bool] = False
     attends: ClassVar[bool] = False
+    masks_columns: ClassVar[bool] = False
+    plain_columns: ClassVar[bool] = False
     closes_oldest: ClassVar[bool] = False
+    sees_past: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -104,6 +125,11 @@ class Memory:
         if cls.through_depth and (cls.attends or cls.closes_oldest):
             raise ValueError(
                 f"{cls.__qualname__} is `through_depth`, which goes with neither `attends` nor"
+                " `closes_oldest`."
+            )
+        if cls.row_slots is not Memory.row_slots and (cls.through_depth or cls.closes_oldest):
+            raise ValueError(
+                f"{cls.__qualname__} has `row_slots`, which goes with neither `through_depth` nor"
                 " `closes_oldest`."
             )
         if "kind" in cls.__dict__:  # gin derives a class of the same name and without a `kind`
@@ -120,6 +146,26 @@ class Memory:
     def has_column_bias(self) -> bool:
         """Whether `column_bias` is not None."""
         return False
+
+    def row_slots(self, config) -> tuple[int, ...]:
+        """Slots, of a block, of the rows that climb the layers with every block; empty: there are none.
+
+        A row is like a token of that slot which nothing sees but the memory, in `close`.
+        """
+        return ()
+
+    def block_rows(self, decoder) -> Any:
+        """The rows of a block before the first layer, `[R, D]`, from the bound decoder."""
+        return None
+
+    def feature_shape(self, config) -> tuple[int, ...] | None:
+        """Shape `F` of what `features` gives for a token; None: nothing."""
+        return None
+
+    @property
+    def updates_in_order(self) -> bool:
+        """Whether `scan` updates the memory block after block, and not for all blocks at once."""
+        return self.exists
 
     @property
     def exists(self) -> bool:
@@ -139,16 +185,20 @@ class Memory:
         return None
 
     def turns(self, radians) -> Any:
-        """Additional rotations as fixed-point turns, from radians per token `[layers, Dh / 2]`.
+        """What each layer has of its own, such as more rotations as fixed-point turns.
 
-        Any pytree, leaves `[layers, ...]`; a layer's part is `here.rotation.memory`.
+        Args:
+          radians: radians per token `[layers, Dh / 2]`.
+
+        Returns:
+          Any pytree, leaves `[layers, ...]`; a layer's part is `here.rotation.memory`.
         """
         return None
 
     # The four moments.
 
-    def prompt(self, parameters, config) -> Any:
-        """The `climb` of `start` in the first layer; `parameters`: the bound module of that name."""
+    def prompt(self, decoder) -> Any:
+        """The `climb` of `start` in the first layer, from the bound decoder."""
         return None
 
     def start(self, layer, climb, here) -> tuple[Any, Any]:
@@ -158,11 +208,11 @@ class Memory:
         """
         return climb, None
 
-    def enter(self, parameters, memory, config) -> tuple[Any, Any]:
+    def enter(self, decoder, memory) -> tuple[Any, Any]:
         """First values of `climb` for `open` and for `close`, from the memory of the whole model."""
         return memory, memory
 
-    def leave(self, parameters, climb, memory, config) -> Any:
+    def leave(self, decoder, climb, memory) -> Any:
         """The memory of the whole model after a block, from the `climb` of the last layer's `close`."""
         return climb
 
@@ -174,8 +224,35 @@ class Memory:
         """What the scores of the columns are raised by, in every query head, `[H]`; None: nothing."""
         return None
 
+    def shared(self, decoder) -> Any:
+        """Arrays that every layer gets as `here.shared`, such as parameters above the layers.
+
+        Args:
+          decoder: the bound decoder.
+        """
+        return None
+
+    def beside(self, layer, tokens, here) -> Any:
+        """A term `[..., D]` next to the attention of `tokens`, behind its output projection; None: none.
+
+        Arguments as for `attend`.
+        """
+        return None
+
+    def features(self, layer, x) -> Any:
+        """What `close` needs of each token besides keys and values, with which it is kept in the window.
+
+        Args:
+          layer: the bound layer.
+          x: the layer's input `[..., D]`.
+
+        Returns:
+          `[..., *F]` in the compute dtype, with the shape `F` of `feature_shape`, or None.
+        """
+        return None
+
     def attend(self, layer, tokens, here):
-        """Attention of tokens before the output projection, `[..., H, Dh]`.
+        """Attention of tokens or of the block's rows before the output projection, `[..., H, Dh]`.
 
         Args:
           layer: the bound layer.
@@ -211,6 +288,11 @@ class Memory:
         """Logical axes of the memory's leaves without layers and batch: a pytree of tuples of names."""
         return None
 
+    @property
+    def feature_axes(self) -> tuple[str, ...]:
+        """Logical axes of `feature_shape`."""
+        return ()
+
     def queries(self, opened: Opened):
         """Queries `[B, N, H, Dh]` of a memory that `attends`, which see its columns and the block."""
         return None
@@ -224,17 +306,18 @@ class Memory:
         """
         return {}
 
-    def flops(self, config, price, length: int, from_start: bool) -> tuple[int, int]:
+    def flops(self, config, price, length: int, from_start: bool) -> tuple[numbers.Rational, int]:
         """Matrix-product operations of a training step on one example.
 
         Args:
           config: the `DecoderConfig`.
-          price: `famx.training.flops.Price`: operations of a row of each projection, and of a score.
+          price: `famx.training.flops.Price`: operations of a row of each projection, of a score, and of a
+            multiplication with its addition.
           length: number of tokens.
           from_start: whether the example starts from `start`, not from an earlier memory.
 
         Returns:
-          Operations in each layer, and additional operations of all layers, once per batch.
+          Operations in each layer, in the mean, and additional operations of all layers, once per batch.
         """
         return 0, 0
 

@@ -33,6 +33,8 @@ class DecoderState:
       keys: rotated keys `[layers, B, M + 1, S, K, Dh]`: the last `M` blocks, oldest first, then the
         incomplete block. Slots that hold no token are zero.
       values: likewise.
+      features: what the memory needs of each of these tokens besides (`Memory.features`),
+        `[layers, B, M + 1, S, *F]`; None for most memories.
       position: number of tokens read, int32 `[B]`; the slot in the block is `position % S`.
       updates: number of memory updates, one per full block, int32 `[B]`; 0 means that `memory` is as
         it started.
@@ -45,6 +47,7 @@ class DecoderState:
     position: jax.Array
     updates: jax.Array
     offset: jax.Array
+    features: Any = None
 
     @classmethod
     def initial(cls, config, batch_size: int, memory) -> "DecoderState":
@@ -52,9 +55,11 @@ class DecoderState:
         c = config
         window = (c.num_layers, batch_size, c.memory_segments + 1, c.block_size)
         keys = jnp.zeros(window + (c.num_kv_heads, c.head_dim), c.dtype)
+        shape = c.memory.feature_shape(c)
+        features = None if shape is None else jnp.zeros(window + shape, c.dtype)
         zero = jnp.zeros((batch_size,), jnp.int32)
         repeat = lambda m: jnp.broadcast_to(m[:, None], (m.shape[0], batch_size, *m.shape[1:]))
-        return cls(jax.tree.map(repeat, memory), keys, keys, zero, zero, zero)
+        return cls(jax.tree.map(repeat, memory), keys, keys, zero, zero, zero, features)
 
     @property
     def batch_size(self) -> int:

@@ -5,6 +5,7 @@ the axes `[B, M + 1, S, ...]`, oldest block first.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ class ChunkContext:
       start: number of tokens of the first block that the state already holds, int32 `[B]`; None: zero.
       stop: number of slots of the chunk that hold a token after it was read, int32 `[B]`; None: all.
       rotation: rotation of the layer; the decoder sets it.
+      shared: `Memory.shared`, the same in all layers.
       batch_axis: logical name of the axis `B`.
     """
 
@@ -59,6 +61,7 @@ class ChunkContext:
     start: jax.Array | None = None
     stop: jax.Array | None = None
     rotation: rope.Rotation | None = None
+    shared: Any = None
     batch_axis: str = flax.struct.field(pytree_node=False, default="batch")
 
     def complete(self, size: int):
@@ -94,11 +97,13 @@ class TokenWindow:
       keys, values: of the memory's columns, the past blocks and the block's own tokens,
         `[layers, B, K, X, Dh]` with `X` of `column_count`; all but the own stay the same until the
         block is full.
+      visible: `Opened.visible` of the block, `[layers, B, N]`, or None.
       extra: `Opened.extra` of the block, leaves `[layers, B, ...]`.
     """
 
     keys: jax.Array
     values: jax.Array
+    visible: Any = None
     extra: Any = None
 
 
@@ -111,15 +116,33 @@ class Tokens:
       query: rotated queries `[..., H, Dh]`.
       plain_query: queries before the rotation; they cost nothing if unused.
       attend: function from rotated queries to attention `[..., H, Dh]`, in one softmax over the window
-        and the memory's columns.
+        and the memory's columns; a second argument are queries before the rotation, for a memory with
+        `plain_columns`. None for rows.
       extra: `Opened.extra`, leaves `[B, C, ...]` or `[B, ...]`.
+      part: function from rotated queries to attention to the window alone and the logarithm of the sum
+        of its weights, `[..., H]`, float32 at least, for `joined`. It does not use the fused kernels.
     """
 
     input: jax.Array
     query: jax.Array
     plain_query: jax.Array
-    attend: Callable[[jax.Array], jax.Array]
+    attend: Callable[..., jax.Array]
     extra: Any
+    part: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def joined(*parts):
+    """Attention in one softmax, from that to each of several parts.
+
+    Args:
+      *parts: attention `[..., H, Dh]` and the logarithm of the sum of its weights `[..., H]`.
+
+    Returns:
+      The same of all parts together.
+    """
+    log_sum = functools.reduce(jnp.logaddexp, (log_sum for _, log_sum in parts))
+    share = lambda of_part: jnp.exp(of_part - log_sum)[..., None]
+    return sum(share(of_part) * attention for attention, of_part in parts), log_sum
 
 
 def merge(new, window, context: ChunkContext, size: int):
@@ -157,6 +180,12 @@ def before(new, window, past: int):
         of_state = [window[:, end - count : end] for end in ends]
         parts.append(next_shard(new[:, blocks - count :], jnp.concatenate(of_state), distance))
     return jnp.concatenate(parts, axis=1) if parts else new[:, :0]
+
+
+def past_of_each(blocks, past: int):
+    """The `past` blocks before each of `C` blocks: of `[B, M + C, ...]`, `[B, C, M, ...]`."""
+    count = blocks.shape[1] - past
+    return blocks[:, jnp.arange(count)[:, None] + jnp.arange(past)]
 
 
 def after(blocks, batch: int, context: ChunkContext, past: int, size: int):

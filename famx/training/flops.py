@@ -56,12 +56,14 @@ class Price:
       keys_values: keys and values alone.
       feed_forward: the feed-forward part.
       score: one query with one key in all heads: the score, and the weighted value.
+      product: one multiplication and its addition, in all passes.
     """
 
     project: int
     keys_values: int
     feed_forward: int
     score: int
+    product: int
 
 
 def train_flops(
@@ -106,18 +108,19 @@ def train_flops(
     project = keys_values + row("query", d, heads) + row("output", heads, d)
     up = ("mlp/gate", "mlp/up") if c.gated_mlp else ("mlp/up",)
     feed = sum(row(name, d, c.mlp_dim) for name in up) + row("mlp/down", c.mlp_dim, d)
-    pair = 4 * heads * (3 if learning.through_layers else 1)
+    product = 2 * (3 if learning.through_layers else 1)
+    pair = 2 * heads * product
     table = learning.has("embedding" if c.tied_embeddings else "head")
     into_head = learning.through_layers or any(
         learning.has(f"final_norm/{name}") for name in ("scale", "bias")
     )
-    price = Price(project, keys_values, feed, pair)
+    price = Price(project, keys_values, feed, pair, product)
     by_layer, once = c.memory.flops(c, price, length, from_start)
     return {
         "projections": batch * c.num_layers * length * project,
         "attention": batch * c.num_layers * _visible_pairs(c, length, from_start) * pair,
         "feed_forward": batch * c.num_layers * length * feed,
-        "memory": batch * c.num_layers * by_layer + once,
+        "memory": int(batch * c.num_layers * by_layer) + once,
         "head": weighted * 2 * d * c.vocab_size * (1 + into_head + table),
     }
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -24,7 +25,6 @@ from hypothesis import strategies as st
 from processes import start_process
 from published import LLAMA, MEMORY, make_weights, train_bpe, train_sentencepiece, write_source
 from reference_models import CONFIGS
-from relay_memory import Relay
 from tiny import assert_identical
 
 from famx.base import gin_utils
@@ -40,7 +40,7 @@ from famx.conversion.tensor_source import TensorInfo
 from famx.conversion.vocabulary import fitting_vocabulary
 from famx.conversion.with_memory import full_config
 from famx.data.vocabularies import load_vocabulary, open_vocabulary
-from famx.memories import Fam
+from famx.memories import BlockRecurrent, Fam
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.loading import load_model
 from famx.models.memory_start import MemoryStart
@@ -441,13 +441,17 @@ def test_memories_by_kind_and_fields():
     gated = commands.read_memory("fam:length=8, update=gated,normalize=True")
     assert gated == Fam(8, update="gated", normalize=True)
     assert commands.read_memory("fam:update_scale=1") == Fam(update_scale=1)
+    recurrent = BlockRecurrent(8, layers=(0, 1))
+    assert commands.read_memory("block_recurrent:layers=(0, 1), length=8") == recurrent
     for text, said in (
         ("famm", "is of the kind 'famm', which is not known here"),
         ("fam:lenght=8", "has no field lenght; it has .*, length, normalize"),
         ("fam:8", "8 sets nothing"),
         ("fam:length=8.5", "Fam.length must be a whole number of at least 1 .*, not 8.5"),
         ("fam:length=long", "Fam.length must be a whole number of at least 1 .*, not 'long'"),
-        ("fam:normalize=1", "Fam.normalize must be "),
+        ("fam:normalize=1", "Fam.normalize must be True or False or 'measured', not 1"),
+        ("landmark:top=0", "Landmark.top must be a whole number of at least 1 or None, not 0"),
+        ("own:length=0", "Own.length must be a whole number of at least 1 .*, not 0"),
     ):
         with pytest.raises(ConfigError, match=said):
             commands.read_memory(text)
@@ -523,11 +527,18 @@ def test_the_gin_file_makes_the_same_decoder(tmp_path):
     assert made == configs
 
 
+@dataclasses.dataclass(frozen=True)
+class Own(Fam):
+    """A memory of a module outside famx."""
+
+    kind: ClassVar[str] = "own"
+
+
 def test_a_memory_may_be_of_a_module_without_a_package():
     sizes = dict(vocab_size=9, num_layers=1, embed_dim=8, num_heads=2)
-    text = model_gin(DecoderConfig(**sizes, memory=Relay(3), blocks_per_chunk=1), "a model")
-    assert "\nimport relay_memory\n" in text and "\n  memory = @relay_memory.Relay()\n" in text
-    assert "\nrelay_memory.Relay:\n  length = 3\n" in text
+    text = model_gin(DecoderConfig(**sizes, memory=Own(3), blocks_per_chunk=1), "a model")
+    assert f"\nimport {__name__}\n" in text and f"\n  memory = @{__name__}.Own()\n" in text
+    assert f"\n{__name__}.Own:\n" in text and "\n  length = 3\n" in text
 
 
 @pytest.mark.slow

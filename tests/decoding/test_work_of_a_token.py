@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from memories_table import MEMORIES
 from modules.helpers import assert_close, config, precision, random_params, random_tokens, shapes
 
@@ -18,6 +19,7 @@ from famx.decoding import Sampling, Streamer, generate, generation
 from famx.memories import Fam
 from famx.modules import Decoder, Memory
 from famx.modules.components import JOINT
+from famx.modules.memory import of_memory
 from famx.modules.prepared import computing, with_joint_kernels
 from famx.scale import hlo
 
@@ -75,9 +77,10 @@ def token_loop(c, **kwargs):
 @pytest.mark.parametrize("name", MEMORIES)
 def test_no_token_casts_weights(name):
     c = sizes(MEMORIES[name], dtype="bfloat16", qkv_bias=True, mlp_bias=True)
-    params = {name: leaf for name, leaf in shapes(c).items() if name != "memory"}
-    weights = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 1}  # also stacks
-    weights |= {leaf.shape[1:] for leaf in jax.tree.leaves(params["layers"])}
+    paths = flatten_dict(shapes(c), sep="/")
+    params = {path: leaf for path, leaf in paths.items() if not of_memory(path)}
+    weights = {leaf.shape for leaf in params.values() if leaf.ndim > 1}  # also stacks
+    weights |= {leaf.shape[1:] for path, leaf in params.items() if path.startswith("layers/")}
     weights |= {shape[:1] + (math.prod(shape[1:]),) for shape in weights}
     cast = {
         eqn.invars[0].aval.shape for eqn in equations(token_loop(c))

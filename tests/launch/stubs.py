@@ -60,7 +60,7 @@ SBATCH = {
     "job-name": True, "nodes": True, "ntasks-per-node": True, "gpus-per-node": True, "mem": True,
     "cpus-per-task": True, "time": True, "partition": True, "account": True, "qos": True,
     "constraint": True, "output": True, "open-mode": ("append", "truncate"), "signal": True,
-    "requeue": False, "parsable": False,
+    "requeue": False, "parsable": False, "array": True,
 }  # fmt: skip
 
 

@@ -140,3 +140,36 @@ def test_a_missing_xpk_is_one_sentence(cluster, monkeypatch):
     monkeypatch.setenv("PATH", str(cluster))
     with pytest.raises(ConfigError, match="xpk is not installed: install it with `pip install xpk`"):
         launch(make_config(cluster))
+
+
+STUDY = dict(num_slices=1, accelerator="v5litepod-8", study_tasks=3)
+
+
+def test_workloads_share_a_study(cluster):
+    """One for each task; the first that fails gives the exit code."""
+    stubs.write(cluster, {"workload_code": 1})
+    assert launch(make_config(cluster, **STUDY)) == 1
+    called = stubs.calls(cluster)
+    names = ["fam-0", "fam-1", "fam-2"]
+    assert [call[1:3] for call in called] == [["workload", what] for what in 3 * ["create"] + 3 * ["list"]
+                                              + 3 * ["delete"]]  # fmt: skip
+    assert [given(call)["workload"] for call in called[:3] + called[6:]] == 2 * names
+    assert [given(call)["wait-for-job-completion"] for call in called[3:6]] == names
+    assert [given(call)["command"] for call in called[:3]] == [f"exec bash run.sh {i}" for i in range(3)]
+    last = (cluster / "stage" / "famx-fam" / "run.sh").read_text().splitlines()[-1]
+    words = 'exec python -m famx.ablate --exit_code_if_stopped=42 --task="$1" --tasks=3 '
+    assert last == words + "'--gin_bindings=X = '\"'\"'a b'\"'\"''"
+
+
+def test_an_image_of_ones_own_runs_the_tasks_itself(cluster):
+    config = make_config(cluster, base_image="", image="gcr.io/my-project/famx:1", **STUDY)
+    assert launch(config, wait=False) == 0
+    commands = [given(call)["command"] for call in stubs.calls(cluster)]
+    assert ["--task=2 --tasks=3" in command for command in commands] == [False, False, True]
+
+
+def test_a_task_of_a_study_has_one_host(cluster):
+    with pytest.raises(ConfigError, match="but v5litepod-16 has several hosts: set --config.accelerator"):
+        make_config(cluster, num_slices=1, study_tasks=2)
+    with pytest.raises(ConfigError, match="The study's directory /tmp/x would be lost with the workers"):
+        launch(make_config(cluster, **STUDY), model_dir="/tmp/x")

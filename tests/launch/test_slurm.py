@@ -3,6 +3,7 @@
 import os
 import pathlib
 import subprocess
+import sys
 
 import pytest
 import stubs
@@ -125,3 +126,43 @@ def test_a_missing_sbatch_is_one_sentence(cluster, monkeypatch):
 def test_a_stage_that_slurm_would_misread_is_refused(cluster):
     with pytest.raises(ConfigError, match="--config.stage_dir must not contain spaces or %"):
         launch(cluster, stage_dir=str(cluster / "my stage"))
+
+
+def test_tasks_of_an_array_share_a_study(cluster, capsys):
+    """Each with a cell on each GPU; famx.ablate knows the task by Slurm's variables."""
+    assert launch(cluster, nodes=1, gpus_per_node=4, study_tasks=3) == 0
+    options = stubs.read(cluster)["options"]
+    log = str(cluster / "stage" / "famx-fam-%A_%a.log")
+    assert (options["array"], options["nodes"], options["output"]) == ("0-2", "1", log)
+    assert f"Log: {log.replace('%A_%a', '4711_TASK')}." in capsys.readouterr().out
+    assert run_script(cluster) == 0
+    seen = stubs.read(cluster)["srun"]
+    flags = ["--exit_code_if_stopped=42", "--processes=4", "--gpus=4", EVIL]
+    words = ["python", "-m", "famx.ablate", *flags]
+    assert seen["argv"] == words and seen["env"]["JAX_LOCAL_DEVICE_IDS"] is None
+    stubs.write(cluster, {"srun_code": 42})
+    assert run_script(cluster) == 0 and stubs.read(cluster)["requeued"] == 1
+
+
+def test_a_task_of_a_study_has_one_node(cluster):
+    with pytest.raises(ConfigError, match="Each task of a study has one node or slice: set --config.nod"):
+        launch(cluster, study_tasks=3)
+    assert launch(cluster, nodes=1, gpus_per_node=0, study_tasks=1) == 0
+    assert "--processes" not in (cluster / "stage" / "famx-fam" / "job.sh").read_text()
+
+
+def test_a_study_is_checked_and_its_gin_files_are_staged(tmp_path):
+    root = pathlib.Path(slurm.__file__).resolve().parents[1]
+    words = [
+        sys.executable, "-m", "launch.slurm", "--config=launch/configs/slurm_8gpu.py", "--dry_run",
+        "--config.nodes=1", "--config.study_tasks=2", f"--config.stage_dir={tmp_path}",
+        "--gin_file=gin_configs/studies/memories.gin",
+    ]  # fmt: skip
+    run = lambda *more: subprocess.run([*words, *more], cwd=root, capture_output=True, text=True)
+    done = run("--gin.STUDY_DIR='/shared/study'")
+    assert done.returncode == 0, done.stderr
+    for name in ("studies/memories.gin", "examples/passkey_short.gin", "models/tiny.gin"):
+        assert f"gin_configs/{name} (copy of" in done.stdout, name
+    assert "#SBATCH --array=0-1" in done.stdout and "-m famx.ablate" in done.stdout
+    done = run("--gin.STUDY_DIR='study'")
+    assert done.returncode == 2 and "must be an absolute path, not study" in done.stderr

@@ -58,13 +58,17 @@ class Oracle:
     def block(self, w, inputs, t, keys, values, memory, offset):
         """`O_t` and `F_t` of one layer. Appends the block's keys and values to `keys`, `values`."""
         c = self.c
-        size, n = c.block_size, c.memory_columns
-        begin = t * size
+        size, n = c.block_size, c.memory.length if c.memory.exists else 0
+        begin, past = t * size, c.memory.past if c.memory.exists else 1
         as_query = [self.memory_position(t, i, offset) for i in range(n)]
-        as_key = [self.memory_position(t - 1, i, offset) for i in range(n)]
+        as_key = [self.memory_position(t - p, i, offset) for p in range(past, 0, -1) for i in range(n)]
+        exists = [p <= t + 1 for p in range(past, 0, -1) for _ in range(n)]
+        newest = memory[-n:] if n else []
         # qF, kF, vF = QKV(Norm(F_{t-1}))
         adapted = self.with_adapters(w)
-        q_f = [self.query(adapted, f, p) for f, p in zip(memory, as_query, strict=True)]
+        learned = n and c.memory.query == "learned"
+        queries = list(w["memory"]["queries"]) if learned else newest
+        q_f = [self.query(adapted, f, p) for f, p in zip(queries, as_query, strict=True)]
         k_f = [self.key(adapted, f, p) for f, p in zip(memory, as_key, strict=True)]
         v_f = [self.value(adapted, f) for f in memory]
         # q, k, v = QKV(Norm(I_t))
@@ -74,20 +78,22 @@ class Oracle:
         outputs = []
         for s, i_t in enumerate(inputs):
             here = begin + s
-            mask = [True] * n + [self.sees(here, there) for there in range(len(keys))]
+            mask = exists + [self.sees(here, there) for there in range(len(keys))]
             q = self.query(w, i_t, here + offset)
             attention, _ = self.attend(q, k_f + keys, v_f + values, mask, w)
             outputs.append(self.rest_of_layer(w, i_t, attention, i_t))
         if not n or len(inputs) < size:
             return outputs, memory
         own_k, own_v = k_f + keys[begin:], v_f + values[begin:]
-        compressed = [self.attend(q, own_k, own_v, [True] * len(own_k), w) for q in q_f]
+        mask = exists + [True] * size
+        compressed = [self.attend(q, own_k, own_v, mask, w) for q in q_f]
         new = []
-        for f, (attention, weights) in zip(memory, compressed, strict=True):
+        for f, x, (attention, weights) in zip(newest, queries, compressed, strict=True):
             first = t == 0 and c.memory.first_residual == "zero"
-            f_t = self.rest_of_layer(adapted, f, attention, np.zeros_like(f) if first else f)
+            zero = first and not learned
+            f_t = self.rest_of_layer(adapted, x, attention, np.zeros_like(x) if zero else x)
             new.append(self.variants_of_update(w, f, f_t, weights, first))
-        return outputs, new
+        return outputs, memory[n:] + new
 
     def sees(self, here, there):
         """Whether the token at `here` may look at the token at `there`, past, present or future."""
@@ -149,14 +155,15 @@ class Oracle:
         c = self.c
         if not c.memory.exists:
             return [[] for _ in self.layers]
+        missing = [np.zeros(c.embed_dim)] * (c.memory_columns - c.memory.length)
         if c.memory.start_from == "prefix":
-            return [list(w["memory"]["prefix"]) for w in self.layers]
-        positions = [self.memory_position(-1, i, offset) for i in range(c.memory_columns)]
+            return [missing + list(w["memory"]["prefix"]) for w in self.layers]
+        positions = [self.memory_position(-1, i, offset) for i in range(c.memory.length)]
         memories, x = [], list(self.w["memory"]["prompt"])
         for i, w in enumerate(self.layers):
             self.enter(i)
             w = self.with_adapters(w)
-            memories.append(x)
+            memories.append(missing + list(x))
             k = [self.key(w, f, p) for f, p in zip(x, positions, strict=True)]
             v = [self.value(w, f) for f in x]
             above = []
@@ -171,8 +178,8 @@ class Oracle:
         c = self.c
         end = (block + 1) * c.block_size + offset
         return {
-            "last": end - c.memory_columns + i,
-            "float": end - 1 + (i + 1) / (c.memory_columns + 1),
+            "last": end - c.memory.length + i,
+            "float": end - 1 + (i + 1) / (c.memory.length + 1),
             "zero": 0,
         }[c.memory.positions]
 

@@ -21,7 +21,7 @@ from famx.base.errors import ConfigError
 from famx.memories import Fam
 from famx.modules import Decoder, Memory
 from famx.modules.attention import (
-    bias_dimensions,
+    column_dimensions,
     cudnn,
     dense,
     dispatch,
@@ -267,7 +267,7 @@ BIASES = {
 
 
 def with_bias(c, bias, q, keys, values, memory_keys, memory_values, first_block):
-    bias_query, bias_keys = bias_dimensions(bias, c)
+    bias_query, bias_keys = column_dimensions(bias, c)
     keys, memory_keys = bias_keys(keys, False), bias_keys(memory_keys, True)
     return token_attention(bias_query(q), keys, values, memory_keys, memory_values, first_block, c)
 
@@ -322,7 +322,7 @@ def test_every_backend_adds_the_bias_of_the_memory(case, backend, interpret, mon
 def test_a_bias_loses_nothing_to_a_narrow_dtype():
     c = config(head_dim=8, dtype="bfloat16", memory=Fam(2, bias="zero"))
     bias = np.array([-4.158883, 1.2345678], np.float32)
-    bias_query, bias_keys = bias_dimensions(bias, c)
+    bias_query, bias_keys = column_dimensions(bias, c)
     q = bias_query(jnp.zeros((1, 2, 8), jnp.bfloat16)).astype(jnp.float32)
     ones = bias_keys(jnp.zeros((1, 2, 8), jnp.bfloat16), True).astype(jnp.float32)
     scores = jnp.sum(q * ones, axis=-1)[0] * c.query_scale

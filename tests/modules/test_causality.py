@@ -5,7 +5,7 @@ import pytest
 from helpers import VOCAB, config, random_params, random_tokens, read
 from memories_table import MEMORIES, REMEMBERING
 
-from famx.memories import Fam
+from famx.memories import Fam, Landmark
 from famx.modules import Memory
 
 LENGTH = 18
@@ -47,7 +47,10 @@ def test_no_token_changes_a_logit_before_it(name):
     assert change.diagonal().min() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["paper", "no segments", "zero positions", "prefix", *REMEMBERING])
+ENDLESS = [name for name, memory in REMEMBERING.items() if not isinstance(memory, Landmark)]
+
+
+@pytest.mark.parametrize("name", ["paper", "no segments", "zero positions", "prefix", *ENDLESS])
 def test_with_memory_every_token_reaches_all_that_follow(name):
     change = influence(config(**{**BASE, **VARIANTS[name]}), length=26)
     after = np.triu(np.ones_like(change, dtype=bool))
@@ -72,6 +75,15 @@ def test_without_memory_the_reach_is_exact(layers, segments, window):
     limit = c.reach if window else c.reach + size - 1  # the own block comes on top
     assert (change > 0)[target - source > limit].sum() == 0
     assert (change > 0)[target - source == limit].any()
+
+
+def test_a_ring_of_pieces_forgets():
+    c = config(memory=Landmark(piece=2, pieces=3), **BASE)
+    change = influence(c, length=34)
+    distance = np.arange(34) - np.arange(34)[:, None]
+    ring = c.memory.piece * c.memory.pieces + c.memory_segments * c.block_size
+    assert change[distance >= c.num_layers * (ring + c.block_size)].max() == 0
+    assert change[distance == c.num_layers * ring].max() > 1e-6
 
 
 def test_with_memory_there_is_no_reach():

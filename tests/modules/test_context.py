@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers import assert_close, config, initial, jit, random_params, random_tokens, read
 from memories_table import REMEMBERING, SIDE_BY_SIDE
-from relay_memory import Relay
 from test_order import ALL
 
+from famx.memories import Rmt
 from famx.modules import Decoder, Memory
 
 WIDE = dict(dtype="float64", param_dtype="float64")
@@ -84,8 +84,8 @@ def test_blocks_that_shards_do_not_divide():
 
 
 def test_a_memory_of_the_whole_depth_is_refused():
-    c = config(memory=Relay(2))
-    with pytest.raises(ValueError, match="'relay' is made at the top of the stack"):
+    c = config(memory=Rmt(2))
+    with pytest.raises(ValueError, match="'rmt' is made at the top of the stack"):
         jax.eval_shape(
             lambda p, t: Decoder(c).apply({"params": p}, t, method="read", context_shards=2),
             random_params(c), random_tokens(1, 16),

@@ -1,6 +1,7 @@
 """Invariant 6: feedback memory adds N * D numbers and nothing else; and what a config refuses."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import pytest
 from helpers import config, random_params, random_tokens, read, shapes
 from memories_table import MEMORIES
 
-from famx.memories import Fam
+from famx.memories import BlockRecurrent, Fam, Feedback, Landmark
 from famx.mesh import LOGICAL_AXES
 from famx.modules import Decoder, Memory
 from famx.modules.memory import from_dict
@@ -148,6 +149,27 @@ def test_a_bad_config_is_refused_with_a_sentence(changes, sentence):
             changes = {"memory": Fam(**{"length": 2, **changes["memory"]})}
         config(**changes)
     assert str(error.value).endswith((".", "?"))
+
+
+def test_every_memory_is_the_same_after_json():
+    for memory in MEMORIES.values():
+        again = from_dict(json.loads(json.dumps(memory.to_dict())))
+        assert again == memory and hash(again) == hash(memory)
+
+
+@pytest.mark.parametrize(
+    "memory, sentence",
+    [
+        (BlockRecurrent(3, layers=(0, 2)), "BlockRecurrent.layers .0, 2. must be different .* 0 to 1."),
+        (BlockRecurrent(3, layers=(1, 1)), "BlockRecurrent.layers .1, 1. must be different layers"),
+        (Feedback(6), "Feedback.length 6 must be a multiple of block_size 4."),
+        (Landmark(piece=3), "Landmark.piece 3 must divide block_size 4."),
+        (Landmark(piece=2, pieces=3, top=4), "Landmark.top 4 exceeds pieces 3, from which it chooses."),
+    ],
+)
+def test_a_memory_that_does_not_fit_is_refused_with_a_sentence(memory, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        config(memory=memory)
 
 
 def test_a_memory_has_a_kind_of_its_own():

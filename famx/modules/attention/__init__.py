@@ -7,12 +7,13 @@ from famx.modules.attention.common import (
     ATTENTION_RESULT,
     attend,
     attend_apart,
+    attend_logsum,
     attend_parts,
-    bias_dimensions,
+    column_dimensions,
     softcap,
     visible,
 )
-from famx.modules.attention.dense import memory_mass
+from famx.modules.attention.dense import memory_mass, window_part
 from famx.modules.attention.dispatch import attend_all, token_attention
 from famx.modules.attention.over_mesh import BATCH_AXIS
 
@@ -22,10 +23,12 @@ __all__ = [
     "attend",
     "attend_all",
     "attend_apart",
+    "attend_logsum",
     "attend_parts",
-    "bias_dimensions",
+    "column_dimensions",
     "memory_mass",
     "softcap",
     "token_attention",
     "visible",
+    "window_part",
 ]

@@ -1,10 +1,13 @@
 """Reference backend: the plain formula with one dense mask."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from famx.modules.attention.common import attend, missing_blocks, visible
+from famx.modules.attention.common import attend, attend_logsum, missing_blocks, visible
 from famx.modules.config import DecoderConfig
+from famx.modules.memory import Memory
 
 
 def attention(config: DecoderConfig, *args):
@@ -39,6 +42,24 @@ def windows(config: DecoderConfig, keys, values, memory_keys, memory_values, fir
     missing = missing_blocks(first_block[:, None], jnp.arange(blocks), config)[..., None, None]
     mask = visible(config, jnp.arange(size)[:, None], jnp.arange(keys.shape[2]), missing)
     return keys, values, mask
+
+
+def window_part(q, keys, values, slots, first_block, config: DecoderConfig):
+    """Attention to the window alone, and the logarithm of the sum of its weights.
+
+    Args:
+      q: rotated queries `[B, C, Q, H, Dh]`, at `slots` (int `[Q]`) of each block.
+      keys, values, first_block: as for `token_attention`.
+
+    Returns:
+      `[B, C, Q, H, Dh]` and `[B, C, Q, H]`, float32 at least.
+    """
+    none = jnp.zeros((*q.shape[:2], 0, *keys.shape[-2:]), keys.dtype)
+    bare = dataclasses.replace(config, memory=Memory())
+    keys, values, mask = windows(bare, keys, values, none, none, first_block)
+    rows = mask[:, :, slots]
+    heads_first = lambda x: jnp.swapaxes(x, -3, -2)
+    return attend_logsum(q, heads_first(keys), heads_first(values), rows[:, :, None, None], bare)
 
 
 def _attention(config, q, *rest):

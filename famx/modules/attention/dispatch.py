@@ -28,7 +28,7 @@ def token_attention(
     """Attention output of `C` blocks of tokens.
 
     Args:
-      q: rotated queries `[B, C, S, H, Dh]`; they and the keys may be wider (`bias_dimensions`).
+      q: rotated queries `[B, C, S, H, Dh]`; they and the keys may be wider (`column_dimensions`).
       keys, values: `[B, M + C, S, K, Dh]`, the `M` blocks before the first query block included.
       memory_keys, memory_values: columns of the memory before each block `[B, C, N, K, Dh]`.
       first_block: index in its sequence of each example's first query block, int32 `[B]`; blocks

@@ -1,0 +1,78 @@
+"""What the command `famx ablate` does."""
+
+import re
+import shlex
+
+import gin
+
+from famx.base import gin_checks
+from famx.base.errors import ConfigError
+from famx.base.signals import STOP_SIGNALS, handling
+from famx.study import results
+from famx.study.grid import Cell, Study
+from famx.study.runner import Runner, command, is_complete
+
+STOPPED = 128  # exit codes above are of signals
+
+
+@gin.configurable
+def study(study: Study) -> Study:
+    """The study that the gin files describe.
+
+    Raises:
+      ConfigError: a value is not valid, or a binding has no effect.
+    """
+    gin_checks.check_all_used()
+    return study
+
+
+def tables(study: Study) -> str:
+    """Writes the tables and the figure; returns the summary."""
+    return results.write(study)
+
+
+def run(
+    study: Study, only: str, index: tuple[int, int], processes: int, gpus: int | None, dry_run: bool
+) -> int:
+    """Runs the cells and tabulates them; returns the exit code.
+
+    Args:
+      study: the study.
+      only: regular expression that names of cells must contain.
+      index: number of this task, and number of tasks that share the cells.
+      processes, gpus: see `Runner`.
+      dry_run: whether to print the commands alone.
+    """
+    cells = [cell for i, cell in enumerate(selected(study, only)) if i % index[1] == index[0] % index[1]]
+    if dry_run:
+        for cell in cells:
+            done = "  # complete" if is_complete(cell) else ""
+            print(f"{shlex.join(command(cell))}{done}")
+        return 0
+    runner = Runner(study, processes, gpus, lambda line: print(line, flush=True))
+    stopped: list[int] = []
+
+    def stop(number, frame):
+        stopped.append(number)
+        runner.stop()
+
+    with handling(stop, STOP_SIGNALS):
+        failed = runner.run(cells)
+    if stopped:
+        print("Stopped; the same command continues.", flush=True)
+        return STOPPED + stopped[0]
+    if any(map(is_complete, study.cells())):
+        print(tables(study))
+    return 1 if failed else 0
+
+
+def selected(study: Study, only: str) -> list[Cell]:
+    """The cells whose names contain the regular expression `only`."""
+    try:
+        found = [cell for cell in study.cells() if re.search(only, cell.name)]
+    except re.error as error:
+        raise ConfigError(f"--only={only} is no regular expression: {error}.") from error
+    if not found:
+        names = "; ".join(cell.name for cell in study.cells())
+        raise ConfigError(f"--only={only} selects none of the cells: {names}.")
+    return found

@@ -1,0 +1,151 @@
+"""What the cells of a study measured: one table with a row for each number, a summary and figures.
+
+Measures are named by where they come from:
+
+| name | what it is |
+|---|---|
+| `train/<name>` | a scalar of the last line of the log, such as `train/loss` |
+| `<split>/<name>` | the last value of an evaluation during the run |
+| `passkey/<probe>/<blocks>` | exact match after that many blocks, from passkey.json |
+| `zeroed/<probe>/<blocks>` | the same with the memory zeroed |
+"""
+
+import csv
+import io
+import pathlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from famx.base import tables
+from famx.base.errors import ConfigError
+from famx.base.files import replacing, write_text
+from famx.evaluation.figures import lengths_figure, passkey_results
+from famx.study.grid import Cell, Study
+from famx.study.runner import is_complete, read_record
+from famx.training.run_log import read_metrics
+
+_ABOUT = ("famx", "jax", "seconds", "command")
+_NOT_SCALARS = ("step", "split", "time")
+
+
+def measures(directory: pathlib.Path) -> Iterator[tuple[str, float]]:
+    """Yields `(name, value)` of all that a run measured."""
+    last: dict[str, float] = {}
+    for line in read_metrics(str(directory)):
+        last |= {
+            f"{line['split']}/{key}": value for key, value in line.items() if key not in _NOT_SCALARS
+        }
+    yield from last.items()
+    if (directory / "passkey.json").is_file():
+        results = passkey_results(directory)
+        for probe, row in results["exact_match"].items():
+            yield from ((f"passkey/{probe}/{blocks}", value) for blocks, value in row.items())
+        memory = results.get("memory") or {}
+        yield from ((name, value) for name, value in memory.items() if name.startswith("zeroed/"))
+
+
+def rows(study: Study) -> list[dict[str, Any]]:
+    """A row for each measure of each complete cell: axes, seed, measure, value, versions and command."""
+    found = []
+    for cell in study.cells():
+        if is_complete(cell):
+            record = read_record(cell)
+            about = {name: record.get(name) for name in _ABOUT}
+            about["command"] = " ".join(record["command"])
+            for name, value in measures(cell.directory):
+                found.append(
+                    {**cell.choices, "seed": cell.seed, "measure": name, "value": value, **about}
+                )
+    return found
+
+
+def write(study: Study) -> str:
+    """Writes results.csv, .parquet (with pyarrow), summary.md and passkey.png; returns the summary.
+
+    Raises:
+      ConfigError: no cell is complete, or a measure of the summary does not exist.
+    """
+    found, directory = rows(study), pathlib.Path(study.directory)
+    if not found:
+        raise ConfigError(f"No cell of {directory} is complete yet: run the study first.")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    write_text(directory / "results.csv", text.getvalue())
+    _write_parquet(directory / "results.parquet", found)
+    table = summary(study, found)
+    write_text(directory / "summary.md", table.markdown() + "\n")
+    figure = _figure(study)
+    if figure is not None:
+        with replacing(directory / "passkey.png") as path:
+            figure.savefig(path, dpi=150, format="png")
+    return table.text()
+
+
+def _write_parquet(path: pathlib.Path, found: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return
+    with replacing(path) as temporary:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(found)), temporary)
+
+
+def summary(study: Study, found: Sequence[Mapping[str, Any]]) -> tables.Table:
+    """A row for each choice: median of the seeds and, of several, their range."""
+    known = dict.fromkeys(row["measure"] for row in found)
+    names = list(study.measures) or [name for name in known if name.startswith("passkey/")]
+    names = names or [name for name in known if name in ("train/loss", "train/accuracy")]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"No run measured {name}: choose from {', '.join(known)}.")
+    values: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for row in found:
+        choices = tuple(row[axis] for axis in study.axes)
+        values.setdefault(choices, {}).setdefault(row["measure"], []).append(row["value"])
+    made = []
+    for choices, of_choice in values.items():
+        row = dict(zip(study.axes, choices, strict=True))
+        row["seeds"] = max(map(len, of_choice.values()))
+        made.append(row | {name: spread(of_choice.get(name, ())) for name in names})
+    title = "Median of the seeds, and their range"
+    return tables.Table("study", title, (f"{len(list(study.cells()))} cells",), made)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range of one or more values, such as `0.95 [0.90, 0.97]`; `-` of none."""
+    if not values:
+        return "-"
+    middle, low, high = (f"{x:.3g}" for x in (statistics.median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} [{low}, {high}]"
+
+
+def _figure(study: Study) -> Figure | None:
+    """Exact match over the number of blocks: a line for each choice, a panel for each probe."""
+    runs = [(cell, passkey_results(cell.directory)) for cell in _with_passkey(study)]
+    if not runs:
+        return None
+    scores: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for cell, results in runs:
+        line = ", ".join(cell.choices.values()) or "run"
+        for probe, row in results["exact_match"].items():
+            for blocks, value in row.items():
+                scores.setdefault(probe, {}).setdefault(line, {}).setdefault(blocks, []).append(value)
+    of = lambda function: {
+        probe: {line: {n: function(x) for n, x in row.items()} for line, row in lines.items()}
+        for probe, lines in scores.items()
+    }
+    first = runs[0][1]
+    ranges = of(lambda values: (min(values), max(values)))
+    return lengths_figure(of(statistics.median), first["block_size"], first["train_blocks"], ranges)
+
+
+def _with_passkey(study: Study) -> Iterator[Cell]:
+    for cell in study.cells():
+        if is_complete(cell) and (cell.directory / "passkey.json").is_file():
+            yield cell
