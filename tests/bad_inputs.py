@@ -388,7 +388,7 @@ case(
 )
 case(
     "module that does not exist",
-    "cache --task=x --output_dir={here}/c --module_import=no_such_module",
+    "cache --task=x --output_dir={here}/c --import=no_such_module",
     "no_such_module",
 )
 case("preparing nothing", "prepare --source={here} --data_dir={here}/d", "--task")
