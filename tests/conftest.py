@@ -6,16 +6,16 @@ import pathlib
 import sys
 import tempfile
 
+import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Small models take longer to compile than to run. Subprocesses inherit this.
-FAST_COMPILE = "--xla_backend_optimization_level=0"
-if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
+if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):  # subprocesses inherit them
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags.FAST}".strip()
 # Shared by the workers of one run and by later runs; subprocesses inherit it.
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"famx-jax-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # A process that imports both triton and TensorFlow aborts; on CPUs torch does not need triton.
 sys.modules.setdefault("triton", None)

@@ -29,6 +29,7 @@ if "numpy" not in sys.modules:
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+import xla_flags  # noqa: E402
 from flax.traverse_util import flatten_dict, unflatten_dict  # noqa: E402
 from relay_memory import Relay  # noqa: E402
 from tiny import BLOCK, make_model, make_run  # noqa: E402
@@ -151,7 +152,7 @@ class Child:
 
 def _code_of(function: Callable[[], Any]) -> int:
     if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):  # small programs compile long
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags.FAST}"
         os.environ["XLA_FLAGS"] = flags.strip()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", _CACHE)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rounding
+import xla_flags
 from processes import start_process
 from tiny import make_model, make_params
 from trained import write_model_dir
@@ -62,7 +63,7 @@ def quick(tmp_path_factory):
     page, figures = folder / "page.md", folder / "figures.json"
     shutil.copy(ROOT / "docs" / "benchmarks.md", page)
     # Compiled code need not be fast here, and compiling it well takes most of the time.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = f"{xla_flags.FAST} --xla_llvm_disable_expensive_passes=true"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.train_step", "--quick", "--repeats=2"]
         + [f"--markdown={page}", f"--json={figures}"],
@@ -258,7 +259,7 @@ def test_full_attention_reads_all_that_was_read():
 
 @pytest.mark.slow
 def test_a_checkout_is_measured_over_another(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags.FAST)
     figures = tmp_path / "figures.json"
     checkouts.main(
         ["--quick", "--only=small", "--repeats=2", f"--other={ROOT}", f"--json={figures}"]

@@ -78,7 +78,7 @@ def test_the_usage_names_the_program():
     _, module, _ = run("-m", "famx.attention_maps", "--help")
     assert "Usage: famx attention-maps [--FLAG=VALUE ...]\n" in command
     assert "Usage: python -m famx.attention_maps [--FLAG=VALUE ...]\n" in module
-    assert command.replace("famx attention-maps", "python -m famx.attention_maps") == module
+    assert command.replace("Usage: famx attention-maps", "Usage: python -m famx.attention_maps") == module
 
 
 def test_a_script_elsewhere_finds_modules_of_the_current_directory(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
@@ -116,7 +117,7 @@ def test_famx_and_whoever_is_installed_train_beside_each_other(tmp_path):
     """Runs on one core, since frameworks whose threads wait for each other crawl on a busy machine."""
     page, figures = tmp_path / "page.md", tmp_path / "figures.json"
     shutil.copy(ROOT / "docs" / "benchmarks.md", page)
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = f"{xla_flags.FAST} --xla_llvm_disable_expensive_passes=true"
     core = min(os.sched_getaffinity(0))
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.peers", "--quick", "--repeats=2"]

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from compiling import known
 
 from famx.memories import Fam
 from famx.models import DecoderModel
@@ -59,7 +60,8 @@ def loops(name: str, layers: int = 2, blocks: int = 4) -> list[tuple[int, collec
         loss, grads = jax.value_and_grad(lambda params: m.loss(params, batch)[0])(params)
         return loss, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
 
-    options = {"xla_backend_optimization_level": 0}  # of the machine code; XLA's program is the same
+    # The optimization is that of the machine code; XLA's program is the same.
+    options = known(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=True)
     lowered = jax.jit(step, donate_argnums=0).lower(nn.unbox(m.abstract_params()), batch)
     module = hlo.parse(lowered.compile(options).as_text())
     bodies = [(0, collections.Counter())]

@@ -13,7 +13,6 @@ import gin
 import pytest
 from configurables import clean
 
-from famx import ablate
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.modules import DecoderConfig
@@ -184,14 +183,14 @@ def test_the_task_is_that_of_the_flags_or_else_of_the_environment(monkeypatch):
     for variable in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")  # of a job without a number of completions
-    assert ablate._index(0, None) == (0, 1)
+    assert commands.share(0, None) == (0, 1)
     monkeypatch.setenv("JOB_COMPLETIONS", "5")
-    assert ablate._index(0, None) == (3, 5) and ablate._index(1, 2) == (1, 2)
+    assert commands.share(0, None) == (3, 5) and commands.share(1, 2) == (1, 2)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "9")
-    assert ablate._index(0, None) == (7, 9)
+    assert commands.share(0, None) == (7, 9)
     with pytest.raises(ConfigError, match="--task=2 must be below --tasks=2"):
-        ablate._index(2, 2)
+        commands.share(2, 2)
 
 
 def test_tasks_of_an_array_share_the_cells(tmp_path, capsys):

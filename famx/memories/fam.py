@@ -80,11 +80,13 @@ class Fam(Memory):
         return self.length * self.past
 
     @property
-    def attends(self):  # maps have as many rows as columns
+    def attends(self):
+        """Whether attention maps show the memory: they have as many rows as columns."""
         return self.past == 1
 
     @property
-    def masks_columns(self):  # past memories that do not exist yet
+    def masks_columns(self):
+        """Whether columns are masked: past memories that do not exist yet."""
         return self.past > 1
 
     def check(self, config):

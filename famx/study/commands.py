@@ -1,5 +1,6 @@
 """What the command `famx ablate` does."""
 
+import os
 import re
 import shlex
 
@@ -13,6 +14,10 @@ from famx.study.grid import Cell, Study
 from famx.study.runner import Runner, command, is_complete
 
 STOPPED = 128  # exit codes above are of signals
+_INDICES = (  # variables of the number of a task, and of the number of tasks
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+    ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
+)
 
 
 @gin.configurable
@@ -29,6 +34,23 @@ def study(study: Study) -> Study:
 def tables(study: Study) -> str:
     """Writes the tables and the figure; returns the summary."""
     return results.write(study)
+
+
+def share(task: int, tasks: int | None) -> tuple[int, int]:
+    """Number of this task among those that share the cells, and number of tasks.
+
+    Args:
+      task, tasks: what the command line says; without `tasks`, variables of Slurm or Kubernetes count.
+
+    Raises:
+      ConfigError: there is no such task.
+    """
+    if tasks is not None:
+        if task >= tasks:
+            raise ConfigError(f"--task={task} must be below --tasks={tasks}.")
+        return task, tasks
+    known = (pair for pair in _INDICES if set(pair) <= set(os.environ))
+    return next(((int(os.environ[task]), int(os.environ[count])) for task, count in known), (0, 1))
 
 
 def run(

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import xla_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memories_table import MEMORIES
@@ -231,6 +232,6 @@ assert streamer._read_blocks._cache_size() == 1
 
 
 def test_on_a_mesh_the_state_is_split_from_the_start():
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=4 {xla_flags.FAST}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     subprocess.run([sys.executable, "-c", ON_A_MESH], check=True, env=env)

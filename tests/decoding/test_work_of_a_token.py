@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import known
 from flax.traverse_util import flatten_dict
 from memories_table import MEMORIES
 from modules.helpers import assert_close, config, precision, random_params, random_tokens, shapes
@@ -98,7 +99,8 @@ def compiled(name: str, dtype: str = "float32"):
     """The optimised program and the body of its loop over tokens, two at a time."""
     memory = {"FAM": Fam(2), "BSWA": Memory()}[name]
     function, args = write(sizes(memory, dtype=dtype))
-    options = {"xla_backend_optimization_level": 0}  # of the machine code; XLA's program is the same
+    # The optimization is that of the machine code; XLA's program is the same.
+    options = known(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(generation._TOKENS_AT_ONCE, "cpu", 2)
         text = jax.jit(function, donate_argnums=(2,)).lower(*args).compile(options).as_text()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import xla_flags
 
 from famx.base.gin_utils import gin_root
 
@@ -94,8 +95,7 @@ def run(folder, devices, kernel):
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(gin_root()), str(TESTS)]),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-            " --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags.FAST}",
         },
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import xla_flags
 from flax import struct
 from processes import start_process
 
@@ -254,7 +255,7 @@ def test_sharded_arrays_change_mesh(tmp_path):
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {xla_flags.FAST}",
         },
     )
 

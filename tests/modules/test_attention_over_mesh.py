@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import xla_flags
 
 import famx
 
@@ -142,7 +143,7 @@ def run(code, **variables):
 
 @pytest.mark.slow
 def test_eight_devices_equal_one():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {xla_flags.FAST}"
     run(EIGHT, XLA_FLAGS=flags)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain_scans
 import pytest
+from compiling import known
 from helpers import assert_close, config, jit, random_params, random_tokens
 from jax.sharding import AbstractMesh
 
@@ -104,7 +105,8 @@ def test_integers_in_the_carry_and_all_kinds_of_arguments(rematerialized):
 def loops_over(steps, c, tokens):
     """Kernels and stacked results of each loop of this many steps in a compiled gradient."""
     lowered = jax.jit(gradient(c, tokens)).lower(random_params(c))
-    module = hlo.parse(lowered.compile({"xla_backend_optimization_level": 0}).as_text())
+    options = known(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=True)
+    module = hlo.parse(lowered.compile(options).as_text())
     found = []
     for computation in module.computations.values():
         for x in computation.instructions.values():

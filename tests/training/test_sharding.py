@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import xla_flags
 from flax import traverse_util
 from processes import start_process
 
@@ -141,8 +142,7 @@ def start(code, *args, devices):
         "PYTHONPATH": PATHS,
         "JAX_PLATFORMS": "cpu",
         "OMP_NUM_THREADS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-        " --xla_backend_optimization_level=0",  # compiles faster
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags.FAST}",
     }
     return start_process(
         [
