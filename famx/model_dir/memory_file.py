@@ -159,10 +159,10 @@ def _unpacked(path, arrays: Mapping[str, np.ndarray], wanted) -> dict[str, np.nd
       ConfigError: the arrays of the window do not fit together, or not the model.
     """
     layers, batch, segments, size, *rest = wanted.keys.shape
-    slots = arrays.get(_FILLED)
-    ordered = slots is not None and slots.dtype == np.int32 and slots.ndim == 1
+    slots = arrays.get(_FILLED, np.zeros((), np.int32))  # without them: a scalar, which is refused
+    ordered = slots.dtype == np.int32 and slots.ndim == 1
     if ordered and slots.size:
-        ordered = slots[0] >= 0 and slots[-1] < segments * size and (np.diff(slots) > 0).all()
+        ordered = bool(slots[0] >= 0 and slots[-1] < segments * size and np.all(np.diff(slots) > 0))
     shape = (layers, batch, slots.size if ordered else 0, *rest)
     if not ordered or any(name not in arrays or arrays[name].shape != shape for name in _WINDOW):
         raise ConfigError(f"{path} does not hold the window of this model: make the memory file again.")
