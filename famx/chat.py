@@ -4,8 +4,11 @@
     echo "What is the pass key? The pass key is" | famx chat --checkpoint /tmp/famx/model
 
 Each line of standard input is a message; /help lists the commands. Answers go to standard output, errors
-to standard error. An instruct model reads messages in its own chat template, if it was imported with one.
+to standard error; a script with a line that failed ends with exit code 1. An instruct model reads
+messages in its own chat template, if it was imported with one.
 """
+
+import sys
 
 from absl import flags
 
@@ -37,7 +40,7 @@ def main() -> None:
     from famx.inference.terminal import chat
 
     values = flags.FLAGS
-    chat(
+    answered = chat(
         values.checkpoint,
         adapter=values.adapter,
         memory=values.memory,
@@ -51,6 +54,8 @@ def main() -> None:
         system=values.system,
         stop=values.stop,
     )
+    if not answered:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

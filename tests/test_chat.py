@@ -517,7 +517,7 @@ def test_a_script_in_two_processes(tmp_path):
     script = f"/read {tmp_path / 'x.txt'}\n/save {tmp_path / 'x.famem'}\n/nope\n{QUESTION}\n/state\n"
     process = start(*arguments)
     out, err = process.communicate(script)
-    assert process.returncode == 0, err
+    assert process.returncode == 1, err
     _, _, answer, state = out.splitlines()
     assert "famx: There is no command /nope" in err and "Traceback" not in err
     assert state.startswith("146 tokens read (x.txt), 18 memory updates, ")

@@ -43,8 +43,8 @@ def chat(
     template: str | None = None,
     system: str | None = None,
     stop: Sequence[str] = (),
-) -> None:
-    r"""Loads a model and answers the lines of standard input, see `converse`.
+) -> bool:
+    r"""Loads a model and answers the lines of standard input; see `converse`, also for the result.
 
     Args:
       checkpoint: `MODEL_DIR` or `MODEL_DIR/checkpoint_<step>`.
@@ -85,7 +85,7 @@ def chat(
     )
     if memory:
         conversation.load(memory)
-    converse(conversation)
+    return converse(conversation)
 
 
 def default_template(trained: TrainedModel, system: str | None = None) -> str | ChatTemplate:
@@ -108,9 +108,13 @@ def unescape(text: str) -> str:
     return re.sub(r"\\[nt\\]", lambda escape: marks[escape[0]], text)
 
 
-def converse(conversation: Conversation) -> None:
-    """Answers the lines of standard input until it ends or a line says /quit."""
-    terminal = sys.stdin.isatty()
+def converse(conversation: Conversation) -> bool:
+    """Answers the lines of standard input until it ends or a line says /quit.
+
+    A line that cannot be answered is said on standard error, and the next one is read. Returns whether
+    all lines of a script were answered; True in a terminal.
+    """
+    terminal, answered = sys.stdin.isatty(), True
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
     if terminal:
@@ -122,19 +126,20 @@ def converse(conversation: Conversation) -> None:
         try:
             line = input(prompt if terminal else "").strip()
             if line == "/quit":
-                return
+                return answered
             if line:
                 reply(conversation, line)
         except EOFError:
             if terminal:
                 print()
-            return
+            return answered
         except KeyboardInterrupt:
             if not terminal:
                 raise
             print()  # ends the line that was being typed
         except ConfigError as error:
             print(f"famx: {error}", file=sys.stderr, flush=True)
+            answered = terminal
 
 
 def reply(conversation: Conversation, line: str) -> None:
