@@ -39,21 +39,11 @@ def define_flags() -> None:
 def main() -> None:
     from famx.inference.terminal import chat
 
-    values = flags.FLAGS
-    answered = chat(
-        values.checkpoint,
-        adapter=values.adapter,
-        memory=values.memory,
-        fresh=values.fresh,
-        max_new_tokens=values.max_new_tokens,
-        temperature=values.temperature,
-        top_k=values.top_k,
-        top_p=values.top_p,
-        seed=values.seed,
-        template=values.template,
-        system=values.system,
-        stop=values.stop,
-    )
+    names = (
+        "checkpoint", "adapter", "memory", "fresh", "max_new_tokens", "temperature", "top_k", "top_p",
+        "seed", "template", "system", "stop",
+    )  # fmt: skip
+    answered = chat(**{name: flags.FLAGS[name].value for name in names})
     if not answered:
         sys.exit(1)
 
