@@ -5,13 +5,7 @@ The only package of `famx.data` that needs SeqIO and TensorFlow. Importing it re
 tasks.
 """
 
-from famx.base.packages import missing_package
-
-try:
-    import seqio  # noqa: F401, which imports TensorFlow
-except ImportError as error:
-    raise missing_package("seqio", "SeqIO's tasks", "seqio") from error
-
+from famx.data.seqio.availability import seqio as _seqio  # noqa: F401, first: it says what is missing
 from famx.data.seqio.feature_converter import FamFeatureConverter
 from famx.data.seqio.registration import (
     register_documents,
