@@ -440,7 +440,7 @@ def test_a_chosen_backend_stays_or_is_refused():
         (dict(attention_backend="cudnn", head_dim=264), "a multiple of 8 up to 256, got 264"),
         (
             dict(attention_backend="cudnn", head_dim=256, memory=Fam(2, bias="zero")),
-            "no room for a bias of the memory's columns beside a head_dim of 256",
+            "no room for what the memory's columns need beside a head_dim of 256",
         ),
         (
             dict(attention_backend="cudnn", memory_segments=0, window_mask=True),
