@@ -123,7 +123,8 @@ def test_stopped_and_resumed_is_the_same_run(mode, whole, tmp_path):
 @pytest.mark.parametrize("mode", ["random", "continuous"])
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_every_memory_resumes_exactly(name, mode, tmp_path):
-    model = make_model(memory=REMEMBERING[name])
+    memory = REMEMBERING[name]
+    model = make_model(memory=memory, num_layers=1 + max(getattr(memory, "layers", None) or (0,)))
     run(tmp_path / "whole", mode, probe=Probe(), model=model)
     probe = Probe(stop_after=(6,))
     for _ in range(2):
