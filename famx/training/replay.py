@@ -90,7 +90,7 @@ def _session(stages, data, directory, stopped: Stopped, stack) -> Session:
         data.feeds[place.index].set_state(position["feed"])
     count = int(state.step)
     session = Session(
-        last, data, directory, Profile(None, directory), checkpointer, None,
+        last, data, directory, Profile(None, directory, run.steps), checkpointer, None,
         RunLog(str(directory), enabled=False), place, state, count,
         RecentMetrics(position.get("pending", ())), position.get("logged", count), 0,
         Watch(last.health, last.model.config.vocab_size),

@@ -152,7 +152,7 @@ class Data:
             factory = registry.factory(self.task)
             if factory is None:
                 return registry.get(self.task, **options)
-            return _configured(factory)(**options)
+            return _configured(factory)(**registry.check_options(self.task, options))
         except ConfigError:
             raise
         except (ValueError, TypeError) as error:

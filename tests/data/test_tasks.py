@@ -177,7 +177,7 @@ def test_bad_settings_get_a_sentence(folder):
         task.examples("train")[5]
     with pytest.raises(ValueError, match="The nearest name is 'scrolls_qasper'"):
         famx.data.get("scroll_qasper")
-    with pytest.raises(TypeError, match="data_dri"):
+    with pytest.raises(ConfigError, match="no option 'data_dri'. Did you mean data_dir"):
         famx.data.get("scrolls_qasper", data_dri="x")
 
 

@@ -71,7 +71,10 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
       ConfigError: the task has no such option, or a value is not what the annotations allow.
     """
     maker = _FACTORIES[name]
-    parameters = inspect.signature(maker).parameters
+    try:
+        parameters = inspect.signature(maker).parameters
+    except ValueError:  # of some builtin types, which take what they take
+        return dict(options)
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for option in options:
             if option not in parameters:
