@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import xla_flags
 from flax import struct
@@ -87,7 +88,6 @@ def test_layout_and_no_dataset(tmp_path):
 
 
 def test_state_is_a_plain_orbax_tree(tmp_path):
-    import orbax.checkpoint as ocp
 
     tree = make_tree()
     with Checkpointer(tmp_path) as saver:
@@ -119,13 +119,13 @@ def test_numpy_values_may_be_changed_while_saving(tmp_path):
 
 def test_data_state_may_be_changed_while_saving(tmp_path, monkeypatch):
     """Orbax writes JSON in the background, so it must be given what nobody else holds."""
-    given, make = [], checkpointer.ocp.args.JsonSave
+    given, make = [], ocp.args.JsonSave
 
     def note(item):
         given.append(item)
         return make(item)
 
-    monkeypatch.setattr(checkpointer.ocp.args, "JsonSave", note)
+    monkeypatch.setattr(ocp.args, "JsonSave", note)
     data = {"pending": [1], "feed": {"lengths": [2, 3]}}
     with Checkpointer(tmp_path) as saver:
         saver.save(1, {"x": jnp.ones(2)}, data)
