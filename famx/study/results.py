@@ -142,7 +142,8 @@ def _figure(study: Study) -> Figure | None:
     }
     first = runs[0][1]
     ranges = of(lambda values: (min(values), max(values)))
-    return lengths_figure(of(statistics.median), first["block_size"], first["train_blocks"], ranges)
+    medians = of(statistics.median)
+    return lengths_figure(medians, first["block_size"], first["train_blocks"], ranges=ranges)
 
 
 def _with_passkey(study: Study) -> Iterator[Cell]:
