@@ -180,7 +180,7 @@ def test_bar_on_a_terminal(tmp_path):
     with RunLog(tmp_path, steps=40, start_step=10, stream=stream) as log:
         log.progress(20, {"loss": 1.5})
         log.message("saved")
-    assert "20/40" in stream.getvalue() and "loss=1.5" in stream.getvalue()
+    assert "20/40" in stream.getvalue() and "loss 1.5" in stream.getvalue()
     assert "\r" in stream.getvalue() and "saved\n" in stream.getvalue()
 
 
