@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 
 from famx.base.signals import handling
 from launch.commands import Commands
-from launch.job import STOPPED, Job, run
+from launch.job import LOST, STOPPED, Job, run
 
+_LOST_SECONDS = 5.0  # in which a process ends whose failure others have noticed
 _FINE = (None, 0, STOPPED)  # codes of processes that still run, are done, or have saved and stopped
 
 
@@ -114,12 +115,16 @@ class Processes:
           0; 128 + n if signal n stopped the run; or the exit code of the process that failed, 128 + n if
           signal n killed it.
         """
-        failed = lambda: next((c.returncode for c in self.children if c.poll() not in _FINE), 0)
         code = 0
         while code == 0 and any(child.poll() is None for child in self.children):
             time.sleep(0.05)
-            code = failed()
-        code = code or failed()
+            code = self._failed()
+        code = code or self._failed()
+        if code == LOST:  # the process that failed by itself may end a moment later
+            deadline = time.monotonic() + _LOST_SECONDS
+            while self._failed() == LOST and time.monotonic() < deadline:
+                time.sleep(0.05)
+            code = self._failed()
         if code:
             self._end()
         for thread in self._threads:
@@ -127,6 +132,11 @@ class Processes:
         if not code and any(child.returncode == STOPPED for child in self.children):
             return 128 + (self.stopping or signal.SIGTERM)
         return code if code >= 0 else 128 - code
+
+    def _failed(self) -> int:
+        """Exit code of a process that failed, rather not because another one was lost; 0: of none."""
+        codes = [child.returncode for child in self.children if child.poll() not in _FINE]
+        return next((code for code in codes if code != LOST), codes[0] if codes else 0)
 
     def _end(self) -> None:
         """Stops the remaining processes, and kills those that do not stop within `grace_seconds`."""

@@ -104,8 +104,8 @@ def test_what_does_not_fit_the_model_or_the_text_is_told(directory, tmp_path, pa
         ((path, out, [2]), "There is no layer 2: the model has layers 0 to 1."),
         ((path, out, None, [5]), "There is no head 5: the model has heads 0 to 1."),
         ((path, out, None, None, [3]), "There is no block 3: the text has the blocks 0 to 2."),
-        ((str(tmp_path / "empty"), out), "There is nothing to read: give at least one token."),
-        ((path, path), f"{path} cannot be made: File exists."),
+        ((str(tmp_path / "empty"), out), f"{tmp_path / 'empty'} contains no text."),
+        ((path, path), f"{path} cannot be made: {path} must be a folder where you may write."),
         ((path, out, None, None, range(70)), "2 layers of 70 blocks are too many figures: name fewer of"),
     ]:
         with pytest.raises(ConfigError) as caught:

@@ -12,6 +12,7 @@ import time
 import gin
 import pytest
 from configurables import clean
+from processes import start_process
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
@@ -254,7 +255,7 @@ def test_a_study_that_is_killed_goes_on_and_repeats_nothing(tmp_path):
     (tmp_path / "grid.gin").write_text(GRID.format(directory=str(tmp_path / "study")))
     arguments = [sys.executable, "-m", "famx.ablate", f"--gin_file={tmp_path / 'grid.gin'}"]
     first, second = (tmp_path / "study" / "cells" / f"memory={name}-seed=0" for name in ("fam", "bswa"))
-    with subprocess.Popen(arguments, cwd=ROOT, start_new_session=True) as process:
+    with start_process(arguments, cwd=ROOT, start_new_session=True) as process:
         while not (second / "metrics.jsonl").exists():  # the first is complete, the second has begun
             assert process.poll() is None
             time.sleep(0.1)
