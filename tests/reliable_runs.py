@@ -31,11 +31,11 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import xla_flags  # noqa: E402
 from flax.traverse_util import flatten_dict, unflatten_dict  # noqa: E402
-from relay_memory import Relay  # noqa: E402
 from tiny import BLOCK, make_model, make_run  # noqa: E402
 
 from famx.base import distributed  # noqa: E402
 from famx.base.errors import ConfigError  # noqa: E402
+from famx.memories import Rmt  # noqa: E402
 from famx.model_dir.checkpointer import Checkpointer  # noqa: E402
 from famx.training import loop, speed  # noqa: E402
 from famx.training.curriculum import Curriculum  # noqa: E402
@@ -52,7 +52,7 @@ MODES: dict[str, dict[str, Any]] = {
         state_passing=Aged(groups=2, refresh_period=3),
         curriculum=Curriculum((4, 5, 7), unlock=0.0, newest=0.6),
     ),
-    "relay": dict(state_passing=_LANES, model=make_model(memory=Relay(2))),
+    "rmt": dict(state_passing=_LANES, model=make_model(memory=Rmt(2))),
 }
 # Of its own: a process that is killed may leave an entry that is not complete.
 _CACHE = os.path.join(tempfile.gettempdir(), f"famx-reliability-jax-{os.getuid()}")
