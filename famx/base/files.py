@@ -115,6 +115,14 @@ def move_into_place(files: Mapping[pathlib.Path, Path]) -> None:
             os.replace(temporary, path)
 
 
+def nearest_existing(path: Path) -> pathlib.Path:
+    """The path, absolute and with `~` expanded, or the nearest directory above it that exists."""
+    found = pathlib.Path(path).expanduser().absolute()
+    while not os.path.exists(found):  # Path.exists raises if a parent directory may not be read
+        found = found.parent
+    return found
+
+
 def check_writable(directory: Path) -> None:
     """Make a directory if it is missing, and write a file in it.
 

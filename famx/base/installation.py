@@ -3,7 +3,6 @@
 import dataclasses
 import glob
 import os
-import pathlib
 import platform
 import shutil
 import sys
@@ -13,6 +12,7 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
+from famx.base.files import nearest_existing
 from famx.base.text import byte_size, columns
 
 # What the extras of setup.py are for. Those for the development of famx itself are not shown.
@@ -140,7 +140,4 @@ def _device_lines(devices: Mapping[str, int] | str) -> Iterator[str]:
 def _disks(caches: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     places = {"this directory": os.getcwd(), "temporary files": tempfile.gettempdir(), **caches}
     for what, place in places.items():
-        there = pathlib.Path(place).expanduser().absolute()
-        while not there.exists():
-            there = there.parent
-        yield place, byte_size(shutil.disk_usage(there).free), what
+        yield place, byte_size(shutil.disk_usage(nearest_existing(place)).free), what

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from famx.analysis.attention_maps import read_maps
 from famx.analysis.map_files import write_maps
 from famx.base.errors import ConfigError
+from famx.base.files import nearest_existing
 from famx.inference.conversation import load_with_vocabulary
 from famx.inference.reading import ReadProgress, encode_file
 
@@ -51,9 +52,7 @@ def make_maps(
         raise ConfigError(
             f"{layer_count} layers of {len(blocks)} blocks are too many figures: name fewer of them."
         )
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"{out} cannot be made: {existing} must be a folder where you may write.")
 

@@ -24,7 +24,7 @@ from flax import serialization, traverse_util
 
 from famx.base.distributed import agreed
 from famx.base.errors import ConfigError
-from famx.base.files import check_writable
+from famx.base.files import check_writable, nearest_existing
 from famx.base.text import byte_size
 from famx.model_dir import digests
 from famx.model_dir.commit import CUSTOM_METADATA, SaveError, quiet_orbax, save_errors
@@ -451,9 +451,7 @@ def check_model_dir(path: str | os.PathLike, need_bytes: int = 0) -> pathlib.Pat
         raise ConfigError(
             f"MODEL_DIR must be an absolute path, not {path}: write {directory.absolute()}."
         )
-    existing = directory
-    while not os.path.exists(existing):  # Path.exists raises if a parent directory may not be read
-        existing = existing.parent
+    existing = nearest_existing(directory)
     if not existing.is_dir():
         raise ConfigError(f"MODEL_DIR {path} cannot be used: {existing} is not a directory.")
     try:
