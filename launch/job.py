@@ -18,12 +18,12 @@ import famx
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
+from famx.base.peers import LOST
 from launch import settings
 from launch.commands import Commands
 
 STOPPED = 42  # exit code of famx.train after a graceful stop
-LOST = 75  # its exit code after the loss of another process, `famx.base.peers.LOST`
-RESTARTED = (STOPPED, LOST)  # exit codes after which the same command goes on
+RESTARTED = (STOPPED, LOST)  # exit codes after which the same command continues
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _URL = re.compile(r"^\s*MODEL_DIR\s*=\s*['\"](gs://[^'\"]*)['\"]", re.MULTILINE)
 

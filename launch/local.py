@@ -21,9 +21,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from famx.base.peers import LOST
 from famx.base.signals import handling
 from launch.commands import Commands
-from launch.job import LOST, STOPPED, Job, run
+from launch.job import STOPPED, Job, run
 
 _LOST_SECONDS = 5.0  # in which a process ends whose failure others have noticed
 _FINE = (None, 0, STOPPED)  # codes of processes that still run, are done, or have saved and stopped
