@@ -14,6 +14,7 @@ from absl import flags
 from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
 from famx.base.schemas import fits
+from famx.base.text import first_command
 from famx.base.values import SettingError, check
 
 _HELP = {"-h", "-help", "--help", "-helpshort", "--helpshort"}
@@ -139,10 +140,10 @@ def example(about: str | None) -> str:
     Raises:
       ValueError: there is none.
     """
-    found = re.search(r"^    (famx (?:.*\\\n)*.*)$", about or "", re.MULTILINE)
-    if found is None:
+    found = first_command(about or "")
+    if not found:
         raise ValueError(f"No command in {about!r}.")
-    return re.sub(r"\s*\\\n\s*", " ", found[1])
+    return found
 
 
 def _help_text(main: Callable[[], Any], argument: str | None = None) -> str:

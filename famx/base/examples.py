@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from famx.base.errors import ConfigError
 from famx.base.gin_arguments import find_gin_file, shipped_files
-from famx.base.text import columns
+from famx.base.text import columns, first_command
 
 _LONG = 110  # characters
 
@@ -36,8 +36,7 @@ class Example:
     @property
     def command(self) -> str:
         """The first command in the comment, in one line; "" if there is none."""
-        found = re.search(r"^ +((?:famx|python) (?:.*\\\n)*.*)$", self.comment, re.MULTILINE)
-        return re.sub(r"\s*\\\n\s*", " ", found[1]) if found else ""
+        return first_command(self.comment)
 
 
 def read_example(path: pathlib.Path) -> Example:

@@ -1,6 +1,7 @@
 """Numbers, lists of names and tables of texts, formatted for readers."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -32,6 +33,12 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = (zip(line, widths, strict=True) for line in lines)
     return "\n".join("  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in padded)
+
+
+def first_command(text: str) -> str:
+    """The first indented command of famx or Python in a text, in one line; "" if there is none."""
+    found = re.search(r"^ +((?:famx|python) (?:.*\\\n)*.*)$", text, re.MULTILINE)
+    return re.sub(r"\s*\\\n\s*", " ", found[1]) if found else ""
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
