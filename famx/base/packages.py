@@ -37,6 +37,22 @@ def missing_package(name: str, what: str, extra: str) -> ConfigError:
     )
 
 
+def import_named(name: str, what: str) -> ModuleType:
+    """Import a module that the user named.
+
+    Args:
+      name: name of the module.
+      what: the setting and the name, for the sentence of the error.
+
+    Raises:
+      ConfigError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"{what} cannot be imported: {error}.{install_hint(error)}") from error
+
+
 def install_hint(error: ImportError) -> str:
     """The sentence, after a space, that says what installs a module that is missing; "" if unknown."""
     named = re.search(r"No module named '(\w+)", str(error))  # gin drops the error's own `name`

@@ -10,7 +10,6 @@ error.
 import dataclasses
 import functools
 import hashlib
-import importlib
 import json
 import os
 import pickle
@@ -22,7 +21,7 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.base.files import replacing, write_json, write_text
-from famx.base.packages import install_hint, optional_package
+from famx.base.packages import import_named, optional_package
 from famx.base.progress import Progress
 from famx.base.ranges import Path, Positive
 from famx.base.values import checked, options_named
@@ -332,11 +331,7 @@ class Recipe:
     def task(self) -> Any:
         """Make the task; raises ConfigError if a module, the tokenizer or the task cannot be used."""
         for module in self.modules:
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                hint = install_hint(error)
-                raise ConfigError(f"The module {module} cannot be imported: {error}.{hint}") from error
+            import_named(module, f"The module {module}")
         options = self.options
         if self.vocabulary:
             options = {**(options or {}), "vocabulary": open_vocabulary(self.vocabulary)}

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib
 import json
 import pathlib
 import re
@@ -18,6 +17,7 @@ from t5x import utils
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_text
+from famx.base.packages import import_named
 from famx.data.seqio import register_named, register_tasks
 from famx.data.seqio_cache import check_cached_vocabulary
 from famx.data.tasks import Kind, kind_of, registry
@@ -35,12 +35,8 @@ def import_tasks(module: str | None) -> None:
     Raises:
       ConfigError: there is no such module.
     """
-    if module is None:
-        return
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"MIXTURE_OR_TASK_MODULE {module!r} cannot be imported: {error}.") from error
+    if module is not None:
+        import_named(module, f"MIXTURE_OR_TASK_MODULE {module!r}")
 
 
 def seqio_task(
