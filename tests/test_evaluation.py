@@ -183,7 +183,7 @@ def test_a_sample_of_the_writing_and_the_command_to_chat(tmp_path):
     begins, *lines, talk = text.splitlines()
     assert begins == "How a held-out document begins:"
     assert talk == "Talk to it: famx chat --checkpoint='/tmp/my run' --temperature=0.8"
-    goes_on = lines.index("How the model goes on (temperature 0.8):")
+    goes_on = lines.index("How the model continues (temperature 0.8):")
     tokens = _opening(documents, 64)
     begin = vocabulary.decode(tokens[0, 1:].tolist())
     assert "".join(begin.split()) == "".join("".join(lines[:goes_on]).split()) != ""

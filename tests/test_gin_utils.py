@@ -231,9 +231,9 @@ def test_settings_in_a_file_of_what_was_replaced_may_be_without_effect(tmp_path)
     gin_utils.parse_gin(files, ["MEMORY = @BuildMemory()"])
     assert isinstance(build_tool()[0], BuildMemory)
     assert gin_utils.check_all_used() == [
-        "MEMORY is set anew: the settings of BuildFam in the gin files, such as"
+        "MEMORY is replaced: the settings of BuildFam in the gin files, such as"
         " BuildFam.length, have no effect.",
-        "MEMORY is set anew: the settings of build_strict in the gin files, such as"
+        "MEMORY is replaced: the settings of build_strict in the gin files, such as"
         " build_strict.size, have no effect.",
     ]
     gin.clear_config()

@@ -197,7 +197,7 @@ def test_a_binding_that_an_option_overrides_is_refused(bad_input, tmp_path):
 
 def names_in(notes):
     """What the command line sets, and whose settings have no effect, of the notes in the log."""
-    pattern = r"(\S+) is set anew: the settings of (\S+) in the gin files, such as "
+    pattern = r"(\S+) is replaced: the settings of (\S+) in the gin files, such as "
     return [match.groups() for note in notes if (match := re.match(pattern, note))]
 
 

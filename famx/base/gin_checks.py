@@ -92,7 +92,7 @@ def check_all_used(ignore: Sequence[str] = ()) -> list[str]:
             " not called with it. Remove the binding, or select the component that it configures."
         )
     return [
-        f"{_name(replaced[selector])} is set anew: the settings of {short(selector)} in the gin files,"
+        f"{_name(replaced[selector])} is replaced: the settings of {short(selector)} in the gin files,"
         f" such as {example}, have no effect."
         for selector, example in forgiven.items() if _commanded(*replaced[selector])
     ]  # fmt: skip

@@ -114,7 +114,7 @@ def interruptible(
 ) -> _Result:
     """The result of `function()`, which runs on a thread, so that Ctrl-C need not wait for its end.
 
-    A call that is interrupted goes on in the background, and its result is dropped.
+    A call that is interrupted continues in the background, and its result is dropped.
 
     Args:
       function: takes long in code that handles no signals, such as a compilation.

@@ -144,7 +144,7 @@ class TextEvaluation:
             [
                 "How a held-out document begins:",
                 _quoted(vocabulary.decode(began)),
-                f"How the model goes on (temperature {_TEMPERATURE}):",
+                f"How the model continues (temperature {_TEMPERATURE}):",
                 _quoted(vocabulary.decode(ids)),
                 talk,
             ]

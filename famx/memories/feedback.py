@@ -2,7 +2,7 @@
 
 Past blocks are seen through the layer's own outputs: keys and values of block `t - 1` are made of its
 outputs `O_{t-1}`, those of the block itself of its inputs, as always. So nothing is compressed, and yet
-information goes on from block to block without end.
+information passes from block to block without end.
 """
 
 import dataclasses
