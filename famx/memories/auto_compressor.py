@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from famx.base.ranges import NonNegative, Positive
 from famx.base.values import checked
-from famx.memories.rmt import Rows
+from famx.memories.learned_rows import Rows
 from famx.memories.summaries import read_rows, rows_flops, write_rows
 from famx.modules.memory import Memory
 

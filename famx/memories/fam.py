@@ -15,7 +15,8 @@ import numpy as np
 
 from famx.base.ranges import Expected, NonNegative, OneOf, Positive, PositiveShare
 from famx.base.values import checked
-from famx.memories.fam_parameters import OfLayer, Prompt, shapes
+from famx.memories.fam_parameters import OfLayer, shapes
+from famx.memories.learned_rows import Rows
 from famx.modules import rope
 from famx.modules.attention import attend_all, attend_parts, column_dimensions
 from famx.modules.components import rms_normalize
@@ -98,7 +99,7 @@ class Fam(Memory):
         return None
 
     def parameters(self, config):
-        return Prompt(config) if self.start_from == "prompt" else None
+        return Rows(config, self.length) if self.start_from == "prompt" else None
 
     def layer_parameters(self, config):
         learns = self.start_from == "prefix" or self.has_column_bias or self.adapter_rank
@@ -121,8 +122,7 @@ class Fam(Memory):
     # The four moments; tokens attend to the columns by the layer's own softmax (`Memory.attend`).
 
     def prompt(self, decoder):
-        wide = jnp.promote_types(decoder.config.dtype, jnp.float32)
-        return None if decoder.memory is None else decoder.memory().astype(wide)
+        return None if decoder.memory is None else decoder.memory()
 
     def start(self, layer, climb, here):
         if climb is None:

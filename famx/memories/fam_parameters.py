@@ -1,27 +1,11 @@
-"""Parameters of feedback attention memory: the prompt, and what options add to each layer."""
+"""Parameters of feedback attention memory that options add to each layer."""
 
 import math
 
 import flax.linen as nn
 
+from famx.memories.learned_rows import learned_rows
 from famx.modules.components import Projection, partitioned
-
-
-def _embeddings(module, name: str):
-    """`N` learned embeddings `[N, D]`, initialised with the expected RMS of token embeddings."""
-    c = module.config
-    init = partitioned(nn.initializers.normal(c.embed_dim**-0.5), "memory", "embed")
-    return module.param(name, init, (c.memory.length, c.embed_dim), c.param_dtype)
-
-
-class Prompt(nn.Module):
-    """The prompt."""
-
-    config: object
-
-    @nn.compact
-    def __call__(self):
-        return _embeddings(self, "prompt")
 
 
 class OfLayer(nn.Module):
@@ -32,9 +16,9 @@ class OfLayer(nn.Module):
     def setup(self):
         c, memory = self.config, self.config.memory
         if memory.start_from == "prefix":
-            self.prefix = _embeddings(self, "prefix")
+            self.prefix = learned_rows(self, "prefix", memory.length)
         if memory.query == "learned":
-            self.queries = _embeddings(self, "queries")
+            self.queries = learned_rows(self, "queries", memory.length)
         if memory.has_column_bias:
             start = {"zero": 0.0, "minus_log_length": -math.log(memory.length)}[memory.bias]
             init = partitioned(nn.initializers.constant(start), "heads")

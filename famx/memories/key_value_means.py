@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from famx.base.ranges import AtLeastTwo, OneOf, Rate
 from famx.base.values import checked
+from famx.memories.choosing import rounded
 from famx.modules.components import Projection, partitioned
 from famx.modules.memory import Memory, Opened
 
@@ -103,7 +104,7 @@ class KeyValueMeans(Memory):
         # Free rows take the tokens that are least like any row; where there is no row, the first ones.
         rows = jnp.arange(self.rows)
         exists = rows < count[:, None]
-        score = _rounded(jnp.einsum("bksd,bkrd->bksr", keys, normalize(memory["keys"])))
+        score = rounded(jnp.einsum("bksd,bkrd->bksr", keys, normalize(memory["keys"])))
         likeness = jnp.max(jnp.where(exists[:, None, None], score, -jnp.inf), axis=-1)
         rank = jnp.argsort(jnp.argsort(likeness, axis=-1), axis=-1)
         appended = rank < new[:, None, None]
@@ -116,7 +117,7 @@ class KeyValueMeans(Memory):
         count = count + new
 
         # Each of the others is added to the row that it is most like, but not to the sink.
-        score = _rounded(jnp.einsum("bksd,bkrd->bksr", keys, normalize(summed_keys)))
+        score = rounded(jnp.einsum("bksd,bkrd->bksr", keys, normalize(summed_keys)))
         open_to_all = (rows >= 1) & (rows < count[:, None])
         score = jnp.where(open_to_all[:, None, None], score, -jnp.inf)
         nearest = jax.nn.one_hot(jnp.argmax(score, axis=-1), self.rows, dtype=wide)
@@ -195,15 +196,6 @@ class _OfLayer(nn.Module):
 def _whole(count):
     """The count as whole numbers; it is kept as a real one, like all that a memory holds."""
     return jax.lax.stop_gradient(count).astype(jnp.int32)
-
-
-def _rounded(score):
-    """Scores to choose by, without gradient.
-
-    Rows of equal tokens are equally like a third one. Without this the rounding of a program would decide
-    between them, and text read in other pieces would end in another memory.
-    """
-    return jnp.round(jax.lax.stop_gradient(score) * 1024)
 
 
 def _wide(config):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from famx.base.ranges import Positive
 from famx.base.values import checked
-from famx.memories.rmt import Rows
+from famx.memories.choosing import rounded
+from famx.memories.learned_rows import Rows
 from famx.modules.attention.common import MASKED
 from famx.modules.memory import Memory, Opened
 from famx.modules.window import joined
@@ -140,9 +141,7 @@ class Landmark(Memory):
 def best(scores, count: int):
     """Which of the scores `[..., X]` are the `count` highest, bool; of equal ones those further behind.
 
-    In the first layer all landmarks are equal. So scores are compared after rounding, or the rounding of
-    a program would choose.
+    In the first layer all landmarks are equal, so that scores are `rounded`.
     """
-    rounded = jnp.round(jax.lax.stop_gradient(scores) * 1024)
-    chosen = scores.shape[-1] - 1 - jax.lax.top_k(jnp.flip(rounded, -1), count)[1]
+    chosen = scores.shape[-1] - 1 - jax.lax.top_k(jnp.flip(rounded(scores), -1), count)[1]
     return jnp.sum(jax.nn.one_hot(chosen, scores.shape[-1]), axis=-2) > 0

@@ -8,13 +8,12 @@ output at the top, after the model's final norm, is the memory of the next block
 import dataclasses
 from typing import ClassVar
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from famx.base.ranges import Positive
 from famx.base.values import checked
+from famx.memories.learned_rows import Rows
 from famx.memories.summaries import read_rows, rows_flops, write_rows
-from famx.modules.components import partitioned
 from famx.modules.memory import Memory
 
 
@@ -70,17 +69,3 @@ class Rmt(Memory):
 
     def flops(self, config, price, length, from_start):
         return rows_flops(price, length, config.block_size, self.length, self.length), 0
-
-
-class Rows(nn.Module):
-    """Learned rows `[N, D]`, float32 at least, initialised like token embeddings."""
-
-    config: object
-    length: int
-
-    @nn.compact
-    def __call__(self):
-        c = self.config
-        init = partitioned(nn.initializers.normal(c.embed_dim**-0.5), "memory", "embed")
-        rows = self.param("prompt", init, (self.length, c.embed_dim), c.param_dtype)
-        return rows.astype(jnp.promote_types(c.dtype, jnp.float32))
