@@ -261,7 +261,10 @@ def test_the_vocabulary_is_the_tasks():
         ({"stages": ({"steps": 1},)}, r"STAGES is \(\): t5x has no stages"),
         ({"trainable": Trainable("lora")}, "the model has no adapters"),
         ({"mixture_or_task_name": "passkey_wrods"}, "The nearest name is 'passkey_words'"),
-        ({"mixture_or_task_name": TASK, "task_options": {"digit": 1}}, "no option 'digit'. Did you mean digits?"),
+        (
+            {"mixture_or_task_name": TASK, "task_options": {"digit": 1}},
+            r"The task passkey_words has no option 'digit'. Did you mean digits\?",
+        ),
         ({"model": make_model(vocab_size=50), "mixture_or_task_name": TASK}, "the model's only 50"),
         ({"model_dir": "runs/a"}, "MODEL_DIR must be an absolute path"),
         ({"num_decodes": 2}, "NUM_DECODES is 2, but without a temperature"),
