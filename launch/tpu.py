@@ -22,7 +22,7 @@ from famx.base.errors import ConfigError
 from famx.base.signals import interrupt_on_sigterm
 from launch import estimate
 from launch.commands import Commands
-from launch.job import DELETE, STOPPED, Job, add_wheel, check_model_dir, run
+from launch.job import DELETE, RESTARTED, STOPPED, Job, add_wheel, check_model_dir, run
 
 # States of a queued resource.
 _LOST = ("FAILED", "SUSPENDED")
@@ -221,7 +221,7 @@ class Slices:
         if code != STOPPED:
             self.show_failures()
         # Codes above 127 are deaths by a signal, as when a worker is shut down.
-        return None if code == STOPPED or code > 127 or self._preempted() else code
+        return None if code in RESTARTED or code > 127 or self._preempted() else code
 
     def show_failures(self) -> None:
         """Prints the last lines of the workers that failed, while they still exist."""

@@ -4,8 +4,9 @@ All of it goes through the key-value store that process 0 keeps for jax. Each pr
 it is alive, several times within the limit, and looks whether the others did. A process that ends by an
 error writes its sentence there first, which the others repeat.
 
-A process that loses another one ends at once with the exit code `LOST`, since the collective operation
-that it waits for never ends: the same command, in all processes, resumes from the last checkpoint.
+A process that loses another one ends at once, since the collective operation that it waits for never ends.
+Its exit code is `LOST`, after which the same command, in all processes, resumes from the last checkpoint; or,
+if the other one told of an error, the exit code of that: a restart would not change it.
 """
 
 import contextlib
@@ -42,7 +43,15 @@ _BROKEN = re.compile(
 
 
 class PeerLost(Exception):
-    """Another process of the run ended or does not answer; the message is a sentence."""
+    """Another process of the run ended or does not answer; the message is a sentence.
+
+    Attributes:
+      code: exit code of this process: that of the other one if it told of its error, or `LOST`.
+    """
+
+    def __init__(self, sentence: str, code: int = LOST):
+        super().__init__(sentence)
+        self.code = code
 
 
 class _Group(NamedTuple):
@@ -146,10 +155,11 @@ def _refused(error: Exception) -> bool:
 def _raise_if_one_ended(group: _Group) -> None:
     """Raises PeerLost with the sentence of a process that ended by an error."""
     with contextlib.suppress(RuntimeError, ValueError):  # no such key, or no store any more
-        for key, sentence in group.client.key_value_dir_get("famx/ended"):
+        for key, told in group.client.key_value_dir_get("famx/ended"):
             process = int(key.rpartition("/")[2])
             if process != group.index:
-                raise PeerLost(f"Process {process} of this run ended: {sentence}")
+                sentence, code = json.loads(told)
+                raise PeerLost(f"Process {process} of this run ended: {sentence}", code)
 
 
 # ---------------------------------------------------------------- watching
@@ -239,8 +249,8 @@ class _Watch:
             _raise_if_one_ended(self._group)
         except PeerLost as lost:
             with contextlib.suppress(RuntimeError, ValueError):
-                _tell(self._group, str(lost))
-            self._leave(str(lost))
+                _tell(self._group, str(lost), lost.code)
+            self._leave(lost)
 
     def _look(self) -> None:
         before, period = time.monotonic(), min(_SLICE, self._limit / _BEATS)
@@ -258,12 +268,14 @@ class _Watch:
                 if self._answered - heard > self._limit:
                     self._leave(self._silent(process))
 
-    def _silent(self, process: int) -> str:
-        return f"Process {process} of this run has not answered for {self._limit:g} seconds. {_AGAIN}"
+    def _silent(self, process: int) -> PeerLost:
+        return PeerLost(
+            f"Process {process} of this run has not answered for {self._limit:g} seconds. {_AGAIN}"
+        )
 
-    def _leave(self, sentence: str) -> None:
+    def _leave(self, lost: PeerLost) -> None:
         if not self._stopped.is_set():
-            _exit(sentence, LOST)
+            _exit(str(lost), lost.code)
 
     def _aborted(self) -> None:
         """Ends the process if jax aborts it because process 0, with the store, is gone."""
@@ -278,27 +290,28 @@ class _Watch:
 
 def _end(group: _Group, error: Exception, stderr: NativeStderr | None) -> None:
     """Ends the process after an error: the other processes first learn of it."""
-    if isinstance(error, PeerLost):
-        sentence, code = str(error), LOST
-    elif isinstance(error, ConfigError):
+    lost = error if isinstance(error, PeerLost) else None
+    if isinstance(error, ConfigError):
         sentence, code = str(error).split("\n  In call to configurable")[0], BAD_INPUT
-    elif _of_a_lost_peer(error):
-        sentence, code = _lost_sentence(group), LOST
-    else:
+    elif lost is None and not _of_a_lost_peer(error):
         traceback.print_exception(error)
         sentence, code = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 1
+    else:
+        lost = lost or _loss(group)
+        sentence, code = str(lost), lost.code
     with contextlib.suppress(Exception):
-        _tell(group, sentence)
+        _tell(group, sentence, code)
         if group.index == 0:
             _linger(group, _LINGER_IF_LOST if code == LOST else _LINGER)
-    if stderr is not None and code != LOST:
+    if stderr is not None and lost is None:
         stderr.pass_on(all_=True)
     _exit(sentence, code)
 
 
-def _tell(group: _Group, sentence: str) -> None:
-    """Tells the other processes that this one ends, and why."""
-    group.client.key_value_set(f"famx/ended/{group.index}", sentence, allow_overwrite=True)
+def _tell(group: _Group, sentence: str, code: int) -> None:
+    """Tells the other processes that this one ends, why, and with which exit code."""
+    told = json.dumps([sentence, code])
+    group.client.key_value_set(f"famx/ended/{group.index}", told, allow_overwrite=True)
 
 
 def _linger(group: _Group, seconds: float) -> None:
@@ -317,15 +330,16 @@ def _of_a_lost_peer(error: BaseException | None) -> bool:
     return False
 
 
-def _lost_sentence(group: _Group) -> str:
+def _loss(group: _Group) -> PeerLost:
+    """The loss of another process to which a connection broke."""
     with contextlib.suppress(Exception):
         time.sleep(_SLICE)  # the other process may be about to tell why it ends
         try:
             _raise_if_one_ended(group)
         except PeerLost as lost:
-            return str(lost)
+            return lost
     which = f"Process {group.others.pop()}" if group.count == 2 else "Another process"
-    return f"{which} of this run is gone: the connection to it broke. {_AGAIN}"
+    return PeerLost(f"{which} of this run is gone: the connection to it broke. {_AGAIN}")
 
 
 def _exit(sentence: str, code: int) -> None:

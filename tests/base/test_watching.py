@@ -89,9 +89,9 @@ def test_a_process_that_is_lost_ends_the_others(victim, number, sentence):
     [
         ("end", (0, 0), ("", "")),
         ("differ", (2, 2), 2 * ("differ: optimizer.rate is 0 in process 0 and 1 in process 1.",)),
-        ("mistake of 1", (75, 2), ("Process 1 of this run ended: BATCH_SIZE", ": BATCH_SIZE 3 is odd.")),
-        ("mistake of 0", (2, 75), (": BATCH_SIZE 3 is odd.", "Process 0 of this run ended: BATCH_SIZE")),
-        ("bug in 1", (75, 1), ("ended: KeyError: 'a bug'", "Traceback (most")),
+        ("mistake of 1", (2, 2), ("Process 1 of this run ended: BATCH_SIZE", ": BATCH_SIZE 3 is odd.")),
+        ("mistake of 0", (2, 2), (": BATCH_SIZE 3 is odd.", "Process 0 of this run ended: BATCH_SIZE")),
+        ("bug in 1", (1, 1), ("ended: KeyError: 'a bug'", "Traceback (most")),
         ("late", (75, 75), ("Process 1 did not come to the start", "Process 0 of this run ended")),
     ],
 )
@@ -164,6 +164,7 @@ def test_a_process_that_does_not_come_is_named(store):
 
 
 def test_a_process_that_ended_is_not_waited_for(store):
-    store.values["famx/ended/2"] = "MODEL_DIR is not set."
-    with pytest.raises(peers.PeerLost, match="Process 2 of this run ended: MODEL_DIR is not set."):
+    peers._tell(peers._group()._replace(index=2), "MODEL_DIR is not set.", 2)
+    with pytest.raises(peers.PeerLost, match="Process 2 of this run ended: MODEL_DIR is not set.") as ended:
         peers.agree("settings", {}, seconds=60)
+    assert ended.value.code == 2

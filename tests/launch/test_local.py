@@ -94,7 +94,8 @@ def test_a_process_that_cannot_train_ends_all_with_its_exit_code(tmp_path, gin_f
     process = start("launch.local", gin_file, tmp_path / "run", "--gin.BATCH_SIZE=3")
     text, _ = process.communicate()
     assert process.returncode == 2, text
-    assert "[0] famx: error: BATCH_SIZE 3 cannot be divided" in text
+    # Whichever process ends first; the other one may be stopped before it says so.
+    assert "] famx: error: BATCH_SIZE 3 cannot be divided" in text
 
 
 # ---------------------------------------------------------------- other programs in place of training

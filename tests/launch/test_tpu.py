@@ -189,7 +189,8 @@ def test_the_last_lines_of_the_worker_that_failed_are_shown_before_the_slices_go
         f"{TRAIN}if [ $(basename $HOME) = 0 ]; then sleep 1; exit 75; fi\n"
         "for i in $(seq 50); do echo line $i; done; echo it broke; exit 1\n"
     )
-    assert launch(in_bucket(cloud)) == 75
+    with pytest.raises(ConfigError, match="fam was lost 1 times"):
+        launch(in_bucket(cloud, restarts=0))
     assert actions(cloud) == [*LIFE, "ssh last 30", "delete"]
     out = capsys.readouterr().out
     assert "--- worker-0: exited 75\n--- worker-1: exited 1\nline 22\n" in out
@@ -221,11 +222,12 @@ def test_restarts_have_a_limit(cloud):
     assert actions(cloud).count("create") == 3 and stubs.read(cloud)["tpus"] == {}
 
 
-def test_a_run_that_was_stopped_goes_on_on_the_same_slices(cloud):
-    once = "if [ -e $HOME/once ]; then exit 0; fi; touch $HOME/once; exit 42\n"
+@pytest.mark.parametrize("code", [42, 75])
+def test_a_run_that_was_stopped_or_lost_a_worker_resumes_on_the_same_slices(cloud, code):
+    once = f"if [ -e $HOME/once ]; then exit 0; fi; touch $HOME/once; exit {code}\n"
     (cloud / "python").write_text(TRAIN + once)
     assert launch(make_config(cloud)) == 0
-    assert actions(cloud) == [*LIFE, *LIFE[1:], "delete"]
+    assert actions(cloud) == [*LIFE, *["ssh last 30"] * (code == 75), *LIFE[1:], "delete"]
 
 
 @pytest.mark.parametrize("code", [1, 2])
