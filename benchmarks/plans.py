@@ -165,7 +165,7 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     began = time.monotonic()
     try:
         result = function()
-    except Exception as error:  # whatever a compiler, a device or a package raises; the rest goes on
+    except Exception as error:  # whatever a compiler, a device or a package raises; the rest continues
         result = Failure.of(error)
     return result, time.monotonic() - began
 

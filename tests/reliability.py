@@ -1,13 +1,13 @@
 """Disturbs training runs by kills and other faults, and compares them with undisturbed ones at their end.
 
     python -m tests.reliability --kills=1000 --seed=0
-    python -m tests.reliability --kills=1000 --seed=0        # again: goes on where it stopped
+    python -m tests.reliability --kills=1000 --seed=0        # again: continues where it stopped
 
 A case is one tiny run of a mode of state passing (`tests.reliable_runs.MODES`) on one process or two. It
 is started, disturbed by a fault and started again by the same call, until it is finished. Then its last
 checkpoint must be bit for bit, and its metrics line for line, those of a run that nothing disturbed; and
-each start must go on from the newest checkpoint that was complete before it. Which faults come, and when
-they are meant to, is a function of the seed and the number of the case; when they strike is not.
+each start must continue from the newest checkpoint that was complete before it. Which faults come, and
+when they are meant to, is a function of the seed and the number of the case; when they strike is not.
 
 | fault | what |
 |---|---|
@@ -214,7 +214,7 @@ class Disturbed:
         if resumed is not None and int(resumed[1]) != wanted:
             self.case.findings.append(f"resumed from {int(resumed[1])}, not from {wanted}")
         if resumed is None and wanted and b"train step" in text:
-            self.case.findings.append(f"began anew, though checkpoint {wanted} was complete")
+            self.case.findings.append(f"began from nothing, though checkpoint {wanted} was complete")
         self._seen()
         told = [int(step) for step in re.findall(rb"Stopped at step (\d+);", text)]
         if told and told[-1] > self.newest:
@@ -239,7 +239,7 @@ def _outcome(case: Case, folder: pathlib.Path, whole: Result) -> None:
 
 
 class Records:
-    """The finished cases, one JSON object a line, from which an interrupted trial goes on.
+    """The finished cases, one JSON object a line, from which an interrupted trial continues.
 
     Args:
       folder: directory of the trial.
@@ -294,7 +294,7 @@ def trial(
     faults: Iterable[str] = FAULTS,
     kills_per_run: int = 8,
 ) -> Records:
-    """Runs cases until there were enough kills; goes on with those that `folder` has.
+    """Runs cases until there were enough kills; continues with those that `folder` has.
 
     Args:
       folder: directory for runs and records.

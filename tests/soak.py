@@ -1,7 +1,7 @@
 """Trains for hours, killed every few minutes, and compares with a run that nothing disturbs.
 
     python -m tests.soak --hours=4
-    python -m tests.soak --hours=4        # again, after an interruption: goes on
+    python -m tests.soak --hours=4        # again, after an interruption: continues
 
 A piece is one start of the run, from its newest checkpoint until it is killed. Of three pieces two have
 two processes of one device, the third has one process of two devices: the same mesh, so that the same
@@ -186,7 +186,7 @@ def _steps(plan: Plan, run: pathlib.Path) -> int:
 
 
 def _run_whole(plan: Plan, whole: pathlib.Path, steps: int) -> None:
-    """The undisturbed run, which begins anew if this was interrupted."""
+    """The undisturbed run, which begins from nothing if this was interrupted."""
     shutil.rmtree(whole, ignore_errors=True)
     codes = finish(plan.start(whole, steps, 2), _FOREVER)
     if codes != [0, 0]:

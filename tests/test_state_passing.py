@@ -12,7 +12,7 @@ from famx.base.errors import ConfigError
 from famx.models.decoder_model import random_offset
 from famx.training.state_passing import Aged, Fresh, FromMemoryFile, Lanes, Random, named
 
-# Without segments, what an example goes on from is its memory alone.
+# Without segments, what an example continues from is its memory alone.
 MODEL = make_model(memory_segments=0, num_layers=2)
 PARAMS = make_params(MODEL.module)
 KEY = jax.random.key(3)

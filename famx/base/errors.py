@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 
 
 class BadData(ConfigError):
-    """Data that a run cannot go on reading, such as a file that changed; the message names the file."""
+    """Data that a run cannot read on, such as a file that changed; the message names the file."""
 
 
 class BadRecord(BadData):

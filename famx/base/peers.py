@@ -4,9 +4,9 @@ All of it goes through the key-value store that process 0 keeps for jax. Each pr
 it is alive, several times within the limit, and looks whether the others did. A process that ends by an
 error writes its sentence there first, which the others repeat.
 
-A process that loses another one ends at once, since the collective operation that it waits for never ends.
-Its exit code is `LOST`, after which the same command, in all processes, resumes from the last checkpoint; or,
-if the other one told of an error, the exit code of that: a restart would not change it.
+A process that loses another one ends at once, since the collective operation that it waits for never
+ends. Its exit code is `LOST`, after which the same command, in all processes, resumes from the last
+checkpoint; or, if the other one told of an error, the exit code of that: a restart would not mend it.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _BEATS = 5  # signs of life within the limit
 _SLICE = 1.0  # longest time in seconds between two looks at the others
 _LINGER = 10.0  # seconds that process 0 keeps the store for the others to read why the run ends
 _LINGER_IF_LOST = 2.0  # the same if another process is gone and will not read it
-_AGAIN = "Start the same command again in all processes: it goes on from the last checkpoint."
+_AGAIN = "Start the same command again in all processes: it resumes from the last checkpoint."
 # What libraries say of a collective operation or a call of the store when the other side is gone.
 _BROKEN = re.compile(
     r"Gloo|NCCL|coordination service|CoordinationService|Connection (?:closed|reset|refused)"

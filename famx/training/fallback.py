@@ -14,7 +14,7 @@ class Choice:
       step: its step; None: there is none, the run is new.
       origin: the step that `Run.resume_from` has named in this run or an earlier one, for the checkpoints
         to come; None: it has not.
-      newer: steps of newer checkpoints, which the run does not go on from.
+      newer: steps of newer checkpoints, which the run does not continue from.
       notes: sentences for the log about damaged ones.
     """
 
@@ -41,7 +41,7 @@ def choose(checkpointer: Checkpointer, wanted: int | None) -> Choice:
     Args:
       checkpointer: the checkpoints.
       wanted: `Run.resume_from`. A run that was already resumed from there, and is only started again,
-        goes on from its newest whole checkpoint.
+        continues from its newest whole checkpoint.
 
     Raises:
       ConfigError: there is no such checkpoint, it is damaged, or none is whole.
@@ -51,7 +51,7 @@ def choose(checkpointer: Checkpointer, wanted: int | None) -> Choice:
         checkpointer.find(wanted)
         later = [step for step in steps if step > wanted and _origin(checkpointer, step) == wanted]
         if later:
-            notes.append(f"The run was resumed from step {wanted} before, and goes on from there.")
+            notes.append(f"The run was resumed from step {wanted} before, and continues from there.")
         steps = [step for step in steps if step >= wanted] if later else [wanted]
     errors = []
     for step in reversed(steps):

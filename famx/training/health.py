@@ -199,7 +199,7 @@ class Watch:
 
 
 class Unsound(Exception):
-    """Numbers with which a run cannot go on.
+    """Numbers with which a run cannot continue.
 
     Args:
       cause: what is wrong with them, in words that begin a sentence.

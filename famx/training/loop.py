@@ -476,5 +476,5 @@ def _finished_before(directory: pathlib.Path, step: int) -> dict[str, float]:
     """Says that there is nothing to do; returns the last logged scalars."""
     if jax.process_index() == 0:
         sentence = f"The run in {directory} is finished, with {step} steps: there is nothing to do."
-        print(f"{sentence} A larger TRAIN_STEPS goes on from there.", file=sys.stderr, flush=True)
+        print(f"{sentence} A larger TRAIN_STEPS continues from there.", file=sys.stderr, flush=True)
     return last_scalars(directory, step)

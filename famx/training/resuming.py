@@ -1,4 +1,4 @@
-"""Where a run begins: anew, from its newest checkpoint with the same settings, or not at all.
+"""Where a run begins: from nothing, from its newest checkpoint with the same settings, or not at all.
 
 MODEL_DIR/settings.json is for readers: the settings now, and a line of history for each time that the run
 began or went on, with what changed. What a resume is compared with is in the checkpoint itself.
@@ -30,7 +30,7 @@ class Start:
     """Where a run begins.
 
     Attributes:
-      step: step of the checkpoint that it resumes from; None: it begins anew.
+      step: step of the checkpoint that it resumes from; None: it begins from nothing.
       position: data state of that checkpoint; None if it has none.
       changes: settings that changed since, all of them allowed.
       notes: sentences for the log.
@@ -50,7 +50,7 @@ def starting(
     allowed: Sequence[str],
     vocabulary: Any = None,
 ) -> Start:
-    """Where a run of these settings begins, at a checkpoint or anew; writes nothing.
+    """Where a run of these settings begins, at a checkpoint or from nothing; writes nothing.
 
     Args:
       checkpointer: checkpointer of the `MODEL_DIR`.
@@ -117,7 +117,7 @@ class History:
             return {}
 
     def begin(self, start: Start, settings: Mapping[str, Any], run: Run) -> None:
-        """Adds that the run begins, or goes on, with these settings; the run is not finished any more."""
+        """Adds that the run begins or continues with these settings, and is not finished any more."""
         line = {
             "step": start.step or 0,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -162,6 +162,6 @@ def cannot_change(error: ConfigError, start: Start) -> ConfigError:
         return error
     named = ", ".join(change.name for change in start.changes)
     return ConfigError(
-        f"The run cannot go on with the changes that were allowed ({named}): {error} A new run can begin"
-        " from this checkpoint: set INITIAL_CHECKPOINT_PATH."
+        f"The run cannot continue with the changes that were allowed ({named}): {error} A new run can"
+        " begin from this checkpoint: set INITIAL_CHECKPOINT_PATH."
     )

@@ -233,7 +233,7 @@ class Run:
         is kept in any case, see `famx.training.health`.
       resume_from: step of the checkpoint to resume from, in place of the newest one, see
         `famx.training.fallback`.
-      retry_full_disk: if the disk is full, go on and save at the next period, rather than end.
+      retry_full_disk: if the disk is full, continue and save at the next period, rather than end.
       health: limits of losses, parameters and memories.
       mesh: mesh of devices; None: `famx.mesh.make_mesh()`.
       rules: sharding rules from logical to mesh axes; None: `famx.mesh.make_rules()`.

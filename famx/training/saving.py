@@ -88,7 +88,7 @@ class RunWriter:
     def _later(self, error: ConfigError) -> str:
         if not (self._run.retry_full_disk and disk_is_full(error)):
             raise error
-        return f"{error} The run goes on, and saves again at the next period."
+        return f"{error} The run continues, and saves again at the next period."
 
     def _save_adapter(self, state: TrainState) -> None:
         trainable = self._run.trainable

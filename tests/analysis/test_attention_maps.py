@@ -218,7 +218,7 @@ def test_maps_of_every_memory_go_on_within_a_block(name):
     np.testing.assert_allclose(maps.memory, whole.memory[1:], atol=near)
 
 
-def test_a_long_text_keeps_what_was_asked_for_and_compiles_nothing_anew():
+def test_a_long_text_keeps_what_was_asked_for_and_compiles_nothing_again():
     c = config()
     params, fresh = random_params(c), AttentionReader(Decoder(c))
     for blocks in (2, 3, 60):

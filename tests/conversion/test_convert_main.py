@@ -372,7 +372,7 @@ STEPS = ("check_same_model", "model_gin", "save_vocabulary", "_keep_side_files",
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_an_import_that_fails_at_any_step_is_no_model_and_begins_anew(
+def test_an_import_that_fails_at_any_step_is_no_model_and_begins_from_nothing(
     tmp_path, instruct, monkeypatch, step
 ):
     def fail(*args):
@@ -589,7 +589,7 @@ def test_bad_flags_end_in_one_sentence(tmp_path, source):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by, code", [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)])
-def test_an_import_that_is_killed_leaves_no_model_and_begins_anew(tmp_path, by, code):
+def test_an_import_that_is_killed_leaves_no_model_and_begins_from_nothing(tmp_path, by, code):
     hf = {**LLAMA, "num_hidden_layers": 60, "hidden_size": 64}
     source, model = write_source(tmp_path / "x", hf), tmp_path / "model"
     args = ("--from", str(source), "--to", str(model), "--block_size=8", "--memory=fam:length=2")

@@ -106,7 +106,7 @@ def test_rows_are_full_unless_whole_documents_wait(sizes, batch_size, length, se
         for number, piece in pieces:
             if sizes[number] <= length:
                 assert len({t for t, *_ in piece}) == 1
-            # Only a document's rows after its first may begin with it: it goes on at place 0.
+            # Only a document's rows after its first may begin with it: it continues at place 0.
             for (t, place, *_), (later, begin, *_) in itertools.pairwise(piece):
                 assert (later, begin) == ((t, place + 1) if place + 1 < length else (t + 1, 0))
         for t, empty in enumerate(padding[:-1]):

@@ -1,4 +1,4 @@
-"""Training under t5x: the losses of our engine, and checkpoints that either goes on from."""
+"""Training under t5x: the losses of our engine, and checkpoints that either continues from."""
 
 import json
 import shutil

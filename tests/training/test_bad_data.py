@@ -68,7 +68,7 @@ def test_a_bad_record_in_a_run_ends_it_after_a_checkpoint(tmp_path, bad):
     assert 0 < step < 40 and (tmp_path / "run" / f"checkpoint_{step}").is_dir()
     with pytest.raises(BadRecord, match=f"saved at step {step}"):  # the same, not a step further
         with_data(tmp_path, steps=40)
-    # From here it goes on without the record, or with the mended file if that is allowed.
+    # From here it continues without the record, or with the mended file if that is allowed.
     scalars = run(tmp_path / "run", path, steps=step + 2, on_bad_record="skip")
     assert np.isfinite(scalars["loss"]) and scalars["bad_records"] == 1
     write(path)
@@ -157,7 +157,7 @@ def test_a_file_that_changes_during_a_run_is_named(tmp_path, task, sentence):
         run(tmp_path / "run", files, evaluation=evaluation, **settings)
     step = int(str(caught.value).partition("saved at step ")[2].partition(".")[0])
     assert step >= 3 and (tmp_path / "run" / f"checkpoint_{step}").is_dir()
-    path.write_bytes(original)  # put back, it goes on
+    path.write_bytes(original)  # put back, it continues
     run(tmp_path / "run", files, **{**settings, "steps": step + 1})
 
 

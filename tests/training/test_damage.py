@@ -87,7 +87,7 @@ def test_training_falls_back_to_the_newest_whole_checkpoint(copy, trained, capsy
     assert (copy / "set_aside" / "checkpoint_6.2").is_dir()
 
 
-def test_without_a_whole_checkpoint_nothing_is_begun_anew(copy):
+def test_without_a_whole_checkpoint_nothing_is_begun(copy):
     for step in (2, 4, 6):
         damage(copy, step)
     before = snapshot(copy)
@@ -162,7 +162,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(tmp_path, monkey
 def test_a_full_disk_is_tried_again_if_so_configured(tmp_path, monkeypatch, capsys, trained):
     full(monkeypatch, {2})
     run(tmp_path, steps=6, checkpoints_to_keep=2, retry_full_disk=True)
-    assert "checkpoint_4 cannot be written: No space left on device. The run goes on" in (
+    assert "checkpoint_4 cannot be written: No space left on device. The run continues" in (
         capsys.readouterr().err
     )
     assert steps_in(tmp_path) == [2, 6]

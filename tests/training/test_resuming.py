@@ -148,7 +148,7 @@ def test_names_that_are_no_settings_are_refused(trained, tmp_path):
 def test_a_change_that_cannot_be_made_says_so(trained):
     with pytest.raises(ConfigError) as caught:
         train(trained, ("optimizer",), steps=3, optimizer=optimizers.adafactor(1e-3))
-    assert "cannot go on with the changes that were allowed (optimizer)" in str(caught.value)
+    assert "cannot continue with the changes that were allowed (optimizer)" in str(caught.value)
     assert "INITIAL_CHECKPOINT_PATH" in str(caught.value)
 
 
@@ -218,7 +218,7 @@ def test_another_version_is_a_note(tmp_path, capsys):
     assert "was written with famx 0.0.1 and jax 0.4, and this is famx" in capsys.readouterr().err
 
 
-def test_a_run_before_its_first_checkpoint_begins_anew(tmp_path):
+def test_a_run_before_its_first_checkpoint_begins_from_nothing(tmp_path):
     resuming.History(tmp_path).begin(resuming.Start(None, {}), {"batch_size": 4}, make(tmp_path))
     train(tmp_path)
     assert len(history(tmp_path)) == 1

@@ -1,4 +1,4 @@
-"""Training on a SeqIO task: the rows are SeqIO's, and a run that stopped goes on with the next."""
+"""Training on a SeqIO task: the rows are SeqIO's, and a run that stopped continues with the next."""
 
 import numpy as np
 import pytest

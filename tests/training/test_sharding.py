@@ -210,7 +210,7 @@ def test_weights_are_cut_as_the_rules_say(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_equal_one(folder, count):
-    """Two from the start; four go on from what one process saved after two steps."""
+    """Two from the start; four continue from what one process saved after two steps."""
     if count == 4:
         for kind in ("fam", "random", "continuous"):
             shutil.copytree(folder / f"{kind}_1", folder / f"{kind}_processes_4")

@@ -120,7 +120,7 @@ def test_any_stages_resume_exactly(seed, tmp_path):
     assert_same_run(tmp_path / "resumed", tmp_path / "whole", steps)
 
 
-def test_what_carries_on_and_what_begins_anew(whole):
+def test_what_carries_on_and_what_begins_from_nothing(whole):
     at_boundaries = [saved(whole, step) for step in (4, 8)]
     assert [int(tree["state"]["step"]) for tree in at_boundaries] == [4, 8]
     assert {f"checkpoint_{step}" for step in (3, 4, 6, 8, 9, 12, 13)} == {

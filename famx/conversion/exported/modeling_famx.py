@@ -293,5 +293,5 @@ class FamxForCausalLM(PreTrainedModel, GenerationMixin):
         count = input_ids.shape[1] if cache_position is None else len(cache_position)
         count = count if next_sequence_length is None else next_sequence_length
         if count < 1:
-            raise ValueError("To go on from a state, generate() needs the tokens read and the new ones.")
+            raise ValueError("After a state, generate() needs the tokens read and the new ones.")
         return {"input_ids": input_ids[:, -count:], **kwargs}
