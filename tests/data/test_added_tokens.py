@@ -150,6 +150,22 @@ def test_files_that_contradict_each_other_are_refused(tmp_path):
         open_vocabulary(folder / "tokenizer.model")
 
 
+def test_two_tokens_of_a_byte_pair_file_have_two_ids(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(train_bpe(path).to_str())
+    vocab = spec["model"]["vocab"]
+    spec["model"]["vocab"] = {**vocab, "a": 0}  # each "a" of a text would be <|pad|>
+    path.write_text(json.dumps(spec))
+    with pytest.raises(ConfigError, match=r"its tokens '<\|pad\|>' and 'a' have the same id, 0"):
+        open_vocabulary(path)
+    spec["model"]["vocab"] = vocab
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": vocab["a"], "content": "<|x|>"})
+    path.write_text(json.dumps(spec))
+    sentence = r"added token '<\|x\|>' has the id \d+, which is that of its token 'a'"
+    with pytest.raises(ConfigError, match=sentence):
+        open_vocabulary(path)
+
+
 def test_byte_pairs_get_tokens_that_only_the_config_has(tmp_path):
     train_bpe(tmp_path / "tokenizer.json")
     added = {"300": {"content": "<|im_start|>", "special": True}, "302": {"content": "<|x|>"}}

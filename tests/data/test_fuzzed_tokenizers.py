@@ -69,6 +69,7 @@ def test_json_files(bpe, name):
 
     @fuzz
     @given(JSON_EDITS | BYTE_EDITS)
+    @example([(3163, 3)])  # a token of text with the id of a control token
     def check(edits):
         in_json = isinstance(edits[0][0], int)
         text = as_text(damaged_json(json.loads(content), edits)) if in_json else None

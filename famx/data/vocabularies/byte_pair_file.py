@@ -63,9 +63,13 @@ class BytePairs:
         """Add tokens, and make those special that control a model; returns all added tokens.
 
         Raises:
-          ValueError: a token has another id than in the file.
+          ValueError: a token has another id than in the file, or two tokens have one.
         """
         vocab = self._file.model.vocab
+        texts = {i: text for text, i in vocab.items()}
+        if len(texts) < len(vocab):
+            text, i = next((text, i) for text, i in vocab.items() if texts[i] != text)
+            raise ValueError(f"its tokens {shown(text)} and {shown(texts[i])} have the same id, {i}.")
         listed = {token.id: Listed(**token.model_dump()) for token in self._file.added_tokens or ()}
         for token in tokens:
             own = listed.get(token.id)
@@ -77,6 +81,12 @@ class BytePairs:
                     " tokenizer.json; correct one of the two files."
                 )
             listed.setdefault(token.id, Listed(**token.model_dump()))
+        for i, token in listed.items():
+            if texts.get(i, token.content) != token.content:
+                raise ValueError(
+                    f"its added token {shown(token.content)} has the id {i}, which is that of its token"
+                    f" {shown(texts[i])}."
+                )
         for text, i in vocab.items():
             if i not in listed and is_control(text, template, ordinary=True):
                 listed[i] = Listed(id=i, content=text, ordinary=True)
