@@ -89,20 +89,22 @@ class MemoryMonitor:
 
         Args:
           params: the decoder's parameters.
-          tokens: input tokens on the host, int32 `[B, L]`, including begin of text. Tokens after the
-            last whole block are not read.
+          tokens: input tokens on the host, int32 `[B, L]`, including begin of text, or a dict of features
+            `[B, L, ...]`. What comes after the last whole block is not read.
 
         Returns:
           The statistics; None if the model has no memory (BSWA) or there is no whole block.
         """
         c = self.config
-        blocks = tokens.shape[1] // c.block_size
+        rows, length = jax.tree.leaves(tokens)[0].shape[:2]
+        blocks = length // c.block_size
         if not c.memory.exists or not blocks:
             return None
-        state = self._initial(params, tokens.shape[0])
+        state = self._initial(params, rows)
         sums, figures_at = None, {}
         for block in range(blocks):
-            part = tokens[:, block * c.block_size : (block + 1) * c.block_size]
+            slots = slice(block * c.block_size, (block + 1) * c.block_size)
+            part = jax.tree.map(lambda x: x[:, slots], tokens)  # noqa: B023, called at once
             state, shares, figures = self._step(params, state, part)
             sums = shares if sums is None else jax.tree.map(jnp.add, sums, shares)
             update = block + 1

@@ -94,6 +94,7 @@ Positive = Annotated[int, Ge(1)]
 NonNegative = Annotated[int, Ge(0)]
 AtLeastTwo = Annotated[int, Ge(2)]
 Seed = Annotated[int, Ge(0)]
+Sizes = Annotated[tuple[Positive, ...], MinLen(1)]
 Indices = Annotated[tuple[NonNegative, ...], MinLen(1)]
 Number = float  # finite
 Rate = Annotated[float, Gt(0)]

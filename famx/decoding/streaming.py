@@ -1,14 +1,17 @@
-"""Streaming: reads a batch of texts of any length in pieces, with a state of constant size."""
+"""Streaming: reads a batch of texts, or of other sequences, of any length in pieces, with a state of
+constant size."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.features import TOKENS
 from famx.base.waiting import Announced
 from famx.decoding.generation import Generation, Sampling, generate
 from famx.modules import Decoder, DecoderState
@@ -25,7 +28,8 @@ class Streamer:
 
     Only a handful of programs are compiled per batch size, whatever the lengths: texts are cut into
     pieces of eight blocks, of one block, and of a few widths within a block. Examples may have different
-    lengths and different positions in their blocks.
+    lengths and different positions in their blocks. Wherever tokens are read, a model with a frontend
+    reads a dict of its features, each `[B, L, ...]` (`DecoderModel.inputs` takes them from a batch).
 
     Args:
       module: the decoder.
@@ -51,6 +55,8 @@ class Streamer:
             """Per-token outputs of `hidden [B, L, D]`; logits of a few tokens exist at a time."""
             if kind == "state":
                 return None
+            if kind == "values":
+                return apply(params, "values", hidden)
             batch, length, width = hidden.shape
             step = next(n for n in range(min(_HEAD_TOKENS, length), 0, -1) if length % n == 0)
 
@@ -80,7 +86,7 @@ class Streamer:
             params = with_joint_kernels(computing(params, config, tables=kind != "state"))
             hidden, new = apply(params, "read", tokens, reset(state), aligned=True)
             new = new if all_read else new.select(reads, state)
-            last = keep_last(last, hidden, jnp.where(reads, tokens.shape[1], 0))
+            last = keep_last(last, hidden, jnp.where(reads, hidden.shape[1], 0))
             return head(params, hidden, targets, kind), new, last
 
         @functools.partial(jax.jit, donate_argnums=(1, 2), static_argnames="kind")
@@ -167,6 +173,15 @@ class Streamer:
         out, state, _ = self._run(params, state, tokens, targets, lengths, "score")
         return tuple(out), state
 
+    def values(self, params, state: DecoderState, tokens, lengths=None):
+        """Values that are predicted at each position (`DecoderConfig.values`); see `read`.
+
+        Returns:
+          `[B, L, width]` on the host, 0 at padding; and the state.
+        """
+        out, state, _ = self._run(params, state, tokens, None, lengths, "values")
+        return out[0], state
+
     def generate(
         self,
         params,
@@ -213,9 +228,12 @@ class Streamer:
         batch_size, config = state.batch_size, self.module.config
         length = self._blocks * config.block_size
         make = lambda dtype, *shape: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
-        tokens = make(jnp.int32, length)
+        targets = make(jnp.int32, length)
+        tokens: Any = targets
+        if not config.frontend.is_tokens:
+            tokens = {x.name: make(x.dtype, length, *x.shape) for x in config.frontend.features}
         lowered = self._read_blocks.lower(
-            params, state, make(config.dtype, config.embed_dim), tokens, tokens, make(jnp.bool_),
+            params, state, make(config.dtype, config.embed_dim), tokens, targets, make(jnp.bool_),
             kind="state", all_read=True,
         )  # fmt: skip
         return lowered, length
@@ -235,7 +253,9 @@ class Streamer:
         """`(outputs [B, L, ...] on the host, the state, hidden [B, D] after the last token)`."""
         config, size = self.module.config, self.module.config.block_size
         batch, length = self._check(state, tokens, targets, lengths)
-        targets = tokens if targets is None else targets
+        if targets is None:  # nothing reads them
+            features = isinstance(tokens, Mapping)
+            targets = np.zeros((batch, length), np.int32) if features else tokens
         last = jnp.zeros((batch, config.embed_dim), config.dtype)
         left = np.full(batch, length, np.int64)
         if lengths is not None:
@@ -274,9 +294,11 @@ class Streamer:
         return _gather(pieces, batch, length, kind), state, last
 
     def _check(self, state, tokens, targets, lengths):
-        if tokens.ndim != 2 or (targets is not None and targets.shape != tokens.shape):
-            raise ValueError(f"tokens and targets must be [batch, length], got {tokens.shape}.")
-        batch, length = tokens.shape
+        arrays = self._arrays(tokens)
+        shapes = {x.shape[:2] for x in arrays} | ({targets.shape} if targets is not None else set())
+        if len(shapes) > 1:
+            raise ValueError(f"tokens and targets must be [batch, length], got {arrays[0].shape}.")
+        batch, length = shapes.pop()
         if batch < 1:
             raise ValueError("A batch needs at least one example, but tokens has none.")
         if state.batch_size != batch:
@@ -287,9 +309,29 @@ class Streamer:
                 raise ValueError(
                     f"lengths must be {batch} numbers from 0 to {length}, got {given.tolist()}."
                 )
+        if isinstance(tokens, Mapping):
+            tokens = tokens.get(TOKENS.name)
         for ids in (tokens, targets):
             check_ids(ids, self.module.config.vocab_size)
         return batch, length
+
+    def _arrays(self, tokens) -> list:
+        """The arrays that are read.
+
+        Raises:
+          ValueError: they are not those that the model reads.
+        """
+        frontend, given = self.module.config.frontend, isinstance(tokens, Mapping)
+        if not given and frontend.reads_tokens:
+            if tokens.ndim != 2:
+                raise ValueError(f"tokens and targets must be [batch, length], got {tokens.shape}.")
+            return [tokens]
+        if not given or frontend.is_tokens:
+            raise ValueError(frontend.refusal(given))
+        for feature in frontend.features:
+            if feature.name not in tokens or tokens[feature.name].shape[2:] != feature.shape:
+                raise ValueError(frontend.refusal(False))
+        return [tokens[feature.name] for feature in frontend.features]
 
 
 def check_ids(ids, vocab_size: int) -> None:
@@ -311,13 +353,14 @@ def check_position(end):
 
 
 def _cut(arrays, start, width):
-    """`width` tokens of each row of each array `[B, L]`, from the row's `start` on; the last token is
-    repeated beyond the end of a row."""
-    first, length = int(start[0]), arrays[0].shape[1]
+    """`width` tokens of each row of a tree of arrays `[B, L, ...]`, from the row's `start` on; the last
+    token is repeated beyond the end of a row."""
+    first, length = int(start[0]), jax.tree.leaves(arrays)[0].shape[1]
     if (start == first).all() and first + width <= length:
-        return tuple(x[:, first : first + width] for x in arrays)
+        return jax.tree.map(lambda x: x[:, first : first + width], arrays)
     index = np.minimum(start[:, None] + np.arange(width), length - 1)
-    return tuple(np.take_along_axis(np.asarray(x), index, axis=1) for x in arrays)
+    rows = np.arange(len(index))[:, None]
+    return jax.tree.map(lambda x: np.asarray(x)[rows, index], arrays)
 
 
 def _gather(pieces, batch, length, kind):

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from famx.analysis import MemoryMonitor
 from famx.base.errors import ConfigError
 from famx.decoding import Streamer
@@ -41,15 +43,16 @@ def memory_figures(model: DecoderModel, params, tokens, max_tokens: int) -> dict
     Args:
       model: the model.
       params: its parameters.
-      tokens: int32 `[B, L]`; at most the first 4 rows are used.
+      tokens: int32 `[B, L]`, or a dict of features `[B, L, ...]`; at most the first 4 rows are used.
       max_tokens: total number of tokens read; rows are truncated to an equal share, of at least a block.
 
     Returns:
       `MemoryHealth.scalars()`; empty if the memory was never updated.
     """
-    tokens = tokens[:_HEALTH_ROWS]
-    length = max(max_tokens // len(tokens), model.config.block_size)
-    health = _monitor_of(model.module).measure(params, tokens[:, :length])
+    rows = min(len(jax.tree.leaves(tokens)[0]), _HEALTH_ROWS)
+    length = max(max_tokens // rows, model.config.block_size)
+    tokens = jax.tree.map(lambda x: x[:rows, :length], tokens)
+    health = _monitor_of(model.module).measure(params, tokens)
     return {} if health is None else health.scalars()
 
 

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from famx.base.errors import ConfigError
+from famx.base.features import VALUE_WEIGHTS, VALUES
 from famx.base.ranges import Name, Object, Positive, Seed
 from famx.base.values import SettingError, checked, options_named
 from famx.data.tasks import Kind, has_settings, kind_of, registry
@@ -21,6 +22,7 @@ from famx.evaluation.common import (
     streamer_of,
 )
 from famx.models import DecoderModel
+from famx.models.inputs import check_features
 
 
 @checked
@@ -29,12 +31,14 @@ class TaskEvaluation:
     """Loss, next-token accuracy and exact match over streamed examples of a task.
 
     Tokens are weighted by the task's loss weights. Exact match is reported if the task's batches have
-    `answer_start`; all tokens from that position on must then be correct.
+    `answer_start`; all tokens from that position on must then be correct. If the model predicts values,
+    `value_loss` is their loss (`famx.modules.heads.Values`).
 
     Attributes:
       task: a task whose examples are made by index, or its registered name
         (`famx.data.tasks.registry`); None: the task that the run trains on.
       length: number of tokens per example, at least the task's minimum.
+      more_lengths: further lengths, each of whose scores is named `<score>/<length>`.
       task_options: task options, as in training, which override those of the run; `split` and `seed` are
         set by the evaluation.
       examples: number of examples.
@@ -51,6 +55,7 @@ class TaskEvaluation:
 
     task: Name | Object | None = None
     length: Positive = 0  # must be given
+    more_lengths: Sequence[Positive] = ()
     task_options: Mapping[Name, Any] | None = None
     examples: Positive = 64
     batch_size: Positive = 16
@@ -69,34 +74,47 @@ class TaskEvaluation:
         return dataclasses.replace(self, task=make_task(**(self.task_options or {})))
 
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
-        """Returns `loss` (nats), `bits_per_token`, `accuracy`, `exact_match` and memory scalars."""
+        """Returns `loss` (nats), `bits_per_token`, `accuracy`, `exact_match`, `value_loss` and memory
+        scalars."""
         del step
+        scores = self._scores(model, params, self.length)
+        for length in self.more_lengths:
+            found = self._scores(model, params, length).items()
+            scores |= {f"{name}/{length}": value for name, value in found}
+        return scores
+
+    def _scores(self, model: DecoderModel, params, length: int) -> dict[str, float]:
+        """The scores of examples of one length."""
         health = self.health and model.config.memory.exists
         rows = min(self.batch_size, self.examples)
-        total = kept = zeroed = np.zeros(5)
+        total = kept = zeroed = _Sums()
         first = None
         for start in range(0, self.examples, rows):
-            batch = self._task.batch(range(start, start + rows), self.length)
-            batch["decoder_loss_weights"][self.examples - start :] = 0
-            first = batch["decoder_input_tokens"] if first is None else first
-            total = total + _task_sums(streamer_of(model.module), params, batch)
-            if health and (start == 0 or (start + rows) * self.length <= self.health_tokens):
+            batch = self._task.batch(range(start, start + rows), length)
+            for name in ("decoder_loss_weights", VALUE_WEIGHTS):
+                if name in batch:
+                    batch[name][self.examples - start :] = 0
+            first = model.inputs(batch) if first is None else first
+            total = total + _task_sums(streamer_of(model.module), model, params, batch)
+            if health and (start == 0 or (start + rows) * length <= self.health_tokens):
                 blind = streamer_of(model.module, True)
-                kept, zeroed = total, zeroed + _task_sums(blind, params, batch)
-        scores = _task_scores(total)
+                kept, zeroed = total, zeroed + _task_sums(blind, model, params, batch)
+        scores = total.scores()
         if health:
-            scores |= compared(_task_scores(kept), _task_scores(zeroed))
+            scores |= compared(kept.scores(), zeroed.scores())
             scores |= memory_figures(model, params, first, self.health_tokens)
         return scores
 
     def check(self, model: DecoderModel) -> None:
         """Raises ConfigError if the task is unknown, or does not fit `length` or the vocabulary."""
         shortest = self._task.min_length
-        if self.length < shortest:
-            raise ConfigError(
-                f"TaskEvaluation.length is {self.length}, but the task {self._shown} needs at least"
-                f" {shortest} tokens: raise TaskEvaluation.length."
-            )
+        for name, lengths in (("length", [self.length]), ("more_lengths", self.more_lengths)):
+            if min(lengths, default=shortest) < shortest:
+                raise ConfigError(
+                    f"TaskEvaluation.{name} is {min(lengths)}, but the task {self._shown} needs at least"
+                    f" {shortest} tokens: raise TaskEvaluation.{name}."
+                )
+        check_features(self._task, model, f"The task {self._shown}")
         check_vocabulary(self._task.vocab, model, self._name)
 
     @property
@@ -129,26 +147,51 @@ class TaskEvaluation:
         return dataclasses.replace(task, split="eval", seed=self.seed)
 
 
-def _task_sums(streamer: Streamer, params, batch) -> np.ndarray:
-    """Sums over a batch, float64 `[5]`.
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """Sums over examples.
 
-    Weighted nats, weighted correct tokens, sum of weights, exact matches, and number of examples.
-    The last two are 0 if the task has no `answer_start`.
+    Attributes:
+      tokens: weighted nats, weighted correct tokens, sum of weights.
+      matches: exact matches and number of examples; zeros if the task has no `answer_start`.
+      values: weighted loss of values, sum of their weights; zeros if the model predicts none.
     """
+
+    tokens: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    matches: tuple[float, float] = (0.0, 0.0)
+    values: tuple[float, float] = (0.0, 0.0)
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        added = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return _Sums(*(added(a, b) for a, b in pairs))
+
+    def scores(self) -> dict[str, float]:
+        """`loss`, `bits_per_token`, `accuracy`, and `exact_match` and `value_loss` if there are such."""
+        (nats, right, weight), (matched, examples), (of_values, counted) = (
+            self.tokens, self.matches, self.values
+        )  # fmt: skip
+        loss = nats / (weight or 1)
+        scores = {"loss": loss, "bits_per_token": loss / math.log(2), "accuracy": right / (weight or 1)}
+        if examples:
+            scores["exact_match"] = matched / examples
+        return scores | ({"value_loss": of_values / counted} if counted else {})
+
+
+def _task_sums(streamer: Streamer, model: DecoderModel, params, batch) -> _Sums:
+    """The sums over a batch."""
     weights = batch["decoder_loss_weights"].astype(np.float64)
-    state = streamer.initial_state(params, len(weights))
-    tokens, targets = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
-    (log_p, right), _ = streamer.score(params, state, tokens, targets)
-    sums = [-np.sum(log_p * weights), np.sum(right * weights), np.sum(weights), 0, 0]
+    begin = lambda: streamer.initial_state(params, len(weights))
+    read, targets = model.inputs(batch), batch["decoder_target_tokens"]
+    matches, of_values = (0.0, 0.0), (0.0, 0.0)
+    if model.config.values is not None:
+        values, _ = streamer.values(params, begin(), read)
+        losses = np.asarray(model.config.values.losses(values, batch[VALUES]), np.float64)
+        of_values = float(np.sum(losses * batch[VALUE_WEIGHTS])), float(batch[VALUE_WEIGHTS].sum())
+    (log_p, right), _ = streamer.score(params, begin(), read, targets)
+    nats, hits = float(-np.sum(log_p * weights)), float(np.sum(right * weights))
     if "answer_start" in batch:
         before = np.arange(right.shape[1]) < batch["answer_start"][:, None]
         counted = weights.any(axis=1)
-        sums[3:] = np.sum(np.all(right | before, axis=1) & counted), np.sum(counted)
-    return np.array(sums, np.float64)
-
-
-def _task_scores(sums) -> dict[str, float]:
-    nats, right, weight, matched, examples = map(float, sums)
-    loss = nats / (weight or 1)
-    scores = {"loss": loss, "bits_per_token": loss / math.log(2), "accuracy": right / (weight or 1)}
-    return scores | ({"exact_match": matched / examples} if examples else {})
+        matches = float(np.sum(np.all(right | before, axis=1) & counted)), float(np.sum(counted))
+    return _Sums((nats, hits, float(np.sum(weights))), matches, of_values)

@@ -3,7 +3,10 @@
 A batch is a mapping with `decoder_input_tokens` and `decoder_target_tokens`, int32 `[B, L]`, and
 optionally `decoder_loss_weights` float32 `[B, L]` (default: 1 where the target is not padding),
 `decoder_causal_attention` int32 `[B, L]` (1 on the prompt, for `predict`) and `answer_start` int32 `[B]`
-(targets from that position on count together as one exact match).
+(targets from that position on count together as one exact match). A model that reads features
+(`DecoderConfig.frontend`) finds each as `decoder_input_<name>`, and one that predicts values
+(`DecoderConfig.values`) finds `decoder_target_values` `[B, L, width]` and `decoder_value_weights`
+`[B, L]`.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import famx.memories  # noqa: F401, registers the kinds of memory that model.json may name
+from famx.base.features import VALUE_WEIGHTS, VALUES
 from famx.base.ranges import Amount, OptionalObject, Positive
 from famx.base.values import checked
 from famx.decoding import Sampling, generate
@@ -78,11 +82,24 @@ class DecoderModel:
         """Padding id of the vocabulary; 0 without a vocabulary."""
         return getattr(self.vocabulary, "pad_id", 0)
 
+    # Inputs.
+
+    def inputs(self, batch: Batch):
+        """What the decoder reads of a batch: tokens `[B, L]`, or a dict of features."""
+        if self.config.frontend.is_tokens:
+            return batch["decoder_input_tokens"]
+        return {feature.name: batch[feature.key] for feature in self.config.frontend.features}
+
+    def no_inputs(self, batch_size: int, length: int):
+        """Inputs of this size, all zeros."""
+        features = self.config.frontend.features
+        return self.inputs({x.key: jnp.asarray(x.zeros(batch_size, length)) for x in features})
+
     # Parameters and states.
 
     def init_params(self, key) -> dict[str, Any]:
         """Fresh parameters, boxed with their logical axes; adapters are among them with `lora`."""
-        tokens = jnp.zeros((1, self.config.block_size), jnp.int32)
+        tokens = self.no_inputs(1, self.config.block_size)
         params = flax.core.unfreeze(self.module.init(key, tokens)["params"])
         if self.lora is not None:
             params = combine(params, self.lora.init(jax.random.fold_in(key, 1), params))
@@ -119,17 +136,17 @@ class DecoderModel:
           batch: see the module.
           rng: for the random position offset and the adapters' dropout; None: neither.
           state: the state that each example continues from; None: before the first token.
-          normalizer: what the weighted sum of losses is divided by; None: the sum of the weights.
+          normalizer: what the weighted sum of losses is divided by; None: `weight` of it.
           aligned: a promise that every example of `state` is at a block boundary.
 
         Returns:
           `(loss, metrics, state)` with float32 scalar loss and the `DecoderState` after the batch.
         """
-        tokens = batch["decoder_input_tokens"]
+        tokens, rows = self.inputs(batch), batch["decoder_target_tokens"].shape[0]
         if state is None:
-            state = self.initial_state(params, tokens.shape[0])
+            state = self.initial_state(params, rows)
         if rng is not None and self.random_position_offset:
-            offset = random_offset(rng, tokens.shape[0], self.config.rope_base)
+            offset = random_offset(rng, rows, self.config.rope_base)
             state = state.replace(offset=jnp.where(state.position == 0, offset, state.offset))
         variables = {"params": params}
         dropout = None if rng is None else jax.random.fold_in(rng, 1)
@@ -143,25 +160,40 @@ class DecoderModel:
             self.module, params, hidden, targets, weights, self.z_loss, self.loss_chunk
         )
         weight = jnp.sum(weights)
-        loss = sums / jnp.maximum(weight if normalizer is None else normalizer, 1e-9)
         metrics = {
             "loss": Mean(sums, weight),
             "accuracy": Mean.of(correct, weights),
         }
+        if self.config.values is not None:
+            of_values = self.value_sums(params, hidden, batch)
+            sums, weight = sums + of_values.total, weight + of_values.count
+            metrics |= {"loss": Mean(sums, weight), "value_loss": of_values}
+        loss = sums / jnp.maximum(weight if normalizer is None else normalizer, 1e-9)
         if "answer_start" in batch:
-            ignored = jnp.arange(tokens.shape[1]) < batch["answer_start"][:, None]
+            ignored = jnp.arange(targets.shape[1]) < batch["answer_start"][:, None]
             metrics["exact_match"] = Mean.of(jnp.all(correct | ignored | (weights == 0), axis=1))
         of_layers = params["layers"].get(COLLECTION)
         for name, value in self.config.memory.figures(of_layers, state.memory).items():
             metrics[f"memory_{name}"] = Mean.of(jax.lax.stop_gradient(value))
         return loss, metrics, state
 
+    def value_sums(self, params, hidden, batch: Batch) -> Mean:
+        """The weighted loss of the values that are predicted from `hidden [B, L, D]`."""
+        values = self.module.apply({"params": params}, hidden, method="values")
+        losses = self.config.values.losses(values, batch[VALUES])
+        return Mean.of(losses, batch[VALUE_WEIGHTS])
+
+    def weight(self, batch: Batch):
+        """Sum of the weights of all losses of a batch, a float32 scalar."""
+        total = jnp.sum(loss_weights(batch, self.pad_id))
+        return total if self.config.values is None else total + jnp.sum(batch[VALUE_WEIGHTS])
+
     # Inference.
 
     def score(self, params, batch: Batch):
         """Log-likelihood of the weighted targets, float32 `[B]`."""
         params = self.merged(params)
-        logits, _ = self.module.apply({"params": params}, batch["decoder_input_tokens"])
+        logits, _ = self.module.apply({"params": params}, self.inputs(batch))
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
         targets = batch["decoder_target_tokens"]
         picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]

@@ -18,8 +18,11 @@ import pydantic
 from famx.base.errors import ConfigError
 from famx.base.untrusted import Fields, parsed, shown
 from famx.lora import Lora
+from famx.modules import frontends
 from famx.modules import memory as memories
 from famx.modules.config import DecoderConfig, RopeScaling
+from famx.modules.frontends import Frontend
+from famx.modules.heads import Values
 from famx.modules.memory import Memory
 
 # Largest values of fields that arrays and loops are made of; far above any model.
@@ -27,6 +30,7 @@ _MOST = {
     "num_layers": 10_000, "vocab_size": 1 << 24, "embed_dim": 1 << 20, "mlp_dim": 1 << 24,
     "num_heads": 1 << 16, "num_kv_heads": 1 << 16, "head_dim": 1 << 16, "block_size": 1 << 24,
     "memory_segments": 1 << 16, "length": 1 << 20, "rank": 1 << 14, "adapter_rank": 1 << 14,
+    "width": 1 << 20, "hidden": 1 << 20, "sizes": 1 << 24,
 }  # fmt: skip
 _MOST_OTHER = 1 << 48
 
@@ -45,7 +49,7 @@ def check_description(fields: Mapping[str, Any], name: str | os.PathLike) -> Non
       ConfigError: a field is not of its type, or larger than in any model; names it.
     """
     _check(DecoderConfig, fields, name)
-    for key, kind in (("rope_scaling", RopeScaling), ("lora", Lora)):
+    for key, kind in (("rope_scaling", RopeScaling), ("lora", Lora), ("values", Values)):
         if fields.get(key) is not None:
             _check(kind, _object(fields[key], name, key), name, f"{key}.")
     if fields.get("memory") is not None:
@@ -57,6 +61,21 @@ def check_description(fields: Mapping[str, Any], name: str | os.PathLike) -> Non
         except (TypeError, ValueError):  # a kind, or a field of it, that is not known here
             return
         _check(kind, memory, name, "memory.")
+    if fields.get("frontend") is not None:
+        _check_frontend(fields["frontend"], name, "frontend")
+
+
+def _check_frontend(fields: Any, name: str | os.PathLike, key: str) -> None:
+    """Checks the fields of a frontend, and of the parts of a mixed one."""
+    fields = _object(fields, name, key)
+    parts = fields.get("parts", [])
+    if not isinstance(fields.get("kind"), str) or not isinstance(parts, list):
+        raise ConfigError(f"{name} is not valid: {key} has no kind, or its parts are no list.")
+    for i, part in enumerate(parts):
+        _check_frontend(part, name, f"{key}.parts[{i}]")
+    kind = frontends.kinds().get(fields["kind"])
+    if kind is not None:
+        _check(kind, {x: y for x, y in fields.items() if x != "parts"}, name, f"{key}.")
 
 
 def _object(value: Any, name: str | os.PathLike, field: str) -> Mapping[str, Any]:
@@ -73,7 +92,8 @@ def _check(kind: type, fields: Mapping[str, Any], name: str | os.PathLike, prefi
     known = {field.name for field in dataclasses.fields(kind)}
     for key in known & fields.keys():
         value, most = fields[key], _MOST.get(key, _MOST_OTHER)
-        if isinstance(value, int | float) and abs(value) > most:
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(x, int | float) and abs(x) > most for x in numbers):
             raise ConfigError(
                 f"{name} is not valid: {prefix}{key} is {shown(value)}, beyond {most:,}."
             )
@@ -93,6 +113,6 @@ def _in_json(hint: Any) -> Any:
         return functools.reduce(lambda a, b: a | b, map(_in_json, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return list[typing.get_args(hint)[0]] | str
-    if isinstance(hint, type) and (issubclass(hint, Memory) or dataclasses.is_dataclass(hint)):
+    if isinstance(hint, type) and (issubclass(hint, Memory | Frontend) or dataclasses.is_dataclass(hint)):
         return dict[str, Any]
     return hint

@@ -6,8 +6,11 @@ from typing import Annotated, Literal
 
 from famx.base.ranges import NonNegative, OneOf, Positive, Rate
 from famx.base.values import checked
+from famx.modules import frontends
 from famx.modules import memory as memories
 from famx.modules.backends import ATTENTION_BACKENDS, refusal
+from famx.modules.frontends import Frontend
+from famx.modules.heads import Values
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "squared_relu")
 REMAT_POLICIES = ("none", "full", "attention", "dots", "dots_no_batch", "offload")
@@ -71,6 +74,10 @@ class DecoderConfig:
     window_mask: bool = False  # Transformer-XL: each token sees exactly its last M * S
     stop_gradient_segments: bool = False  # the paper's ablation M1_SG
 
+    # What is read and predicted, where that is not tokens alone.
+    frontend: Frontend = Frontend()  # what is read at each position; the default is a token
+    values: Values | None = None  # numbers that are predicted besides the logits
+
     # The Transformer.
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: Rate = 1e-6
@@ -102,8 +109,17 @@ class DecoderConfig:
     unroll_layers: Positive = 1  # layers per step of their scan; more compile longer and copy less
 
     def to_dict(self) -> dict:
-        """Every field by name, as plain values that JSON can hold; the memory with its `kind`."""
-        return {**dataclasses.asdict(self), "memory": self.memory.to_dict()}
+        """Every field by name, as plain values that JSON can hold; the memory with its `kind`.
+
+        A model that reads tokens and predicts no values has no fields of these, as before they existed.
+        """
+        fields = {**dataclasses.asdict(self), "memory": self.memory.to_dict()}
+        del fields["frontend"], fields["values"]
+        if self.frontend != Frontend():
+            fields["frontend"] = self.frontend.to_dict()
+        if self.values is not None:
+            fields["values"] = dataclasses.asdict(self.values)
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict) -> "DecoderConfig":
@@ -112,7 +128,12 @@ class DecoderConfig:
         scaling = scaling and RopeScaling(**scaling)
         memory = memories.from_dict(fields.get("memory", {"kind": "none"}))
         layers = layers and tuple(layers)
-        return cls(**{**fields, "memory": memory, "rope_scaling": scaling, "rope_layers": layers})
+        fields = {**fields, "memory": memory, "rope_scaling": scaling, "rope_layers": layers}
+        if "frontend" in fields:
+            fields["frontend"] = frontends.from_dict(fields["frontend"])
+        if fields.get("values") is not None:
+            fields["values"] = Values(**fields["values"])
+        return cls(**fields)
 
     def memory_fields(self) -> dict:
         """`MEMORY_FIELDS` by name, as plain values that JSON can hold."""

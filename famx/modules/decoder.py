@@ -1,6 +1,7 @@
 """The decoder: embeddings, a scan over layers inside a scan over chunks of blocks, and the head."""
 
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ from famx.modules.attention import ATTENTION_RESULT, softcap
 from famx.modules.climb import scan_layers
 from famx.modules.components import Norm, embedding_init, product
 from famx.modules.config import DecoderConfig
+from famx.modules.heads import ValueHead
 from famx.modules.layer import INPUTS, MASS, Layer
 from famx.modules.prepared import apart
 from famx.modules.state import DecoderState, where_examples
@@ -37,7 +39,11 @@ _POLICIES = {
 
 
 class Decoder(nn.Module):
-    """A decoder-only Transformer that reads any number of tokens with a state of constant size."""
+    """A decoder-only Transformer that reads any number of tokens with a state of constant size.
+
+    `tokens` are int32 ids `[B, L]` or, for a `DecoderConfig.frontend` that reads something else, a dict
+    of its features, each `[B, L, ...]`.
+    """
 
     config: DecoderConfig
 
@@ -53,12 +59,16 @@ class Decoder(nn.Module):
                 nn.initializers.variance_scaling(1.0, "fan_in", "normal"), ("embed", "vocab")
             )
             self.head = self.param("head", head, table[::-1], c.param_dtype)
+        if not c.frontend.is_tokens:
+            self.frontend = c.frontend.build(c)
+        if c.values is not None:
+            self.value_head = ValueHead(c)
 
     def __call__(self, tokens, state: DecoderState | None = None, valid=None, aligned: bool = False):
         """Reads tokens.
 
         Args:
-          tokens: int32 `[B, L]`, `L >= 1`.
+          tokens: int32 `[B, L]`, `L >= 1`, or features, see the class.
           state: state to resume from; None: the start.
           valid: bool `[B, L]`, right padding False; None: all valid. Padding changes neither logits
             at valid tokens nor the state.
@@ -69,6 +79,8 @@ class Decoder(nn.Module):
           Logits `[B, L, V]` in the compute dtype, and the `DecoderState` after the valid tokens.
         """
         hidden, state = self.read(tokens, state, valid, aligned)
+        if self.config.values is not None and self.is_initializing():
+            self.values(hidden)
         return self.logits(hidden), state
 
     def logits(self, hidden):
@@ -80,6 +92,10 @@ class Decoder(nn.Module):
         else:
             logits = product(x, self.head.astype(c.dtype), 1)
         return softcap(logits, c.logit_softcap)
+
+    def values(self, hidden):
+        """Predicted values `[..., width]` (`DecoderConfig.values`) of the output `[..., D]` of `read`."""
+        return self.value_head(self.final_norm(hidden))
 
     def initial_state(self, batch_size: int) -> DecoderState:
         """The state before the first token, for `batch_size` examples."""
@@ -122,8 +138,9 @@ class Decoder(nn.Module):
         """
         c = self.config
         if self.is_initializing() and c.memory.through_depth:
-            tokens, valid = tokens[:, : c.block_size], None  # one block creates all variables
-        batch, length = tokens.shape
+            # One block creates all variables.
+            tokens, valid = jax.tree.map(lambda x: x[:, : c.block_size], tokens), None
+        batch, length = shape_of(tokens)
         if state is None:
             state, aligned = self.initial_state(batch), True
         elif state.batch_size != batch:
@@ -157,8 +174,9 @@ class Decoder(nn.Module):
         first = jnp.zeros((batch, 1), jnp.int32) if start is None else start[:, None]
         if not whole:
             source = jnp.clip(jnp.arange(slots) - first, 0, length - 1)
-            tokens = jnp.take_along_axis(tokens, source, axis=1)
-        tokens = tokens.reshape(batch, chunks, size, c.block_size).swapaxes(0, 1)
+            tokens = jax.tree.map(lambda x: _at(x, source), tokens)
+        chunked = lambda x: x.reshape(batch, chunks, size, c.block_size, *x.shape[2:]).swapaxes(0, 1)
+        tokens = jax.tree.map(chunked, tokens)
 
         def read_chunk(decoder, state, xs):
             tokens, index = xs
@@ -175,7 +193,7 @@ class Decoder(nn.Module):
             return decoder._read_chunk(tokens, state, context.replace(stop=stop), context_shards)
 
         if chunks == 1:
-            state, hidden = read_chunk(self, state, (tokens[0], 0))
+            state, hidden = read_chunk(self, state, (jax.tree.map(lambda x: x[0], tokens), 0))
         else:
             scan = nn.scan(
                 read_chunk, variable_broadcast="params", variable_axes={MASS: 0, INPUTS: 0},
@@ -192,7 +210,7 @@ class Decoder(nn.Module):
     def _read_chunk(self, tokens, state: DecoderState, context: ChunkContext, shards: int):
         """Blocks `[B, C, S]` of tokens: the state after them and the output `[B, C, S, D]`."""
         c = self.config
-        batch, blocks, _ = tokens.shape
+        batch, blocks = shape_of(tokens)
         examples = batch_axis(shards)
 
         def layer_step(layer, carry, xs, context):
@@ -204,8 +222,8 @@ class Decoder(nn.Module):
 
         if c.remat != "none":
             layer_step = nn.remat(layer_step, prevent_cse=False, policy=_POLICIES[c.remat])
-        folded = tokens.reshape(batch, shards, -1, c.block_size).swapaxes(0, 1)
-        x = self._embed(folded.reshape(batch * shards, -1, c.block_size))
+        folded = jax.tree.map(lambda x: _folded(x, shards), tokens)
+        x = self._embed(folded)
         x = nn.with_logical_constraint(x, (examples, "blocks", "block", "embed"))
         rows = self._rows(x.shape[:2])
         if rows is not None:
@@ -219,7 +237,7 @@ class Decoder(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         x = x.reshape(batch, blocks, c.block_size, c.embed_dim)
         if context.stop is None:
-            complete, read = tokens.shape[1], tokens.shape[1] * c.block_size
+            complete, read = blocks, blocks * c.block_size
         else:
             complete = context.complete(c.block_size)
             read = context.stop if context.start is None else context.stop - context.start
@@ -257,7 +275,7 @@ class Decoder(nn.Module):
         """Reads tokens that stay within each example's block, at the cost of these tokens alone.
 
         Args:
-          tokens: int32 `[B, W]`, `W <= S`.
+          tokens: int32 `[B, W]`, `W <= S`, or features.
           count: number of real tokens, int32 `[B]`; may be 0, and must not exceed the free slots of the
             example's block.
           state: state to resume from.
@@ -282,10 +300,11 @@ class Decoder(nn.Module):
             hidden, written = self._each_layer(layers, "read_tokens", x, xs, context)
             k, v, features = zip(*written, strict=True)
             features = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *features)
-        index = jnp.arange(tokens.shape[1])
+        rows, width = shape_of(tokens)
+        index = jnp.arange(width)
         columns = columns_before(c) + slot[:, None] + index
         write = jnp.where(index < count[:, None], columns, column_count(c) + index)  # dropped there
-        examples = jnp.arange(tokens.shape[0])[:, None]
+        examples = jnp.arange(rows)[:, None]
 
         def put(window, k, v):
             set_ = lambda array, new: array.at[examples, :, write].set(
@@ -349,7 +368,14 @@ class Decoder(nn.Module):
 
     def _embed(self, tokens):
         c = self.config
-        x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
+        rows = lambda ids: jnp.take(self.embedding, ids, axis=0).astype(c.dtype)
+        features = isinstance(tokens, Mapping)
+        if features and not c.frontend.is_tokens:
+            x = self.frontend(tokens, rows)
+        elif not features and c.frontend.reads_tokens:
+            x = rows(tokens)
+        else:
+            raise ValueError(c.frontend.refusal(features))
         return x * math.sqrt(c.embed_dim) if c.scale_embeddings else x
 
     def _rows(self, shape):
@@ -418,3 +444,20 @@ class Decoder(nn.Module):
         )
         rotations = jax.tree.map(jnp.asarray, rope.rotations(self.config))
         return scan(self.layers, carry, (rotations, xs))
+
+
+def shape_of(tokens) -> tuple[int, int]:
+    """The first two axes of tokens, or of features."""
+    return jax.tree.leaves(tokens)[0].shape[:2]
+
+
+def _at(x, source):
+    """`x [B, L, ...]` at the positions `source [B, X]`."""
+    return jnp.take_along_axis(x, source.reshape(source.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+def _folded(x, shards: int):
+    """`[B, C, S, ...]` as `[shards * B, C / shards, S, ...]`."""
+    batch, _, *rest = x.shape
+    x = x.reshape(batch, shards, -1, *rest).swapaxes(0, 1)
+    return x.reshape(batch * shards, -1, *rest)

@@ -92,11 +92,11 @@ class Refresh(NamedTuple):
 
     Attributes:
       group: index of the group.
-      prefix: tokens that its states have read, int32 `[rows, L]`, this host's rows.
+      prefix: what its states have read, this host's rows: tokens int32 `[rows, L]`, or features.
     """
 
     group: int
-    prefix: np.ndarray
+    prefix: Any
 
 
 class Rows(NamedTuple):
@@ -340,7 +340,7 @@ class AgedFeed(IndexedFeed):
                 return Rows(batch, blocks, self.longest, refresh)
             blocks = self.blocks
         batch = self.fresh(step, blocks)
-        rows = len(batch["decoder_input_tokens"])
+        rows = len(batch["decoder_target_tokens"])
         lane = np.full(rows, -1, np.int32)
         return Rows({**batch, "lane": lane}, blocks, self.longest, refresh)
 
@@ -354,8 +354,9 @@ class AgedFeed(IndexedFeed):
         group = self.made % len(self.lengths)
         self.lengths[group], self.firsts[group] = blocks, _POOL + self.made * self.source.batch_size
         self.made += 1
-        prefix = self.rows(self.firsts[group], blocks)["decoder_input_tokens"]
-        return Refresh(group, prefix[:, : (blocks - self.blocks) * self.source.block_size])
+        read = self.model.inputs(self.rows(self.firsts[group], blocks))
+        length = (blocks - self.blocks) * self.source.block_size
+        return Refresh(group, jax.tree.map(lambda x: x[:, :length], read))
 
     def prepare(self, rows, params, kept):
         """Reads the documents of the group that is replaced, if any."""

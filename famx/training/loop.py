@@ -30,6 +30,7 @@ from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
 from famx.model_dir.lock import RunLock, run_lock
 from famx.models import loss_weights
+from famx.models.inputs import check_features
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY
 from famx.training.bad_data import look_at, take
 from famx.training.fallback import Choice, choose
@@ -151,6 +152,7 @@ def open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
     for stage in stages:
         with stage.errors():
             tasks.append(stage.run.data.make_task(initial_vocabulary))
+            check_features(tasks[-1], stage.run.model, f"The task {_shown(stage.run.data.task)}")
             found = _vocabulary(tasks[-1], stage.run, initial_vocabulary)
             notes += look_at(tasks[-1], stage.run.data)
             if initial_vocabulary is not None and found not in (None, initial_vocabulary):
@@ -195,6 +197,10 @@ def _with_evaluation(stages: tuple[Stage, ...], vocabulary) -> tuple[tuple[Stage
     if hasattr(evaluation, "check"):
         evaluation.check(run.model)
     return (*first, dataclasses.replace(stage, run=run)), tuple(notes)
+
+
+def _shown(task) -> str:
+    return task if isinstance(task, str) else type(task).__name__
 
 
 def _vocabulary(task, run: Run, initial):

@@ -26,6 +26,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from famx.base.errors import ConfigError
+from famx.base.features import VALUE_WEIGHTS, VALUES, features_of
 from famx.base.ranges import (
     Amount,
     Built,
@@ -331,4 +332,9 @@ class Run:
             "decoder_target_tokens": make(jnp.int32, length),
             "decoder_loss_weights": make(jnp.float32, length),
         }
+        config = self.model.config
+        batch |= {x.key: make(x.dtype, length, *x.shape) for x in features_of(config.frontend)}
+        if config.values is not None:
+            batch[VALUES] = make(jnp.float32, length, config.values.width)
+            batch[VALUE_WEIGHTS] = make(jnp.float32, length)
         return batch | {name: make(dtype) for name, dtype in self.state_passing.batch_spec().items()}

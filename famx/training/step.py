@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from famx.base.xla_options import compiler_options
 from famx.lora import combine
 from famx.mesh import logical_to_sharding, moment_sharding
-from famx.models import loss_weights
 from famx.models.metrics import Mean
 from famx.training import state_passing as passing
 from famx.training.run import Run
@@ -121,7 +120,7 @@ def make_gradient(run: Run):
 
     def objective(part, state: TrainState, batch, rng, normalizer=None, microbatch=None):
         params, kept = states.put(trainable, state.params, state.kept, part)
-        fresh = model.initial_state(params, batch["decoder_input_tokens"].shape[0])
+        fresh = model.initial_state(params, batch["decoder_target_tokens"].shape[0])
         start, rng = states.start(kept, fresh, batch, rng)
         if microbatch is not None:  # parts draw independently, except for the initial states
             rng = jax.random.fold_in(rng, microbatch)
@@ -133,7 +132,7 @@ def make_gradient(run: Run):
     def accumulated(part, state: TrainState, batch, rng):
         """`gradient` of the whole batch, computed part by part."""
         n = run.microbatches
-        normalizer = jnp.sum(loss_weights(batch, model.pad_id))
+        normalizer = model.weight(batch)
 
         def one(xs):
             index, batch, kept = xs

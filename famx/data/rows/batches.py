@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from famx.base.features import Feature, with_features
 from famx.data.vocabularies import Vocabulary
 
 
@@ -20,25 +21,33 @@ def check_shards(batch_size: int, shard_index: int, num_shards: int) -> None:
 
 
 def decoder_batch(
-    examples: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, answer_width: int | None = None
+    examples: Sequence[Mapping[str, Any]],
+    vocabulary: Vocabulary,
+    answer_width: int | None = None,
+    features: Sequence[Feature] = (),
+    values: int = 0,
 ) -> dict[str, np.ndarray]:
     """Stack examples of one length into a batch for a decoder.
 
     Args:
       examples: each with `tokens` int32 `[L]` and `weights` float32 `[L]`, and, if it has them,
         `starts` (where its parts begin, each after a bos; without it, one part begins at 0), and
-        `answer_start` int (where the answer begins, which ends the row).
+        `answer_start` int (where the answer begins, which ends the row). With features and values, see
+        `famx.base.features.with_features`.
       vocabulary: has the ids of bos and padding.
       answer_width: number of tokens that every answer fits in; None leaves `answer` out.
+      features: what is read besides tokens, or in their place.
+      values: number of values that are predicted at each position.
 
     Returns:
       `decoder_input_tokens` int32 `[B, L]`: the targets shifted by one, with bos at the starts;
       `decoder_target_tokens` int32 `[B, L]`; `decoder_loss_weights` float32 `[B, L]`; with
       `answer_width`, `answer` int32 `[B, answer_width]`, padded at the end; if the examples have it,
-      `answer_start` int32 `[B]`.
+      `answer_start` int32 `[B]`; `decoder_input_<name>` of each feature; with `values`,
+      `decoder_target_values` float32 `[B, L, values]` and `decoder_value_weights` float32 `[B, L]`.
 
     Raises:
-      ValueError: there is no example.
+      ValueError: there is no example, or a feature or value of one has another shape.
     """
     if not examples:
         raise ValueError("A batch needs at least one index.")
@@ -51,6 +60,7 @@ def decoder_batch(
         decoder_target_tokens=targets,
         decoder_loss_weights=np.stack([example["weights"] for example in examples]),
     )
+    batch = with_features(batch, examples, features, values)
     if "answer_start" not in examples[0]:
         return batch
     starts = [example["answer_start"] for example in examples]

@@ -1,8 +1,11 @@
 """Documents by number, which lanes and packed rows read."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from famx.base.features import VALUE_WEIGHTS, VALUES, Feature, features_of, values_of, with_features
 
 
 @runtime_checkable
@@ -11,6 +14,11 @@ class Documents(Protocol):
 
     Item `i` is int32 `[n]`, the token ids of a document, or a pair of these and float32 `[n]` loss
     weights. No document may be empty, and none may change during a run.
+
+    Documents with an attribute `features`, a tuple of `famx.base.features.Feature`, have features besides
+    tokens, or in their place; those with an attribute `values`, a number, have as many values to predict
+    at each position. An item is then a dict of `tokens` (targets), `weights`, `features` by name, `values`
+    and `value_weights`, each `[n, ...]`.
     """
 
     def __len__(self) -> int: ...
@@ -55,5 +63,43 @@ def tokens_and_weights(document: Any) -> tuple[np.ndarray, np.ndarray]:
     """Int32 `[n]` ids and float32 `[n]` loss weights of a document; weights default to 1."""
     if isinstance(document, tuple):
         return document
+    if isinstance(document, Mapping):
+        return np.asarray(document["tokens"], np.int32), np.asarray(document["weights"], np.float32)
     tokens = np.asarray(document, np.int32)
     return tokens, np.ones(len(tokens), np.float32)
+
+
+def columns(documents: Any, i: int, bos_id: int) -> dict[str, np.ndarray]:
+    """The arrays of document `i`, each `[n, ...]`, by their names in a batch.
+
+    Raises:
+      ValueError: a feature of the document is missing or has another shape.
+    """
+    document = documents[i]
+    tokens, weights = tokens_and_weights(document)
+    found = dict(
+        decoder_input_tokens=np.concatenate([[bos_id], tokens[:-1]]).astype(np.int32),
+        decoder_target_tokens=tokens,
+        decoder_loss_weights=weights,
+    )
+    features, values = features_of(documents), values_of(documents)
+    if features or values:
+        of_batch = with_features({}, [document], features, values)
+        found |= {name: array[0] for name, array in of_batch.items()}
+    return found
+
+
+def empty_rows(documents: Any, rows: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """A batch of padding alone, with all arrays that `columns` gives for these documents."""
+    features: tuple[Feature, ...] = features_of(documents)
+    values = values_of(documents)
+    batch = dict(
+        decoder_input_tokens=np.full((rows, length), pad_id, np.int32),
+        decoder_target_tokens=np.full((rows, length), pad_id, np.int32),
+        decoder_loss_weights=np.zeros((rows, length), np.float32),
+    )
+    batch |= {feature.key: feature.zeros(rows, length) for feature in features}
+    if values:
+        batch[VALUES] = np.zeros((rows, length, values), np.float32)
+        batch[VALUE_WEIGHTS] = np.zeros((rows, length), np.float32)
+    return batch

@@ -10,8 +10,9 @@ from famx.data.rows.documents import (
     CheckedDocuments,
     CountedDocuments,
     Documents,
+    columns,
+    empty_rows,
     place_of,
-    tokens_and_weights,
 )
 
 
@@ -26,6 +27,8 @@ class ContinuousLanes:
       decoder_target_tokens int32 [B, L]: tokens of the document, with padding after its end
       decoder_loss_weights float32 [B, L]: 1, or the weights of the document; 0 on padding
       reset bool [B]: True if the lane begins a new document at this step
+
+    and the features and values of documents that have such (`famx.data.rows.Documents`), zero in padding.
     """
 
     # famx.data.rows.packing.PackedRows overrides these.
@@ -72,7 +75,7 @@ class ContinuousLanes:
         self._epoch, self._taken = 0, 0  # number of this epoch's documents that lanes have taken
         self._lanes = [None] * batch_size  # [document, offset, size] of every lane of all shards
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, its order of the documents)
-        self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # lane of this host -> document
+        self._loaded: dict[int, dict[str, np.ndarray]] = {}  # lane of this host -> `columns`
         self._skip_bad = skip_bad
         self.skipped, self.last_skipped = 0, ""  # number of bad documents left out, the last one's error
 
@@ -80,10 +83,7 @@ class ContinuousLanes:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        shape = (len(self._shard), self.length)
-        inputs = np.full(shape, self.pad_id, np.int32)
-        targets = np.full(shape, self.pad_id, np.int32)
-        weights = np.zeros(shape, np.float32)
+        batch = empty_rows(self.documents, len(self._shard), self.length, self.pad_id)
         reset = np.zeros(len(self._shard), bool)
         for lane in range(self.batch_size):
             used = 0
@@ -98,11 +98,8 @@ class ContinuousLanes:
                 start, end, stop = used, used + n, offset + n
                 if lane in self._shard:
                     row = lane - self._shard.start
-                    tokens, token_weights = self._load(lane, document, size)
-                    targets[row, start:end] = tokens[offset:stop]
-                    inputs[row, start] = tokens[offset - 1] if offset else self.bos_id
-                    inputs[row, start + 1 : end] = tokens[offset : stop - 1]
-                    weights[row, start:end] = token_weights[offset:stop]
+                    for name, array in self._load(lane, document, size).items():
+                        batch[name][row, start:end] = array[offset:stop]
                     reset[row] |= start == offset == 0
                 used = end
                 self._lanes[lane] = [document, stop, size]
@@ -111,12 +108,7 @@ class ContinuousLanes:
                     self._loaded.pop(lane, None)
                     if not self._several_documents:
                         break
-        return dict(
-            decoder_input_tokens=inputs,
-            decoder_target_tokens=targets,
-            decoder_loss_weights=weights,
-            reset=reset,
-        )
+        return {**batch, "reset": reset}
 
     def get_state(self) -> dict[str, Any]:
         """The position of all lanes of all shards, as JSON values."""
@@ -170,8 +162,8 @@ class ContinuousLanes:
                 self.documents.check(document)
             size = int(self.documents.num_tokens(document))
         else:
-            loaded = tokens_and_weights(self.documents[document])
-            size = len(loaded[0])
+            loaded = columns(self.documents, document, self.bos_id)
+            size = len(loaded["decoder_target_tokens"])
             if lane in self._shard:
                 self._loaded[lane] = loaded
         if not size:
@@ -186,10 +178,11 @@ class ContinuousLanes:
             self._order = (self._epoch, rng.permutation(len(self.documents)))
         return self._order[1]
 
-    def _load(self, lane: int, document: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def _load(self, lane: int, document: int, size: int) -> dict[str, np.ndarray]:
         if lane not in self._loaded:
-            self._loaded[lane] = tokens_and_weights(self.documents[document])
-        tokens, weights = self._loaded[lane]
+            self._loaded[lane] = columns(self.documents, document, self.bos_id)
+        loaded = self._loaded[lane]
+        tokens, weights = loaded["decoder_target_tokens"], loaded["decoder_loss_weights"]
         if len(tokens) != size:
             raise BadData(
                 f"{place_of(self.documents, document)} had {size} tokens and now has {len(tokens)}; do"
@@ -200,4 +193,4 @@ class ContinuousLanes:
                 f"{place_of(self.documents, document)} has {size} tokens but {len(weights)} loss weights;"
                 " give every token one weight."
             )
-        return tokens, weights
+        return loaded
