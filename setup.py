@@ -15,6 +15,8 @@ JAX = ">=0.10.2,<0.13"
 MODEL_TESTS = ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 # Readers of tokenizer files (SentencePiece models, tokenizer.json, GGUF) and of chat templates.
 TOKENIZERS = ["sentencepiece>=0.2", "tokenizers>=0.20", "gguf>=0.17", "jinja2>=3.1"]
+# The handwritten digits of `famx.data.sequences`.
+DIGITS = ["scikit-learn>=1.5"]
 # SeqIO's tasks, t5x, and preparing data sets of TensorFlow Datasets. SeqIO brings TensorFlow (2 GB).
 SEQIO = ["seqio>=0.0.20", "tensorflow-datasets>=4.9.10"]
 # Packages that execute notebooks, without an editor for them.
@@ -82,11 +84,13 @@ setup(
             "nltk>=3.10",
             *TOKENIZERS,
             *SEQIO,
+            *DIGITS,
         ],
         "seqio": SEQIO,
         # The original implementations of imported models; on Linux, torch comes with CUDA (3 GB).
         "parity": ["torch>=2.6", "transformers>=5.0", "peft>=0.17"],
         "tokenizers": TOKENIZERS,
+        "digits": DIGITS,
         "parquet": ["pyarrow>=21"],
         "gcs": ["gcsfs>=2024.6"],  # texts and JSON lines in gs:// buckets
         # Beam needs protobuf below 7, which SentencePiece's generated code needs from 0.2.3 on.

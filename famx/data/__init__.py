@@ -1,14 +1,15 @@
 """Data: vocabularies, files, rows, metrics and tasks by name.
 
 The packages import in one direction: `vocabularies`, `metrics` <- `storage` <- `rows` <- `tasks` <-
-`probes` <- `formats` <- `catalogue` <- `seqio`. All but `famx.data.seqio` need only numpy, and Parquet
-and Arrow files pyarrow; `famx.data.seqio.register_tasks()` registers the same tasks with SeqIO.
+`probes` <- `sequences` <- `formats` <- `catalogue` <- `seqio`. All but `famx.data.seqio` need only numpy,
+and Parquet and Arrow files pyarrow; `famx.data.seqio.register_tasks()` registers the same tasks with SeqIO.
 """
 
 from famx.data.catalogue import register_tasks
 from famx.data.metrics import digit_accuracy, exact_match
 from famx.data.probes import PasskeyTask
 from famx.data.rows import ContinuousLanes, PackedRows, Prefetch, decoder_batch
+from famx.data.sequences import SequenceTask
 from famx.data.storage import (
     JsonlRecords,
     RecordDocuments,
@@ -55,6 +56,7 @@ __all__ = [
     "Prefetch",
     "RecordDocuments",
     "SentencePieceVocabulary",
+    "SequenceTask",
     "Suite",
     "TFRecordRecords",
     "TableRecords",

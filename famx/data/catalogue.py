@@ -17,11 +17,13 @@ from famx.data.formats import (
     xlsum,
 )
 from famx.data.probes.catalogue import PROBES
+from famx.data.sequences.catalogue import SEQUENCES
 from famx.data.storage import TextFiles
 from famx.data.tasks import registry
 
 TASKS: dict[str, Callable[..., Any]] = {
     **PROBES,
+    **SEQUENCES,
     **flan.TASKS,
     **gpt3.TASKS,
     **isabelle.TASKS,

@@ -10,8 +10,8 @@ import famx.data
 
 ROOT = pathlib.Path(famx.data.__file__).parent
 ROOMS = (
-    "vocabularies", "metrics", "storage", "rows", "tasks", "probes", "formats", "catalogue", "beam",
-    "tools", "seqio", "seqio_cache",
+    "vocabularies", "metrics", "storage", "rows", "tasks", "probes", "sequences", "formats", "catalogue",
+    "beam", "tools", "seqio", "seqio_cache",
 )  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT.parents[1]).with_suffix("").parts).removesuffix(".__init__"): path
