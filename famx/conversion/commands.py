@@ -15,7 +15,9 @@ from famx.base.values import check_arguments
 from famx.conversion import exporting
 from famx.conversion.importing import Plan, check_destination, plan_import, write_model
 from famx.conversion.sources import open_source
-from famx.model_dir.loading import load_model
+from famx.model_dir.identity import split_checkpoint
+from famx.model_dir.loading import check_model, load_model
+from famx.models.inputs import check_reads_text
 from famx.models.memory_start import MemoryStart
 from famx.modules import DecoderConfig
 from famx.modules.config import COMPUTATION_FIELDS, MEMORY_FIELDS
@@ -96,6 +98,7 @@ def export_checkpoint(
     exporting.check_destination(directory)
     if source and not (pathlib.Path(source).expanduser() / "config.json").is_file():
         raise ConfigError(f"There is no config.json in --source {source}.")
+    check_reads_text(check_model(split_checkpoint(checkpoint)[0]), "Exports", alone=True)
     trained = load_model(checkpoint, adapter=adapter)
     run = adapter and pathlib.Path(adapter).expanduser().absolute().parent  # MODEL_DIR/adapter
     with Progress("export", unit="B", keep_bar=False) as progress:

@@ -2,7 +2,8 @@
 
 The packages import in one direction: `vocabularies`, `metrics` <- `storage` <- `rows` <- `tasks` <-
 `probes` <- `sequences` <- `formats` <- `catalogue` <- `seqio`. All but `famx.data.seqio` need only numpy,
-and Parquet and Arrow files pyarrow; `famx.data.seqio.register_tasks()` registers the same tasks with SeqIO.
+Parquet and Arrow files also pyarrow, and handwritten digits scikit-learn;
+`famx.data.seqio.register_tasks()` registers the same tasks with SeqIO.
 """
 
 from famx.data.catalogue import register_tasks

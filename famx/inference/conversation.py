@@ -20,6 +20,7 @@ from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_model
 from famx.model_dir.memory_file import read_header, restore_memory, save_memory
 from famx.models import DecoderModel
+from famx.models.inputs import check_reads_text
 
 _FILE_BLOCKS = 64  # blocks read between two progress reports
 _ANSWER_PIECE = 32  # tokens generated before they are shown
@@ -36,6 +37,7 @@ def model_with_vocabulary(checkpoint: str) -> DecoderModel:
     """
     directory, _ = split_checkpoint(checkpoint)
     model = check_model(directory)
+    check_reads_text(model, "Texts and conversations")
     vocabulary = model.vocabulary
     if vocabulary is None:
         raise ConfigError(

@@ -44,6 +44,7 @@ from famx.model_dir.identity import model_fingerprint, split_checkpoint
 from famx.model_dir.loading import check_model, load_model
 from famx.model_dir.memory_file import load_memory, read_header
 from famx.models import DecoderModel
+from famx.models.inputs import check_reads_text
 
 _WINDOW = 4  # number of batches within which lines are sorted by length
 
@@ -101,6 +102,7 @@ def infer(
         raise ConfigError(f"INPUT_FILE {input_file} is not a file.")
     output = ResumableLines(output_file)
     definition = check_model(split_checkpoint(checkpoint_path)[0], model)
+    check_reads_text(definition, "Prompts")
     vocabulary, size = _vocabulary(definition, checkpoint_path), definition.config.vocab_size
     chat = ChatTemplate(vocabulary) if chat_template else None
     sampling = _with_stops(sampling, size, {*vocabulary.end_ids, chat and chat.end_of_turn}, stop_at_eos)

@@ -30,3 +30,23 @@ def check_features(task: Any, model: DecoderModel, name: str) -> None:
             f"{name} has {has} at each position, but the model predicts {predicted}: set"
             f" DecoderConfig.values to {f'@heads.Values() with width {wanted}' if wanted else None}."
         )
+
+
+def check_reads_text(model: DecoderModel, what: str, alone: bool = False) -> None:
+    """Raises ConfigError unless a model reads texts.
+
+    Args:
+      model: the model.
+      what: what needs it, a plural, for the sentence.
+      alone: whether the model must also read nothing else, and predict no values.
+    """
+    config = model.config
+    reads = ", ".join(map(str, features_of(config.frontend)))
+    if not config.frontend.reads_tokens:
+        raise ConfigError(
+            f"{what} need a model of text, but this one reads {reads}: read its sequences from Python,"
+            " with famx.decoding.Streamer."
+        )
+    if alone and (reads or config.values is not None):
+        more = f"reads {reads}" if reads else "predicts values"
+        raise ConfigError(f"{what} need a model of text alone, but this one also {more}.")

@@ -27,8 +27,8 @@ class MelodyTask(SequenceTask):
     """A melody of four tones and chirps in noise, then noise with chirps; at the end its name.
 
     The feature `frames` holds a log-mel frame and 1 at the last position, which asks. A melody is a row
-    of four pitches, the same in every split; examples differ in key, loudness, the glide of each note, the
-    noise and the chirps that follow.
+    of four pitches, the same in every split; examples differ in key, loudness, the glide of each note,
+    the noise and the chirps that follow.
 
     Attributes:
       melodies: number of melodies.
