@@ -499,6 +499,24 @@ case("macro that is not defined", TRAIN + "--gin.TRAIN_STEPS=%STEPS", "STEPS")
 case("value that is no gin", TRAIN + "--gin.TRAIN_STEPS=(3", "TRAIN_STEPS")
 case("text for a whole number", TRAIN + """--gin.BATCH_SIZE="'4'" """, "BATCH_SIZE", "'4'")
 case("fraction for a whole number", TRAIN + "--gin.BATCH_SIZE=4.0", "BATCH_SIZE", "4.0")
+MELODY = """train --gin_file=gin_configs/examples/melody_tiny.gin --gin.MODEL_DIR="'{here}/run'" """
+case("vectors of another width than the task's", MELODY + "--gin.Vectors.width=5", "frames", "17", "5")
+case("vectors of no width", MELODY + "--gin.Vectors.width=0", "Vectors.width", "0")
+case("frontend that is a word", MELODY + """--gin.DecoderConfig.frontend="'vectors'" """, "Frontend")
+case(
+    "task of edges for a model of vectors",
+    MELODY + """--gin.MIXTURE_OR_TASK_NAME="'reachable_tree'" """,
+    "edges",
+    "frames",
+)
+case("values that no task has", MELODY + "--gin.DecoderConfig.values=@heads.Values()", "values")
+case("melodies without end", MELODY + """--gin.TASK_OPTIONS="{'melodies': 17}" """, "melodies")
+case(
+    "evaluation of melodies that are too short",
+    MELODY + "--gin.TaskEvaluation.more_lengths='(64, 4)'",
+    "more_lengths",
+    "17",
+)
 case("no MODEL_DIR", "train --gin_file=gin_configs/examples/passkey_tiny.gin", "MODEL_DIR")
 case("heads that do not divide the width", TRAIN + "--gin.DecoderConfig.num_heads=3", "num_heads", "3")
 case("rows that are no whole blocks", TRAIN + """--gin.TASK_FEATURE_LENGTHS="{'targets': 130}" """, "130")
@@ -612,6 +630,31 @@ chat_copy(
     "embed_dim",
 )
 chat_copy("model.json of a newer famx", edit_json("model.json", telepathy=True, sha256=...), "telepathy")
+VECTORS = {"kind": "vectors", "name": "frames", "width": 2}
+chat_copy(
+    "model that reads vectors",
+    edit_json("model.json", frontend=VECTORS, sha256=...),
+    "'frames'",
+    "Streamer",
+)
+chat_copy(
+    "model.json with a list for a frontend",
+    edit_json("model.json", frontend=[1], sha256=...),
+    "model.json",
+    "frontend",
+)
+chat_copy(
+    "model.json with a word for a width of vectors",
+    edit_json("model.json", frontend={**VECTORS, "width": "two"}, sha256=...),
+    "model.json",
+    "frontend.width",
+)
+chat_copy(
+    "model.json with a frontend that is not known",
+    edit_json("model.json", frontend={"kind": "waves"}, sha256=...),
+    "waves",
+    "--import",
+)
 chat_copy("no vocabulary", lambda path: (path / "vocabulary.json").unlink(), "vocabulary")
 chat_copy(
     "vocabulary that is no JSON",
