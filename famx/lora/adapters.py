@@ -21,6 +21,7 @@ from famx.base.errors import ConfigError
 from famx.base.ranges import Name, Positive, Rate, ShareBelowOne
 from famx.base.values import checked
 from famx.modules import Decoder, DecoderConfig
+from famx.modules.frontends import Frontend
 from famx.modules.memory import of_memory
 
 GROUPS = {
@@ -28,6 +29,7 @@ GROUPS = {
     "feed_forward": ("layers/mlp/gate", "layers/mlp/up", "layers/mlp/down"),
 }
 ADAPTERS = ("lora_a", "lora_b")
+_OUTSIDE = ("frontend", "value_head")  # modules whose kernels are no projections
 SCALE = "kernel_scale"  # the leaf next to an int8 kernel, see `famx.lora.int8`
 
 
@@ -65,6 +67,7 @@ class Lora:
           ConfigError: the rank or a target does not fit.
         """
         tokens = jax.ShapeDtypeStruct((1, config.block_size), jnp.int32)
+        config = dataclasses.replace(config, frontend=Frontend())  # which no adapter changes
         self._kernels(jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"])
 
     def init(self, key, params) -> dict[str, Any]:
@@ -124,7 +127,8 @@ def select(params, targets: Iterable[str]) -> dict[str, Any]:
       ConfigError: a target matches no projection, or there are no targets.
     """
     flat = flatten_dict(params, sep="/")
-    flat = {path: leaf for path, leaf in flat.items() if not of_memory(path)}
+    outside = lambda path: of_memory(path) or path.partition("/")[0] in _OUTSIDE
+    flat = {path: leaf for path, leaf in flat.items() if not outside(path)}
     kernels = {p.removesuffix("/kernel"): x for p, x in flat.items() if p.endswith("/kernel")}
     chosen = set()
     for target in targets:

@@ -6,11 +6,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from famx.decoding import Sampling, Streamer
 from famx.mesh import BATCH_AXES, check_batch_size, logical_to_sharding, on_mesh, state_sharding
+from famx.models.inputs import check_reads_text
 from famx.modules import DecoderConfig
 from famx.training.flops import train_flops
 from famx.training.run import Run
@@ -72,10 +72,11 @@ def read_and_write(run: Run, batch_size: int) -> tuple[Program, Program]:
     """Prefill, the step that reads most of a long prompt, and decode, a block written token by token."""
     model, mesh = run.model, run.mesh
     check_batch_size(batch_size, mesh, setting="--inference_batch_size")
+    check_reads_text(model, "The programs of inference")
     config = model.config
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     boxed = jax.eval_shape(
-        lambda key: model.module.init(key, jnp.zeros((1, config.block_size), jnp.int32))["params"],
+        lambda key: model.module.init(key, model.no_inputs(1, config.block_size))["params"],
         jax.random.key(0),
     )
     shardings = logical_to_sharding(boxed, mesh, run.rules)

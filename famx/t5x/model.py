@@ -25,6 +25,7 @@ from famx.model_dir.checkpointer import check_model_dir
 from famx.model_dir.identity import check_same_model, split_checkpoint
 from famx.model_dir.loading import check_model, load_pretrained
 from famx.models import Batch, DecoderModel
+from famx.models.inputs import check_reads_text
 from famx.t5x.data import seqio_task
 from famx.t5x.metrics import as_t5x
 from famx.t5x.optimizers import OptaxOptimizer, with_factor_rules
@@ -84,6 +85,7 @@ class T5xModel:
             raise ConfigError("MODEL is not set: add a model file such as gin_configs/models/tiny.gin.")
         if model is None or (checkpoint is not None and optimizer is None):
             model = check_model(split_checkpoint(checkpoint)[0], model)
+        check_reads_text(model, "Runs under t5x", alone=True)
         if not isinstance(state_passing, (Fresh, Random)):
             raise ConfigError(
                 f"Under t5x STATE_PASSING is 'none' or 'random', which {type(state_passing).__name__} is"

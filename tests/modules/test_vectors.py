@@ -12,12 +12,14 @@ from helpers import assert_close, config, jit, random_params, random_tokens, rea
 
 from famx.base.errors import ConfigError
 from famx.decoding import Streamer
+from famx.lora import Lora
 from famx.memories import Fam
 from famx.models import DecoderModel
 from famx.models.decoder_model import loss_weights
 from famx.modules import Decoder, DecoderConfig
 from famx.modules.frontends import Frontend, Ids, Mixed, Vectors, from_dict
 from famx.modules.heads import Values
+from famx.training.memory_costs import memory_costs
 
 WORDS, VECTORS, EDGES = Frontend(), Vectors("frames", 3), Ids("edges", (5, 4, 2))
 FRONTENDS = {
@@ -267,3 +269,15 @@ def test_a_model_refuses_what_it_does_not_read():
     plain = Streamer(Decoder(config(memory=Fam(2))))
     with pytest.raises(ValueError, match="The model reads tokens alone"):
         plain.read(random_params(config()), state, {"frames": np.zeros((1, 3, 3), np.float32)})
+
+
+def test_adapters_leave_the_frontend_and_the_head_alone():
+    model = DecoderModel(Decoder(of(VECTORS, dtype="float32")), lora=Lora(rank=2, targets=".*"))
+    model.lora.check(model.config)
+    params = nn.unbox(model.abstract_params())
+    assert set(params["frontend"]) == set(params["value_head"]) == {"kernel", "bias"}
+    assert "lora_a" in params["layers"]["query"]
+
+
+def test_what_a_memory_costs_does_not_depend_on_what_is_read():
+    assert memory_costs(of(VECTORS)) == memory_costs(of(Frontend()))
