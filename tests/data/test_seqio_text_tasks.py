@@ -108,12 +108,14 @@ def test_whole_documents_have_targets_alone(tmp_path, name):
 REGISTERED = """
 import seqio, famx.data
 from famx.base.errors import ConfigError
+from famx.data.sequences import SEQUENCES
 names = lambda: {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 before = names()
 import famx.data.seqio
 assert names() == before, "importing registers nothing"
 famx.data.seqio.register_tasks()
-assert set(famx.data.names()) - names() == {"own_text", "own_records", "own_chat"}
+own = {"own_text", "own_records", "own_chat"}
+assert set(famx.data.names()) - names() == {*own, *SEQUENCES}
 qasper = seqio.get_mixture_or_task("scrolls_qasper")
 famx.data.seqio.register_tasks()
 assert seqio.get_mixture_or_task("scrolls_qasper") is qasper, "a second call changes nothing"

@@ -9,17 +9,20 @@ import seqio
 import tensorflow as tf
 
 from famx.base.errors import ConfigError
+from famx.base.features import features_of
 from famx.data.catalogue import TASKS
 from famx.data.rows import Documents, tokens_and_weights
 from famx.data.seqio.sources import DocumentSource, MadeSource
 from famx.data.seqio.vocabularies import as_seqio_vocabulary
+from famx.data.sequences import SEQUENCES
 from famx.data.tasks import Kind, Made, Mixture, Suite, TextTask, kind_of, registry
 from famx.data.tasks.examples import TaskDocuments
 from famx.data.vocabularies import Vocabulary
 
 TRAIN_EXAMPLES = 2**31 - 1
 VALIDATION_EXAMPLES = 256
-_NEED_FILES = ("own_text",)  # reads the user's files, although it can be made without options
+# The first reads the user's files, although it can be made without options; SeqIO's rows are tokens.
+_LEFT_OUT = ("own_text", *SEQUENCES)
 
 _replaceable: set[str] = set()  # names that `register_tasks` registered and no other call since
 
@@ -27,14 +30,15 @@ _replaceable: set[str] = set()  # names that `register_tasks` registered and no 
 def register_tasks() -> None:
     """Register the tasks that come with famx with SeqIO, under their names and with default settings.
 
-    Tasks of your own files (`own_text`, `own_records`, `own_chat`) are left out; suites become mixtures.
+    Tasks of your own files (`own_text`, `own_records`, `own_chat`) and those that have features in place
+    of tokens (`famx.data.sequences`) are left out; suites become mixtures.
     Names that SeqIO already knows are skipped, so it may be called more than once. Files are looked for
     when examples are read, not here.
     """
     known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     mixtures = {}
     for name in TASKS:
-        if name in known or name in _NEED_FILES or registry.needs_options(name):
+        if name in known or name in _LEFT_OUT or registry.needs_options(name):
             continue
         task = registry.get(name)
         if isinstance(task, Suite):
@@ -55,6 +59,8 @@ def register_named(name: str, as_name: str | None = None, **options) -> seqio.Ta
     task, as_name = registry.get(name, **options), as_name or name
     if isinstance(task, TextTask):
         return register_text_task(task, as_name, lazy=True)
+    if features_of(task):
+        raise ConfigError(f"The task {name} has features besides tokens, which rows of SeqIO do not hold.")
     if kind_of(task) is Kind.MADE:
         return register_made(as_name, task)
     documents = {x: registry.get(name, **{**options, "split": x}) for x in ("train", "validation")}

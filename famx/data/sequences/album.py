@@ -12,6 +12,8 @@ from famx.data.sequences.task import DIGITS, SequenceTask
 
 _FEWEST = 4  # images
 
+PUBLISHED = "scikit-learn"  # what `famx tasks` says that it needs
+
 
 @checked
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ from famx.base.values import checked
 from famx.data.sequences.digits import PatchSide, digits, patch_count, patches
 from famx.data.sequences.task import DIGITS, SequenceTask
 
+PUBLISHED = "scikit-learn"  # what `famx tasks` says that it needs
+
 
 @checked
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,8 @@ from famx.data.sequences.task import DIGITS, SequenceTask, mixed_row
 
 _FILLER = ("so", "and", "then", "on", "we", "went", "home", "again")
 
+PUBLISHED = "scikit-learn"  # what `famx tasks` says that it needs
+
 
 @checked
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from famx.base.values import checked
 from famx.data.sequences.log_mel import log_mel
 from famx.data.sequences.task import DIGITS, SequenceTask
 
-PROGRAM = "espeak-ng"
+PUBLISHED = PROGRAM = "espeak-ng"
 VOICES = {
     "train": ("en-us", "en-gb", "en-gb-scotland", "en-us+m3", "en-us+f2", "en-gb+m5", "en-gb+f3"),
     "eval": ("en-gb-x-rp", "en-us+m7", "en-us+f4"),
