@@ -60,7 +60,7 @@ def register_named(name: str, as_name: str | None = None, **options) -> seqio.Ta
     if isinstance(task, TextTask):
         return register_text_task(task, as_name, lazy=True)
     if features_of(task):
-        raise ConfigError(f"The task {name} has features besides tokens, which rows of SeqIO do not hold.")
+        raise ConfigError(f"The task {name} has features besides tokens, which SeqIO's rows do not hold.")
     if kind_of(task) is Kind.MADE:
         return register_made(as_name, task)
     documents = {x: registry.get(name, **{**options, "split": x}) for x in ("train", "validation")}
