@@ -77,10 +77,12 @@ class MelodyTask(SequenceTask):
 @functools.cache
 def _pitches() -> np.ndarray:
     """Four pitches of each melody, in semitones, all melodies different."""
-    rng, found = np.random.default_rng(0), {}
+    rng, found = np.random.default_rng(0), list[list[int]]()
     while len(found) < len(_NAMES):
-        found.setdefault(tuple(rng.choice([0, 4, 7, 12, 16, 19], NOTES)), None)
-    return np.array(list(found))
+        pitches = rng.choice([0, 4, 7, 12, 16, 19], NOTES).tolist()
+        if pitches not in found:
+            found.append(pitches)
+    return np.array(found)
 
 
 def _chirp(rng: np.random.Generator, hertz: float, glide: float, samples: int) -> np.ndarray:

@@ -33,9 +33,13 @@ class SequenceTask:
     seed: Seed = 0
     split: Annotated[str, OneOf(SPLITS)] = "train"
 
-    features: ClassVar[tuple[Feature, ...]] = ()
     values: ClassVar[int] = 0
     words: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """The features of a position, besides tokens; a subclass may set them as a class attribute."""
+        return ()
 
     @functools.cached_property
     def vocab(self) -> Vocabulary:
