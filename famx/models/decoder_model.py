@@ -160,15 +160,17 @@ class DecoderModel:
             self.module, params, hidden, targets, weights, self.z_loss, self.loss_chunk
         )
         weight = jnp.sum(weights)
+        of_values = {}
+        if self.config.values is not None:
+            values = self.value_sums(params, hidden, batch)
+            sums, weight = sums + values.total, weight + values.count
+            of_values = {"value_loss": values}
+        loss = sums / jnp.maximum(weight if normalizer is None else normalizer, 1e-9)
         metrics = {
             "loss": Mean(sums, weight),
             "accuracy": Mean.of(correct, weights),
+            **of_values,
         }
-        if self.config.values is not None:
-            of_values = self.value_sums(params, hidden, batch)
-            sums, weight = sums + of_values.total, weight + of_values.count
-            metrics |= {"loss": Mean(sums, weight), "value_loss": of_values}
-        loss = sums / jnp.maximum(weight if normalizer is None else normalizer, 1e-9)
         if "answer_start" in batch:
             ignored = jnp.arange(targets.shape[1]) < batch["answer_start"][:, None]
             metrics["exact_match"] = Mean.of(jnp.all(correct | ignored | (weights == 0), axis=1))
