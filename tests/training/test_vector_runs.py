@@ -26,6 +26,7 @@ from famx.model_dir.memory_file import restore_memory, save_memory
 from famx.modules.frontends import Frontend, Mixed, Vectors
 from famx.modules.heads import Values
 from famx.training.curriculum import Curriculum
+from famx.training.feeds import AgedFeed, Source
 from famx.training.state_passing import Aged
 from famx.training.step import make_initializer, make_train_step
 
@@ -185,14 +186,13 @@ def test_two_devices_equal_one(tmp_path):
 
 def test_the_pool_reads_features_before_its_rows():
     """The state of a lane is that of the features before its row."""
-    from famx.training.feeds import AgedFeed, Source
-
     source = Source(Sensor(), 2, 2 * BLOCK, BLOCK, curriculum=Curriculum((2, 4), unlock=0.0))
     feed = AgedFeed(source, MODEL, groups=1, refresh_period=1)
     feed.observe(2, 1.0)
     params = MODEL.init_params(jax.random.key(0))
     params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value"))
     kept = Aged(groups=1).initial(MODEL, params, 2)
+    kept = jax.tree.map(jax.numpy.copy, kept)  # it is donated, and keys and values share a buffer
     rows = feed.next(0)
     kept = feed.prepare(rows, params, kept)
     first = feed.firsts[0]
