@@ -9,9 +9,9 @@ import dataclasses
 import pathlib
 
 from benchmarks import command
-from benchmarks.timing import interleave
 from benchmarks.turns import ROOT, Worker
 from famx.base.tables import Table
+from famx.scale.timing import interleave
 
 # Runs in each checkout. It uses only what both checkouts must have in common.
 _PROGRAM = """

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.timing import machine
 from famx.base import tables
 from famx.base.errors import ConfigError
+from famx.scale.timing import machine
 
 
 class Job:

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks import command
-from benchmarks.timing import Spread, peak_memory
 from famx.base import tables
+from famx.scale.timing import Spread, peak_memory
 
 REFERENCE = "seqio.trim_and_pack_dataset"
 

@@ -16,7 +16,6 @@ from benchmarks import peers, peers_famx, workloads
 from benchmarks.budget import Budget
 from benchmarks.peer_shape import Shape
 from benchmarks.plans import Figures, Plan, Results, Row, in_turns, timed
-from benchmarks.timing import Spread, Timings
 from benchmarks.turns import Worker
 from benchmarks.workloads import Workload
 from famx.base.chips import peak_flops
@@ -25,6 +24,7 @@ from famx.memories import Fam
 from famx.models import DecoderModel, loss_weights
 from famx.modules import Decoder, DecoderConfig, Memory
 from famx.modules.backends import ATTENTION_BACKENDS, refusal, resolve_backend
+from famx.scale.timing import Spread, Timings
 from famx.training import loop
 from famx.training.flops import train_flops
 from famx.training.run import Run

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import command
-from benchmarks.timing import Spread, interleave, peak_memory
 from benchmarks.workloads import parameters, random_tokens
 from famx.base.tables import Table
 from famx.decoding import Sampling, Streamer, generate
 from famx.memories import Fam
 from famx.modules import Decoder, DecoderConfig, Memory
+from famx.scale.timing import Spread, interleave, peak_memory
 
 TINY = (("vocab_size", 128), ("num_layers", 2), ("embed_dim", 64), ("num_heads", 4), ("mlp_dim", 128))
 _FULL_TOKENS = 32  # tokens generated with full attention, which is slow

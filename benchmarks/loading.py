@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import Spread, interleave
 from famx.model_dir.checkpointer import Checkpointer
+from famx.scale.timing import Spread, interleave
 
 _LAYERS = 8
 

@@ -20,10 +20,10 @@ import numpy as np
 from benchmarks import command, remember
 from benchmarks.memory_start import BIASED, ORDINARY, label
 from benchmarks.remember import ON_CPU, REACHED, VARIED, Size
-from benchmarks.timing import machine
 from famx.base import tables
 from famx.base.errors import ConfigError
 from famx.memories import Fam
+from famx.scale.timing import machine
 
 SIZES = {
     "twin": Size(

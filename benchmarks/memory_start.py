@@ -20,7 +20,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks import command
-from benchmarks.timing import machine
 from famx.base import tables
 from famx.base.errors import ConfigError
 from famx.evaluation.common import streamer_of
@@ -30,6 +29,7 @@ from famx.model_dir.loading import TrainedModel, load_model
 from famx.models.memory_start import MemoryStart
 from famx.modules import Decoder, DecoderConfig, Memory
 from famx.modules.memory import of_memory
+from famx.scale.timing import machine
 
 TOPICS = ("execmodel", "compound", "typesseq", "formatstrings")  # of pydoc, more than 2,000 tokens each
 ORDINARY = {"first_residual": "ordinary"}

@@ -13,9 +13,9 @@ import jax
 
 from benchmarks import command
 from benchmarks.peer_shape import Shape
-from benchmarks.timing import Spread, interleave
 from benchmarks.turns import LeftOut, Worker
 from famx.base.tables import Table
+from famx.scale.timing import Spread, interleave
 
 _FAMX = "benchmarks.peers_famx:build"
 

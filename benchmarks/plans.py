@@ -17,10 +17,10 @@ import jax
 
 from benchmarks import workloads
 from benchmarks.budget import Budget
-from benchmarks.timing import Timings, interleave
 from benchmarks.turns import LeftOut
 from benchmarks.workloads import Workload
 from famx.base.tables import Table
+from famx.scale.timing import Timings, interleave
 
 NOT_MEASURED, NO_TIME, LEFT_OUT = "not measured", "no time left", "left out"
 

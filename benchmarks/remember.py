@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import command, memory_start
-from benchmarks.timing import machine
 from famx.base import files, gin_utils, tables
 from famx.base.errors import ConfigError
 from famx.conversion.commands import convert, read_memory
@@ -30,6 +29,7 @@ from famx.memories import Fam
 from famx.model_dir.loading import TrainedModel, load_model
 from famx.models.memory_start import MemoryStart
 from famx.modules import Memory
+from famx.scale.timing import machine
 from famx.training import loop
 from famx.training.run_log import read_metrics
 from famx.training.stages import SMOOTHING

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 
-from benchmarks.timing import Spread, interleave
 from benchmarks.workloads import Workload, forward, matrix_product, train_step
 from famx.base.tables import Table
 from famx.memories import Fam
 from famx.modules import DecoderConfig, Memory
+from famx.scale.timing import Spread, interleave
 from famx.training.flops import train_flops
 
 ORDERS = (1, 2, 4, None)  # values of blocks_per_chunk; None puts all blocks into one chunk

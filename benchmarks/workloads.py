@@ -3,23 +3,23 @@
 They are cached, so that sections that measure the same workload compile it once.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import unbox
 
-from benchmarks.full_attention import full_attention
 from famx.decoding import Sampling, Streamer
 from famx.mesh import batch_sharding, make_mesh
 from famx.models import DecoderModel
-from famx.modules import Decoder, DecoderConfig, layer
+from famx.modules import Decoder, DecoderConfig
+from famx.scale import full_attention
 from famx.training import optimizers
 from famx.training.run import Data, Every, Run
 from famx.training.step import make_initializer, make_train_step
@@ -111,7 +111,7 @@ def forward(
       length: number of tokens.
       logits: also return the last token's logits. Without them, the memory of reading block by block
         does not grow with the length.
-      full: use `benchmarks.full_attention`; `config` must have one block and no memory.
+      full: use `famx.scale.full_attention`; `config` must have one block and no memory.
     """
     decoder = Decoder(config)
     tokens = jnp.asarray(random_tokens(config, batch, length))
@@ -125,8 +125,7 @@ def forward(
         last = decoder.apply({"params": params}, hidden[:, -1], method="logits") if logits else None
         return last, state
 
-    attention = full_attention if full else layer.token_attention
-    with mock.patch.object(layer, "token_attention", attention):
+    with full_attention.replaced() if full else contextlib.nullcontext():
         compiled = jax.jit(read).lower(params, tokens).compile()
     return Workload(lambda: compiled(params, tokens), _temp_bytes(compiled))
 

@@ -19,10 +19,12 @@ COMMANDS = {
     "convert": "famx.convert",
     "export": "famx.export",
     "attention-maps": "famx.attention_maps",
+    "heatmap": "famx.heatmap",
     "cache": "famx.cache",
     "prepare": "famx.prepare",
     "inspect-data": "famx.inspect_data",
     "compile": "famx.compile",
+    "profile": "famx.profile",
     "replay": "famx.replay",
     "doctor": "famx.doctor",
 }

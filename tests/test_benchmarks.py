@@ -39,12 +39,12 @@ from benchmarks import (  # noqa: E402
     inference,
     loading,
     memory_start,
-    timing,
     train_step,
     workloads,
 )
-from benchmarks.full_attention import full_attention  # noqa: E402
 from famx.base import tables  # noqa: E402
+from famx.scale import timing  # noqa: E402
+from famx.scale.full_attention import full_attention  # noqa: E402
 
 SECTIONS = ["fam_vs_bswa", "chunks", "matmul_share", "full_vs_fam", "length"]
 RATIOS = {
@@ -132,7 +132,7 @@ def test_the_page_of_this_repository_has_a_place_for_every_section():
 
 @pytest.mark.parametrize("kv_heads, length", [(2, 24), (1, 7)])
 def test_full_attention_equals_the_model_s_own(kv_heads, length, monkeypatch):
-    monkeypatch.setattr("benchmarks.full_attention.TILE", 8)
+    monkeypatch.setattr("famx.scale.full_attention.TILE", 8)
     config = DecoderConfig(
         vocab_size=8, num_layers=1, embed_dim=16, num_heads=4, num_kv_heads=kv_heads,
         block_size=length, memory_segments=0, memory=Memory(), attention_backend="xla",

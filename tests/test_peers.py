@@ -14,10 +14,11 @@ import xla_flags
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
-from benchmarks import peers, timing  # noqa: E402
+from benchmarks import peers  # noqa: E402
 from benchmarks.peer_shape import Shape  # noqa: E402
 from benchmarks.turns import LeftOut, Worker  # noqa: E402
 from famx.base import tables  # noqa: E402
+from famx.scale import timing  # noqa: E402
 
 # An implementation that writes down when it computes.
 FAKE = """

@@ -229,10 +229,17 @@ def integers(values: Sequence[str] | None, flag: str) -> list[int] | None:
     Raises:
       ConfigError: one of the values is not an integer.
     """
-    if values is None:
-        return None
+    return None if values is None else _read(int, values, flag)
+
+
+def numbers(values: Sequence[str], flag: str) -> list[float]:
+    """Numbers of a comma-separated flag; see `integers`."""
+    return _read(float, values, flag)
+
+
+def _read(kind: Callable[[str], Any], values: Sequence[str], flag: str) -> list[Any]:
     try:
-        return [int(value) for value in values]
+        return [kind(value) for value in values]
     except ValueError:
         raise ConfigError(
             f"--{flag}={','.join(values)} cannot be read: write numbers with commas between them."

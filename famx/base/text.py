@@ -14,6 +14,15 @@ def byte_size(count: float, digits: int = 1) -> str:
     return f"{count:.{digits + 1}f} TB"
 
 
+def short_count(count: int) -> str:
+    """A count for an axis; multiples of 1024 are rounded: '512', '1.5k', '131k', '1M'."""
+    for size, unit in ((10**6, "M"), (1000, "k")):
+        if count >= size:
+            digits = 0 if count % 1024 == 0 else 1
+            return f"{count / size:.{digits}f}{unit}"
+    return str(count)
+
+
 def clock(seconds: float) -> str:
     """Minutes and seconds, or hours, minutes and seconds: '1:15', '2:03:04'."""
     minutes, seconds = divmod(round(seconds), 60)

@@ -1,12 +1,9 @@
 """PassKey retrieval at increasing document lengths (paper section 3.3)."""
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
-
-import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.base.files import write_json
@@ -19,8 +16,8 @@ from famx.evaluation.common import (
     check_vocabulary,
     is_of_memory,
     memory_figures,
-    streamer_of,
 )
+from famx.evaluation.streamed import streamed_answers
 from famx.models import DecoderModel
 
 PROBES = {
@@ -175,21 +172,7 @@ class PasskeyEvaluation:
         return scores | zeroed
 
 
-def _answers(model, params, batch, zero_memory: bool = False) -> np.ndarray:
+def _answers(model: DecoderModel, params, batch, zero_memory: bool = False):
     """Most likely tokens at the answer positions, int32 `[B, answer_width]`, padded like the answers."""
-    c, tokens, starts = model.config, batch["decoder_input_tokens"], batch["answer_start"]
-    # The answers end the documents, so predictions are computed for the last blocks only.
-    tail = math.ceil((tokens.shape[1] - starts.min()) / c.block_size) * c.block_size
-    # Without memory, tokens outside the reach of the stacked windows cannot influence the answer, so
-    # reading them is skipped.
-    reach = c.num_layers * c.memory_segments * c.block_size
-    skipped = max(tokens.shape[1] - tail - reach, 0) if zero_memory else 0
-    streamer = streamer_of(model.module, zero_memory)
-    state = streamer.initial_state(params, len(tokens))
-    state = state.replace(position=state.position + skipped)
-    if tokens.shape[1] - skipped > tail:
-        _, state = streamer.read(params, state, tokens[:, skipped:-tail])
-    best, _ = streamer.predict(params, state, tokens[:, -tail:])
-    places = (starts - tokens.shape[1])[:, None] + np.arange(batch["answer"].shape[1])
-    answers = np.take_along_axis(best, np.minimum(places, -1) + tail, axis=1)
-    return np.where(places < 0, answers, batch["answer"])
+    arrays = (batch[name] for name in ("decoder_input_tokens", "answer_start", "answer"))
+    return streamed_answers(model, params, *arrays, zero_memory=zero_memory)

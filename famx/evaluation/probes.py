@@ -142,24 +142,8 @@ class ProbeEvaluation:
                 ) from error
 
     def _probe(self, name: str, model: DecoderModel) -> Probe:
-        if name not in PROBES:
-            raise ConfigError(
-                f"ProbeEvaluation.probes names {name!r}, which is no probe.{nearest(name, list(PROBES))}"
-                f" All are {', '.join(PROBES)}."
-            )
-        if model.vocabulary is None:
-            raise ConfigError(
-                "ProbeEvaluation needs a vocabulary, and the model has none: copy the vocabulary.json of"
-                " the training run next to model.json."
-            )
-        check_bos(model.vocabulary.bos_id, "the model")
-        options = {"vocabulary": model.vocabulary, **(self.probe_options or {}).get(name, {})}
-        try:
-            probe = PROBES[name](**{**options, "split": "eval", "seed": self.seed})
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"ProbeEvaluation.probes '{name}': {error}") from error
-        check_vocabulary(probe.vocab, model, f"ProbeEvaluation.probes '{name}'")
-        return probe
+        options = (self.probe_options or {}).get(name, {})
+        return probe_of(model, name, options, self.seed, "ProbeEvaluation.probes")
 
     def _room(self, probe: Probe) -> int:
         return self.max_new_tokens or probe.written_tokens
@@ -206,6 +190,41 @@ class ProbeEvaluation:
                 for i, (example, prediction) in enumerate(zip(prompts.examples, predictions))
             ],
         )
+
+
+def probe_of(
+    model: DecoderModel, name: str, options: Mapping[str, Any], seed: int, setting: str
+) -> Probe:
+    """The probe of a name, for evaluation, in the vocabulary of a model unless the options give another.
+
+    Args:
+      model: the model that is to answer.
+      name: name of the probe.
+      options: its options.
+      seed: seed of its examples.
+      setting: what named the probe, for error sentences.
+
+    Raises:
+      ConfigError: there is no such probe or option, or the model's vocabulary cannot spell the probe.
+    """
+    if name not in PROBES:
+        raise ConfigError(
+            f"{setting} names {name!r}, which is no probe.{nearest(name, list(PROBES))} All are"
+            f" {', '.join(PROBES)}."
+        )
+    if model.vocabulary is None:
+        raise ConfigError(
+            f"{setting} {name!r} needs a vocabulary, and the model has none: copy the vocabulary.json of"
+            " the training run next to model.json."
+        )
+    check_bos(model.vocabulary.bos_id, "the model")
+    given = {"vocabulary": model.vocabulary, **options, "split": "eval", "seed": seed}
+    try:
+        probe = PROBES[name](**given)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{setting} '{name}': {error}") from error
+    check_vocabulary(probe.vocab, model, f"{setting} '{name}'")
+    return probe
 
 
 class _Prompts(NamedTuple):

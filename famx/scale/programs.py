@@ -12,6 +12,7 @@ from famx.decoding import Sampling, Streamer
 from famx.mesh import BATCH_AXES, check_batch_size, logical_to_sharding, on_mesh, state_sharding
 from famx.models.inputs import check_reads_text
 from famx.modules import DecoderConfig
+from famx.modules.prepared import computing
 from famx.training.flops import train_flops
 from famx.training.run import Run
 from famx.training.step import make_initializer, make_train_step
@@ -24,7 +25,7 @@ class Program:
     """A lowered program and its properties that are known before it is compiled.
 
     Attributes:
-      name: one of `PROGRAMS`; with stages, that of the training step names its stage.
+      name: one of `PROGRAMS`, or "at_once"; with stages, that of the training step names its stage.
       lowered: the program, to be compiled.
       arguments: its arguments by kind, as ShapeDtypeStructs with shardings.
       parameters: number of parameters of the model.
@@ -64,12 +65,56 @@ def train(run: Run) -> Program:
     flops = None
     if run.trainable.name == "all":  # otherwise parts of the backward pass are omitted
         flops = sum(train_flops(config, rows, length, run.state_passing.from_prompt).values())
-    count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    count = _count(abstract.params)
     return Program("train", lowered, arguments, count, rows, length, flops, config)
 
 
 def read_and_write(run: Run, batch_size: int) -> tuple[Program, Program]:
     """Prefill, the step that reads most of a long prompt, and decode, a block written token by token."""
+    config = run.model.config
+    params, state, rows = _reader(run, batch_size)
+    streamer = Streamer(run.model.module)
+    sampling = Sampling(max_new_tokens=config.block_size)
+    with on_mesh(run.mesh, run.rules):
+        reading, length = streamer.lower_read(params, state, rows)
+        writing = streamer.lower_write(params, state, sampling, rows)
+    arguments, count = {"parameters": params, "states": state}, _count(params)
+    # Tokens in the middle of a text, whose last block updates the memory too; no logits. A training step
+    # is three such passes.
+    both, first = (train_flops(config, batch_size, n * length, from_start=False) for n in (2, 1))
+    flops = sum(both[kind] - first[kind] for kind in both if kind != "head") // 3
+    return (
+        Program("prefill", reading, arguments, count, batch_size, length, flops, config),
+        Program("decode", writing, arguments, count, batch_size, config.block_size, None, config),
+    )
+
+
+def read_at_once(run: Run, batch_size: int, length: int) -> Program:
+    """Reads whole texts from their beginning in one call, layer by layer; no logits.
+
+    The arguments that it takes are the parameters, the state before the first token, and the tokens.
+    """
+    config = run.model.config
+    params, state, rows = _reader(run, batch_size)
+    tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=rows)
+
+    def read(params, state, tokens):
+        variables = {"params": computing(params, config, tables=False)}
+        hidden, state = run.model.module.apply(variables, tokens, state, aligned=True, method="read")
+        return hidden[:, -1], state
+
+    with on_mesh(run.mesh, run.rules):
+        lowered = jax.jit(read, donate_argnums=1).lower(params, state, tokens)
+    arguments = {"parameters": params, "states": state, "batch": tokens}
+    flops = train_flops(config, batch_size, length)
+    forward = sum(flops[kind] for kind in flops if kind != "head") // 3
+    return Program(
+        "at_once", lowered, arguments, _count(params), batch_size, length, forward, config
+    )
+
+
+def _reader(run: Run, batch_size: int) -> tuple[Any, Any, NamedSharding]:
+    """Shapes of the parameters and of the state of a model that reads, and the sharding of its rows."""
     model, mesh = run.model, run.mesh
     check_batch_size(batch_size, mesh, setting="--inference_batch_size")
     check_reads_text(model, "The programs of inference")
@@ -84,22 +129,11 @@ def read_and_write(run: Run, batch_size: int) -> tuple[Program, Program]:
     apply = lambda params: model.module.apply({"params": params}, batch_size, method="initial_state")
     state = jax.eval_shape(apply, params)
     state = jax.tree.map(place, state, state_sharding(state, config, mesh, run.rules))
-    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    streamer = Streamer(model.module)
-    sampling = Sampling(max_new_tokens=config.block_size)
-    with on_mesh(run.mesh, run.rules):
-        reading, length = streamer.lower_read(params, state, rows)
-        writing = streamer.lower_write(params, state, sampling, rows)
-    arguments = {"parameters": params, "states": state}
-    # Tokens in the middle of a text, whose last block updates the memory too; no logits. A training step
-    # is three such passes.
-    both, first = (train_flops(config, batch_size, n * length, from_start=False) for n in (2, 1))
-    flops = sum(both[kind] - first[kind] for kind in both if kind != "head") // 3
-    return (
-        Program("prefill", reading, arguments, count, batch_size, length, flops, config),
-        Program("decode", writing, arguments, count, batch_size, config.block_size, None, config),
-    )
+    return params, state, NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def _count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct) -> int:

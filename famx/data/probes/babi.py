@@ -110,6 +110,10 @@ class BabiProbe(HaystackProbe):
             + size(self._answer(question, place) for question, place in asked)
         )
 
+    def at_depth(self, depth, length):
+        """All facts of the story are at this depth, one after another."""
+        return dataclasses.replace(self, between=(depth, depth))
+
     def score(self, examples: Sequence[Mapping[str, Any]], predictions: Sequence[str]):
         """`{"accuracy"}` of BABILong; see the class."""
         answers = [example["references"] for example in examples]

@@ -66,6 +66,14 @@ class NeedleProbe(HaystackProbe):
             )
         self._encode(self._widest().hidden[0])
 
+    def at_depth(self, depth, length):
+        if self.num_queries * self.num_values > 1:
+            raise ValueError(
+                "This NeedleProbe asks for several values, each at a depth of its own; set num_queries "
+                "and num_values to 1, or choose another probe."
+            )
+        return dataclasses.replace(self, depth=depth)
+
     def _parts(self, index):
         keys, values, queried = self._content(index)
         needles = [(key, value) for key, of_key in zip(keys, values) for value in of_key]

@@ -124,6 +124,18 @@ class PasskeyTask(Probe):
         end = self._blocks.later(end) + size if self.second_key > 0 else end
         return end + self._asked_width
 
+    def at_depth(self, depth, length):
+        """With a second key in every row, `depth` is its place, since it is the one that is asked for."""
+        if self.second_key == 0:
+            return dataclasses.replace(self, depth=depth)
+        if self.second_key == 1:
+            return dataclasses.replace(self, second_key_depth=depth, second_key_recent=False)
+        raise ValueError(
+            f"PassKey's second_key is {self.second_key}, so that now one key and now the other is asked "
+            "for: set second_key to 0, where depth is that of the only key, or to 1, where it is the "
+            "second's."
+        )
+
     def overhead(self, second_key: bool, header: bool | None = None) -> int:
         """Largest number of tokens of a row that are not filler.
 

@@ -144,6 +144,21 @@ class Probe:
         row = self.example(index, length)
         return {name: row[name] for name in ("inputs", "references")}
 
+    def at_depth(self, depth: float, length: int) -> "Probe":
+        """The probe with what the question asks for at one place of every row.
+
+        Args:
+          depth: the place, as a fraction of the context: 0 is its beginning, 1 its end.
+          length: number of tokens of the rows.
+
+        Raises:
+          ValueError: the probe, with these settings, has no such place.
+        """
+        raise ValueError(
+            f"{type(self).__name__} asks about its whole text, not about one place in it, so it has no "
+            "depth; choose another probe."
+        )
+
     def score(
         self, examples: Sequence[Mapping[str, Any]], predictions: Sequence[str]
     ) -> dict[str, float]:

@@ -106,6 +106,12 @@ class DistanceProbe(Probe):
     def min_length(self) -> int:
         return (self.distance or self._min_distance) * self.block_size + self._question_size
 
+    def at_depth(self, depth, length):
+        """In whole blocks: 0 is the row's first block, 1 as near to the question as the probe allows."""
+        last = (length - 1) // self.block_size
+        blocks = last - round(depth * (last - self._min_distance))
+        return dataclasses.replace(self, distance=max(blocks, self._min_distance))
+
     def _row(self, index, length):
         size, last = self.block_size, (length - 1) // self.block_size
         if length - last * size < self._question_size:
@@ -184,6 +190,14 @@ class RecallProbe(DistanceProbe):
                 "more, or overwrite to 0."
             )
         super().__post_init__()
+
+    def at_depth(self, depth, length):
+        if self.overwrite:
+            raise ValueError(
+                "RecallProbe with overwrite asks now for the first statement and now for a later one, so "
+                "it has no depth; set overwrite to 0."
+            )
+        return super().at_depth(depth, length)
 
     @functools.cached_property
     def answer_width(self) -> int:

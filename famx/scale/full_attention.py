@@ -1,25 +1,40 @@
-"""Full causal attention as a baseline: a tiled forward pass that never holds all scores.
+"""Full causal attention as a baseline on a CPU, in tiles, so that it never holds all scores.
 
 The model's own CPU backends are not made for a block as long as the sequence: `xla` materialises all
 scores, and `blockwise` would compile each tile separately. This implementation skips the tiles above the
-diagonal and needs memory linear in the length, so that the comparison is fair to full attention.
+diagonal and needs memory linear in the length, also for its gradient, so that the comparison is fair to
+full attention. The fused kernels of TPUs and GPUs need no replacement.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
+from famx.modules import layer
 from famx.modules.attention import softcap
 from famx.modules.config import DecoderConfig
 
 TILE = 512  # rows and columns of a tile
 
 
+@contextlib.contextmanager
+def replaced() -> Iterator[None]:
+    """A context in which models that are traced compute their attention by `full_attention`."""
+    before = layer.token_attention
+    layer.token_attention = full_attention
+    try:
+        yield
+    finally:
+        layer.token_attention = before
+
+
 def full_attention(
     q, keys, values, memory_keys, memory_values, first_block, config: DecoderConfig, batch_axis="batch"
 ):
-    """Replacement for `famx.modules.attention.token_attention`, without a gradient.
+    """Replacement for `famx.modules.attention.token_attention`.
 
     Arguments and result are those of `token_attention`; `memory_keys`, `memory_values`, `first_block`
     and `batch_axis` are ignored.
@@ -42,8 +57,13 @@ def full_attention(
     q, keys, values = tiles(q), tiles(keys), tiles(values)
     slots = jnp.arange(q.shape[3]) % tile  # position within the tile of each row: G heads, one by one
 
+    @jax.checkpoint  # or the gradient would keep the scores
     def rows(index):
-        def column(j, carry):
+        def column(carry, j):
+            return jax.lax.cond(j <= index, lambda x: add(x, j), lambda x: x, carry), None
+
+        @jax.checkpoint
+        def add(carry, j):
             out, total, top = carry
             scores = jnp.einsum("bkrd,bkxd->bkrx", q[index], keys[j], preferred_element_type=wide)
             scores = softcap(scores * config.query_scale, config.attention_softcap)
@@ -61,7 +81,7 @@ def full_attention(
         shape = q.shape[1:4]
         zeros = jnp.zeros((*shape, width), wide), jnp.zeros(shape, wide)
         start = (*zeros, jnp.full(shape, -1e30, wide))
-        out, total, _ = jax.lax.fori_loop(0, index + 1, column, start)
+        (out, total, _), _ = jax.lax.scan(column, start, jnp.arange(length // tile))
         return (out / total[..., None]).astype(q.dtype)
 
     out = jax.lax.map(rows, jnp.arange(length // tile))

@@ -1,0 +1,171 @@
+"""Files of a profile: one table, as Markdown and CSV, and one figure with theory's lines."""
+
+import collections
+import csv
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from famx.base.files import replacing, write_text
+from famx.base.palette import MEMORY, OWN, PAST, ZEROED
+from famx.base.tables import Table, number
+from famx.base.text import short_count
+
+_COLORS = {"fam": MEMORY, "bswa": PAST, "full": OWN}
+_NAMES = {"fam": "FAM", "bswa": "BSWA", "full": "full attention"}
+_PASSES = {"training": "training step", "reading": "reading", "at_once": "reading, the text at once"}
+_FIXED = ("parameters", "optimiser", "program")  # kinds of memory that do not depend on the length
+_GIB = 2**30
+
+Cell = dict[str, Any]
+
+
+def write(folder: pathlib.Path, cells: Sequence[Cell]) -> None:
+    """Writes profile.md, profile.csv and profile.png of all cells.
+
+    Raises:
+      ConfigError: a file cannot be written.
+    """
+    if not cells:
+        return
+    write_text(folder / "profile.md", table(cells).markdown() + "\n")
+    write_text(folder / "profile.csv", _csv(cells))
+    with replacing(folder / "profile.png") as path:
+        profile_figure(cells).savefig(path, dpi=130, format="png")
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    parameters = cell.get("parameters", 0)
+    return (cell["on"], cell["size"], list(_PASSES).index(cell["pass"]), cell["tokens"],
+            list(_NAMES).index(cell["variant"]), parameters)  # fmt: skip
+
+
+def table(cells: Sequence[Cell]) -> Table:
+    """A row for each cell: what was measured, what was compiled, and the memory by kind."""
+    rows = []
+    for cell in sorted(cells, key=_order):
+        memory, batch = cell.get("memory", {}), cell.get("batch", 1)
+        gib = lambda *kinds, memory=memory: f"{sum(memory.get(k, 0) for k in kinds) / _GIB:.3f}"
+        per_token = lambda name, cell=cell, batch=batch: (
+            number(1e6 * cell[name] / cell["tokens"] / batch) if name in cell else "-"
+        )
+        spread = f" [{per_token('lower')}, {per_token('upper')}]" if "seconds" in cell else ""
+        rows.append({
+            "size": cell["size"],
+            "on": cell["on"],
+            "pass": cell["pass"],
+            "tokens": f"{cell['tokens']:,}",
+            "variant": _NAMES[cell["variant"]],
+            "measured, µs a token": per_token("seconds") + spread,
+            "time / BSWA": f"{cell['to_bswa']:.3f}" if "to_bswa" in cell else "-",
+            "bound as scheduled, µs a token": per_token("scheduled"),
+            "weights and moments, GiB": gib("parameters", "optimiser"),
+            "states, GiB": gib("states"),
+            "temporaries, GiB": gib("temporaries"),
+            "needed, GiB": f"{cell['bytes'] / _GIB:.3f}" if "bytes" in cell else "-",
+            "fits": {True: "yes", False: "no"}.get(cell.get("fits"), "-"),
+            "peak, MiB": f"{cell['peak'] / 2**20:.0f} ({cell['peak_of']})" if "peak" in cell else "-",
+            "note": cell.get("note", ""),
+        })  # fmt: skip
+    notes = (
+        "memory by kind: of the compiled program, on each device; peak: of the process or the device"
+        " while it ran",
+        "measured: median of interleaved rounds [quartiles]; bound: of the compiled program, nothing ran",
+    )
+    return Table("profile", "", notes, rows)
+
+
+def _csv(cells: Sequence[Cell]) -> str:
+    kinds = dict.fromkeys(kind for cell in cells for kind in cell.get("memory", {}))
+    rows = []
+    for cell in sorted(cells, key=_order):
+        row = {name: value for name, value in cell.items() if name != "memory"}
+        rows.append(row | {f"memory_{k}": cell.get("memory", {}).get(k) for k in kinds})
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# ---------------------------------------------------------------- figure
+
+
+def profile_figure(cells: Sequence[Cell]) -> Figure:
+    """Seconds and memory over length: a column for each model and place, two rows for each pass.
+
+    Dotted lines are theory's, drawn from the shortest text of each line; see `theory`.
+    """
+    groups: dict[tuple[str, str], list[Cell]] = collections.defaultdict(list)
+    for cell in sorted(cells, key=_order):
+        groups[cell["size"], cell["on"]].append(cell)
+    passes = [name for name in _PASSES if any(cell["pass"] == name for cell in cells)]
+    figure = Figure(figsize=(1.5 + 4 * len(groups), 1 + 2.9 * 2 * len(passes)), layout="constrained")
+    grid = figure.subplots(2 * len(passes), len(groups), squeeze=False)
+    for column, ((size, on), of_group) in enumerate(groups.items()):
+        for i, pass_ in enumerate(passes):
+            of_pass = [cell for cell in of_group if cell["pass"] == pass_]
+            for axes, quantity in zip(grid[2 * i : 2 * i + 2, column], ("seconds", "memory")):
+                _panel(axes, of_pass, quantity)
+                axes.set_title(f"{size} on {on}: {_PASSES[pass_]}", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens of a row")
+    lines = [Line2D([], [], color=_COLORS[v], label=_NAMES[v]) for v in _NAMES]
+    lines += [
+        Line2D([], [], color=ZEROED, marker="o", label="measured time; memory of the compiled program"),
+        Line2D([], [], color=ZEROED, marker="s", mfc="none", ls="--", label="bound, compiled program"),
+        Line2D([], [], color=ZEROED, ls=":", label="theory, from the shortest text"),
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize="small")
+    return figure
+
+
+def _panel(axes: Any, cells: Sequence[Cell], quantity: str) -> None:
+    """One quantity of one pass over length, on logarithmic axes."""
+    drawn = set()
+    names = ("seconds", "scheduled") if quantity == "seconds" else ("bytes",)
+    for variant in _NAMES:
+        for name in names:
+            line = [cell for cell in cells if cell["variant"] == variant and name in cell]
+            if not line:
+                continue
+            unit = _GIB if name == "bytes" else 1
+            style = dict(marker="s", mfc="none", ls="--") if name == "scheduled" else dict(marker="o")
+            tokens = [cell["tokens"] for cell in line]
+            drawn.update(tokens)
+            color = _COLORS[variant]
+            axes.plot(tokens, [cell[name] / unit for cell in line], color=color, ms=4, **style)
+            expected = [x / unit for x in theory(line, name)]
+            axes.plot(tokens, expected, color=color, ls=":", lw=2.5, alpha=0.5)
+    if drawn:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(sorted(drawn), map(short_count, sorted(drawn)), rotation=45, fontsize=8)
+        axes.minorticks_off()
+    axes.set_ylabel("seconds a row" if quantity == "seconds" else "GiB a device")
+    axes.grid(alpha=0.3)
+
+
+def theory(line: Sequence[Cell], name: str) -> list[float]:
+    """What theory says of a line of one variant and pass, from its shortest text.
+
+    Time grows with the operations of the model: in proportion to the length with a window, with its
+    square in full attention. Memory is that of the weights and what grows with the tokens that are held
+    at once: none that does for texts that are streamed.
+
+    Args:
+      line: cells of rising length.
+      name: "seconds" or "scheduled" (time), or "bytes" (memory).
+    """
+    first = line[0]
+    if name != "bytes":
+        return [first[name] * cell["model_flops"] / first["model_flops"] for cell in line]
+    if first["pass"] == "reading" and first["variant"] != "full":
+        return [first["bytes"]] * len(line)
+    fixed = sum(first["memory"].get(kind, 0) for kind in _FIXED)
+    return [fixed + (first["bytes"] - fixed) * cell["tokens"] / first["tokens"] for cell in line]
