@@ -367,6 +367,57 @@ case(
     "{here}/e",
     make=write("e", ""),
 )
+HEAT = "heatmap --checkpoint={model} --out={here}/heat "
+case("heat map of no model", "heatmap --out={here}/heat", "--checkpoint")
+case("heat map of a missing model", "heatmap --checkpoint={here}/no --out={here}/heat", "{here}/no")
+case("heat map nowhere", "heatmap --checkpoint={model}", "--out")
+case("heat map into a file", "heatmap --checkpoint={model} --out={text}", "{text}", "is a file")
+case("heat map of an unknown probe", HEAT + "--probe=paskey", "paskey", "passkey")
+case("heat map of a probe without depth", HEAT + "--probe=ruler_vt", "VariableProbe", "no depth")
+case(
+    "heat map of several values", HEAT + "--probe=ruler_niah_multivalue", "NeedleProbe", "several values"
+)
+case("heat map of keys wider than a block", HEAT, "--probe 'passkey'", "a block of 8")
+case(
+    "heat map in a vocabulary without such words",
+    "heatmap --checkpoint={talking} --out={here}/heat --probe=ruler_niah_single_1",
+    "cannot spell",
+)
+case("heat map of half a block", HEAT + "--lengths=1020", "--lengths has 1020", "8 tokens: 1016 and 1024")
+NEEDLES = HEAT + "--probe=ruler_niah_single_1 "
+case("heat map of rows that are too short", NEEDLES + "--lengths=8", "--lengths begin with 8")
+case("heat map of too many tokens", NEEDLES + "--lengths=4294967296", "positions end")
+case("heat map of lengths in words", HEAT + "--lengths=long", "--lengths=long")
+case("heat map below the end", HEAT + "--depths=0,1.5", "--depths", "1.5", "from 0 to 1")
+case("heat map of depths in words", HEAT + "--depths=deep", "--depths=deep")
+case("heat map of negative seeds", HEAT + "--seeds=-1", "--seeds", "-1")
+case("heat map of no documents", HEAT + "--examples=0", "--examples", "0")
+case("heat map with a strange option", HEAT + """--probe_options='{"digit": 3}'""", "digit")
+case(
+    "heat map over other cells",
+    NEEDLES,
+    "heatmap.jsonl",
+    "choose another directory",
+    make=write("heat/heatmap.jsonl", "other\n"),
+)
+PROFILE = "profile --out={here}/profile "
+case("profile nowhere", "profile --sizes=tiny", "--out")
+case("profile into a file", "profile --out={text}", "{text}", "is a file")
+case("profile of an unknown size", PROFILE + "--sizes=7b", "--sizes", "7b", "tiny")
+case("profile of half a block", PROFILE + "--lengths=1000", "--lengths has 1000", "multiples of 32")
+case("profile of lengths in words", PROFILE + "--lengths=long", "--lengths=long")
+case("profile of an unknown variant", PROFILE + "--variants=rnn", "--variants", "rnn", "bswa")
+case("profile of an unknown pass", PROFILE + "--passes=flying", "--passes", "flying", "at_once")
+case("profile of no rows", PROFILE + "--rows=0", "--rows", "0")
+case("profile for no such chip", PROFILE + "--topology=v9:1x1", "v9:1x1", "h100")
+case("profile with no such optimiser", PROFILE + "--optimizer=sgd", "--optimizer", "sgd", "adafactor")
+case(
+    "profile over another file",
+    PROFILE,
+    "profile.jsonl",
+    "choose another directory",
+    make=write("profile/profile.jsonl", "other\n"),
+)
 case("cache of nothing", "cache --output_dir={here}/c", "--task")
 case("cache nowhere", "cache --task=passkey_words", "--output_dir")
 case(

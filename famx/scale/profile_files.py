@@ -49,7 +49,7 @@ def table(cells: Sequence[Cell]) -> Table:
     rows = []
     for cell in sorted(cells, key=_order):
         memory, batch = cell.get("memory", {}), cell.get("batch", 1)
-        gib = lambda *kinds, memory=memory: f"{sum(memory.get(k, 0) for k in kinds) / _GIB:.3f}"
+        mib = lambda *kinds, memory=memory: _mib(sum(memory.get(kind, 0) for kind in kinds))
         per_token = lambda name, cell=cell, batch=batch: (
             number(1e6 * cell[name] / cell["tokens"] / batch) if name in cell else "-"
         )
@@ -63,12 +63,12 @@ def table(cells: Sequence[Cell]) -> Table:
             "measured, µs a token": per_token("seconds") + spread,
             "time / BSWA": f"{cell['to_bswa']:.3f}" if "to_bswa" in cell else "-",
             "bound as scheduled, µs a token": per_token("scheduled"),
-            "weights and moments, GiB": gib("parameters", "optimiser"),
-            "states, GiB": gib("states"),
-            "temporaries, GiB": gib("temporaries"),
-            "needed, GiB": f"{cell['bytes'] / _GIB:.3f}" if "bytes" in cell else "-",
+            "weights and moments, MiB": mib("parameters", "optimiser"),
+            "states, MiB": mib("states"),
+            "temporaries, MiB": mib("temporaries"),
+            "needed, MiB": _mib(cell["bytes"]) if "bytes" in cell else "-",
             "fits": {True: "yes", False: "no"}.get(cell.get("fits"), "-"),
-            "peak, MiB": f"{cell['peak'] / 2**20:.0f} ({cell['peak_of']})" if "peak" in cell else "-",
+            "peak, MiB": f"{_mib(cell['peak'])} ({cell['peak_of']})" if "peak" in cell else "-",
             "note": cell.get("note", ""),
         })  # fmt: skip
     notes = (
@@ -77,6 +77,11 @@ def table(cells: Sequence[Cell]) -> Table:
         "measured: median of interleaved rounds [quartiles]; bound: of the compiled program, nothing ran",
     )
     return Table("profile", "", notes, rows)
+
+
+def _mib(count: float) -> str:
+    mib = count / 2**20
+    return f"{mib:,.0f}" if mib >= 100 else f"{mib:.2f}"
 
 
 def _csv(cells: Sequence[Cell]) -> str:
