@@ -104,7 +104,7 @@ def read_at_once(run: Run, batch_size: int, length: int) -> Program:
         return hidden[:, -1], state
 
     with on_mesh(run.mesh, run.rules):
-        lowered = jax.jit(read, donate_argnums=1).lower(params, state, tokens)
+        lowered = jax.jit(read, donate_argnums=1, keep_unused=True).lower(params, state, tokens)
     arguments = {"parameters": params, "states": state, "batch": tokens}
     flops = train_flops(config, batch_size, length)
     forward = sum(flops[kind] for kind in flops if kind != "head") // 3

@@ -120,7 +120,8 @@ def test_a_program_that_takes_too_long_is_compiled_and_not_run(size, tmp_path):
 def test_a_training_step_runs_with_full_attention(size, tmp_path):
     plan = Plan([size], (64,), ("full",), ("training",), repeats=1)
     (cell,) = make_profile(tmp_path, plan)
-    assert cell["seconds"] > 0 and cell["memory"]["optimiser"] == 2 * cell["memory"]["parameters"] + 8
+    moments, weights = (cell["memory"][kind] for kind in ("optimiser", "parameters"))
+    assert cell["seconds"] > 0 and 2 * weights < moments < 2 * weights + 16  # and the count of steps
     assert cell["model_flops"] > 0
 
 
