@@ -67,7 +67,7 @@ def table(cells: Sequence[Cell]) -> Table:
             "states, MiB": mib("states"),
             "temporaries, MiB": mib("temporaries"),
             "needed, MiB": _mib(cell["bytes"]) if "bytes" in cell else "-",
-            "fits": {True: "yes", False: "no"}.get(cell.get("fits"), "-"),
+            "fits": ("yes" if cell["fits"] else "no") if "fits" in cell else "-",
             "peak, MiB": f"{_mib(cell['peak'])} ({cell['peak_of']})" if "peak" in cell else "-",
             "note": cell.get("note", ""),
         })  # fmt: skip

@@ -49,9 +49,10 @@ def gin_file_of(size: str) -> str:
     for name in (f"fam_{size}", size):
         if (root / "gin_configs" / "models" / f"{name}.gin").is_file():
             return f"gin_configs/models/{name}.gin"
-    found = find_gin_file(size, [str(root)])
-    if pathlib.Path(found).is_file() or (root / found).is_file():
-        return found
+    with contextlib.suppress(ConfigError):
+        found = find_gin_file(size, [str(root)])
+        if pathlib.Path(found).is_file() or (root / found).is_file():
+            return found
     raise ConfigError(
         f"--sizes names {size!r}: give tiny, 135m, 1b, 8b, 24b, or the path of a gin file of a model."
     )
