@@ -262,7 +262,7 @@ class _Walk:
             return _bytes(instruction.arrays[:2]) if start else 0 if done else self._concurrent(inside)
         written = _written(inside)
         total = sum(
-            _bytes_read(inside, parameter, arrays[0])
+            _bytes_read(self.module, inside, parameter, arrays[0])
             for parameter, arrays in zip(inside.parameters, operands)
             if len(arrays) == 1 and arrays[0].space == 0
         )
@@ -374,8 +374,8 @@ def _written(inside: Computation) -> dict[str, Array]:
     return written
 
 
-def _bytes_read(inside: Computation, parameter: Instruction, array: Array) -> float:
-    """Bytes of a parameter that a fusion reads."""
+def _bytes_read(module: Module, inside: Computation, parameter: Instruction, array: Array) -> float:
+    """Bytes of a parameter that a fusion reads, of which a part may be in fusions of its own."""
     total = 0
     names = [parameter.name]
     while names:
@@ -389,6 +389,11 @@ def _bytes_read(inside: Computation, parameter: Instruction, array: Array) -> fl
                 continue  # updated in place: the rest of the array is not touched
             elif user.opcode == "tuple":
                 continue
+            elif user.opcode == "fusion":
+                nested = module.computations[user.called("calls")]
+                for operand, of_nested in zip(user.operands, nested.parameters):
+                    if operand == name:
+                        total += _bytes_read(module, nested, of_nested, array)
             else:
                 return array.bytes
     return min(total, array.bytes)

@@ -234,6 +234,31 @@ def test_slices_updates_the_chip_s_own_memory_and_padding():
     assert traffic["w"] == 2 * 8 * 128 * 4
 
 
+NESTED = """
+%outer (p0: bf16[8,16,128], p1: s32[], p2: bf16[16,128]) -> bf16[16,128] {
+  %p0 = bf16[8,16,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %p2 = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(2)
+  %in = bf16[1,16,128]{2,1,0:T(8,128)(2,1)} fusion(%p0, %p1), kind=kLoop, calls=%slice
+  %b = bf16[16,128]{1,0:T(8,128)(2,1)} bitcast(%in)
+  ROOT %a = bf16[16,128]{1,0:T(8,128)(2,1)} add(%b, %p2)
+}
+
+ENTRY %main (x: bf16[8,16,128], i: s32[], y: bf16[16,128]) -> bf16[16,128] {
+  %x = bf16[8,16,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  %y = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(2)
+  ROOT %f = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%x, %i, %y), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_slice_in_a_fusion_within_a_fusion_is_read_as_a_slice():
+    program = costs.count(hlo.parse(FUSED.partition("%update")[0] + NESTED))
+    one, index = 16 * 128 * 2, 4
+    assert program.bytes == 3 * one + index  # the slice, the other term, the sum
+
+
 def test_one_collective_in_several_fusions_counts_once():
     program = costs.count(hlo.parse(FUSED))
     (collective,) = program.collectives
