@@ -378,11 +378,6 @@ case(
     "heat map of several values", HEAT + "--probe=ruler_niah_multivalue", "NeedleProbe", "several values"
 )
 case("heat map of keys wider than a block", HEAT, "--probe 'passkey'", "a block of 8")
-case(
-    "heat map in a vocabulary without such words",
-    "heatmap --checkpoint={talking} --out={here}/heat --probe=ruler_niah_single_1",
-    "cannot spell",
-)
 case("heat map of half a block", HEAT + "--lengths=1020", "--lengths has 1020", "8 tokens: 1016 and 1024")
 NEEDLES = HEAT + "--probe=ruler_niah_single_1 "
 case("heat map of rows that are too short", NEEDLES + "--lengths=8", "--lengths begin with 8")

@@ -98,6 +98,12 @@ def test_the_block_size_of_a_probe_is_the_model_s(directory, monkeypatch, tmp_pa
     assert {probe.block_size for probe in made.values()} == {None}
 
 
+def test_a_vocabulary_that_cannot_spell_the_probe_is_refused(directory, tmp_path):
+    with pytest.raises(ConfigError, match="The vocabulary cannot spell 'One of the special magic"):
+        make_heat_map(directory, tmp_path / "out", Grid("ruler_niah_single_1", lengths=(1024,)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_lengths_are_added_and_what_is_there_is_not_measured_again(
     directory, tmp_path, monkeypatch, capsys
 ):

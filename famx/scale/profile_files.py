@@ -18,7 +18,6 @@ from famx.base.text import short_count
 _COLORS = {"fam": MEMORY, "bswa": PAST, "full": OWN}
 _NAMES = {"fam": "FAM", "bswa": "BSWA", "full": "full attention"}
 _PASSES = {"training": "training step", "reading": "reading", "at_once": "reading, the text at once"}
-_FIXED = ("parameters", "optimiser", "program")  # kinds of memory that do not depend on the length
 _GIB = 2**30
 
 Cell = dict[str, Any]
@@ -102,36 +101,37 @@ def _csv(cells: Sequence[Cell]) -> str:
 
 
 def profile_figure(cells: Sequence[Cell]) -> Figure:
-    """Seconds and memory over length: a column for each model and place, two rows for each pass.
+    """Seconds and memory over length, side by side: a row for each model, place and pass.
 
-    Dotted lines are theory's, drawn from the shortest text of each line; see `theory`.
+    Dotted lines are theory's; see `theory`.
     """
     groups: dict[tuple[str, str], list[Cell]] = collections.defaultdict(list)
     for cell in sorted(cells, key=_order):
         groups[cell["size"], cell["on"]].append(cell)
     passes = [name for name in _PASSES if any(cell["pass"] == name for cell in cells)]
-    figure = Figure(figsize=(1.5 + 4 * len(groups), 1 + 2.9 * 2 * len(passes)), layout="constrained")
-    grid = figure.subplots(2 * len(passes), len(groups), squeeze=False)
-    for column, ((size, on), of_group) in enumerate(groups.items()):
-        for i, pass_ in enumerate(passes):
-            of_pass = [cell for cell in of_group if cell["pass"] == pass_]
-            for axes, quantity in zip(grid[2 * i : 2 * i + 2, column], ("seconds", "memory")):
-                _panel(axes, of_pass, quantity)
-                axes.set_title(f"{size} on {on}: {_PASSES[pass_]}", fontsize=9)
+    size = 9.5, 1 + 2.7 * len(passes) * len(groups)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(passes) * len(groups), 2, squeeze=False)
+    panels = [(group, pass_) for group in groups for pass_ in passes]
+    for row, ((size, on), pass_) in zip(grid, panels, strict=True):
+        of_pass = [cell for cell in groups[size, on] if cell["pass"] == pass_]
+        for axes, quantity in zip(row, ("seconds", "memory")):
+            _panel(axes, of_pass, quantity)
+            axes.set_title(f"{size} on {on}: {_PASSES[pass_]}", fontsize=9)
     for axes in grid[-1]:
         axes.set_xlabel("tokens of a row")
     lines = [Line2D([], [], color=_COLORS[v], label=_NAMES[v]) for v in _NAMES]
     lines += [
         Line2D([], [], color=ZEROED, marker="o", label="measured time; memory of the compiled program"),
         Line2D([], [], color=ZEROED, marker="s", mfc="none", ls="--", label="bound, compiled program"),
-        Line2D([], [], color=ZEROED, ls=":", label="theory, from the shortest text"),
+        Line2D([], [], color=ZEROED, ls=":", label="theory"),
     ]
     figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 
 def _panel(axes: Any, cells: Sequence[Cell], quantity: str) -> None:
-    """One quantity of one pass over length, on logarithmic axes."""
+    """One quantity of one pass over length: time on a logarithmic axis, memory from 0."""
     drawn = set()
     names = ("seconds", "scheduled") if quantity == "seconds" else ("bytes",)
     for variant in _NAMES:
@@ -149,28 +149,33 @@ def _panel(axes: Any, cells: Sequence[Cell], quantity: str) -> None:
             axes.plot(tokens, expected, color=color, ls=":", lw=2.5, alpha=0.5)
     if drawn:
         axes.set_xscale("log")
-        axes.set_yscale("log")
+        if quantity == "seconds":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xticks(sorted(drawn), map(short_count, sorted(drawn)), rotation=45, fontsize=8)
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
+    axes.set_visible(bool(drawn))
     axes.set_ylabel("seconds a row" if quantity == "seconds" else "GiB a device")
     axes.grid(alpha=0.3)
 
 
 def theory(line: Sequence[Cell], name: str) -> list[float]:
-    """What theory says of a line of one variant and pass, from its shortest text.
+    """What theory says of a line of one variant and pass.
 
     Time grows with the operations of the model: in proportion to the length with a window, with its
-    square in full attention. Memory is that of the weights and what grows with the tokens that are held
-    at once: none that does for texts that are streamed.
+    square in full attention; the line goes through the longest text. Memory does not grow for texts that
+    are streamed, and else in proportion to the tokens that are held at once: the line goes through the
+    two shortest texts.
 
     Args:
       line: cells of rising length.
       name: "seconds" or "scheduled" (time), or "bytes" (memory).
     """
-    first = line[0]
+    first, last = line[0], line[-1]
     if name != "bytes":
-        return [first[name] * cell["model_flops"] / first["model_flops"] for cell in line]
-    if first["pass"] == "reading" and first["variant"] != "full":
+        return [last[name] * cell["model_flops"] / last["model_flops"] for cell in line]
+    if len(line) == 1 or (first["pass"] == "reading" and first["variant"] != "full"):
         return [first["bytes"]] * len(line)
-    fixed = sum(first["memory"].get(kind, 0) for kind in _FIXED)
-    return [fixed + (first["bytes"] - fixed) * cell["tokens"] / first["tokens"] for cell in line]
+    rate = (line[1]["bytes"] - first["bytes"]) / (line[1]["tokens"] - first["tokens"])
+    return [first["bytes"] + rate * (cell["tokens"] - first["tokens"]) for cell in line]

@@ -172,7 +172,7 @@ def test_theory_s_lines():
     assert profile_files.theory(streamed, "bytes") == [340, 340]
     assert profile_files.theory(streamed, "seconds") == pytest.approx([1, 10])
     full = [made("full", "reading", n, scheduled=1.0, model_flops=n**2) for n in (10, 100)]
-    assert profile_files.theory(full, "scheduled") == pytest.approx([1, 100])
+    assert profile_files.theory(full, "scheduled") == pytest.approx([0.01, 1])
     assert profile_files.theory(full, "bytes") == pytest.approx([340, 700])
     training = [made("fam", "training", n) for n in (10, 20)]
     assert profile_files.theory(training, "bytes") == pytest.approx([340, 380])
