@@ -20,7 +20,7 @@ def define_flags() -> None:
     define("out", Path, None, "Directory to write to; created if missing.")
     flags.DEFINE_list("sizes", ["tiny"], "Models: tiny, 135m, 1b, 8b, 24b, or gin files of models.")
     flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of a row.")
-    flags.DEFINE_list("variants", ["fam", "bswa", "full"], "What to compare: fam, bswa, full (attention).")
+    flags.DEFINE_list("variants", ["fam", "bswa", "full"], "Compared: fam, bswa, full (attention).")
     passes = "Passes: training, reading (streamed), at_once (the text in one call)."
     flags.DEFINE_list("passes", ["training", "reading"], passes)
     topology = "Compile for a TPU slice such as v5e:1x1, or for GPUs such as h100, and run nothing."
