@@ -20,7 +20,7 @@ DIGITS = ["scikit-learn>=1.5"]
 # SeqIO's tasks, t5x, and preparing data sets of TensorFlow Datasets. SeqIO brings TensorFlow (2 GB).
 SEQIO = ["seqio>=0.0.20", "tensorflow-datasets>=4.9.10"]
 # Packages that execute notebooks, without an editor for them.
-NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29", "plotly>=6"]
+NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29"]
 
 setup(
     name="famx",
@@ -36,7 +36,11 @@ setup(
     packages=find_packages(include=["famx", "famx.*"]) + ["famx.gin_configs"],
     package_dir={"famx.gin_configs": "gin_configs"},
     # famx/conversion/exported/ holds the code of an exported model, which famx itself does not import.
-    package_data={"famx.gin_configs": ["*.gin", "**/*.gin"], "famx.conversion": ["exported/*.py"]},
+    package_data={
+        "famx.gin_configs": ["*.gin", "**/*.gin"],
+        "famx.conversion": ["exported/*.py"],
+        "famx.analysis": ["page/*"],
+    },
     install_requires=[
         # Bounds of jax, flax, optax and orbax are versions that tests ran with: jax 0.10.2 and flax
         # 0.12.8, the last ones for Python 3.11, with the whole suite; the newest ones, for Python 3.12

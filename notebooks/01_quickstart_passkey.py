@@ -1,12 +1,3 @@
-# %%
-# On Google Colab only: installs famx from its folder there (see notebooks/README.md).
-import subprocess
-import sys
-
-FAMX = "/content/famx"
-if "google.colab" in sys.modules:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{FAMX}[notebooks]"], check=True)
-
 # %% [markdown]
 # # Quickstart: a tiny FAM learns to remember
 #

@@ -1,13 +1,3 @@
-# %%
-# On Google Colab only: installs famx from its folder there (see notebooks/README.md).
-import subprocess
-import sys
-
-FAMX = "/content/famx"
-if "google.colab" in sys.modules:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{FAMX}[notebooks]"], check=True)
-
-
 # %% [markdown]
 # # What attends to what
 #
@@ -27,8 +17,8 @@ import jax
 import numpy as np
 from IPython.display import HTML, display
 
-from famx.analysis import figures, read_maps
-from famx.analysis.interactive import attention_page
+from famx.analysis import figures, read_maps, tracing
+from famx.analysis.attention_page import attention_page
 from famx.base import gin_utils
 from famx.data import PasskeyTask
 from famx.data.metrics import exact_match
@@ -41,7 +31,7 @@ FAST = os.environ.get("FAMX_NOTEBOOK_FAST") == "1"  # a few steps, for tests; ou
 SETTINGS = {"TRAIN_STEPS": 40, "DECAY_STEPS": 10} if FAST else {}
 SETTINGS |= {"REPORT_BLOCKS": (8,), "Every.log": 100, "PasskeyEvaluation.examples": 16}
 MODEL_DIR = pathlib.Path(tempfile.mkdtemp()) / "model"
-SHOW_PAGE = False  # True embeds the interactive page at the end, which makes the notebook 5 MB larger
+SHOW_PAGE = False  # True embeds the page at the end, which makes the notebook larger
 
 # %%
 settings = {"MODEL_DIR": MODEL_DIR, **SETTINGS}
@@ -172,11 +162,29 @@ print(f"log of {keys} keys: {np.log(keys):.2f}")
 figures.entropy_figure(maps.summary)
 
 # %% [markdown]
-# ## Explore interactively
+# ## Where does the answer come from?
 #
-# The page contains every block, layer and head. Point at a cell to shade the text below by the attention
-# of that query. It is a single file that needs no network. Set `SHOW_PAGE` to embed it here, or open the
-# file in a browser (on Colab, download it from the file panel first).
+# A trace follows a token back through the memory: through the layers of its block, from what these put on
+# the memory to the update that wrote it, and so on to block 0 (definition: docs/attention_maps.md). Below
+# are the tokens of largest weight outside of the last block, for the token that is read before the last
+# digit of the answer. Attention is not causation: weights say what was looked at, not what changed the
+# answer.
+
+# %%
+trace = tracing.trace(maps, last, end - 1)
+by_block = {block: trace.weights[block].sum() for block in sorted(trace.weights)}
+print("weight of each block:", *(f"{block}: {weight:.3f}" for block, weight in by_block.items()))
+places = [place for place in trace.strongest(maps, 64) if place[0] != last]
+for block, slot, word, weight in places[:8]:
+    print(f"block {block}, slot {slot:2}: {word:6} {weight:.4f}")
+
+# %% [markdown]
+# ## Explore the page
+#
+# The page has the text, shaded by the attention or the trace of the token that you click, thumbnails of all
+# layers and heads, and for every token what the model expects next. Click a memory token to see what wrote
+# it. It is a single file that needs no network. Set `SHOW_PAGE` to embed it here, or open the file in a
+# browser (on Colab, download it from the file panel first).
 
 # %%
 page = attention_page(maps, "PassKey, read by a tiny FAM")

@@ -5,7 +5,8 @@
     python -m notebooks.execute --text
 
 A notebook is a pair of files: NAME.py in jupytext's percent format is edited by hand, and NAME.ipynb is
-generated from it by this program.
+generated from it by this program. Every notebook begins with a link that opens it on Google Colab, and
+with the cell in first_cell.py, which installs famx there.
 """
 
 import argparse
@@ -16,6 +17,11 @@ import time
 from typing import Any
 
 FOLDER = pathlib.Path(__file__).resolve().parent
+REPOSITORY = "OWNER/famx"  # on GitHub, where Colab opens the notebooks; set it where famx is published
+BADGE = (
+    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    "(https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb)"
+)
 FAST = "FAMX_NOTEBOOK_FAST"  # environment variable; "1" runs a few steps, whose outputs are meaningless
 PACKAGES = ("jupytext", "nbclient", "nbformat", "ipykernel")
 _SECONDS = 3600  # time limit per cell
@@ -27,10 +33,17 @@ def sources() -> list[pathlib.Path]:
 
 
 def read_source(path: pathlib.Path) -> Any:
-    """Reads a source as a notebook without outputs; equal sources give equal notebooks."""
+    """Reads a source as a notebook without outputs; equal sources give equal notebooks.
+
+    The link to Colab and the first cell stand before the source's own cells.
+    """
     import jupytext
+    from nbformat.v4 import new_code_cell, new_markdown_cell
 
     notebook = jupytext.read(path)
+    first_cell = (FOLDER / "first_cell.py").read_text().strip().replace("OWNER/famx", REPOSITORY)
+    badge = BADGE.format(repository=REPOSITORY, name=path.stem)
+    notebook.cells[:0] = [new_markdown_cell(badge), new_code_cell(first_cell)]
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number}", {}
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -67,14 +80,16 @@ def execute(notebook: Any, fast: bool, folder: pathlib.Path = FOLDER) -> None:
 
 
 def with_outputs_of(notebook: Any, old: Any) -> Any:
-    """Copies the outputs of `old` to `notebook`, which may differ from it only in text cells.
+    """Copies the outputs of `old` to `notebook`.
+
+    They may differ only in text cells and in the first code cell, which outside of Colab does nothing.
 
     Raises:
-      ValueError: the code cells differ.
+      ValueError: other code cells differ.
     """
     code_cells = lambda cells: [cell for cell in cells if cell.cell_type == "code"]
     new_cells, old_cells = code_cells(notebook.cells), code_cells(old.cells)
-    if [cell.source for cell in new_cells] != [cell.source for cell in old_cells]:
+    if [cell.source for cell in new_cells[1:]] != [cell.source for cell in old_cells[1:]]:
         raise ValueError("its code has changed: run it without --text")
     for new_cell, old_cell in zip(new_cells, old_cells):
         new_cell.outputs, new_cell.execution_count = old_cell.outputs, old_cell.execution_count

@@ -1,6 +1,5 @@
 """`famx.attention_maps`: the maps of a text file, and the program as a user runs it."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 from tiny import make_model, make_params
 from trained import write_model_dir
 
-from famx.analysis import AttentionMaps, attention_maps, interactive, read_maps
+from famx.analysis import AttentionMaps, attention_maps, attention_page, read_maps
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary
@@ -48,8 +47,7 @@ def made(directory, tmp_path_factory):
 def test_everything_is_written(made, directory):
     figures = ["entropy", "masses", "travel_layer1", "sources_layer1_block0", "map_layer1"]
     figures += [f"{what}_layer1_block{b}" for what in ("map", "heads") for b in (0, 2)]
-    pages = ["attention.html"] if importlib.util.find_spec("plotly") else []
-    files = [*(f"{name}.png" for name in figures), *pages, "maps.npz", "summary.json"]
+    files = [*(f"{name}.png" for name in figures), "attention.html", "maps.npz", "summary.json"]
     assert sorted(os.listdir(made)) == sorted(files)
     maps = AttentionMaps.load(made / "maps.npz")
     assert (maps.layers, maps.heads, maps.blocks) == ((1,), (0, 1), (0, 2))
@@ -119,8 +117,7 @@ def test_what_does_not_fit_the_model_or_the_text_is_told(directory, tmp_path, pa
 def test_a_page_that_cannot_be_made_does_not_take_the_rest_along(
     directory, tmp_path, path, monkeypatch, capsys
 ):
-    pytest.importorskip("plotly")
-    monkeypatch.setattr(interactive, "_MAX_CELLS", 10)
+    monkeypatch.setattr(attention_page, "_MAX_WEIGHTS", 10)
     make_maps(directory, path, str(tmp_path / "out"), [0], [0], [0])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("There is no attention.html: The page would hold ")

@@ -1,7 +1,10 @@
 """Notebooks agree with their sources, their outputs are current, and every cell runs."""
 
 import base64
+import fnmatch
 import getpass
+import glob
+import importlib.util
 import io
 import pathlib
 import re
@@ -104,19 +107,87 @@ def test_all_together_are_small():
 
 
 @every_notebook
-def test_the_first_cell_installs_on_colab_alone(name, monkeypatch):
-    first = source(name).cells[0]
-    assert first.cell_type == "code" and first.source == source("01_quickstart_passkey").cells[0].source
-    calls = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: calls.append((command, options)))
-    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
-    exec(first.source, {})
-    assert calls == []
-    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    exec(first.source, {})
-    ((command, options),) = calls
-    assert command[1:4] == ["-m", "pip", "install"] and options["check"]
-    assert command[-1] == "/content/famx[notebooks]"
+def test_it_opens_on_colab_and_its_first_code_installs_famx_there(name):
+    badge, first, *_ = committed(name).cells
+    address = "https://colab.research.google.com/github/{}/blob/main/notebooks/{}.ipynb"
+    assert f"]({address.format(execute.REPOSITORY, name)})" in badge.source
+    text = (execute.FOLDER / "first_cell.py").read_text().strip()
+    text = text.replace("OWNER/famx", execute.REPOSITORY)
+    assert first.cell_type == "code" and first.source == text and not first.outputs
+
+
+@pytest.fixture
+def colab(monkeypatch):
+    """Runs the first cell on a stub of Colab; returns the pip commands and whether it restarted."""
+
+    def run_cell(devices=(), driver="", folder=False, origin=None, on_colab=True):
+        commands, restarts = [], []
+
+        def run(command, **options):
+            if command[0] == "nvidia-smi":
+                return types.SimpleNamespace(stdout=driver)
+            assert options["check"] and command[:3] == [sys.executable, "-m", "pip"]
+            commands.append(command[3:])
+
+        kernel = types.SimpleNamespace(do_shutdown=lambda restart: restarts.append(restart))
+        spec = None if origin is None else types.SimpleNamespace(origin=origin or None)
+        monkeypatch.setattr(subprocess, "run", run)
+        monkeypatch.setattr(glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        monkeypatch.setattr("IPython.get_ipython", lambda: types.SimpleNamespace(kernel=kernel))
+        monkeypatch.setattr("os.path.isdir", lambda path: folder and path == "/content/famx")
+        monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+        if on_colab:
+            monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+        exec((execute.FOLDER / "first_cell.py").read_text(), {})
+        return commands, restarts
+
+    return run_cell
+
+
+@pytest.mark.parametrize(
+    "devices, driver, extra, others",
+    [
+        ((), "", "", []),
+        (("/dev/nvidia0", "/dev/nvidiactl"), "580.65.06\n", "[cuda13]", []),
+        (("/dev/nvidia0",), "550.54.15\n550.54.15\n", "", ["jax[cuda12]"]),
+        (("/dev/nvidiactl",), "", "", []),
+        (("/dev/accel0",), "", "[tpu]", []),
+        (("/dev/vfio/0",), "", "[tpu]", []),
+    ],
+)
+def test_on_colab_famx_comes_with_jax_for_its_accelerator(colab, devices, driver, extra, others):
+    for folder in (False, True):
+        (uninstall, install), restarts = colab(devices, driver, folder)
+        assert uninstall[0] == "uninstall" and "jax-cuda12-plugin" in uninstall  # of another version
+        address = f"famx{extra} @ git+https://github.com/{execute.REPOSITORY}"
+        assert install == ["install", "-q", f"/content/famx{extra}" if folder else address, *others]
+        assert restarts == [True]
+
+
+def test_a_folder_named_famx_is_not_an_installed_famx(colab):
+    assert colab(origin="")[1] == [True]  # a namespace package has no origin
+
+
+def test_elsewhere_and_where_famx_is_installed_nothing_happens(colab):
+    assert colab(on_colab=False) == ([], [])
+    assert colab(("/dev/nvidia0",), "580.1", origin="/site-packages/famx/__init__.py") == ([], [])
+
+
+def test_the_extras_that_colab_installs_exist():
+    setup = (execute.FOLDER.parent / "setup.py").read_text()
+    for extra in ("cuda13", "tpu"):
+        assert f'"{extra}": [f"jax[{extra}]{{JAX}}"]' in setup
+
+
+def test_text_may_change_without_a_run_and_code_may_not():
+    old, new = committed("01_quickstart_passkey"), source("01_quickstart_passkey")
+    new.cells[1].source, new.cells[2].source = "other = 1", "other text"
+    kept = execute.with_outputs_of(new, old)
+    assert list(texts(kept)) == list(texts(old))
+    new.cells[3].source += "\nother = 2"
+    with pytest.raises(ValueError, match="its code has changed"):
+        execute.with_outputs_of(new, old)
 
 
 @every_notebook

@@ -1,7 +1,6 @@
-"""Analysis of a trained model: attention maps, and statistics of its memory.
+"""Analysis of a trained model: attention maps, traces, and statistics of its memory.
 
-Needs only jax, flax and numpy; `famx.analysis.figures` also needs matplotlib, and
-`famx.analysis.interactive` plotly.
+Needs only jax, flax and numpy; `famx.analysis.figures` also needs matplotlib.
 """
 
 from famx.analysis.attention_maps import AttentionMaps, AttentionReader, AttentionSummary, read_maps

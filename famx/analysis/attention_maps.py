@@ -1,12 +1,13 @@
 """Attention maps of a text, read by a trained model.
 
-    from famx.analysis import attention_maps, figures, interactive
+    from famx.analysis import attention_maps, figures
+    from famx.analysis.attention_page import attention_page
     from famx.model_dir.loading import load_model
 
     trained = load_model("/tmp/famx/passkey_tiny")
     maps = attention_maps.read_maps(trained, "any text", blocks=[0, -1])
     figures.heads_figure(maps, layer=0, block=0).savefig("heads.png")
-    open("page.html", "w").write(interactive.attention_page(maps))
+    open("page.html", "w").write(attention_page(maps))
 
 `famx attention-maps` does the same for a text file.
 """

@@ -19,12 +19,16 @@ from flax.traverse_util import flatten_dict
 
 from famx.analysis.maps import AttentionMaps, AttentionSummary
 from famx.analysis.pictures import NO_TOKEN
+from famx.analysis.records import FIELDS, BlockRecords, predict
+from famx.analysis.tracing import rollout
 from famx.decoding.streaming import check_ids, check_position
 from famx.lora.adapters import ADAPTERS
 from famx.modules import Decoder, DecoderState
 from famx.modules.attention import attend, visible
 from famx.modules.config import DecoderConfig
 from famx.modules.layer import INPUTS
+
+_MAX_RECORD_BYTES = 128 << 20  # size of the records of the newest blocks, besides those of kept blocks
 
 
 @flax.struct.dataclass
@@ -83,9 +87,9 @@ class AttentionReader:
         decoder = Decoder(c)
 
         @functools.partial(jax.jit, static_argnames="aligned")
-        def step(params, state, tokens, count, aligned):
+        def step(params, state, tokens, targets, count, aligned):
             valid = jnp.arange(tokens.shape[1])[None] < count
-            (_, after), collections = decoder.apply(
+            (hidden, after), collections = decoder.apply(
                 {"params": params}, tokens, state, valid, aligned, method="read", mutable=[INPUTS]
             )
             layers = collections[INPUTS]["layers"]
@@ -98,27 +102,46 @@ class AttentionReader:
             inputs = LayerInputs(first("queries"), first("keys"), queries, first("memory_keys"))
             start = state.position[0] % c.block_size
             block = state.position[0] // c.block_size
-            figures = lambda layer: _figures(c, layer, block, start, start + count, top)
-            return after, inputs, jax.lax.map(figures, inputs)
+            first_update = state.updates[0] == 0
+            figures = lambda layer: _figures(c, layer, block, start, start + count, top, first_update)
+            predictions = predict(decoder, params, hidden[0], targets)
+            return after, inputs, jax.lax.map(figures, inputs), predictions
 
         @jax.jit
         def maps(inputs, layer, heads, block):
             inputs = jax.tree.map(lambda x: x[layer], inputs)
             return token_probabilities(c, inputs, block)[heads], memory_probabilities(c, inputs)[heads]
 
-        self._step, self._maps = step, maps
+        @jax.jit
+        def rolled(inputs, block):
+            mean = lambda layer: token_probabilities(c, layer, block).mean(0)
+            return rollout(jax.lax.map(mean, inputs), c.memory_columns)
+
+        self._step, self._maps, self._rolled = step, maps, rolled
         self._initial = jax.jit(
             lambda params: decoder.apply({"params": params}, 1, method="initial_state")
         )
 
     def num_bytes(self, blocks: int, layers: int | None = None, heads: int | None = None) -> int:
-        """Number of bytes of the maps of this number of blocks, layers and heads (None: all)."""
+        """Number of bytes of the maps and rollouts of these blocks, layers and heads (None: all)."""
         c = self.config
-        cells = c.block_size * (c.memory_columns + (c.memory_segments + 1) * c.block_size)
+        window = (c.memory_segments + 1) * c.block_size
+        cells = c.block_size * (c.memory_columns + window)
         cells += self._rows * (c.memory_columns + c.block_size)
-        wide = jnp.promote_types(c.dtype, jnp.float32).itemsize
         count = (c.num_layers if layers is None else layers) * (c.num_heads if heads is None else heads)
-        return blocks * count * cells * wide
+        rolled = c.block_size * (c.num_layers * c.memory_columns + window)
+        return blocks * (count * cells + rolled) * self._itemsize
+
+    @property
+    def _itemsize(self) -> int:
+        return jnp.promote_types(self.config.dtype, jnp.float32).itemsize
+
+    @property
+    def _newest(self) -> int:
+        """Number of newest blocks whose records are held."""
+        c = self.config
+        floats = 2 * c.block_size + c.num_layers * self._rows * (c.memory_columns + c.block_size + 1)
+        return max(1, _MAX_RECORD_BYTES // (12 * c.block_size + floats * self._itemsize))
 
     def read(
         self,
@@ -144,7 +167,7 @@ class AttentionReader:
 
         Returns:
           The maps and the summary of all blocks. On the device nothing grows with the text; the
-          summary grows by a few figures per block.
+          summary grows by a few figures per block, and the records of the newest blocks up to 128 MiB.
 
         Raises:
           ValueError: there is no token, one is not in the vocabulary, a layer, head or block does not
@@ -161,58 +184,66 @@ class AttentionReader:
             raise ValueError(f"Maps are of one text, but the state has {state.batch_size} examples.")
         wanted = None if blocks is None else set(blocks)
         recent = collections.deque(maxlen=max((-b for b in wanted or () if b < 0), default=0))
-        kept, counts, figures = {}, [], collections.defaultdict(list)  # kept: arrays of each kept block
+        kept, counts, figures = {}, [], collections.defaultdict(list)
+        newest = collections.deque(maxlen=self._newest)
 
-        def keep(index, slots, ids, inputs):
-            maps = [self._maps(inputs, layer, np.array(heads), index) for layer in layers]
-            kept[index] = slots, ids, *(np.stack(list(map(np.asarray, part))) for part in zip(*maps))
+        def keep(step):
+            maps = [self._maps(step.inputs, layer, np.array(heads), step.index) for layer in layers]
+            maps = (np.stack(list(map(np.asarray, part))) for part in zip(*maps))
+            rolled = np.array(self._rolled(step.inputs, step.index))
+            kept[step.index] = step, (step.slots, step.window, *maps, rolled)
 
-        for record, of_block in self._steps(params, pieces, state):
-            index, (start, end), *_ = record
+        for step in self._steps(params, pieces, state):
+            index, (start, end) = step.index, step.slots
             counts.append(end - start)
-            for name, x in of_block.items():
+            for name, x in step.figures.items():
                 figures[name].append(x)
+            newest.append((index, step.record))
             if wanted is None or index in wanted:
-                keep(*record)
-            recent.append(record)
+                keep(step)
+            recent.append(step)
         if not counts:
             raise ValueError("There is nothing to read: give at least one token.")
         stop, first = index + 1, index + 1 - len(counts)
-        for record in recent:
-            if record[0] - stop in wanted and record[0] not in kept:
-                keep(*record)
+        for step in recent:
+            if step.index - stop in wanted and step.index not in kept:
+                keep(step)
         for b in sorted(wanted or ()):
             if not first <= (b + stop if b < 0 else b) < stop:
                 raise ValueError(f"There is no block {b}: the text has the blocks {first} to {index}.")
 
         summary = self._summary(first, counts, figures)
+        records = _records(dict(newest) | {b: step.record for b, (step, _) in kept.items()})
         chosen = tuple(sorted(kept))
         size, past = c.block_size, c.memory_segments * c.block_size
         shapes = (
             (2,), (past + size,), (len(layers), len(heads), size, c.memory_columns + past + size),
             (len(layers), len(heads), self._rows, c.memory_columns + size),
+            (size, c.num_layers * c.memory_columns + past + size),
         )  # fmt: skip
-        slots, ids, tokens, memory = (
-            np.array([kept[b][i] for b in chosen]).reshape(len(chosen), *shape)
+        slots, ids, tokens, memory, rolled = (
+            np.array([kept[b][1][i] for b in chosen]).reshape(len(chosen), *shape)
             for i, shape in enumerate(shapes)
         )
         read = (np.arange(size) >= slots[:, :1]) & (np.arange(size) < slots[:, 1:])
         tokens = np.where(read[:, None, None, :, None], tokens, 0)
+        rolled = np.where(read[:, :, None], rolled, 0)
         memory = np.where((slots[:, 1] == size)[:, None, None, None, None], memory, 0)
-        seen = np.union1d(ids, summary.source_ids).astype(int).tolist()
+        seen = [ids, summary.source_ids, records.ids, records.predicted]
+        seen = np.unique(np.concatenate([x.ravel() for x in seen])).astype(int).tolist()
         texts = {token: label(token) for token in seen if token != NO_TOKEN}
         return AttentionMaps(
             size, c.memory_segments, c.memory_columns, c.window_mask, chosen, layers, heads,
-            slots.astype(np.int32), ids.astype(np.int32), tokens, memory, texts, summary,
+            slots.astype(np.int32), ids.astype(np.int32), tokens, memory, rolled, texts, summary, records,
         )  # fmt: skip
 
-    def _steps(self, params, pieces, state):
-        """Reads block by block; yields `(index, (first slot, end), window ids, inputs)` and figures."""
+    def _steps(self, params, pieces, state) -> Iterator["_Step"]:
+        """Reads block by block."""
         c = self.config
         state = self._initial(params) if state is None else state
         index, start = divmod(int(state.position[0]), c.block_size)
         window = np.full((c.memory_segments + 1, c.block_size), NO_TOKEN, np.int32)
-        for ids in _blocks(pieces, c.block_size, c.block_size - start):
+        for ids, following in _with_next(_blocks(pieces, c.block_size, c.block_size - start)):
             end = start + len(ids)
             check_ids(ids, c.vocab_size)
             check_position(np.array([index * c.block_size + end], np.int64))
@@ -220,14 +251,27 @@ class AttentionReader:
             # A single token would not be read as a chunk.
             tokens = np.zeros((1, max(c.block_size, 2)), np.int32)
             tokens[0, : len(ids)] = ids
-            state, inputs, figures = self._step(params, state, tokens, len(ids), aligned=start == 0)
+            targets = np.full(tokens.shape[1], NO_TOKEN, np.int32)
+            targets[: len(ids) - 1] = ids[1:]
+            if following is not None:
+                targets[len(ids) - 1] = following[0]
+            state, inputs, *results = self._step(
+                params, state, tokens, targets, len(ids), aligned=start == 0
+            )
             # Copies: a view would keep the device's array.
-            figures = jax.tree.map(np.array, figures)
-            if self._rows and end == c.block_size:
+            figures, predictions = jax.tree.map(np.array, results)
+            record = {"slots": np.array([start, end]), "ids": window[-1].copy()}
+            for name, x in predictions.items():
+                record[name] = np.full(c.block_size, NO_TOKEN if name == "predicted" else 0, x.dtype)
+                record[name][start:end] = x[: len(ids)]
+            complete = end == c.block_size
+            for name in ("updates", "shares"):
+                record[name] = figures.pop(name) * complete
+            if self._rows and complete:
                 figures["source_ids"] = window[-1][figures["source_slots"]]
             else:
                 figures = {name: figures[name] for name in _OF_EVERY_BLOCK}
-            yield (index, (start, end), window.reshape(-1).copy(), inputs), figures
+            yield _Step(index, (start, end), window.reshape(-1).copy(), inputs, figures, record)
             window = np.roll(window, -1, axis=0)
             window[-1] = NO_TOKEN
             index, start = index + 1, 0
@@ -249,8 +293,31 @@ class AttentionReader:
 _OF_EVERY_BLOCK = ("on_memory", "on_past", "on_block", "entropy", "read")
 
 
-def _figures(config: DecoderConfig, inputs: LayerInputs, block, start, end, top):
-    """A block's part of `AttentionSummary` without `source_ids`; `inputs` of one layer."""
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One block that was read: its part of the summary in `figures`, of `BlockRecords` in `record`."""
+
+    index: int
+    slots: tuple[int, int]
+    window: np.ndarray
+    inputs: LayerInputs
+    figures: dict[str, np.ndarray]
+    record: dict[str, np.ndarray]
+
+
+def _records(records: dict[int, dict[str, np.ndarray]]) -> BlockRecords:
+    """Records by the index of their block, as arrays."""
+    blocks = tuple(sorted(records))
+    stacked = {name: np.stack([records[block][name] for block in blocks]) for name in FIELDS}
+    whole = {name: stacked[name].astype(np.int32) for name in ("slots", "ids", "predicted", "rank")}
+    return BlockRecords(blocks, **stacked | whole)
+
+
+def _figures(config: DecoderConfig, inputs: LayerInputs, block, start, end, top, first_update):
+    """A block's part of `AttentionSummary` without `source_ids`, and of `BlockRecords`.
+
+    `inputs` are those of one layer; `first_update` says whether the memory was not updated before.
+    """
     n, slots = config.memory_columns, jnp.arange(config.block_size)
     past = n + config.memory_segments * config.block_size
     p = token_probabilities(config, inputs, block)
@@ -265,13 +332,15 @@ def _figures(config: DecoderConfig, inputs: LayerInputs, block, start, end, top)
         "entropy": mean(entropy(p)[..., None])[:, 0],
         "read": masses[:, :n].mean(0),
     }
+    m = memory_probabilities(config, inputs)
+    out["updates"], out["shares"] = m.mean(0), jnp.zeros(m.shape[1], m.dtype)
     if not config.memory.attends:
         return out
-    m = memory_probabilities(config, inputs)
     sources = m[..., n:].mean(0)
     written = sources.sum(-1)
     weights, source_slots = jax.lax.top_k(sources, top)
     return out | {
+        "shares": config.memory.attention_share(written, first_update),
         "memory_on_memory": m[..., :n].sum(-1).mean(-1),
         "memory_entropy": entropy(m).mean(-1),
         "written": written,
@@ -287,6 +356,17 @@ def _blocks(pieces: Iterable[Sequence[int]], size: int, first: int) -> Iterator[
     while block := list(itertools.islice(ids, first)):
         yield np.array(block, np.int64)
         first = size
+
+
+def _with_next(blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Each of the blocks with the one after it; None after the last."""
+    previous = None
+    for block in blocks:
+        if previous is not None:
+            yield previous, block
+        previous = block
+    if previous is not None:
+        yield previous, None
 
 
 def _choice(name: str, chosen: Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import pathlib
 import warnings
 
 from famx.analysis.attention_maps import AttentionMaps
+from famx.analysis.attention_page import attention_page
 from famx.base.errors import ConfigError
 from famx.base.files import write_json, write_text
 
@@ -14,8 +15,8 @@ _MAX_TOGETHER = 50_000_000  # cells of a figure that shows several blocks
 def write_maps(maps: AttentionMaps, folder: pathlib.Path) -> int:
     """Writes maps.npz, summary.json, attention.html and the figures into a directory.
 
-    Without plotly, or if the maps are too large for a page, attention.html is not written and a line on
-    standard output says why.
+    If the maps are too large for a page, attention.html is not written and a line on standard output says
+    why.
 
     Returns:
       The number of figures.
@@ -24,7 +25,6 @@ def write_maps(maps: AttentionMaps, folder: pathlib.Path) -> int:
       OSError: a file cannot be written.
     """
     from famx.analysis import figures  # slow to import
-    from famx.analysis.interactive import attention_page
 
     maps.save(folder / "maps.npz")
     updated = [b for b in maps.blocks if maps.memory.shape[3] and maps.completed(b)]

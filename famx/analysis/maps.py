@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from famx.analysis.pictures import NO_TOKEN, Picture, make_picture
+from famx.analysis.records import FIELDS, BlockRecords
 from famx.base.files import write_bytes
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +124,12 @@ class AttentionMaps:
       memory: attention of the memory while it compresses the block, `[blocks, layers, heads, N, N + S]`;
         0 for an incomplete block, which does not update the memory. No rows if the memory does not
         attend.
-      texts: text of each token id that occurs in `ids` or in the summary.
+      rollout: rollout of each token through all layers within its block (`famx.analysis.tracing`),
+        `[blocks, S, layers * N + M * S + S]`, over the memory's tokens of all layers, past blocks and
+        the block itself. Rows add up to 1; those of slots that were not read are 0.
+      texts: text of each token id that occurs in `ids`, the summary or the records.
       summary: statistics of all blocks, layers and heads.
+      records: tokens, predictions and memory updates of these blocks and of the newest ones.
     """
 
     block_size: int
@@ -138,8 +143,10 @@ class AttentionMaps:
     ids: np.ndarray
     tokens: np.ndarray
     memory: np.ndarray
+    rollout: np.ndarray
     texts: dict[int, str]
     summary: AttentionSummary
+    records: BlockRecords
 
     def text(self, token: int) -> str:
         """Text of a token id; a middle dot for `NO_TOKEN`."""
@@ -216,7 +223,9 @@ class AttentionMaps:
         sizes = ("block_size", "memory_segments", "memory_columns", "window_mask")
         about = {name: getattr(self, name) for name in (*sizes, "blocks", "layers", "heads")}
         about |= {"format": _FORMAT, "texts": self.texts, "first_block": self.summary.first_block}
-        arrays = {name: getattr(self, name) for name in ("slots", "ids", "tokens", "memory")}
+        about["recorded"] = self.records.blocks
+        arrays = {name: getattr(self, name) for name in ("slots", "ids", "tokens", "memory", "rollout")}
+        arrays |= {f"records_{name}": getattr(self.records, name) for name in FIELDS}
         for field in dataclasses.fields(AttentionSummary)[1:]:
             arrays[f"summary_{field.name}"] = getattr(self.summary, field.name)
         data = io.BytesIO()
@@ -241,10 +250,12 @@ class AttentionMaps:
             names = [field.name for field in dataclasses.fields(AttentionSummary)[1:]]
             summary = {name: arrays.pop(f"summary_{name}") for name in names}
             summary = AttentionSummary(about.pop("first_block"), **summary)
+            records = {name: arrays.pop(f"records_{name}") for name in FIELDS}
+            records = BlockRecords(tuple(about.pop("recorded")), **records)
             for name in ("blocks", "layers", "heads"):
                 about[name] = tuple(about[name])
             about["texts"] = {int(token): text for token, text in about["texts"].items()}
-            return cls(**about, **arrays, summary=summary)
+            return cls(**about, **arrays, summary=summary, records=records)
         except OSError:
             raise
         except Exception as error:

@@ -217,6 +217,14 @@ class Fam(Memory):
     def queries(self, opened):
         return opened.held[0]
 
+    def attention_share(self, on_block, first):
+        # One half of `new` is attention, the other its residual; but a residual without text, zero or
+        # learned rows, counts for nothing. The update then mixes `new` with the memory as it was.
+        gate = nn.relu(2 * on_block - 1) if self.update == "gated" else jnp.ones_like(on_block)
+        mixed = self.update_scale * gate
+        later = mixed if self.query == "learned" else mixed / 2
+        return later if self.first_residual == "ordinary" else jnp.where(first, 1, later)
+
     def figures(self, parameters, memory):
         return {"rms": jnp.sqrt(jnp.mean(jnp.square(memory[..., -self.length :, :])))}
 

@@ -297,6 +297,21 @@ class Memory:
         """Queries `[B, N, H, Dh]` of a memory that `attends`, which see its columns and the block."""
         return None
 
+    def attention_share(self, on_block, first):
+        """Share of each new memory token that is attention, for traces of a memory that `attends`.
+
+        The rest is what the memory token was before the update. Unless a subclass says otherwise, the
+        attention and its residual count equally.
+
+        Args:
+          on_block: share of each memory token's attention on the block, mean over heads, `[N]`.
+          first: whether this is the first update of the memory, bool.
+
+        Returns:
+          Shares in [0, 1], `[N]`, of the dtype of `on_block`.
+        """
+        return 0 * on_block + 0.5
+
     def figures(self, parameters, memory) -> dict[str, jax.Array]:
         """Scalars that describe the state of the memory, by name; training and evaluation log them.
 

@@ -1,14 +1,7 @@
-"""Figures and the page show the numbers of the maps, whatever the texts hold."""
+"""Figures show the numbers of the maps, whatever the texts hold."""
 
-import base64
 import functools
-import html.parser
 import io
-import json
-import re
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,8 +9,7 @@ from matplotlib import image as images
 from matplotlib.colors import to_hex
 from modules.helpers import config, random_params, random_tokens
 
-from famx.analysis import AttentionReader, figures, interactive
-from famx.base.errors import ConfigError
+from famx.analysis import AttentionReader, figures
 from famx.memories import Fam
 from famx.modules import Decoder, Memory
 
@@ -144,108 +136,3 @@ def test_what_does_not_exist_is_said_in_the_figure():
     assert axes.get_xlabel() == "keys (grey: not seen by the query)"
     incomplete = make_maps(block_size=64)
     assert sentences(figures.travel_figure(incomplete.summary, 0)) == {"the memory attended to no block"}
-
-
-# ---------------------------------------------------------------- the page
-
-
-class Page(html.parser.HTMLParser):
-    """Tags with their attributes, and the text of the script with the id `data`."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.data, self._inside = [], "", False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self._inside = ("id", "data") in attributes
-
-    def handle_data(self, data):
-        self.data += data if self._inside else ""
-
-    def handle_endtag(self, tag):
-        self._inside = False
-
-
-def make_page(maps, **arguments):
-    pytest.importorskip("plotly")
-    return interactive.attention_page(maps, **arguments)
-
-
-def test_the_page_holds_every_map_and_needs_no_network():
-    maps = make_maps()
-    page = Page(make_page(maps, title="<i>& maps</i>"))
-    assert not [tag for tag, attributes in page.tags if {"src", "href"} & set(attributes)]
-    assert [tag for tag, _ in page.tags].count("script") == 3
-    data = json.loads(page.data)
-    assert data["choices"] == {"block": [0, 1, 2, 3, 4], "layer": [0, 1], "head": [0, 1, 2, 3, "mean"]}
-    for block in range(5):
-        for layer, head in [(0, 0), (1, 1), (1, None)]:
-            picture = maps.as_picture(layer, head, block)
-            name = f"{block}/{layer}/{'mean' if head is None else head}"
-            cells = np.frombuffer(base64.b64decode(data["values"][name]), "<u2")
-            cells = cells.reshape(picture.values.shape)
-            np.testing.assert_array_equal(cells == 65535, np.isnan(picture.values))
-            np.testing.assert_allclose(
-                np.where(cells == 65535, np.nan, cells / 65534), picture.values, atol=1e-5
-            )
-        columns = data["axes"][str(block)]["columns"]
-        assert columns["text"] == list(picture.columns.labels)
-        assert columns["kind"] == ["past"] * S * min(block, M) + ["memory"] * N + ["own"] * (
-            len(columns["kind"]) - S * min(block, M) - N
-        )
-
-
-def test_a_page_that_cannot_be_made_says_why(monkeypatch):
-    pytest.importorskip("plotly")
-    maps = make_maps()
-    monkeypatch.setattr(interactive, "_MAX_CELLS", 1000)
-    with pytest.raises(ConfigError, match="14,850 probabilities, more than the limit of 1,000: keep"):
-        interactive.attention_page(maps)
-    with pytest.raises(ConfigError, match="There is nothing to show: no block was kept."):
-        interactive.attention_page(interactive.AttentionMaps(**{**vars(maps), "blocks": ()}))
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(ConfigError, match=r"needs the package 'plotly': run pip install 'famx\[note"):
-        interactive.attention_page(maps)
-
-
-POINT = """<script>
-const box = map.querySelector(".nsewdrag"), at = box.getBoundingClientRect();
-const {xaxis, yaxis} = map._fullLayout;
-box.dispatchEvent(new MouseEvent("mousemove", {
-  bubbles: true, clientX: at.left + xaxis.c2p(20), clientY: at.top + yaxis.c2p(5)}));
-</script>"""  # the pointer on column 20 of row 5
-
-
-@pytest.mark.slow
-def test_a_browser_draws_what_the_address_names(tmp_path):
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("there is no Chromium here")
-    maps, path = make_maps(), tmp_path / "page.html"
-    path.write_text(make_page(maps).replace("</body>", f"{POINT}</body>"))
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
-               "--disable-quic", "--no-first-run", "--disable-background-networking",
-               "--disable-component-update", "--disable-sync",
-               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1100"]  # fmt: skip
-    address = f"{path.as_uri()}#block=2&layer=1&head=0"
-    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=55)
-    text = run([*command, "--dump-dom", address]).stdout
-    assert "heatmaplayer" in text and "<image" in text
-    body = text[text.index('<div id="text">') : text.index('<script id="data"')]
-    assert body.count("<span") == N + (M + 1) * S and "&lt;/script&gt;" in body
-    assert ">block 0<" in text and ">FAM<" in text and "are the memory (FAM)" in text
-    buttons = set(re.findall('data-title="(.*?)"', text))
-    assert "Zoom" in buttons and not any("Share" in name for name in buttons), "a page uploads nothing"
-    picture = maps.as_picture(1, 0, 2)
-    name = lambda axis, i: f"{axis.block[i]}:{axis.slot[i]} {axis.labels[i]}"
-    query, key = html.escape(name(picture.rows, 5)), html.escape(name(picture.columns, 20))
-    value = picture.values[5, 20]
-    told = f"Query {query}, key {key}: {value:.3g}"
-    assert told in text and f"query {query}" in text[text.index('class="hoverlayer"') :]
-    run([*command, f"--screenshot={tmp_path / 'page.png'}", address])
-    pixels = images.imread(tmp_path / "page.png")[..., :3]
-    for color in (figures.MEMORY, figures.PAST, figures.OWN):
-        wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        assert (np.abs(pixels - wanted).max(axis=-1) < 0.02).sum() > 200

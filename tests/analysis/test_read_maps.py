@@ -66,7 +66,6 @@ def test_a_model_without_a_vocabulary_is_told(tmp_path):
 
 
 def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
-    pytest.importorskip("plotly")
     text = (gin_root() / "docs" / "attention_maps.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     model = make_model(num_layers=2, num_heads=4)
