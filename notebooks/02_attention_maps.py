@@ -181,10 +181,10 @@ for block, slot, word, weight in places[:8]:
 # %% [markdown]
 # ## Explore the page
 #
-# The page has the text, shaded by the attention or the trace of the token that you click, thumbnails of all
-# layers and heads, and for every token what the model expects next. Click a memory token to see what wrote
-# it. It is a single file that needs no network. Set `SHOW_PAGE` to embed it here, or open the file in a
-# browser (on Colab, download it from the file panel first).
+# The page has the text, shaded by the attention or the trace of the token that you click, thumbnails of
+# all layers and heads, and for every token what the model expects next. Click a memory token to see what
+# wrote it. It is a single file that needs no network. Set `SHOW_PAGE` to embed it here, or open the file
+# in a browser (on Colab, download it from the file panel first).
 
 # %%
 page = attention_page(maps, "PassKey, read by a tiny FAM")
