@@ -20,7 +20,8 @@ from famx.analysis.records import BlockRecords
 from famx.base.errors import ConfigError
 from famx.base.palette import MEMORY, OWN, PAST, UNSEEN
 
-_MAX_WEIGHTS = 4_000_000  # number of weights of all maps, and of all rollouts and updates
+_MAX_WEIGHTS = 2_500_000  # number of weights of all maps
+_MAX_TRACED = 1_000_000  # number of weights of all rollouts and updates
 _MAX_TOKENS = 16_384  # number of tokens of the text
 _FEWEST = 4  # smallest number of keys per query that is still a map
 _ROOTS, _WEIGHTS = 255, 65535  # scales: maps hold square roots in a byte, the rest weights in two
@@ -58,7 +59,7 @@ def attention_page(maps: AttentionMaps, title: str = "Attention maps") -> str:
     pick = lambda name: getattr(maps.records, name)[chosen]
     updates, rollout = pick("updates"), maps.rollout
     traced = updates.shape[0] * updates.shape[1] * updates.shape[2] + rollout.shape[0] * rollout.shape[1]
-    followed = max(_FEWEST, _MAX_WEIGHTS // max(traced, 1))
+    followed = max(_FEWEST, _MAX_TRACED // max(traced, 1))
     texts, position = [], {NO_TOKEN: 0}  # position: place of the text of a token id, from 1
     for token in np.unique(np.concatenate([pick("ids"), pick("predicted"), _past_ids(maps)])).tolist():
         if token != NO_TOKEN:

@@ -263,6 +263,12 @@ def test_clicks_choose_tokens_memory_and_heads(browse):
     # Maps of block 1 were not kept.
     dom = click("[data-block='2'][data-memory='0']", "block=2&slot=1&layer=1")
     assert "Attention of this update, mean over heads" in dom
+    maps = make_maps()
+    closed = np.zeros_like(maps.records.shares)
+    records = dataclasses.replace(maps.records, shares=closed)
+    page_closed = attention_page.attention_page(dataclasses.replace(maps, records=records))
+    dom = body(browse(page_closed, "block=3&memory=1&layer=1"))
+    assert "The update after block 2 wrote nothing into it" in dom
     dom = click("[data-block='0'][data-memory='0']", "block=2&slot=1")
     assert "No block of this text wrote it" in dom
     dom = click("input[value=trace]", "block=4&slot=2")

@@ -51,9 +51,10 @@ function makeText() {
       name += ` is incomplete: it has ${end} of ${S} tokens.`;
       if (N) name += " The memory is updated only when a block is full, so nothing of this block is in the memory.";
     }
-    group.append(element("div", {className: `name${incomplete ? " incomplete" : ""}`}, name));
+    const head = element("div", {className: "head"}, element("span", {className: `name${incomplete ? " incomplete" : ""}`}, name));
+    group.append(head);
     if (N) {
-      const row = element("div", {className: "memory"});
+      const row = element("span", {className: "memory"});
       for (let n = 0; n < N; n++) {
         const span = element("span", {title: `memory token F${n} that block ${block} reads`}, `F${n}`);
         span.style.borderColor = data.colors.memory;
@@ -61,7 +62,7 @@ function makeText() {
         memorySpans.set(`${block}/${n}`, span);
         row.append(span);
       }
-      group.append(row);
+      head.append(row);
     }
     const tokens = element("div", {className: "tokens"});
     for (let slot = first; slot < end; slot++) {
@@ -87,8 +88,8 @@ function makeText() {
 }
 
 function paint(weights, memory, mode) {
-  const all = [...weights.entries(), ...memory.entries()].map(([, w]) => w);
-  const top = mode === "rank" ? 1 : Math.max(...all, 0) || 1;
+  const largest = map => [...map.values()].reduce((a, b) => Math.max(a, b), 0);
+  const top = mode === "rank" ? 1 : Math.max(largest(weights), largest(memory)) || 1;
   const color = (span, weight) => {
     const strength = weight === undefined ? 0 : Math.sqrt(Math.max(weight, 0) / top);
     span.style.background = strength > .02 ? `rgba(${shadeColors[mode]}, ${(strength * .85).toFixed(3)})` : "";
@@ -176,10 +177,13 @@ function ranks() {
   return out;
 }
 
-// Weights of a row of a map, by place; `sum` of memory, past blocks and own block.
-function spread(row, block) {
+// Weights of a row of a map, by place, and `sums` of memory, past blocks and own block. A row that holds all
+// keys is made to add up to 1, which rounding to a byte has changed.
+function spread(row, block, complete) {
   const weights = new Map(), memory = new Map(), sums = {memory: 0, past: 0, own: 0};
-  row.forEach((weight, column) => {
+  const total = complete && row.reduce((a, b) => a + b, 0) || 1;
+  row.forEach((rounded, column) => {
+    const weight = rounded / total;
     if (column < N) {
       memory.set(`${block}/${column}`, weight);
       sums.memory += weight;
@@ -204,15 +208,13 @@ async function viewOfToken() {
     return {...traceView(trace), lines: [...lines, traceLine(trace, block)]};
   }
   const rows = await decoded.map(`${block}/${state.layer}/${state.head}`);
-  const found = spread(rows.row(data.rows + slot), block);
+  const found = spread(rows.row(data.rows + slot), block, rows.complete);
   const {memory, past: before, own} = found.sums;
   lines.push(line("", `Its attention in layer ${state.layer}, ${headName(state.head)}: ${share(memory)} on the memory, `
     + (past ? `${share(before)} on past blocks, ` : "") + `${share(own)} on its own block.`));
-  if (!rows.complete) lines.push(keysLine(rows));
+  if (!rows.complete) lines.push(line("", "To keep this page small it holds only the strongest keys of each query."));
   return {...found, lines};
 }
-
-const keysLine = () => line("", "To keep this page small it holds only the strongest keys of each query.");
 
 async function viewOfMemory() {
   const {block, memory: n, layer} = state, source = block - 1;
@@ -230,20 +232,23 @@ async function viewOfMemory() {
     return {weights: new Map(), memory: new Map(), lines};
   }
   const i = decoded.place.get(source), cell = layer * data.rows + n, part = decoded.shares[i][cell];
-  lines.push(line("", `Written by the update after block ${source}: ${share(part)} of it comes from what the update`
-    + ` attended to, ${share(1 - part)} is what F${n} was before.`));
+  lines.push(line("", part === 0
+    ? `The update after block ${source} wrote nothing into it: it is what F${n} was before. The trace shows which block wrote it.`
+    : `Written by the update after block ${source}: ${share(part)} of it comes from what the update attended to,`
+      + ` ${share(1 - part)} is what F${n} was before.`));
   if (state.mode === "trace") {
     const trace = traceMemory(data, decoded, block, layer, n);
     return {...traceView(trace), lines: [...lines, traceLine(trace, block)]};
   }
-  let row = new Float32Array(N + past + S), of = headName(state.head);
+  let row = new Float32Array(N + past + S), of = headName(state.head), complete = decoded.updates[i].complete;
   if (isKept(source)) {
-    row = (await decoded.map(`${source}/${layer}/${state.head}`)).row(n);
+    const rows = await decoded.map(`${source}/${layer}/${state.head}`);
+    [row, complete] = [rows.row(n), rows.complete];
   } else {
     decoded.updates[i].each(cell, (key, weight) => { row[key < N ? key : key + past] = weight; });
     of = "mean over heads";
   }
-  const found = spread(row, source);
+  const found = spread(row, source, complete);
   lines.push(line("", `Attention of this update, ${of}: ${share(found.sums.memory)} on the memory before,`
     + ` ${share(found.sums.own)} on the tokens of block ${source}.`));
   return {...found, lines};
@@ -326,7 +331,7 @@ function strip(blocks) {
     context.fillStyle = "#0072B2";
     context.fillRect(i * each, base - high, Math.max(each - ratio, each * .8), high);
     context.fillStyle = "#555";
-    if (i % every === 0) context.fillText(block, i * each + 1, height - 3 * ratio);
+    if (i % every === 0 && i * each + 24 * ratio < width) context.fillText(block, i * each + 1, height - 3 * ratio);
   });
   canvas.addEventListener("click", event => {
     const i = Math.floor(event.offsetX / canvas.clientWidth * numbers.length);
@@ -394,7 +399,7 @@ async function showMaps(mine) {
     $("mapsTitle").textContent = block < data.firstBlock ? "" : `No maps of block ${block} were kept`;
     $("thumbs").replaceChildren();
     $("map").hidden = true;
-    $("mapName").textContent = "";
+    for (const id of ["mapName", "legend", "cell"]) $(id).replaceChildren();
     drawn = null;
     return;
   }
