@@ -64,8 +64,10 @@ print(textwrap.fill(text, 110))
 # %%
 maps = read_maps(trained, text)
 second, last = row["positions"][1] // task.block_size, maps.blocks[-1]
+holds = int(np.argmin(maps.summary.written[1:].mean(axis=(0, 2))))  # a layer
 print(f"kept: blocks {maps.blocks}, layers {maps.layers}, heads {maps.heads}")
 print(f"the second key is in block {second}")
+print(f"layer {holds} has the memory that attends least to the text after block 0")
 
 # %% [markdown]
 # ## A block and its memory
@@ -76,7 +78,7 @@ print(f"the second key is in block {second}")
 # block: this is reading. Colours follow the square root of the attention.
 
 # %%
-figures.map_figure(maps.as_picture(layer=0, blocks=0))
+figures.map_figure(maps.as_picture(layer=holds, blocks=0))
 
 # %% [markdown]
 # The block with the second key, head by head, in both layers:
@@ -89,8 +91,8 @@ display(
 # %% [markdown]
 # ## Which tokens read the memory?
 #
-# The share of a token's attention on the memory, in the last block, averaged over heads. Layer 0 reads
-# the memory. Layer 1 attends to the block itself, whose tokens already carry what layer 0 has read.
+# The share of a token's attention on the memory, in the last block, averaged over heads. In this run the
+# tokens of layer 1 attend to its memory almost alone; those of layer 0 to its memory and to the block.
 
 # %%
 place = {block: i for i, block in enumerate(maps.blocks)}
@@ -106,7 +108,7 @@ for layer, shares in enumerate(on_memory):
     )
 
 # %%
-figures.map_figure(maps.as_picture(layer=0, blocks=last))
+figures.map_figure(maps.as_picture(layer=holds, blocks=last))
 
 # %% [markdown]
 # The same for the whole document and both layers; dots are heads. The right panel shows the memory's
@@ -124,7 +126,7 @@ figures.mass_figure(maps.summary)
 # not written at all: it changes only where its share in the middle panel is above one half.
 
 # %%
-figures.travel_figure(maps.summary, layer=0)
+figures.travel_figure(maps.summary, layer=holds)
 
 # %%
 told = sorted({0, second, last})  # blocks with a key or the question
@@ -139,22 +141,22 @@ for layer in range(trained.model.config.num_layers):
     print("written in blocks with a key or the question (*): {:.1f}, in others: {:.1f}\n".format(*means))
 
 # %% [markdown]
-# Layer 0 has learnt when to write: in blocks with a key or the question, and hardly in the filler between
-# them. The memory of layer 1 is rewritten by every block and is hardly read.
+# In this run layer 1 has learnt when to write: in the blocks with a key, with two tokens in the block
+# with the question, and not in the filler between them. The memory of layer 0 is rewritten by nearly
+# every block.
 #
-# The next figure shows what the memory of layer 0 stores: the tokens of the block with the second key to
-# which each memory token attends most. These are mainly digits of that key, from one of its two mentions.
+# The next figure shows what the memory of layer 1 stores: the tokens of the block with the second key to
+# which each memory token attends most. These tokens have been through layer 0 already.
 
 # %%
-figures.sources_figure(maps, layer=0, block=second)
+figures.sources_figure(maps, layer=holds, block=second)
 
 # %% [markdown]
 # ## How focused is the attention?
 #
 # The entropy of the attention per block; bands are the range over heads. An entropy of 0 means
 # attention on a single key; the logarithm of the number of keys means equal attention on all of them.
-# In layer 1 both tokens and memory are more focused in blocks with a key or the question than in
-# filler.
+# In layer 0 both tokens and memory are more focused in the blocks with a key than in filler.
 
 # %%
 keys = maps.memory_columns + task.block_size
@@ -167,8 +169,10 @@ figures.entropy_figure(maps.summary)
 # A trace follows a token back through the memory: through the layers of its block, from what these put on
 # the memory to the update that wrote it, and so on to block 0 (definition: docs/attention_maps.md). Below
 # are the tokens of largest weight outside of the last block, for the token that is read before the last
-# digit of the answer. Attention is not causation: weights say what was looked at, not what changed the
-# answer.
+# digit of the answer. In this run the blocks with the two keys share the weight that is not in the last
+# block. The model answers with the second key, but to a trace an update never replaces more than one half
+# of a memory token: its residual is the other half. Attention is not causation: weights say what was
+# looked at, not what changed the answer.
 
 # %%
 trace = tracing.trace(maps, last, end - 1)

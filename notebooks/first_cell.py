@@ -1,15 +1,17 @@
 # On Google Colab only: installs famx, if it is missing, and restarts (see notebooks/README.md).
-import glob
-import importlib.util
-import os
-import subprocess
-import sys
-
 REPOSITORY = "https://github.com/OWNER/famx"
 FOLDER = "/content/famx"  # an upload or a clone, which is taken in place of the repository
 
 
 def install_on_colab():
+    import glob
+    import importlib.util
+    import os
+    import subprocess
+    import sys
+
+    from IPython import get_ipython
+
     found = importlib.util.find_spec("famx")
     installed = found is not None and found.origin is not None  # a folder of this name has no origin
     if "google.colab" not in sys.modules or installed:
@@ -30,8 +32,6 @@ def install_on_colab():
     plugins = [f"jax-cuda{cuda}-{part}" for cuda in (12, 13) for part in ("plugin", "pjrt")]
     subprocess.run([*pip, "uninstall", "-q", "-y", *plugins], check=True)
     subprocess.run([*pip, "install", "-q", famx, *others], check=True)
-    from IPython import get_ipython
-
     print("famx is installed. The runtime restarts now; then run all cells again (Runtime, Run all).")
     get_ipython().kernel.do_shutdown(restart=True)
 
