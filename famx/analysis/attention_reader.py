@@ -191,7 +191,8 @@ class AttentionReader:
             maps = [self._maps(step.inputs, layer, np.array(heads), step.index) for layer in layers]
             maps = (np.stack(list(map(np.asarray, part))) for part in zip(*maps))
             rolled = np.array(self._rolled(step.inputs, step.index))
-            kept[step.index] = step, (step.slots, step.window, *maps, rolled)
+            # Not the step, whose inputs are on the device.
+            kept[step.index] = step.record, (step.slots, step.window, *maps, rolled)
 
         for step in self._steps(params, pieces, state):
             index, (start, end) = step.index, step.slots
@@ -213,7 +214,7 @@ class AttentionReader:
                 raise ValueError(f"There is no block {b}: the text has the blocks {first} to {index}.")
 
         summary = self._summary(first, counts, figures)
-        records = _records(dict(newest) | {b: step.record for b, (step, _) in kept.items()})
+        records = _records(dict(newest) | {b: record for b, (record, _) in kept.items()})
         chosen = tuple(sorted(kept))
         size, past = c.block_size, c.memory_segments * c.block_size
         shapes = (
