@@ -156,27 +156,30 @@ def test_readme_commands_are_marked_once_and_ci_runs_the_test_command():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-@needs_checkout
-@pytest.mark.slow
-def test_ci_runs_exactly_the_readme_block_in_a_clone_and_cleans_up(tmp_path):
-    repo, scratch = tmp_path / "repo", tmp_path / "scratch"
+def run_ci(folder, readme, makefile="", **env):
+    """Runs `.ci/run` in a new repository; the result and the folder in which it may leave nothing."""
+    repo, scratch = folder / "repo", folder / "scratch"
     (repo / ".ci").mkdir(parents=True)
     scratch.mkdir()
     shutil.copy(ROOT / ".ci" / "run", repo / ".ci" / "run")
-    (repo / "README.md").write_text(
-        "```\nexit 9\n```\n<!-- test-command -->\n```bash\npwd\ncat README.md | wc -l\nfalse\n"
-        "echo not reached\n```\n```\nexit 8\n```\n"
-    )
+    (repo / "README.md").write_text(readme)
+    (repo / "Makefile").write_text(makefile)
     git = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
     for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "x")):
         run(*git, *command, cwd=repo)
-    result = subprocess.run(
-        [repo / ".ci" / "run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TMPDIR": str(scratch)},
+    env = {**os.environ, "TMPDIR": str(scratch), **env}
+    done = subprocess.run([repo / ".ci" / "run"], cwd=folder, capture_output=True, text=True, env=env)
+    return done, scratch
+
+
+@needs_checkout
+@pytest.mark.slow
+def test_ci_runs_exactly_the_readme_block_in_a_clone_and_cleans_up(tmp_path):
+    readme = (
+        "```\nexit 9\n```\n<!-- test-command -->\n```bash\npwd\ncat README.md | wc -l\nfalse\n"
+        "echo not reached\n```\n```\nexit 8\n```\n"
     )
+    result, scratch = run_ci(tmp_path, readme)
     where, lines = result.stdout.split()
     assert result.returncode == 1 and int(lines) == 13
     assert pathlib.Path(where).is_relative_to(scratch) and list(scratch.iterdir()) == []

@@ -38,7 +38,6 @@ class TaskEvaluation:
       task: a task whose examples are made by index, or its registered name
         (`famx.data.tasks.registry`); None: the task that the run trains on.
       length: number of tokens per example, at least the task's minimum.
-      more_lengths: further lengths, each of whose scores is named `<score>/<length>`.
       task_options: task options, as in training, which override those of the run; `split` and `seed` are
         set by the evaluation.
       examples: number of examples.
@@ -48,6 +47,7 @@ class TaskEvaluation:
         are computed on the first batches, about `health_tokens` tokens; `memory/kept/...` holds the
         scores of the same batches with the memory.
       health_tokens: maximum number of tokens read for the memory scalars.
+      more_lengths: further lengths, each of whose scores is named `<score>/<length>`.
 
     Raises:
       ConfigError: on construction, if `length` is not given.
@@ -55,13 +55,13 @@ class TaskEvaluation:
 
     task: Name | Object | None = None
     length: Positive = 0  # must be given
-    more_lengths: Sequence[Positive] = ()
     task_options: Mapping[Name, Any] | None = None
     examples: Positive = 64
     batch_size: Positive = 16
     seed: Seed = 1
     health: bool = True
     health_tokens: Positive = HEALTH_TOKENS
+    more_lengths: Sequence[Positive] = ()
 
     def __post_init__(self):
         if not self.length:
