@@ -183,3 +183,22 @@ def test_ci_runs_exactly_the_readme_block_in_a_clone_and_cleans_up(tmp_path):
     where, lines = result.stdout.split()
     assert result.returncode == 1 and int(lines) == 13
     assert pathlib.Path(where).is_relative_to(scratch) and list(scratch.iterdir()) == []
+
+
+@needs_checkout
+@pytest.mark.slow
+@pytest.mark.parametrize("found", [True, False])
+def test_ci_then_runs_the_newest_python_where_it_is_found(tmp_path, found):
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3.13"
+    python.write_text(f"#!/bin/sh\nexit {int(not found)}\n")
+    python.chmod(0o755)
+    result, scratch = run_ci(
+        tmp_path, "<!-- test-command -->\n```bash\necho suite\n```\n",
+        "test-python:\n\t@echo under $(PYTHON)\n\t@exit 3\n",
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", PYENV_ROOT=str(tmp_path),
+    )  # fmt: skip
+    first, second = result.stdout.splitlines()[:2]
+    assert first == "suite" and list(scratch.iterdir()) == []
+    assert second.startswith("under python3.13" if found else "Skipped: the tests under Python 3.13")
+    assert (result.returncode != 0) == found
