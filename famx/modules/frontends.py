@@ -23,6 +23,7 @@ import numpy as np
 from famx.base.features import KINDS, TOKENS, Feature
 from famx.base.ranges import Name, Positive, Sizes
 from famx.base.values import checked
+from famx.modules.kinds import described
 
 Inputs = Mapping[str, jax.Array]
 _KINDS: dict[str, type["Frontend"]] = {}
@@ -182,19 +183,8 @@ def from_dict(fields: dict[str, Any]) -> Frontend:
     Raises:
       ValueError: no imported module defines such a frontend, or it has other fields.
     """
-    fields = dict(fields)
-    kind = fields.pop("kind", None)
-    if kind not in _KINDS:
-        raise ValueError(
-            f"frontend is of the kind {kind!r}, which is not known here: import the module that defines"
-            f" it (--import=my_module), or choose from {', '.join(_KINDS)}."
-        )
-    names = {field.name for field in dataclasses.fields(_KINDS[kind])}
-    unknown = ", ".join(sorted(fields.keys() - names))
-    if unknown:
-        known = ", ".join(sorted(names)) or "none"
-        raise ValueError(f"A frontend of the kind {kind!r} has no field {unknown}; it has {known}.")
-    return _KINDS[kind].of_fields(fields)
+    kind, fields = described(_KINDS, "frontend", fields)
+    return kind.of_fields(fields)
 
 
 class _Tokens(nn.Module):

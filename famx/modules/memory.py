@@ -21,6 +21,8 @@ import flax.linen as nn
 import flax.struct
 import jax
 
+from famx.modules.kinds import described
+
 _KINDS: dict[str, type["Memory"]] = {}
 # Names of parameters `[..., N, D]` that are like token embeddings and may be initialised with such.
 PROMPTS = ("prompt", "prefix")
@@ -350,19 +352,8 @@ def from_dict(fields: dict[str, Any]) -> Memory:
     Raises:
       ValueError: no imported module defines such a memory, or it has other fields.
     """
-    fields = dict(fields)
-    kind = fields.pop("kind", None)
-    if kind not in _KINDS:
-        raise ValueError(
-            f"memory is of the kind {kind!r}, which is not known here: import the module that defines"
-            f" it (--import=my_module), or choose from {', '.join(_KINDS)}."
-        )
-    names = {field.name for field in dataclasses.fields(_KINDS[kind])}
-    unknown = ", ".join(sorted(fields.keys() - names))
-    if unknown:
-        known = ", ".join(sorted(names))
-        raise ValueError(f"A memory of the kind {kind!r} has no field {unknown}; it has {known}.")
-    return _KINDS[kind](**fields)
+    kind, fields = described(_KINDS, "memory", fields)
+    return kind(**fields)
 
 
 def is_prompt(path: str) -> bool:
