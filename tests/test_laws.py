@@ -17,6 +17,7 @@ import pytest
 import famx
 
 ROOT = pathlib.Path(famx.__file__).parent
+TESTS = pathlib.Path(__file__).parent
 
 # From the bottom up. A package may import packages of lower floors only. The files at the top of famx/
 # are the mains, except mesh.py.
@@ -225,6 +226,12 @@ def test_no_file_is_long():
     lengths = {path: len(path.read_text().splitlines()) for path in files().values()}
     long = [place(path, n) for path, n in lengths.items() if n > MOST_LINES]
     assert not long, f"longer than {MOST_LINES} lines:\n" + "\n".join(long)
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports each under its basename; two of one name run together only in some orders."""
+    names = [path.name for path in TESTS.rglob("*.py")]
+    assert {name for name in names if names.count(name) > 1} == {"conftest.py"}
 
 
 def test_no_function_is_long():

@@ -67,7 +67,7 @@ def features_of(data: Any) -> tuple[Feature, ...]:
 
 def values_of(data: Any) -> int:
     """Number of values that a task or documents want predicted at each position; 0: none."""
-    return int(getattr(data, "values", 0))
+    return int(getattr(data, "value_width", 0))
 
 
 def with_features(

@@ -135,8 +135,9 @@ def test_the_records_of_an_adapter_are_those_of_its_run(recorded, tmp_path, caps
         given.append(adapter)
         return dataclasses.replace(trained, step=0)
 
+    monkeypatch.setattr(commands, "check_model", lambda directory: trained.model)
     monkeypatch.setattr(commands, "load_model", load)
-    export_checkpoint("anything", str(tmp_path / "out"), adapter=str(recorded / "adapter"))
+    export_checkpoint(str(tmp_path), str(tmp_path / "out"), adapter=str(recorded / "adapter"))
     assert given == [str(recorded / "adapter")]
     assert "trained for 200 steps" in (tmp_path / "out/README.md").read_text()
 

@@ -267,7 +267,7 @@ def test_words_and_patches_are_read_one_position_later(name):
 class Recordings:
     """Two recordings with values to predict, of 7 and 3 positions."""
 
-    features, values = (Feature("channels", 2),), 1
+    features, value_width = (Feature("channels", 2),), 1
 
     def __len__(self):
         return 2

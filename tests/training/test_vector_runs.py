@@ -38,7 +38,7 @@ class Sensor(SequenceTask):
     """Two channels, some words among them; the next reading is predicted, and a word at the end."""
 
     features = (Feature("channels", 2), KINDS)
-    values = 2
+    value_width = 2
     words = WORDS
     min_length = 4
 

@@ -16,8 +16,8 @@ class Documents(Protocol):
     weights. No document may be empty, and none may change during a run.
 
     Documents with an attribute `features`, a tuple of `famx.base.features.Feature`, have features besides
-    tokens, or in their place; those with an attribute `values`, a number, have as many values to predict
-    at each position. An item is then a dict of `tokens` (targets), `weights`, `features` by name,
+    tokens, or in their place; those with an attribute `value_width` have as many values to predict at
+    each position. An item is then a dict of `tokens` (targets), `weights`, `features` by name,
     `values` and `value_weights`, each `[n, ...]`.
     """
 

@@ -23,7 +23,7 @@ class SequenceTask:
     """A task made by index, whose positions hold features. For data of your own, subclass it.
 
     A subclass is a frozen dataclass with `features`, `words` (those of the answers), `min_length` and
-    `row`. One that predicts numbers sets `values`, how many at each position.
+    `row`. One that predicts numbers sets `value_width`, how many at each position.
 
     Attributes:
       seed: seed of all examples.
@@ -33,7 +33,7 @@ class SequenceTask:
     seed: Seed = 0
     split: Annotated[str, OneOf(SPLITS)] = "train"
 
-    values: ClassVar[int] = 0
+    value_width: ClassVar[int] = 0
     words: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -58,7 +58,7 @@ class SequenceTask:
           features dict: an array `[length, width]` of each feature, by name.
           answer list of str: the words to predict at the last positions, one at each; or, in its place,
           tokens int32 `[length]` and weights float32 `[length]`: what to predict at every position.
-          values float32 `[length, values]`, value_weights float32 `[length]`: of a task with `values`.
+          values float32 `[length, value_width]`, value_weights float32 `[length]`: of a task with values.
         """
         raise NotImplementedError
 
@@ -90,7 +90,7 @@ class SequenceTask:
     def batch(self, indices: Sequence[int], length: int) -> dict[str, np.ndarray]:
         """The examples `indices` as a batch, see `famx.data.rows.decoder_batch`."""
         rows = [self.example(int(i), length) for i in indices]
-        return decoder_batch(rows, self.vocab, None, self.features, self.values)
+        return decoder_batch(rows, self.vocab, None, self.features, self.value_width)
 
 
 def mixed_row(

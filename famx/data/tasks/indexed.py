@@ -27,7 +27,7 @@ class IndexedDocuments:
         return features_of(self.task)
 
     @property
-    def values(self) -> int:
+    def value_width(self) -> int:
         """Number of values that the task wants predicted at each position."""
         return values_of(self.task)
 
@@ -36,11 +36,11 @@ class IndexedDocuments:
             raise IndexError(f"Document {i} is not one of {self._count} documents.")
         batch = self.task.batch([self._start + i], self.length)  # `example` may also decode the prompt
         tokens, weights = batch["decoder_target_tokens"][0], batch["decoder_loss_weights"][0]
-        if not self.features and not self.values:
+        if not self.features and not self.value_width:
             return tokens, weights
         document: dict[str, Any] = {"tokens": tokens, "weights": weights}
         document["features"] = {feature.name: batch[feature.key][0] for feature in self.features}
-        if self.values:
+        if self.value_width:
             document |= {"values": batch[VALUES][0], "value_weights": batch[VALUE_WEIGHTS][0]}
         return document
 
