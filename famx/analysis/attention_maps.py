@@ -12,7 +12,8 @@
 `famx attention-maps` does the same for a text file.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from famx.analysis.attention_reader import AttentionReader
 from famx.analysis.maps import AttentionMaps, AttentionSummary
@@ -26,7 +27,7 @@ _MAX_BYTES = 4 << 30  # limit on the size of the kept maps
 
 def read_maps(
     trained,
-    text: str | Iterable[Sequence[int]],
+    text: str | Iterable[Sequence[int] | Mapping[str, Any]],
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     blocks: Sequence[int] | None = None,
@@ -35,7 +36,8 @@ def read_maps(
 
     Args:
       trained: a `famx.model_dir.loading.TrainedModel` with its vocabulary.
-      text: a text, or its token ids in pieces of any size.
+      text: a text, or its token ids in pieces of any size; of a model with a frontend, pieces of what it
+        reads, see `AttentionReader.read`.
       layers: layers whose maps to keep; None keeps all.
       heads: heads whose maps to keep; None keeps all.
       blocks: blocks whose maps to keep; -1 is the last. None keeps all, which soon exceeds the limit
@@ -66,10 +68,12 @@ def read_maps(
     def with_bos():
         count = 0
         for piece in pieces:
-            if not count and len(piece) and vocabulary.bos_id is not None:
+            features = isinstance(piece, Mapping)
+            length = max(map(len, piece.values()), default=0) if features else len(piece)
+            if not count and length and vocabulary.bos_id is not None and not features:
                 yield [vocabulary.bos_id]
                 count += 1
-            count += len(piece)
+            count += length
             if blocks is None:
                 check_size(-(-count // reader.config.block_size))
             yield piece

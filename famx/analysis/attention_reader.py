@@ -8,8 +8,8 @@ so that memory holds one layer's maps in addition to the selected ones.
 import collections
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -21,6 +21,7 @@ from famx.analysis.maps import AttentionMaps, AttentionSummary
 from famx.analysis.pictures import NO_TOKEN
 from famx.analysis.records import FIELDS, BlockRecords, predict
 from famx.analysis.tracing import rollout
+from famx.base.features import TOKENS
 from famx.decoding.streaming import check_ids, check_position
 from famx.lora.adapters import ADAPTERS
 from famx.modules import Decoder, DecoderState
@@ -88,12 +89,12 @@ class AttentionReader:
 
         @functools.partial(jax.jit, static_argnames="aligned")
         def step(params, state, tokens, targets, count, aligned):
-            valid = jnp.arange(tokens.shape[1])[None] < count
+            valid = jnp.arange(len(targets))[None] < count
             (hidden, after), collections = decoder.apply(
                 {"params": params}, tokens, state, valid, aligned, method="read", mutable=[INPUTS]
             )
             layers = collections[INPUTS]["layers"]
-            if c.memory.through_depth and not (aligned and c.block_size == tokens.shape[1]):
+            if c.memory.through_depth and not (aligned and c.block_size == len(targets)):
                 layers = jax.tree.map(lambda x: x[0], layers)  # the first chunk, one block, of several
             first = lambda name: layers[name][0][:, 0]  # of the only example; memory_queries: first block
             queries = jnp.zeros((c.num_layers, 0, c.num_heads, c.head_dim), c.dtype)
@@ -146,19 +147,20 @@ class AttentionReader:
     def read(
         self,
         params,
-        pieces: Iterable[Sequence[int]],
+        pieces: Iterable[Sequence[int] | Mapping[str, Any]],
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
         blocks: Sequence[int] | None = None,
         state: DecoderState | None = None,
         label: Callable[[int], str] = str,
     ) -> AttentionMaps:
-        """Reads one text.
+        """Reads one text, or one sequence of what the model reads (`DecoderConfig.frontend`).
 
         Args:
           params: the decoder's parameters, adapters merged into them.
           pieces: the text's token ids, bos included, in pieces of any size: `[ids]`, or what an
-            iterator yields. One block is held at a time.
+            iterator yields; of a model with a frontend, dicts of its features, each `[n, ...]`. One
+            block is held at a time.
           layers, heads: layers and heads whose maps are kept; None: all.
           blocks: blocks whose maps are kept, by index in the sequence; -1 is the last, -2 the one
             before. None: all, which grows with the text.
@@ -168,10 +170,12 @@ class AttentionReader:
         Returns:
           The maps and the summary of all blocks. On the device nothing grows with the text; the
           summary grows by a few figures per block, and the records of the newest blocks up to 128 MiB.
+          Positions that hold no token have the id `NO_TOKEN`, and where features are read, no token
+          follows.
 
         Raises:
-          ValueError: there is no token, one is not in the vocabulary, a layer, head or block does not
-            exist, or there are adapters among the parameters.
+          ValueError: there is no token, one is not in the vocabulary, the pieces are not what the model
+            reads, a layer, head or block does not exist, or there are adapters among the parameters.
         """
         c = self.config
         if any(path[-1] in ADAPTERS for path in flatten_dict(params)):
@@ -244,27 +248,29 @@ class AttentionReader:
         state = self._initial(params) if state is None else state
         index, start = divmod(int(state.position[0]), c.block_size)
         window = np.full((c.memory_segments + 1, c.block_size), NO_TOKEN, np.int32)
-        for ids, following in _with_next(_blocks(pieces, c.block_size, c.block_size - start)):
-            end = start + len(ids)
-            check_ids(ids, c.vocab_size)
+        pieces = map(self._checked, pieces)
+        for read, following in _with_next(_blocks(pieces, c.block_size, c.block_size - start)):
+            count, ids = _length(read), _ids(read)
+            end = start + count
             check_position(np.array([index * c.block_size + end], np.int64))
             window[-1, start:end] = ids
             # A single token would not be read as a chunk.
-            tokens = np.zeros((1, max(c.block_size, 2)), np.int32)
-            tokens[0, : len(ids)] = ids
-            targets = np.full(tokens.shape[1], NO_TOKEN, np.int32)
-            targets[: len(ids) - 1] = ids[1:]
-            if following is not None:
-                targets[len(ids) - 1] = following[0]
+            width = max(c.block_size, 2)
+            targets = np.full(width, NO_TOKEN, np.int32)
+            if not isinstance(read, dict):
+                targets[: count - 1] = ids[1:]
+                if following is not None:
+                    targets[count - 1] = following[0]
+            padded = jax.tree.map(functools.partial(_padded, length=width), read)
             state, inputs, *results = self._step(
-                params, state, tokens, targets, len(ids), aligned=start == 0
+                params, state, padded, targets, count, aligned=start == 0
             )
             # Copies: a view would keep the device's array.
             figures, predictions = jax.tree.map(np.array, results)
             record = {"slots": np.array([start, end]), "ids": window[-1].copy()}
             for name, x in predictions.items():
                 record[name] = np.full(c.block_size, NO_TOKEN if name == "predicted" else 0, x.dtype)
-                record[name][start:end] = x[: len(ids)]
+                record[name][start:end] = x[:count]
             complete = end == c.block_size
             for name in ("updates", "shares"):
                 record[name] = figures.pop(name) * complete
@@ -276,6 +282,26 @@ class AttentionReader:
             window = np.roll(window, -1, axis=0)
             window[-1] = NO_TOKEN
             index, start = index + 1, 0
+
+    def _checked(self, piece):
+        """A piece as an array of ids, or as a dict of the arrays that the model reads.
+
+        Raises:
+          ValueError: it is not what the model reads.
+        """
+        c, given = self.config, isinstance(piece, Mapping)
+        if given == c.frontend.is_tokens or not (given or c.frontend.reads_tokens):
+            raise ValueError(c.frontend.refusal(given))
+        if not given:
+            ids = np.asarray(piece, np.int64)
+            check_ids(ids, c.vocab_size)
+            return ids.astype(np.int32)
+        if any(feature.name not in piece for feature in c.frontend.features):
+            raise ValueError(c.frontend.refusal(False))
+        count = len(piece[c.frontend.features[0].name])
+        arrays = {x.name: x.check(piece[x.name], count) for x in c.frontend.features}
+        check_ids(arrays.get(TOKENS.name), c.vocab_size)
+        return arrays
 
     def _summary(self, first, counts, figures):
         """Summary of all blocks; arrays have length 0 if no block has that figure."""
@@ -351,15 +377,37 @@ def _figures(config: DecoderConfig, inputs: LayerInputs, block, start, end, top,
     }
 
 
-def _blocks(pieces: Iterable[Sequence[int]], size: int, first: int) -> Iterator[np.ndarray]:
-    """The ids of `pieces` as int32 arrays of `first` tokens and then of `size`, the last one shorter."""
-    ids = itertools.chain.from_iterable(map(int, piece) for piece in pieces)
-    while block := list(itertools.islice(ids, first)):
-        yield np.array(block, np.int64)
-        first = size
+def _length(read) -> int:
+    """Number of positions of an array `[n, ...]`, or of a dict of these."""
+    return len(jax.tree.leaves(read)[0])
 
 
-def _with_next(blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+def _ids(read):
+    """Token ids of an array or a dict, int32 `[n]`; `NO_TOKEN` where no feature holds tokens."""
+    if not isinstance(read, dict):
+        return read
+    return read.get(TOKENS.name, np.full(_length(read), NO_TOKEN, np.int32))
+
+
+def _padded(array: np.ndarray, length: int) -> np.ndarray:
+    """`array` `[n, ...]` as a batch of one example, with zeros up to `length`: `[1, length, ...]`."""
+    return np.pad(array, [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1))[None]
+
+
+def _blocks(pieces: Iterable, size: int, first: int) -> Iterator:
+    """The positions of `pieces`, which are arrays or dicts of arrays, in blocks of `first` and then of
+    `size`, the last one shorter."""
+    held, room = None, first
+    for piece in pieces:
+        held = piece if held is None else jax.tree.map(lambda *x: np.concatenate(x), held, piece)
+        while _length(held) >= room:
+            yield jax.tree.map(lambda x, end=room: x[:end], held)
+            held, room = jax.tree.map(lambda x, end=room: x[end:], held), size
+    if held is not None and _length(held):
+        yield held
+
+
+def _with_next(blocks: Iterator) -> Iterator[tuple[Any, Any]]:
     """Each of the blocks with the one after it; None after the last."""
     previous = None
     for block in blocks:

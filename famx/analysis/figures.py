@@ -6,10 +6,12 @@ query. Colours follow the square root of the probability, which makes small ones
 maps, neighbouring cells are drawn as one cell with their maximum.
 """
 
+from collections.abc import Sequence
+
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import offset_copy
@@ -22,6 +24,7 @@ _LABELLED = 120  # maximum number of tokens per axis that get a label each
 _DRAWN = 1000  # maximum number of rows or columns drawn without pooling
 _STRIP = 6  # width of the coloured margin in points
 _NO_ATTENTION = "the memory attended to no block"
+_OVERLAY = LinearSegmentedColormap.from_list("memory", [(MEMORY, 0.0), (MEMORY, 0.9)])
 _SCALE = matplotlib.colormaps["cividis"].with_extremes(bad=UNSEEN)
 
 
@@ -190,6 +193,33 @@ def sources_figure(maps: AttentionMaps, layer: int, block: int) -> Figure:
     axes.set_ylabel("memory token")
     figure.colorbar(image, ax=axes, label="attention", pad=0.02)
     figure.suptitle(f"What the memory of layer {layer} compressed of block {block}")
+    return figure
+
+
+def overlay_figure(
+    image: np.ndarray, weights: np.ndarray, titles: Sequence[str], across: int = 4
+) -> Figure:
+    """Draws weights in the memory's colour over an image, on one scale: a panel for each map of weights.
+
+    Args:
+      image: the image `[height, width]`, drawn in grey, large values dark.
+      weights: not negative, `[n, rows, columns]`; each lies over the image's equal part.
+      titles: title of each panel.
+      across: number of panels in a row.
+    """
+    down = -(-len(weights) // across)
+    figure = _figure(1.2 + 1.9 * across, 0.4 + 2.1 * down)
+    grid = figure.subplots(down, across, squeeze=False)
+    height, width = image.shape
+    top = max(float(weights.max()), 1e-6)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, of_panel, title in zip(grid.flat, weights, titles, strict=False):
+        place = dict(extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+        axes.imshow(image, cmap="gray_r", **place)
+        drawn = axes.imshow(of_panel, cmap=_OVERLAY, vmin=0, vmax=top, **place)
+        axes.set_title(title, fontsize=9)
+    figure.colorbar(drawn, ax=grid, label="weight", shrink=0.8)
     return figure
 
 

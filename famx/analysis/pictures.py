@@ -1,4 +1,5 @@
-"""Attention maps arranged as in the paper's Fig. 11: the memory before each block."""
+"""Attention maps arranged as pictures: as in the paper's Fig. 11, the memory before each block, and over
+an image that the model reads."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -107,3 +108,37 @@ def make_picture(maps, layer: int, head: int | None, blocks: int | Sequence[int]
         return Axis(block, slot, is_memory.astype(bool), tuple(label(*entry) for entry in entries))
 
     return Picture(values, axis(rows), axis(columns), layer, head)
+
+
+def memory_on_grid(
+    maps, layer: int, block: int, shape: tuple[int, int], first: int = 0, head: int | None = None
+) -> np.ndarray:
+    """Attention of the memory on positions that form a grid, such as the patches of an image.
+
+    Args:
+      maps: `AttentionMaps`.
+      layer, block: a kept layer, and a kept block that was read to its end.
+      shape: rows and columns of the grid, whose positions are in the block one after another, row by row.
+      first: slot of the first of them.
+      head: a kept head; None averages over the kept heads.
+
+    Returns:
+      The attention of each memory token while it compresses the block, `[N, rows, columns]`. What is
+      missing to 1 is on the rest of the block and on the memory.
+
+    Raises:
+      ValueError: the layer, head or block was not kept, the memory did not attend to the block, or the
+        grid does not fit into the block.
+    """
+    i, j, h = maps.index(layer, head, block)
+    if not (maps.memory.shape[3] and maps.completed(block)):
+        raise ValueError(f"The memory did not attend to block {block}, so there is nothing to draw.")
+    end = first + shape[0] * shape[1]
+    if first < 0 or min(shape) < 1 or end > maps.block_size:
+        raise ValueError(
+            f"A grid of {shape[0]} x {shape[1]} positions from slot {first} does not fit into a block of"
+            f" {maps.block_size}."
+        )
+    attention = maps.memory[i, j].mean(axis=0) if h is None else maps.memory[i, j, h]
+    on_grid = attention[:, maps.memory_columns + first : maps.memory_columns + end]
+    return on_grid.reshape(-1, *shape)

@@ -25,7 +25,7 @@ class BlockRecords:
         `NO_TOKEN` in slots that were not read.
       probability: its probability `[R, S]`.
       rank: rank of the token that does follow, 1 for the most probable, int32 `[R, S]`; 0 for the last
-        token of the text.
+        token of the text, and where features are read in place of tokens.
       next_probability: probability of the token that does follow `[R, S]`; 0 for the last token.
       updates: attention of the memory while it compresses the block, mean over heads,
         `[R, layers, N, N + S]`; 0 for an incomplete block. No rows if the memory does not attend.

@@ -126,6 +126,21 @@ def test_sources_are_written_out():
             assert next(texts) == f"{text}  [{slot}]  {weight:.2f}"
 
 
+def test_weights_lie_over_the_image_on_one_scale():
+    image, weights = np.eye(8), np.arange(3 * 6).reshape(3, 2, 3) / 20
+    figure = drawn(figures.overlay_figure(image, weights, ["a", "b", "c"], across=2))
+    assert [axes.get_title() for axes in figure.axes[:4]] == ["a", "b", "c", ""]
+    for axes, wanted in zip(figure.axes, weights):
+        below, above = axes.get_images()
+        np.testing.assert_array_equal(below.get_array(), image)
+        np.testing.assert_array_equal(above.get_array(), wanted)
+        assert above.get_extent() == below.get_extent() and above.norm.vmax == weights.max()
+        rgba = above.cmap(above.norm([0.0, weights.max()]))
+        assert rgba[0, 3] == 0 and rgba[1, 3] > 0.5  # no weight leaves the image as it is
+        assert to_hex(rgba[1]).upper() == figures.MEMORY
+    assert not figure.axes[3].get_images()
+
+
 def test_what_does_not_exist_is_said_in_the_figure():
     without = make_maps(memory=Memory())
     sentences = lambda figure: {text.get_text() for axes in drawn(figure).axes for text in axes.texts}

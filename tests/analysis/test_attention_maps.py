@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from modules.helpers import config, initial, precision, random_params, random_to
 from modules.oracle import Oracle
 
 from famx.analysis import AttentionMaps, AttentionReader
-from famx.analysis.pictures import NO_TOKEN
+from famx.analysis.pictures import NO_TOKEN, memory_on_grid
 from famx.memories import Fam
+from famx.models import DecoderModel
 from famx.modules import Decoder, Memory
+from famx.modules.frontends import Frontend, Mixed, Vectors
 
 S = 4
 FLOAT64 = dict(dtype="float64", param_dtype="float64")
@@ -248,6 +251,60 @@ def test_far_into_a_text_maps_are_those_of_its_beginning():
         reader(c).read(params, [np.tile(tokens, 3)], state=moved)
 
 
+def of_vectors(c, params):
+    """A model that reads one-hot vectors as the given one reads ids, and its parameters."""
+    kernel = np.asarray(params["embedding"])
+    frontend = {"kernel": kernel, "bias": np.zeros(kernel.shape[1], kernel.dtype)}
+    changed = dataclasses.replace(c, frontend=Vectors("x", c.vocab_size))
+    return changed, {**params, "frontend": frontend}
+
+
+def test_maps_of_vectors_are_those_of_ids_with_the_same_embeddings():
+    c = config(memory_segments=2)
+    params, tokens = random_params(c), random_tokens(1, 3 * S + 2)[0]
+    whole = read_maps(c, params, tokens)
+    changed, changed_params = of_vectors(c, params)
+    vectors = np.eye(c.vocab_size)[tokens]
+    for cuts in ([], [1, 7, 7]):
+        pieces = [{"x": piece} for piece in np.split(vectors, cuts)]
+        maps = reader(changed).read(changed_params, pieces)
+        for name in ("tokens", "memory", "rollout"):
+            near = tolerance(c, len(tokens))
+            np.testing.assert_allclose(getattr(maps, name), getattr(whole, name), atol=near)
+        np.testing.assert_array_equal(maps.slots, whole.slots)
+        np.testing.assert_array_equal(maps.records.predicted, whole.records.predicted)
+        assert (maps.ids == NO_TOKEN).all() and not maps.records.rank.any()
+        assert (maps.summary.source_ids == NO_TOKEN).all() and maps.sources(0, 0)[0][0][1] == "·"
+
+
+def test_ids_among_the_features_of_a_mixture_are_kept():
+    c = config(frontend=Mixed((Frontend(), Vectors("x", 2))))
+    params = nn.unbox(jax.jit(DecoderModel(Decoder(c)).init_params)(jax.random.key(0)))
+    tokens = random_tokens(1, 2 * S)[0]
+    features = {"tokens": tokens, "x": np.ones((2 * S, 2)), "kinds": np.arange(2 * S) % 2}
+    maps = reader(c).read(params, [features], label=lambda i: f"t{i}")
+    np.testing.assert_array_equal(maps.ids.ravel()[-S:], tokens[S:])
+    assert not maps.records.rank.any()
+    with pytest.raises(ValueError, match="Token id 99 is not in the vocabulary"):
+        reader(c).read(params, [features | {"tokens": np.full(2 * S, 99)}])
+
+
+def test_what_a_model_does_not_read_is_refused():
+    c = config(memory_segments=2)
+    params = random_params(c)
+    changed, changed_params = of_vectors(c, params)
+    width = c.vocab_size
+    for of, pieces, sentence in [
+        (c, [{"x": np.zeros((S, width))}], "The model reads tokens alone: give ids, or set Decoder"),
+        (changed, [[1, 2]], "The model reads 'x' ("),
+        (changed, [{"y": np.zeros((S, width))}], "The model reads 'x' ("),
+        (changed, [{"x": np.zeros((S, 3))}], "The feature 'x' has the shape [4, 3], but should have"),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            reader(of).read(changed_params if of is changed else params, pieces)
+        assert str(caught.value).startswith(sentence)
+
+
 def test_the_models_own_computation_settings_do_not_matter():
     c, tokens = config(), random_tokens(1, 18)[0]
     params = random_params(c)
@@ -307,6 +364,30 @@ def test_a_picture_of_one_block_and_the_mean_over_heads():
     heads = [maps.as_picture(0, head, 1).values for head in (0, 1)]
     np.testing.assert_allclose(alone.values, np.mean(heads, axis=0), atol=1e-6)
     assert alone.head is None
+
+
+def test_the_memory_on_a_grid_has_the_weights_of_its_positions():
+    c = config(block_size=8)
+    maps = read_maps(c, random_params(c), random_tokens(1, 20)[0], layers=[1])
+    n = c.memory_columns
+    found = memory_on_grid(maps, 1, 1, (2, 3), first=1, head=1)
+    assert found.shape == (n, 2, 3)
+    for token, row, column in np.ndindex(n, 2, 3):
+        slot = 1 + 3 * row + column
+        assert found[token, row, column] == maps.memory[1, 0, 1, token, n + slot]
+    heads = [memory_on_grid(maps, 1, 1, (4, 2), head=head) for head in (0, 1)]
+    mean = memory_on_grid(maps, 1, 1, (4, 2))
+    np.testing.assert_allclose(mean, np.mean(heads, axis=0), atol=1e-6)
+    np.testing.assert_allclose(mean.sum((1, 2)), maps.summary.written[1, 1], atol=1e-5)
+    for arguments, sentence in [
+        (dict(layer=0, block=1), "There is no map of layer 0; kept layers: 1."),
+        (dict(layer=1, block=2), "The memory did not attend to block 2, so there is nothing to draw."),
+        (dict(layer=1, block=1, first=3), "A grid of 2 x 3 positions from slot 3 does not fit into a"),
+        (dict(layer=1, block=1, first=-1), "A grid of 2 x 3 positions from slot -1 does not fit"),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            memory_on_grid(maps, shape=(2, 3), **arguments)
+        assert str(caught.value).startswith(sentence)
 
 
 def test_sources_are_named_with_their_texts():

@@ -2,6 +2,8 @@
 
 import re
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from lora.trees import adapters_of
@@ -17,6 +19,7 @@ from famx.data.probes.passkey_text import passkey_words
 from famx.lora import Lora, combine, merged
 from famx.model_dir.loading import load_model
 from famx.models import DecoderModel
+from famx.modules.frontends import Vectors
 
 MODEL = make_model(num_layers=2)
 TEXT = "The grass is green.\n"
@@ -47,6 +50,17 @@ def test_adapters_of_a_checkpoint_take_part(trained, tmp_path):
     assert np.abs(found.tokens - read_maps(trained, TEXT).tokens).max() > 0.05
     with pytest.raises(ValueError, match="There are adapters among the parameters: merge them"):
         reader.read(tree, [IDS])
+
+
+def test_features_are_read_without_begin_of_text(tmp_path):
+    model = make_model(frontend=Vectors("x", 3))
+    params = nn.unbox(jax.jit(model.init_params)(jax.random.key(0)))
+    trained = load_model(write_model_dir(tmp_path, model, params, ByteVocabulary()))
+    x = np.random.default_rng(0).standard_normal((11, 3)).astype(np.float32)
+    maps = read_maps(trained, [{"x": x[:0]}, {"x": x[:2]}, {"x": x[2:]}])
+    assert maps.summary.counts.sum() == len(x)
+    with pytest.raises(ConfigError, match="The model reads 'x' .3 float32., not text"):
+        read_maps(trained, TEXT)
 
 
 def test_all_blocks_of_a_long_text_are_refused_before_they_fill_the_memory(trained, monkeypatch):
