@@ -108,7 +108,7 @@ setup(
         # What compiling for a GPU needs where there is none, without the libraries of CUDA: JAX's plugin,
         # ptxas, and libdevice, which comes with it.
         "cuda13-compiler": [f"jax[cuda13-local]{JAX}", "nvidia-cuda-nvcc>=13,<14"],
-        "notebooks": ["jupyter", *NOTEBOOKS],
+        "notebooks": ["jupyter", *NOTEBOOKS, *DIGITS],
         "convert": TOKENIZERS,
         # Another library of attention kernels: attention_backend "tokamax".
         "tokamax": ["tokamax>=0.0.12"],

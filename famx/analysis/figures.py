@@ -202,7 +202,8 @@ def overlay_figure(
     """Draws weights in the memory's colour over an image, on one scale: a panel for each map of weights.
 
     Args:
-      image: the image `[height, width]`, drawn in grey, large values dark.
+      image: the image `[height, width]`, drawn in light greys on which the colour is seen, large values
+        dark.
       weights: not negative, `[n, rows, columns]`; each lies over the image's equal part.
       titles: title of each panel.
       across: number of panels in a row.
@@ -211,12 +212,13 @@ def overlay_figure(
     figure = _figure(1.2 + 1.9 * across, 0.4 + 2.1 * down)
     grid = figure.subplots(down, across, squeeze=False)
     height, width = image.shape
+    low, high = float(image.min()), float(image.max())
     top = max(float(weights.max()), 1e-6)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, of_panel, title in zip(grid.flat, weights, titles, strict=False):
         place = dict(extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
-        axes.imshow(image, cmap="gray_r", **place)
+        axes.imshow(image, cmap="gray_r", vmin=low, vmax=low + 2 * (high - low), **place)
         drawn = axes.imshow(of_panel, cmap=_OVERLAY, vmin=0, vmax=top, **place)
         axes.set_title(title, fontsize=9)
     figure.colorbar(drawn, ax=grid, label="weight", shrink=0.8)
