@@ -171,6 +171,28 @@ def test_the_table_has_a_row_for_each_number_and_the_summary_the_spread(tmp_path
     assert pyarrow.read_table(tmp_path / "results.parquet").num_rows == len(rows)
 
 
+def test_scores_over_lengths_are_a_figure(tmp_path, monkeypatch):
+    one = study(tmp_path, axes={"memory": AXES["memory"]}, measures=("train/loss", "eval/accuracy/*"))
+    drawn = {}
+    for cell, scores in zip(one.cells(), ((0.5, 0.25), (0.75, 0.5), (1.0, 0.125))):
+        finish(cell)
+        (cell.directory / "passkey.json").unlink()
+        line = {"step": 9, "split": "eval", "accuracy/32": scores[0], "accuracy/64": scores[1]}
+        lines = [{"step": 9, "split": "train", "loss": 1.0}, line]
+        (cell.directory / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    make = results.lengths_figure
+
+    def draw(medians, *arguments, **options):
+        drawn.update(medians, **options)
+        return make(medians, *arguments, **options)
+
+    monkeypatch.setattr(results, "lengths_figure", draw)
+    assert "accuracy/64" in results.write(one)
+    assert drawn["eval/accuracy"] == {"fam": {32: 0.75, 64: 0.1875}, "bswa": {32: 0.75, 64: 0.5}}
+    assert drawn["ranges"]["eval/accuracy"]["fam"] == {32: (0.5, 1.0), 64: (0.125, 0.25)}
+    assert (tmp_path / "lengths.png").stat().st_size and not (tmp_path / "passkey.png").exists()
+
+
 def test_the_summary_names_what_was_measured_if_asked_for_something_else(tmp_path):
     one = study(tmp_path, measures=("train/los",))
     with pytest.raises(ConfigError, match="No cell of .* is complete yet"):

@@ -127,8 +127,9 @@ def lengths_figure(
     colors: Mapping[str, str] | None = None,
     mark: str = "the curriculum's longest",
     ranges: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]] | None = None,
+    labels: tuple[str, str] | None = None,
 ) -> Figure:
-    """Exact match over the number of blocks read.
+    """Exact match, or another score between 0 and 1, over the number of blocks read.
 
     Args:
       panels: `{panel title: {line label: {blocks: score}}}`.
@@ -137,7 +138,9 @@ def lengths_figure(
       colors: colour of each line; None: one after another.
       mark: label of the vertical line.
       ranges: `{panel title: {line label: {blocks: (lowest, highest)}}}`, shaded; None: there are none.
+      labels: what stands at the axes; None: blocks of `block_size` tokens, and exact match.
     """
+    across, up = labels or (f"blocks of {block_size} tokens read before the answer", "exact match")
     figure = Figure(figsize=(max(7, 4 * len(panels)), 4.2), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, lines) in zip(grid, panels.items()):
@@ -154,10 +157,10 @@ def lengths_figure(
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({blocks for row in lines.values() for blocks in row}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set_xlabel(f"blocks of {block_size} tokens read before the answer")
+        axes.set_xlabel(across)
         axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
-    grid[0].set_ylabel("exact match")
+    grid[0].set_ylabel(up)
     handles = grid[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, fontsize="small")
     return figure

@@ -80,7 +80,8 @@ class Study:
       settings: settings of all cells; those of a choice replace them.
       seeds: values of RANDOM_SEED.
       imports: modules that references name, such as "famx.memories.infini".
-      measures: names of the measures that the summary shows, see `famx.study.results`.
+      measures: names of the measures that the summary shows, see `famx.study.results`, or patterns such
+        as `eval/accuracy/*`.
 
     Raises:
       ConfigError: on construction, if a value is not valid.

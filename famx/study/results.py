@@ -11,6 +11,7 @@ Measures are named by where they come from:
 """
 
 import csv
+import fnmatch
 import io
 import pathlib
 import statistics
@@ -63,7 +64,10 @@ def rows(study: Study) -> list[dict[str, Any]]:
 
 
 def write(study: Study) -> str:
-    """Writes results.csv, .parquet (with pyarrow), summary.md and passkey.png; returns the summary.
+    """Writes results.csv, .parquet (with pyarrow), summary.md and figures; returns the summary.
+
+    passkey.png is of the runs with PassKey, lengths.png of measures of the summary whose names end with a
+    length, such as `eval/accuracy/256`; each is there if there are such.
 
     Raises:
       ConfigError: no cell is complete, or a measure of the summary does not exist.
@@ -79,10 +83,11 @@ def write(study: Study) -> str:
     _write_parquet(directory / "results.parquet", found)
     table = summary(study, found)
     write_text(directory / "summary.md", table.markdown() + "\n")
-    figure = _figure(study)
-    if figure is not None:
-        with replacing(directory / "passkey.png") as path:
-            figure.savefig(path, dpi=150, format="png")
+    figures = {"passkey.png": _passkey_figure(study), "lengths.png": _lengths_figure(study, found)}
+    for name, figure in figures.items():
+        if figure is not None:
+            with replacing(directory / name) as path:
+                figure.savefig(path, dpi=150, format="png")
     return table.text()
 
 
@@ -96,14 +101,26 @@ def _write_parquet(path: pathlib.Path, found: Sequence[Mapping[str, Any]]) -> No
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(found)), temporary)
 
 
+def _named(study: Study, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The measures of the summary.
+
+    Raises:
+      ConfigError: the study names one that no run has.
+    """
+    known = dict.fromkeys(row["measure"] for row in found)
+    names = list[str]()
+    for pattern in study.measures:
+        named = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        if not named:
+            raise ConfigError(f"No run measured {pattern}: choose from {', '.join(known)}.")
+        names += [name for name in named if name not in names]
+    names = names or [name for name in known if name.startswith("passkey/")]
+    return names or [name for name in known if name in ("train/loss", "train/accuracy")]
+
+
 def summary(study: Study, found: Sequence[Mapping[str, Any]]) -> tables.Table:
     """A row for each choice: median of the seeds and, of several, their range."""
-    known = dict.fromkeys(row["measure"] for row in found)
-    names = list(study.measures) or [name for name in known if name.startswith("passkey/")]
-    names = names or [name for name in known if name in ("train/loss", "train/accuracy")]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"No run measured {name}: choose from {', '.join(known)}.")
+    names = _named(study, found)
     values: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in found:
         choices = tuple(row[axis] for axis in study.axes)
@@ -125,25 +142,50 @@ def spread(values: Sequence[float]) -> str:
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
-def _figure(study: Study) -> Figure | None:
+# {panel title: {line label: {number of blocks or of positions: scores of the seeds}}}
+_Scores = dict[str, dict[str, dict[int, list[float]]]]
+
+
+def _passkey_figure(study: Study) -> Figure | None:
     """Exact match over the number of blocks: a line for each choice, a panel for each probe."""
     runs = [(cell, passkey_results(cell.directory)) for cell in _with_passkey(study)]
     if not runs:
         return None
-    scores: dict[str, dict[str, dict[int, list[float]]]] = {}
+    scores: _Scores = {}
     for cell, results in runs:
         line = ", ".join(cell.choices.values()) or "run"
         for probe, row in results["exact_match"].items():
             for blocks, value in row.items():
                 scores.setdefault(probe, {}).setdefault(line, {}).setdefault(blocks, []).append(value)
-    of = lambda function: {
-        probe: {line: {n: function(x) for n, x in row.items()} for line, row in lines.items()}
-        for probe, lines in scores.items()
-    }
     first = runs[0][1]
-    ranges = of(lambda values: (min(values), max(values)))
-    medians = of(statistics.median)
+    medians, ranges = _spread(scores)
     return lengths_figure(medians, first["block_size"], first["train_blocks"], ranges=ranges)
+
+
+def _lengths_figure(study: Study, found: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Measures over the length that ends their names: a line for each choice, a panel for each."""
+    wanted = {name: name.rpartition("/") for name in _named(study, found)}
+    wanted = {name: (of, int(end)) for name, (of, _, end) in wanted.items() if end.isdecimal()}
+    scores: _Scores = {}
+    for row in found:
+        if row["measure"] in wanted and not row["measure"].startswith(("passkey/", "zeroed/")):
+            of, length = wanted[row["measure"]]
+            line = ", ".join(row[axis] for axis in study.axes) or "run"
+            scores.setdefault(of, {}).setdefault(line, {}).setdefault(length, []).append(row["value"])
+    if not scores:
+        return None
+    medians, ranges = _spread(scores)
+    labels = ("positions of a sequence", "score")
+    return lengths_figure(medians, 1, None, ranges=ranges, labels=labels)
+
+
+def _spread(scores: _Scores):
+    """Medians of the seeds, and the pairs of their lowest and highest scores."""
+    of = lambda function: {
+        panel: {line: {n: function(x) for n, x in row.items()} for line, row in lines.items()}
+        for panel, lines in scores.items()
+    }
+    return of(statistics.median), of(lambda values: (min(values), max(values)))
 
 
 def _with_passkey(study: Study) -> Iterator[Cell]:

@@ -233,9 +233,31 @@ def test_graphs_have_the_answer_of_their_closure(name, length):
     assert 6 <= yes <= 24 and len(asked) >= 3
 
 
+@pytest.mark.parametrize("name", ["reachable_tree", "reachable_sparse"])
+@pytest.mark.parametrize("length", [14, 40])
+def test_edges_after_the_graph_are_of_other_nodes_and_no_question_names_them(name, length):
+    task = famx.data.get(name, nodes=16, edges=8, questions=3, most_steps=2)
+    for index in range(30):
+        example = task.example(index, length)
+        edges, answers = example["features"]["edges"], example["references"][0].split()
+        count = length - 6
+        assert edges[:, 2].tolist() == [graphs.EDGE] * count + [graphs.REACHED, graphs.STEPS] * 3
+        own, other, asked = edges[:8, :2], edges[8:count, :2], edges[count:, :2]
+        assert not set(other.ravel()) & {*own.ravel(), *asked.ravel()}
+        assert (other[:, 0] != other[:, 1]).all() and (asked[::2] == asked[1::2]).all()
+        steps = closure(own, 16)
+        for (start, end), *answer in zip(asked[::2], answers[::2], answers[1::2], strict=True):
+            reached = steps[start, end]
+            assert answer == (["yes", str(reached)] if reached else ["no", "none"])
+            assert start in own[:, 0] and end in own[:, 1]
+
+
 def test_a_graph_with_more_nodes_than_numbers_is_refused():
-    with pytest.raises(ValueError, match="has 31 nodes, more than the 16 of ReachableTask.nodes"):
+    with pytest.raises(ValueError, match="needs 31 numbers, more than the 16 of ReachableTask.nodes"):
         famx.data.get("reachable_tree", nodes=16).example(0, 32)
+    with pytest.raises(ValueError, match="has 15 nodes, and needs 17 numbers, more than the 16"):
+        famx.data.get("reachable_tree", nodes=16, edges=14).example(0, 32)
+    assert famx.data.get("reachable_tree", nodes=17, edges=14).example(0, 32)
 
 
 # ---------------------------------------------------------------- several kinds, lanes

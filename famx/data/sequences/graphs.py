@@ -8,6 +8,7 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from famx.base.features import Feature
+from famx.base.ranges import Positive
 from famx.base.values import checked
 from famx.data.sequences.task import SequenceTask
 
@@ -19,21 +20,26 @@ _NODES_PER_EDGE = 0.8  # of a sparse graph
 @checked
 @dataclasses.dataclass(frozen=True)
 class ReachableTask(SequenceTask):
-    """The directed edges of a graph, one at each position, shuffled; then two questions.
+    """The directed edges of a graph, one at each position, shuffled; then questions of two positions.
 
     The feature `edges` holds two nodes and what the position is: 0 an edge, 1 the question whether the
     second node is reached from the first ("yes" or "no", each half of the time), 2 in how many steps
-    ("none" if it is not). The graph has as many edges as fit. Nodes have random numbers.
+    ("none" if it is not). Nodes have random numbers.
 
     Attributes:
       graph: "tree": edges from parents to children; "sparse": random edges, 1.25 for each node.
       nodes: number of numbers that nodes may have; a larger graph is refused.
       most_steps: the largest number of steps that is asked for, and the depth of trees.
+      edges: number of edges of the graph; those that fit beyond it, between it and the questions, are of
+        other nodes, which no question names. None: the graph has as many as fit.
+      questions: number of questions, each of two nodes of its own. More of them teach more per graph.
     """
 
     graph: Literal["tree", "sparse"] = "tree"
     nodes: Annotated[int, Ge(_FEWEST + 1)] = 128
     most_steps: Annotated[int, Ge(1), Le(9)] = 6
+    edges: Annotated[int, Ge(_FEWEST)] | None = None
+    questions: Positive = 1
 
     words = ("no", "yes", "none", *"123456789")
 
@@ -43,33 +49,37 @@ class ReachableTask(SequenceTask):
 
     @property
     def min_length(self) -> int:
-        return _FEWEST + 2
+        return _FEWEST + 2 * self.questions
 
     def row(self, rng, length):
-        count = length - 2
-        size = count + 1 if self.graph == "tree" else max(4, round(_NODES_PER_EDGE * count))
-        if size > self.nodes:
+        count = length - 2 * self.questions
+        own = min(count, self.edges or count)
+        size = own + 1 if self.graph == "tree" else max(4, round(_NODES_PER_EDGE * own))
+        needed = size + (2 if own < count else 0)
+        if needed > self.nodes:
             raise ValueError(
-                f"A graph of {count} edges has {size} nodes, more than the {self.nodes} of"
-                " ReachableTask.nodes: raise it, and the sizes of the model's frontend, or take a shorter"
-                " length."
+                f"A graph of {own} edges has {size} nodes, and needs {needed} numbers, more than the"
+                f" {self.nodes} of ReachableTask.nodes: raise it, and the sizes of the model's frontend,"
+                " or take a shorter length or fewer ReachableTask.edges."
             )
         make = self._tree if self.graph == "tree" else self._sparse
-        edges = make(rng, count, size)
-        yes = bool(rng.integers(2))
-        question = None
-        while question is None:
-            question = self._question(rng, edges, size, yes)
-            edges = edges if question else make(rng, count, size)
-        start, end, steps = question
-        names = rng.permutation(self.nodes)[:size]
+        edges = make(rng, own, size)
+        asked = None
+        while asked is None:
+            asked = self._questions(rng, edges, size)
+            edges = edges if asked else make(rng, own, size)
+        names = rng.permutation(self.nodes)
         array = np.zeros((length, 3), np.int32)
-        array[:count, :2] = names[rng.permutation(edges)]
-        array[count:, :2] = names[[start, end]]
-        array[count:, 2] = REACHED, STEPS
-        return dict(
-            features={"edges": array}, answer=["yes", str(steps)] if yes else ["no", "none"]
-        )
+        array[:own, :2] = names[rng.permutation(edges)]
+        for i in range(own, count):
+            array[i, :2] = rng.choice(names[size:], 2, replace=False)
+        answer = []
+        for i, (start, end, steps) in enumerate(asked):
+            here = count + 2 * i
+            array[here : here + 2, :2] = names[[start, end]]
+            array[here : here + 2, 2] = REACHED, STEPS
+            answer += ["no", "none"] if steps is None else ["yes", str(steps)]
+        return dict(features={"edges": array}, answer=answer)
 
     def _tree(self, rng, count: int, size: int) -> np.ndarray:
         """Edges `[count, 2]` of a random tree whose depth is at most `most_steps`; node 0 is its root."""
@@ -86,6 +96,11 @@ class ReachableTask(SequenceTask):
         chosen = rng.choice(every, count, replace=False)
         first, second = chosen // (size - 1), chosen % (size - 1)
         return np.stack([first, second + (second >= first)], axis=1)
+
+    def _questions(self, rng, edges: np.ndarray, size: int):
+        """A tuple `(start, end, steps)` for each question; None: this graph has too few answers."""
+        asked = [self._question(rng, edges, size, bool(rng.integers(2))) for _ in range(self.questions)]
+        return None if None in asked else asked
 
     def _question(self, rng, edges: np.ndarray, size: int, yes: bool):
         """`(start, end, steps)`, the steps being None if the answer is no; None: there is none found."""
