@@ -35,6 +35,7 @@ def compile_main(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_eight_virtual_devices(tmp_path):
     out = tmp_path / "tiny.json"
     run = compile_main(
@@ -74,6 +75,7 @@ def test_eight_virtual_devices(tmp_path):
         compiling.fill_page([out], page, "sizes")
 
 
+@pytest.mark.slow
 def test_each_stage_of_another_shape_is_a_program(tmp_path):
     out = tmp_path / "stages.json"
     stages = (

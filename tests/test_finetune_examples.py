@@ -73,7 +73,7 @@ def command(path, pretrained, model_dir, data):
     return arguments
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("path", SMOKE, ids=lambda path: path.stem)
 def test_a_smoke_example_runs_and_learns(path, pretrained, data, tmp_path):
     arguments = command(path, pretrained, tmp_path / "model", data)

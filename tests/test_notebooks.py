@@ -198,7 +198,7 @@ def test_the_switch_is_read_once(name):
     assert text.index(execute.FAST) < text.index("loop.train,")
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(6)
 @every_notebook
 def test_every_cell_runs(name, tmp_path):
     if name == "06_images":

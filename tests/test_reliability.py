@@ -28,6 +28,7 @@ def command(*args, seconds=600):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the tool needs Linux's prctl and /proc")
 def test_a_short_trial_finds_nothing_and_goes_on(tmp_path):
     args = ("tests.reliability", "--modes", "continuous", "--processes", "1", "--out", str(tmp_path))

@@ -75,6 +75,7 @@ def test_a_model_is_trained_and_evaluated_beside_its_twin(tmp_path, monkeypatch,
     assert "pretrained, whole text" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_is_evaluated_where_it_stopped(tmp_path):
     make_base(tmp_path / "base")
     size = dataclasses.replace(TINY, steps=10**6, twin_steps=0, train_minutes=0.0)
@@ -171,6 +172,7 @@ def test_the_step_that_reached_the_exact_match_is_smoothed(tmp_path):
     assert remember._reached(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_choices_are_measured_once_and_tabulated(tmp_path, monkeypatch, capsys):
     base = make_base(tmp_path / "base")
     size = dataclasses.replace(TINY, twin_steps=0)

@@ -60,6 +60,7 @@ def save(model, params, directory):
 # ------------------------------------------------------------------ there and back
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", ALL)
 def test_import_after_export_is_the_identity_on_every_leaf(name, tmp_path):
     trained = imported(name, tmp_path)
@@ -79,6 +80,7 @@ def convert(source, directory, **fields):
     return load_model(directory)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["llama_biased", "gemma3", "smollm3"])
 def test_a_directory_imported_exported_and_imported_is_the_same_model(name, tmp_path):
     hf, original = CONFIGS[name], tmp_path / "original"
@@ -136,6 +138,7 @@ def test_what_came_in_bfloat16_goes_out_in_bfloat16_as_it_was(name, tmp_path):
     assert prompt.tobytes() == trained.params["memory"]["prompt"].tobytes()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", ALL)
 def test_without_its_memory_transformers_loads_it_as_the_original(name, tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")

@@ -85,6 +85,7 @@ def close(a, b):
 # ------------------------------------------------------------------ reading
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("name", "segments", "memory"), FAMILIES)
 def test_every_family_has_our_logits_over_several_blocks(name, segments, memory, tmp_path):
     ours, theirs = both(tmp_path, name, memory=memory, memory_segments=segments)

@@ -68,6 +68,7 @@ def in_chunks(name, sizes, batch=3):
         return np.concatenate(parts, axis=1), jax.device_get(state)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
     "sizes", [[], [1] * LENGTH, [S] * 11, [3] * 15, [7] * 7, [9 * S + 1, 2], [S, 1, 33]],

@@ -75,6 +75,7 @@ def token_loop(c, **kwargs):
     return loop.params["jaxpr"].jaxpr
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", MEMORIES)
 def test_no_token_casts_weights(name):
     c = sizes(MEMORIES[name], dtype="bfloat16", qkv_bias=True, mlp_bias=True)
@@ -148,6 +149,7 @@ def test_a_token_copies_neither_weights_nor_window(name):
 # Results.
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", MEMORIES)
 def test_tokens_after_an_end_write_nothing(name, monkeypatch):
     """The host looks only now and then whether to go on; here within blocks, and after the last token."""

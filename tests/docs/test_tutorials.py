@@ -10,7 +10,7 @@ from markdown_pages import ROOT, blocks
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial(page, tmp_path):
     name = page.relative_to(ROOT).as_posix()

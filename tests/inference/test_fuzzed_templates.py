@@ -54,6 +54,7 @@ ESCAPES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("source", BOMBS)
 def test_a_template_without_end_is_ended(source, monkeypatch):
     monkeypatch.setattr(template_renderer, "MOST_SECONDS", 1.0)

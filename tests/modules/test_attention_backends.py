@@ -102,6 +102,7 @@ def assert_stopped(c, gradients):
     assert all(np.abs(x).max() > 1e-3 for x in gradients.values())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", MASKS)
 def test_splash_equals_the_formula(case, interpret):
     c, *rest = masked(case, SIZE)
@@ -198,6 +199,7 @@ def test_tokamax_that_is_not_installed_is_one_sentence(monkeypatch):
         config(attention_backend="tokamax")
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 3),
@@ -294,6 +296,7 @@ def by_formula(c, bias, q, keys, values, memory_keys, memory_values, first_block
     return jnp.stack([block(t) for t in range(q.shape[1])], axis=1)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", BIASES)
 @pytest.mark.parametrize("backend", ["xla", "blockwise", "splash", "cudnn"])
 def test_every_backend_adds_the_bias_of_the_memory(case, backend, interpret, monkeypatch):
@@ -347,6 +350,7 @@ def test_cudnn_lowers_with_a_bias_of_the_memory():
     assert len(lines) == 4 and all("x16xbf16" in line and "Bias" not in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_model_learns_the_same_through_splash(interpret):
     """Through scans over layers, chunks and blocks, rematerialised."""
     c = config(

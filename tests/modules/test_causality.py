@@ -39,6 +39,7 @@ def influence(c, length=LENGTH, seed=0):
     return np.abs(np.asarray(logits[1:]) - np.asarray(logits[:1])).max(axis=-1)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_token_changes_a_logit_before_it(name):
     change = influence(config(**{**BASE, **VARIANTS[name]}))
@@ -50,6 +51,7 @@ def test_no_token_changes_a_logit_before_it(name):
 ENDLESS = [name for name, memory in REMEMBERING.items() if not isinstance(memory, Landmark)]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", ["paper", "no segments", "zero positions", "prefix", *ENDLESS])
 def test_with_memory_every_token_reaches_all_that_follow(name):
     change = influence(config(**{**BASE, **VARIANTS[name]}), length=26)

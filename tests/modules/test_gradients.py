@@ -44,6 +44,7 @@ def embedding_gradient_by_block(c):
     return rows[:12].reshape(BLOCKS, 3)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", ["paper", "blockwise, block-outer", "prefix", "remat", *REMEMBERING])
 def test_the_last_block_teaches_the_prompt_and_the_first_block(name):
     changes = {
@@ -102,6 +103,7 @@ DIFFERENTIATED = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_it_equals_finite_differences_in_both_backends(name):
     c = config(**{**BASE, **DIFFERENTIATED[name]})
@@ -147,6 +149,7 @@ def test_tiles_of_large_blocks_give_the_same():
     assert_close(grad, other_grad, 1e-5 * max(np.abs(g).max() for g in jax.tree.leaves(grad)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "changes",
     [*(dict(remat=policy) for policy in ("full", "attention", "dots", "dots_no_batch", "offload")),

@@ -129,18 +129,21 @@ def computed(c, number):
     return dataclasses.replace(c, attention_backend=backend, blocks_per_chunk=blocks)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_oracle(case):
     c = computed(config(dtype="float64", **CASES[case]), list(CASES).index(case))
     check(c, 4 * c.block_size + 1, FLOAT64)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("number", range(len(COMPUTATIONS)))
 def test_equals_the_oracle_however_computed(number):
     c = config(dtype="float64", memory_segments=2, num_heads=4, num_kv_heads=2)
     check(computed(c, number), 18, FLOAT64)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "case", ["paper", "gated", "like gemma", "like neox", "infini, two segments, grouped heads"]
 )
@@ -183,6 +186,7 @@ def sizes(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(sizes(), st.integers(0, 2**32 - 1))
 def test_equals_the_oracle_at_any_size(drawn, seed):

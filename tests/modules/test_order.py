@@ -71,6 +71,7 @@ def check(c, chunks, tolerance=1e-10):
     assert_close(read_in_chunks(c, params, tokens, chunks), read(c, params, tokens), tolerance)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", ALL)
 def test_token_by_token_equals_the_whole(name):
     check(config(dtype="float64", **ALL[name]), [])

@@ -69,6 +69,7 @@ def line(cells, variant, pass_="reading", name="bytes"):
 # ---------------------------------------------------------------- what is measured
 
 
+@pytest.mark.slow
 def test_memory_is_flat_where_text_is_streamed_and_grows_where_it_is_read_at_once(profiled):
     _, _, cells, compiled = profiled
     for variant in ("fam", "bswa"):

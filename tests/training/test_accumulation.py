@@ -47,6 +47,7 @@ def train(mode, microbatches, trainable=Trainable(), steps=3, optimizer=optax.sg
     return state, history
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["none", "random", "continuous", "aged"])
 def test_microbatches_change_no_number(mode):
     whole, parts = (train(mode, n) for n in (1, 3))

@@ -137,6 +137,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "task, sentence", [("own_records", "has become shorter"), *(("own_text", x) for x in CHANGES)]
 )

@@ -93,6 +93,7 @@ def test_what_the_export_needs_travels_with_the_run(base, tmp_path):
     assert (tmp_path / "source" / "config.json").read_text() == "{}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("trainable", ["lora", "memory", "lora+norms", "layers/mlp/.*|head", "all"])
 def test_what_does_not_learn_stays_bit_for_bit(trainable, base, tmp_path):
     finetune(tmp_path, base, trainable=trainable)
@@ -231,6 +232,7 @@ def test_parts_of_the_parameters_have_names():
     assert Trainable("lora+norms").has_adapters and not Trainable("memory+norms").has_adapters
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("frozen_dtype", [None, "bfloat16", "int8"])
 def test_a_stopped_run_goes_on_bit_for_bit(frozen_dtype, base, tmp_path):
     lora = Lora(rank=3, dropout=0.2)
@@ -292,6 +294,7 @@ def test_an_adapter_brings_the_memory_that_it_was_trained_with(base, tmp_path):
         load_model(base, adapter=str(tmp_path / "adapter"))
 
 
+@pytest.mark.slow
 def test_what_reads_a_model_takes_an_adapter(base, tmp_path):
     finetune(tmp_path / "run", base)
     adapter = str(tmp_path / "run" / "adapter")

@@ -289,6 +289,7 @@ def test_a_replay_needs_a_run_that_stopped(tmp_path):
         replay.replay(make_run(model_dir=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_alarms_are_the_same_in_a_resumed_run(tmp_path):
     """The loss jumps in the steps around a checkpoint, after which the run is stopped and resumed."""
     settings = dict(

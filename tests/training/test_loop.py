@@ -102,6 +102,7 @@ def whole(tmp_path_factory):
     return get
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["none", "random", "continuous", "aged"])
 def test_stopped_and_resumed_is_the_same_run(mode, whole, tmp_path):
     """Stopped between two log lines (3), and with a pool in use, after a checkpoint (7)."""
@@ -119,7 +120,7 @@ def test_stopped_and_resumed_is_the_same_run(mode, whole, tmp_path):
     assert saved_data(tmp_path) == saved_data(whole(mode))
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("mode", ["random", "continuous"])
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_every_memory_resumes_exactly(name, mode, tmp_path):

@@ -80,6 +80,7 @@ def test_what_waits_is_what_loops(name):
     assert longest(traced(c, BLOCKS)) == memory_costs(c).serial_steps(LAYERS, BLOCKS)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_operations_are_those_of_the_program(name):
     """Of blocks in the middle of a text: its beginning and its end do not count."""

@@ -98,6 +98,7 @@ def test_the_settings_are_named_so_that_they_can_be_allowed(trained):
     assert "--gin.train.allow_changes=\"('random_seed', 'batch_size',)\"" in str(caught.value)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -130,6 +131,7 @@ def test_allowed_changes_pass_and_are_recorded(tmp_path, capsys):
         train(tmp_path, steps=4, optimizer=adam(5e-4))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("allowed", [("optimizer",), ("OPTIMIZER.learning_rate",), ("learning_rate",)])
 def test_a_part_of_a_name_allows_all_below(tmp_path, allowed):
     train(tmp_path)

@@ -75,6 +75,7 @@ def whole(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_resumed_is_the_same_run(whole, tmp_path):
     """Within a stage, exactly at both boundaries, and one step to either side of one."""
     stopped_and_resumed(tmp_path, (2, 4, 7, 8, 9, 11))
@@ -108,6 +109,7 @@ def random_stages(rng):
     return tuple(stages), steps
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 6))])
 def test_any_stages_resume_exactly(seed, tmp_path):
     rng = np.random.default_rng(seed)

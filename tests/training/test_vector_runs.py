@@ -58,6 +58,7 @@ MODEL = make_model(frontend=Mixed((Frontend(), Vectors("channels", 2))), values=
 PLAIN = dict(model=MODEL, task=Sensor(), options=None)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", ["none", "continuous", "aged"])
 def test_stopped_and_resumed_is_the_same_run(mode, tmp_path):
     run(tmp_path / "whole", mode, probe=Probe(), **PLAIN)
