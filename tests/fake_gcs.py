@@ -9,6 +9,8 @@ import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
 
 class FakeGcs:
     """Buckets and objects, and the requests that were made.
@@ -60,6 +62,14 @@ class FakeGcs:
             self.server.shutdown()
             self.server.server_close()
             thread.join()
+
+
+@pytest.fixture
+def gcs(monkeypatch):
+    """A `FakeGcs` with the bucket "bucket", which tensorstore takes for Google's."""
+    with FakeGcs("bucket").running() as fake:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", fake.url)
+        yield fake
 
 
 class _Server(ThreadingHTTPServer):

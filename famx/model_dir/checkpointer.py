@@ -385,7 +385,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            with save_errors(self.model_dir):
+                self._manager.close()
 
     def __enter__(self):
         return self

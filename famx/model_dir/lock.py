@@ -114,8 +114,6 @@ class RunLock:
                 self._check_own()
             except ConfigError as error:
                 sentence = str(error)
-            except OSError as error:
-                sentence = f"{self._path} cannot be written: {error.strerror}."
         if (sentence := agreed(sentence)) is not None:
             raise ConfigError(sentence)
 
