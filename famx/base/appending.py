@@ -1,15 +1,15 @@
 """Files that grow, such as logs: on a disk, or in a store, where an object is only written as a whole."""
 
+import contextlib
 import os
 import pathlib
 import threading
-import time
 
 from famx.base.errors import ConfigError
 from famx.base.files import is_stored
 
 _SECONDS = 10.0  # between two times that the whole of a file is written to a store
-_SHARE = 0.05  # of the time may be spent on that
+_BYTES_PER_SECOND = 100_000  # that are written in the long run: some buckets keep what is overwritten
 
 
 def appended(path: pathlib.Path) -> "Appended":
@@ -45,7 +45,7 @@ class Appended:
 class StoredAppended(Appended):
     """A file in a store; data are in it after `flush` or, by themselves, within seconds.
 
-    The whole file is held in memory. The longer it takes to write, the less often that is done.
+    The whole file is held in memory. The larger it is, the less often it is written.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -83,9 +83,6 @@ class StoredAppended(Appended):
     def _run(self) -> None:
         seconds = _SECONDS
         while not self._closed.wait(seconds):
-            began = time.monotonic()
-            try:
+            with contextlib.suppress(OSError):  # it is tried again, and the next flush says so
                 self._write()
-            except OSError:  # it is tried again, and the next flush says so
-                pass
-            seconds = max(_SECONDS, (time.monotonic() - began) / _SHARE)
+            seconds = max(_SECONDS, len(self._content) / _BYTES_PER_SECOND)

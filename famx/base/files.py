@@ -15,10 +15,14 @@ import os
 import pathlib
 import shutil
 import tempfile
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from famx.base.errors import ConfigError
+
+if typing.TYPE_CHECKING:
+    from famx.base.stores import StorePath
 
 Path = str | os.PathLike[str]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,8 +35,10 @@ def is_stored(path: Path | None) -> bool:
 
 def as_path(path: Path) -> pathlib.Path:
     """A path with its methods; that of gs://bucket/name is a `famx.base.stores.StorePath`."""
-    if not is_stored(path):
-        return pathlib.Path(path)
+    return typing.cast(pathlib.Path, _stored(path)) if is_stored(path) else pathlib.Path(path)
+
+
+def _stored(path: Path) -> "StorePath":
     from famx.base.stores import StorePath  # slow to import
 
     return StorePath(path)
@@ -181,6 +187,16 @@ def copy_directory(source: Path, target: Path) -> None:
             write_bytes(copy, file.read_bytes())
 
 
+def check_answers(directory: Path) -> None:
+    """Ask the store that a directory is in, if any, for something.
+
+    Raises:
+      StoreError: it does not answer, or refuses; known soon.
+    """
+    if is_stored(directory):
+        _stored(directory).check_access()
+
+
 def check_writable(directory: Path) -> None:
     """Make a directory if it is missing, and write a file in it.
 
@@ -188,7 +204,7 @@ def check_writable(directory: Path) -> None:
       OSError: one of the two is refused.
     """
     if is_stored(directory):
-        as_path(directory).check_access(write=True)
+        _stored(directory).check_access(write=True)
         return
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ import os
 import pathlib
 import re
 import sys
+import uuid
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -260,7 +261,7 @@ class StorePath(epath.Path):
         Raises:
           StoreError: the store does not answer, or refuses.
         """
-        probe = self / f".write_test.{os.getpid()}"
+        probe = self / f".write_test.{uuid.uuid4().hex}"  # many processes ask at once
         with _errors(self):
             store = _open(self.bucket, os.environ.get(_ENDPOINT), quick=True)
             if write:

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.checksums import read_checked_json, write_checked_json
 from famx.base.errors import ConfigError
-from famx.base.files import as_path, is_stored
+from famx.base.files import as_path, check_answers, is_stored
 from famx.models.description import check_description
 from famx.modules import memory as memories
 from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
@@ -39,11 +39,11 @@ def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
     path = as_path(checkpoint).expanduser().absolute()
     match = re.fullmatch(r"checkpoint_(\d+)", path.name)
     directory, step = (path.parent, int(match[1])) if match else (path, None)
-    if is_stored(directory):
-        directory.check_access()
-        if not directory.is_dir():
-            raise ConfigError(f"There is no checkpoint {checkpoint}: nothing is in {directory}.")
-    elif not os.path.isdir(directory):  # Path.is_dir raises if a parent directory may not be read
+    check_answers(directory)
+    if is_stored(directory) and not directory.is_dir():
+        raise ConfigError(f"There is no checkpoint {checkpoint}: nothing is in {directory}.")
+    # Path.is_dir raises if a parent directory may not be read.
+    if not is_stored(directory) and not os.path.isdir(directory):
         raise ConfigError(f"There is no checkpoint {checkpoint}: {directory} is not a directory.")
     return directory, step
 

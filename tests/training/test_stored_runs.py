@@ -1,10 +1,12 @@
 """Runs whose MODEL_DIR is in a bucket: the same numbers as on a disk, killed or not."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -16,8 +18,8 @@ from tiny import make_model, make_run
 from famx.base.errors import ConfigError
 from famx.base.files import as_path
 from famx.base.gin_utils import gin_root
-from famx.evaluation import PasskeyEvaluation
 from famx.evaluation.checkpoints import evaluate
+from famx.evaluation.text_answers import predictions_file
 from famx.inference.conversation import load_with_vocabulary
 from famx.lora import Lora
 from famx.model_dir.checkpointer import Checkpointer
@@ -30,6 +32,18 @@ from famx.training.run_log import read_metrics
 from famx.training.trainable import Trainable
 
 RUN = "gs://bucket/run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """An evaluation that adds all parameters, and writes a prediction."""
+
+    writes_predictions: ClassVar[bool] = True
+
+    def __call__(self, model, params, step, folder):
+        with predictions_file(folder, step) as write:
+            write({"step": step})
+        return {"sum": float(sum(np.asarray(x, np.float64).sum() for x in jax.tree.leaves(params)))}
 
 
 def train(model_dir, steps, **changes):
@@ -69,14 +83,17 @@ def test_a_run_that_is_continued_is_that_on_a_disk(gcs, tmp_path):
     assert len(json.loads(gcs.content("bucket", "run/settings.json"))["history"]) == 2
     findings = list(check(RUN))
     assert len(findings) == 5 and all(finding.sound for finding in findings)
-    evaluation = PasskeyEvaluation(blocks=(4,), examples=2, health=False)
-    results = evaluate(RUN, {"passkey": evaluation}, checkpoints="all")
-    assert list(results["passkey"]) == [3, 4, 6]
-    written = json.loads(gcs.content("bucket", "run/eval/passkey/6.json"))
-    assert written["checkpoint"] == f"{RUN}/checkpoint_6"
-    before = len(gcs.objects)
-    assert evaluate(RUN, {"passkey": evaluation}) == {"passkey": {6: results["passkey"][6]}}
-    assert len(gcs.objects) <= before + 1, "the evaluation was not taken over"
+    results = evaluate(RUN, {"sum": Sum()}, checkpoints="all")
+    assert list(results["sum"]) == [3, 4, 6] and evaluate(str(tmp_path), {"sum": Sum()})["sum"][6] == (
+        results["sum"][6]
+    )
+    written = json.loads(gcs.content("bucket", "run/eval/sum/6.json"))
+    assert written["checkpoint"] == f"{RUN}/checkpoint_6" and written["scalars"] == results["sum"][6]
+    assert gcs.content("bucket", "run/eval/sum/6.predictions.jsonl") == b'{"step": 6}\n'
+    assert any(name.startswith("run/tensorboard/eval_sum/events") for name in gcs.names("bucket"))
+    gcs.requests.clear()
+    assert evaluate(RUN, {"sum": Sum()}) == {"sum": {6: results["sum"][6]}}, "it is not taken over"
+    assert not any("/state/" in name for _, name in gcs.requests), "weights were read for nothing"
 
 
 def test_a_damaged_checkpoint_is_set_aside(gcs):
