@@ -66,6 +66,7 @@ class StorePath(epath.Path):
         return str(self)
 
     def as_uri(self) -> str:
+        """The path as text."""
         return str(self)
 
     @property
@@ -84,26 +85,33 @@ class StorePath(epath.Path):
         return {"driver": "gcs", "bucket": self.bucket, "path": f"{self.key}/"}
 
     def relative_to(self, other, *rest, **options):
+        """The path without `other`, as a relative one."""
         return super().relative_to(StorePath(other, *rest), **options)
 
     def expanduser(self):
+        """The path itself."""
         return self
 
     def absolute(self):
+        """The path itself."""
         return self
 
     def resolve(self, strict: bool = False):
+        """The path itself."""
         return self
 
     # -------------------------------------------------------------- what is there
 
     def exists(self) -> bool:
+        """Whether there is an object, or one below it."""
         return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
+        """Whether there is an object."""
         return bool(self.key) and self._read(slice(0, 1))[0] is not None
 
     def is_dir(self) -> bool:
+        """Whether there are objects below it; true of a bucket."""
         return not self.key or bool(self.names())
 
     def names(self) -> list[str]:
@@ -117,21 +125,25 @@ class StorePath(epath.Path):
         return sorted(name.decode() for name in found if name and not name.endswith(b"/"))
 
     def iterdir(self):
+        """What is in the directory, in order."""
         for name in dict.fromkeys(name.split("/")[0] for name in self.names()):
             yield self / name
 
     def glob(self, pattern: str):
+        """What is below the directory and matches a pattern, without `**`."""
         depth = pattern.count("/") + 1
         names = dict.fromkeys("/".join(name.split("/")[:depth]) for name in self.names())
         matches = lambda name: all(map(fnmatch.fnmatchcase, name.split("/"), pattern.split("/")))
         yield from (self / name for name in names if name.count("/") == depth - 1 and matches(name))
 
     def rglob(self, pattern: str):
+        """The objects below the directory whose last part matches a pattern."""
         for name in self.names():  # files alone
             if fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], pattern):
                 yield self / name
 
     def walk(self, *, top_down: bool = True, on_error=None):
+        """`(directory, names of directories, names of objects)` of the directory and those below."""
         del on_error
         folders: dict[str, tuple[list[str], list[str]]] = {"": ([], [])}
         for name in self.names():
@@ -146,6 +158,7 @@ class StorePath(epath.Path):
         yield from ((self / folder if folder else self, *folders[folder]) for folder in order)
 
     def stat(self):
+        """Size and kind; reads the object, since only its content tells its size."""
         content = self._read()[0] if self.key else None
         if content is None and not self.is_dir():
             raise _missing(self)
@@ -157,12 +170,14 @@ class StorePath(epath.Path):
     # -------------------------------------------------------------- reading
 
     def read_bytes(self) -> bytes:
+        """The content of the object."""
         content = self._read()[0]
         if content is None:
             raise _missing(self)
         return content
 
     def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
+        """The content of the object as text, UTF-8 by default."""
         return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
 
     def read_part(self, start: int, size: int) -> bytes:
@@ -173,6 +188,7 @@ class StorePath(epath.Path):
         return content
 
     def open(self, mode: str = "r", *, encoding: str | None = None, errors=None, **_: Any):
+        """The object as a file for reading ("r", "rb") or for writing it as a whole ("w", "wb")."""
         if mode in ("rb", "r"):
             content = io.BytesIO(self.read_bytes())
             return content if mode == "rb" else io.TextIOWrapper(content, encoding or "utf-8", errors)
@@ -187,18 +203,22 @@ class StorePath(epath.Path):
         """Does nothing."""
 
     def write_bytes(self, data) -> int:
+        """Writes the object, replacing an old one; returns its size."""
         with _errors(self):
             self._store().write(self.key, bytes(data)).result()
         return len(data)
 
     def write_text(self, data: str, encoding: str | None = None, errors=None, newline=None) -> int:
+        """Writes the object as text, UTF-8 by default; returns its size."""
         return self.write_bytes(data.encode(encoding or "utf-8", errors or "strict"))
 
     def touch(self, mode=0o666, exist_ok: bool = True) -> None:
+        """Makes an empty object if there is none."""
         if not self.is_file():
             self.write_bytes(b"")
 
     def unlink(self, missing_ok: bool = False) -> None:
+        """Removes the object."""
         if not missing_ok and not self.is_file():
             raise _missing(self)
         with _errors(self):
@@ -215,6 +235,7 @@ class StorePath(epath.Path):
         """Does nothing."""
 
     def rmtree(self, missing_ok: bool = False) -> None:
+        """Removes all objects below the directory, many at once."""
         if not missing_ok and not self.is_dir():
             raise _missing(self)
         prefix = f"{self.key}/".encode()
@@ -222,6 +243,7 @@ class StorePath(epath.Path):
             self._store().delete_range(tensorstore.KvStore.KeyRange(prefix, _after(prefix))).result()
 
     def copy(self, dst, overwrite: bool = False):
+        """Writes the content of the object to another path, which is returned."""
         target = StorePath(dst)
         if not overwrite and target.exists():
             raise FileExistsError(errno.EEXIST, "it exists already", str(target))

@@ -68,9 +68,11 @@ class StoredSteps(steps.NameFormat):
     """
 
     def build_name(self, step: int) -> str:
+        """The name of the directory of a step."""
         return f"checkpoint_{step}"
 
     def find_all(self, base_path) -> Iterator[steps.Metadata]:
+        """Step and path of every checkpoint that counts."""
         directory = as_path(base_path)
         for name in directory.names():
             folder, _, file = name.partition("/")
@@ -79,6 +81,7 @@ class StoredSteps(steps.NameFormat):
                 yield steps.Metadata(step=int(match[1]), path=directory / folder)
 
     def find_step(self, base_path, step: int) -> steps.Metadata:
+        """Step and path of one that counts; ValueError if there is none."""
         for found in self.find_all(base_path):
             if found.step == step:
                 return found
