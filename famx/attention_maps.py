@@ -11,11 +11,11 @@ from absl import flags
 
 from famx.base import gin_utils
 from famx.base.command_line import define, integers
-from famx.base.ranges import Path
+from famx.base.ranges import Directory, Path
 
 
 def define_flags() -> None:
-    define("checkpoint", Path, None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
+    define("checkpoint", Directory, None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
     define("text", Path, None, "Text file to read.")
     define("out", Path, None, "Directory to write to; created if missing.")
     flags.DEFINE_list("layers", None, "Layers whose maps are kept, such as 0,5; all by default.")

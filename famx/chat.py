@@ -14,12 +14,12 @@ from absl import flags
 
 from famx.base import gin_utils
 from famx.base.command_line import define
-from famx.base.ranges import Amount, Path, Positive, PositiveShare, Seed
+from famx.base.ranges import Amount, Directory, Path, Positive, PositiveShare, Seed
 
 
 def define_flags() -> None:
-    define("checkpoint", Path, None, "Model to talk to: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
-    define("adapter", Path, None, "Saved LoRA adapter to apply to the checkpoint.")
+    define("checkpoint", Directory, None, "Model to talk to: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
+    define("adapter", Directory, None, "Saved LoRA adapter to apply to the checkpoint.")
     define("memory", Path, None, "Memory file whose state the conversation starts from.")
     flags.DEFINE_bool("fresh", False, "Answer each message from the same state and keep neither.")
     define("temperature", Amount, 0.0, "Sampling temperature; 0 always takes the likeliest token.")

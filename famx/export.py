@@ -11,17 +11,17 @@ from absl import flags
 
 from famx.base import gin_utils
 from famx.base.command_line import define, require
-from famx.base.ranges import Path
+from famx.base.ranges import Directory, Path
 from famx.base.signals import exit_on_interrupt
 
 _DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
 
 def define_flags() -> None:
-    define("checkpoint", Path, None, "Model to export: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
+    define("checkpoint", Directory, None, "Model to export: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
     define("to", Path, None, "Directory to write; must be missing or empty.")
-    define("adapter", Path, None, "Saved LoRA adapter to merge into the weights.")
-    define("source", Path, None, "Directory with config.json and tokenizer of the model that was "
+    define("adapter", Directory, None, "Saved LoRA adapter to merge into the weights.")
+    define("source", Directory, None, "Directory with config.json and tokenizer of the model that was "
                         "imported; by default MODEL_DIR/source if it exists.")  # fmt: skip
     flags.DEFINE_enum("dtype", None, _DTYPES, "Weight dtype of the files; by default that of training.")
     flags.DEFINE_boolean("memory", True, "Whether the model keeps its memory; without it, it is one of "

@@ -13,12 +13,12 @@ from absl import flags
 
 from famx.base import gin_utils
 from famx.base.command_line import define, integers, json_object, numbers
-from famx.base.ranges import Path, Positive
+from famx.base.ranges import Directory, Path, Positive
 from famx.base.signals import exit_on_interrupt, interrupt_on_sigterm
 
 
 def define_flags() -> None:
-    define("checkpoint", Path, None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
+    define("checkpoint", Directory, None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
     define("out", Path, None, "Directory to write to; created if missing.")
     probe = "Name of a probe that has a depth, such as ruler_niah_single_1."
     flags.DEFINE_string("probe", "passkey", probe)

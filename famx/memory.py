@@ -12,12 +12,12 @@ from absl import flags
 from famx.base import gin_utils
 from famx.base.command_line import define
 from famx.base.errors import ConfigError
-from famx.base.ranges import Path
+from famx.base.ranges import Directory, Path
 
 
 def define_flags() -> None:
-    define("checkpoint", Path, None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
-    define("adapter", Path, None, "Saved LoRA adapter to apply to the checkpoint.")
+    define("checkpoint", Directory, None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
+    define("adapter", Directory, None, "Saved LoRA adapter to apply to the checkpoint.")
     define("read", Path, [], "Text file to read; several are read in order.", several=True)
     define("out", Path, None, "Memory file to write.")
     define("memory", Path, None, "Memory file whose state reading starts from.")

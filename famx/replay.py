@@ -7,12 +7,11 @@ The settings are those of the run (`MODEL_DIR/config.gin`), and bindings change 
 docs/reliability.md.
 """
 
-import pathlib
-
 from absl import flags
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.files import as_path, local_copy
 
 
 def define_flags() -> None:
@@ -26,12 +25,13 @@ def main() -> None:
     values = flags.FLAGS
     if not values.model_dir:
         raise ConfigError("Name the MODEL_DIR of the run: famx replay MODEL_DIR.")
-    directory = pathlib.Path(values.model_dir).absolute()
+    directory = as_path(values.model_dir).absolute()
     config = directory / "config.gin"
     if not config.exists():
         raise ConfigError(f"{directory} has no config.gin: it is not the directory of a training run.")
     gin_utils.import_modules()
-    gin_utils.parse_gin([str(config), *values.gin_file], values.gin_bindings, values.gin_search_paths)
+    with local_copy(config) as file:
+        gin_utils.parse_gin([str(file), *values.gin_file], values.gin_bindings, values.gin_search_paths)
     replay(gin_utils.call(lambda: Run(model_dir=str(directory), evaluation=None)))
 
 

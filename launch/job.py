@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 import famx
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
+from famx.base.files import is_stored
 from famx.base.gin_checks import nearest
 from famx.base.peers import LOST
 from launch import settings
@@ -213,6 +214,8 @@ def _macro(name: str) -> Any:
 
 def _model_dir() -> str:
     value = _macro("MODEL_DIR")
+    if isinstance(value, str) and is_stored(value):  # with a mount, it is a path there by now
+        return value.rstrip("/")
     if not isinstance(value, str) or not os.path.isabs(value):
         raise ConfigError(
             f"MODEL_DIR must be an absolute path, not {value}: set --gin.MODEL_DIR=/dir."

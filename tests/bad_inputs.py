@@ -664,7 +664,23 @@ case("checkpoint that is missing", "chat --checkpoint={here}/none", "{here}/none
 case("checkpoint that is a file", "chat --checkpoint={text}", "{text}")
 case("checkpoint that is an empty directory", "chat --checkpoint={here}/e", "{here}/e", make=folder("e"))
 case("step that was not saved", "chat --checkpoint={model}/checkpoint_7", "step 7")
-case("URL of a checkpoint", "chat --checkpoint=gs://bucket/run", "gs://bucket/run")
+case("URL of a checkpoint", "chat --checkpoint=s3://bucket/run", "s3://bucket/run", "mount")
+case("bucket as a checkpoint", "chat --checkpoint=gs://bucket", "gs://bucket/name")
+NO_STORE = "http://127.0.0.1:1"  # where no server answers
+case(
+    "checkpoint in a store that does not answer",
+    "chat --checkpoint=gs://bucket/run",
+    "gs://bucket/run",
+    "no connection",
+    TENSORSTORE_GCS_HTTP_URL=NO_STORE,
+)
+case(
+    "run in a store that does not answer",
+    "verify gs://bucket/run",
+    "gs://bucket/run",
+    "no connection",
+    TENSORSTORE_GCS_HTTP_URL=NO_STORE,
+)
 case("directory of Hugging Face as a checkpoint", "chat --checkpoint={hf}", "convert")
 chat_copy("no model.json", lambda path: (path / "model.json").unlink(), "model.json")
 chat_copy("model.json that is no JSON", lambda path: (path / "model.json").write_text("{"), "model.json")
@@ -755,7 +771,16 @@ case(
     make=write("f", "x"),
 )
 case("MODEL_DIR where nothing can be written", TRAIN.replace("{here}/run", "/proc/run"), "/proc/run")
-case("MODEL_DIR that is a URL", TRAIN.replace("{here}/run", "gs://bucket/run"), "gs://bucket/run")
+case("MODEL_DIR that is a URL", TRAIN.replace("{here}/run", "s3://bucket/run"), "s3://bucket/run")
+case("MODEL_DIR that is a bucket", TRAIN.replace("{here}/run", "gs://bucket"), "gs://bucket/name")
+case("MODEL_DIR that is no whole URL", TRAIN.replace("{here}/run", "gs:/bucket/run"), "gs://bucket/name")
+case(
+    "MODEL_DIR in a store that does not answer",
+    TRAIN.replace("{here}/run", "gs://bucket/run"),
+    "gs://bucket/run",
+    "no connection",
+    TENSORSTORE_GCS_HTTP_URL=NO_STORE,
+)
 case(
     "MODEL_DIR with a name that is too long",
     TRAIN.replace("{here}/run", "{here}/" + "x" * 300),

@@ -26,7 +26,7 @@ import pytest  # noqa: E402
 
 from famx.data.tasks import registry  # noqa: E402
 
-pytest_plugins = ["processes", "sampling"]
+pytest_plugins = ["processes", "sampling", "fake_gcs"]
 
 hypothesis.settings.register_profile("famx", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("famx")

@@ -164,6 +164,7 @@ def refused(monkeypatch, capsys, tmp_path):
     forget()
 
 
+PATH = "a path, such as '/some/path' or gs://bucket/name"
 WHOLE = "a whole number of at least 1"
 LENGTHS = "a dict of whole numbers by feature, such as {'targets': 128}"
 TRAINING = [
@@ -181,9 +182,11 @@ TRAINING = [
     ("TRAIN_STEPS=None", ""),
     ("MODEL_DIR=None", "MODEL_DIR is not set: training needs a directory for its checkpoints."),
     ("MODEL_DIR=''", "MODEL_DIR is an empty text: give a path, such as '/some/path'."),
-    ("MODEL_DIR='gs://bucket/run'",
-     "MODEL_DIR is the URL gs://bucket/run, and famx reads and writes files"),
-    ("MODEL_DIR=3", "MODEL_DIR must be a path, such as '/some/path', or None, not 3."),
+    ("MODEL_DIR='s3://bucket/run'",
+     "MODEL_DIR is the URL s3://bucket/run, and famx reads and writes files of gs:// and mounted"),
+    ("MODEL_DIR='gs://bucket'",
+     "MODEL_DIR is gs://bucket, which is no directory of a bucket: write it as gs://bucket/name."),
+    ("MODEL_DIR=3", f"MODEL_DIR must be {PATH}, or None, not 3."),
     ("MIXTURE_OR_TASK_NAME=5", "MIXTURE_OR_TASK_NAME must be the name of a task, or an object, not 5."),
     ("LEARNING_RATE='1e-3'", "LEARNING_RATE must be a number above 0, or a schedule such as"
      " @schedules.warmup_cosine(), not '1e-3'."),
@@ -288,11 +291,11 @@ INFERENCE = [
     ("MODE='scor'",
      "MODE must be one of 'predict', 'predict_with_aux', 'score', not 'scor'. Did you mean"),
     ("RANDOM_SEED=-1", "RANDOM_SEED must be a whole number of at least 0, not -1."),
-    ("CHECKPOINT_PATH=None", "CHECKPOINT_PATH must be a path, such as '/some/path', not None."),
+    ("CHECKPOINT_PATH=None", f"CHECKPOINT_PATH must be {PATH}, not None."),
     ("INPUT_FILE=['a.jsonl']", "INPUT_FILE must be a path, such as '/some/path', not ['a.jsonl']."),
     ("OUTPUT_FILE='gs://b/out.jsonl'",
      "OUTPUT_FILE is the URL gs://b/out.jsonl, and famx reads and writes"),
-    ("ADAPTER=3", "ADAPTER must be a path, such as '/some/path', or None, not 3."),
+    ("ADAPTER=3", f"ADAPTER must be {PATH}, or None, not 3."),
 ]
 
 
@@ -318,7 +321,7 @@ EVALUATION = [
     ("STOP_AT_STEP='5'", "STOP_AT_STEP must be a whole number of at least 0 or None, not '5'."),
     ("TIMEOUT='1h'", "TIMEOUT must be a number of at least 0, not '1h'."),
     ("RE_EVALUATE=1", "RE_EVALUATE must be True or False, not 1."),
-    ("EVAL_OUTPUT_DIR=5", "EVAL_OUTPUT_DIR must be a path, such as '/some/path', or None, not 5."),
+    ("EVAL_OUTPUT_DIR=5", f"EVAL_OUTPUT_DIR must be {PATH}, or None, not 5."),
     ("MODEL='model'", "MODEL must be a DecoderModel (@DecoderModel() makes one) or None, not 'model'."),
     ("PasskeyEvaluation.probes=('hld',)", "PasskeyEvaluation.probes[0] must be one of 'hold', "),
     ("PasskeyTask.digits=2.0", f"PasskeyTask.digits must be {WHOLE}, not 2.0."),

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from famx.base.errors import ConfigError
-from famx.base.files import write_json
+from famx.base.files import as_path, write_json
 from famx.base.untrusted import read_object
 
 _KEY = "sha256"
@@ -37,7 +36,7 @@ def read_checked_json(path: str | os.PathLike) -> dict[str, Any]:
       FileNotFoundError: there is no such file.
       ConfigError: it is not a JSON object, or was changed since it was written.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if not path.exists():
         raise FileNotFoundError(path)
     value = read_object(path)

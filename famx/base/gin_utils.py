@@ -27,7 +27,7 @@ from gin.resource_reader import system_path_reader
 
 from famx.base import command_line, gin_overrides, native_stderr, waiting
 from famx.base.errors import ConfigError
-from famx.base.files import write_text
+from famx.base.files import as_path, write_text
 from famx.base.gin_arguments import find_gin_file, gin_files
 from famx.base.gin_arguments import rewrite_gin_args as rewrite_gin_args  # part of this interface
 from famx.base.gin_checks import check_all_used as check_all_used  # part of this module's interface
@@ -99,7 +99,7 @@ def operative_config() -> str:
 
 def write_operative_config(model_dir: str) -> None:
     """Writes `operative_config()` to `<model_dir>/config.gin`, replacing it in one move."""
-    path = pathlib.Path(model_dir) / "config.gin"
+    path = as_path(model_dir) / "config.gin"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, operative_config())
 

@@ -18,10 +18,11 @@ from absl import logging
 
 _STDOUT, _STDERR = 1, 2  # the file descriptors that libraries write to
 # XLA's alarm about a compilation of more than two minutes, which it logs as an error, in a frame of
-# stars; and Gloo's greeting to each process.
+# stars; Gloo's greeting to each process; and tensorstore's notice that credentials for a store are not
+# where it looks first: if there are none at all, a sentence of famx says so.
 _NOISE = (
     r"^[A-Z][0-9]{4} .*slow_operation_alarm\.cc|^The operation took |\] Very slow compile\?"
-    r"|^\*{20,}$|^$|^\[Gloo\] Rank [0-9]+ is connected to "
+    r"|^[A-Z][0-9]{4} .*google_auth_provider\.cc|^\*{20,}$|^$|^\[Gloo\] Rank [0-9]+ is connected to "
 )
 _LARGEST = 2**24  # bytes of the file after which it begins again
 

@@ -71,10 +71,12 @@ class LocalPath(Test):
     """Test for paths of files: not empty, and no URL; `~` at the beginning is the home directory.
 
     Attributes:
-      or_remote: whether a URL of a store is allowed, too.
+      or_remote: whether a URL of any store is allowed, too.
+      or_bucket: whether a directory of Google Cloud Storage is allowed, too, as gs://bucket/name.
     """
 
     or_remote: bool = False
+    or_bucket: bool = False
 
     def complaint(self, value):
         text = os.fspath(value)
@@ -82,10 +84,15 @@ class LocalPath(Test):
             return "is an empty text: give a path, such as '/some/path'."
         if self.or_remote and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://.", text):
             return None
+        if self.or_bucket and text.startswith("gs:/"):
+            if re.fullmatch(r"gs://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/[^/]+)+/?", text):
+                return None
+            return f"is {text}, which is no directory of a bucket: write it as gs://bucket/name."
         if match := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+            also = "gs:// and " if self.or_bucket else ""
             return (
-                f"is the URL {text}, and famx reads and writes files of mounted file systems only: mount"
-                f" what {match[0]}/ names, and give the path of the mount."
+                f"is the URL {text}, and famx reads and writes files of {also}mounted file systems only:"
+                f" mount what {match[0]}/ names, and give the path of the mount."
             )
         return None
 
@@ -104,6 +111,10 @@ PositiveShare = Annotated[float, Gt(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 Name = Annotated[str, MinLen(1)]
 Path = Annotated[str | os.PathLike, LocalPath(), Expected("a path, such as '/some/path'")]
+# A directory of checkpoints or the like, which may also be in Google Cloud Storage.
+Directory = Annotated[
+    str | os.PathLike, LocalPath(or_bucket=True), Expected("a path, such as '/some/path' or gs://bucket/name")
+]
 _Place = Annotated[str | os.PathLike, LocalPath(or_remote=True), Expected("a path, such as '/some/path'")]
 Paths = Annotated[
     _Place | Annotated[Sequence[_Place], MinLen(1)],

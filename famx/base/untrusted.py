@@ -8,13 +8,13 @@ Every fault is a ConfigError that names the file and the field.
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import pydantic
 
 from famx.base.errors import ConfigError
+from famx.base.files import as_path
 
 MOST_JSON_BYTES = 64 << 20  # of a file of settings; tokenizer files and headers have their own limits
 MOST_NESTING = 64  # of objects and lists in JSON
@@ -38,7 +38,7 @@ def read_limited(file: str | os.PathLike, most_bytes: int) -> bytes:
     Raises:
       ConfigError: it cannot be read, is no regular file, or is larger.
     """
-    file = pathlib.Path(file)
+    file = as_path(file)
     try:
         if file.exists() and not file.is_file():  # a pipe or a device would never end
             raise ConfigError(f"{file} is not a regular file.")

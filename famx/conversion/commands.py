@@ -2,12 +2,12 @@
 
 import ast
 import dataclasses
-import pathlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 
 from famx.base.errors import ConfigError
+from famx.base.files import as_path
 from famx.base.gin_checks import nearest
 from famx.base.progress import ByteProgress, Progress
 from famx.base.text import byte_size
@@ -96,11 +96,11 @@ def export_checkpoint(
     """
     size = parse_size(max_shard_size)
     exporting.check_destination(directory)
-    if source and not (pathlib.Path(source).expanduser() / "config.json").is_file():
+    if source and not (as_path(source).expanduser() / "config.json").is_file():
         raise ConfigError(f"There is no config.json in --source {source}.")
     check_reads_text(check_model(split_checkpoint(checkpoint)[0]), "Exports", alone=True)
     trained = load_model(checkpoint, adapter=adapter)
-    run = adapter and pathlib.Path(adapter).expanduser().absolute().parent  # MODEL_DIR/adapter
+    run = adapter and as_path(adapter).expanduser().absolute().parent  # MODEL_DIR/adapter
     with Progress("export", unit="B", keep_bar=False) as progress:
         done = exporting.export(
             trained, directory, dtype, size, source, progress.add, memory, run

@@ -19,7 +19,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from famx.base.errors import ConfigError
-from famx.base.files import new_directory, write_bytes, write_json, write_text
+from famx.base.files import as_path, new_directory, write_bytes, write_json, write_text
 from famx.base.untrusted import read_object
 from famx.conversion.families import Tensor, tensors
 from famx.conversion.huggingface import huggingface_config
@@ -104,7 +104,7 @@ def export(
         config = dataclasses.replace(config, memory=Memory())
     check_implemented(config)
     model_dir = trained.directory.parent
-    source = pathlib.Path(source or model_dir / "source").expanduser()
+    source = as_path(source or model_dir / "source").expanduser()
     base = huggingface_config(config, _read_json(source / CONFIG))
     leaves = flatten_dict(split_memory(trained.params)[1]) if config.memory.exists else {}
     of_memory = memory_tensors({path: leaf.shape for path, leaf in leaves.items()})
@@ -120,7 +120,7 @@ def export(
         write_json(new / CONFIG, full)
         if config.memory.exists:
             shutil.copyfile(CODE, new / CODE.name)
-        history = read_history(pathlib.Path(run or model_dir), trained.step if run is None else None)
+        history = read_history(as_path(run or model_dir), trained.step if run is None else None)
         has_tokenizer = (new / "tokenizer_config.json").exists()
         write_text(new / CARD, model_card(config, base, history, directory.name, dtype, has_tokenizer))
         mode = (new / CONFIG).stat().st_mode  # safetensors writes files for their owner alone
@@ -250,7 +250,7 @@ def _write_side_files(
     notes = []
     kept = [name for name in SIDE_FILES if (source / name).is_file()]
     for name in kept:
-        shutil.copyfile(source / name, new / name)
+        (new / name).write_bytes((source / name).read_bytes())
     if vocabulary is not None:
         ids = {f"{name}_token_id": getattr(vocabulary, f"{name}_id") for name in _IDS}
         hf = hf | {key: value for key, value in ids.items() if hf.get(key) is None}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from famx import __version__
+from famx.base.files import as_path
 from famx.base.text import byte_size
 from famx.conversion.with_memory import CODE
 from famx.modules.config import DecoderConfig
@@ -257,7 +258,7 @@ def _began_from(run: pathlib.Path, settings: str = "") -> str | None:
         if found is None:
             return None
         checkpoint = found[1]
-    directory = pathlib.Path(re.sub(r"/checkpoint_\d+/?$", "", checkpoint))
+    directory = as_path(re.sub(r"/checkpoint_\d+/?$", "", checkpoint))
     if directory != run and directory.is_dir() and (origin := _began_from(directory)):
         return f"{origin} ({directory.name})"
     return directory.name

@@ -21,8 +21,8 @@ import famx
 from famx.base import gin_utils
 from famx.base.describe import describe
 from famx.base.errors import ConfigError
-from famx.base.files import check_writable, write_json
-from famx.base.ranges import Amount, Built, Expected, NonNegative, OneOf, Path, Rate
+from famx.base.files import as_path, check_writable, write_json
+from famx.base.ranges import Amount, Built, Directory, Expected, NonNegative, OneOf, Rate
 from famx.base.signals import graceful_stop
 from famx.base.values import checked
 from famx.evaluation.common import is_of_memory
@@ -57,9 +57,9 @@ _Evaluations = Annotated[
 @gin.configurable
 @checked
 def evaluate(
-    checkpoint_path: Path,
+    checkpoint_path: Directory,
     evaluations: _Evaluations,
-    output_dir: Path | None = None,
+    output_dir: Directory | None = None,
     model: DecoderModel | None = None,
     checkpoints: Annotated[str, OneOf(MODES)] = "latest",
     stop_at_step: NonNegative | None = None,
@@ -341,7 +341,7 @@ def _output_directories(
     if output_dir is None:
         results, tensorboard = model_dir / "eval", model_dir / "tensorboard"
     else:
-        results = pathlib.Path(output_dir).expanduser().absolute()
+        results = as_path(output_dir).expanduser().absolute()
         tensorboard = results / "tensorboard"
     try:
         for directory in (results, tensorboard):

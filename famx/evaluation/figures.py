@@ -14,6 +14,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from famx.analysis.figures import line_colors
 from famx.base.errors import ConfigError
+from famx.base.files import as_path
 from famx.base.palette import MEMORY, PAST, ZEROED
 from famx.training.run_log import read_metrics
 
@@ -41,7 +42,7 @@ def passkey_results(model_dir: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ConfigError: the run has no passkey.json.
     """
-    path = pathlib.Path(model_dir) / "passkey.json"
+    path = as_path(model_dir) / "passkey.json"
     if not path.is_file():
         raise ConfigError(
             f"{path} does not exist: a run that evaluates with PasskeyEvaluation writes it at its end."
@@ -79,7 +80,7 @@ def recall_figure(model_dir: str | os.PathLike) -> Figure:
     Args:
       model_dir: `MODEL_DIR` of a run that has a passkey.json.
     """
-    folder = pathlib.Path(model_dir).absolute()
+    folder = as_path(model_dir).absolute()
     own = passkey_results(folder)
     runs = sorted([own, *_twin(folder, own)], key=_is_without_memory)
     panels: dict[str, dict[str, dict[int, float]]] = {}

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import pathlib
 import socket
 import sys
 import traceback
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from famx.base.errors import ConfigError
+from famx.base.files import as_path
 from famx.base.gin_checks import nearest
 from famx.base.ranges import Name, NonNegative, Path, Positive, Rate
 from famx.base.values import checked
@@ -77,7 +77,7 @@ class LmEvaluation:
         Raises:
           ConfigError: see `check`; or an argument of the model is not known.
         """
-        trained = TrainedModel(model, params, step, pathlib.Path(folder or "."))
+        trained = TrainedModel(model, params, step, as_path(folder or "."))
         results = self._run(trained)
         with predictions_file(folder, step) as write:
             for task, samples in results["samples"].items():

@@ -1,12 +1,11 @@
 """PassKey retrieval at increasing document lengths (paper section 3.3)."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from famx.base.errors import ConfigError
-from famx.base.files import write_json
+from famx.base.files import as_path, replacing, write_json
 from famx.base.ranges import OneOf, Positive, Seed
 from famx.base.values import checked
 from famx.data.metrics import exact_match
@@ -109,7 +108,7 @@ class PasskeyEvaluation:
             probe: {b: scores[f"{probe}/{b}"] for b in self.report_blocks if f"{probe}/{b}" in scores}
             for probe in self.probes
         }
-        folder = pathlib.Path(model_dir)
+        folder = as_path(model_dir)
         result = {
             "block_size": size,
             "memory_segments": model.config.memory_segments,
@@ -120,7 +119,8 @@ class PasskeyEvaluation:
             "memory": {k.removeprefix("memory/"): v for k, v in scores.items() if is_of_memory(k)},
         }
         write_json(folder / "passkey.json", result)
-        recall_figure(folder).savefig(folder / "passkey.png", dpi=150)
+        with replacing(folder / "passkey.png") as picture:
+            recall_figure(folder).savefig(picture, dpi=150, format="png")
         lines = [f"Exact match over {self.examples} fresh documents per cell, streamed:"]
         lines.append("blocks".rjust(8) + "tokens".rjust(10) + "".join(p.rjust(20) for p in table))
         for b in self.report_blocks:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from annotated_types import MinLen
 
 from famx.base.errors import ConfigError
+from famx.base.files import as_path
 from famx.base.gin_checks import nearest
 from famx.base.ranges import Amount, Name, Positive, Seed
 from famx.base.values import checked
@@ -98,7 +98,7 @@ class ProbeEvaluation:
           `<probe>/<length>` with memory, and `memory/without/<probe>/<length>`, of all measured cells. A
           model without memory has the first of these names for its only scores.
         """
-        parent = None if folder is None else pathlib.Path(folder)
+        parent = None if folder is None else as_path(folder)
         table = ProbeTable(parent, step, list(self._cells(model)))
         began, halted, bare = time.monotonic(), False, None
         of, prompts = None, _Prompts([], [])  # of the last cell; the next may be without memory

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from famx.base.files import move_into_place
+from famx.base.files import as_path, is_stored, move_into_place, replacing
 from famx.data.tasks.examples import Example, cut_tokens
 from famx.data.tasks.text_task import TextTask
 from famx.data.vocabularies import Vocabulary, token_ids
@@ -139,15 +139,26 @@ def predictions_file(folder: str | os.PathLike | None, step: int) -> Iterator[Wr
     """Opens `<folder>/<step>.predictions.jsonl` and yields a function that writes one row.
 
     The file gets its name only when the block ends without an exception, so a reader never sees part
-    of it. Until then, and after an exception, the rows are in `<step>.predictions.jsonl.partial`. With
-    `folder=None` the yielded function discards the rows.
+    of it. Until then, and after an exception, the rows are in `<step>.predictions.jsonl.partial`; for a
+    store, they are in no file that lasts. With `folder=None` the yielded function discards the rows.
     """
     if folder is None:
         yield lambda row: None
         return
-    path = pathlib.Path(folder) / f"{step}.predictions.jsonl"
+    path = as_path(folder) / f"{step}.predictions.jsonl"
+    if is_stored(path):
+        with replacing(path) as partial, _rows(partial) as write:
+            yield write
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8", buffering=1) as file:  # a row is in the file at once
-        yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with _rows(partial) as write:
+        yield write
     move_into_place({partial: path})
+
+
+@contextlib.contextmanager
+def _rows(path: pathlib.Path) -> Iterator[Write]:
+    """A function that writes a row to a new file, in which it is at once."""
+    with path.open("w", encoding="utf-8", buffering=1) as file:
+        yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")

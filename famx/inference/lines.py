@@ -30,7 +30,7 @@ import famx
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.progress import Progress
-from famx.base.ranges import Name, OneOf, Path, Positive, Seed
+from famx.base.ranges import Directory, Name, OneOf, Path, Positive, Seed
 from famx.base.signals import graceful_stop
 from famx.base.values import checked
 from famx.data.vocabularies import Vocabulary, fingerprint
@@ -52,13 +52,13 @@ _WINDOW = 4  # number of batches within which lines are sorted by length
 @gin.configurable(module="famx.inference")
 @checked
 def infer(
-    checkpoint_path: Path,
+    checkpoint_path: Directory,
     input_file: Path,
     output_file: Path,
     mode: Annotated[str, OneOf(tuple(NEW_FIELDS))] = "predict",
     batch_size: Positive = 8,
     model: DecoderModel | None = None,
-    adapter: Path | None = None,
+    adapter: Directory | None = None,
     memory_file: Path | None = None,
     prompt_template: Name = "{inputs}",
     chat_template: bool = False,

@@ -6,13 +6,13 @@ is a list of what is allowed: a key that is not on it must be off.
 """
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from famx.base.errors import ConfigError
+from famx.base.files import as_path
 from famx.base.untrusted import Fields, Name, parsed, read_object, shown
 
 CONFIG = "adapter_config.json"
@@ -53,7 +53,7 @@ def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
       FileNotFoundError: there is no `adapter_config.json`.
       ConfigError: it is damaged, or a setting is switched on that is not understood; names it.
     """
-    file = pathlib.Path(path) / CONFIG
+    file = as_path(path) / CONFIG
     if not file.exists():
         raise FileNotFoundError(file)
     content = read_object(file)

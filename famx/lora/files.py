@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.checksums import checksum
 from famx.base.errors import ConfigError
-from famx.base.files import write_bytes, write_json
+from famx.base.files import as_path, local_copy, write_bytes, write_json
 from famx.base.untrusted import shown
 from famx.lora.adapter_config import CONFIG, MEMORY, read_adapter_config
 from famx.lora.adapters import GROUPS, Lora, inputs_end, select, value
@@ -100,7 +100,7 @@ def save_adapter(
     }
     metadata = {"format": "pt"} | ({FINGERPRINT: fingerprint} if fingerprint else {})
     metadata[_CHECKSUM] = _checksum({name: config[name] for name in _CHECKED}, tensors)
-    path = pathlib.Path(path).expanduser()
+    path = as_path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -117,9 +117,9 @@ def check_adapter(path) -> bool:
     """
     import safetensors
 
-    path = pathlib.Path(path).expanduser()
+    path = as_path(path).expanduser()
     _read(path)
-    with safetensors.safe_open(path / WEIGHTS, "np") as file:
+    with local_copy(path / WEIGHTS) as local, safetensors.safe_open(local, "np") as file:
         return _CHECKSUM in (file.metadata() or {})
 
 
@@ -129,7 +129,7 @@ def adapter_memory(path) -> dict[str, Any]:
     Raises:
       ConfigError: there is no adapter, or it is damaged.
     """
-    path = pathlib.Path(path).expanduser()
+    path = as_path(path).expanduser()
     return dict(_read(path)[0].famx_memory or {})
 
 
@@ -149,7 +149,7 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
       ConfigError: there is no adapter, it is damaged, it uses unsupported options, or it does not fit the
         base model.
     """
-    path = pathlib.Path(path).expanduser()
+    path = as_path(path).expanduser()
     config, tensors, saved = _read(path)
     if fingerprint and saved and fingerprint != saved:
         raise ConfigError(
@@ -189,7 +189,7 @@ def _read(path: pathlib.Path):
 
     try:
         config = read_adapter_config(path)
-        with safetensors.safe_open(path / WEIGHTS, "np") as file:
+        with local_copy(path / WEIGHTS) as local, safetensors.safe_open(local, "np") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
         tensors = {name: _float32(tensor, name) for name, tensor in stored.items()}

@@ -15,24 +15,21 @@ import pathlib
 import shutil
 import threading
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
-from flax import serialization, traverse_util
+from flax import traverse_util
 
 from famx.base.distributed import agreed
 from famx.base.errors import ConfigError
-from famx.base.files import check_writable, nearest_existing
+from famx.base.files import as_path, check_writable, is_stored, nearest_existing
 from famx.base.text import byte_size
 from famx.model_dir import digests
 from famx.model_dir.commit import CUSTOM_METADATA, SaveError, quiet_orbax, save_errors
 from famx.model_dir.digests import DamagedCheckpoint
+from famx.model_dir.trees import check_same_leaves, flatten, nest, restore_args, unflatten
 from famx.model_dir.unreadable import reading_errors
-
-if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
 
 SET_ASIDE = "set_aside"  # folder of a MODEL_DIR for checkpoints that are kept but not used
 _STATE, _DATASET = "state", "dataset"
@@ -40,16 +37,22 @@ _FINALIZE_THREAD = "save_finalize"  # orbax' thread of a save, which ends when t
 
 
 class _Newest:
-    """Orbax's policy of preservation: the newest checkpoints, and those that are protected."""
+    """Orbax's policy of preservation: the newest checkpoints, and those that are protected.
 
-    def __init__(self, number: int | None):
-        self.number = number
+    In a store orbax preserves all, and the `Checkpointer` removes those that are not `kept`.
+    """
+
+    def __init__(self, number: int | None, stored: bool):
+        self.number, self.stored = number, stored
         self.protected: frozenset[int] = frozenset()
 
+    def kept(self, steps: Collection[int]) -> set[int]:
+        newest = sorted(steps) if self.number is None else sorted(steps)[-self.number :]
+        return {*newest, *self.protected}
+
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        steps = sorted(info.step for info in checkpoints)
-        kept = {*(steps if self.number is None else steps[-self.number :]), *self.protected}
-        return [info.step in kept for info in checkpoints]
+        kept = self.kept([info.step for info in checkpoints])
+        return [self.stored or info.step in kept for info in checkpoints]
 
 
 class Checkpointer:
@@ -81,24 +84,30 @@ class Checkpointer:
     ):
         import orbax.checkpoint as ocp  # slow to import: a run that is refused does without
 
-        from famx.model_dir.digested_commit import CommitWithDigests
+        from famx.model_dir.digested_commit import CommitWithDigests, StoredCommit, StoredSteps
 
         check_keep(keep)
         quiet_orbax()
-        self.model_dir = pathlib.Path(model_dir)
+        self.model_dir = as_path(model_dir)
+        stored = is_stored(model_dir)
         self._verified: set[int] = set()  # steps whose files were compared with their digests
         self._saving: int | None = None  # step of a save that may not be complete
-        self._newest = _Newest(None if read_only else keep)
+        self._newest = _Newest(None if read_only else keep, stored)
+        self._removed: set[int] = set()  # steps of a store, which orbax does not remove
+        if stored and not read_only and jax.process_index() == 0:
+            with save_errors(self.model_dir):
+                _stored().remove_unfinished(self.model_dir)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._newest,
-            step_prefix="checkpoint",
+            step_prefix=None if stored else "checkpoint",
+            step_name_format=StoredSteps() if stored else None,
             save_interval_steps=0 if read_only else save_interval,
             create=not read_only,
             enable_async_checkpointing=async_,
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=not read_only and not stored,
             read_only=read_only,
             lightweight_initialize=True,  # reads nothing from checkpoints, of which one may be damaged
-            temporary_path_class=CommitWithDigests,
+            temporary_path_class=StoredCommit if stored else CommitWithDigests,
         )
         handlers = {
             _STATE: ocp.PyTreeCheckpointHandler(),
@@ -124,13 +133,18 @@ class Checkpointer:
 
         step = int(step)
         self.wait()
-        if step in self._manager.all_steps():
+        if step in self.all_steps():
             return False
-        items = {_STATE: ocp.args.PyTreeSave(_nest(_flatten(tree)))}
+        items = {_STATE: ocp.args.PyTreeSave(nest(flatten(tree)))}
         if data_state is not None:
             items[_DATASET] = ocp.args.JsonSave(copy.deepcopy(data_state))  # written later
-        if not self.model_dir.is_dir():  # orbax would make it again
+        if not is_stored(self.model_dir) and not self.model_dir.is_dir():  # orbax would make it again
             raise SaveError(f"{self._path(step)} cannot be written: {self.model_dir} was removed.")
+        if is_stored(self.model_dir) and self._path(step).is_dir():
+            raise SaveError(
+                f"{self._path(step)} cannot be written: it is there, without commit_success.txt, and no"
+                " run has left it. Remove it, or choose another MODEL_DIR."
+            )
         self._saving = step
         args = ocp.args.Composite(**items)
         with self._saves():
@@ -159,16 +173,16 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         step = self.find(step)
-        wanted = _flatten(abstract_tree)
+        wanted = flatten(abstract_tree)
         stored, top = self.leaves(step), {path[0] for path in wanted}
         if partial:
             stored = {path: leaf for path, leaf in stored.items() if path[0] in top}
-        _check_same_leaves(self._path(step), stored, wanted)
+        check_same_leaves(self._path(step), stored, wanted)
 
         items = {
             _STATE: ocp.args.PyTreeRestore(
-                _nest(wanted),
-                restore_args=_nest({path: _restore_args(leaf) for path, leaf in wanted.items()}),
+                nest(wanted),
+                restore_args=nest({path: restore_args(leaf) for path, leaf in wanted.items()}),
                 partial_restore=partial,
             )
         }
@@ -177,7 +191,7 @@ class Checkpointer:
         with self._whole(step, top if partial else None):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         leaves = traverse_util.flatten_dict(restored[_STATE])
-        tree = _unflatten(abstract_tree, leaves)
+        tree = unflatten(abstract_tree, leaves)
         return tree, restored.get(_DATASET), step
 
     def verify(self, step: int) -> bool:
@@ -280,11 +294,12 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """The saved steps in ascending order; one that is still being written may be missing."""
-        return sorted(self._manager.all_steps())
+        return sorted(set(self._manager.all_steps()) - self._removed)
 
     def reload(self) -> None:
         """Look for checkpoints that another process has written since."""
         self._manager.reload()
+        self._removed &= set(self._manager.all_steps())
 
     def set_aside(self, steps: Collection[int]) -> list[pathlib.Path]:
         """Move checkpoints to `MODEL_DIR/set_aside`, so that these steps can be saved again.
@@ -301,7 +316,8 @@ class Checkpointer:
                 for step, path in zip(sorted(steps), moved, strict=True):
                     with save_errors(path):
                         path.parent.mkdir(exist_ok=True)
-                        os.rename(self._path(step), path)
+                        move = _stored().move if is_stored(path) else os.rename
+                        move(self._path(step), path)
             except SaveError as error:
                 sentence = str(error)
         self._verified.difference_update(steps)
@@ -319,7 +335,17 @@ class Checkpointer:
         """
         with self._saves():
             self._manager.wait_until_finished()
+        if self._saving is not None and is_stored(self.model_dir):
+            self._remove_old()
         self._saving = None
+
+    def _remove_old(self) -> None:
+        """Removes old checkpoints of a store; all processes know them as removed."""
+        for step in set(self.all_steps()) - self._newest.kept(self.all_steps()):
+            self._removed.add(step)
+            if jax.process_index() == 0:
+                with save_errors(self._path(step)):
+                    _stored().remove(self._path(step))
 
     def check(self) -> None:
         """Raise the error of a save in the background that has failed; does not wait.
@@ -341,6 +367,9 @@ class Checkpointer:
                 yield
         except Exception:
             if jax.process_index() == 0 and step is not None:
+                if is_stored(self.model_dir):
+                    with contextlib.suppress(OSError):
+                        _stored().remove(self._path(step))
                 for left in self.model_dir.glob(f"checkpoint_{step}.orbax-checkpoint-tmp*"):
                     shutil.rmtree(left, ignore_errors=True)
             self._saving = None
@@ -356,7 +385,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            with save_errors(self.model_dir):
+                self._manager.close()
 
     def __enter__(self):
         return self
@@ -366,6 +396,12 @@ class Checkpointer:
             self.close()
 
 
+def _stored():
+    from famx.model_dir import stored  # slow to import, as it talks to a store
+
+    return stored
+
+
 def _free_name(path: pathlib.Path) -> pathlib.Path:
     """`path`, or if it exists the first of `path.2`, `path.3`, ... that does not."""
     free, number = path, 1
@@ -373,60 +409,6 @@ def _free_name(path: pathlib.Path) -> pathlib.Path:
         number += 1
         free = path.with_name(f"{path.name}.{number}")
     return free
-
-
-def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Leaves by path, without Nones and empty arrays."""
-    flat = traverse_util.flatten_dict({"": serialization.to_state_dict(tree)})
-    return {path[1:]: leaf for path, leaf in flat.items() if leaf is not None and leaf.size}
-
-
-def _nest(flat: dict[tuple[str, ...], Any]) -> Any:
-    return traverse_util.unflatten_dict(flat)
-
-
-def _unflatten(tree: Any, leaves: dict[tuple[str, ...], Any]) -> Any:
-    """`tree` with the leaves that `_flatten` lists replaced."""
-    flat = traverse_util.flatten_dict({"": serialization.to_state_dict(tree)}, keep_empty_nodes=True)
-    filled = {path: leaves.get(path[1:], _fill(leaf)) for path, leaf in flat.items()}
-    return serialization.from_state_dict(tree, traverse_util.unflatten_dict(filled)[""])
-
-
-def _fill(leaf: Any) -> Any:
-    """An empty array for an empty leaf, which is not stored; any other leaf as it is."""
-    if getattr(leaf, "size", None) != 0:
-        return leaf
-    empty = np.zeros(leaf.shape, leaf.dtype)
-    sharding = getattr(leaf, "sharding", None)
-    return empty if sharding is None else jax.device_put(empty, sharding)
-
-
-def _restore_args(leaf: Any) -> "ocp.RestoreArgs":
-    import orbax.checkpoint as ocp
-
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-    return ocp.ArrayRestoreArgs(sharding=sharding, dtype=leaf.dtype, global_shape=leaf.shape)
-
-
-def _check_same_leaves(directory: pathlib.Path, stored: dict, wanted: dict) -> None:
-    for path in sorted(stored.keys() | wanted.keys()):
-        name = "/".join(path)
-        if path not in stored:
-            raise ConfigError(f"{directory} holds another model: it has no {name}.")
-        if path not in wanted:
-            raise ConfigError(f"{directory} holds another model: this model has no {name}.")
-        shape, expected = _describe(stored[path]), _describe(wanted[path])
-        if shape != expected:
-            raise ConfigError(
-                f"{directory} holds another model: {name} is {shape} there and {expected} here."
-            )
-
-
-def _describe(leaf: Any) -> str:
-    """Dtype and shape of an array: 'float32[3, 4]'."""
-    return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
 
 # ---------------------------------------------------------------- checks before anything expensive
@@ -446,6 +428,12 @@ def check_model_dir(path: str | os.PathLike, need_bytes: int = 0) -> pathlib.Pat
     Raises ConfigError if the path is relative, is no directory or cannot be written, or if its disk has
     fewer than `need_bytes` free.
     """
+    if is_stored(path):
+        try:
+            check_writable(path)
+        except OSError as error:
+            raise ConfigError(f"MODEL_DIR {path} is not writable: {error.strerror}.") from error
+        return as_path(path)
     directory = pathlib.Path(path)
     if not directory.is_absolute():
         raise ConfigError(

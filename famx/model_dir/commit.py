@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from famx.base.errors import ConfigError
 from famx.base.files import NO_SPACE
+from famx.base.store_errors import store_error
 from famx.model_dir import digests
 
 # What `CheckpointManager.save` is given, so that a checkpoint without its digests is known as damaged.
@@ -28,10 +29,12 @@ def save_errors(directory: pathlib.Path) -> Iterator[None]:
     except SaveError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        number = _error_number(error)
-        if number is None:
+        found = store_error(error, directory)
+        number = None if found else _error_number(error)
+        if found is None and number is None:
             raise
-        raise SaveError(f"{directory} cannot be written: {os.strerror(number)}.") from error
+        reason = found.strerror if found else os.strerror(number)
+        raise SaveError(f"{directory} cannot be written: {reason}.") from error
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -25,7 +25,8 @@ from typing import Any
 import xxhash
 
 from famx.base.errors import ConfigError
-from famx.base.files import write_bytes
+from famx.base.files import is_stored, write_bytes
+from famx.base.store_errors import StoreError, store_error
 
 NAME = "digests.json"
 METADATA = "_CHECKPOINT_METADATA"  # of orbax
@@ -34,6 +35,7 @@ STEP = re.compile(r"checkpoint_(\d+)")  # name of the directory of a checkpoint
 _PIECE = 1 << 26
 _BUFFER = 1 << 20
 _PART = 1 << 21  # bytes of a stored value that are read at a time: smaller and larger ones take longer
+_STORED_PART = 1 << 23  # bytes of an object of a store that are read at a time
 _SMALL = 1 << 20  # files of up to this many bytes are compared before anything is read from them
 _LISTING = "manifest.ocdbt"  # in a directory whose arrays share files, which are in its folders "d"
 _ADVICE = ". Copy the checkpoint again"
@@ -73,19 +75,45 @@ def write_digests(directory: pathlib.Path) -> None:
       ConfigError: the file cannot be written.
       OSError: a file cannot be read.
     """
-    sizes = _sizes(directory)
-    units = [(name, start) for name, size in sizes.items() for start in range(0, max(size, 1), _PIECE)]
-    folders = {name: _stored_arrays(directory / name) for name in _folders_of_arrays(sizes)}
     with ThreadPoolExecutor(_threads()) as pool:
-        pieces = list(pool.map(lambda unit: _piece(directory / unit[0], unit[1]), units))
+        files = (_stored_files if is_stored(directory) else _local_files)(directory, pool)
+        folders = {name: _stored_arrays(directory / name) for name in _folders_of_arrays(files)}
         arrays = {}
         for folder, (store, keys) in folders.items():
             values = pool.map(functools.partial(_array, store), keys.values())
             arrays[folder] = dict(zip(keys, values, strict=True))
-    files = {name: {"bytes": size, "xxh3_128": []} for name, size in sizes.items()}
+    write_bytes(directory / NAME, _rendered({"format": 1, "files": files, "arrays": arrays}))
+
+
+def _local_files(directory: pathlib.Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, Any]]:
+    """`{name: size and digests}` of the files of a checkpoint."""
+    sizes = _sizes(directory)
+    units = [(name, start) for name, size in sizes.items() for start in range(0, max(size, 1), _PIECE)]
+    pieces = pool.map(lambda unit: _piece(directory / unit[0], unit[1]), units)
+    files: dict[str, dict[str, Any]] = {
+        name: {"bytes": size, "xxh3_128": []} for name, size in sizes.items()
+    }
     for (name, _), digest in zip(units, pieces, strict=True):
         files[name]["xxh3_128"].append(digest)
-    write_bytes(directory / NAME, _rendered({"format": 1, "files": files, "arrays": arrays}))
+    return files
+
+
+def _stored_files(directory: pathlib.Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, Any]]:
+    """As `_local_files`, in a store, which does not tell the size of an object before it is read."""
+
+    def read(name: str) -> dict[str, Any]:
+        size, digests = 0, []
+        while not digests or size == len(digests) * _PIECE:
+            digest, count = _stored_piece(directory / name, len(digests) * _PIECE)
+            if count or not digests:
+                digests.append(digest)
+            size += count
+            if not count:
+                break
+        return {"bytes": size, "xxh3_128": digests}
+
+    names = [name for name in directory.names() if name != NAME]
+    return dict(zip(names, pool.map(read, names), strict=True))
 
 
 def _rendered(content: Mapping[str, Any]) -> bytes:
@@ -111,6 +139,8 @@ def read_digests(directory: pathlib.Path) -> Digests | None:
         if _expected(directory):
             raise damaged(directory, NAME, "is missing") from None
         return None
+    except StoreError:
+        raise
     except OSError as error:
         raise damaged(directory, NAME, f"cannot be read: {error.strerror}") from error
     try:
@@ -190,6 +220,9 @@ def verified(
 
 
 def _compare_small(directory: pathlib.Path, digests: Digests) -> None:
+    if is_stored(directory):
+        _compare_small_objects(directory, digests)
+        return
     sizes = _sizes(directory)
     for name, (size, wanted) in sorted(digests.files.items(), key=lambda item: item[1][0]):
         if name not in sizes:
@@ -198,7 +231,34 @@ def _compare_small(directory: pathlib.Path, digests: Digests) -> None:
             raise damaged(directory, name, f"has {sizes[name]} bytes, and had {size}")
         if size <= _SMALL and (how := _differs(directory / name, 0, wanted[0])):
             raise damaged(directory, name, how)
-    for name in sorted(sizes.keys() - digests.files.keys()):
+    _compare_names(directory, digests, sizes)
+
+
+def _compare_small_objects(directory: pathlib.Path, digests: Digests) -> None:
+    """As `_compare_small`, in a store: sizes are compared with the content, and many objects at once."""
+
+    def compare(item: tuple[str, tuple[int, Sequence[str]]]) -> str | None:
+        name, (size, wanted) = item
+        if name not in names:
+            return "is missing"
+        if size <= _SMALL:
+            return _differs(directory / name, 0, wanted[0])
+        # That its last piece is longer is seen when that is read.
+        longer = size % _PIECE == 0 and _stored_piece(directory / name, size)[1]
+        return "is not what was written" if longer else None
+
+    names = frozenset(directory.names()) - {NAME}
+    items = sorted(digests.files.items(), key=lambda item: item[1][0])
+    with ThreadPoolExecutor(_threads()) as pool:
+        for (name, _), how in zip(items, pool.map(compare, items), strict=True):
+            if how:
+                raise damaged(directory, name, how)
+    _compare_names(directory, digests, names)
+
+
+def _compare_names(directory: pathlib.Path, digests: Digests, names: Collection[str]) -> None:
+    """Raises DamagedCheckpoint if a file was added to a folder of the checkpoint."""
+    for name in sorted(set(names) - digests.files.keys()):
         if "/" in name and not name.rsplit("/", 1)[-1].startswith(_FOREIGN):
             raise damaged(directory, name, "was added to it")
 
@@ -222,6 +282,8 @@ def _large(
         try:
             store, stored = _stored_arrays(directory / folder)
         except (ValueError, OSError) as error:
+            if found := store_error(error, directory):
+                raise found from error
             raise damaged(directory, f"{folder}/{_LISTING}", "cannot be read") from error
         for array, wanted in arrays.items():
             if array.split(".")[0] in tops:
@@ -241,7 +303,9 @@ def _needed(name: str, digests: Digests, tops: Collection[str]) -> bool:
 def _compare_array(store, folder: str, array: str, keys, wanted: str) -> tuple[str, str] | None:
     try:
         same = keys is not None and _array(store, keys) == wanted
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
+        if found := store_error(error, folder):
+            raise found from error
         same = False
     return None if same else (f"{folder}: {array}", "is not what was written")
 
@@ -273,6 +337,8 @@ def _sizes(directory: pathlib.Path) -> dict[str, int]:
 
 def _piece(path: pathlib.Path, start: int) -> str:
     """Digest of at most `_PIECE` bytes of a file."""
+    if is_stored(path):
+        return _stored_piece(path, start)[0]
     digest, left = xxhash.xxh3_128(), _PIECE
     buffer = memoryview(bytearray(_BUFFER))
     with path.open("rb", buffering=0) as file:
@@ -283,10 +349,25 @@ def _piece(path: pathlib.Path, start: int) -> str:
     return digest.hexdigest()
 
 
+def _stored_piece(path: pathlib.Path, start: int) -> tuple[str, int]:
+    """As `_piece`, of an object in a store; and the number of bytes."""
+    digest, count = xxhash.xxh3_128(), 0
+    while count < _PIECE:
+        wanted = min(_STORED_PART, _PIECE - count)
+        part = path.read_part(start + count, wanted)
+        digest.update(part)
+        count += len(part)
+        if len(part) < wanted:
+            break
+    return digest.hexdigest(), count
+
+
 def _differs(path: pathlib.Path, start: int, wanted: str) -> str | None:
     """What is wrong with a part of a file, or None."""
     try:
         return None if _piece(path, start) == wanted else "is not what was written"
+    except StoreError:
+        raise
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
@@ -308,7 +389,8 @@ def _stored_arrays(path: pathlib.Path) -> tuple[Any, dict[str, list[bytes]]]:
     """The key-value store of a folder and, for each array, its keys in order."""
     import tensorstore
 
-    spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}
+    base = path.spec if is_stored(path) else {"driver": "file", "path": f"{path}/"}
+    spec = {"driver": "ocdbt", "base": base}
     store = tensorstore.KvStore.open(spec).result()
     arrays: dict[str, list[bytes]] = {}
     for key in sorted(store.list().result()):

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from famx.base.checksums import read_checked_json, write_checked_json
 from famx.base.errors import ConfigError
+from famx.base.files import as_path, check_answers, is_stored
 from famx.models.description import check_description
 from famx.modules import memory as memories
 from famx.modules.config import COMPUTATION_FIELDS, DecoderConfig
@@ -35,17 +36,21 @@ def split_checkpoint(checkpoint: str) -> tuple[pathlib.Path, int | None]:
     Raises:
       ConfigError: the MODEL_DIR does not exist.
     """
-    path = pathlib.Path(checkpoint).expanduser().absolute()
+    path = as_path(checkpoint).expanduser().absolute()
     match = re.fullmatch(r"checkpoint_(\d+)", path.name)
     directory, step = (path.parent, int(match[1])) if match else (path, None)
-    if not os.path.isdir(directory):  # Path.is_dir raises if a parent directory may not be read
+    check_answers(directory)
+    if is_stored(directory) and not directory.is_dir():
+        raise ConfigError(f"There is no checkpoint {checkpoint}: nothing is in {directory}.")
+    # Path.is_dir raises if a parent directory may not be read.
+    if not is_stored(directory) and not os.path.isdir(directory):
         raise ConfigError(f"There is no checkpoint {checkpoint}: {directory} is not a directory.")
     return directory, step
 
 
 def read_model_config(model_dir: str | os.PathLike) -> dict[str, Any]:
     """Content of MODEL_DIR/model.json; ConfigError if it is missing, damaged or was changed."""
-    path = pathlib.Path(model_dir) / _MODEL_FILE
+    path = as_path(model_dir) / _MODEL_FILE
     try:
         fields = read_checked_json(path)
     except FileNotFoundError as error:
@@ -93,7 +98,7 @@ def check_same_model(model_dir: str | os.PathLike, model_config: dict[str, Any])
     Values that JSON cannot hold are written as text. Raises ConfigError with the differing fields if the
     directory belongs to another model.
     """
-    path = pathlib.Path(model_dir) / _MODEL_FILE
+    path = as_path(model_dir) / _MODEL_FILE
     here = json.loads(json.dumps(model_config, default=str))
     if path.exists():
         differing = differing_fields(read_model_config(model_dir), here)

@@ -4,7 +4,8 @@
 releases when the process ends, however it ends. Since some shared file systems (object stores, some
 network file systems) do not share such locks, the file is also a lease: it names host and process and a
 heartbeat, which changes every few seconds. A lease whose heartbeat stands still has been left by a run
-that was killed, and is taken over.
+that was killed, and is taken over. In a store (gs://) there is no flock, but the file is written only if
+nobody else has written it since it was read, so that of two runs one gets it.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ import jax
 
 from famx.base.distributed import agreed
 from famx.base.errors import ConfigError
+from famx.base.files import is_stored
 
 FILE = "run.lock"
 BEAT_SECONDS = 10.0
@@ -42,7 +44,7 @@ def run_lock(directory: pathlib.Path) -> Iterator["RunLock"]:
     Raises:
       ConfigError: another run has the directory; the sentence names its host and process.
     """
-    lock, sentence = RunLock(directory), None
+    lock, sentence = (StoredLock if is_stored(directory) else RunLock)(directory), None
     if jax.process_index() == 0:
         try:
             lock.acquire()
@@ -98,8 +100,7 @@ class RunLock:
         except BaseException:
             self._close()
             raise
-        self._thread = threading.Thread(target=self._beat, name="run_lock", daemon=True)
-        self._thread.start()
+        self._begin_to_beat()
 
     def check(self) -> None:
         """Make sure, in all processes of the run, that it still has the directory.
@@ -108,7 +109,7 @@ class RunLock:
           ConfigError: another run has taken it over, because this one was not running for a time.
         """
         sentence = None
-        if self._file is not None:
+        if self._held:
             try:
                 self._check_own()
             except ConfigError as error:
@@ -118,16 +119,23 @@ class RunLock:
 
     def release(self) -> None:
         """Give the lock back, and remove its file; does nothing without the lock."""
-        if self._file is None:
+        if not self._held:
             return
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
         with contextlib.suppress(OSError, ConfigError):
             self._check_own()
-            if self._is_open_file():
-                self._path.unlink()
+            self._remove()
         self._close()
+
+    @property
+    def _held(self) -> bool:
+        return self._file is not None
+
+    def _begin_to_beat(self) -> None:
+        self._thread = threading.Thread(target=self._beat, name="run_lock", daemon=True)
+        self._thread.start()
 
     # -------------------------------------------------------------- the file
 
@@ -157,6 +165,10 @@ class RunLock:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file))
         except FileNotFoundError:
             return False
+
+    def _remove(self) -> None:
+        if self._is_open_file():
+            self._path.unlink()
 
     def _close(self) -> None:
         if self._file is not None:
@@ -205,8 +217,7 @@ class RunLock:
                 if _started(lease.get("pid")) == lease.get("started"):
                     raise self._taken(lease)
                 return
-        age = max(0.0, self._clock() - self._path.stat().st_mtime)
-        left = self._lease_seconds - age
+        left = self._lease_seconds - self._age()
         if left > 0:
             print(
                 f"Waiting up to {left:.0f} s, since the run of {_name(lease)} may still have"
@@ -222,6 +233,10 @@ class RunLock:
             if (now.get("token"), now.get("beat")) != (lease.get("token"), lease.get("beat")):
                 raise self._taken(now)
 
+    def _age(self) -> float:
+        """For how many seconds the lease has not changed, as far as that is known."""
+        return max(0.0, self._clock() - self._path.stat().st_mtime)
+
     def _clock(self) -> float:
         """The time of the file system, which gives files their times."""
         probe = self._directory / f".{FILE}.{os.getpid()}"
@@ -232,7 +247,10 @@ class RunLock:
             probe.unlink()
 
     def _check_own(self) -> None:
-        lease = self._read()
+        self._check_lease(self._read())
+
+    def _check_lease(self, lease: dict[str, Any]) -> None:
+        """Raises ConfigError if another run has written a lease."""
         if lease and lease.get("token") != self._lease["token"]:
             raise ConfigError(
                 f"The run of {_name(lease)} has taken over MODEL_DIR {self._directory}: this one stood"
@@ -246,6 +264,72 @@ class RunLock:
             f"{f', which began at {since}' if since else ''}: wait until it ends, stop it, or choose"
             " another MODEL_DIR."
         )
+
+
+class StoredLock(RunLock):
+    """As `RunLock`, in a store, where the lease is replaced only if it is the one that was read.
+
+    A run that cannot write its lease for longer than `lease_seconds` may be taken over. It notices before
+    its next checkpoint, since `check` writes the lease as well.
+    """
+
+    def __init__(self, directory: pathlib.Path, *seconds: float):
+        super().__init__(directory, *seconds)
+        self._stamp: bytes | None = None  # of the lease that this run has written; None: it has none
+        self._writing = threading.Lock()
+
+    def acquire(self) -> None:
+        content, stamp = self._path.read_stamped()
+        self._check_left(_lease(content), locked=False)
+        latest, newest = self._path.read_stamped()
+        if newest != stamp and latest is not None:
+            raise self._taken(_lease(latest))
+        self._lease = {**_new_lease(), "beat": 1, "time": time.time()}
+        self._stamp = self._path.write_if(self._content(), newest)
+        if self._stamp is None:
+            raise self._taken(self._read())
+        self._begin_to_beat()
+
+    @property
+    def _held(self) -> bool:
+        return self._stamp is not None
+
+    def _content(self) -> bytes:
+        return json.dumps(self._lease).encode()
+
+    def _read(self) -> dict[str, Any]:
+        return _lease(self._path.read_stamped()[0])
+
+    def _write(self) -> None:
+        """Nothing: `_check_own` has written the lease."""
+
+    def _check_own(self) -> None:
+        with self._writing:
+            self._lease = {**self._lease, "beat": self._lease["beat"] + 1, "time": time.time()}
+            written = self._path.write_if(self._content(), self._stamp)
+            while written is None:  # another has written or removed it, or the answer was lost
+                content, stamp = self._path.read_stamped()
+                self._check_lease(_lease(content))
+                written = stamp if content else self._path.write_if(self._content(), stamp)
+            self._stamp = written
+
+    def _remove(self) -> None:
+        self._path.write_if(None, self._stamp)
+
+    def _close(self) -> None:
+        self._stamp = None
+
+    def _age(self) -> float:
+        return 0.0  # the clocks of two machines are not compared
+
+
+def _lease(content: bytes | None) -> dict[str, Any]:
+    """A lease as JSON; empty if there is none, or it cannot be read."""
+    try:
+        lease = json.loads(content or b"")
+        return lease if isinstance(lease, dict) else {}
+    except ValueError:
+        return {}
 
 
 def _new_lease() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from famx.base.checksums import read_checked_json
 from famx.base.errors import ConfigError
+from famx.base.files import as_path, check_answers
 from famx.base.text import byte_size
 from famx.data.vocabularies import load_vocabulary
 from famx.lora.files import CONFIG, check_adapter
@@ -40,7 +41,8 @@ def check(path: str) -> Iterator[Finding]:
     Raises:
       ConfigError: it is none of these.
     """
-    found = pathlib.Path(path).expanduser().absolute()
+    found = as_path(path).expanduser().absolute()
+    check_answers(found)
     if not found.exists():
         raise ConfigError(f"There is no {path}.")
     if found.is_file():

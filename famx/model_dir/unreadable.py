@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Iterator
 
 from famx.base.errors import ConfigError
+from famx.base.files import is_stored
+from famx.base.store_errors import store_error
 from famx.model_dir import digests
 
 _JSON_FILES = ("_METADATA", "_sharding", digests.METADATA, "metadata", ".zarray", "zarr.json")
@@ -22,6 +24,8 @@ def reading_errors(directory: pathlib.Path) -> Iterator[None]:
     except (ConfigError, MemoryError):
         raise
     except Exception as error:
+        if is_stored(directory) and (found := store_error(error, directory)):
+            raise found from error
         if (directory / digests.NAME).exists():
             raise
         raise digests.damaged(directory, *_reason(directory, error)) from error

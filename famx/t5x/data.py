@@ -16,7 +16,7 @@ from clu.data.dataset_iterator import ArraySpec, DatasetIterator
 from t5x import utils
 
 from famx.base.errors import ConfigError
-from famx.base.files import write_text
+from famx.base.files import as_path, write_text
 from famx.base.packages import import_named
 from famx.data.seqio import register_named, register_tasks
 from famx.data.seqio_cache import check_cached_vocabulary
@@ -134,7 +134,7 @@ class FeedIterator(DatasetIterator):
 
     def save(self, filename):
         """Writes the position after the step that the checkpoint's directory is named for."""
-        path = pathlib.Path(filename)
+        path = as_path(filename)
         state = self._states.get(_step_of(path), self._states[self._step])
         text = json.dumps({"feed": state, "pending": []})
         write_text(path, text)
@@ -143,7 +143,7 @@ class FeedIterator(DatasetIterator):
 
     def restore(self, filename):
         """Continues from the position that `save` wrote for this checkpoint."""
-        path = pathlib.Path(filename)
+        path = as_path(filename)
         file = path if path.exists() else _engine_file(path)
         self._go_to(_step_of(path), json.loads(file.read_text())["feed"])
 

@@ -1,10 +1,15 @@
 """TensorBoard's event files, which a disk without space leaves short, but does not stop."""
 
+import contextlib
 import importlib
 import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
+
+from famx.base.appending import StoredAppended
+from famx.base.errors import ConfigError
+from famx.base.files import as_path, is_stored
 
 if TYPE_CHECKING:
     import tensorboardX
@@ -41,7 +46,7 @@ def _import_without_torch() -> None:
 
 
 def _path(name: str) -> pathlib.Path:
-    return pathlib.Path(name.removeprefix(f"{_PREFIX}:"))
+    return as_path(name.removeprefix(f"{_PREFIX}:"))
 
 
 class _Factory:
@@ -52,8 +57,26 @@ class _Factory:
         _path(name).mkdir(parents=True, exist_ok=True)
 
     @staticmethod
-    def open(name: str) -> "_Events":
-        return _Events(_path(name))
+    def open(name: str) -> "_Events | _StoredEvents":
+        path = _path(name)
+        return _StoredEvents(path) if is_stored(path) else _Events(path)
+
+
+class _StoredEvents:
+    """A file in a store to which events are appended."""
+
+    def __init__(self, path: pathlib.Path):
+        self._file = StoredAppended(path)
+
+    def write(self, data: bytes) -> None:
+        self._file.append(data)
+
+    def flush(self) -> None:
+        """Nothing: the file is written every few seconds."""
+
+    def close(self) -> None:
+        with contextlib.suppress(ConfigError):
+            self._file.close()
 
 
 class _Events:

@@ -16,7 +16,7 @@ import numpy as np
 from famx.base import gin_utils
 from famx.base.describe import describe
 from famx.base.errors import ConfigError
-from famx.base.files import removed_if_unused
+from famx.base.files import as_path, is_stored, removed_if_unused
 from famx.base.peers import agree
 from famx.base.ranges import Name
 from famx.base.signals import graceful_stop
@@ -89,7 +89,8 @@ def train(run: Run, allow_changes: Sequence[Name] = ()) -> dict[str, float]:
         lock = stack.enter_context(run_lock(directory))
         with waiting("Opening the data"):
             stages, data = open_data(stages)
-        notes = [] if os.path.isabs(run.model_dir) else [f"MODEL_DIR is {directory}."]
+        absolute = is_stored(run.model_dir) or os.path.isabs(run.model_dir)
+        notes = [] if absolute else [f"MODEL_DIR is {directory}."]
         data = dataclasses.replace(data, notes=(*data.notes, *gin_utils.check_all_used(), *notes))
         last = stages[-1].run
         if jax.process_count() > 1:
@@ -130,7 +131,7 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
         with stage.errors():
             stage.run.data.check_options()
             stage.run.state_passing.check(stage.run)
-    path = pathlib.Path(run.model_dir)
+    path = as_path(run.model_dir)
     if jax.process_count() == 1:  # others may be in another directory
         path = path.absolute()
     profile = Profile(run.profile_steps, path, run.steps)

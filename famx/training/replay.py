@@ -6,7 +6,6 @@ carried states of every kind of state passing are those of the run. Nothing is w
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 import optax
 
 from famx.base.errors import ConfigError
+from famx.base.files import as_path
 from famx.model_dir.checkpointer import Checkpointer
 from famx.training import loop
 from famx.training.health import GoodCheckpoints, Unsound, Watch
@@ -46,7 +46,7 @@ def replay(run: Run, say: Callable[[str], None] = print) -> Origin | None:
     """
     if jax.process_count() > 1:
         raise ConfigError("A replay runs in one process: start it without --multiprocess.")
-    directory = pathlib.Path(run.model_dir)
+    directory = as_path(run.model_dir)
     stopped = read_stopped(directory)
     say(f"The run stopped: {stopped.cause}.")
     stages = tuple(stage.ready() for stage in stages_of(run))

@@ -30,12 +30,12 @@ from famx.base.features import VALUE_WEIGHTS, VALUES, features_of
 from famx.base.ranges import (
     Amount,
     Built,
+    Directory,
     Expected,
     Name,
     NonNegative,
     Object,
     OneOf,
-    Path,
     Positive,
     Seed,
 )
@@ -251,11 +251,11 @@ class Run:
         optax.GradientTransformation, Expected("an optimiser such as @optimizers.adamw()")
     ]
     steps: Positive | None
-    model_dir: Path | None = None
+    model_dir: Directory | None = None
     random_seed: Seed = 0
     state_passing: StatePassing = Fresh()
     trainable: Trainable = Trainable()
-    initial_checkpoint_path: Path | None = None
+    initial_checkpoint_path: Directory | None = None
     memory_start: MemoryStart = MemoryStart()
     microbatches: Positive = 1
     evaluation: Annotated[

@@ -1,14 +1,14 @@
 """Log of a run: scalars in TensorBoard and metrics.jsonl, progress in the terminal."""
 
 import json
-import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from famx.base.appending import appended
 from famx.base.errors import ConfigError
-from famx.base.files import NO_SPACE, write_text
+from famx.base.files import NO_SPACE, as_path, write_text
 from famx.base.progress import Progress
 from famx.base.text import clock
 from famx.training.event_files import summary_writer
@@ -57,12 +57,12 @@ class RunLog:
             return
         self._name = name
         self._progress = Progress(name, steps, start_step, line_seconds=0, stream=stream)
-        self._path = path = pathlib.Path(model_dir) / _FILE
+        directory = as_path(model_dir)
+        self._path = path = directory / _FILE
         _drop_later_lines(path, start_step, event_delay)
-        # Unbuffered: what could not be written for want of space is not tried again on closing.
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._file = appended(path)
         self._writer = summary_writer(
-            pathlib.Path(model_dir) / "tensorboard" / name,
+            directory / "tensorboard" / name,
             purge_step=start_step + 1 if start_step else None,
             flush_secs=_FLUSH_SECONDS,
         )
@@ -70,7 +70,8 @@ class RunLog:
     def write(self, step: int, scalars: Mapping[str, float], split: str = "train") -> None:
         """Records `scalars` at `step`, in TensorBoard as `<split>/<name>`.
 
-        The line in metrics.jsonl is on disk on return, TensorBoard's event within seconds.
+        The line in metrics.jsonl is on disk on return, TensorBoard's event within seconds. In a store,
+        both are there within seconds, and the line at `flush`.
 
         Raises:
             ConfigError: the line cannot be written.
@@ -80,7 +81,7 @@ class RunLog:
         step, scalars = int(step), {key: float(value) for key, value in scalars.items()}
         line = {"step": step, "split": split, "time": time.time(), **scalars}
         try:
-            os.write(self._file, (json.dumps(line) + "\n").encode())
+            self._file.append((json.dumps(line) + "\n").encode())
         except OSError as error:
             if not (self._skip_if_full and error.errno in NO_SPACE):
                 raise ConfigError(f"{self._path} cannot be written: {error.strerror}.") from error
@@ -123,15 +124,18 @@ class RunLog:
         self.message(sentence)
         self.write(step, values, split=_EVENT)
 
+    def flush(self) -> None:
+        """Makes sure that all lines are in the files; ConfigError if they cannot be written."""
+        if self._enabled:
+            self._file.flush()
+
     def close(self) -> None:
         """Closes the files and the bar; safe to call twice."""
         if not self._enabled:
             return
         self._progress.close()
         self._writer.close()
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
+        self._file.close()
 
     def __enter__(self):
         return self
@@ -160,7 +164,7 @@ def _count(value: float) -> str:
 
 def read_metrics(model_dir: str, split: str | None = None) -> list[dict]:
     """The lines of metrics.jsonl, of one split or all; a line that a kill left incomplete is skipped."""
-    path = pathlib.Path(model_dir) / _FILE
+    path = as_path(model_dir) / _FILE
     if not path.exists():
         return []
     lines = [_parse(line) for line in path.read_text(encoding="utf-8").splitlines()]

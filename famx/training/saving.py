@@ -2,7 +2,6 @@
 
 import importlib.util
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from famx.base.checksums import read_checked_json, write_checked_json
 from famx.base.errors import ConfigError
+from famx.base.files import copy_directory
 from famx.lora import save_adapter
 from famx.lora.adapters import ADAPTERS
 from famx.model_dir.checkpointer import Checkpointer
@@ -57,7 +57,7 @@ class RunWriter:
         write_checked_json(self._directory / _BASE_FILE, base)
         source = initial_dir / "source"  # files of an imported model
         if source.is_dir():
-            shutil.copytree(source, self._directory / "source", dirs_exist_ok=True)
+            copy_directory(source, self._directory / "source")
 
     def save(self, step: int, state: TrainState, data: Any) -> str | None:
         """Saves a checkpoint with `data`, the position in the data, and the adapters if possible.

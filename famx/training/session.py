@@ -187,6 +187,7 @@ class Session:
         if self.resumed_from is not None:
             position["resumed_from"] = self.resumed_from
         self.check_saves(wait=True)
+        self.log.flush()  # a run that resumes from the checkpoint does not write its lines again
         sentence = self.writer.save(self.step, self.state, position)
         self.saved = self.step
         if sentence is None:

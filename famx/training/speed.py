@@ -5,6 +5,7 @@ import pathlib
 import re
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import jax
 
 from famx.base.chips import peak_flops
 from famx.base.errors import ConfigError
+from famx.base.files import copy_directory, is_stored
 from famx.base.progress import compilation_seconds
 from famx.modules import DecoderConfig
 from famx.training.flops import Learning, train_flops
@@ -99,6 +101,7 @@ class Profile:
         self.directory = model_dir / "profile"
         self.first = self.last = None
         self._running = False
+        self._local: tempfile.TemporaryDirectory[str] | None = None
         if steps is None:
             return
         match = re.fullmatch(r"(\d+):(\d+)", str(steps))
@@ -114,7 +117,9 @@ class Profile:
     def before(self, step: int) -> None:
         """Call before step `step`, counted from 1."""
         if step == self.first:
-            jax.profiler.start_trace(str(self.directory))
+            if is_stored(self.directory):  # which jax cannot write to
+                self._local = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._local.name if self._local else str(self.directory))
             self._running = True
 
     def after(self, step: int, result) -> bool:
@@ -130,3 +135,6 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if self._local is not None:
+                copy_directory(self._local.name, self.directory)
+                self._local.cleanup()

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from famx.base.errors import ConfigError
-from famx.base.files import replacing, write_json
+from famx.base.files import local_copy, replacing, write_json
 from famx.training.health import Unsound
 from famx.training.session import Session
 from famx.training.step import step_key
@@ -91,7 +91,10 @@ def read_stopped(directory: pathlib.Path) -> Stopped:
         )
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        with np.load(directory / _BATCH, allow_pickle=False) as arrays:
+        with (
+            local_copy(directory / _BATCH) as batch,
+            np.load(batch, allow_pickle=False) as arrays,
+        ):
             return Stopped(**fields, batch=dict(arrays))
     except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
         raise ConfigError(f"{path} or {_BATCH} next to it is damaged: {error}") from error

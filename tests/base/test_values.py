@@ -17,6 +17,7 @@ from famx.base import gin_utils
 from famx.base.errors import ConfigError
 from famx.base.ranges import (
     Amount,
+    Directory,
     Expected,
     Name,
     NonNegative,
@@ -74,6 +75,7 @@ ALLOWED = [
     (Object, [Thing(), len, np.zeros(2)]),
     (OptionalObject, [None, Thing()]),
     (Path, ["/a", "a/b", pathlib.Path("/a"), "C:\\a", "a:b"]),
+    (Directory, ["/a", "gs://bucket/run", "gs://my-bucket/a/b/", pathlib.Path("/a")]),
     (Paths, ["/a/*", pathlib.Path("/a"), ["/a", "/b"], ["/a", "gs://b/c"], "s3://b/*.txt"]),
     (Any, [None, Thing()]),
 ]
@@ -97,6 +99,7 @@ REFUSED = [
     (Thing, [Thing, {"size": 1}, None]),
     (Object, [1, "a", None, True, {}, [1], Thing]),
     (Path, ["", "gs://bucket/run", "https://a/b", "s3:/a", 1, None]),
+    (Directory, ["", "gs://bucket", "gs://bucket/", "gs:/bucket/run", "gs://b/a//b", "s3://buc/run", 1]),
     (Paths, ["", [], ["/a", "gs:/b"], 1]),
 ]  # fmt: skip
 
@@ -142,6 +145,8 @@ def test_values_that_an_annotation_refuses(annotation, values):
         (Path,
          "gs://b/c", "X is the URL gs://b/c, and famx reads and writes files of mounted file systems"
          " only: mount what gs:// names, and give the path of the mount."),
+        (Directory, "gs://bucket",
+         "X is gs://bucket, which is no directory of a bucket: write it as gs://bucket/name."),
         (Paths, ["/a", ""], "X must be a path or glob pattern, such as '/some/dir/*.txt', or several of"
          " them, not ['/a', '']."),
     ],

@@ -218,6 +218,12 @@ def test_paths_of_the_bucket_become_paths_of_its_mount(command_line, tmp_path):
     assert job.gin_flags == ("--gin_file=mine.gin", "--gin_bindings=MODEL_DIR = '/mnt/famx/y'")
 
 
+def test_without_a_mount_a_run_may_be_in_a_bucket(command_line):
+    code, _, job = command_line("local", GIN, "--gin.MODEL_DIR=gs://my-bucket/x/", default="local.py")
+    assert code == 0 and job.model_dir == "gs://my-bucket/x"
+    assert job.gin_flags == (GIN, "--gin_bindings=MODEL_DIR = 'gs://my-bucket/x/'")
+
+
 def test_a_config_that_is_not_needed(command_line):
     code, config, job = command_line(
         "local", "--config.processes=3", GIN, default="local.py", check_gin=False

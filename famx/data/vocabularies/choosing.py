@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Annotated
 
 from famx.base.errors import ConfigError
-from famx.base.ranges import Expected, Object, Path
+from famx.base.files import as_path, is_stored
+from famx.base.ranges import Directory, Expected, Object
 from famx.data.vocabularies.base import Vocabulary
 from famx.data.vocabularies.saving import load_vocabulary, open_vocabulary
 from famx.data.vocabularies.simple import ByteVocabulary
 
 _CHOICES = "'bytes', the directory of a model, or a tokenizer file"
 # The type of a task's option `vocabulary`.
-AnyVocabulary = Annotated[Path | Object, Expected(f"{_CHOICES}, in quotes")]
+AnyVocabulary = Annotated[Directory | Object, Expected(f"{_CHOICES}, in quotes")]
 _VOCABULARY_FILES = ("vocabulary.json", "tokenizer.json", "tokenizer.model")
 
 
@@ -48,13 +49,17 @@ def as_vocabulary(
         return ByteVocabulary()
     if vocabulary == "words" and words is not None:
         return words()
-    path = pathlib.Path(vocabulary).expanduser()
+    path = as_path(vocabulary).expanduser()
     if not path.exists():
         choices = f"'words', {_CHOICES}" if words else _CHOICES
         raise ConfigError(
             f"'{vocabulary}' is not a vocabulary, and no such path exists; choose {choices}."
         )
     file = _vocabulary_file(path)
+    if is_stored(file):
+        if file.name != _VOCABULARY_FILES[0]:
+            raise ConfigError(f"The tokenizer file {file} is in a bucket: copy it to this machine.")
+        return load_vocabulary(file.parent)
     stat = file.stat()
     return _read_vocabulary(file, stat.st_mtime_ns, stat.st_size)
 

@@ -2,13 +2,12 @@
 
 import hashlib
 import os
-import pathlib
 from typing import Annotated
 
 from pydantic import Field
 
 from famx.base.errors import ConfigError
-from famx.base.files import write_bytes, write_json
+from famx.base.files import as_path, write_bytes, write_json
 from famx.base.ranges import NonNegative, Path
 from famx.base.untrusted import Fields, Name, parsed, read_limited, read_object, shown
 from famx.base.values import checked
@@ -82,7 +81,7 @@ def save_vocabulary(vocabulary: Vocabulary, directory: str | os.PathLike) -> Non
       vocabulary: a vocabulary of one of the kinds in `KINDS`.
       directory: created if missing; another vocabulary's files in it are replaced.
     """
-    directory = pathlib.Path(directory)
+    directory = as_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     description = {
         **vocabulary.saved_description(),
@@ -101,7 +100,7 @@ def load_vocabulary(directory: str | os.PathLike) -> Vocabulary:
       ConfigError: a file is missing, damaged or not the one that was saved, the kind is unknown, or a
         package is missing.
     """
-    path = pathlib.Path(directory) / _DESCRIPTION_FILE
+    path = as_path(directory) / _DESCRIPTION_FILE
     if not path.is_file():
         raise ConfigError(
             f"There is no {_DESCRIPTION_FILE} in '{directory}'; name a directory into which a "
