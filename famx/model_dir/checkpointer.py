@@ -147,8 +147,14 @@ class Checkpointer:
             )
         self._saving = step
         args = ocp.args.Composite(**items)
+        marks = is_stored(self.model_dir) and jax.process_index() == 0
         with self._saves():
-            return self._manager.save(step, args=args, force=force, custom_metadata=CUSTOM_METADATA)
+            if marks:
+                _stored().begin(self._path(step))
+            saves = self._manager.save(step, args=args, force=force, custom_metadata=CUSTOM_METADATA)
+            if marks and not saves:
+                _stored().end(self._path(step))
+        return saves
 
     def protect(self, steps: Collection[int]) -> None:
         """Keep the checkpoints of these steps however old they are, and no longer those named before."""

@@ -44,6 +44,13 @@ class StoredCommit(atomicity.CommitFileTemporaryPath):
         directory = await _with_its_time(self)
         await asyncio.to_thread(digests.write_digests, directory)
         await asyncio.to_thread((directory / atomicity.COMMIT_SUCCESS_FILE).write_text, _success(self))
+        await asyncio.to_thread(_end, directory)
+
+
+def _end(directory: pathlib.Path) -> None:
+    from famx.model_dir import stored  # slow to import, as it talks to a store
+
+    stored.end(directory)
 
 
 async def _with_its_time(path: atomicity.TemporaryPathBase) -> pathlib.Path:

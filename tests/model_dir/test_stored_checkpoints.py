@@ -71,6 +71,7 @@ def test_digests_and_then_the_file_of_success_are_written_last(gcs):
     order = []
     gcs.refuse = lambda method, bucket, name: order.append(name) if method == "POST" else None
     save(1)
+    assert order[0] == "run/checkpoint_1.unfinished" not in gcs.names("bucket")
     assert order[-2:] == [f"run/checkpoint_1/{digests.NAME}", f"run/checkpoint_1/{LAST}"]
 
 
