@@ -104,6 +104,7 @@ class _Begins(Exception):
     """Raised where training would begin."""
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("example", ["passkey_tiny", "own_text"])
 def test_what_is_compiled_is_the_run_that_trains(example, tmp_path, monkeypatch):
     begun = []
@@ -161,6 +162,7 @@ def test_slices_that_are_not_there(tmp_path):
     assert "train on 2 x v5e:2x2: fits, 0." in run.stdout and " MFU at most " in run.stdout
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("arguments, sentence", [
     ([], "--topology is not set: name what to compile for, such as --topology=v5e:4x4."),
     (["--topology=cpu:8", "--programs=train,fly"], "There is no program 'fly': choose from train, "),

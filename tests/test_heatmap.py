@@ -165,6 +165,7 @@ def test_the_picture_shows_what_is_measured_and_what_is_not():
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_a_command_that_was_killed_is_resumed(directory, tmp_path):
     lengths = [str(32 * 2**i) for i in range(6)]
     command = [

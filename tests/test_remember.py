@@ -44,6 +44,7 @@ def make_base(directory) -> str:
     return write_model_dir(directory, model, make_params(model.module), ByteVocabulary())
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_and_evaluated_beside_its_twin(tmp_path, monkeypatch, capsys):
     make_base(tmp_path / "base")
     monkeypatch.setitem(remember.SIZES, "cpu", TINY)
@@ -84,6 +85,7 @@ def test_a_run_out_of_time_is_evaluated_where_it_stopped(tmp_path):
     assert found["fam"]["exact_match"]["hold"].keys() == {"6", "8"}
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_is_evaluated_again(tmp_path):
     make_base(tmp_path / "base")
     size = dataclasses.replace(TINY, steps=10**6, twin_steps=0, train_minutes=0.0)

@@ -100,6 +100,7 @@ def test_a_directory_imported_exported_and_imported_is_the_same_model(name, tmp_
         np.testing.assert_allclose(found[key], array, 0, 3e-7 if is_gemma(hf) else 0)
 
 
+@pytest.mark.slow
 def test_parameters_of_the_memory_in_each_layer_come_back_and_its_adapters_are_refused(tmp_path):
     hf, original = CONFIGS["llama_biased"], tmp_path / "original"
     original.mkdir()

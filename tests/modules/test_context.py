@@ -63,6 +63,7 @@ def test_shards_equal_the_whole(name):
     check(config(**WIDE, **c), shards=2, blocks=4, before=8)
 
 
+@pytest.mark.slow
 def test_more_segments_than_a_shard_has_blocks():
     check(config(**WIDE, memory_segments=3), shards=4, blocks=4, before=4)
     check(config(**WIDE, memory_segments=3, memory=Memory()), shards=2, blocks=4)

@@ -44,7 +44,7 @@ def embedding_gradient_by_block(c):
     return rows[:12].reshape(BLOCKS, 3)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", ["paper", "blockwise, block-outer", "prefix", "remat", *REMEMBERING])
 def test_the_last_block_teaches_the_prompt_and_the_first_block(name):
     changes = {
@@ -80,6 +80,7 @@ def test_stopped_segments_stop_it_but_for_the_memory(backend):
     assert embedding_gradient_by_block(config(**stopped)).min() > 1e-9
 
 
+@pytest.mark.slow
 def test_stopped_segments_are_the_same_in_both_backends():
     stopped = config(**{**BASE, "memory_segments": 2}, stop_gradient_segments=True)
     xla, blockwise = (
@@ -103,7 +104,7 @@ DIFFERENTIATED = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_it_equals_finite_differences_in_both_backends(name):
     c = config(**{**BASE, **DIFFERENTIATED[name]})

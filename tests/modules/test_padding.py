@@ -32,7 +32,7 @@ def padded(tokens, length, seed):
     return out, np.broadcast_to(np.arange(length) < tokens.shape[1], out.shape)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     "name,place",
     [

@@ -76,6 +76,7 @@ def test_a_bad_record_in_a_run_ends_it_after_a_checkpoint(tmp_path, bad):
         with_data(tmp_path, steps=40)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_skipping_is_counted_and_resumes_exactly(tmp_path, capsys):
     path = write(tmp_path / "x.jsonl", "null")

@@ -143,6 +143,7 @@ def train_steps(model, trainable, steps):
     return losses
 
 
+@pytest.mark.slow
 def test_only_what_learns_takes_memory_for_gradients_and_moments():
     wide = dict(embed_dim=256, mlp_dim=1024, vocab_size=300)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -164,6 +165,7 @@ def test_only_what_learns_takes_memory_for_gradients_and_moments():
     assert bf16 < 0.55 * params and int8 < 0.33 * params
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_with_its_adapters_merged(base, tmp_path):
     probes = []
 
@@ -204,6 +206,7 @@ def test_the_adapter_file_can_be_stored_in_half_the_space(base, tmp_path):
         finetune(tmp_path / "other", base, adapter_dtype="int8")
 
 
+@pytest.mark.slow
 def test_norms_and_what_was_measured_are_in_the_adapter_file(base, tmp_path):
     memory = Fam(2, normalize="measured", bias="zero", adapter_rank=1)
     finetune(tmp_path, base, model=make_model(memory=memory), trainable="lora+norms")
@@ -326,6 +329,7 @@ def memory(base, tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_saved_memory_is_trained_alone(base, memory, tmp_path):
     settings = dict(trainable="memory", initial_memory_file=memory)
     finetune(tmp_path / "whole", base, **settings)
@@ -394,6 +398,7 @@ def test_what_does_not_fit_is_refused(changes, sentence, base, memory, tmp_path)
     assert not list(tmp_path.glob("checkpoint_*"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_adapters_can_be_begun_from(base, tmp_path):
     """They are merged: the run's own adapters start again."""
     finetune(tmp_path / "first", base)

@@ -227,6 +227,7 @@ SOME = ("none", "continuous")
 EVERY = [pytest.param(mode, marks=() if mode in SOME else pytest.mark.slow) for mode in MODES]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mode", EVERY)
 def test_a_replay_takes_the_same_steps_and_names_the_layer(mode, tmp_path, lines):
     with pytest.raises(ConfigError, match="The gradient was not finite in the 20 steps before step 30"):
@@ -264,6 +265,7 @@ def replayed(folder, mode):
     return caught[0]
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_finite_is_to_blame(tmp_path):
     registry.register("poisoned", Poisoned)
     bad = {"steps": tuple(range(3, 90))}

@@ -279,6 +279,7 @@ def test_every_field_of_a_run_is_compared_or_free(trained):
     assert set(settings_module.FREE) <= {f.name for f in dataclasses.fields(Run)}
 
 
+@pytest.mark.slow
 def test_settings_of_stages_are_those_of_each(tmp_path):
     lines = ({"steps": 1, "batch_size": 4}, {"batch_size": 2})
     train(tmp_path, stages=lines)

@@ -82,6 +82,7 @@ def test_stopped_anywhere_and_resumed_is_the_same_run(whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("step", [3, 4, pytest.param(6, marks=pytest.mark.slow), 8, 12])
 def test_killed_anywhere_and_resumed_is_the_same_run(step, whole, tmp_path):
     """A kill leaves a checkpoint behind, and lines of the log that are written again."""
@@ -175,6 +176,7 @@ def test_the_model_of_the_run_is_that_of_the_last_stage(tmp_path, capsys):
         assert_identical(loaded.params, saved(tmp_path, step)["target"])
 
 
+@pytest.mark.slow
 def test_stages_of_equal_shapes_share_their_programs(tmp_path, monkeypatch):
     made, make = [], session.make_train_step
     monkeypatch.setattr(session, "make_train_step", lambda *args: made.append(make(*args)) or made[-1])
@@ -221,6 +223,7 @@ class EasyRows:
         return {**batch, "decoder_loss_weights": np.ones_like(batch["decoder_loss_weights"])}
 
 
+@pytest.mark.slow
 def test_until_ends_a_stage_early_and_resumes_exactly(tmp_path):
     """The last stage takes the steps that are left."""
     registry.register("easy_rows", EasyRows)

@@ -97,6 +97,7 @@ def test_microbatches_change_no_number():
     assert_close(steps(1), steps(2), 1e-5)
 
 
+@pytest.mark.slow
 def test_the_evaluation_scores_every_length(tmp_path):
     run(tmp_path, "none", steps=2, probe=None, **PLAIN)
     params = jax.tree.map(np.asarray, saved(tmp_path, 2)["target"])
