@@ -290,7 +290,7 @@ class AttentionReader:
           ValueError: it is not what the model reads.
         """
         c, given = self.config, isinstance(piece, Mapping)
-        if given == c.frontend.is_tokens or not (given or c.frontend.reads_tokens):
+        if not c.frontend.accepts(given):
             raise ValueError(c.frontend.refusal(given))
         if not given:
             ids = np.asarray(piece, np.int64)

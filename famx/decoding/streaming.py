@@ -322,12 +322,12 @@ class Streamer:
           ValueError: they are not those that the model reads.
         """
         frontend, given = self.module.config.frontend, isinstance(tokens, Mapping)
-        if not given and frontend.reads_tokens:
+        if not frontend.accepts(given):
+            raise ValueError(frontend.refusal(given))
+        if not given:
             if tokens.ndim != 2:
                 raise ValueError(f"tokens and targets must be [batch, length], got {tokens.shape}.")
             return [tokens]
-        if not given or frontend.is_tokens:
-            raise ValueError(frontend.refusal(given))
         for feature in frontend.features:
             if feature.name not in tokens or tokens[feature.name].shape[2:] != feature.shape:
                 raise ValueError(frontend.refusal(False))

@@ -370,12 +370,9 @@ class Decoder(nn.Module):
         c = self.config
         rows = lambda ids: jnp.take(self.embedding, ids, axis=0).astype(c.dtype)
         features = isinstance(tokens, Mapping)
-        if features and not c.frontend.is_tokens:
-            x = self.frontend(tokens, rows)
-        elif not features and c.frontend.reads_tokens:
-            x = rows(tokens)
-        else:
+        if not c.frontend.accepts(features):
             raise ValueError(c.frontend.refusal(features))
+        x = self.frontend(tokens, rows) if features else rows(tokens)
         return x * math.sqrt(c.embed_dim) if c.scale_embeddings else x
 
     def _rows(self, shape):

@@ -60,6 +60,10 @@ class Frontend:
         """Whether it reads tokens alone, by the embedding table, and has no module."""
         return self.kind == Frontend.kind
 
+    def accepts(self, features: bool) -> bool:
+        """Whether features, or else ids of tokens, may be given; if not, `refusal` says why."""
+        return not self.is_tokens if features else self.reads_tokens
+
     def refusal(self, features: bool) -> str:
         """The sentence about features that are given where tokens are read, or about the contrary."""
         if features:
