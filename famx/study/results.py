@@ -15,7 +15,7 @@ import fnmatch
 import io
 import pathlib
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -24,7 +24,7 @@ from famx.base import tables
 from famx.base.errors import ConfigError
 from famx.base.files import replacing, write_text
 from famx.evaluation.figures import lengths_figure, passkey_results
-from famx.study.grid import Cell, Study
+from famx.study.grid import Study
 from famx.study.runner import is_complete, read_record
 from famx.training.run_log import read_metrics
 
@@ -83,7 +83,10 @@ def write(study: Study) -> str:
     _write_parquet(directory / "results.parquet", found)
     table = summary(study, found)
     write_text(directory / "summary.md", table.markdown() + "\n")
-    figures = {"passkey.png": _passkey_figure(study), "lengths.png": _lengths_figure(study, found)}
+    figures = {
+        "passkey.png": _passkey_figure(study, found),
+        "lengths.png": _lengths_figure(study, found),
+    }
     for name, figure in figures.items():
         if figure is not None:
             with replacing(directory / name) as path:
@@ -146,37 +149,38 @@ def spread(values: Sequence[float]) -> str:
 _Scores = dict[str, dict[str, dict[int, list[float]]]]
 
 
-def _passkey_figure(study: Study) -> Figure | None:
+def _passkey_figure(study: Study, found: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Exact match over the number of blocks: a line for each choice, a panel for each probe."""
-    runs = [(cell, passkey_results(cell.directory)) for cell in _with_passkey(study)]
-    if not runs:
+    first = next(_passkeys(study), None)
+    if first is None:
         return None
-    scores: _Scores = {}
-    for cell, results in runs:
-        line = ", ".join(cell.choices.values()) or "run"
-        for probe, row in results["exact_match"].items():
-            for blocks, value in row.items():
-                scores.setdefault(probe, {}).setdefault(line, {}).setdefault(blocks, []).append(value)
-    first = runs[0][1]
-    medians, ranges = _spread(scores)
+    names = {row["measure"] for row in found if row["measure"].startswith("passkey/")}
+    scores = _over_lengths(study, found, names)
+    medians, ranges = _spread({of.removeprefix("passkey/"): lines for of, lines in scores.items()})
     return lengths_figure(medians, first["block_size"], first["train_blocks"], ranges=ranges)
 
 
 def _lengths_figure(study: Study, found: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Measures over the length that ends their names: a line for each choice, a panel for each."""
-    wanted = {name: name.rpartition("/") for name in _named(study, found)}
-    wanted = {name: (of, int(end)) for name, (of, _, end) in wanted.items() if end.isdecimal()}
-    scores: _Scores = {}
-    for row in found:
-        if row["measure"] in wanted and not row["measure"].startswith(("passkey/", "zeroed/")):
-            of, length = wanted[row["measure"]]
-            line = ", ".join(row[axis] for axis in study.axes) or "run"
-            scores.setdefault(of, {}).setdefault(line, {}).setdefault(length, []).append(row["value"])
+    names = {name for name in _named(study, found) if not name.startswith(("passkey/", "zeroed/"))}
+    scores = _over_lengths(study, found, names)
     if not scores:
         return None
     medians, ranges = _spread(scores)
     labels = ("positions of a sequence", "score")
     return lengths_figure(medians, 1, None, ranges=ranges, labels=labels)
+
+
+def _over_lengths(study: Study, found: Sequence[Mapping[str, Any]], names: Collection[str]) -> _Scores:
+    """The values of those of these measures whose names end with a number; the rest is the panel."""
+    scores: _Scores = {}
+    for row in found:
+        of, _, length = row["measure"].rpartition("/")
+        if row["measure"] in names and length.isdecimal():
+            line = ", ".join(row[axis] for axis in study.axes) or "run"
+            values = scores.setdefault(of, {}).setdefault(line, {})
+            values.setdefault(int(length), []).append(row["value"])
+    return scores
 
 
 def _spread(scores: _Scores):
@@ -188,7 +192,8 @@ def _spread(scores: _Scores):
     return of(statistics.median), of(lambda values: (min(values), max(values)))
 
 
-def _with_passkey(study: Study) -> Iterator[Cell]:
+def _passkeys(study: Study) -> Iterator[Mapping[str, Any]]:
+    """What is in passkey.json of each complete cell that has one."""
     for cell in study.cells():
         if is_complete(cell) and (cell.directory / "passkey.json").is_file():
-            yield cell
+            yield passkey_results(cell.directory)
