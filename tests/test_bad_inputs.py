@@ -60,6 +60,7 @@ def answers(tmp_path_factory):
     }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_a_bad_input_is_one_sentence(answers, name):
     answer, here, before, after, files = answers[name]

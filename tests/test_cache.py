@@ -104,6 +104,7 @@ def test_every_example_has_a_file_and_files_are_filled_evenly(size, num_shards):
     assert np.bincount(files).max() <= 16 * runs
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("size", "num_shards"), [(700, 20), (560, 35), (50, 20), (700, 7)])
 def test_the_order_of_the_split_is_kept_for_any_number_of_files(size, num_shards, tmp_path):
     source = seqio.FunctionDataSource(

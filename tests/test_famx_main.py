@@ -55,7 +55,7 @@ def test_an_unknown_command_is_one_sentence(name, hint):
     assert run("-m", "famx", name) == (2, "", f"famx: error: There is no command {name}. {hint}\n")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("command, arguments", [
     ("train", ["--gin_file=gin_configs/none.gin"]),
     ("train", ["--gin.TRAIN_STEPS"]),

@@ -48,6 +48,7 @@ def test_help_of_a_main_with_gin_names_files_and_settings():
 # ---------------------------------------------------------------- --import
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_imports_modules_of_the_user(command, tmp_path):
     (tmp_path / "my_module.py").write_text("raise SystemExit('imported')\n")

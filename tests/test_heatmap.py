@@ -54,6 +54,7 @@ def rule(row):
 # ---------------------------------------------------------------- measuring
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("length, pieces", [(4 * BLOCK, None), (4 * BLOCK, 1), (7 * BLOCK + 3, 2)])
 def test_streamed_answers_are_those_of_one_pass(length, pieces):
     model = make_model()

@@ -94,6 +94,7 @@ def test_a_chunked_loss_is_the_same_loss(chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("weighted", [0, 1, 7, BATCH * LENGTH])
 def test_logits_are_made_of_weighted_tokens_alone(weighted):
     """Chunks without a weight are skipped; values and gradients are those of all tokens at once."""

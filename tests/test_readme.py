@@ -76,6 +76,7 @@ def test_the_commands_that_use_a_model_run(tmp_path):
     assert len(ran[2][1].splitlines()) == 1 and "hold/16" in ran[3][1]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_every_example_says_its_command_at_the_top(path):
     (arguments,) = commands(path.read_text())

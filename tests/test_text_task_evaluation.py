@@ -252,6 +252,7 @@ def test_suites_of_gpt3_are_scored_as_they_say(tmp_path, model, params):
 # ---------------------------------------------------------------- what changes nothing
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("task", ["scrolls_qasper", "scrolls_quality", "pg19"])
 def test_neither_order_nor_batch_size_changes_the_scores(data, model, params, task, tmp_path):
     first = make(data, task)(model, params, 7, tmp_path / "a")

@@ -120,6 +120,7 @@ def test_maps_are_those_of_the_oracle(name):
     assert not maps.memory[len(tokens) // size :].any()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_summaries_are_the_means_of_the_maps(name):
     c = config(**VARIANTS[name], **FLOAT64)

@@ -83,6 +83,7 @@ def test_scalars_name_layers_and_updates():
     assert scalars["memory/rms/update_2"] == pytest.approx(second)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_every_memory_has_figures_of_each_layer(name):
     c = config(memory=REMEMBERING[name])

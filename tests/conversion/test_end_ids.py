@@ -56,6 +56,7 @@ def bigram(ids, after):
     return hf, weights
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("end", ["<|text_end|>", "<|turn_end|>", "<|call_end|>"])
 def test_each_of_them_ends_an_answer(tmp_path, end):
     ids = write_tokenizer(tmp_path)

@@ -332,6 +332,7 @@ def scratch(vocabulary, **changes):
     return tiny.make_model(vocabulary=vocabulary, **changes)
 
 
+@pytest.mark.slow
 def test_a_model_from_scratch_goes_out_with_the_tokenizer_of_its_vocabulary(tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -97,6 +97,7 @@ def test_every_family_has_our_logits_over_several_blocks(name, segments, memory,
     close(torch.stack(found.memory).numpy(), state.memory)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("memory", RULES)
 def test_every_rule_of_the_memory_has_our_logits(memory, tmp_path):
     ours, theirs = both(tmp_path, memory=memory, memory_segments=1)
@@ -161,6 +162,7 @@ def written(ours, tokens, sampling):
     return np.asarray(run(ours.params, logits[:, -1], state))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("segments", [0, 2])
 def test_greedy_generation_is_ours_over_several_blocks(segments, tmp_path):
     ours, theirs = both(tmp_path, "qwen3", memory=GATED, memory_segments=segments)

@@ -75,7 +75,7 @@ def of_row(state, row):
     return state.map_examples(lambda a, axis: np.take(a, [row], axis=axis))
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_hundreds_of_tokens_equal_the_parallel_forward_pass(name):
     """Prompts of different lengths: each example is at its own place in its block."""

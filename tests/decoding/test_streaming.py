@@ -68,7 +68,7 @@ def in_chunks(name, sizes, batch=3):
         return np.concatenate(parts, axis=1), jax.device_get(state)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
     "sizes", [[], [1] * LENGTH, [S] * 11, [3] * 15, [7] * 7, [9 * S + 1, 2], [S, 1, 33]],
@@ -232,6 +232,7 @@ assert streamer._read_blocks._cache_size() == 1
 """
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_state_is_split_from_the_start():
     flags = f"--xla_force_host_platform_device_count=4 {xla_flags.FAST}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

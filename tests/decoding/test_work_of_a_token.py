@@ -149,7 +149,7 @@ def test_a_token_copies_neither_weights_nor_window(name):
 # Results.
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", MEMORIES)
 def test_tokens_after_an_end_write_nothing(name, monkeypatch):
     """The host looks only now and then whether to go on; here within blocks, and after the last token."""
@@ -185,6 +185,7 @@ def test_what_is_cast_is_what_projections_and_tables_use():
     assert dtypes["layers/query/bias"] == dtypes["layers/mlp/down/kernel"] == jnp.bfloat16
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("changes", [{}, dict(gated_mlp=False), dict(qk_norm=True), dict(mlp_bias=True)])
 def test_joint_kernels_compute_the_same(changes):
     c = config(dtype="float64", param_dtype="float64", qkv_bias=True, num_kv_heads=1, **changes)

@@ -73,7 +73,7 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_scores_are_those_of_each_pair_alone(batch_size, memory):

@@ -197,6 +197,7 @@ def test_the_last_lines_of_the_worker_that_failed_are_shown_before_the_slices_go
     assert "line 50\nit broke\n" in out and "line 21\n" not in out
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
 def test_a_preemption_is_followed_by_a_new_request_and_the_same_command(cloud, capsys, state):
     (cloud / "python").write_text(PREEMPTED)
@@ -222,6 +223,7 @@ def test_restarts_have_a_limit(cloud):
     assert actions(cloud).count("create") == 3 and stubs.read(cloud)["tpus"] == {}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("code", [42, 75])
 def test_a_run_that_was_stopped_or_lost_a_worker_resumes_on_the_same_slices(cloud, code):
     once = f"if [ -e $HOME/once ]; then exit 0; fi; touch $HOME/once; exit {code}\n"
@@ -262,6 +264,7 @@ def test_a_question_that_gcloud_does_not_answer_is_asked_again(cloud):
     assert launch(make_config(cloud)) == 0
 
 
+@pytest.mark.slow
 def test_slices_that_are_there_are_used_and_a_running_training_is_followed(cloud, capsys):
     (cloud / "python").write_text(f"{TRAIN}echo going; sleep 3; echo done\n")
     config = make_config(cloud)

@@ -26,6 +26,7 @@ def boxed(c):
     return jax.eval_shape(Decoder(c).init, jax.random.key(0), tokens)["params"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("style", STYLES)
 def test_merged_equals_unmerged(style):
     c, params, tree = adapted(**STYLES[style], **DOUBLE)

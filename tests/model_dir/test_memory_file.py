@@ -66,6 +66,7 @@ def saved(tmp_path):
 # ---------------------------------------------------------------- there and back
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", MEMORIES)

@@ -99,6 +99,7 @@ def test_the_oldest_are_removed_and_the_protected_kept(gcs):
     }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 def test_wherever_a_run_ends_what_counts_is_whole(gcs, method):
     """The store refuses everything after the n-th write or removal, as if the process had been killed."""

@@ -39,7 +39,7 @@ def influence(c, length=LENGTH, seed=0):
     return np.abs(np.asarray(logits[1:]) - np.asarray(logits[:1])).max(axis=-1)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_token_changes_a_logit_before_it(name):
     change = influence(config(**{**BASE, **VARIANTS[name]}))

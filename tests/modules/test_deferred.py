@@ -29,7 +29,7 @@ def gradient(c, tokens):
     return jax.grad(loss)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -150,7 +150,7 @@ def test_tiles_of_large_blocks_give_the_same():
     assert_close(grad, other_grad, 1e-5 * max(np.abs(g).max() for g in jax.tree.leaves(grad)))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     "changes",
     [*(dict(remat=policy) for policy in ("full", "attention", "dots", "dots_no_batch", "offload")),
@@ -162,6 +162,7 @@ def test_how_it_is_computed_changes_no_number(changes):
     assert_close(gradient_of_last_block(dataclasses.replace(c, **changes)), plain, 1e-10)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("sizes", [(8, 8), (5, 1, 10)])
 def test_it_flows_across_chunks(sizes):
     c = config(**{**BASE, "memory_segments": 1})

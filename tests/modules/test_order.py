@@ -71,12 +71,13 @@ def check(c, chunks, tolerance=1e-10):
     assert_close(read_in_chunks(c, params, tokens, chunks), read(c, params, tokens), tolerance)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("name", ALL)
 def test_token_by_token_equals_the_whole(name):
     check(config(dtype="float64", **ALL[name]), [])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["paper, grouped heads", "window mask, scaled"])
 def test_token_by_token_equals_the_whole_in_float32(name):
     check(config(**ALL[name]), [], tolerance=5e-5)
@@ -91,6 +92,7 @@ def cuts(draw):
     return chunks
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=8)
 @given(cuts())
@@ -98,6 +100,7 @@ def test_any_chunking_equals_the_whole(name, chunks):
     check(config(dtype="float64", **CONFIGS[name]), chunks)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("blocks_per_chunk", [1, 2, 3])
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
 def test_block_outer_equals_layer_parallel(blocks_per_chunk, backend):
@@ -107,6 +110,7 @@ def test_block_outer_equals_layer_parallel(blocks_per_chunk, backend):
     assert_close(read(outer, params, tokens), read(c, params, tokens), 1e-10)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("blocks_per_chunk", [None, 1])
 def test_aligned_is_the_same_where_it_holds(blocks_per_chunk):
     c = config(dtype="float64", memory_segments=2, blocks_per_chunk=blocks_per_chunk)
@@ -122,6 +126,7 @@ def test_aligned_is_the_same_where_it_holds(blocks_per_chunk):
 COUNTS = np.array([0, 3, 4, 9])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name,start",
     [

@@ -32,7 +32,7 @@ def padded(tokens, length, seed):
     return out, np.broadcast_to(np.arange(length) < tokens.shape[1], out.shape)
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(27)
 @pytest.mark.parametrize(
     "name,place",
     [
@@ -60,7 +60,7 @@ def test_padding_changes_nothing(name, place):
     assert_close(results[0], results[1], 0)  # the content: bit for bit
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("name", ["paper", "bswa, two blocks", *MEMORIES])
 @pytest.mark.parametrize("count", [0, 3, 4])
 def test_a_single_token_that_is_not_valid_is_no_token(name, count):

@@ -75,7 +75,7 @@ def test_every_parameter_names_its_axes(style):
         assert leaf.value.shape == tuple(sizes[name] for name in leaf.names)
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(18)
 @pytest.mark.parametrize("name", MEMORIES)
 def test_variables_are_read_as_init_returns_them(name):
     """Boxed with their axes or not: the same logits and gradients."""

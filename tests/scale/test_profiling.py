@@ -82,6 +82,7 @@ def test_memory_is_flat_where_text_is_streamed_and_grows_where_it_is_read_at_onc
     assert not line(cells, "full", "at_once")  # it is the same as reading
 
 
+@pytest.mark.slow
 def test_every_program_ran_and_is_timed_next_to_bswa(profiled):
     _, plan, cells, _ = profiled
     assert len(cells) == 3 * 3 + 2 * 3

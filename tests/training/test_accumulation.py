@@ -47,7 +47,7 @@ def train(mode, microbatches, trainable=Trainable(), steps=3, optimizer=optax.sg
     return state, history
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mode", ["none", "random", "continuous", "aged"])
 def test_microbatches_change_no_number(mode):
     whole, parts = (train(mode, n) for n in (1, 3))
@@ -61,11 +61,13 @@ def test_microbatches_change_no_number(mode):
         np.testing.assert_allclose(a["gradient_norm"].total, b["gradient_norm"].total, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_microbatches_change_no_number_of_adapters():
     whole, parts = (train("none", n, Trainable("lora"), optimizer=optax.adam(0.1))[0] for n in (1, 2))
     assert_close(whole.params, parts.params, 1e-4)
 
 
+@pytest.mark.slow
 def test_microbatches_need_less_memory():
     model, optimizer = make_model(embed_dim=64, mlp_dim=512, vocab_size=2000), optax.sgd(0.1)
     make = lambda n: make_run(

@@ -58,6 +58,7 @@ def with_data(tmp_path, **changes):
     return run(tmp_path / "run", tmp_path / "x.jsonl", **changes)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("bad", ["null", "broken"])
 def test_a_bad_record_in_a_run_ends_it_after_a_checkpoint(tmp_path, bad):
@@ -138,7 +139,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "task, sentence", [("own_records", "has become shorter"), *(("own_text", x) for x in CHANGES)]
 )

@@ -169,6 +169,7 @@ def test_a_full_disk_is_tried_again_if_so_configured(tmp_path, monkeypatch, caps
     assert_identical(saved(tmp_path, 6), saved(trained, 6))
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_with_an_error(tmp_path, monkeypatch):
     full(monkeypatch, {2, 3, 4})
     with pytest.raises(ConfigError, match="checkpoint_6 cannot be written: No space left on device"):

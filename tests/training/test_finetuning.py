@@ -85,6 +85,7 @@ def test_every_process_reads_the_weights_that_are_noted(tmp_path, monkeypatch):
     assert read == [{"a": 1}] and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_the_export_needs_travels_with_the_run(base, tmp_path):
     source = pathlib.Path(base, "source")
     source.mkdir()
@@ -93,7 +94,7 @@ def test_what_the_export_needs_travels_with_the_run(base, tmp_path):
     assert (tmp_path / "source" / "config.json").read_text() == "{}"
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("trainable", ["lora", "memory", "lora+norms", "layers/mlp/.*|head", "all"])
 def test_what_does_not_learn_stays_bit_for_bit(trainable, base, tmp_path):
     finetune(tmp_path, base, trainable=trainable)
@@ -185,6 +186,7 @@ def test_a_run_is_loaded_with_its_adapters_merged(base, tmp_path):
     np.testing.assert_allclose(unmerged, merged, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_small_adapter_file_onto_the_base_is_the_trained_model(base, tmp_path):
     finetune(tmp_path, base)
     adapted = load_model(base, adapter=str(tmp_path / "adapter"))
@@ -195,6 +197,7 @@ def test_the_small_adapter_file_onto_the_base_is_the_trained_model(base, tmp_pat
         load_model(other, adapter=str(tmp_path / "adapter"))
 
 
+@pytest.mark.slow
 def test_the_adapter_file_can_be_stored_in_half_the_space(base, tmp_path):
     finetune(tmp_path, base, adapter_dtype="bfloat16")
     with safetensors.safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "np") as file:
@@ -235,7 +238,7 @@ def test_parts_of_the_parameters_have_names():
     assert Trainable("lora+norms").has_adapters and not Trainable("memory+norms").has_adapters
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen_dtype", [None, "bfloat16", "int8"])
 def test_a_stopped_run_goes_on_bit_for_bit(frozen_dtype, base, tmp_path):
     lora = Lora(rank=3, dropout=0.2)
@@ -256,6 +259,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(frozen_dtype, base, tmp_path):
     assert np.isfinite(logits(trained)).all() and logits(trained).shape == exact.shape
 
 
+@pytest.mark.slow
 def test_a_model_may_differ_from_its_checkpoint_in_its_memory(base, tmp_path):
     """FAM's checkpoint into BSWA, BSWA's into FAM, other blocks: all weights but the prompt's."""
     params = flat(load_model(base).params)
@@ -281,6 +285,7 @@ def test_the_prompt_is_taken_where_it_fits(base, tmp_path):
     assert np.array_equal(prompt(tmp_path), prompt(base))
 
 
+@pytest.mark.slow
 def test_an_adapter_brings_the_memory_that_it_was_trained_with(base, tmp_path):
     model = make_model(memory=Fam(4), memory_segments=0)
     finetune(tmp_path, base, model=model)
@@ -348,6 +353,7 @@ def test_a_saved_memory_is_trained_alone(base, memory, tmp_path):
     assert set(tree["state"]["param_states"]["0"]["mu"]) == {"memory"}
 
 
+@pytest.mark.slow
 def test_the_loss_from_a_memory_is_that_of_reading_on(base, memory):
     """The first loss of such a run against the model that reads on from the file."""
     trained = load_model(base)
@@ -407,6 +413,7 @@ def test_a_checkpoint_with_adapters_can_be_begun_from(base, tmp_path):
     assert_close(logits(first), logits(second), NEAR)
 
 
+@pytest.mark.slow
 def test_an_int8_base_computes_nearly_what_the_base_does(base):
     trained = load_model(base)
     model = DecoderModel(trained.model.module, lora=Lora(rank=2))

@@ -164,6 +164,7 @@ def gradient_flops(c, batch, length):
     return jaxpr_flops(jax.make_jaxpr(gradient)(params).jaxpr)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("prompt_by_plain_scan")
 @pytest.mark.parametrize("memory", [fam(0), fam(3), Fam(3, adapter_rank=2)], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -221,6 +222,7 @@ def partial_gradient_flops(model, learns, tokens):
     return part.keys(), jaxpr_flops(used)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("prompt_by_plain_scan")
 @pytest.mark.parametrize("memory_length", [0, 3])
 @pytest.mark.parametrize("targets, learns", [

@@ -102,7 +102,7 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mode", ["none", "random", "continuous", "aged"])
 def test_stopped_and_resumed_is_the_same_run(mode, whole, tmp_path):
     """Stopped between two log lines (3), and with a pool in use, after a checkpoint (7)."""
@@ -120,7 +120,7 @@ def test_stopped_and_resumed_is_the_same_run(mode, whole, tmp_path):
     assert saved_data(tmp_path) == saved_data(whole(mode))
 
 
-@pytest.mark.sampled(11)
+@pytest.mark.sampled(33)
 @pytest.mark.parametrize("mode", ["random", "continuous"])
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_every_memory_resumes_exactly(name, mode, tmp_path):
@@ -134,6 +134,7 @@ def test_every_memory_resumes_exactly(name, mode, tmp_path):
     assert_identical(saved(tmp_path / "resumed"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_the_modes_save_what_they_carry(whole):
     assert "lanes" not in saved(whole("none"))
     kept = saved(whole("random"))["flax_mutables"]["state_passing"]

@@ -36,6 +36,7 @@ MORE = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", MEMORIES)
 def test_bytes_and_parameters_are_those_of_the_arrays(name):
     c = config(memory=MEMORIES[name], memory_segments=2)
@@ -74,13 +75,14 @@ def longest(jaxpr):
     return found
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", MEMORIES)
 def test_what_waits_is_what_loops(name):
     c = config(memory=MEMORIES[name], num_layers=LAYERS)
     assert longest(traced(c, BLOCKS)) == memory_costs(c).serial_steps(LAYERS, BLOCKS)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_operations_are_those_of_the_program(name):
     """Of blocks in the middle of a text: its beginning and its end do not count."""
@@ -129,6 +131,7 @@ def rows():
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_table_of_the_docs_is_what_is_computed():
     text = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "memories.md").read_text()
     for name, cells in rows():

@@ -60,6 +60,7 @@ def trained(tmp_path_factory):
     return directory
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "changes, sentence",
     [
@@ -98,7 +99,7 @@ def test_the_settings_are_named_so_that_they_can_be_allowed(trained):
     assert "--gin.train.allow_changes=\"('random_seed', 'batch_size',)\"" in str(caught.value)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -255,6 +256,7 @@ def test_a_finished_run_says_so_and_does_nothing(tmp_path, capsys):
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_missing_is_made(tmp_path):
     count = tmp_path / "count"
     train(tmp_path / "run")

@@ -47,6 +47,7 @@ def test_rows_cannot_be_lanes(task):
         lane_feed(Source(task, 4, LENGTH, 32), 64, 10)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_shuffled_task_is_read_in_one_order_however_often_it_is_begun(packed):
     own_module()

@@ -82,7 +82,7 @@ def test_stopped_anywhere_and_resumed_is_the_same_run(whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("step", [3, 4, pytest.param(6, marks=pytest.mark.slow), 8, 12])
 def test_killed_anywhere_and_resumed_is_the_same_run(step, whole, tmp_path):
     """A kill leaves a checkpoint behind, and lines of the log that are written again."""
@@ -110,7 +110,7 @@ def random_stages(rng):
     return tuple(stages), steps
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 6))])
 def test_any_stages_resume_exactly(seed, tmp_path):
     rng = np.random.default_rng(seed)
@@ -141,6 +141,7 @@ def test_what_carries_on_and_what_begins_from_nothing(whole):
     assert [(x["step"], x["stage"]) for x in history(whole)] == [(4, 1), (5, 2), (8, 2), (10, 3), (13, 3)]
 
 
+@pytest.mark.slow
 def test_one_stage_is_the_run_without_stages(tmp_path):
     plain = run_of(tmp_path / "plain", stages=(), steps=5, batch_size=4)
     loop.train(plain)
@@ -148,6 +149,7 @@ def test_one_stage_is_the_run_without_stages(tmp_path):
     assert_same_run(tmp_path / "plain", tmp_path / "staged", 5)
 
 
+@pytest.mark.slow
 def test_the_model_of_the_run_is_that_of_the_last_stage(tmp_path, capsys):
     stages = ({"steps": 2, "blocks": 4}, {"block_size": 16, "memory_segments": 0, "blocks": 2})
     seen = []

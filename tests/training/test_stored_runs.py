@@ -107,6 +107,7 @@ def test_a_damaged_checkpoint_is_set_aside(gcs):
     assert all(finding.sound for finding in check(RUN))
 
 
+@pytest.mark.slow
 def test_finetuning_from_a_bucket_into_a_bucket(gcs, tmp_path):
     train(RUN, 2)
     (source := as_path(RUN) / "source" / "config.json").write_text("{}")

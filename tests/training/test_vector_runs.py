@@ -58,7 +58,7 @@ MODEL = make_model(frontend=Mixed((Frontend(), Vectors("channels", 2))), values=
 PLAIN = dict(model=MODEL, task=Sensor(), options=None)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "continuous", "aged"])
 def test_stopped_and_resumed_is_the_same_run(mode, tmp_path):
     run(tmp_path / "whole", mode, probe=Probe(), **PLAIN)
@@ -93,6 +93,7 @@ def steps(microbatches):
     return state.params, {name: float(metrics[name].total) for name in ("loss", "value_loss")}
 
 
+@pytest.mark.slow
 def test_microbatches_change_no_number():
     assert_close(steps(1), steps(2), 1e-5)
 

@@ -252,6 +252,7 @@ def test_tables_are_the_same_conversations_as_json_lines(vocabulary_of, tmp_path
     assert all(len(short[i][0]) == len(short[i][1]) == 9 for i in range(len(short)))
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_assistants_tokens(vocabulary_of, tmp_path):
     vocabulary = vocabulary_of(TEMPLATES["trimmed"])
     path = write(tmp_path / "a.jsonl", conversations(5))
