@@ -260,6 +260,12 @@ def test_a_graph_with_more_nodes_than_numbers_is_refused():
     assert famx.data.get("reachable_tree", nodes=17, edges=14).example(0, 32)
 
 
+def test_a_tree_of_one_step_is_refused():
+    """It reaches all nodes that questions name, so that there are no questions to be answered with no."""
+    with pytest.raises(ConfigError, match="most_steps must be .*2"):
+        famx.data.get("reachable_tree", most_steps=1)
+
+
 # ---------------------------------------------------------------- several kinds, lanes
 
 

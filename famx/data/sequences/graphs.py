@@ -37,7 +37,7 @@ class ReachableTask(SequenceTask):
 
     graph: Literal["tree", "sparse"] = "tree"
     nodes: Annotated[int, Ge(_FEWEST + 1)] = 128
-    most_steps: Annotated[int, Ge(1), Le(9)] = 6
+    most_steps: Annotated[int, Ge(2), Le(9)] = 6  # with 1 a tree reaches every node that is asked for
     edges: Annotated[int, Ge(_FEWEST)] | None = None
     questions: Positive = 1
 
