@@ -357,6 +357,17 @@ def test_task_scores_equal_a_direct_computation(oracle_params):
     assert got["memory/zeroed/loss"] != pytest.approx(got["memory/kept/loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("memory", [Fam(length=4), Memory()], ids=["fam", "none"])
+def test_a_task_evaluation_may_have_another_window(memory):
+    model = make_model(block_size=BLOCK, memory=memory, memory_segments=1)
+    params = make_params(model.module)
+    wider = make_model(block_size=BLOCK, memory=memory, memory_segments=3)
+    evaluation = TaskEvaluation(passkey(), length=5 * BLOCK, examples=6, batch_size=3)
+    asked = dataclasses.replace(evaluation, memory_segments=3)(model, params, 0)
+    assert asked == evaluation(wider, params, 0)
+    assert asked["loss"] != evaluation(model, params, 0)["loss"]
+
+
 def test_more_health_tokens_compare_more_batches(oracle_params):
     got = make_task_evaluation(health_tokens=10**6, examples=8)(MODEL, oracle_params, 0)
     assert all(got[f"memory/kept/{name}"] == got[name] for name in ("loss", "accuracy", "exact_match"))

@@ -10,7 +10,7 @@ import numpy as np
 
 from famx.base.errors import ConfigError
 from famx.base.features import VALUE_WEIGHTS, VALUES
-from famx.base.ranges import Name, Object, Positive, Seed
+from famx.base.ranges import Name, NonNegative, Object, Positive, Seed
 from famx.base.values import SettingError, checked, options_named
 from famx.data.tasks import Kind, has_settings, kind_of, registry
 from famx.decoding import Streamer
@@ -23,6 +23,7 @@ from famx.evaluation.common import (
 )
 from famx.models import DecoderModel
 from famx.models.inputs import check_features
+from famx.modules import Decoder
 
 
 @checked
@@ -48,6 +49,9 @@ class TaskEvaluation:
         scores of the same batches with the memory.
       health_tokens: maximum number of tokens read for the memory scalars.
       more_lengths: further lengths, each of whose scores is named `<score>/<length>`.
+      memory_segments: number of past blocks in the window, in place of the model's; None: the model's. A
+        model that was trained with a window as long as its sequences is one of full attention, and is
+        evaluated as such on longer ones with a longer window.
 
     Raises:
       ConfigError: on construction, if `length` is not given.
@@ -62,6 +66,7 @@ class TaskEvaluation:
     health: bool = True
     health_tokens: Positive = HEALTH_TOKENS
     more_lengths: Sequence[Positive] = ()
+    memory_segments: NonNegative | None = None
 
     def __post_init__(self):
         if not self.length:
@@ -77,6 +82,9 @@ class TaskEvaluation:
         """Returns `loss` (nats), `bits_per_token`, `accuracy`, `exact_match`, `value_loss` and memory
         scalars."""
         del step
+        if self.memory_segments is not None:
+            config = dataclasses.replace(model.config, memory_segments=self.memory_segments)
+            model = dataclasses.replace(model, module=Decoder(config))
         scores = self._scores(model, params, self.length)
         for length in self.more_lengths:
             found = self._scores(model, params, length).items()
