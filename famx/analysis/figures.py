@@ -225,6 +225,37 @@ def overlay_figure(
     return figure
 
 
+def series_figure(
+    series: np.ndarray, weights: np.ndarray, titles: Sequence[str], blocks: Sequence[int], label: str
+) -> Figure:
+    """Draws what is read one position after another, and beneath it weights of the memory on it.
+
+    Args:
+      series: the values at each position `[positions, values]`, such as the bands of frames of sound.
+      weights: not negative, `[n, N, positions]`: n panels with a row for each memory token, on one scale.
+      titles: title of each panel.
+      blocks: first position of each block but the first, where lines are drawn.
+      label: what the values are.
+    """
+    figure = _figure(9, 1.7 + (0.7 + 0.11 * weights.shape[1]) * len(weights))
+    heights = [1.4, *(0.5 + 0.11 * weights.shape[1],) * len(weights)]
+    top, *panels = figure.subplots(1 + len(weights), 1, sharex=True, height_ratios=heights)
+    place = dict(aspect="auto", interpolation="nearest")
+    top.imshow(series.T, cmap="gray_r", origin="lower", **place)
+    top.set_ylabel(label)
+    for axes, of_panel, title in zip(panels, weights, titles, strict=True):
+        drawn = axes.imshow(of_panel, cmap="cividis", vmin=0, vmax=max(weights.max(), 1e-6), **place)
+        axes.set_ylabel("memory token")
+        axes.set_title(title, fontsize=9)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    for axes, color in ((top, "black"), *((panel, "white") for panel in panels)):
+        for first in blocks:
+            axes.axvline(first - 0.5, color=color, linewidth=1)
+    panels[-1].set_xlabel("position")
+    figure.colorbar(drawn, ax=panels, label="weight")
+    return figure
+
+
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

@@ -141,6 +141,20 @@ def test_weights_lie_over_the_image_on_one_scale():
     assert not figure.axes[3].get_images()
 
 
+def test_weights_on_a_series_are_drawn_beneath_it_on_one_scale():
+    series, weights = np.arange(12.0).reshape(6, 2), np.arange(2 * 3 * 6).reshape(2, 3, 6) / 40
+    figure = drawn(figures.series_figure(series, weights, ["a", "b"], [3], "bands"))
+    top, *panels, bar = figure.axes
+    np.testing.assert_array_equal(top.get_images()[0].get_array(), series.T)
+    assert top.get_ylabel() == "bands" and bar.get_ylabel() == "weight"
+    for axes, wanted, title in zip(panels, weights, "ab", strict=True):
+        (image,) = axes.get_images()
+        np.testing.assert_array_equal(image.get_array(), wanted)
+        assert axes.get_title() == title and (image.norm.vmin, image.norm.vmax) == (0, weights.max())
+    for axes in (top, *panels):
+        assert axes.get_xlim() == top.get_xlim() and [x.get_xdata()[0] for x in axes.lines] == [2.5]
+
+
 def test_what_does_not_exist_is_said_in_the_figure():
     without = make_maps(memory=Memory())
     sentences = lambda figure: {text.get_text() for axes in drawn(figure).axes for text in axes.texts}
