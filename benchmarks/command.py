@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from famx.base import tables
+from famx.base import tables, unread_output
 from famx.base.errors import ConfigError
 from famx.scale.timing import machine
 
@@ -135,7 +135,8 @@ def parse(
 def exit_on_bad_input() -> Iterator[None]:
     """Context in which a ConfigError ends the process in one sentence, with exit code 2."""
     try:
-        yield
+        with unread_output.exits_quietly():
+            yield
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

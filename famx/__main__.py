@@ -33,7 +33,10 @@ COMMANDS = {
 def main() -> None:
     """Runs the command that the first argument names; lists all commands if there is none."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(usage())
+        from famx.base import unread_output
+
+        with unread_output.exits_quietly():
+            print(usage())
         return
     name = sys.argv[1].replace("_", "-")
     if name not in COMMANDS:

@@ -5,10 +5,12 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
+from processes import start_process
 from test_famx_main import run
 
 import famx
@@ -43,6 +45,16 @@ def test_help_of_a_main_with_gin_names_files_and_settings():
     assert "\n  --gin.NAME=VALUE\n" in out and "\n  --gin_file\n" in out
     _, out, _ = run("-m", "famx", "chat", "--help")
     assert "\nUsage: famx chat [--FLAG=VALUE ...]\n" in out and "--gin" not in out
+
+
+@pytest.mark.parametrize("command", [[], ["examples"], ["train", "--help"]], ids=" ".join)
+def test_output_that_nobody_reads_any_more_ends_a_command_silently(command):
+    """As in `famx examples | head -1`."""
+    process = start_process(
+        [sys.executable, "-m", "famx", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 128 + signal.SIGPIPE)
 
 
 # ---------------------------------------------------------------- --import

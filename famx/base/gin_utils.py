@@ -25,7 +25,7 @@ from absl import app, flags, logging
 from gin import config as gin_config
 from gin.resource_reader import system_path_reader
 
-from famx.base import command_line, gin_overrides, native_stderr, waiting
+from famx.base import command_line, gin_overrides, native_stderr, unread_output, waiting
 from famx.base.errors import ConfigError
 from famx.base.files import as_path, write_text
 from famx.base.gin_arguments import find_gin_file, gin_files
@@ -277,7 +277,8 @@ def _exit_on_bad_input(function):
     @functools.wraps(function)
     def wrapped(argv):
         try:
-            return function(argv)
+            with unread_output.exits_quietly():
+                return function(argv)
         except (ConfigError, RuntimeError) as error:
             sentence = _call_error_sentence(error)
             if sentence is None:
