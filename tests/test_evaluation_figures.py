@@ -101,6 +101,20 @@ def test_colours_of_the_runs_differ(tmp_path):
     assert len(lines(axes)) == 9  # no mark of a longest document
 
 
+def test_a_line_has_one_style_in_all_panels_and_the_legend():
+    """Also if a panel lacks some of the lines, as those of memories that are zeroed lack BSWA."""
+    panels = {"all": {"a": {1: 0.1}, "b": {1: 0.2}}, "some": {"b": {1: 0.3}, "c": {1: 0.4}}}
+    figure = figures.lengths_figure(panels, 16, None)
+    first, second = drawn(figure)
+    style = lambda line: (str(line.get_color()), line.get_marker())
+    by_name = {line.get_label(): style(line) for line in first.get_lines()}
+    others = {line.get_label(): style(line) for line in second.get_lines()}
+    assert by_name["b"] == others["b"] and len({*by_name.values(), others["c"]}) == 3
+    (legend,) = figure.legends
+    shown = {text.get_text(): style(line) for text, line in zip(legend.get_texts(), legend.get_lines())}
+    assert shown == by_name | others
+
+
 def test_learning_figure_draws_training_alone(tmp_path):
     metrics = [
         {"step": 10, "split": "train", "time": 0.0, "loss": 2.0, "exact_match": 0.5},

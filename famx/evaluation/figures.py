@@ -144,10 +144,13 @@ def lengths_figure(
     across, up = labels or (f"blocks of {block_size} tokens read before the answer", "exact match")
     figure = Figure(figsize=(max(7, 4 * len(panels)), 4.2), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colors = dict(zip(names, line_colors(len(names)))) if colors is None else colors
+    markers, legend = dict(zip(names, "os^vDP*X" * 9)), {}
     for axes, (title, lines) in zip(grid, panels.items()):
-        for (name, row), marker, color in zip(lines.items(), "os^vDP*X" * 9, line_colors(len(lines))):
-            color = color if colors is None else colors[name]
-            style = dict(marker=marker, color=color, alpha=0.8, clip_on=False)
+        for name, row in lines.items():
+            color = colors[name]
+            style = dict(marker=markers[name], color=color, alpha=0.8, clip_on=False)
             axes.plot(list(row), list(row.values()), label=name, **style)
             if ranges is not None:
                 low, high = zip(*ranges[title][name].values(), strict=True)
@@ -161,9 +164,11 @@ def lengths_figure(
         axes.set_xlabel(across)
         axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
+        legend |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     grid[0].set_ylabel(up)
-    handles = grid[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize="small")
+    shown = [name for name in (*names, mark) if name in legend]
+    handles = [legend[name] for name in shown]
+    figure.legend(handles, shown, loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 
