@@ -200,6 +200,7 @@ def test_a_sample_of_the_writing_and_the_command_to_chat(tmp_path):
     assert TextEvaluation(documents).report(bare, params, "/tmp/x") == ""
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["byte_pair_numbers", "sentencepiece"])
 def test_passkey_of_a_tokenizer_equals_a_direct_evaluation(tmp_path, name):
     """Answers have different numbers of tokens; one is right if all its tokens are."""

@@ -69,6 +69,7 @@ def needle(text):
 # ---------------------------------------------------------------- scores
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("memory, name, length", [(True, NEEDLE, 600), (False, "ruler_vt", 1500)])
 def test_answers_are_those_of_the_model_after_the_published_prompt(
     model, params, tmp_path, memory, name, length

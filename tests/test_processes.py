@@ -61,7 +61,7 @@ def runs(number: int) -> bool:
     return False
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.skipif(not processes.PROC.is_dir(), reason="ends what tests leave on Linux alone")
 @pytest.mark.parametrize(
     "end, options, words",

@@ -31,6 +31,7 @@ def runs(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_pictures_are_of_an_example_that_is_answered_rightly(runs, tmp_path):
     arguments = [f"--{kind}={path}" for kind, path in runs.items()]
     sequence_pictures.main([*arguments, f"--to={tmp_path}"])

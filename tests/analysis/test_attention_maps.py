@@ -209,7 +209,7 @@ def test_pieces_choices_and_places_to_go_on_from_change_no_number(data):
     assert maps.summary.blocks == range(cut // S, 8)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_maps_of_every_memory_go_on_within_a_block(name):
     c = config(memory=REMEMBERING[name], num_layers=3)

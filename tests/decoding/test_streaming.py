@@ -68,7 +68,7 @@ def in_chunks(name, sizes, batch=3):
         return np.concatenate(parts, axis=1), jax.device_get(state)
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
     "sizes", [[], [1] * LENGTH, [S] * 11, [3] * 15, [7] * 7, [9 * S + 1, 2], [S, 1, 33]],
@@ -119,6 +119,7 @@ def test_the_last_logits_are_those_of_each_examples_last_token():
     assert state.position.tolist() == lengths.tolist()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["plain", "N 4, positions zero"])
 def test_predictions_and_scores_are_those_of_the_logits(name):
     c, params, tolerance = setting(name)

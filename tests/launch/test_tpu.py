@@ -409,6 +409,7 @@ def test_the_wheel_is_built_from_this_tree_unless_one_is_given(cloud, capsys):
         launch(make_config(cloud, wheel="/no/such.whl"))
 
 
+@pytest.mark.slow
 def test_worker_0_lost_sight_of_is_asked_again_from_the_next_line(cloud):
     (cloud / "python").write_text(f"{TRAIN}for i in 1 2 3; do echo line $i; sleep 1; done\n")
     config = make_config(cloud, poll_seconds=1)

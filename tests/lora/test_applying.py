@@ -55,6 +55,7 @@ def test_chunks_change_no_number():
     assert difference(logits(c, tree, tokens), logits(one, tree, tokens)) < 1e-9
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient_and_drops_the_same_numbers():
     params, tree = adapted(DROPPING)[1:]
     grads = []
@@ -139,6 +140,7 @@ def kernel_gradients(program):
     return [shape for shape in dots if np.prod([int(n) for n in shape.split(",")]) == 48 * 208]
 
 
+@pytest.mark.slow
 def test_gradients_of_adapters_need_none_of_the_kernels():
     (own, everything), (small, large) = compiled()
     assert own.memory_analysis().output_size_in_bytes < 1.1 * small + 1024

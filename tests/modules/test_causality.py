@@ -51,7 +51,7 @@ def test_no_token_changes_a_logit_before_it(name):
 ENDLESS = [name for name, memory in REMEMBERING.items() if not isinstance(memory, Landmark)]
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(18)
 @pytest.mark.parametrize("name", ["paper", "no segments", "zero positions", "prefix", *ENDLESS])
 def test_with_memory_every_token_reaches_all_that_follow(name):
     change = influence(config(**{**BASE, **VARIANTS[name]}), length=26)

@@ -54,7 +54,7 @@ def check(c, shards, blocks, before=0, lengths=None):
 OTHERS = [name for name in ALL if name not in REMEMBERING]
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("name", [*OTHERS, *SIDE_BY_SIDE])
 def test_shards_equal_the_whole(name):
     c = {"blocks_per_chunk": None, **ALL[name]}
@@ -69,7 +69,7 @@ def test_more_segments_than_a_shard_has_blocks():
     check(config(**WIDE, memory_segments=3, memory=Memory()), shards=2, blocks=4)
 
 
-@pytest.mark.sampled(15)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIDE_BY_SIDE)
 def test_examples_at_different_places(name):
     wide = dict(WIDE, memory=SIDE_BY_SIDE[name])

@@ -71,7 +71,7 @@ def check(c, chunks, tolerance=1e-10):
     assert_close(read_in_chunks(c, params, tokens, chunks), read(c, params, tokens), tolerance)
 
 
-@pytest.mark.sampled(14)
+@pytest.mark.sampled(28)
 @pytest.mark.parametrize("name", ALL)
 def test_token_by_token_equals_the_whole(name):
     check(config(dtype="float64", **ALL[name]), [])
@@ -100,7 +100,7 @@ def test_any_chunking_equals_the_whole(name, chunks):
     check(config(dtype="float64", **CONFIGS[name]), chunks)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("blocks_per_chunk", [1, 2, 3])
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
 def test_block_outer_equals_layer_parallel(blocks_per_chunk, backend):

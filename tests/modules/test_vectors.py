@@ -88,6 +88,7 @@ def test_no_position_changes_a_result_before_it(name):
         assert change[0, -1] > 1e-12  # through the memory
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", READ)
 def test_any_cut_gives_the_same(name):
     c = of(FRONTENDS[name])
@@ -102,6 +103,7 @@ def test_any_cut_gives_the_same(name):
     assert_close(after, state, 1e-9)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", READ)
 def test_padding_changes_nothing(name):
     c = of(FRONTENDS[name])

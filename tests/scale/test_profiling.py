@@ -94,6 +94,7 @@ def test_every_program_ran_and_is_timed_next_to_bswa(profiled):
         assert cell["rows"] == plan.options.rows == cell["batch"]
 
 
+@pytest.mark.slow
 def test_operations_are_linear_with_a_window_and_quadratic_without(profiled):
     for variant, power in (("fam", 1), ("bswa", 1), ("full", 2)):
         short, _, long = line(profiled[2], variant, "reading", "model_flops")
@@ -103,6 +104,7 @@ def test_operations_are_linear_with_a_window_and_quadratic_without(profiled):
     assert full[-1] / fam[-1] > 2 * full[0] / fam[0]
 
 
+@pytest.mark.slow
 def test_what_is_known_is_not_measured_again(profiled, monkeypatch):
     folder, plan, cells, _ = profiled
     monkeypatch.setattr(profiling, "lower", None)
@@ -180,6 +182,7 @@ def test_theory_s_lines():
     assert profile_files.theory(training, "bytes") == pytest.approx([340, 380])
 
 
+@pytest.mark.slow
 def test_the_table_and_the_figure_have_all_cells(profiled):
     folder, _, cells, _ = profiled
     rows = list(csv.DictReader((folder / "profile.csv").open()))

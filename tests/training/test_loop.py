@@ -150,6 +150,7 @@ def test_the_modes_save_what_they_carry(whole):
     assert feed["curriculum"]["stage"] == 2 and feed["made"] >= 3
 
 
+@pytest.mark.slow
 def test_the_losses_of_the_modes_differ(whole):
     modes = ("none", "random", "continuous", "aged")
     assert len({tuple(line["loss"] for line in history(whole(mode))) for mode in modes}) == 4

@@ -145,6 +145,7 @@ def step_on_one_device(model, batch, length):
     return compile_step(run, make_initializer(run)[1])
 
 
+@pytest.mark.slow
 def test_all_logits_never_exist_where_the_loss_is_cut_into_chunks():
     vocabulary, batch, length = 256_000, 2, 8 * BLOCK
     found = {}

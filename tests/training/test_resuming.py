@@ -115,6 +115,7 @@ def test_what_does_not_change_the_result_passes(tmp_path, changes):
     assert [(line["step"], line["changes"]) for line in history(tmp_path)] == [(0, []), (2, [])]
 
 
+@pytest.mark.slow
 def test_allowed_changes_pass_and_are_recorded(tmp_path, capsys):
     train(tmp_path)
     with pytest.raises(ConfigError, match="batch_size was 2"):
@@ -210,6 +211,7 @@ def test_the_vocabulary_of_an_older_run_is_not_replaced(tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_another_version_is_a_note(tmp_path, capsys):
     def age(content):
         content["run"]["versions"] = {"famx": "0.0.1", "jax": "0.4"}

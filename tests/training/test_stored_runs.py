@@ -69,6 +69,7 @@ def content(model_dir, step):
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}, state
 
 
+@pytest.mark.slow
 def test_a_run_that_is_continued_is_that_on_a_disk(gcs, tmp_path):
     for model_dir in (tmp_path, RUN):
         train(model_dir, 3)

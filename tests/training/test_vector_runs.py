@@ -139,6 +139,7 @@ def test_a_task_that_does_not_fit_the_model_is_refused(changes, sentence, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_memory_file_of_vectors_continues_exactly(tmp_path):
     run(tmp_path / "run", "none", steps=1, **PLAIN)
     params = jax.tree.map(jax.numpy.asarray, saved(tmp_path / "run", 1)["target"])
@@ -187,6 +188,7 @@ def test_two_devices_equal_one(tmp_path):
                 assert one[key] == pytest.approx(other[key], rel=2e-4, abs=1e-5), (name, key)
 
 
+@pytest.mark.slow
 def test_the_pool_reads_features_before_its_rows():
     """The state of a lane is that of the features before its row."""
     source = Source(Sensor(), 2, 2 * BLOCK, BLOCK, curriculum=Curriculum((2, 4), unlock=0.0))
