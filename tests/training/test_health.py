@@ -223,12 +223,8 @@ def lines(monkeypatch):
     return taken
 
 
-SOME = ("none", "continuous")
-EVERY = [pytest.param(mode, marks=() if mode in SOME else pytest.mark.slow) for mode in MODES]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", EVERY)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_replay_takes_the_same_steps_and_names_the_layer(mode, tmp_path, lines):
     with pytest.raises(ConfigError, match="The gradient was not finite in the 20 steps before step 30"):
         bad_run(tmp_path, mode)
