@@ -66,14 +66,8 @@ def melody_figure(trained: TrainedModel) -> Figure:
     size, shown = trained.model.config.block_size, 4
     task = MelodyTask(split="eval", seed=1)
     example, maps = right_answer(trained, task, 2 * shown * size)
-    weights = np.stack(
-        [
-            np.concatenate(
-                [memory_on_grid(maps, layer, block, (1, size))[:, 0] for block in range(shown)], axis=1
-            )
-            for layer in maps.layers
-        ]
-    )
+    of_layer = lambda layer: [memory_on_grid(maps, layer, block, (1, size)) for block in range(shown)]
+    weights = np.stack([np.concatenate(of_layer(layer), axis=2)[:, 0] for layer in maps.layers])
     frames = example["features"]["frames"][: shown * size, : task.bands]
     titles = [f"layer {layer}: attention of the memory on the frames" for layer in maps.layers]
     return series_figure(frames, weights, titles, range(size, shown * size, size), "mel band")

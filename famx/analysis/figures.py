@@ -237,8 +237,9 @@ def series_figure(
       blocks: first position of each block but the first, where lines are drawn.
       label: what the values are.
     """
-    figure = _figure(9, 1.7 + (0.7 + 0.11 * weights.shape[1]) * len(weights))
-    heights = [1.4, *(0.5 + 0.11 * weights.shape[1],) * len(weights)]
+    high = 0.5 + 0.11 * weights.shape[1]
+    figure = _figure(9, 1.7 + (0.2 + high) * len(weights))
+    heights = [1.4, *[high] * len(weights)]
     top, *panels = figure.subplots(1 + len(weights), 1, sharex=True, height_ratios=heights)
     place = dict(aspect="auto", interpolation="nearest")
     top.imshow(series.T, cmap="gray_r", origin="lower", **place)
