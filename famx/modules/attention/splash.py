@@ -7,6 +7,7 @@ Past blocks before the start of a sequence, which differ by example, are masked 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -137,32 +138,65 @@ class ChunkMask(splash_attention_mask.Mask):
         return np.arange(self.shape[0], dtype=np.int32)
 
     def __getitem__(self, index):
-        rows, columns = (np.arange(n, dtype=np.int32)[part] for n, part in zip(self.shape, index))
+        """bool; read-only where all pairs of `index`, two slices, or none of them are visible.
+
+        Bounds decide most tiles without looking at their pairs, of which a long text has billions.
+        """
+        rows, columns = (range(*part.indices(n)) for n, part in zip(self.shape, index))
+        if len(rows) and len(columns):
+            past, shape = self.segments * self.block_size, (len(rows), len(columns))
+            least_top, most_top, least_bottom, most_bottom = _bounds(self, columns.start, columns.stop)
+            if self._lowest(rows[0]) > most_top or least_bottom > rows[-1] + past:
+                return _uniform(False, shape)
+            if self._lowest(rows[-1]) <= least_top and most_bottom <= rows[0] + past:
+                return _uniform(True, shape)
+        rows, columns = (np.array(x, np.int32) for x in (rows, columns))
         return self.mask_function(rows[:, None], columns)
 
     def mask_function(self, rows, columns):
         """bool; integers of numpy or JAX, broadcastable."""
-        where = np.where if isinstance(columns, np.ndarray) else jnp.where
+        top, bottom = self._ends(columns)
+        return (self._lowest(rows) <= top) & (bottom <= rows + self.segments * self.block_size)
+
+    def _lowest(self, rows):
+        """The first of the tokens' columns that each row sees; it never falls from row to row."""
         size, past = self.block_size, self.segments * self.block_size
         if self.own_only:
-            lowest = _divide(rows, size) * size + past
-        else:
-            lowest = rows if self.window else _divide(rows, size) * size
-        top, bottom = columns, columns
-        first = past + self.blocks * size
-        if self.memory_columns:
-            inside = columns - first
-            memory = _divide(inside, self.slot) * size
-            seen = (inside & (self.slot - 1)) < self.memory_columns
-            bottom = where(inside < 0, columns, where(seen, memory + past, _NEVER))
-            top = where(inside < 0, columns, memory + (past if self.own_only else 0) + size - 1)
-        return (lowest <= top) & (bottom <= rows + past)
+            return _divide(rows, size) * size + past
+        return rows if self.window else _divide(rows, size) * size
+
+    def _ends(self, columns):
+        """`top, bottom` of each column."""
+        where = np.where if isinstance(columns, np.ndarray) else jnp.where
+        size, past = self.block_size, self.segments * self.block_size
+        if not self.memory_columns:
+            return columns, columns
+        inside = columns - (past + self.blocks * size)
+        memory = _divide(inside, self.slot) * size
+        seen = (inside & (self.slot - 1)) < self.memory_columns
+        bottom = where(inside < 0, columns, where(seen, memory + past, _NEVER))
+        top = where(inside < 0, columns, memory + (past if self.own_only else 0) + size - 1)
+        return top, bottom
+
+
+@functools.lru_cache(maxsize=4096)
+def _bounds(mask, start, stop):
+    """The least and the greatest `top`, and the same of `bottom`, of a range of columns."""
+    ends = mask._ends(np.arange(start, stop, dtype=np.int32))
+    return tuple(int(bound()) for end in ends for bound in (end.min, end.max))
+
+
+@functools.lru_cache(maxsize=16)
+def _uniform(value, shape):
+    array = np.full(shape, value)
+    array.flags.writeable = False
+    return array
 
 
 def _divide(x, by):
     """`x // by` for `0 <= x < 2^21`; the vector units of a TPU shift and multiply, but do not divide."""
     if by & (by - 1) == 0:
         return x >> (by.bit_length() - 1)
-    if isinstance(x, np.ndarray):
+    if isinstance(x, (int, np.ndarray)):
         return x // by
     return ((x.astype(jnp.float32) + 0.5) * (1 / by)).astype(jnp.int32)
