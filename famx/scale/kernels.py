@@ -34,7 +34,8 @@ def of_model(config: DecoderConfig) -> Kernels:
         kernel = re.match(r"splash_mha_([a-z]+)_", instruction.name)
         if kernel is None or kernel[1] not in _PRODUCTS:
             return None
-        queries = next(x for x in operands if len(x.dims) >= 3 and x.dtype != "s8")
+        # Before the queries come the mask's tile numbers: s8, or s16 or s32 where there are many tiles.
+        queries = next(x for x in operands if len(x.dims) >= 3 and not x.dtype.startswith("s"))
         *outer, rows, width = queries.dims
         tiles = visible_tiles(config, rows // config.block_size, kernel[1] == "dkv")
         pairs = math.prod(outer) * tiles * splash.tile_size(config.block_size) ** 2

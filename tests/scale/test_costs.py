@@ -305,7 +305,8 @@ def test_groups_in_every_notation(text, groups):
     assert collectives._groups(f", replica_groups={text}, dimensions={{0}}") == groups
 
 
-def test_the_tiles_of_splash_attention_are_those_that_see_something():
+@pytest.mark.parametrize("numbers", ["s8", "s16", "s32"])
+def test_the_tiles_of_splash_attention_are_those_that_see_something(numbers):
     config = DecoderConfig(
         vocab_size=8, num_layers=1, embed_dim=8, num_heads=1, block_size=128, memory_segments=1,
         memory=Fam(16),
@@ -320,8 +321,9 @@ def test_the_tiles_of_splash_attention_are_those_that_see_something():
         ' custom_call_target="tpu_custom_call"\n'
     )
     text = (
-        "ENTRY %m (i: s8[1,3,3], q: bf16[2,4,384,64], k: bf16[2,4,640,64]) -> bf16[2,4,384,64] {\n"
-        "  %i = s8[1,3,3] parameter(0)\n  %q = bf16[2,4,384,64] parameter(1)\n"
+        f"ENTRY %m (i: {numbers}[1,3,3], q: bf16[2,4,384,64], k: bf16[2,4,640,64])"
+        " -> bf16[2,4,384,64] {\n"
+        f"  %i = {numbers}[1,3,3] parameter(0)\n  %q = bf16[2,4,384,64] parameter(1)\n"
         "  %k = bf16[2,4,640,64] parameter(2)\n" + line + "}\n"
     )
     program = costs.count(hlo.parse(text), kernels.of_model(config))
