@@ -37,16 +37,23 @@ def write(folder: pathlib.Path, cells: Sequence[Cell]) -> None:
         profile_figure(cells).savefig(path, dpi=130, format="png")
 
 
-def _order(cell: Cell) -> tuple[Any, ...]:
-    parameters = cell.get("parameters", 0)
-    return (cell["on"], cell["size"], list(_PASSES).index(cell["pass"]), cell["tokens"],
-            list(_NAMES).index(cell["variant"]), parameters)  # fmt: skip
+def _in_order(cells: Sequence[Cell]) -> list[Cell]:
+    """By device, size, pass, length and variant; smaller models first."""
+    parameters: dict[str, int] = collections.defaultdict(int)
+    for cell in cells:
+        parameters[cell["size"]] = max(parameters[cell["size"]], cell.get("parameters", 0))
+
+    def key(cell: Cell) -> tuple[Any, ...]:
+        size, places = cell["size"], (list(_PASSES).index(cell["pass"]), cell["tokens"])
+        return cell["on"], parameters[size], size, *places, list(_NAMES).index(cell["variant"])
+
+    return sorted(cells, key=key)
 
 
 def table(cells: Sequence[Cell]) -> Table:
     """A row for each cell: what was measured, what was compiled, and the memory by kind."""
     rows = []
-    for cell in sorted(cells, key=_order):
+    for cell in _in_order(cells):
         memory, batch = cell.get("memory", {}), cell.get("batch", 1)
         mib = lambda *kinds, memory=memory: _mib(sum(memory.get(kind, 0) for kind in kinds))
         per_token = lambda name, cell=cell, batch=batch: (
@@ -86,7 +93,7 @@ def _mib(count: float) -> str:
 def _csv(cells: Sequence[Cell]) -> str:
     kinds = dict.fromkeys(kind for cell in cells for kind in cell.get("memory", {}))
     rows = []
-    for cell in sorted(cells, key=_order):
+    for cell in _in_order(cells):
         row = {name: value for name, value in cell.items() if name != "memory"}
         rows.append(row | {f"memory_{k}": cell.get("memory", {}).get(k) for k in kinds})
     text = io.StringIO()
@@ -106,7 +113,7 @@ def profile_figure(cells: Sequence[Cell]) -> Figure:
     Dotted lines are theory's; see `theory`.
     """
     groups: dict[tuple[str, str], list[Cell]] = collections.defaultdict(list)
-    for cell in sorted(cells, key=_order):
+    for cell in _in_order(cells):
         groups[cell["size"], cell["on"]].append(cell)
     passes = [name for name in _PASSES if any(cell["pass"] == name for cell in cells)]
     size = 9.5, 1 + 2.7 * len(passes) * len(groups)

@@ -216,6 +216,15 @@ def test_cells_of_several_machines_share_a_table():
     assert rows[1]["needed, MiB"] == "-" and rows[1]["note"] == "not compiled: x"
 
 
+def test_smaller_models_stand_first():
+    cells = [made("bswa", "reading", 10, size=size, parameters=n) for size, n in (("8b", 8), ("24b", 24))]
+    cells += [made("fam", "reading", 10, size=size, parameters=n) for size, n in (("24b", 25), ("8b", 9))]
+    rows = profile_files.table(cells[::-1]).rows
+    assert [(row["size"], row["variant"]) for row in rows] == [
+        ("8b", "FAM"), ("8b", "BSWA"), ("24b", "FAM"), ("24b", "BSWA")
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------- sizes
 
 
