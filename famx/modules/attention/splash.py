@@ -144,11 +144,11 @@ class ChunkMask(splash_attention_mask.Mask):
         """
         rows, columns = (range(*part.indices(n)) for n, part in zip(self.shape, index))
         if len(rows) and len(columns):
-            past, shape = self.segments * self.block_size, (len(rows), len(columns))
+            shape = len(rows), len(columns)
             least_top, most_top, least_bottom, most_bottom = _bounds(self, columns.start, columns.stop)
-            if self._lowest(rows[0]) > most_top or least_bottom > rows[-1] + past:
+            if self._lowest(rows[0]) > most_top or least_bottom > rows[-1] + self._past:
                 return _uniform(False, shape)
-            if self._lowest(rows[-1]) <= least_top and most_bottom <= rows[0] + past:
+            if self._lowest(rows[-1]) <= least_top and most_bottom <= rows[0] + self._past:
                 return _uniform(True, shape)
         rows, columns = (np.array(x, np.int32) for x in (rows, columns))
         return self.mask_function(rows[:, None], columns)
@@ -156,19 +156,24 @@ class ChunkMask(splash_attention_mask.Mask):
     def mask_function(self, rows, columns):
         """bool; integers of numpy or JAX, broadcastable."""
         top, bottom = self._ends(columns)
-        return (self._lowest(rows) <= top) & (bottom <= rows + self.segments * self.block_size)
+        return (self._lowest(rows) <= top) & (bottom <= rows + self._past)
+
+    @property
+    def _past(self):
+        """Number of columns before those of the first block."""
+        return self.segments * self.block_size
 
     def _lowest(self, rows):
         """The first of the tokens' columns that each row sees; it never falls from row to row."""
-        size, past = self.block_size, self.segments * self.block_size
-        if self.own_only:
-            return _divide(rows, size) * size + past
-        return rows if self.window else _divide(rows, size) * size
+        if self.window and not self.own_only:
+            return rows
+        block = _divide(rows, self.block_size) * self.block_size
+        return block + self._past if self.own_only else block
 
     def _ends(self, columns):
         """`top, bottom` of each column."""
         where = np.where if isinstance(columns, np.ndarray) else jnp.where
-        size, past = self.block_size, self.segments * self.block_size
+        size, past = self.block_size, self._past
         if not self.memory_columns:
             return columns, columns
         inside = columns - (past + self.blocks * size)
