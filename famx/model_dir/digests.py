@@ -12,7 +12,6 @@ surely; neither finds forgery, since who can replace a file can replace its dige
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -27,6 +26,7 @@ import xxhash
 from famx.base.errors import ConfigError
 from famx.base.files import is_stored, write_bytes
 from famx.base.store_errors import StoreError, store_error
+from famx.model_dir.shared_files import LISTING, Value, stored_arrays
 
 NAME = "digests.json"
 METADATA = "_CHECKPOINT_METADATA"  # of orbax
@@ -34,10 +34,8 @@ KEY = "digests"  # of orbax' custom metadata, with the name of the file of diges
 STEP = re.compile(r"checkpoint_(\d+)")  # name of the directory of a checkpoint
 _PIECE = 1 << 26
 _BUFFER = 1 << 20
-_PART = 1 << 21  # bytes of a stored value that are read at a time: smaller and larger ones take longer
 _STORED_PART = 1 << 23  # bytes of an object of a store that are read at a time
 _SMALL = 1 << 20  # files of up to this many bytes are compared before anything is read from them
-_LISTING = "manifest.ocdbt"  # in a directory whose arrays share files, which are in its folders "d"
 _ADVICE = ". Copy the checkpoint again"
 # Files that an operating system leaves in any directory.
 _FOREIGN = (".DS_Store", "._", ".nfs", "Thumbs.db", "desktop.ini")
@@ -77,11 +75,11 @@ def write_digests(directory: pathlib.Path) -> None:
     """
     with ThreadPoolExecutor(_threads()) as pool:
         files = (_stored_files if is_stored(directory) else _local_files)(directory, pool)
-        folders = {name: _stored_arrays(directory / name) for name in _folders_of_arrays(files)}
         arrays = {}
-        for folder, (store, keys) in folders.items():
-            values = pool.map(functools.partial(_array, store), keys.values())
-            arrays[folder] = dict(zip(keys, values, strict=True))
+        for folder in _folders_of_arrays(files):
+            stored = stored_arrays(directory / folder)
+            values = pool.map(functools.partial(_array, directory / folder), stored.values())
+            arrays[folder] = dict(zip(stored, values, strict=True))
     write_bytes(directory / NAME, _rendered({"format": 1, "files": files, "arrays": arrays}))
 
 
@@ -89,7 +87,7 @@ def _local_files(directory: pathlib.Path, pool: ThreadPoolExecutor) -> dict[str,
     """`{name: size and digests}` of the files of a checkpoint."""
     sizes = _sizes(directory)
     units = [(name, start) for name, size in sizes.items() for start in range(0, max(size, 1), _PIECE)]
-    pieces = pool.map(lambda unit: _piece(directory / unit[0], unit[1]), units)
+    pieces = pool.map(lambda unit: _piece(directory / unit[0], unit[1])[0], units)
     files: dict[str, dict[str, Any]] = {
         name: {"bytes": size, "xxh3_128": []} for name, size in sizes.items()
     }
@@ -104,7 +102,7 @@ def _stored_files(directory: pathlib.Path, pool: ThreadPoolExecutor) -> dict[str
     def read(name: str) -> dict[str, Any]:
         size, digests = 0, []
         while not digests or size == len(digests) * _PIECE:
-            digest, count = _stored_piece(directory / name, len(digests) * _PIECE)
+            digest, count = _piece(directory / name, len(digests) * _PIECE)
             if count or not digests:
                 digests.append(digest)
             size += count
@@ -244,7 +242,7 @@ def _compare_small_objects(directory: pathlib.Path, digests: Digests) -> None:
         if size <= _SMALL:
             return _differs(directory / name, 0, wanted[0])
         # That its last piece is longer is seen when that is read.
-        longer = size % _PIECE == 0 and _stored_piece(directory / name, size)[1]
+        longer = size % _PIECE == 0 and _piece(directory / name, size)[1]
         return "is not what was written" if longer else None
 
     names = frozenset(directory.names()) - {NAME}
@@ -280,15 +278,16 @@ def _large(
                 units.append((part, functools.partial(compare, name, i * _PIECE, wanted)))
     for folder, arrays in digests.arrays.items() if tops else ():
         try:
-            store, stored = _stored_arrays(directory / folder)
+            stored = stored_arrays(directory / folder)
         except (ValueError, OSError) as error:
             if found := store_error(error, directory):
                 raise found from error
-            raise damaged(directory, f"{folder}/{_LISTING}", "cannot be read") from error
+            raise damaged(directory, f"{folder}/{LISTING}", "cannot be read") from error
         for array, wanted in arrays.items():
             if array.split(".")[0] in tops:
-                check = functools.partial(_compare_array, store, folder, array, stored.get(array), wanted)
-                units.append((_PIECE, check))
+                values = stored.get(array, [])
+                check = functools.partial(_compare_array, directory, folder, array, values, wanted)
+                units.append((sum(value.size for value in values), check))
     return units
 
 
@@ -300,12 +299,14 @@ def _needed(name: str, digests: Digests, tops: Collection[str]) -> bool:
     return len(rest) < 2 or "." not in rest[0] or rest[0].split(".")[0] in tops
 
 
-def _compare_array(store, folder: str, array: str, keys, wanted: str) -> tuple[str, str] | None:
+def _compare_array(
+    directory: pathlib.Path, folder: str, array: str, values: Sequence[Value], wanted: str
+) -> tuple[str, str] | None:
     try:
-        same = keys is not None and _array(store, keys) == wanted
-    except (ValueError, OSError) as error:
-        if found := store_error(error, folder):
-            raise found from error
+        same = _array(directory / folder, values) == wanted
+    except StoreError:
+        raise
+    except OSError:
         same = False
     return None if same else (f"{folder}: {array}", "is not what was written")
 
@@ -335,37 +336,38 @@ def _sizes(directory: pathlib.Path) -> dict[str, int]:
     return dict(sorted(sizes.items()))
 
 
-def _piece(path: pathlib.Path, start: int) -> str:
-    """Digest of at most `_PIECE` bytes of a file."""
+def _piece(path: pathlib.Path, start: int) -> tuple[str, int]:
+    """Digest of at most `_PIECE` bytes of a file, and their number."""
+    digest = xxhash.xxh3_128()
+    count = _add(digest, path, start, _PIECE)
+    return digest.hexdigest(), count
+
+
+def _add(digest, path: pathlib.Path, start: int, size: int) -> int:
+    """Add at most `size` bytes of a file to a digest; the number that there were."""
+    count = 0
     if is_stored(path):
-        return _stored_piece(path, start)[0]
-    digest, left = xxhash.xxh3_128(), _PIECE
-    buffer = memoryview(bytearray(_BUFFER))
+        while count < size:
+            wanted = min(_STORED_PART, size - count)
+            part = path.read_part(start + count, wanted)
+            digest.update(part)
+            count += len(part)
+            if len(part) < wanted:
+                break
+        return count
+    buffer = memoryview(bytearray(min(size, _BUFFER)))
     with path.open("rb", buffering=0) as file:
         file.seek(start)
-        while left and (count := file.readinto(buffer[: min(left, _BUFFER)])):
-            digest.update(buffer[:count])
-            left -= count
-    return digest.hexdigest()
-
-
-def _stored_piece(path: pathlib.Path, start: int) -> tuple[str, int]:
-    """As `_piece`, of an object in a store; and the number of bytes."""
-    digest, count = xxhash.xxh3_128(), 0
-    while count < _PIECE:
-        wanted = min(_STORED_PART, _PIECE - count)
-        part = path.read_part(start + count, wanted)
-        digest.update(part)
-        count += len(part)
-        if len(part) < wanted:
-            break
-    return digest.hexdigest(), count
+        while count < size and (read := file.readinto(buffer[: size - count])):
+            digest.update(buffer[:read])
+            count += read
+    return count
 
 
 def _differs(path: pathlib.Path, start: int, wanted: str) -> str | None:
     """What is wrong with a part of a file, or None."""
     try:
-        return None if _piece(path, start) == wanted else "is not what was written"
+        return None if _piece(path, start)[0] == wanted else "is not what was written"
     except StoreError:
         raise
     except OSError as error:
@@ -382,42 +384,16 @@ def _threads() -> int:
 def _folders_of_arrays(names: Collection[str]) -> list[str]:
     """The folders whose arrays share files, among the items of a checkpoint."""
     paths = map(pathlib.PurePosixPath, names)
-    return [path.parts[0] for path in paths if path.parts[1:] == (_LISTING,)]
+    return [path.parts[0] for path in paths if path.parts[1:] == (LISTING,)]
 
 
-def _stored_arrays(path: pathlib.Path) -> tuple[Any, dict[str, list[bytes]]]:
-    """The key-value store of a folder and, for each array, its keys in order."""
-    import tensorstore
-
-    base = path.spec if is_stored(path) else {"driver": "file", "path": f"{path}/"}
-    spec = {"driver": "ocdbt", "base": base}
-    store = tensorstore.KvStore.open(spec).result()
-    arrays: dict[str, list[bytes]] = {}
-    for key in sorted(store.list().result()):
-        arrays.setdefault(key.split(b"/")[0].decode(), []).append(key)
-    return store, arrays
-
-
-def _array(store, keys: Sequence[bytes]) -> str:
+def _array(directory: pathlib.Path, values: Sequence[Value]) -> str:
     """Digest of the stored values of an array, each after its key and before its size."""
     digest = xxhash.xxh3_128()
-    for key in keys:
-        digest.update(key + b"\0")
-        size = 0
-        for part in _parts(store, key):
-            digest.update(part)
-            size += len(part)
+    for value in values:
+        digest.update(value.key + b"\0" + value.content)
+        size = len(value.content)
+        if value.name:
+            size = _add(digest, directory / value.name, value.start, value.size)
         digest.update(b"%d" % size)
     return digest.hexdigest()
-
-
-def _parts(store, key: bytes) -> Iterator[bytes]:
-    """A stored value, whose size is not known, in parts; reading it at once takes five times as long."""
-    for start in itertools.count(0, _PART):
-        try:
-            yield store.read(key, byte_range=slice(start, start + _PART)).result().value
-        except ValueError as error:
-            if "OUT_OF_RANGE" not in str(error):
-                raise
-            yield store.read(key, byte_range=slice(start, None)).result().value
-            return
