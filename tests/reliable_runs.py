@@ -33,7 +33,7 @@ import xla_flags  # noqa: E402
 from flax.traverse_util import flatten_dict, unflatten_dict  # noqa: E402
 from tiny import BLOCK, make_model, make_run  # noqa: E402
 
-from famx.base import distributed  # noqa: E402
+from famx.base import distributed, peers  # noqa: E402
 from famx.base.errors import ConfigError  # noqa: E402
 from famx.memories import Rmt  # noqa: E402
 from famx.model_dir.checkpointer import Checkpointer  # noqa: E402
@@ -182,7 +182,10 @@ def start(
             distributed.initialize(
                 coordinator_address=address, num_processes=processes, process_id=index
             )
-        loop.train(run())
+        with peers.together():
+            loop.train(run())
+        if processes > 1:
+            jax.distributed.shutdown()  # waits for the others, as the end of a program does
 
     return [
         Child(pathlib.Path(f"{log}.{index}"), lambda index=index: train(index))

@@ -249,7 +249,8 @@ class _Watch:
             _raise_if_one_ended(self._group)
         except PeerLost as lost:
             with contextlib.suppress(RuntimeError, ValueError):
-                _tell(self._group, str(lost), lost.code)
+                if _told is None:
+                    _tell(self._group, str(lost), lost.code)
             self._leave(lost)
 
     def _look(self) -> None:
@@ -275,7 +276,7 @@ class _Watch:
 
     def _leave(self, lost: PeerLost) -> None:
         if not self._stopped.is_set():
-            _exit(str(lost), lost.code)
+            _exit(*(_told or (str(lost), lost.code)))
 
     def _aborted(self) -> None:
         """Ends the process if jax aborts it because process 0, with the store, is gone."""
@@ -283,7 +284,7 @@ class _Watch:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except (OSError, ValueError):
-            _exit(f"Process 0 of this run is gone. {_AGAIN}", LOST)
+            _exit(*(_told or (f"Process 0 of this run is gone. {_AGAIN}", LOST)))
         if self._stderr is not None:
             self._stderr.pass_on(all_=True)
 
@@ -293,12 +294,12 @@ def _end(group: _Group, error: Exception, stderr: NativeStderr | None) -> None:
     lost = error if isinstance(error, PeerLost) else None
     if isinstance(error, ConfigError):
         sentence, code = str(error).split("\n  In call to configurable")[0], BAD_INPUT
-    elif lost is None and not _of_a_lost_peer(error):
+    elif lost is None and not of_a_lost_peer(error):
         traceback.print_exception(error)
         sentence, code = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 1
     else:
         lost = lost or _loss(group)
-        sentence, code = str(lost), lost.code
+        sentence, code = _told or (str(lost), lost.code)
     with contextlib.suppress(Exception):
         _tell(group, sentence, code)
         if group.index == 0:
@@ -306,6 +307,23 @@ def _end(group: _Group, error: Exception, stderr: NativeStderr | None) -> None:
     if stderr is not None and lost is None:
         stderr.pass_on(all_=True)
     _exit(sentence, code)
+
+
+_told: tuple[str, int] | None = None  # what this process has told the others before it ends
+
+
+def tell(sentence: str, code: int = BAD_INPUT) -> None:
+    """Tell the other processes, if there are any, that this one must end, and with which exit code.
+
+    To be called where an error is known before it reaches `together`: this process may be waiting for the
+    others meanwhile, and they for it.
+    """
+    global _told
+    group = _group()
+    if group is not None:
+        _told = sentence, code
+        with contextlib.suppress(Exception):
+            _tell(group, sentence, code)
 
 
 def _tell(group: _Group, sentence: str, code: int) -> None:
@@ -321,7 +339,7 @@ def _linger(group: _Group, seconds: float) -> None:
         time.sleep(_SLICE / 10)
 
 
-def _of_a_lost_peer(error: BaseException | None) -> bool:
+def of_a_lost_peer(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, is that of an operation with a process that is gone."""
     while error is not None:
         if _BROKEN.search(str(error)) and not isinstance(error, OSError):

@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -21,19 +22,19 @@ import jax
 from absl import logging
 from flax import traverse_util
 
+from famx.base import peers
 from famx.base.distributed import agreed
 from famx.base.errors import ConfigError
 from famx.base.files import as_path, check_writable, is_stored, nearest_existing
 from famx.base.text import byte_size
 from famx.model_dir import digests
-from famx.model_dir.commit import CUSTOM_METADATA, SaveError, quiet_orbax, save_errors
+from famx.model_dir.commit import CUSTOM_METADATA, LAST_THREAD, SaveError, quiet_orbax, save_errors
 from famx.model_dir.digests import DamagedCheckpoint
 from famx.model_dir.trees import check_same_leaves, flatten, nest, restore_args, unflatten
 from famx.model_dir.unreadable import reading_errors
 
 SET_ASIDE = "set_aside"  # folder of a MODEL_DIR for checkpoints that are kept but not used
 _STATE, _DATASET = "state", "dataset"
-_FINALIZE_THREAD = "save_finalize"  # orbax' thread of a save, which ends when the save is complete
 
 
 class _Newest:
@@ -85,11 +86,13 @@ class Checkpointer:
         import orbax.checkpoint as ocp  # slow to import: a run that is refused does without
 
         from famx.model_dir.digested_commit import CommitWithDigests, StoredCommit, StoredSteps
+        from famx.model_dir.save_barrier import SaveBarrier
 
         check_keep(keep)
         quiet_orbax()
         self.model_dir = as_path(model_dir)
         stored = is_stored(model_dir)
+        self._barrier = SaveBarrier(self._part_failed)
         self._verified: set[int] = set()  # steps whose files were compared with their digests
         self._saving: int | None = None  # step of a save that may not be complete
         self._newest = _Newest(None if read_only else keep, stored)
@@ -104,6 +107,7 @@ class Checkpointer:
             save_interval_steps=0 if read_only else save_interval,
             create=not read_only,
             enable_async_checkpointing=async_,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
             cleanup_tmp_directories=not read_only and not stored,
             read_only=read_only,
             lightweight_initialize=True,  # reads nothing from checkpoints, of which one may be damaged
@@ -361,8 +365,11 @@ class Checkpointer:
         """
         if self._saving is None:
             return
-        if not any(thread.name == _FINALIZE_THREAD for thread in threading.enumerate()):
+        if not self._is_saving():
             self.wait()
+
+    def _is_saving(self) -> bool:
+        return any(thread.name == LAST_THREAD for thread in threading.enumerate())
 
     @contextlib.contextmanager
     def _saves(self) -> Iterator[None]:
@@ -382,6 +389,18 @@ class Checkpointer:
             self.reload()  # orbax has forgotten the steps that it would have deleted
             raise
 
+    def _part_failed(self, error: BaseException) -> None:
+        """Tells the other processes at once that the part of this one in a save has failed."""
+        if peers.of_a_lost_peer(error):
+            return
+        try:
+            with save_errors(self._path(self._saving or 0)):
+                raise error
+        except SaveError as known:
+            peers.tell(str(known))
+        except BaseException as unknown:
+            peers.tell(f"{type(unknown).__name__}: {unknown}", code=1)
+
     def close(self) -> None:
         """Finish background writing and end the threads.
 
@@ -397,7 +416,11 @@ class Checkpointer:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
+        if peers.of_a_lost_peer(error):
+            while self._is_saving() and not self._barrier.waits:  # for one that is gone
+                time.sleep(0.05)
+            return
         with contextlib.suppress(SaveError) if kind is not None else contextlib.nullcontext():
             self.close()
 

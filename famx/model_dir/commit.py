@@ -15,6 +15,7 @@ from famx.model_dir import digests
 
 # What `CheckpointManager.save` is given, so that a checkpoint without its digests is known as damaged.
 CUSTOM_METADATA = {digests.KEY: digests.NAME}
+LAST_THREAD = "save_finalize"  # orbax' thread of a save, which ends when the save is complete
 
 
 class SaveError(ConfigError):
