@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.distributed import on_host
 from famx.modules import Decoder
 from famx.modules.layer import MASS
 from famx.modules.memory import COLLECTION
@@ -110,7 +111,7 @@ class MemoryMonitor:
             update = block + 1
             if update == blocks or update & (update - 1) == 0:
                 figures_at[update] = figures
-        mean = lambda total: np.asarray(total, np.float64) / blocks
-        stack = lambda *figures: np.stack([np.asarray(figure, np.float64) for figure in figures])
+        mean = lambda total: on_host(total).astype(np.float64) / blocks
+        stack = lambda *figures: np.stack([on_host(figure).astype(np.float64) for figure in figures])
         curves = jax.tree.map(stack, *figures_at.values())
         return MemoryHealth(jax.tree.map(mean, sums), tuple(figures_at), curves)

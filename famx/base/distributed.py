@@ -94,6 +94,16 @@ def _detect(waits: Mapping[str, int]) -> None:
         ) from error
 
 
+def on_host(array) -> np.ndarray:
+    """An array in the memory of this process.
+
+    If the devices of several processes hold it in parts, all of them must call this.
+    """
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 def agreed(sentence: str | None) -> str | None:
     """The sentence of the first process that has one, the same in all; waits for all processes."""
     if jax.process_count() == 1:

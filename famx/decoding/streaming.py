@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.distributed import on_host
 from famx.base.features import TOKENS
 from famx.base.waiting import Announced
 from famx.decoding.generation import Generation, Sampling, generate
@@ -138,7 +139,7 @@ class Streamer:
           tokens: int32 `[B, L]`, any `L`.
           lengths: number of tokens of each example, int `[B]`, the rest being padding; None: all `L`.
           aligned: a promise that every example is at the start of a block and that the tokens fill whole
-            blocks. The state is then not read on the host, which several processes could not do.
+            blocks. Nothing of the state is then copied to the host.
 
         Returns:
           Logits `[B, V]` after each example's last token (meaningless where the length is 0), and the
@@ -208,7 +209,7 @@ class Streamer:
         """
         if samples < 1:
             raise ValueError(f"There must be at least one sample per prompt, not {samples}.")
-        check_position(np.asarray(state.position, np.int64) + sampling.max_new_tokens)
+        check_position(on_host(state.position).astype(np.int64) + sampling.max_new_tokens)
         seeds = np.arange(state.batch_size) if seeds is None else np.asarray(seeds, np.int64)
         numbers = np.tile(np.arange(samples, dtype=np.uint32), state.batch_size)
         if samples > 1:
@@ -264,7 +265,7 @@ class Streamer:
             raise ValueError(
                 f"{length} tokens do not fill whole blocks of {size}: pad them, or leave out `aligned`."
             )
-        position = np.zeros(batch, np.int64) if aligned else np.asarray(state.position, np.int64)
+        position = np.zeros(batch, np.int64) if aligned else on_host(state.position).astype(np.int64)
         check_position(position + left)
         if not left.any():
             raise ValueError("There is nothing to read: give at least one token.")
@@ -369,7 +370,7 @@ def _gather(pieces, batch, length, kind):
         return None
     outs = None
     for start, count, out in pieces:
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(out)]
+        leaves = [on_host(leaf) for leaf in jax.tree.leaves(out)]
         if outs is None:
             outs = [np.zeros((batch, length, *x.shape[2:]), x.dtype) for x in leaves]
         for row in np.flatnonzero(count):

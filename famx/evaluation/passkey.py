@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import jax
+
 from famx.base.errors import ConfigError
 from famx.base.files import as_path, replacing, write_json
 from famx.base.ranges import OneOf, Positive, Seed
@@ -118,9 +120,10 @@ class PasskeyEvaluation:
             "exact_match": {p: {str(b): v for b, v in row.items()} for p, row in table.items()},
             "memory": {k.removeprefix("memory/"): v for k, v in scores.items() if is_of_memory(k)},
         }
-        write_json(folder / "passkey.json", result)
-        with replacing(folder / "passkey.png") as picture:
-            recall_figure(folder).savefig(picture, dpi=150, format="png")
+        if jax.process_index() == 0:
+            write_json(folder / "passkey.json", result)
+            with replacing(folder / "passkey.png") as picture:
+                recall_figure(folder).savefig(picture, dpi=150, format="png")
         lines = [f"Exact match over {self.examples} fresh documents per cell, streamed:"]
         lines.append("blocks".rjust(8) + "tokens".rjust(10) + "".join(p.rjust(20) for p in table))
         for b in self.report_blocks:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.distributed import on_host
 from famx.base.errors import ConfigError
 from famx.base.ranges import NonNegative, Object, Positive
 from famx.base.values import checked
@@ -106,10 +107,10 @@ class TextEvaluation:
             batch["decoder_loss_weights"][done] = 0  # count each document once
             both = health and total[2] < self.health_tokens
             state, sums = read(params, state, batch)
-            total = total + np.asarray(sums, np.float64)
+            total = total + on_host(sums).astype(np.float64)
             if both:
                 blind, sums = read_blind(params, blind, batch)
-                kept, zeroed = total, zeroed + np.asarray(sums, np.float64)
+                kept, zeroed = total, zeroed + on_host(sums).astype(np.float64)
         scores = _text_scores(total)
         if health:
             scores |= compared(_text_scores(kept), _text_scores(zeroed))
@@ -120,14 +121,14 @@ class TextEvaluation:
     def report(self, model: DecoderModel, params, model_dir: str | os.PathLike) -> str:
         """A sample of the model's writing after the beginning of a held-out document, and how to chat.
 
-        A run of several processes shows no sample, and a model without vocabulary nothing at all.
+        A model without vocabulary shows nothing at all.
         """
         vocabulary = model.vocabulary
         if vocabulary is None:
             return ""
         where = shlex.quote(str(model_dir))
         talk = f"Talk to it: famx chat --checkpoint={where} --temperature={_TEMPERATURE}"
-        if not self.sample_tokens or jax.process_count() > 1:
+        if not self.sample_tokens:
             return talk
         tokens = _opening(self.documents, _SAMPLE_START)
         streamer = streamer_of(model.module)
@@ -136,7 +137,7 @@ class TextEvaluation:
         )
         logits, state = streamer.read(params, streamer.initial_state(params, 1), tokens)
         out = streamer.generate(params, logits, state, sampling)
-        written = np.asarray(out.tokens)[0, : int(out.lengths[0])]
+        written = on_host(out.tokens)[0, : int(on_host(out.lengths)[0])]
         special = {vocabulary.bos_id, *sampling.stop_tokens}
         ids = [i for i in written.tolist() if i < vocabulary.vocab_size and i not in special]
         began = [i for i in tokens[0].tolist() if i not in special]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famx.base.distributed import on_host
 from famx.base.waiting import Announced
 from famx.data.vocabularies import Vocabulary
 from famx.decoding import Sampling, Streamer, generate
@@ -78,7 +79,7 @@ class Answers:
         lines[: len(batch)] = [example.line for example in batch]
         max_tokens[: len(batch)] = self.sampling.max_new_tokens  # 0 for padding rows: they end at once
         out = self._write(params, logits, state, lines, max_tokens)
-        tokens, lengths, scores = map(np.asarray, (out.tokens, out.lengths, out.log_likelihood))
+        tokens, lengths, scores = map(on_host, (out.tokens, out.lengths, out.log_likelihood))
         answers = []
         for i in range(len(batch)):
             rows = range(i * self.num_samples, (i + 1) * self.num_samples)

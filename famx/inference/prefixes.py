@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from famx.base.distributed import on_host
 from famx.decoding import Sampling, Streamer
 from famx.modules import DecoderState
 
@@ -123,7 +124,7 @@ class PrefixReader:
                     room[row] = min(piece.max_new_tokens, limit - done)
                 out = self.streamer.generate(params, logits, state, piece, seeds, room=room)
                 logits, state = out.logits, out.state
-                tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
+                tokens, lengths = on_host(out.tokens), on_host(out.lengths)
                 done += piece.max_new_tokens
                 for row in sorted(active):
                     text = written[row]

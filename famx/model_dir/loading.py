@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from famx.base.distributed import on_host
 from famx.base.errors import ConfigError
 from famx.base.text import some
 from famx.base.values import SettingError
@@ -214,7 +214,7 @@ def _started(
         raise ConfigError(f"The prompt cannot start as {start.prompt!r}: the memory {kind!r} has none.")
     starts = lambda path: is_measured(path) and path not in memory or is_prompt(path) and start.prompt
     shapes = {path: leaf.shape for path, leaf in wanted.items() if starts(path)}
-    of_layer = lambda i: jax.tree.map(lambda x: _on_host(x[i]), split_memory(params)[0]["layers"])
+    of_layer = lambda i: jax.tree.map(lambda x: on_host(x[i]), split_memory(params)[0]["layers"])
     layers = lambda: map(of_layer, range(config.num_layers))
     return start.parameters(config, shapes, seed, lambda: table, vocabulary, layers)
 
@@ -229,11 +229,7 @@ class _Rows:
         return len(self._table)
 
     def __getitem__(self, rows):
-        return _on_host(self._table[rows])
-
-
-def _on_host(x) -> np.ndarray:
-    return multihost_utils.process_allgather(x, tiled=True)
+        return on_host(self._table[rows])
 
 
 def _same_shapes(a, b) -> bool:

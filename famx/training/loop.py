@@ -465,16 +465,16 @@ def _finish(session: Session) -> dict[str, float]:
         log.message(f"Stopped at step {step}; the same command resumes from there.")
         return session.scalars
     scalars = session.scalars | session.evaluate()
+    if hasattr(run.evaluation, "report"):
+        params = session.merge(session.state.params)
+        with waiting("Evaluating for the report", run.model_dir):
+            report = run.evaluation.report(run.model, params, str(session.directory))
+        if report:
+            log.message(report)
+    sentence = run.state_passing.export(session.state.kept, session.directory, step)
+    if sentence is not None:
+        log.message(sentence)
     if jax.process_index() == 0:
-        if hasattr(run.evaluation, "report"):
-            params = session.merge(session.state.params)
-            with waiting("Evaluating for the report", run.model_dir):
-                report = run.evaluation.report(run.model, params, str(session.directory))
-            if report:
-                log.message(report)
-        sentence = run.state_passing.export(session.state.kept, session.directory, step)
-        if sentence is not None:
-            log.message(sentence)
         History(session.directory).finish(step, session.data.evaluation)
     return scalars
 

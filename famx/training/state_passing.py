@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from famx.base.distributed import on_host
 from famx.base.errors import ConfigError
 from famx.base.ranges import NonNegative, OneOf, Path, Positive, Share
 from famx.base.values import checked
@@ -79,7 +80,10 @@ class StatePassing:
         return {name: state_sharding(state, config, mesh, rules) for name, state in kept.items()}
 
     def export(self, kept, directory: pathlib.Path, step: int) -> str | None:
-        """Writes results of the run to files, if any; returns a sentence that names them, or None."""
+        """Writes results of the run to files, if any; returns a sentence that names them, or None.
+
+        All processes of a run call it.
+        """
         del kept, directory, step
 
     # ------ Within a step
@@ -303,7 +307,9 @@ class FromMemoryFile(StatePassing):
 
     def export(self, kept, directory, step):
         path = directory / f"memory_{step}.famem"
-        memory_files.with_memory(self.path, path, kept["start"].memory)
+        memory = jax.tree.map(on_host, kept["start"].memory)
+        if jax.process_index() == 0:
+            memory_files.with_memory(self.path, path, memory)
         return f"The trained memory is in {path}."
 
     def start(self, kept, fresh, batch, rng):
