@@ -36,6 +36,7 @@ from tiny import BLOCK, make_model, make_run  # noqa: E402
 from famx.base import distributed, peers  # noqa: E402
 from famx.base.errors import ConfigError  # noqa: E402
 from famx.memories import Rmt  # noqa: E402
+from famx.model_dir import digested_commit as _  # noqa: E402, imports orbax once for all children
 from famx.model_dir.checkpointer import Checkpointer  # noqa: E402
 from famx.training import loop, speed  # noqa: E402
 from famx.training.curriculum import Curriculum  # noqa: E402
