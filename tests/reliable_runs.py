@@ -29,6 +29,7 @@ if "numpy" not in sys.modules:
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+import orbax.checkpoint  # noqa: E402, F401, so that the children need not
 import xla_flags  # noqa: E402
 from flax.traverse_util import flatten_dict, unflatten_dict  # noqa: E402
 from tiny import BLOCK, make_model, make_run  # noqa: E402
@@ -36,7 +37,6 @@ from tiny import BLOCK, make_model, make_run  # noqa: E402
 from famx.base import distributed, peers  # noqa: E402
 from famx.base.errors import ConfigError  # noqa: E402
 from famx.memories import Rmt  # noqa: E402
-from famx.model_dir import digested_commit as _  # noqa: E402, imports orbax once for all children
 from famx.model_dir.checkpointer import Checkpointer  # noqa: E402
 from famx.training import loop, speed  # noqa: E402
 from famx.training.curriculum import Curriculum  # noqa: E402
