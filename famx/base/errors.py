@@ -1,5 +1,7 @@
 """Exceptions for mistakes of the user, and for data that cannot be used."""
 
+from collections.abc import Iterator
+
 _MOST_CHARACTERS = 4800  # more than the longest path and a sentence
 
 
@@ -22,3 +24,15 @@ class BadData(ConfigError):
 
 class BadRecord(BadData):
     """A single record or document that cannot be used, while others can; the message names its place."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, the one that it was raised from or while handling, and so on; each once.
+
+    An exception that was raised from itself is its own cause.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

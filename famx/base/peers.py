@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from famx.base.describe import differences, shown
-from famx.base.errors import ConfigError
+from famx.base.errors import ConfigError, causes
 from famx.base.native_stderr import NativeStderr
 
 LOST = 75  # exit code after the loss of another process: EX_TEMPFAIL, "try again"
@@ -341,11 +341,7 @@ def _linger(group: _Group, seconds: float) -> None:
 
 def of_a_lost_peer(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, is that of an operation with a process that is gone."""
-    while error is not None:
-        if _BROKEN.search(str(error)) and not isinstance(error, OSError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(_BROKEN.search(str(one)) and not isinstance(one, OSError) for one in causes(error))
 
 
 def _loss(group: _Group) -> PeerLost:

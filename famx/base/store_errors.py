@@ -4,7 +4,7 @@ import errno
 import os
 import re
 
-from famx.base.errors import ConfigError
+from famx.base.errors import ConfigError, causes
 
 _STATUS = re.compile(r"http_response_code='(\d+)'")
 _LOG_IN = (
@@ -37,10 +37,10 @@ def http_status(error: BaseException) -> int | None:
 
 def store_error(error: BaseException | None, path: str | os.PathLike) -> StoreError | None:
     """The error of a store in an exception of tensorstore, or in what caused it; None: there is none."""
-    while error is not None:
-        if isinstance(error, StoreError):
-            return error
-        status, text = http_status(error), str(error)
+    for one in causes(error):
+        if isinstance(one, StoreError):
+            return one
+        status, text = http_status(one), str(one)
         if status in (401, 403):
             return StoreError(errno.EACCES, f"{_LOG_IN} (HTTP {status})", str(path))
         if status == 404:
@@ -51,5 +51,4 @@ def store_error(error: BaseException | None, path: str | os.PathLike) -> StoreEr
         if status is not None or "retry attempts failed" in text:
             answer = text.splitlines()[0].split(" [")[0][:200]
             return StoreError(errno.EIO, f"the store answered: {answer}", str(path))
-        error = error.__cause__ or error.__context__
     return None

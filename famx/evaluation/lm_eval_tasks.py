@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from famx.base.errors import ConfigError
+from famx.base.errors import ConfigError, causes
 from famx.base.files import as_path
 from famx.base.gin_checks import nearest
 from famx.base.ranges import Name, NonNegative, Path, Positive, Rate
@@ -201,7 +201,7 @@ def plain_errors() -> Iterator[None]:
 
 def _sentence(error: Exception) -> str | None:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    if any(map(_is_of_network, _causes(error))):
+    if any(map(_is_of_network, causes(error))):
         return (
             f"A task of lm-eval needs data that is not on this machine and cannot be downloaded: {text}."
             " Fetch it where there is a network, or give the task local files (docs/lm_eval.md)."
@@ -212,12 +212,6 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, ValueError) and frame.f_globals["__name__"].startswith("lm_eval.config"):
         return f"{text}."
     return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_of_network(error: BaseException) -> bool:

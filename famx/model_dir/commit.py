@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from famx.base.errors import ConfigError
+from famx.base.errors import ConfigError, causes
 from famx.base.files import NO_SPACE
 from famx.base.store_errors import store_error
 from famx.model_dir import digests
@@ -45,12 +45,11 @@ def disk_is_full(error: BaseException) -> bool:
 
 def _error_number(error: BaseException | None) -> int | None:
     """The number of the system's error in an exception, what caused it or its text; None: it has none."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno:
-            return error.errno
-        if match := re.search(r"os_error_code='(\d+)'", str(error)):
+    for one in causes(error):
+        if isinstance(one, OSError) and one.errno:
+            return one.errno
+        if match := re.search(r"os_error_code='(\d+)'", str(one)):
             return int(match[1])
-        error = error.__cause__ or error.__context__
     return None
 
 
