@@ -9,6 +9,10 @@ If the task of an evaluation is not set, it is the task that the run trains on: 
 evaluation's `with_task(make_task)`, which returns a copy with the run's task, or the evaluation itself if
 its task is set. `make_task(**changes)` returns the run's task, with changed options if given.
 
+In a run of several processes all of them call it, and its optional `report(model, params, model_dir)`,
+with parameters that their devices hold together. Results on devices come to the host by
+`famx.base.distributed.on_host`, and files are written by process 0 alone.
+
 With `health=True`, a model with memory also reports scalars named `memory/...`: the statistics of
 `famx.analysis.MemoryHealth`, and the same scores with the memory set to zero before every block
 (`memory/zeroed/...`). The difference between the two scores is what the memory contributes.
