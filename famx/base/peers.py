@@ -249,8 +249,7 @@ class _Watch:
             _raise_if_one_ended(self._group)
         except PeerLost as lost:
             with contextlib.suppress(RuntimeError, ValueError):
-                if _told is None:
-                    _tell(self._group, str(lost), lost.code)
+                _tell(self._group, *_reason(lost))
             self._leave(lost)
 
     def _look(self) -> None:
@@ -276,7 +275,7 @@ class _Watch:
 
     def _leave(self, lost: PeerLost) -> None:
         if not self._stopped.is_set():
-            _exit(*(_told or (str(lost), lost.code)))
+            _exit(*_reason(lost))
 
     def _aborted(self) -> None:
         """Ends the process if jax aborts it because process 0, with the store, is gone."""
@@ -284,7 +283,7 @@ class _Watch:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except (OSError, ValueError):
-            _exit(*(_told or (f"Process 0 of this run is gone. {_AGAIN}", LOST)))
+            _exit(*_reason(PeerLost(f"Process 0 of this run is gone. {_AGAIN}")))
         if self._stderr is not None:
             self._stderr.pass_on(all_=True)
 
@@ -299,7 +298,7 @@ def _end(group: _Group, error: Exception, stderr: NativeStderr | None) -> None:
         sentence, code = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 1
     else:
         lost = lost or _loss(group)
-        sentence, code = _told or (str(lost), lost.code)
+        sentence, code = _reason(lost)
     with contextlib.suppress(Exception):
         _tell(group, sentence, code)
         if group.index == 0:
@@ -324,6 +323,11 @@ def tell(sentence: str, code: int = BAD_INPUT) -> None:
         _told = sentence, code
         with contextlib.suppress(Exception):
             _tell(group, sentence, code)
+
+
+def _reason(lost: PeerLost) -> tuple[str, int]:
+    """Why this process ends, and its exit code: what it told the others, since they then end as well."""
+    return _told or (str(lost), lost.code)
 
 
 def _tell(group: _Group, sentence: str, code: int) -> None:

@@ -27,7 +27,7 @@ class SaveBarrier:
         self.waits = 0  # number of threads that wait for other processes
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        """Waits until all processes have called it with this key, at most so many milliseconds."""
+        """Waits until all processes have called it with this key, for at most `timeout_ms`."""
         error = sys.exc_info()[1]  # of a `finally`
         if error is not None and threading.current_thread().name == LAST_THREAD:
             if error is not self._told:
