@@ -10,6 +10,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -34,6 +35,13 @@ def start_process(command, **options) -> subprocess.Popen:
                 signal.signal(number, lambda *_: None)
                 stack.callback(signal.signal, number, signal.SIG_IGN)
         return subprocess.Popen(command, **options)
+
+
+def free_address() -> str:
+    """`localhost:PORT` with a port that no process listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
 
 
 def below(mark: str) -> Iterator[int]:

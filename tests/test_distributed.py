@@ -2,13 +2,12 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
 import jax
 import pytest
-from processes import start_process
+from processes import free_address, start_process
 
 from famx.base import distributed, gin_utils
 from famx.base.errors import ConfigError
@@ -99,9 +98,7 @@ main(*sys.argv[1:])
 
 
 def start_two(moment):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     processes = [
         start_process(
             [sys.executable, "-c", TWO, moment, address, str(i)], cwd=gin_utils.gin_root(),

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ import pytest
 import xla_flags
 from absl import flags
 from gin import config as gin_config
-from processes import start_process
+from processes import free_address, start_process
 
 from famx import train
 from famx.base import gin_utils
@@ -415,9 +414,7 @@ def test_a_resume_is_the_same_run(bad_input, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_with_other_steps_end_at_once(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"--coordinator_address=localhost:{free.getsockname()[1]}"
+    address = f"--coordinator_address={free_address()}"
     processes = [
         start(*arguments(tmp_path, f"TRAIN_STEPS={22 + 8 * i}"), address, "--num_processes=2",
               f"--process_id={i}")

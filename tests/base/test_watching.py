@@ -3,13 +3,12 @@
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from processes import start_process
+from processes import free_address, start_process
 
 from famx.base import gin_utils, peers
 from famx.base.errors import ConfigError
@@ -45,9 +44,7 @@ AGAIN = "Start the same command again in all processes"
 
 
 def start_two(moment):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     return [
         start_process(
             [sys.executable, "-c", PROGRAM, address, str(i), moment], cwd=gin_utils.gin_root(),

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
-from processes import start_process
+from processes import free_address, start_process
 
 from famx.base import gin_utils, peers
 
@@ -63,9 +62,7 @@ print("not reached")
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("moment", ["both wait", "one computes", "killed"])
 def test_both_processes_end_with_a_sentence(tmp_path, victim, moment):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     both = [
         start_process(
             [sys.executable, "-c", PROGRAM, address, str(i), str(tmp_path), str(victim), moment],

@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -16,7 +15,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from processes import start_process
+from processes import free_address, start_process
 from tiny import assert_identical, make_run
 
 import famx
@@ -317,9 +316,7 @@ distributed.agreed(None)
 
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     command = lambda index: [sys.executable, "-c", TWO, address, str(index), str(tmp_path)]
     both = [
         start_process(command(index), cwd=ROOT, stdout=subprocess.PIPE, text=True,

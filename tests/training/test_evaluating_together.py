@@ -2,13 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import xla_flags
-from processes import start_process
+from processes import free_address, start_process
 
 from famx.base.gin_utils import gin_root
 
@@ -90,9 +89,7 @@ if count > 1:
 def trained(folder, count):
     """Scores by model and step, reports and files of a run on two devices, of `count` processes."""
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     paths = os.pathsep.join([str(gin_root()), str(gin_root() / "tests")])
     processes = [
         start_process(

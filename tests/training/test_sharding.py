@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -14,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 import xla_flags
 from flax import traverse_util
-from processes import start_process
+from processes import free_address, start_process
 
 import famx
 from famx.training.run_log import read_metrics
@@ -216,9 +215,7 @@ def test_processes_equal_one(folder, count):
             shutil.copytree(folder / f"{kind}_1", folder / f"{kind}_processes_4")
             for step in (4, STEPS):
                 shutil.rmtree(folder / f"{kind}_processes_4" / f"checkpoint_{step}")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     processes = [
         start(PROCESSES, folder, address, count, index, devices=4 // count) for index in range(count)
     ]
