@@ -19,6 +19,7 @@ from famx.base.errors import ConfigError
 from famx.modules import DecoderConfig
 from famx.study import commands, results, runner
 from famx.study.grid import Study
+from famx.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 AXES = {
@@ -103,9 +104,17 @@ def test_a_study_that_cannot_be_is_one_sentence(tmp_path, changes, sentence):
         study(**{"directory": str(tmp_path), **changes})
 
 
-def test_every_cell_of_the_shipped_study_is_a_run(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "more", "choices"),
+    [
+        ("memories", [], 11 * 3),
+        ("memories_gpu", ["BASE_DIR = '/base'", "BASE_GIN = 'gin_configs/models/fam_135m.gin'"], 9),
+    ],
+)
+def test_every_cell_of_the_studies_of_memories_is_a_run(name, more, choices, tmp_path):
     with clean():
-        gin_utils.parse_gin(["gin_configs/studies/memories.gin"], [f"STUDY_DIR = {str(tmp_path)!r}"])
+        file, given = f"gin_configs/studies/{name}.gin", [f"STUDY_DIR = {str(tmp_path)!r}", *more]
+        gin_utils.parse_gin([file], given)
         one = gin_utils.call(commands.study)
     cells = [cell for cell in one.cells() if cell.seed == 0]
     kinds = []
@@ -115,12 +124,32 @@ def test_every_cell_of_the_shipped_study_is_a_run(tmp_path):
             gin_utils.parse_gin([str(cell.gin_file)])
             config = gin.get_configurable(DecoderConfig)()
         kinds.append((config.memory.kind, config.memory_segments))
-    assert len(cells) == len(set(cell.name for cell in cells)) == 10
-    assert {kind for kind, _ in kinds} == {
-        "none", "fam", "infini", "key_value_means", "landmark", "rmt", "auto_compressor",
-        "block_recurrent",
-    }  # fmt: skip
+    assert len(cells) == len(set(cell.name for cell in cells)) == choices
+    kinds_of_all = {"none", "fam", "infini", "key_value_means", "landmark", "rmt", "auto_compressor"}
+    assert {kind for kind, _ in kinds} - {"block_recurrent"} == kinds_of_all
     assert {segments for kind, segments in kinds if kind == "none"} == {3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["memories", "fam_parts"])
+def test_every_cell_of_the_studies_can_begin(name, tmp_path, monkeypatch):
+    """As far as to the point where settings and data are checked and a run would be begun."""
+
+    def begin(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "starting", begin)
+    with clean():
+        file, given = f"gin_configs/studies/{name}.gin", [f"STUDY_DIR = {str(tmp_path)!r}"]
+        gin_utils.parse_gin([file], given)
+        one = gin_utils.call(commands.study)
+    for cell in one.cells():
+        if cell.seed == 0:
+            one.write_gin_file(cell)
+            with clean():
+                gin_utils.parse_gin([str(cell.gin_file)])
+                with pytest.raises(KeyboardInterrupt):
+                    gin_utils.call(loop.train)
 
 
 def finish(cell, **scores):
