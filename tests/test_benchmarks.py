@@ -38,6 +38,7 @@ from benchmarks import (  # noqa: E402
     device_sections,
     inference,
     loading,
+    memories,
     memory_start,
     train_step,
     workloads,
@@ -252,6 +253,25 @@ def test_full_attention_reads_all_that_was_read():
     changed[0, 0] = (changed[0, 0] + 1) % 16
     other, _ = decoder.apply({"params": params}, changed)
     assert int(state.position[0]) == 40 and np.abs(logits[0, -1] - other[0, -1]).max() > 1e-6
+
+
+# The memories of a study.
+
+
+@pytest.mark.slow
+def test_the_memories_of_a_study_are_measured(tmp_path, monkeypatch):
+    configs, figures = memories.models("memories"), tmp_path / "figures.json"
+    assert list(configs)[0] == "FAM" and len(configs) == 11
+    some = {name: configs[name] for name in ("FAM", "BSWA", "Landmark")}
+    monkeypatch.setattr(memories, "models", lambda study: some)
+    memories.main(["--quick", "--repeats=2", f"--json={figures}"])
+    rows = {row["memory"]: row for row in json.loads(figures.read_text())["sections"]["memories"]["rows"]}
+    assert list(rows) == list(some)
+    assert rows["FAM"]["state, bytes"] == 2 * 8 * 64 * 4, "layers, rows, width, float32"
+    assert rows["BSWA"]["state, bytes"] == rows["BSWA"]["parameters"] == 0
+    for row in rows.values():
+        times = [numbers(value) for name, value in row.items() if "time" in name]
+        assert all(math.isfinite(x) and x > 0 for found in times for x in found), row
 
 
 # Two checkouts.
