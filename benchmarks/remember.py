@@ -119,12 +119,12 @@ SIZES = {
     # Two CPU cores, for a model of 135M parameters: short blocks and a short memory.
     "cpu": Size(
         stages=(
-            {"steps": 170, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
-             "microbatches": 2, "curriculum": {"blocks": (2, 4)},
+            {"steps": 180, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
+             "microbatches": 2, "curriculum": {"blocks": (2, 4)}},
+            {"state_passing": "aged", "curriculum": {"blocks": (4, 8, 16, 32)},
              "options": {"filler": _FILLERS, "text_weight": 0.02}},
-            {"state_passing": "aged", "curriculum": {"blocks": (4, 8, 16, 32)}},
         ),
-        steps=240,
+        steps=260,
         memory_length=16,
         settings={
             **ON_CPU, "Lora.rank": 8, "Lora.alpha": 16, "warmup_cosine.learning_rate": 1e-3,
