@@ -1,9 +1,11 @@
 """Where the arrays of a checkpoint lie, if they share files (OCDBT)."""
 
 import dataclasses
+import functools
 import pathlib
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from famx.base.files import is_stored
 
@@ -38,8 +40,7 @@ def stored_arrays(directory: pathlib.Path) -> dict[str, list[Value]]:
     """
     import tensorstore
 
-    spec = directory.spec if is_stored(directory) else {"driver": "file", "path": f"{directory}/"}
-    base = tensorstore.KvStore.open(spec).result()
+    base = tensorstore.KvStore.open(_spec(directory)).result()
 
     def below(location: str, prefix: bytes) -> Iterator[Value]:
         for entry in tensorstore.ocdbt.dump(base, location).result()["entries"]:
@@ -56,6 +57,35 @@ def stored_arrays(directory: pathlib.Path) -> dict[str, list[Value]]:
     for value in sorted(values, key=lambda value: value.key):
         arrays.setdefault(value.key.split(b"/")[0].decode(), []).append(value)
     return arrays
+
+
+def stored_values(directory: pathlib.Path) -> dict[str, list[tuple[bytes, Callable[[], bytes]]]]:
+    """Keys and contents of each array, as `stored_arrays` has them with their places.
+
+    For each save of a run: tensorstore (0.1.86) tells places as JSON values, whose memory it never frees.
+    A content is in memory as a whole.
+
+    Raises:
+      ValueError, OSError: the index cannot be read.
+    """
+    import tensorstore
+
+    spec = {"driver": "ocdbt", "base": _spec(directory)}
+    store = tensorstore.KvStore.open(spec).result()
+
+    def read(key: bytes) -> bytes:
+        return store.read(key).result().value
+
+    arrays: dict[str, list[tuple[bytes, Callable[[], bytes]]]] = {}
+    for key in sorted(store.list().result()):
+        name = key.split(b"/")[0].decode()
+        arrays.setdefault(name, []).append((key, functools.partial(read, key)))
+    return arrays
+
+
+def _spec(directory: pathlib.Path) -> dict[str, Any]:
+    """tensorstore's name of a directory."""
+    return directory.spec if is_stored(directory) else {"driver": "file", "path": f"{directory}/"}
 
 
 def _place(location: str) -> tuple[str, int, int]:

@@ -5,7 +5,7 @@ import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from famx.model_dir.shared_files import LISTING, stored_arrays
+from famx.model_dir.shared_files import LISTING, stored_arrays, stored_values
 
 NAMES = st.text("ab:%/.é ", min_size=1, max_size=6).filter(lambda name: name.split("/")[0])
 
@@ -44,7 +44,13 @@ def test_every_value_is_where_it_is_said_to_be(tmp_path_factory, values, node_by
         with tensorstore.Transaction() as transaction:
             for key in list(values)[part::2]:
                 store.with_transaction(transaction)[key] = values[key]
-    assert listed(directory) == {key.encode(): value for key, value in values.items()}
+    wanted = {key.encode(): value for key, value in values.items()}
+    assert listed(directory) == wanted
+    contents = stored_values(directory)
+    assert {array: [key for key, _ in found] for array, found in contents.items()} == {
+        array: [value.key for value in found] for array, found in stored_arrays(directory).items()
+    }
+    assert {key: read() for found in contents.values() for key, read in found} == wanted
 
 
 def test_an_empty_index_and_a_damaged_one(tmp_path):
@@ -52,7 +58,15 @@ def test_an_empty_index_and_a_damaged_one(tmp_path):
     store = tensorstore.KvStore.open(spec).result()
     store["a/0"] = b"x" * 100
     del store["a/0"]
-    assert stored_arrays(tmp_path) == {}
+    assert stored_arrays(tmp_path) == stored_values(tmp_path) == {}
     (tmp_path / LISTING).write_bytes(b"no index")
-    with pytest.raises((ValueError, OSError)):
-        stored_arrays(tmp_path)
+    for function in (stored_arrays, stored_values):
+        with pytest.raises((ValueError, OSError)):
+            function(tmp_path)
+
+
+def test_contents_are_read_without_the_json_that_tensorstore_never_frees(tmp_path, monkeypatch):
+    store = tensorstore.KvStore.open(f"file://{tmp_path}/|ocdbt:").result()
+    store["a/0"] = b"x" * 100
+    monkeypatch.setattr(tensorstore.ocdbt, "dump", None)
+    assert [read() for _, read in stored_values(tmp_path)["a"]] == [b"x" * 100]
