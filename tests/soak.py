@@ -113,10 +113,12 @@ def soak(plan: Plan) -> dict[str, Any]:
     steps = _steps(plan, run)
     codes = finish(plan.start(run, steps, 2), _FOREVER)
     whole = plan.folder / "whole"
-    if committed(whole)[-1:] != [steps]:
+    if committed(whole)[-1:] != [steps] or not whole.with_suffix(".json").exists():
         _run_whole(plan, whole, steps)
     found = {"codes": codes, "steps": steps, **_compared(run, whole, steps, plan.folder)}
     found |= _watched(pieces) | {"mode": plan.mode, "seed": plan.seed}
+    sizes = json.loads(whole.with_suffix(".json").read_text())
+    found["rss_of_whole"] = [sizes[int(share * (len(sizes) - 1))] for share in (0.1, 0.5, 1)]
     (plan.folder / "soak.json").write_text(json.dumps(found, indent=2) + "\n")
     (plan.folder / "soak.md").write_text(table(found) + "\n")
     return found
@@ -187,7 +189,12 @@ def _steps(plan: Plan, run: pathlib.Path) -> int:
 def _run_whole(plan: Plan, whole: pathlib.Path, steps: int) -> None:
     """The undisturbed run, which begins from nothing if this was interrupted."""
     shutil.rmtree(whole, ignore_errors=True)
-    codes = finish(plan.start(whole, steps, 1), _FOREVER)  # which takes less time than two
+    children, sizes = plan.start(whole, steps, 1), []  # which takes less time than two
+    while all(child.poll() is None for child in children):
+        sizes += [_sample(children)[0]]
+        time.sleep(_SAMPLE)
+    codes = finish(children, _FOREVER)
+    whole.with_suffix(".json").write_text(json.dumps([size for size in sizes if size] or [0]))
     if codes != [0]:
         raise RuntimeError(f"The undisturbed run ended with {codes}; see {whole}.log.0.")
 
@@ -231,6 +238,9 @@ def table(found: dict[str, Any]) -> str:
         "resident memory of two processes, by piece": " to ".join(map(mb, found["rss_of_two_processes"])),
         "its largest growth in the second half of a piece": (
             f"{100 * found['largest_growth_within_a_piece']:.1f}%"
+        ),
+        "that of the undisturbed run, after a tenth, a half and all of it": ", ".join(
+            map(mb, found["rss_of_whole"])
         ),
         "threads of a process, most of a piece": span(*found["threads"]),
         "open files of a process, most of a piece": span(*found["open_files"]),

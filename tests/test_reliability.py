@@ -198,5 +198,7 @@ def test_the_table_of_a_soak():
     assert found["lost"] == 1 and found["hours"] == 0.1 and found["open_files"] == [40, 41]
     assert found["largest_growth_within_a_piece"] == 0.02
     found |= dict(same_checkpoint=True, same_metrics=False, differing_lines=2, lines=9, steps=1000)
+    found["rss_of_whole"] = [1e6, 2e6, 3e6]
     text = soak.table(found)
     assert "| differing lines of metrics | 2 of 9 |" in text and "30 to 31" in text
+    assert "1 MB, 2 MB, 3 MB" in text
