@@ -108,7 +108,7 @@ def test_a_study_that_cannot_be_is_one_sentence(tmp_path, changes, sentence):
     ("name", "more", "choices"),
     [
         ("memories", [], 11 * 3),
-        ("memories_gpu", ["BASE_DIR = '/base'", "BASE_GIN = 'gin_configs/models/fam_135m.gin'"], 9),
+        ("memories_gpu", ["BASE_GIN = 'gin_configs/models/fam_135m.gin'"], 9),
     ],
 )
 def test_every_cell_of_the_studies_of_memories_is_a_run(name, more, choices, tmp_path):
