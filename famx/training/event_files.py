@@ -25,13 +25,23 @@ def summary_writer(directory: str | os.PathLike, **options: Any) -> "tensorboard
     Args:
       directory: directory of the event file; made if missing.
       options: options of `SummaryWriter`.
+
+    Raises:
+      ConfigError: the directory cannot be made, or the semaphores of the writer's queue, which are files
+        of the system in `/dev/shm`.
     """
     _import_without_torch()
     import tensorboardX
     from tensorboardX import record_writer
 
     record_writer.register_writer_factory(_PREFIX, _Factory)
-    return tensorboardX.SummaryWriter(f"{_PREFIX}:{os.fspath(directory)}", **options)
+    try:
+        return tensorboardX.SummaryWriter(f"{_PREFIX}:{os.fspath(directory)}", **options)
+    except OSError as error:
+        raise ConfigError(
+            f"{directory} cannot be written: {error.strerror or error}. Make space there, and in"
+            " /dev/shm, where TensorBoard's files have their locks."
+        ) from error
 
 
 def _import_without_torch() -> None:

@@ -1,5 +1,6 @@
 """The run log: one history across resumes, and progress for terminals and files."""
 
+import _multiprocessing
 import errno
 import io
 import json
@@ -138,9 +139,7 @@ def test_plain_lines(tmp_path, monkeypatch):
     with RunLog(tmp_path, steps=40, start_step=10, stream=stream) as log:
         scalars = {"accuracy": 0.5, "gradient_norm": 2.0, "loss": 1.23456, "skipped": 0.0}
         log.progress(20, {**scalars, "tokens_per_second": 20480.0})
-    assert stream.getvalue() == (
-        "train step 20/40  loss 1.235  accuracy 0.5  20k tokens/s  eta 2:30\n"
-    )
+    assert stream.getvalue() == ("train step 20/40  loss 1.235  accuracy 0.5  20k tokens/s  eta 2:30\n")
 
 
 WIDE = {
@@ -203,3 +202,14 @@ def test_disabled_writes_nothing(tmp_path):
 def test_only_numbers(tmp_path, value):
     with RunLog(tmp_path, stream=io.StringIO()) as log, pytest.raises((TypeError, ValueError)):
         log.write(1, {"loss": value})
+
+
+def test_locks_that_cannot_be_made_are_one_sentence(tmp_path, monkeypatch):
+    """They are files of the system, which a full disk or a container without /dev/shm refuses."""
+
+    def refused(*_, **__):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(_multiprocessing, "SemLock", refused)
+    with pytest.raises(ConfigError, match="cannot be written: File too large. Make space .* /dev/shm"):
+        event_files.summary_writer(tmp_path)
