@@ -17,7 +17,7 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,7 +78,8 @@ def write_digests(directory: pathlib.Path) -> None:
         arrays = {}
         for folder in _folders_of_arrays(files):
             stored = stored_values(directory / folder)
-            arrays[folder] = dict(zip(stored, pool.map(_contents, stored.values()), strict=True))
+            values = pool.map(functools.partial(_array, directory / folder), stored.values())
+            arrays[folder] = dict(zip(stored, values, strict=True))
     write_bytes(directory / NAME, _rendered({"format": 1, "files": files, "arrays": arrays}))
 
 
@@ -386,22 +387,12 @@ def _folders_of_arrays(names: Collection[str]) -> list[str]:
     return [path.parts[0] for path in paths if path.parts[1:] == (LISTING,)]
 
 
-def _contents(values: Sequence[tuple[bytes, Callable[[], bytes]]]) -> str:
-    """The digest that `_array` gives, from `stored_values`."""
-    digest = xxhash.xxh3_128()
-    for key, read in values:
-        content = read()
-        digest.update(key + b"\0")
-        digest.update(content)
-        digest.update(b"%d" % len(content))
-    return digest.hexdigest()
-
-
-def _array(directory: pathlib.Path, values: Sequence[Value]) -> str:
+def _array(directory: pathlib.Path, values: Iterable[Value]) -> str:
     """Digest of the stored values of an array, each after its key and before its size."""
     digest = xxhash.xxh3_128()
     for value in values:
-        digest.update(value.key + b"\0" + value.content)
+        digest.update(value.key + b"\0")
+        digest.update(value.content)
         size = len(value.content)
         if value.name:
             size = _add(digest, directory / value.name, value.start, value.size)

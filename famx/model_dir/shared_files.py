@@ -1,10 +1,9 @@
 """Where the arrays of a checkpoint lie, if they share files (OCDBT)."""
 
 import dataclasses
-import functools
 import pathlib
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from famx.base.files import is_stored
@@ -20,7 +19,7 @@ class Value:
       key: its key; it begins with the name of the array.
       name: path of the file that holds it, relative to the directory; empty if `content` holds it.
       start, size: bytes of that file.
-      content: a value so small that it is in the index itself.
+      content: the value, if it was read or is so small that it is in the index itself.
     """
 
     key: bytes
@@ -59,11 +58,10 @@ def stored_arrays(directory: pathlib.Path) -> dict[str, list[Value]]:
     return arrays
 
 
-def stored_values(directory: pathlib.Path) -> dict[str, list[tuple[bytes, Callable[[], bytes]]]]:
-    """Keys and contents of each array, as `stored_arrays` has them with their places.
+def stored_values(directory: pathlib.Path) -> dict[str, Iterator[Value]]:
+    """The values that `stored_arrays` lists, with their contents, each read when its turn comes.
 
     For each save of a run: tensorstore (0.1.86) tells places as JSON values, whose memory it never frees.
-    A content is in memory as a whole.
 
     Raises:
       ValueError, OSError: the index cannot be read.
@@ -73,14 +71,13 @@ def stored_values(directory: pathlib.Path) -> dict[str, list[tuple[bytes, Callab
     spec = {"driver": "ocdbt", "base": _spec(directory)}
     store = tensorstore.KvStore.open(spec).result()
 
-    def read(key: bytes) -> bytes:
-        return store.read(key).result().value
+    def read(keys: list[bytes]) -> Iterator[Value]:
+        return (Value(key, content=store.read(key).result().value) for key in keys)
 
-    arrays: dict[str, list[tuple[bytes, Callable[[], bytes]]]] = {}
+    arrays: dict[str, list[bytes]] = {}
     for key in sorted(store.list().result()):
-        name = key.split(b"/")[0].decode()
-        arrays.setdefault(name, []).append((key, functools.partial(read, key)))
-    return arrays
+        arrays.setdefault(key.split(b"/")[0].decode(), []).append(key)
+    return {name: read(keys) for name, keys in arrays.items()}
 
 
 def _spec(directory: pathlib.Path) -> dict[str, Any]:

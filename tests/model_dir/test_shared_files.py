@@ -46,11 +46,11 @@ def test_every_value_is_where_it_is_said_to_be(tmp_path_factory, values, node_by
                 store.with_transaction(transaction)[key] = values[key]
     wanted = {key.encode(): value for key, value in values.items()}
     assert listed(directory) == wanted
-    contents = stored_values(directory)
-    assert {array: [key for key, _ in found] for array, found in contents.items()} == {
+    contents = {array: list(found) for array, found in stored_values(directory).items()}
+    assert {array: [value.key for value in found] for array, found in contents.items()} == {
         array: [value.key for value in found] for array, found in stored_arrays(directory).items()
     }
-    assert {key: read() for found in contents.values() for key, read in found} == wanted
+    assert {value.key: value.content for found in contents.values() for value in found} == wanted
 
 
 def test_an_empty_index_and_a_damaged_one(tmp_path):
@@ -69,4 +69,4 @@ def test_contents_are_read_without_the_json_that_tensorstore_never_frees(tmp_pat
     store = tensorstore.KvStore.open(f"file://{tmp_path}/|ocdbt:").result()
     store["a/0"] = b"x" * 100
     monkeypatch.setattr(tensorstore.ocdbt, "dump", None)
-    assert [read() for _, read in stored_values(tmp_path)["a"]] == [b"x" * 100]
+    assert [value.content for value in stored_values(tmp_path)["a"]] == [b"x" * 100]
