@@ -37,6 +37,8 @@ def summary_writer(directory: str | os.PathLike, **options: Any) -> "tensorboard
     record_writer.register_writer_factory(_PREFIX, _Factory)
     try:
         return tensorboardX.SummaryWriter(f"{_PREFIX}:{os.fspath(directory)}", **options)
+    except ConfigError:  # of a store
+        raise
     except OSError as error:
         raise ConfigError(
             f"{directory} cannot be written: {error.strerror or error}. Make space there, and in"

@@ -139,7 +139,9 @@ def test_plain_lines(tmp_path, monkeypatch):
     with RunLog(tmp_path, steps=40, start_step=10, stream=stream) as log:
         scalars = {"accuracy": 0.5, "gradient_norm": 2.0, "loss": 1.23456, "skipped": 0.0}
         log.progress(20, {**scalars, "tokens_per_second": 20480.0})
-    assert stream.getvalue() == ("train step 20/40  loss 1.235  accuracy 0.5  20k tokens/s  eta 2:30\n")
+    assert stream.getvalue() == (
+        "train step 20/40  loss 1.235  accuracy 0.5  20k tokens/s  eta 2:30\n"
+    )
 
 
 WIDE = {
