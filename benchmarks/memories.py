@@ -8,13 +8,12 @@ import dataclasses
 import tempfile
 from collections.abc import Callable
 
-import gin
-
 from benchmarks import command
 from benchmarks.workloads import prefill, train_step
 from famx.base import gin_utils
 from famx.base.tables import Table
 from famx.modules import DecoderConfig
+from famx.scale.compiling import run_from_gin
 from famx.scale.timing import interleave
 from famx.study import commands
 from famx.training.memory_costs import memory_costs
@@ -48,9 +47,8 @@ def models(study: str) -> dict[str, DecoderConfig]:
         for cell in grid.cells():
             if cell.choices["memory"] not in found:
                 grid.write_gin_file(cell)
-                made = lambda: gin.get_configurable(DecoderConfig)()
-                config = gin_utils.call_with(made, [str(cell.gin_file)])
-                found[cell.choices["memory"]] = config
+                run = gin_utils.call_with(run_from_gin, [str(cell.gin_file)])
+                found[cell.choices["memory"]] = run.model.config
     return found
 
 

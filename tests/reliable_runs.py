@@ -14,7 +14,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ import optax  # noqa: E402
 import orbax.checkpoint  # noqa: E402, F401, so that the children need not
 import xla_flags  # noqa: E402
 from flax.traverse_util import flatten_dict, unflatten_dict  # noqa: E402
+from processes import free_address  # noqa: E402
 from tiny import BLOCK, make_model, make_run  # noqa: E402
 
 from famx.base import distributed, peers  # noqa: E402
@@ -173,9 +173,7 @@ def start(
     run: Callable[[], Run], processes: int, log: pathlib.Path, devices: int = 1
 ) -> list[Child]:
     """Starts the processes of a run, each of `devices`; the log of process `i` is `<log>.<i>`."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
 
     def train(index: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
