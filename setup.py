@@ -39,6 +39,7 @@ setup(
     package_data={
         "famx.gin_configs": ["*.gin", "**/*.gin"],
         "famx.conversion": ["exported/*.py"],
+        "famx.lora": ["shipped/*/*"],
         "famx.analysis": ["page/*"],
     },
     install_requires=[

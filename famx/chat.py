@@ -19,7 +19,7 @@ from famx.base.ranges import Amount, Directory, Path, Positive, PositiveShare, S
 
 def define_flags() -> None:
     define("checkpoint", Directory, None, "Model to talk to: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
-    define("adapter", Directory, None, "Saved LoRA adapter to apply to the checkpoint.")
+    define("adapter", Directory, None, "Saved LoRA adapter to apply, or the name of one of famx's own.")
     define("memory", Path, None, "Memory file whose state the conversation starts from.")
     flags.DEFINE_bool("fresh", False, "Answer each message from the same state and keep neither.")
     define("temperature", Amount, 0.0, "Sampling temperature; 0 always takes the likeliest token.")

@@ -20,7 +20,7 @@ _DTYPES = ["float32", "bfloat16", "float16", "float64"]
 def define_flags() -> None:
     define("checkpoint", Directory, None, "Model to export: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
     define("to", Path, None, "Directory to write; must be missing or empty.")
-    define("adapter", Directory, None, "Saved LoRA adapter to merge into the weights.")
+    define("adapter", Directory, None, "Saved LoRA adapter to merge, or the name of one of famx's own.")
     define("source", Directory, None, "Directory with config.json and tokenizer of the model that was "
                         "imported; by default MODEL_DIR/source if it exists.")  # fmt: skip
     flags.DEFINE_enum("dtype", None, _DTYPES, "Weight dtype of the files; by default that of training.")

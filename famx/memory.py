@@ -17,7 +17,7 @@ from famx.base.ranges import Directory, Path
 
 def define_flags() -> None:
     define("checkpoint", Directory, None, "Model that reads: MODEL_DIR or MODEL_DIR/checkpoint_<step>.")
-    define("adapter", Directory, None, "Saved LoRA adapter to apply to the checkpoint.")
+    define("adapter", Directory, None, "Saved LoRA adapter to apply, or the name of one of famx's own.")
     define("read", Path, [], "Text file to read; several are read in order.", several=True)
     define("out", Path, None, "Memory file to write.")
     define("memory", Path, None, "Memory file whose state reading starts from.")

@@ -15,6 +15,7 @@ from famx.base.values import check_arguments
 from famx.conversion import exporting
 from famx.conversion.importing import Plan, check_destination, plan_import, write_model
 from famx.conversion.sources import open_source
+from famx.lora import adapter_directory
 from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import check_model, load_model
 from famx.models.inputs import check_reads_text
@@ -100,7 +101,7 @@ def export_checkpoint(
         raise ConfigError(f"There is no config.json in --source {source}.")
     check_reads_text(check_model(split_checkpoint(checkpoint)[0]), "Exports", alone=True)
     trained = load_model(checkpoint, adapter=adapter)
-    run = adapter and as_path(adapter).expanduser().absolute().parent  # MODEL_DIR/adapter
+    run = adapter and adapter_directory(adapter).absolute().parent  # MODEL_DIR/adapter
     with Progress("export", unit="B", keep_bar=False) as progress:
         done = exporting.export(
             trained, directory, dtype, size, source, progress.add, memory, run

@@ -11,12 +11,13 @@ and checkpoints treat them like any parameter:
 
 from famx.lora.adapters import GROUPS, Lora, combine, merged, split
 from famx.lora.applying import intercept
-from famx.lora.files import adapter_memory, load_adapter, save_adapter
+from famx.lora.files import adapter_directory, adapter_memory, load_adapter, save_adapter
 from famx.lora.int8 import quantize
 
 __all__ = [
     "GROUPS",
     "Lora",
+    "adapter_directory",
     "adapter_memory",
     "combine",
     "intercept",

@@ -26,6 +26,7 @@ from famx.lora.adapters import GROUPS, Lora, inputs_end, select, value
 from famx.modules.memory import of_memory
 
 WEIGHTS = "adapter_model.safetensors"
+SHIPPED = pathlib.Path(__file__).with_name("shipped")  # adapters that come with famx
 OURS, FINGERPRINT = "famx.", "famx.base_fingerprint"
 _CHECKSUM = "famx.sha256"  # of the tensors and these fields of the config, in the tensors' metadata
 _CHECKED = ("r", "lora_alpha", "target_modules", MEMORY)
@@ -41,6 +42,20 @@ _THEIRS = {
 _OURS = {theirs: ours for ours, theirs in _THEIRS.items()}
 _TENSOR = re.compile(r"base_model\.model\.(?:\w+\.)*?layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def adapter_directory(path) -> pathlib.Path:
+    """The directory of an adapter, which one that comes with famx may be called by its name.
+
+    Args:
+      path: a directory, or the name of a directory in `SHIPPED`; the former if both exist.
+    """
+    given = as_path(path).expanduser()
+    return SHIPPED / str(path) if str(path) in _shipped() and not given.exists() else given
+
+
+def _shipped() -> list[str]:
+    return sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
 
 
 def save_adapter(
@@ -117,7 +132,7 @@ def check_adapter(path) -> bool:
     """
     import safetensors
 
-    path = as_path(path).expanduser()
+    path = adapter_directory(path)
     _read(path)
     with local_copy(path / WEIGHTS) as local, safetensors.safe_open(local, "np") as file:
         return _CHECKSUM in (file.metadata() or {})
@@ -129,7 +144,7 @@ def adapter_memory(path) -> dict[str, Any]:
     Raises:
       ConfigError: there is no adapter, or it is damaged.
     """
-    path = as_path(path).expanduser()
+    path = adapter_directory(path)
     return dict(_read(path)[0].famx_memory or {})
 
 
@@ -149,7 +164,7 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
       ConfigError: there is no adapter, it is damaged, it uses unsupported options, or it does not fit the
         base model.
     """
-    path = as_path(path).expanduser()
+    path = adapter_directory(path)
     config, tensors, saved = _read(path)
     if fingerprint and saved and fingerprint != saved:
         raise ConfigError(
@@ -195,7 +210,8 @@ def _read(path: pathlib.Path):
         tensors = {name: _float32(tensor, name) for name, tensor in stored.items()}
     except FileNotFoundError:
         raise ConfigError(
-            f"There is no adapter in {path}: it must contain {CONFIG} and {WEIGHTS}."
+            f"There is no adapter in {path}: it must contain {CONFIG} and {WEIGHTS}. Those that come with"
+            f" famx, by their names: {', '.join(_shipped()) or 'none'}."
         ) from None
     except ConfigError:
         raise

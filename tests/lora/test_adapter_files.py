@@ -13,7 +13,7 @@ from modules.helpers import config, random_params
 from trees import LORA, adapters_of
 
 from famx.base.errors import ConfigError
-from famx.lora import Lora, combine, load_adapter, save_adapter, split
+from famx.lora import Lora, combine, files, load_adapter, save_adapter, split
 from famx.lora.adapter_config import read_adapter_config
 from famx.memories import Fam
 from famx.modules import Memory
@@ -184,6 +184,19 @@ def test_a_missing_file_is_named(tmp_path, file):
     (tmp_path / file).unlink()
     with pytest.raises(ConfigError, match="There is no adapter in .* it must contain"):
         load_adapter(tmp_path, params)
+
+
+def test_an_adapter_that_comes_with_famx_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    params, tree = saved(tmp_path / "shipped" / "small")
+    loaded = combine(params, load_adapter("small", params)[0])
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+    with pytest.raises(ConfigError, match="There is no adapter in smal: .* by their names: small"):
+        load_adapter("smal", params)
+    (tmp_path / "small").mkdir()  # the user's own
+    with pytest.raises(ConfigError, match="There is no adapter in small"):
+        load_adapter("small", params)
 
 
 @pytest.mark.parametrize("changes", [dict(r="8"), dict(r=0), dict(r=True), dict(lora_alpha=None)])
