@@ -242,18 +242,29 @@ class Documents(list):
 def test_bits_per_token_equal_a_direct_computation(batch_size, length):
     """Every document is read once and completely, also if there are fewer documents than lanes."""
     documents = Documents(make_tokens(size, seed=size) for size in (50, 16, 7, 33, 64))
-    nats, hits, count = 0.0, 0, 0
+    nats, hits = [], 0
     for document in documents:
         row = np.zeros((1, 64), np.int32)
         row[0, 0], row[0, 1 : len(document)] = 1, document[:-1]
         log_p = np.asarray(jax.nn.log_softmax(apply({"params": PARAMS}, row)[0]))
         log_p = log_p[0, : len(document)]
-        nats -= log_p[np.arange(len(document)), document].sum()
+        nats.append(-log_p[np.arange(len(document)), document])
         hits += (log_p.argmax(-1) == document).sum()
-        count += len(document)
-    got = TextEvaluation(documents, batch_size, length, max_tokens=None)(MODEL, PARAMS, 0)
-    assert got["bits_per_token"] == pytest.approx(nats / count / math.log(2), rel=1e-4)
-    assert got["accuracy"] == pytest.approx(hits / count, abs=1e-6)
+    bits = lambda parts: pytest.approx(np.concatenate(parts).mean() / math.log(2), rel=1e-4)
+    evaluation = TextEvaluation(documents, batch_size, length, max_tokens=None, distances=(5, 20, 33, 64))
+    got = evaluation(MODEL, PARAMS, 0)
+    assert got["bits_per_token"] == bits(nats)
+    assert got["accuracy"] == pytest.approx(hits / len(np.concatenate(nats)), abs=1e-6)
+    for start, end in ((0, 5), (5, 20), (20, 33), (33, 64)):
+        assert got[f"bits_per_token/from/{start}"] == bits([x[start:end] for x in nats])
+    assert "bits_per_token/from/64" not in got, "no document is that long"
+    assert "bits_per_token/from/0" not in dataclasses.replace(evaluation, distances=())(MODEL, PARAMS, 0)
+
+
+@pytest.mark.parametrize("distances", [(20, 5), (5, 5)])
+def test_distances_ascend(distances):
+    with pytest.raises(ConfigError, match="TextEvaluation.distances must ascend"):
+        TextEvaluation(Documents([make_tokens(50)]), distances=distances)
 
 
 def test_max_tokens_and_files(tmp_path):

@@ -1,7 +1,6 @@
 """Bits per token and accuracy over whole documents."""
 
 import dataclasses
-import functools
 import math
 import os
 import shlex
@@ -10,14 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from famx.base.distributed import on_host
 from famx.base.errors import ConfigError
 from famx.base.ranges import NonNegative, Object, Positive
 from famx.base.values import checked
-from famx.base.waiting import Announced
 from famx.data.rows.lanes import ContinuousLanes
 from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.decoding import Sampling
@@ -29,7 +26,7 @@ from famx.evaluation.common import (
     streamer_of,
 )
 from famx.models import DecoderModel
-from famx.modules import Decoder
+from famx.modules import DecoderState
 
 _SAMPLE_START = 64  # tokens of a document before a sample
 _TEMPERATURE = 0.8  # of a sample: the likeliest tokens alone soon repeat themselves
@@ -55,6 +52,11 @@ class TextEvaluation:
         same tokens with the memory. The memory statistics are measured on a single document.
       health_tokens: maximum number of tokens read for each of these.
       sample_tokens: number of tokens of the sample that `report` shows; 0: none.
+      distances: numbers of tokens from a document's start, ascending, at which its next part begins;
+        `bits_per_token/from/<start>` is reported of each part, the first of which is from 0.
+
+    Raises:
+      ConfigError: on construction, if `distances` do not ascend.
     """
 
     documents: Sequence[Any] | Object | None = None
@@ -64,6 +66,14 @@ class TextEvaluation:
     health: bool = True
     health_tokens: Positive = HEALTH_TOKENS
     sample_tokens: NonNegative = 200
+    distances: Sequence[Positive] = ()
+
+    def __post_init__(self):
+        if list(self.distances) != sorted(set(self.distances)):
+            raise ConfigError(
+                f"TextEvaluation.distances must ascend, but is {tuple(self.distances)}: sort the numbers,"
+                " and give each once."
+            )
 
     def with_task(self, make_task: Callable[..., Any]) -> "TextEvaluation":
         """A copy that reads the split "validation" of a run's task; this evaluation if it has documents.
@@ -82,7 +92,7 @@ class TextEvaluation:
         return dataclasses.replace(self, documents=documents)
 
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
-        """Returns `bits_per_token`, `accuracy` and, with `health`, memory scalars."""
+        """Returns `bits_per_token`, also by distance, `accuracy` and, with `health`, memory scalars."""
         del step
         texts: Any = self.documents
         size, documents = model.config.block_size, len(texts)
@@ -91,31 +101,36 @@ class TextEvaluation:
             bos_id=_bos_id(self.documents),
         )  # fmt: skip
         health = self.health and model.config.memory.exists
-        read, read_blind = (_lane_step(model.module, model.loss_chunk, z) for z in (False, True))
-        shapes = jax.eval_shape(lambda p: model.initial_state(p, lanes.batch_size), params)
-        # Placeholders: the first batch resets every lane, so these zeros are never read.
-        state = blind = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        total = kept = zeroed = np.zeros(3)
+        reader, blind = (
+            _LaneReader(model, params, lanes.batch_size, self.distances, zero) for zero in (False, True)
+        )
+        total = kept = zeroed = np.zeros((len(self.distances) + 1, 3))
         taken, done = 0, np.zeros(lanes.batch_size, bool)
         for batch in lanes:
             # ContinuousLanes hands out documents in the order of these resets, so counting resets
             # tells which lanes have started a second pass.
             for lane in np.flatnonzero(batch["reset"]):
                 done[lane], taken = taken >= documents, taken + 1
-            if done.all() or (self.max_tokens is not None and total[2] >= self.max_tokens):
+            read = total[:, 2].sum()
+            if done.all() or (self.max_tokens is not None and read >= self.max_tokens):
                 break
             batch["decoder_loss_weights"][done] = 0  # count each document once
-            both = health and total[2] < self.health_tokens
-            state, sums = read(params, state, batch)
-            total = total + on_host(sums).astype(np.float64)
-            if both:
-                blind, sums = read_blind(params, blind, batch)
-                kept, zeroed = total, zeroed + on_host(sums).astype(np.float64)
-        scores = _text_scores(total)
+            total = total + reader(batch)
+            if health and read < self.health_tokens:
+                kept, zeroed = total, zeroed + blind(batch)
+        scores = self._scores(total)
         if health:
-            scores |= compared(_text_scores(kept), _text_scores(zeroed))
+            scores |= compared(self._scores(kept), self._scores(zeroed))
             tokens = _opening(self.documents, self.health_tokens)
             scores |= memory_figures(model, params, tokens, self.health_tokens)
+        return scores
+
+    def _scores(self, sums) -> dict[str, float]:
+        """Scores from the sums of a `_LaneReader`; parts of a document that no token is in have none."""
+        scores = _text_scores(sums.sum(axis=0))
+        for start, part in zip((0, *self.distances), sums):
+            if self.distances and part[2]:
+                scores[f"bits_per_token/from/{start}"] = _text_scores(part)["bits_per_token"]
         return scores
 
     def report(self, model: DecoderModel, params, model_dir: str | os.PathLike) -> str:
@@ -158,35 +173,41 @@ class TextEvaluation:
         check_vocabulary(vocabulary_of(self.documents), model, "TextEvaluation.documents")
 
 
-@functools.lru_cache(maxsize=8)
-def _lane_step(module: Decoder, loss_chunk: int | None, zero_memory: bool):
-    """Jitted `f(params, state, batch) -> (state, sums)`.
+class _LaneReader:
+    """Reads batches of lanes, and sums the scores of their tokens by distance from the document's start.
 
-    `sums` is `[nats, correct tokens, tokens]`. With `zero_memory`, blocks are read one at a time and
-    the memory is zeroed before each.
+    Args:
+      model: the model.
+      params: its parameters.
+      rows: number of lanes.
+      distances: numbers of tokens from a document's start at which its next part begins.
+      zero_memory: set the memory to zero before each block.
     """
-    # A plain model, so that regularisers of the training loss are not counted.
-    model = DecoderModel(module, loss_chunk=loss_chunk)
-    names = ("decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights")
 
-    def read(params, state, batch):
-        _, metrics, state = model.loss(params, batch, None, state)
-        loss, accuracy = metrics["loss"], metrics["accuracy"]
-        return state, jnp.stack([loss.total, accuracy.total, loss.count])
+    def __init__(self, model: DecoderModel, params, rows: int, distances, zero_memory: bool):
+        self._streamer = streamer_of(model.module, zero_memory)
+        self._model, self._params, self._distances = model, params, np.asarray(distances, np.int64)
+        self._state: DecoderState | None = None
+        self._distance = np.zeros(rows, np.int64)  # of the lanes' next tokens
 
-    @jax.jit
-    def run(params, state, batch):
-        initial = model.initial_state(params, batch["reset"].shape[0])
-        state = initial.select(batch["reset"], state)
-        if not zero_memory:
-            return read(params, state, batch)
-        rows, size = batch["reset"].shape[0], module.config.block_size
-        blocks = {name: batch[name].reshape(rows, -1, size).swapaxes(0, 1) for name in names}
-        without = lambda state, block: read(params, state.zero_memory(), block)
-        state, sums = jax.lax.scan(without, state, blocks)
-        return state, jnp.sum(sums, axis=0)
+    def __call__(self, batch) -> np.ndarray:
+        """`[nats, correct tokens, tokens]` of each part of the documents, float64 `[parts, 3]`."""
+        reset, weights = batch["reset"], batch["decoder_loss_weights"].astype(np.float64)
+        start = self._streamer.initial_state(self._params, len(reset))
+        state = start if self._state is None else _select(start, reset, self._state)
+        read, targets = self._model.inputs(batch), batch["decoder_target_tokens"]
+        (log_p, right), self._state = self._streamer.score(self._params, state, read, targets)
+        distance = np.where(reset, 0, self._distance)[:, None] + np.arange(weights.shape[1])
+        self._distance = distance[:, -1] + 1
+        part = np.searchsorted(self._distances, distance.ravel(), side="right")
+        values = (-log_p.astype(np.float64) * weights, right * weights, weights)
+        parts = len(self._distances) + 1
+        return np.stack([np.bincount(part, x.ravel(), parts) for x in values], axis=1)
 
-    return Announced(run, "the evaluation on texts")
+
+@jax.jit
+def _select(start: DecoderState, reset, state: DecoderState) -> DecoderState:
+    return start.select(reset, state)
 
 
 def _quoted(text: str) -> str:
