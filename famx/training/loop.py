@@ -349,6 +349,8 @@ def _step_through(session: Session, stop) -> None:
     """Takes the remaining steps, or those until `stop()`."""
     log, profile, place = session.log, session.profile, session.place
     every, steps, pad_id = session.last.every, session.last.steps, session.last.model.pad_id
+    if place.over(session.step):  # the run had ended here, and has more stages now
+        _next_stage(session)
     session.speed.restart()
     while session.step < steps and not _stopped(stop, session.step):
         observe(session)

@@ -22,6 +22,7 @@ from famx.base.errors import ConfigError
 from famx.base.gin_checks import nearest
 from famx.data.tasks import Kind, kind_of
 from famx.data.tasks.identity import identity
+from famx.modules import Memory
 from famx.training.run import Data, Run, bound_options
 from famx.training.stages import Stage
 
@@ -58,13 +59,16 @@ def settings_of(stages: Sequence[Stage], tasks: Sequence[Any]) -> dict[str, Any]
     model |= _fields(run.model, _NOT_OF_MODEL)
     common = _fields(run, (*FREE, *_OF_STAGES, "model"))
     settings = {"model": model, "vocabulary": run.model.vocabulary, "stages": len(stages), **common}
-    of_stages = [_of_stage(stage, task) for stage, task in zip(stages, tasks, strict=True)]
+    of_stages = [
+        _of_stage(stage, task, config.memory) for stage, task in zip(stages, tasks, strict=True)
+    ]
     if len(stages) == 1:
         return describe(settings | of_stages[0])
     return describe(settings | {f"stage_{i}": fields for i, fields in enumerate(of_stages, 1)})
 
 
-def _of_stage(stage: Stage, task: Any) -> dict[str, Any]:
+def _of_stage(stage: Stage, task: Any, memory: Memory) -> dict[str, Any]:
+    """The settings of a stage; `memory`: that of the last one, which belongs to the model's identity."""
     run, data = stage.run, stage.run.data
     fields = {
         **_fields(data, ("task", "lengths", "options", "on_bad_record")),
@@ -77,6 +81,7 @@ def _of_stage(stage: Stage, task: Any) -> dict[str, Any]:
     if stage.count > 1:
         config = run.model.config
         fields |= {name: getattr(config, name) for name in ("block_size", "memory_segments")}
+        fields |= {"memory": config.memory} if config.memory != memory else {}
         fields["until"] = stage.until
         if not stage.last:
             fields["steps"] = stage.steps

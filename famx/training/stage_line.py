@@ -29,6 +29,7 @@ class StageLine(TypedDict, total=False):
     steps: Positive
     block_size: Positive
     memory_segments: NonNegative
+    memory: Mapping[Name, Any]
     blocks: Positive
     batch_size: Positive
     microbatches: Positive

@@ -8,6 +8,7 @@ keeps. All random draws are functions of the seed, the stage and the step.
 |---|---|
 | `steps` | largest number of steps; the last stage may leave it out and takes what is left |
 | `block_size`, `memory_segments` | these fields of `DecoderConfig`, which no parameter depends on |
+| `memory` | fields of the memory, such as `{"update": "residual"}`, which no parameter depends on |
 | `blocks` | tokens of a row, in blocks; without it a row keeps its tokens |
 | `batch_size` | rows of a step |
 | `microbatches` | as `Run.microbatches` |
@@ -27,7 +28,7 @@ from typing import Any
 import jax
 
 from famx.base.errors import ConfigError
-from famx.modules import Decoder
+from famx.modules import Decoder, Memory
 from famx.training.curriculum import Curriculum
 from famx.training.metrics import Sums, mean
 from famx.training.run import Run
@@ -130,6 +131,8 @@ def _with_line(run: Run, line: StageLine, blocks: int | None) -> Run:
     """`run` with the settings of a line; `blocks`: those of this line or of one before."""
     config = run.model.config
     fields = {key: line[key] for key in ("block_size", "memory_segments") if key in line}
+    if "memory" in line:
+        fields["memory"] = _memory(config.memory, line["memory"])
     config = dataclasses.replace(config, **fields)
     data, size = run.data, config.block_size
     if blocks is not None:
@@ -149,6 +152,11 @@ def _with_line(run: Run, line: StageLine, blocks: int | None) -> Run:
     model = run.model
     if fields:
         model = dataclasses.replace(model, module=Decoder(config))
+    if "memory" in line and model.abstract_params() != run.model.abstract_params():
+        raise ConfigError(
+            f"With {dict(line['memory'])} the memory has other parameters, and all stages of a run have"
+            " the same: set this in the gin file's memory."
+        )
     return dataclasses.replace(
         run,
         model=model,
@@ -156,6 +164,15 @@ def _with_line(run: Run, line: StageLine, blocks: int | None) -> Run:
         microbatches=line.get("microbatches", run.microbatches),
         state_passing=_state_passing(line.get("state_passing", run.state_passing)),
     )
+
+
+def _memory(memory: Memory, given: Mapping[str, Any]) -> Memory:
+    known = [field.name for field in dataclasses.fields(memory)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        has = ", ".join(known) or "none"
+        raise ConfigError(f"The memory {memory.kind} has no field {unknown[0]!r}; its fields: {has}.")
+    return dataclasses.replace(memory, **given)
 
 
 def _curriculum(given: Any, before: Curriculum | None) -> Curriculum | None:

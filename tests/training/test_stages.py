@@ -100,6 +100,7 @@ def random_stages(rng):
         block_size = int(rng.choice([8, 16]))
         stage = {"steps": int(rng.integers(1, 6)), "block_size": block_size, "blocks": 32 // block_size}
         stage["batch_size"] = int(rng.choice([2, 4]))
+        stage["memory"] = {"update": str(rng.choice(["residual", "gated"]))}
         stage["state_passing"] = [named("none"), named("random"), LANES, POOL][rng.integers(4)]
         if rng.integers(3) == 0:
             stage["until"] = {"accuracy": 0.01}
@@ -139,6 +140,16 @@ def test_what_carries_on_and_what_begins_from_nothing(whole):
     counts = [int(leaf) for leaf in jax.tree.leaves(tree) if leaf.shape == ()]
     assert counts == [STEPS] * 3  # the number of steps, Adam's and the schedule's
     assert [(x["step"], x["stage"]) for x in history(whole)] == [(4, 1), (5, 2), (8, 2), (10, 3), (13, 3)]
+
+
+@pytest.mark.slow
+def test_a_run_that_has_ended_goes_on_with_another_stage(tmp_path):
+    first, more = {"steps": 2, "blocks": 4, "batch_size": 4}, {"state_passing": POOL}
+    stages = (first, {"batch_size": 2, "steps": 3}, {**more, "memory": {"update": "residual"}})
+    loop.train(run_of(tmp_path / "longer", (first, {"batch_size": 2}), steps=5))
+    loop.train(run_of(tmp_path / "longer", stages), allow_changes=("stages",))
+    loop.train(run_of(tmp_path / "whole", stages))
+    assert_same_run(tmp_path / "longer", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -273,12 +284,14 @@ def test_a_line_keeps_what_it_leaves_out():
     curriculum = Curriculum((4,), unlock=0.5)
     stages = stages_of(run_of("/unused", (
         {"steps": 1, "block_size": 16, "blocks": 2, "options": {"depth": None}},
-        {"steps": 2, "block_size": 8, "state_passing": "continuous", "microbatches": 2},
+        {"steps": 2, "block_size": 8, "state_passing": "continuous", "microbatches": 2,
+         "memory": {"update": "gated"}},
         {"steps": 3, "blocks": 4, "curriculum": {"blocks": [2, 4]}, "options": {"digits": 2}},
         {"curriculum": None},
     ), curriculum=curriculum))  # fmt: skip
     runs = [stage.run for stage in stages]
     assert [run.model.config.block_size for run in runs] == [16, 8, 8, 8]
+    assert [run.model.config.memory.update for run in runs] == ["residual", *["gated"] * 3]
     assert [run.data.length for run in runs] == [32, 16, 32, 32]
     assert [run.state_passing for run in runs] == [named("none"), *[named("continuous")] * 3]
     assert [run.microbatches for run in runs] == [1, 2, 2, 2]
@@ -321,6 +334,17 @@ BAD = {
     "half a row": (({"blocks": 4.5},), r"\[\'blocks\'\] must be a whole number of at least 1, not 4.5"),
     "row": (({"steps": 1}, {"block_size": 12}), "Stage 2 .*12 tokens does not divide the row of 32"),
     "memory": (({"steps": 1}, {"block_size": 1, "blocks": 32}), "Stage 2 .*exceeds block_size 1"),
+    "memory's field": (
+        ({"steps": 1}, {"memory": {"gate": 1}}),
+        "Stage 2 .*The memory fam has no field 'gate'; its fields: length, positions,",
+    ),
+    "memory's value": (
+        ({"steps": 1}, {"memory": {"update": "gate"}}),
+        "Stage 2 .*update must be one of 'residual', 'gated'",
+    ),
+    "memory's parameters": (
+        ({"steps": 1}, {"memory": {"length": 3}}), "Stage 2 .*the memory has other parameters",
+    ),
     "segments": (({"memory_segments": -1},), r"\[\'memory_segments\'\] must be a whole number of at"),
     "sum": (({"steps": 3}, {"steps": 4}), "add up to 7, but TRAIN_STEPS is 13"),
     "none left": (({"steps": 13}, {}), "take 13 steps, but TRAIN_STEPS is 13: none is left"),
