@@ -34,7 +34,7 @@ SIZES = {
             {"options": {**VARIED, "header": 0.0}, "curriculum": {"blocks": (3, 4)}},
         ),
         steps=500,
-        memory_length=8,
+        memory=Fam(8),
         settings={
             **ON_CPU, "Lora.rank": 16, "warmup_cosine.learning_rate": 2e-3, "Every.checkpoint": 100,
         },
@@ -46,7 +46,7 @@ SIZES = {
     "smollm2": Size(
         stages=({"block_size": 64, "blocks": 2, "batch_size": 16, "microbatches": 2},),
         steps=140,
-        memory_length=16,
+        memory=Fam(16),
         settings=remember.SIZES["cpu"].settings,
         twin_steps=0,
         lengths=(2, 4, 8),
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     host, title = machine(), "Starts of a memory that learns"
     notes = (
         f"Loss: nats per token on plain text, after the first block. Blocks of {size.block_size} tokens,"
-        f" memory of {size.memory_length}; {spread}",
+        f" memory of {size.memory.length}; {spread}",
         f"{host['cpu']}, {host['cores']} cores; jax {host['jax']}",
     )
     table = tables.Table(f"memory_choices_{values.size}", title, notes, rows(results, size))
@@ -140,7 +140,7 @@ def _cell(values, size: Size, name: str, fields, prompt: str, seed: int) -> dict
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "base").exists():
             (directory / "base").symlink_to(values.base.absolute())
-        memory = Fam(size.memory_length, **fields)
+        memory = Fam(size.memory.length, **fields)
         figures = remember.remember(directory, size, memory, prompt, seed)
         print(name, f"seed {seed}", remember.write(directory, figures, size), sep="\n", flush=True)
     return json.loads(result.read_text())

@@ -55,9 +55,10 @@ class Size:
     """Sizes of the whole procedure.
 
     Attributes:
-      stages: stages of the run, see `famx.training.stages`.
+      stages: stages of the run, see `famx.training.stages`. What the first one sets of the
+        memory is as `memory` has it in the others.
       steps: steps of the run.
-      memory_length: number of memory tokens.
+      memory: the memory that the model gets, if no other one is asked for.
       settings: other values for the recipe's gin file.
       twin_steps: steps of the twin without memory, in the first stage; 0: no twin.
       lengths: lengths of the evaluated documents, in blocks of the last stage.
@@ -70,7 +71,7 @@ class Size:
 
     stages: tuple[Mapping[str, Any], ...]
     steps: int
-    memory_length: int
+    memory: Fam
     settings: Mapping[str, Any]
     twin_steps: int
     lengths: tuple[int, ...]
@@ -93,6 +94,9 @@ class Size:
         )
 
 
+# A residual update learns in fewer steps, but the memory grows with every block: a model that had learnt
+# 8 blocks knew nothing at 16. So the first stage has it, and the others have the gated one.
+LEARNING = {"update": "residual"}
 ON_CPU = {
     "DecoderConfig.dtype": "float32", "DecoderConfig.remat": "none", "FROZEN_DTYPE": None,
     "Every.log": 1, "Every.checkpoint": 10,
@@ -102,13 +106,13 @@ SIZES = {
     "gpu": Size(
         stages=(
             {"steps": 200, "until": {"exact_match": 0.9}, "block_size": 256, "blocks": 8,
-             "batch_size": 32, "curriculum": {"blocks": (2, 4, 8)}},
+             "batch_size": 32, "curriculum": {"blocks": (2, 4, 8)}, "memory": LEARNING},
             {"steps": 150, "until": {"exact_match": 0.9}, "options": {**VARIED, "filler": _FILLERS}},
             {"steps": 100, "until": {"exact_match": 0.9}, "block_size": 1024, "batch_size": 8},
             {"state_passing": "aged", "curriculum": {"blocks": (8, 16, 32, 64)}},
         ),
         steps=700,
-        memory_length=64,
+        memory=Fam(64, update="gated"),
         settings={"Every.log": 10, "Every.checkpoint": 200},
         twin_steps=100,
         lengths=(8, 16, 32, 64, 128, 256),
@@ -120,18 +124,18 @@ SIZES = {
     "cpu": Size(
         stages=(
             {"steps": 180, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
-             "microbatches": 2, "curriculum": {"blocks": (2, 4)}},
-            {"state_passing": "aged", "curriculum": {"blocks": (4, 8, 16, 32)},
+             "microbatches": 2, "curriculum": {"blocks": (2, 4)}, "memory": LEARNING},
+            {"state_passing": "aged", "curriculum": {"blocks": (4, 8, 16, 32, 64)},
              "options": {"filler": _FILLERS, "text_weight": 0.02}},
         ),
         steps=260,
-        memory_length=16,
+        memory=Fam(16, update="gated", first_residual="ordinary", bias="minus_log_length"),
         settings={
             **ON_CPU, "Lora.rank": 8, "Lora.alpha": 16, "warmup_cosine.learning_rate": 1e-3,
             "warmup_cosine.warmup_steps": 5, "run.Run.adapter_dtype": "bfloat16",
         },
         twin_steps=0,
-        lengths=(2, 4, 8, 16, 32),
+        lengths=(2, 4, 8, 16, 32, 64),
         examples=16,
         texts=2,
     ),
@@ -189,7 +193,9 @@ def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed
 
 def _settings(directory, name, size, memory, prompt, seed, steps) -> dict[str, Any]:
     """Values for the recipe's gin file."""
-    stages = size.stages
+    stages = [*size.stages]
+    if len(stages) > 1 and "memory" in stages[0]:
+        stages[1] = {**stages[1], "memory": {name: getattr(memory, name) for name in stages[0]["memory"]}}
     settings = {
         "MODEL_DIR": directory / name,
         "INITIAL_CHECKPOINT_PATH": directory / "base",
@@ -207,9 +213,9 @@ def _settings(directory, name, size, memory, prompt, seed, steps) -> dict[str, A
         fields = {f"Fam.{field}": value for field, value in memory.to_dict().items() if field != "kind"}
         settings |= {"PROMPT": prompt, **fields}
     else:
-        first = {key: value for key, value in stages[0].items() if key not in ("steps", "until")}
-        stages = (first,)
-    return {**settings, "TRAIN_STEPS": steps, "STAGES": stages}
+        others = ("steps", "until", "memory")
+        stages = [{key: value for key, value in stages[0].items() if key not in others}]
+    return {**settings, "TRAIN_STEPS": steps, "STAGES": tuple(stages)}
 
 
 def _minutes(name: str, size: Size) -> float | None:
@@ -373,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if values.source is None:
             raise ConfigError(f"There is no model in {base}: add --from=FILE.gguf or --from=DIRECTORY.")
         convert(values.source, str(base), {"memory": Memory()})
-    memory = read_memory(values.memory or f"fam:length={size.memory_length}")
+    memory = size.memory if values.memory is None else read_memory(values.memory)
     if not isinstance(memory, Fam):
         raise ConfigError(f"--memory={values.memory}: only memories of the kind fam are trained here.")
     figures = remember(values.to.absolute(), size, memory, values.prompt, values.seed)

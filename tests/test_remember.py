@@ -25,11 +25,12 @@ from benchmarks import memory_choices, remember  # noqa: E402
 
 TINY = remember.Size(
     stages=(
-        {"steps": 2, "block_size": 64, "blocks": 4, "batch_size": 2, "options": {"header": False}},
+        {"steps": 2, "block_size": 64, "blocks": 4, "batch_size": 2, "options": {"header": False},
+         "memory": remember.LEARNING},
         {"state_passing": "aged", "curriculum": {"blocks": (4, 6)}},
     ),
     steps=4,
-    memory_length=2,
+    memory=Fam(2, update="gated"),
     settings={**remember.ON_CPU, "Lora.rank": 2, "warmup_cosine.warmup_steps": 1},
     twin_steps=2,
     lengths=(6, 8),
@@ -120,24 +121,26 @@ def test_the_stages_pass_all_checks(size, tmp_path, monkeypatch):
     size = dataclasses.replace(size, settings={**size.settings, "Lora.rank": 2})  # of narrow layers
 
     def begin(stages, *args):
-        assert len(stages) == len(size.stages)
+        updates = [stage.run.model.config.memory.update for stage in stages]
+        first = size.stages[0].get("memory", {}).get("update", size.memory.update)
+        assert updates == [first] + [size.memory.update] * (len(size.stages) - 1)
         raise _Begins
 
     make_base(tmp_path / "base")
     monkeypatch.setattr(remember.loop, "_begin_or_resume", begin)
     monkeypatch.setattr(remember.Loss, "before", lambda *args: {})  # of long blocks, it takes a while
     with pytest.raises(_Begins):
-        remember.remember(tmp_path, size, Fam(size.memory_length), "text", 0)
+        remember.remember(tmp_path, size, size.memory, "text", 0)
 
 
-def test_the_memory_has_the_length_of_the_size(tmp_path, monkeypatch):
+def test_the_memory_is_that_of_the_size(tmp_path, monkeypatch):
     make_base(tmp_path / "base")
     given = []
     monkeypatch.setattr(remember, "remember", lambda to, size, memory, *rest: given.append(memory))
     monkeypatch.setattr(remember, "write", lambda *args: "")
     for arguments in ([], ["--memory=fam:length=5"]):
         remember.main([f"--to={tmp_path}", "--size=cpu", *arguments])
-    assert given == [Fam(remember.SIZES["cpu"].memory_length), Fam(5)]
+    assert given == [remember.SIZES["cpu"].memory, Fam(5)]
 
 
 def test_nothing_to_train_is_one_sentence(tmp_path):
