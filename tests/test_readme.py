@@ -39,7 +39,8 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(block, names)
+        if "smollm2" not in block:  # tests/conversion/test_smollm2.py runs that
+            exec(block, names)
     assert names["logits"].shape == (1, 100, 256)
     assert names["state"].position.tolist() == [200]
     assert len((tmp_path / "prompts.jsonl").read_text().splitlines()) == 4
@@ -59,7 +60,7 @@ def test_the_commands_that_use_a_model_run(tmp_path):
     ran = []
     for command in blocks:
         main = re.search(r"famx (infer|memory|chat|eval) ", command)
-        if main is None:
+        if main is None or "smollm2" in command:
             continue
         command = command.replace("/tmp/famx/passkey_tiny", directory)
         command = command.replace("famx ", f"{sys.executable} -m famx ")

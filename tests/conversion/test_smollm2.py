@@ -77,6 +77,26 @@ def ids(trained):
     return np.array([trained.model.vocabulary.encode(text)[:LENGTH]], np.int32)
 
 
+def test_the_adapter_that_comes_with_famx_remembers_the_first_page(tmp_path, directory):
+    """The README's own text and commands, on the model that is imported already."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## A pretrained model that remembers")[2].partition("\n## ")[0]
+    _, python, bash, output = (
+        block.replace("/tmp/famx/smollm2", str(directory))
+        for block in re.findall(r"```\w*\n(.*?)```", section, re.DOTALL)
+    )
+    script = bash.replace("famx memory", f"{sys.executable} -m famx memory")
+    script = script.replace("| famx chat", f"| {sys.executable} -m famx chat")
+    for command in ([sys.executable, "-c", python], ["bash", "-euo", "pipefail", "-c", script]):
+        run = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    without_speed = lambda text: re.sub(r"[\d,]+ tokens/s", "", text)
+    assert without_speed(run.stdout) == without_speed(output)
+
+
 def log_likelihoods(streamer, params, ids):
     """Log-likelihoods of all tokens but the first, read in pieces."""
     state, found = streamer.initial_state(params, 1), []

@@ -199,6 +199,17 @@ def test_an_adapter_that_comes_with_famx_has_a_name(tmp_path, monkeypatch):
         load_adapter("small", params)
 
 
+def test_the_adapters_that_come_with_famx_are_whole_and_small():
+    assert files._shipped() == ["smollm2_passkey"]
+    for name in files._shipped():
+        assert files.check_adapter(name)
+        directory = files.adapter_directory(name)
+        assert sum(path.stat().st_size for path in directory.iterdir()) < 8_000_000
+        assert (directory / "README.md").exists()
+        config = json.loads((directory / "adapter_config.json").read_text())
+        assert not config["base_model_name_or_path"].startswith("/")
+
+
 @pytest.mark.parametrize("changes", [dict(r="8"), dict(r=0), dict(r=True), dict(lora_alpha=None)])
 def test_nonsense_in_the_config_is_refused(tmp_path, changes):
     params, _ = saved(tmp_path)
