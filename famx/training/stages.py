@@ -28,7 +28,8 @@ from typing import Any
 import jax
 
 from famx.base.errors import ConfigError
-from famx.modules import Decoder, Memory
+from famx.modules import Decoder
+from famx.modules.memory import from_dict as memory_from_dict
 from famx.training.curriculum import Curriculum
 from famx.training.metrics import Sums, mean
 from famx.training.run import Run
@@ -132,7 +133,7 @@ def _with_line(run: Run, line: StageLine, blocks: int | None) -> Run:
     config = run.model.config
     fields = {key: line[key] for key in ("block_size", "memory_segments") if key in line}
     if "memory" in line:
-        fields["memory"] = _memory(config.memory, line["memory"])
+        fields["memory"] = memory_from_dict(config.memory.to_dict() | dict(line["memory"]))
     config = dataclasses.replace(config, **fields)
     data, size = run.data, config.block_size
     if blocks is not None:
@@ -164,15 +165,6 @@ def _with_line(run: Run, line: StageLine, blocks: int | None) -> Run:
         microbatches=line.get("microbatches", run.microbatches),
         state_passing=_state_passing(line.get("state_passing", run.state_passing)),
     )
-
-
-def _memory(memory: Memory, given: Mapping[str, Any]) -> Memory:
-    known = [field.name for field in dataclasses.fields(memory)]
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        has = ", ".join(known) or "none"
-        raise ConfigError(f"The memory {memory.kind} has no field {unknown[0]!r}; its fields: {has}.")
-    return dataclasses.replace(memory, **given)
 
 
 def _curriculum(given: Any, before: Curriculum | None) -> Curriculum | None:

@@ -336,7 +336,7 @@ BAD = {
     "memory": (({"steps": 1}, {"block_size": 1, "blocks": 32}), "Stage 2 .*exceeds block_size 1"),
     "memory's field": (
         ({"steps": 1}, {"memory": {"gate": 1}}),
-        "Stage 2 .*The memory fam has no field 'gate'; its fields: length, positions,",
+        "Stage 2 .*A memory of the kind 'fam' has no field gate; it has adapter_rank, bias, first_res",
     ),
     "memory's value": (
         ({"steps": 1}, {"memory": {"update": "gate"}}),
