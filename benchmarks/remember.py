@@ -95,7 +95,8 @@ class Size:
 
 
 # A residual update learns in fewer steps, but the memory grows with every block: a model that had learnt
-# 8 blocks knew nothing at 16. So the first stage has it, and the others have the gated one.
+# 8 blocks knew hardly anything at 16 (docs/pretrained.md). So the first stage has it, and the others have
+# the gated one.
 LEARNING = {"update": "residual"}
 ON_CPU = {
     "DecoderConfig.dtype": "float32", "DecoderConfig.remat": "none", "FROZEN_DTYPE": None,
