@@ -193,8 +193,10 @@ class _LaneReader:
     def __call__(self, batch) -> np.ndarray:
         """`[nats, correct tokens, tokens]` of each part of the documents, float64 `[parts, 3]`."""
         reset, weights = batch["reset"], batch["decoder_loss_weights"].astype(np.float64)
-        start = self._streamer.initial_state(self._params, len(reset))
-        state = start if self._state is None else _select(start, reset, self._state)
+        state = self._state
+        if reset.any():  # of all lanes in the first batch
+            start = self._streamer.initial_state(self._params, len(reset))
+            state = start if state is None else _select(start, reset, state)
         read, targets = self._model.inputs(batch), batch["decoder_target_tokens"]
         (log_p, right), self._state = self._streamer.score(self._params, state, read, targets)
         distance = np.where(reset, 0, self._distance)[:, None] + np.arange(weights.shape[1])
