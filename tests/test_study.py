@@ -107,7 +107,8 @@ def test_a_study_that_cannot_be_is_one_sentence(tmp_path, changes, sentence):
 @pytest.mark.parametrize(
     ("name", "more", "choices", "others"),
     [
-        ("memories", [], 11 * 3, {"block_recurrent"}),
+        ("memories", [], 11 * 5, {"block_recurrent"}),
+        ("memories_copy", [], 11, {"block_recurrent"}),
         ("memories_text", [], 11, {"block_recurrent"}),
         ("memories_gpu", ["BASE_GIN = 'gin_configs/models/fam_135m.gin'"], 9, set()),
     ],
@@ -133,7 +134,7 @@ def test_every_cell_of_the_studies_of_memories_is_a_run(name, more, choices, oth
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["memories", "memories_text", "fam_parts"])
+@pytest.mark.parametrize("name", ["memories", "memories_copy", "memories_text", "fam_parts"])
 def test_every_cell_of_the_studies_can_begin(name, tmp_path, monkeypatch):
     """As far as to the point where settings and data are checked and a run would be begun."""
 
