@@ -107,9 +107,9 @@ def test_a_study_that_cannot_be_is_one_sentence(tmp_path, changes, sentence):
 @pytest.mark.parametrize(
     ("name", "more", "choices", "others"),
     [
-        ("memories", [], 11 * 5, {"block_recurrent"}),
-        ("memories_copy", [], 11, {"block_recurrent"}),
-        ("memories_text", [], 11, {"block_recurrent"}),
+        ("memories", [], 12 * 5, {"block_recurrent"}),
+        ("memories_copy", [], 12, {"block_recurrent"}),
+        ("memories_text", [], 12, {"block_recurrent"}),
         ("memories_gpu", ["BASE_GIN = 'gin_configs/models/fam_135m.gin'"], 9, set()),
     ],
 )
