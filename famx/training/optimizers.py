@@ -187,7 +187,8 @@ def _decayed(weight_decay: float, mask: _Mask, parts: _Parts) -> optax.GradientT
 def _check(params: Any, parts: _Parts) -> optax.EmptyState:
     """The state of a step without one; ConfigError if no parameter that learns is in one of the parts."""
     paths = ["/".join(_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for name in parts:
+    # Without names it is optax, which makes a state of a placeholder to see what is of parameters in it.
+    for name in parts if any(paths) else ():
         if not any(in_part(name, path) for path in paths):
             raise ConfigError(
                 f"The optimiser's part {name!r} has no parameter that learns; these learn: "

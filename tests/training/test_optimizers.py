@@ -80,6 +80,17 @@ def test_parts_add_no_state_that_a_checkpoint_would_hold(make):
     )
 
 
+@pytest.mark.parametrize("make", ALL)
+def test_what_is_of_parameters_in_a_state_with_parts_is_found(make):
+    """As every run does, to shard the state and to hold the adapters' part of it."""
+    params, parts = make_params(), {"memory": optimizers.Part(2.0, 0.1)}
+    plain, with_parts = (
+        optax.tree_utils.tree_map_params(one, lambda x: x.shape, one.init(params))
+        for one in (make(0.1), make(0.1, parts=parts))
+    )
+    assert jax.tree.leaves(with_parts) == jax.tree.leaves(plain)
+
+
 def test_what_is_measured_does_not_decay():
     params = {"layers": {"memory": {"rms": jnp.ones(3), "bias": jnp.ones((3, 2))}}}
     optimizer = optimizers.adamw(0.1, weight_decay=0.5, parts={"memory": optimizers.Part(decay=0.5)})
