@@ -48,6 +48,27 @@ def test_every_choice_meets_every_other_and_every_seed(tmp_path):
     assert cells[5].settings == {"RATE": 0.5, "RANDOM_SEED": 1}
 
 
+def test_cells_that_a_study_skips_are_not_in_it(tmp_path):
+    names = {cell.name for cell in study(tmp_path).cells()}
+    skip = ("^memory=bswa, rate=low", "high, seed 1$")
+    left = {cell.name for cell in study(tmp_path, skip=skip).cells()}
+    assert names - left == {
+        "memory=bswa, rate=low, seed 3", "memory=bswa, rate=low, seed 1", "memory=fam, rate=high, seed 1",
+        "memory=bswa, rate=high, seed 1",
+    }  # fmt: skip
+
+
+def test_references_within_values_stay_references(tmp_path):
+    parts = {"memory": "@of_memory/Part()", "norms": ("@Part()",)}
+    settings = {"adamw.parts": parts, "names": ["a", 1.5], "file": "%FILE"}
+    one = study(tmp_path, imports=(), settings=settings)
+    cell = next(one.cells())
+    one.write_gin_file(cell)
+    lines = cell.gin_file.read_text().splitlines()
+    assert "adamw.parts = {'memory': @of_memory/Part(), 'norms': (@Part(),)}" in lines
+    assert "names = ['a', 1.5]" in lines and "file = %FILE" in lines
+
+
 def test_a_cell_has_a_gin_file_of_its_own(tmp_path):
     one = study(tmp_path)
     cell = list(one.cells())[2]
@@ -97,6 +118,8 @@ def test_a_cell_has_a_gin_file_of_its_own(tmp_path):
         (dict(axes={"a": {"x": [1]}}), "must be a dict of settings"),
         (dict(settings={"import os": 1}), "which is no setting"),
         (dict(imports=("os; x",)), "must be names of modules"),
+        (dict(skip=("seed",)), r"Study.skip \('seed',\) leaves no cell"),
+        (dict(skip=("(",)), r"Study.skip has '\(', which is no regular expression"),
     ],
 )
 def test_a_study_that_cannot_be_is_one_sentence(tmp_path, changes, sentence):
@@ -107,7 +130,7 @@ def test_a_study_that_cannot_be_is_one_sentence(tmp_path, changes, sentence):
 @pytest.mark.parametrize(
     ("name", "more", "choices", "others"),
     [
-        ("memories", [], 12 * 5, {"block_recurrent"}),
+        ("memories", [], 12 * 6 - 1, {"block_recurrent"}),
         ("memories_copy", [], 12, {"block_recurrent"}),
         ("memories_text", [], 12, {"block_recurrent"}),
         ("memories_gpu", ["BASE_GIN = 'gin_configs/models/fam_135m.gin'"], 9, set()),

@@ -76,9 +76,10 @@ class Study:
       gin_files: gin files of every run, as for `famx.train`.
       axes: for each axis its choices by name, each a dict of settings by name as for `--gin.NAME=VALUE`:
         `{"memory": {"fam": {}, "infini": {"MEMORY": "@infini.Infini()"}}}`. A text that begins with `@`
-        or `%` is a reference of gin.
+        or `%` is a reference of gin, also within a dict or a tuple.
       settings: settings of all cells; those of a choice replace them.
       seeds: values of RANDOM_SEED.
+      skip: regular expressions; a cell whose name contains one of them is not in the study.
       imports: modules that references name, such as "famx.memories.infini".
       measures: names of the measures that the summary shows, see `famx.study.results`, or patterns such
         as `eval/accuracy/*`.
@@ -92,6 +93,7 @@ class Study:
     axes: _Axes
     settings: _Settings = dataclasses.field(default_factory=dict)
     seeds: Annotated[Sequence[Seed], MinLen(1)] = (0,)
+    skip: Sequence[Name] = ()
     imports: Sequence[Name] = ()
     measures: Sequence[Name] = ()
 
@@ -100,6 +102,13 @@ class Study:
             raise ConfigError(f"The directory of a study must be an absolute path, not {self.directory}.")
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"Study.seeds has a seed twice: {tuple(self.seeds)}.")
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"Study.skip has {pattern!r}, which is no regular expression: {error}."
+                ) from error
         for module in self.imports:
             if not _MODULE.fullmatch(module):
                 raise ConfigError(f"Study.imports must be names of modules, not {module!r}.")
@@ -113,6 +122,8 @@ class Study:
                         f"A choice of {axis} cannot be named {name!r}: use letters and digits."
                     )
                 self._check_settings(f"The choice {name} of {axis}", settings)
+        if not any(True for _ in self.cells()):
+            raise ConfigError(f"Study.skip {tuple(self.skip)} leaves no cell of the study.")
 
     def _check_settings(self, what: str, settings: Mapping[str, Any]) -> None:
         for name in settings:
@@ -133,7 +144,9 @@ class Study:
                 parts = [f"{axis}={choice}" for axis, choice in chosen.items()]
                 name = "-".join([*parts, f"seed={seed}"]).replace(" ", "_")
                 directory = pathlib.Path(self.directory) / "cells" / name
-                yield Cell(chosen, seed, settings | {"RANDOM_SEED": seed}, directory)
+                cell = Cell(chosen, seed, settings | {"RANDOM_SEED": seed}, directory)
+                if not any(re.search(pattern, cell.name) for pattern in self.skip):
+                    yield cell
 
     def write_gin_file(self, cell: Cell) -> None:
         """Writes the gin file of a cell, with MODEL_DIR.
@@ -180,4 +193,11 @@ class Study:
 
 
 def _literal(value: Any) -> str:
-    return value if isinstance(value, str) and value[:1] in ("@", "%") else repr(value)
+    if isinstance(value, str) and value[:1] in ("@", "%"):
+        return value
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        inside = ", ".join(map(_literal, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(value) == 1)})"
+    return repr(value)
