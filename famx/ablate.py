@@ -36,7 +36,7 @@ def main() -> None:
     gin_utils.parse_gin_flags()
     study = gin_utils.call(commands.study)
     if values.tables:
-        print(commands.tables(study))
+        print(commands.tables(study, values.only))
         return
     options = (values.processes, values.gpus, values.dry_run)
     code = commands.run(study, values.only, commands.share(values.task, values.tasks), *options)

@@ -208,7 +208,7 @@ def test_the_table_has_a_row_for_each_number_and_the_summary_the_spread(tmp_path
     cells = list(one.cells())
     for cell, score in zip(cells[:3], (0.5, 0.25, 1.0)):
         finish(cell, **{"2": score, "4": 0.125})
-    text = results.write(one)
+    text = commands.tables(one)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 3 * 5  # two losses, two scores and one with the memory zeroed
     row = next(row for row in rows if row["measure"] == "passkey/hold/2")
@@ -224,6 +224,8 @@ def test_the_table_has_a_row_for_each_number_and_the_summary_the_spread(tmp_path
     assert (tmp_path / "summary.md").read_text().count("|") and (tmp_path / "passkey.png").stat().st_size
     pyarrow = pytest.importorskip("pyarrow.parquet")
     assert pyarrow.read_table(tmp_path / "results.parquet").num_rows == len(rows)
+    assert "bswa" not in commands.tables(one, "^memory=fam")
+    assert {row["memory"] for row in csv.DictReader((tmp_path / "results.csv").open())} == {"fam"}
 
 
 def test_scores_over_lengths_are_a_figure(tmp_path, monkeypatch):
@@ -242,7 +244,7 @@ def test_scores_over_lengths_are_a_figure(tmp_path, monkeypatch):
         return make(medians, *arguments, **options)
 
     monkeypatch.setattr(results, "lengths_figure", draw)
-    assert "accuracy/64" in results.write(one)
+    assert "accuracy/64" in commands.tables(one)
     assert drawn["eval/accuracy"] == {"fam": {32: 0.75, 64: 0.1875}, "bswa": {32: 0.75, 64: 0.5}}
     assert drawn["ranges"]["eval/accuracy"]["fam"] == {32: (0.5, 1.0), 64: (0.125, 0.25)}
     assert (tmp_path / "lengths.png").stat().st_size and not (tmp_path / "passkey.png").exists()
@@ -250,11 +252,11 @@ def test_scores_over_lengths_are_a_figure(tmp_path, monkeypatch):
 
 def test_the_summary_names_what_was_measured_if_asked_for_something_else(tmp_path):
     one = study(tmp_path, measures=("train/los",))
-    with pytest.raises(ConfigError, match="No cell of .* is complete yet"):
-        results.write(one)
+    with pytest.raises(ConfigError, match="None of the cells of .* is complete yet"):
+        commands.tables(one)
     finish(next(one.cells()), **{"2": 0.5})
     with pytest.raises(ConfigError, match="No run measured train/los: choose from train/loss, eval/loss"):
-        results.write(one)
+        commands.tables(one)
 
 
 def test_the_task_is_that_of_the_flags_or_else_of_the_environment(monkeypatch):

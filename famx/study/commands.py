@@ -31,9 +31,9 @@ def study(study: Study) -> Study:
     return study
 
 
-def tables(study: Study) -> str:
-    """Writes the tables and the figure; returns the summary."""
-    return results.write(study)
+def tables(study: Study, only: str = "") -> str:
+    """Writes the tables and figures of the cells whose names contain `only`; returns the summary."""
+    return results.write(study, selected(study, only))
 
 
 def share(task: int, tasks: int | None) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import fnmatch
 import io
 import pathlib
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -24,7 +24,7 @@ from famx.base import tables
 from famx.base.errors import ConfigError
 from famx.base.files import replacing, write_text
 from famx.evaluation.figures import lengths_figure, passkey_results
-from famx.study.grid import Study
+from famx.study.grid import Cell, Study
 from famx.study.runner import is_complete, read_record
 from famx.training.run_log import read_metrics
 
@@ -48,10 +48,10 @@ def measures(directory: pathlib.Path) -> Iterator[tuple[str, float]]:
         yield from ((name, value) for name, value in memory.items() if name.startswith("zeroed/"))
 
 
-def rows(study: Study) -> list[dict[str, Any]]:
+def rows(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     """A row for each measure of each complete cell: axes, seed, measure, value, versions and command."""
     found = []
-    for cell in study.cells():
+    for cell in cells:
         if is_complete(cell):
             record = read_record(cell)
             about = {name: record.get(name) for name in _ABOUT}
@@ -63,28 +63,29 @@ def rows(study: Study) -> list[dict[str, Any]]:
     return found
 
 
-def write(study: Study) -> str:
+def write(study: Study, cells: Sequence[Cell]) -> str:
     """Writes results.csv, .parquet (with pyarrow), summary.md and figures; returns the summary.
 
-    passkey.png is of the runs with PassKey, lengths.png of measures of the summary whose names end with a
-    length, such as `eval/accuracy/256`; each is there if there are such.
+    All are of those of the study's `cells` that are complete. passkey.png is of the runs with PassKey,
+    lengths.png of measures of the summary whose names end with a length, such as `eval/accuracy/256`;
+    each is there if there are such.
 
     Raises:
       ConfigError: no cell is complete, or a measure of the summary does not exist.
     """
-    found, directory = rows(study), pathlib.Path(study.directory)
+    found, directory = rows(cells), pathlib.Path(study.directory)
     if not found:
-        raise ConfigError(f"No cell of {directory} is complete yet: run the study first.")
+        raise ConfigError(f"None of the cells of {directory} is complete yet: run the study first.")
     text = io.StringIO()
     writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     write_text(directory / "results.csv", text.getvalue())
     _write_parquet(directory / "results.parquet", found)
-    table = summary(study, found)
+    table = summary(study, found, len(cells))
     write_text(directory / "summary.md", table.markdown() + "\n")
     figures = {
-        "passkey.png": _passkey_figure(study, found),
+        "passkey.png": _passkey_figure(study, cells, found),
         "lengths.png": _lengths_figure(study, found),
     }
     for name, figure in figures.items():
@@ -121,8 +122,8 @@ def _named(study: Study, found: Sequence[Mapping[str, Any]]) -> list[str]:
     return names or [name for name in known if name in ("train/loss", "train/accuracy")]
 
 
-def summary(study: Study, found: Sequence[Mapping[str, Any]]) -> tables.Table:
-    """A row for each choice: median of the seeds and, of several, their range."""
+def summary(study: Study, found: Sequence[Mapping[str, Any]], cells: int) -> tables.Table:
+    """A row for each choice of a number of cells: median of the seeds and, of several, their range."""
     names = _named(study, found)
     values: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in found:
@@ -134,7 +135,7 @@ def summary(study: Study, found: Sequence[Mapping[str, Any]]) -> tables.Table:
         row["seeds"] = max(map(len, of_choice.values()))
         made.append(row | {name: spread(of_choice.get(name, ())) for name in names})
     title = "Median of the seeds, and their range"
-    return tables.Table("study", title, (f"{len(list(study.cells()))} cells",), made)
+    return tables.Table("study", title, (f"{cells} cells",), made)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -149,9 +150,11 @@ def spread(values: Sequence[float]) -> str:
 _Scores = dict[str, dict[str, dict[int, list[float]]]]
 
 
-def _passkey_figure(study: Study, found: Sequence[Mapping[str, Any]]) -> Figure | None:
+def _passkey_figure(
+    study: Study, cells: Iterable[Cell], found: Sequence[Mapping[str, Any]]
+) -> Figure | None:
     """Exact match over the number of blocks: a line for each choice, a panel for each probe."""
-    first = next(_passkeys(study), None)
+    first = next(_passkeys(cells), None)
     if first is None:
         return None
     names = {row["measure"] for row in found if row["measure"].startswith("passkey/")}
@@ -192,8 +195,8 @@ def _spread(scores: _Scores):
     return of(statistics.median), of(lambda values: (min(values), max(values)))
 
 
-def _passkeys(study: Study) -> Iterator[Mapping[str, Any]]:
+def _passkeys(cells: Iterable[Cell]) -> Iterator[Mapping[str, Any]]:
     """What is in passkey.json of each complete cell that has one."""
-    for cell in study.cells():
+    for cell in cells:
         if is_complete(cell) and (cell.directory / "passkey.json").is_file():
             yield passkey_results(cell.directory)
