@@ -170,23 +170,17 @@ class CopyProbe(DistanceProbe):
 class RecallProbe(DistanceProbe):
     """The statement is `remember Ada is q , Bo is z .`; the row ends with `recall Bo is z`.
 
-    With several questions it ends with `recall Bo is z , Ada is q`: multi-query associative recall (arXiv
-    2312.04927), which teaches a model in fewer rows. The answer is the last letter; those before it have
-    its loss weight, so that the accuracy of a batch is that of all letters.
-
     An example also has `overwritten`, which is True if a second statement changed the letter of the key
     that is asked for.
 
     Attributes:
       num_pairs: number of keys, each with a letter.
-      num_questions: number of keys that are asked for, each once, at most `num_pairs`.
       overwrite: probability of a second statement that gives one key another letter, in a block between
         the pairs and the question; the distance must then be at least 2. With several pairs, it is the
         key that is asked for in half of these examples.
     """
 
     num_pairs: Annotated[int, Ge(1), Le(len(KEYS))] = 4
-    num_questions: Positive = 1
     overwrite: Share = 0.0
 
     def __post_init__(self):
@@ -220,8 +214,7 @@ class RecallProbe(DistanceProbe):
 
     @functools.cached_property
     def _question_size(self):
-        commas = (self.num_questions - 1) * len(self._encode(","))
-        return len(self._encode("recall")) + self.num_questions * self._pair_size + commas
+        return len(self._encode("recall")) + self._pair_size
 
     @property
     def _min_distance(self):
@@ -242,20 +235,5 @@ class RecallProbe(DistanceProbe):
             target = asked if overwritten else other
             values[target] = SYMBOLS[(SYMBOLS.index(values[target]) + step) % len(SYMBOLS)]
             statements.append(f"remember {keys[target]} is {values[target]} .")
-        others = rng.integers(self.num_pairs, size=self.num_questions - 1)
-        before = [f"{keys[i]} is {values[i]} , " for i in others]
-        question = f"recall {''.join(before)}{keys[asked]} is"
+        question = f"recall {keys[asked]} is"
         return statements, question, values[asked], dict(overwritten=overwritten)
-
-    def _row(self, index, length):
-        row = super()._row(index, length)
-        _, question, *_ = self._content(index)
-        words = question.split()
-        letters = [i > 0 and words[i - 1] == "is" for i in range(len(words))]
-        asked = np.concatenate(
-            [np.full(len(self._encode(word)), letter) for word, letter in zip(words, letters)]
-        )
-        start = row["answer_start"]
-        row["weights"] = np.zeros(length, np.float32)
-        row["weights"][start - len(asked) : start] = self.answer_weight * asked
-        return row
