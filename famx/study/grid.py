@@ -122,7 +122,7 @@ class Study:
                         f"A choice of {axis} cannot be named {name!r}: use letters and digits."
                     )
                 self._check_settings(f"The choice {name} of {axis}", settings)
-        if not any(True for _ in self.cells()):
+        if next(self.cells(), None) is None:
             raise ConfigError(f"Study.skip {tuple(self.skip)} leaves no cell of the study.")
 
     def _check_settings(self, what: str, settings: Mapping[str, Any]) -> None:
