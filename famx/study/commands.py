@@ -10,7 +10,7 @@ from famx.base import gin_checks
 from famx.base.errors import ConfigError
 from famx.base.signals import STOP_SIGNALS, handling
 from famx.study import results
-from famx.study.grid import Cell, Study
+from famx.study.grid import Cell, Study, check_pattern
 from famx.study.runner import Runner, command, is_complete
 
 STOPPED = 128  # exit codes above are of signals
@@ -90,10 +90,8 @@ def run(
 
 def selected(study: Study, only: str) -> list[Cell]:
     """The cells whose names contain the regular expression `only`."""
-    try:
-        found = [cell for cell in study.cells() if re.search(only, cell.name)]
-    except re.error as error:
-        raise ConfigError(f"--only={only} is no regular expression: {error}.") from error
+    check_pattern(only, f"--only={only}")
+    found = [cell for cell in study.cells() if re.search(only, cell.name)]
     if not found:
         names = "; ".join(cell.name for cell in study.cells())
         raise ConfigError(f"--only={only} selects none of the cells: {names}.")

@@ -103,12 +103,7 @@ class Study:
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"Study.seeds has a seed twice: {tuple(self.seeds)}.")
         for pattern in self.skip:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"Study.skip has {pattern!r}, which is no regular expression: {error}."
-                ) from error
+            check_pattern(pattern, f"Study.skip has {pattern!r}, which")
         for module in self.imports:
             if not _MODULE.fullmatch(module):
                 raise ConfigError(f"Study.imports must be names of modules, not {module!r}.")
@@ -190,6 +185,14 @@ class Study:
         rest = {name: text for name, text in settings.items() if name not in own}
         files[cell.gin_file] = "\n".join([f"# {cell.name}", *includes, "", *bindings(rest)]) + "\n"
         return files
+
+
+def check_pattern(pattern: str, subject: str) -> None:
+    """Raises ConfigError, a sentence with this subject, if a text is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{subject} is no regular expression: {error}.") from error
 
 
 def _literal(value: Any) -> str:
