@@ -168,7 +168,7 @@ def largest(directory: pathlib.Path) -> pathlib.Path:
 
 # ---------------------------------------------------------------- command line
 
-TRAIN = """train --gin_file=gin_configs/examples/passkey_tiny.gin --gin.MODEL_DIR="'{here}/run'" """
+TRAIN = """train --gin_file=gin_configs/examples/passkey_aged.gin --gin.MODEL_DIR="'{here}/run'" """
 OWN = """train --gin_file=gin_configs/examples/own_text.gin --gin.MODEL_DIR="'{here}/run'" """
 EVAL = """eval --gin_file=gin_configs/runs/eval.gin --gin.CHECKPOINT_PATH="'{model}'" """
 INFER = (
@@ -563,7 +563,7 @@ case(
     "more_lengths",
     "17",
 )
-case("no MODEL_DIR", "train --gin_file=gin_configs/examples/passkey_tiny.gin", "MODEL_DIR")
+case("no MODEL_DIR", "train --gin_file=gin_configs/examples/passkey_aged.gin", "MODEL_DIR")
 case("heads that do not divide the width", TRAIN + "--gin.DecoderConfig.num_heads=3", "num_heads", "3")
 case("rows that are no whole blocks", TRAIN + """--gin.TASK_FEATURE_LENGTHS="{'targets': 130}" """, "130")
 case("microbatches that do not divide", TRAIN + "--gin.run.Run.microbatches=3", "3", "16")
@@ -810,7 +810,7 @@ case(
 )
 case(
     "finetuning from another model",
-    """train --gin_file=gin_configs/examples/passkey_tiny.gin """
+    """train --gin_file=gin_configs/examples/passkey_aged.gin """
     """--gin.MODEL_DIR="'{here}/run'" --gin.run.Run.initial_checkpoint_path="'{model}'" """,
     "{model}",
 )

@@ -207,7 +207,8 @@ TRAINING = [
     ("TASK_OPTIONS={'filler': 'repeatd'}", "TASK_OPTIONS['filler'] must be one of 'repeated', "),
     ("TASK_OPTIONS={'vocabulary': 3}", "TASK_OPTIONS['vocabulary'] must be 'bytes', the directory of a"),
     ("STAGES={'steps': 10}", "STAGES must be a tuple of dicts, one for each stage, such as"),
-    ("STAGES=({'steps': 10.0}, {})", f"STAGES[0]['steps'] must be {WHOLE}, not 10.0."),
+    ("STAGES=({'steps': 10.0}, {})",
+     f"STAGES[0]['steps'] must be {WHOLE} or a number above 0 and below 1, not 10.0."),
     ("STAGES=({'steps': 10}, {'curriculum': {'newest': 2}})",
      "STAGES[1]['curriculum']['newest'] must be a number from 0 to 1, not 2."),
     ("STAGES=({'steps': 10}, {'bloks': 2})", "STAGES[1] has no 'bloks'; choose from steps, "),
@@ -236,14 +237,14 @@ TRAINING = [
 @pytest.mark.parametrize("binding, sentence", TRAINING, ids=[binding for binding, _ in TRAINING])
 def test_train_refuses_in_a_sentence(refused, tmp_path, binding, sentence):
     args = [f"--gin.MODEL_DIR='{tmp_path}/run'", f"--gin.{binding}"]
-    args = ["--gin_file=gin_configs/examples/passkey_tiny.gin", *args]
+    args = ["--gin_file=gin_configs/examples/passkey_aged.gin", *args]
     assert refused(train_main, *args).startswith(sentence)
 
 
 @pytest.mark.slow
 def test_train_as_a_user_runs_it(tmp_path):
     args = [f"--gin.MODEL_DIR='{tmp_path}/run'", "--gin.BATCH_SIZE=4.0"]
-    command = [sys.executable, "-m", "famx", "train", "--gin_file=gin_configs/examples/passkey_tiny.gin"]
+    command = [sys.executable, "-m", "famx", "train", "--gin_file=gin_configs/examples/passkey_aged.gin"]
     result = subprocess.run(
         [*command, *args], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT
     )

@@ -11,9 +11,9 @@ from famx.training.curriculum import RISING_METRICS, Curriculum
 from famx.training.state_passing import BY_NAME, StatePassing
 
 CurriculumFields = TypedDict("CurriculumFields", annotations(Curriculum), total=False)
-_Reached = Annotated[float, Gt(0), Lt(1)]
+_Below1 = Annotated[float, Gt(0), Lt(1)]
 _Until = Annotated[
-    Mapping[Annotated[str, OneOf(RISING_METRICS)], _Reached],
+    Mapping[Annotated[str, OneOf(RISING_METRICS)], _Below1],
     MinLen(1),
     MaxLen(1),
     Expected(
@@ -26,12 +26,12 @@ _Until = Annotated[
 class StageLine(TypedDict, total=False):
     """The settings that a stage changes."""
 
-    steps: Positive
+    steps: Positive | _Below1
     block_size: Positive
     memory_segments: NonNegative
     memory: Mapping[Name, Any]
     blocks: Positive
-    batch_size: Positive
+    batch_size: Positive | _Below1
     microbatches: Positive
     state_passing: Annotated[str, OneOf(tuple(BY_NAME))] | StatePassing
     options: Mapping[Name, Any]

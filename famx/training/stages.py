@@ -6,18 +6,19 @@ keeps. All random draws are functions of the seed, the stage and the step.
 
 | key of a line | meaning |
 |---|---|
-| `steps` | largest number of steps; the last stage may leave it out and takes what is left |
+| `steps` | largest number of steps, or a share of `Run.steps`; the last stage takes what is left |
 | `block_size`, `memory_segments` | these fields of `DecoderConfig`, which no parameter depends on |
 | `memory` | fields of the memory, such as `{"update": "residual"}`, which no parameter depends on |
 | `blocks` | tokens of a row, in blocks; without it a row keeps its tokens |
-| `batch_size` | rows of a step |
+| `batch_size` | rows of a step, or a share of `Data.batch_size` |
 | `microbatches` | as `Run.microbatches` |
 | `state_passing` | a name as of `STATE_PASSING`, or an object |
 | `options` | options of the task, in addition to those of the stages before |
 | `curriculum` | fields of `Curriculum`, in addition to those before; an object; or None: none |
 | `until` | `{"exact_match": 0.95}` ends the stage early, see `Place` |
 
-What a line leaves out stays as in the line before; `steps` and `until` are a line's own.
+What a line leaves out stays as in the line before; `steps` and `until` are a line's own. Numbers of steps
+and of rows that are below 1 are shares.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from famx.modules import Decoder
 from famx.modules.memory import from_dict as memory_from_dict
 from famx.training.curriculum import Curriculum
 from famx.training.metrics import Sums, mean
-from famx.training.run import Run
+from famx.training.run import Data, Run
 from famx.training.stage_line import StageLine
 from famx.training.state_passing import FromMemoryFile, StatePassing, named
 
@@ -48,6 +49,7 @@ class Stage:
       count: number of stages of the run.
       run: the run with the settings of this stage, without stages of its own.
       steps: largest number of steps of the stage; None for one that lasts as long as the run.
+      share: the share of the run's steps that `steps` is, if the line has one.
       until: `(metric, value)` that ends the stage early, or None.
     """
 
@@ -56,6 +58,7 @@ class Stage:
     run: Run
     steps: int | None = None
     until: tuple[str, float] | None = None
+    share: float | None = None
 
     @property
     def last(self) -> bool:
@@ -118,18 +121,33 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
         with Stage(index, len(lines), run).errors():
             blocks = line.get("blocks", blocks)
             try:
-                current = _with_line(current, line, blocks)
+                current = _with_line(current, line, blocks, run.data.batch_size)
             except (ValueError, TypeError) as error:
                 sentence = str(error).split("\n  In call to configurable")[0]
                 raise ConfigError(sentence) from error
-            stage = Stage(index, len(lines), current, line.get("steps"), _until(line))
-            stages.append(stage)
+            steps, share = line.get("steps"), None
+            if steps is not None and steps < 1:
+                steps, share = _rounded(steps, run.steps), steps
+            stages.append(Stage(index, len(lines), current, steps, _until(line), share))
     _check_steps(stages, run.steps)
+    _check_used(run.data, stages, lines)
     return tuple(stages)
 
 
-def _with_line(run: Run, line: StageLine, blocks: int | None) -> Run:
-    """`run` with the settings of a line; `blocks`: those of this line or of one before."""
+def _rounded(share: float, whole: int | None) -> int:
+    """This share of a number, at least 1; a run that takes no steps has None of them."""
+    return max(1, round(share * (whole or 1)))
+
+
+def _with_line(run: Run, line: StageLine, blocks: int | None, rows: int) -> Run:
+    """`run` with the settings of a line.
+
+    Args:
+      run: the run with the settings of the lines before.
+      line: the line.
+      blocks: blocks of a row, as of this line or of one before.
+      rows: the batch size that shares of it are of.
+    """
     config = run.model.config
     fields = {key: line[key] for key in ("block_size", "memory_segments") if key in line}
     if "memory" in line:
@@ -144,9 +162,10 @@ def _with_line(run: Run, line: StageLine, blocks: int | None) -> Run:
             " TASK_FEATURE_LENGTHS gives: set 'blocks', the blocks of a row, or another block_size."
         )
     options = {**(data.options or {}), **line.get("options", {})}
+    batch_size = line.get("batch_size", data.batch_size)
     data = dataclasses.replace(
         data,
-        batch_size=line.get("batch_size", data.batch_size),
+        batch_size=batch_size if batch_size >= 1 else _rounded(batch_size, rows),
         options=options or data.options,
         curriculum=_curriculum(line.get("curriculum", data.curriculum), data.curriculum),
     )
@@ -219,6 +238,22 @@ def _check_steps(stages: Sequence[Stage], steps: int | None) -> None:
             f"The stages before the last take {used} steps, but TRAIN_STEPS is {steps}: none is left for"
             " the last stage."
         )
+
+
+def _check_used(data: Data, stages: Sequence[Stage], lines: Sequence[StageLine]) -> None:
+    """Raises ConfigError if a setting of the run has no effect, since no stage has this value of it."""
+    first = lines[0]
+    own = "all stages have their own, and none has this one: change STAGES, or give one that they have."
+    if "blocks" in first and data.length not in [stage.run.data.length for stage in stages]:
+        raise ConfigError(f"TASK_FEATURE_LENGTHS gives rows of {data.length} tokens, but {own}")
+    rows = [line["batch_size"] for line in lines if "batch_size" in line]
+    if "batch_size" in first and min(rows) >= 1 and data.batch_size not in rows:
+        raise ConfigError(f"BATCH_SIZE is {data.batch_size}, but {own}")
+    if data.curriculum is not None and "blocks" in (first.get("curriculum") or {}):
+        curricula = [stage.run.data.curriculum for stage in stages]
+        blocks = tuple(data.curriculum.blocks)
+        if blocks not in [tuple(each.blocks) for each in curricula if each is not None]:
+            raise ConfigError(f"Curriculum.blocks is {blocks}, but {own}")
 
 
 class Place:

@@ -80,7 +80,7 @@ def losses(model_dir, split="train", name="loss"):
 
 def test_pretraining_finetuning_evaluation_and_inference_by_command(tmp_path):
     base, tuned = tmp_path / "base", tmp_path / "tuned"
-    example, segments = ["gin_configs/examples/passkey_tiny.gin"], {"DecoderConfig.memory_segments": 1}
+    example, segments = ["gin_configs/examples/passkey_aged.gin"], {"DecoderConfig.memory_segments": 1}
     changed = {"STATE_PASSING": "'random'", "LEARNING_RATE": 3e-3, **segments}
     finish(train(base, gin_files=example, **changed))
     assert losses(base).keys() == losses(base, "training_eval").keys() == {3}

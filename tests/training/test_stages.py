@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_loop import Probe, history, saved, saved_data
 from tiny import BLOCK, assert_identical, make_model, make_run, passkey
 
@@ -156,7 +158,7 @@ def test_a_run_that_has_ended_goes_on_with_another_stage(tmp_path):
 def test_one_stage_is_the_run_without_stages(tmp_path):
     plain = run_of(tmp_path / "plain", stages=(), steps=5, batch_size=4)
     loop.train(plain)
-    loop.train(run_of(tmp_path / "staged", stages=({"batch_size": 4},), steps=5))
+    loop.train(run_of(tmp_path / "staged", stages=({"batch_size": 4},), steps=5, batch_size=4))
     assert_same_run(tmp_path / "plain", tmp_path / "staged", 5)
 
 
@@ -246,6 +248,7 @@ def test_until_ends_a_stage_early_and_resumes_exactly(tmp_path):
             {"state_passing": LANES},
         ),
         steps=22,
+        batch_size=4,
         task="easy_rows",
         options=None,
     )
@@ -330,7 +333,10 @@ BAD = {
     "no dicts": ((1, 2), r"Run.stages\[0\] must be a dict with keys among steps, "),
     "unknown": (({"block_sise": 8}, {}), r"stages\[0\] has no \'block_sise\'; .*mean block_size"),
     "no steps": (({"blocks": 4}, {}), "Stage 1 .*steps is missing: only the last"),
-    "0 steps": (({"steps": 0}, {}), r"stages\[0\]\[\'steps\'\] must be a whole number of at least 1,"),
+    "0 steps": (
+        ({"steps": 0}, {}),
+        r"\[\'steps\'\] must be a whole number of at least 1 or a number above 0 and below 1, not 0",
+    ),
     "half a row": (({"blocks": 4.5},), r"\[\'blocks\'\] must be a whole number of at least 1, not 4.5"),
     "row": (({"steps": 1}, {"block_size": 12}), "Stage 2 .*12 tokens does not divide the row of 32"),
     "memory": (({"steps": 1}, {"block_size": 1, "blocks": 32}), "Stage 2 .*exceeds block_size 1"),
@@ -345,6 +351,9 @@ BAD = {
     "memory's parameters": (
         ({"steps": 1}, {"memory": {"length": 3}}), "Stage 2 .*the memory has other parameters",
     ),
+    "row's share": (({"blocks": 4, "batch_size": 1.5},), r"\[\'batch_size\'\] must be .* not 1.5"),
+    "rows that none has": (({"blocks": 4, "batch_size": 4},), "BATCH_SIZE is 2, but all stages have"),
+    "length that none has": (({"blocks": 8},), "TASK_FEATURE_LENGTHS gives rows of 32 tokens, but all"),
     "segments": (({"memory_segments": -1},), r"\[\'memory_segments\'\] must be a whole number of at"),
     "sum": (({"steps": 3}, {"steps": 4}), "add up to 7, but TRAIN_STEPS is 13"),
     "none left": (({"steps": 13}, {}), "take 13 steps, but TRAIN_STEPS is 13: none is left"),
@@ -382,6 +391,40 @@ def test_a_line_that_does_not_fit(stages, sentence, tmp_path):
         loop.train(run_of(tmp_path, stages))
     assert "\n" not in str(caught.value).split("\n  In call to configurable")[0]
     assert not list(tmp_path.iterdir())  # nothing that would stand in the way of the next try
+
+
+@given(steps=st.integers(4, 10_000), rows=st.integers(1, 512))
+def test_shares_are_of_the_numbers_of_the_run(steps, rows):
+    lines = (
+        {"steps": 0.25, "batch_size": 0.5},
+        {"steps": 1, "batch_size": 0.3},
+        {"steps": 1, "batch_size": 7},
+        {},
+    )
+    stages = stages_of(run_of("/unused", lines, steps=steps, batch_size=rows))
+    assert [stage.steps for stage in stages] == [round(steps / 4), 1, 1, None]
+    sizes = [stage.run.data.batch_size for stage in stages]
+    assert sizes == [max(1, round(rows / 2)), max(1, round(0.3 * rows)), 7, 7]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_more_steps_where_stages_are_shares(tmp_path):
+    """The shares are the setting, so that TRAIN_STEPS may change as in any other run."""
+    stages = ({"steps": 0.5, "blocks": 4, "batch_size": 0.5}, {"batch_size": 1})
+    loop.train(run_of(tmp_path, stages, steps=4))
+    loop.train(run_of(tmp_path, stages, steps=6))
+    assert [line["stage"] for line in history(tmp_path) if line["split"] == "train"][-1] == 2
+    other = ({**stages[0], "steps": 0.4}, stages[1])
+    with pytest.raises(ConfigError, match="steps was 0.5 and is now 0.4"):
+        loop.train(run_of(tmp_path, other, steps=7))
+
+
+def test_a_curriculum_that_no_stage_has():
+    first = {"steps": 1, "blocks": 4, "curriculum": {"blocks": (2, 4)}}
+    stages = (first, {"curriculum": {"blocks": (4,)}})
+    with pytest.raises(ConfigError, match=r"Curriculum.blocks is \(3, 4\), but all stages have"):
+        stages_of(run_of("/unused", stages, curriculum=Curriculum([3, 4])))
+    stages_of(run_of("/unused", stages, curriculum=Curriculum([2, 4])))
 
 
 def test_a_memory_file_has_no_stages():
