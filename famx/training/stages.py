@@ -50,6 +50,7 @@ class Stage:
       run: the run with the settings of this stage, without stages of its own.
       steps: largest number of steps of the stage; None for one that lasts as long as the run.
       share: the share of the run's steps that `steps` is, if the line has one.
+      rows: the share of the run's batch size that the stage's is, if it is one.
       until: `(metric, value)` that ends the stage early, or None.
     """
 
@@ -59,6 +60,7 @@ class Stage:
     steps: int | None = None
     until: tuple[str, float] | None = None
     share: float | None = None
+    rows: float | None = None
 
     @property
     def last(self) -> bool:
@@ -90,7 +92,9 @@ class Stage:
         except ConfigError as error:
             if self.count == 1:
                 raise
-            raise ConfigError(f"Stage {self.index + 1} of STAGES: {error}") from error
+            rows = f" (its BATCH_SIZE is {self.rows:g} of the run's)" if self.rows else ""
+            rows = rows if "BATCH_SIZE" in str(error) else ""
+            raise ConfigError(f"Stage {self.index + 1} of STAGES{rows}: {error}") from error
 
     def __str__(self):
         config, data = self.run.model.config, self.run.data
@@ -116,10 +120,10 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
         )
     stages: list[Stage] = []
     current = dataclasses.replace(run, stages=())
-    blocks = None
+    blocks, rows = None, 1
     for index, line in enumerate(lines):
         with Stage(index, len(lines), run).errors():
-            blocks = line.get("blocks", blocks)
+            blocks, rows = line.get("blocks", blocks), line.get("batch_size", rows)
             try:
                 current = _with_line(current, line, blocks, run.data.batch_size)
             except (ValueError, TypeError) as error:
@@ -128,7 +132,8 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
             steps, share = line.get("steps"), None
             if steps is not None and steps < 1:
                 steps, share = _rounded(steps, run.steps), steps
-            stages.append(Stage(index, len(lines), current, steps, _until(line), share))
+            part = rows if rows < 1 else None
+            stages.append(Stage(index, len(lines), current, steps, _until(line), share, part))
     _check_steps(stages, run.steps)
     _check_used(run.data, stages, lines)
     return tuple(stages)
