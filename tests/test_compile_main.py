@@ -18,6 +18,7 @@ from famx.base.errors import ConfigError
 from famx.scale import compiling, programs, topologies
 from famx.scale.programs import PROGRAMS
 from famx.training import loop
+from famx.training.stages import stages_of
 from famx.training.step import make_initializer, make_train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -123,7 +124,6 @@ def test_what_is_compiled_is_the_run_that_trains(example, tmp_path, monkeypatch)
             gin_utils.call(loop.train)
     finally:
         gin.clear_config()
-    (trained,) = begun
     devices = jax.devices()
 
     def comparable(run):
@@ -132,11 +132,12 @@ def test_what_is_compiled_is_the_run_that_trains(example, tmp_path, monkeypatch)
         changes = dict(model=model, model_dir=None, evaluation=None, optimizer=NO_OPTIMIZER)
         return dataclasses.replace(run, **changes)
 
-    assert comparable(given.ready(devices)) == comparable(trained)
-    _, abstract = make_initializer(trained)
-    with trained.on_mesh():
-        step = make_train_step(trained, abstract).lower(abstract, trained.abstract_batch())
-    assert programs.train(compiling.run_on(given, devices)).lowered.as_text() == step.as_text()
+    for stage, trained in zip(stages_of(given), begun, strict=True):
+        assert comparable(stage.run.ready(devices)) == comparable(trained)
+        _, abstract = make_initializer(trained)
+        with trained.on_mesh():
+            step = make_train_step(trained, abstract).lower(abstract, trained.abstract_batch())
+        assert programs.train(compiling.run_on(stage.run, devices)).lowered.as_text() == step.as_text()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
