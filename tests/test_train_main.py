@@ -446,28 +446,18 @@ def test_a_bug_keeps_its_traceback(bad_input, tmp_path, monkeypatch, place):
 
 
 @pytest.mark.slow
-def test_batch_that_eight_devices_cannot_share(tmp_path):
+@pytest.mark.parametrize("file, rows, sentence", [
+    (EXAMPLE, 12, "BATCH_SIZE 12"),
+    (MAIN, 16, "Stage 3 of STAGES (its BATCH_SIZE is 0.25 of the run's): BATCH_SIZE 4"),
+])  # fmt: skip
+def test_batch_that_eight_devices_cannot_share(tmp_path, file, rows, sentence):
     process = start(
-        *arguments(tmp_path, "BATCH_SIZE=12"),
+        *arguments(tmp_path, f"BATCH_SIZE={rows}", file=file),
         XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {xla_flags.FAST}",
     )
     _, text = process.communicate()
     assert process.returncode == 2 and "Traceback" not in text
     assert text.splitlines()[-1] == (
-        "famx: error: BATCH_SIZE 12 cannot be divided over 8 devices (data 8 x fsdp 1): use a"
+        f"famx: error: {sentence} cannot be divided over 8 devices (data 8 x fsdp 1): use a"
         " multiple of 8."
-    )
-
-
-@pytest.mark.slow
-def test_rows_of_a_stage_that_eight_devices_cannot_share(tmp_path):
-    process = start(
-        *arguments(tmp_path, "BATCH_SIZE=16", file=MAIN),
-        XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {xla_flags.FAST}",
-    )
-    _, text = process.communicate()
-    assert process.returncode == 2 and "Traceback" not in text
-    assert text.splitlines()[-1] == (
-        "famx: error: Stage 3 of STAGES (its BATCH_SIZE is 0.25 of the run's): BATCH_SIZE 4 cannot be"
-        " divided over 8 devices (data 8 x fsdp 1): use a multiple of 8."
     )

@@ -84,7 +84,7 @@ def _of_stage(stage: Stage, task: Any, memory: Memory) -> dict[str, Any]:
         fields |= {"memory": config.memory} if config.memory != memory else {}
         fields["until"] = stage.until
         if not stage.last:
-            fields["steps"] = stage.share or stage.steps
+            fields["steps"] = stage.given_steps
     return fields
 
 

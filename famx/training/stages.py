@@ -48,19 +48,22 @@ class Stage:
       index: its index, from 0.
       count: number of stages of the run.
       run: the run with the settings of this stage, without stages of its own.
-      steps: largest number of steps of the stage; None for one that lasts as long as the run.
-      share: the share of the run's steps that `steps` is, if the line has one.
-      rows: the share of the run's batch size that the stage's is, if it is one.
+      given_steps: `steps` as the line has it, a number or a share.
       until: `(metric, value)` that ends the stage early, or None.
+      given_rows: `batch_size` as this line or one before has it, a number or a share.
     """
 
     index: int
     count: int
     run: Run
-    steps: int | None = None
+    given_steps: float | None = None
     until: tuple[str, float] | None = None
-    share: float | None = None
-    rows: float | None = None
+    given_rows: float | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """Largest number of steps of the stage; None for one that lasts as long as the run."""
+        return None if self.given_steps is None else _number(self.given_steps, self.run.steps)
 
     @property
     def last(self) -> bool:
@@ -92,9 +95,10 @@ class Stage:
         except ConfigError as error:
             if self.count == 1:
                 raise
-            rows = f" (its BATCH_SIZE is {self.rows:g} of the run's)" if self.rows else ""
-            rows = rows if "BATCH_SIZE" in str(error) else ""
-            raise ConfigError(f"Stage {self.index + 1} of STAGES{rows}: {error}") from error
+            stage = f"Stage {self.index + 1} of STAGES"
+            if (self.given_rows or 1) < 1 and "BATCH_SIZE" in str(error):
+                stage += f" (its BATCH_SIZE is {self.given_rows:g} of the run's)"
+            raise ConfigError(f"{stage}: {error}") from error
 
     def __str__(self):
         config, data = self.run.model.config, self.run.data
@@ -120,7 +124,7 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
         )
     stages: list[Stage] = []
     current = dataclasses.replace(run, stages=())
-    blocks, rows = None, 1
+    blocks, rows = None, None
     for index, line in enumerate(lines):
         with Stage(index, len(lines), run).errors():
             blocks, rows = line.get("blocks", blocks), line.get("batch_size", rows)
@@ -129,19 +133,16 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
             except (ValueError, TypeError) as error:
                 sentence = str(error).split("\n  In call to configurable")[0]
                 raise ConfigError(sentence) from error
-            steps, share = line.get("steps"), None
-            if steps is not None and steps < 1:
-                steps, share = _rounded(steps, run.steps), steps
-            part = rows if rows < 1 else None
-            stages.append(Stage(index, len(lines), current, steps, _until(line), share, part))
+            stage = Stage(index, len(lines), current, line.get("steps"), _until(line), rows)
+            stages.append(stage)
     _check_steps(stages, run.steps)
     _check_used(run.data, stages, lines)
     return tuple(stages)
 
 
-def _rounded(share: float, whole: int | None) -> int:
-    """This share of a number, at least 1; a run that takes no steps has None of them."""
-    return max(1, round(share * (whole or 1)))
+def _number(given: float, whole: int | None) -> int:
+    """A number, or below 1 this share of `whole`, at least 1; a run that takes no steps has None."""
+    return given if given >= 1 else max(1, round(given * (whole or 1)))
 
 
 def _with_line(run: Run, line: StageLine, blocks: int | None, rows: int) -> Run:
@@ -151,7 +152,7 @@ def _with_line(run: Run, line: StageLine, blocks: int | None, rows: int) -> Run:
       run: the run with the settings of the lines before.
       line: the line.
       blocks: blocks of a row, as of this line or of one before.
-      rows: the batch size that shares of it are of.
+      rows: the run's batch size, which shares are of.
     """
     config = run.model.config
     fields = {key: line[key] for key in ("block_size", "memory_segments") if key in line}
@@ -167,10 +168,9 @@ def _with_line(run: Run, line: StageLine, blocks: int | None, rows: int) -> Run:
             " TASK_FEATURE_LENGTHS gives: set 'blocks', the blocks of a row, or another block_size."
         )
     options = {**(data.options or {}), **line.get("options", {})}
-    batch_size = line.get("batch_size", data.batch_size)
     data = dataclasses.replace(
         data,
-        batch_size=batch_size if batch_size >= 1 else _rounded(batch_size, rows),
+        batch_size=_number(line.get("batch_size", data.batch_size), rows),
         options=options or data.options,
         curriculum=_curriculum(line.get("curriculum", data.curriculum), data.curriculum),
     )
@@ -254,7 +254,8 @@ def _check_used(data: Data, stages: Sequence[Stage], lines: Sequence[StageLine])
     rows = [line["batch_size"] for line in lines if "batch_size" in line]
     if "batch_size" in first and min(rows) >= 1 and data.batch_size not in rows:
         raise ConfigError(f"BATCH_SIZE is {data.batch_size}, but {own}")
-    if data.curriculum is not None and "blocks" in (first.get("curriculum") or {}):
+    given = first.get("curriculum") or {}
+    if data.curriculum is not None and (isinstance(given, Curriculum) or "blocks" in given):
         curricula = [stage.run.data.curriculum for stage in stages]
         blocks = tuple(data.curriculum.blocks)
         if blocks not in [tuple(each.blocks) for each in curricula if each is not None]:

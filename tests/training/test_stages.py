@@ -335,7 +335,7 @@ BAD = {
     "no steps": (({"blocks": 4}, {}), "Stage 1 .*steps is missing: only the last"),
     "0 steps": (
         ({"steps": 0}, {}),
-        r"\[\'steps\'\] must be a whole number of at least 1 or a number above 0 and below 1, not 0",
+        r"stages\[0\]\[\'steps\'\] must be a whole number of at least 1 or a number above 0 and below 1,",
     ),
     "half a row": (({"blocks": 4.5},), r"\[\'blocks\'\] must be a whole number of at least 1, not 4.5"),
     "row": (({"steps": 1}, {"block_size": 12}), "Stage 2 .*12 tokens does not divide the row of 32"),
@@ -425,6 +425,9 @@ def test_a_curriculum_that_no_stage_has():
     with pytest.raises(ConfigError, match=r"Curriculum.blocks is \(3, 4\), but all stages have"):
         stages_of(run_of("/unused", stages, curriculum=Curriculum([3, 4])))
     stages_of(run_of("/unused", stages, curriculum=Curriculum([2, 4])))
+    whole = ({**first, "curriculum": Curriculum([2, 4])}, {})  # an object in place of fields
+    with pytest.raises(ConfigError, match=r"Curriculum.blocks is \(3, 4\), but all stages have"):
+        stages_of(run_of("/unused", whole, curriculum=Curriculum([3, 4])))
 
 
 def test_a_memory_file_has_no_stages():
