@@ -95,7 +95,7 @@ def test_a_run_reports_its_speed_and_traces_the_steps_that_are_asked_for(tmp_pat
     assert len(progress) == 2
     events = scalars(tmp_path)
     for line, text in zip(lines, progress, strict=True):
-        # Whole below 10,000, else in thousands or millions; a slow machine's have a decimal (test_run_log).
+        # Whole below 10,000, else in thousands or millions; below 99.5 with a decimal (test_run_log).
         figure, unit = re.search(r"  ([\d,.]+)([kM]?) tokens/s", text).groups()
         shown = float(figure.replace(",", "")) * {"": 1, "k": 1e3, "M": 1e6}[unit]
         np.testing.assert_allclose(shown, line["tokens_per_second"], rtol=0.05)
