@@ -67,30 +67,51 @@ def test_copy_is_read_the_distance_after_it_was_written(symbols, spare, lengths,
         assert len(set(words[:question]) & set(FILLER_WORDS)) <= 1
 
 
+def pairs_of(text, terse):
+    """Keys with their letters of a statement or a question, whose words between are as they should be."""
+    if not terse:
+        assert set(text[1::4]) == {"is"} and set(text[3::4]) <= {","}
+        text = [word for word in text if word not in ("is", ",")]
+    pairs = list(zip(text[::2], text[1::2], strict=True))
+    assert {key for key, _ in pairs} <= set(KEYS) and {value for _, value in pairs} <= set(SYMBOLS)
+    return pairs
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(1, 6), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 9), lengths,
-    st.integers(0, 10**6),
+    st.integers(0, 10**6), st.booleans(), st.booleans(), st.integers(0, 5),
 )  # fmt: skip
-def test_recall_answers_with_the_last_value_of_the_key(pairs, overwrite, spare, lengths, index):
+def test_recall_answers_with_the_last_value_of_the_key(
+    pairs, overwrite, spare, lengths, index, terse, ordered, questions
+):
     more, distance, cut = lengths
-    assume(not (overwrite and distance == 1))
+    assume(not (overwrite and distance == 1) and questions < pairs)
     size = 4 * pairs + 2 + spare
-    probe = RecallProbe(num_pairs=pairs, overwrite=overwrite, block_size=size, distance=distance)
+    probe = RecallProbe(
+        num_pairs=pairs, overwrite=overwrite, block_size=size, distance=distance, terse=terse,
+        sorted_keys=ordered, more_questions=questions,
+    )  # fmt: skip
     length = size * ((distance or 2) + more) - cut
-    assume(length >= probe.min_length and (length - 1) % size + 1 >= 4)
+    assume(length >= probe.min_length and (length - 1) % size + 1 >= 4 * (questions + 1))
     row = probe.example(index, length)
     words, written, question = check_blocks(probe, row, length, size, distance)
     values, again = {}, []
     for _, text in written:
-        for i in range(0, len(text), 4):
-            key, verb, value = text[i : i + 3]
-            assert verb == "is" and key in KEYS and value in SYMBOLS and values.get(key) != value
+        for key, value in pairs_of(text, terse):
+            assert values.get(key) != value
             again += [key] if key in values else []
             values[key] = value
-    key = words[question + 1]
-    assert words[question + 2 :] == ["is", values[key]] and len(values) == pairs
-    assert row["references"] == [values[key]] and row["overwritten"] == (key in again)
+    first = [key for key, _ in pairs_of(written[0][1], terse)]
+    assert not ordered or first == sorted(first)
+    asked = pairs_of(words[question + 1 :], terse)
+    assert all(values[key] == value for key, value in asked) and len(values) == pairs
+    assert len(dict(asked)) == len(asked) == questions + 1
+    key, value = asked[-1]
+    assert row["answer_start"] == length - 1 and words[-1] == value
+    assert row["references"] == [value] and row["overwritten"] == (key in again)
+    weighted = [words[i] for i in row["weights"].nonzero()[0]]
+    assert weighted == [value for _, value in asked] and set(row["weights"]) <= {0, 1}
     assert len(written) == len(again) + 1 and len(again) in {0.0: [0], 0.5: [0, 1], 1.0: [1]}[overwrite]
     if again:  # strictly between the blocks of the pairs and of the question
         assert written[0][0] // size < written[1][0] // size < (length - 1) // size
@@ -105,6 +126,22 @@ def test_what_is_written_does_not_depend_on_length_distance_or_filler():
                 (base, 320), (make(block_size=32, distance=3), 256), (make(filler="repeated"), 96),
             ):  # fmt: skip
                 assert probe.example(index, length)["references"] == expected
+
+
+def test_an_easier_form_of_recall_states_the_same_and_asks_for_the_same():
+    for options in (dict(terse=True), dict(sorted_keys=True), dict(more_questions=3)):
+        probe = RecallProbe(**options)
+        for index in range(20):
+            row, expected = probe.example(index, 96), RecallProbe().example(index, 96)
+            assert row["references"] == expected["references"]
+            said, right = (writings(words_of(probe, x))[0][1] for x in (row, expected))
+            assert sorted(pairs_of(said, probe.terse)) == sorted(pairs_of(right, False))
+
+
+def test_all_keys_are_asked_for_before_the_one_that_counts():
+    probe = RecallProbe(more_questions=1)
+    asked = [words_of(probe, probe.example(index, 96))[-7] for index in range(300)]
+    assert set(asked) == set(KEYS) and max(map(asked.count, KEYS)) < 30
 
 
 def test_places_within_the_block_vary_up_to_its_edges():
@@ -152,6 +189,7 @@ def test_the_vocabulary_is_small_and_knows_every_word():
         (RecallProbe, dict(num_pairs=99, block_size=999), "from 1 to 24, not 99"),
         (RecallProbe, dict(overwrite=1.5), "overwrite must be a number from 0 to 1"),
         (RecallProbe, dict(overwrite=0.5, distance=1), "set distance to 2"),
+        (RecallProbe, dict(num_pairs=2, more_questions=2), "RecallProbe.more_questions must be less than num_pairs, which is 2"),
         (RecallProbe, dict(block_size=17), "use a block_size of at least 18"),
     ],
 )
@@ -166,7 +204,10 @@ def test_a_row_whose_last_block_is_too_short_gets_a_sentence():
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("make", [CopyProbe, functools.partial(RecallProbe, overwrite=0.5)])
+@pytest.mark.parametrize("make", [
+    CopyProbe, functools.partial(RecallProbe, overwrite=0.5),
+    functools.partial(RecallProbe, terse=True, more_questions=2),
+])  # fmt: skip
 def test_a_tokenizer_spells_the_same_words(tmp_path, name, make):
     """However many tokens a word is, writing and question are whole and each within its block."""
     probe = make(vocabulary=write_tokenizer(tmp_path, name), block_size=100)
