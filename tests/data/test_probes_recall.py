@@ -189,7 +189,7 @@ def test_the_vocabulary_is_small_and_knows_every_word():
         (RecallProbe, dict(num_pairs=99, block_size=999), "from 1 to 24, not 99"),
         (RecallProbe, dict(overwrite=1.5), "overwrite must be a number from 0 to 1"),
         (RecallProbe, dict(overwrite=0.5, distance=1), "set distance to 2"),
-        (RecallProbe, dict(num_pairs=2, more_questions=2), "must be less than num_pairs, which is 2, but it is 2"),
+        (RecallProbe, dict(num_pairs=2, more_questions=2), "than num_pairs, which is 2, but it is 2"),
         (RecallProbe, dict(block_size=17), "use a block_size of at least 18"),
     ],
 )
