@@ -80,17 +80,17 @@ def pairs_of(text, terse):
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(1, 6), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 9), lengths,
-    st.integers(0, 10**6), st.booleans(), st.booleans(), st.integers(0, 5),
+    st.integers(0, 10**6), st.booleans(), st.booleans(), st.integers(0, 5), st.integers(6, len(KEYS)),
 )  # fmt: skip
 def test_recall_answers_with_the_last_value_of_the_key(
-    pairs, overwrite, spare, lengths, index, terse, ordered, questions
+    pairs, overwrite, spare, lengths, index, terse, ordered, questions, num_keys
 ):
     more, distance, cut = lengths
     assume(not (overwrite and distance == 1) and questions < pairs)
     size = 4 * pairs + 2 + spare
     probe = RecallProbe(
         num_pairs=pairs, overwrite=overwrite, block_size=size, distance=distance, terse=terse,
-        sorted_keys=ordered, more_questions=questions,
+        sorted_keys=ordered, more_questions=questions, num_keys=num_keys,
     )  # fmt: skip
     length = size * ((distance or 2) + more) - cut
     assume(length >= probe.min_length and (length - 1) % size + 1 >= 4 * (questions + 1))
@@ -104,6 +104,7 @@ def test_recall_answers_with_the_last_value_of_the_key(
             values[key] = value
     first = [key for key, _ in pairs_of(written[0][1], terse)]
     assert not ordered or first == sorted(first)
+    assert set(first) <= set(KEYS[:num_keys])
     asked = pairs_of(words[question + 1 :], terse)
     assert all(values[key] == value for key, value in asked) and len(values) == pairs
     assert len(dict(asked)) == len(asked) == questions + 1
@@ -189,6 +190,8 @@ def test_the_vocabulary_is_small_and_knows_every_word():
         (RecallProbe, dict(num_pairs=99, block_size=999), "from 1 to 24, not 99"),
         (RecallProbe, dict(overwrite=1.5), "overwrite must be a number from 0 to 1"),
         (RecallProbe, dict(overwrite=0.5, distance=1), "set distance to 2"),
+        (RecallProbe, dict(num_keys=3), "num_pairs must be at most num_keys, which is 3, but it is 4"),
+        (RecallProbe, dict(num_keys=25), "num_keys must be a whole number from 1 to 24, not 25"),
         (RecallProbe, dict(num_pairs=2, more_questions=2), "than num_pairs, which is 2, but it is 2"),
         (RecallProbe, dict(block_size=17), "use a block_size of at least 18"),
     ],

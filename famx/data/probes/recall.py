@@ -180,7 +180,7 @@ class RecallProbe(DistanceProbe):
     """The statement is `remember Ada is q , Bo is z .`; the row ends with `recall Bo is z`.
 
     Small models need thousands of steps for this; `terse`, `sorted_keys` and `more_questions` make it
-    easier to learn.
+    easier to learn, and so does a small `num_keys` that grows in the run's stages.
 
     An example also has `overwritten`, which is True if a second statement changed the letter of the key
     that is asked for.
@@ -190,6 +190,7 @@ class RecallProbe(DistanceProbe):
       overwrite: probability of a second statement that gives one key another letter, in a block between
         the pairs and the question; the distance must then be at least 2. With several pairs, it is the
         key that is asked for in half of these examples.
+      num_keys: number of keys that a row's are drawn from, at least `num_pairs`.
       terse: leave out "is" and ",", so that a letter is next to its key: `remember Ada q Bo z .`
       sorted_keys: the pairs stand in the alphabetical order of their keys, and not in a random one.
       more_questions: number of other keys that are asked for, with their letters, before the one that
@@ -201,11 +202,17 @@ class RecallProbe(DistanceProbe):
 
     num_pairs: Annotated[int, Ge(1), Le(len(KEYS))] = 4
     overwrite: Share = 0.0
+    num_keys: Annotated[int, Ge(1), Le(len(KEYS))] = len(KEYS)
     terse: bool = False
     sorted_keys: bool = False
     more_questions: NonNegative = 0
 
     def __post_init__(self):
+        if self.num_pairs > self.num_keys:
+            raise ValueError(
+                f"RecallProbe.num_pairs must be at most num_keys, which is {self.num_keys}, but it is "
+                f"{self.num_pairs}."
+            )
         if self.more_questions >= self.num_pairs:
             raise ValueError(
                 "Each question is about another key, so RecallProbe.more_questions must be less than "
@@ -254,7 +261,7 @@ class RecallProbe(DistanceProbe):
 
     def _content(self, index):
         rng = self._rng(index, CONTENT)
-        keys = [KEYS[i] for i in rng.permutation(len(KEYS))[: self.num_pairs]]
+        keys = [KEYS[i] for i in rng.permutation(self.num_keys)[: self.num_pairs]]
         values = [SYMBOLS[i] for i in rng.integers(len(SYMBOLS), size=self.num_pairs)]
         asked = int(rng.integers(self.num_pairs))
         overwrites, same_key = rng.random(2)  # draws
