@@ -194,6 +194,12 @@ def test_filling_in_replaces_the_old_table_alone(tmp_path):
     assert page.read_text() == expected + rest
 
 
+def test_a_column_that_a_row_lacks_is_a_dash_in_its_place():
+    table = tables.Table("a", "", (), [{"x": "1", "z": 2}, {"z": 3, "y": 4}])
+    assert table.markdown().splitlines()[-2:] == ["| 1 | 2 | - |", "| - | 3 | 4 |"]
+    assert table.text().splitlines()[-3:] == ["x  z  y", "1  2  -", "-  3  4"]
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [

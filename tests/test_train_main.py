@@ -224,7 +224,9 @@ def test_a_tweak_of_an_example_begins(opened, tmp_path, tweaks, replaced):
     assert sorted(names_in(notes)) == sorted(replaced)
 
 
-@pytest.mark.parametrize("example", ["own_text", "own_text_bswa", "passkey_short", "passkey_tiny_bswa"])
+@pytest.mark.parametrize(
+    "example", ["own_text", "own_text_bswa", "own_text_short", "passkey_short", "passkey_tiny_bswa"]
+)
 def test_other_examples_begin_with_few_settings(opened, tmp_path, example):
     steps = ["TRAIN_STEPS=5", "LEARNING_RATE=1e-3", "BATCH_SIZE=2", "Run.evaluation=None"]
     opened(example, *(f"--gin.{binding}" for binding in (f"MODEL_DIR={tmp_path}", *steps)))

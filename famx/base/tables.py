@@ -17,8 +17,8 @@ class Table:
       name: name of the section that measured them.
       title: one line.
       notes: sizes and method, one line each.
-      rows: value by column: a number, a text, or a dataclass with `__str__`; all rows have the same
-        columns.
+      rows: value by column: a number, a text, or a dataclass with `__str__`. A column that a row does not
+        have is shown as "-" in it.
     """
 
     name: str
@@ -35,8 +35,9 @@ class Table:
 
     def markdown(self) -> str:
         """The table for a page, with its notes below."""
-        head, *body = ["| " + " | ".join(row) + " |" for row in self._cells()]
-        rule = "|" + "---:|" * len(self.rows[0])
+        cells = self._cells()
+        head, *body = ["| " + " | ".join(row) + " |" for row in cells]
+        rule = "|" + "---:|" * len(cells[0])
         above = [f"**{self.title}**", ""] if self.title else []
         below = ["", "  \n".join(self.notes)] if self.notes else []
         return "\n".join([*above, head, rule, *body, *below])
@@ -48,7 +49,8 @@ class Table:
         return {"title": self.title, "notes": self.notes, "rows": rows}
 
     def _cells(self) -> list[list[str]]:
-        return [list(self.rows[0])] + [[_cell(v) for v in row.values()] for row in self.rows]
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        return [columns] + [[_cell(row.get(name, "-")) for name in columns] for row in self.rows]
 
 
 def _cell(value) -> str:
