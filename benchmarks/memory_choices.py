@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import command, remember
 from benchmarks.memory_start import BIASED, ORDINARY, label
-from benchmarks.remember import ON_CPU, REACHED, Size
+from benchmarks.remember import FILLERS, ON_CPU, REACHED, Size
 from famx.base import tables
 from famx.base.errors import ConfigError
 from famx.memories import Fam
@@ -31,7 +31,8 @@ SIZES = {
         stages=(
             {"steps": 300, "until": {"exact_match": REACHED}, "block_size": 64, "blocks": 2,
              "batch_size": 16, "options": {"header": False, "digits": 1}},
-            {"blocks": 4, "batch_size": 8, "curriculum": {"blocks": (2, 4)}},
+            {"blocks": 4, "batch_size": 8, "curriculum": {"blocks": (2, 4)},
+             "options": {"filler": FILLERS, "text_weight": 0.02}},
         ),
         steps=350,
         memory=Fam(8),
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="twin")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", default="", help="regular expression that names of choices contain")
+    parser.add_argument("--tables", action="store_true", help="tabulate what exists; run nothing")
     parser.add_argument("--markdown", type=pathlib.Path, help="page whose table is replaced")
     values = parser.parse_args(argv)
     if not (values.base / "model.json").exists():
@@ -117,8 +119,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in values.seeds:
         for fields, prompt in CHOICES:
             name = label(fields, prompt)
-            if re.search(values.only, name):
-                results.append((name, _cell(values, size, name, fields, prompt, seed)))
+            directory = values.to.absolute() / name.replace(", ", "-").replace(" ", "_") / str(seed)
+            if re.search(values.only, name) and (not values.tables or _result(directory).exists()):
+                results.append((name, _cell(directory, values.base, size, name, fields, prompt, seed)))
+    if not results:
+        raise ConfigError(
+            f"{values.to} has no results of these choices: check --only and --seeds, or leave out --tables"
+            " to train them."
+        )
     spread = "median and range of the seeds" if len(values.seeds) > 1 else f"seed {values.seeds[0]}"
     host, title = machine(), "Starts of a memory that learns"
     notes = (
@@ -132,18 +140,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables.fill_markdown(values.markdown, table)
 
 
-def _cell(values, size: Size, name: str, fields, prompt: str, seed: int) -> dict[str, Any]:
+def _result(directory: pathlib.Path) -> pathlib.Path:
+    return directory / "remember.json"
+
+
+def _cell(
+    directory: pathlib.Path, base: pathlib.Path, size: Size, name: str, fields, prompt: str, seed: int
+) -> dict[str, Any]:
     """The result of one choice and seed, measured unless it exists."""
-    directory = values.to.absolute() / name.replace(", ", "-").replace(" ", "_") / str(seed)
-    result = directory / "remember.json"
-    if not result.exists():
+    if not _result(directory).exists():
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "base").exists():
-            (directory / "base").symlink_to(values.base.absolute())
+            (directory / "base").symlink_to(base.absolute())
         memory = Fam(size.memory.length, **fields)
         figures = remember.remember(directory, size, memory, prompt, seed)
         print(name, f"seed {seed}", remember.write(directory, figures, size), sep="\n", flush=True)
-    return json.loads(result.read_text())
+    return json.loads(_result(directory).read_text())
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ modules.DecoderConfig:
 PROBES = ("hold", "hold_repeated", "overwrite")
 REACHED = 0.95  # exact match whose number of steps is noted
 VARIED = {"header": 0.5, "depth": None, "second_key": 0.3}
-_FILLERS = ("repeated", "random_words", "python_stdlib")
+FILLERS = ("repeated", "random_words", "python_stdlib")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ SIZES = {
         stages=(
             {"steps": 200, "until": {"exact_match": 0.9}, "block_size": 256, "blocks": 8,
              "batch_size": 32, "curriculum": {"blocks": (2, 4, 8)}, "memory": LEARNING},
-            {"steps": 150, "until": {"exact_match": 0.9}, "options": {**VARIED, "filler": _FILLERS}},
+            {"steps": 150, "until": {"exact_match": 0.9}, "options": {**VARIED, "filler": FILLERS}},
             {"steps": 100, "until": {"exact_match": 0.9}, "block_size": 1024, "batch_size": 8},
             {"state_passing": "aged", "curriculum": {"blocks": (8, 16, 32, 64)}},
         ),
@@ -127,7 +127,7 @@ SIZES = {
             {"steps": 180, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
              "microbatches": 2, "curriculum": {"blocks": (2, 4)}, "memory": LEARNING},
             {"state_passing": "aged", "curriculum": {"blocks": (8, 16, 32, 64), "smoothing": 0.8},
-             "options": {"filler": _FILLERS, "text_weight": 0.02}},
+             "options": {"filler": FILLERS, "text_weight": 0.02}},
         ),
         steps=260,
         memory=Fam(16, update="gated", first_residual="ordinary", bias="minus_log_length"),

@@ -151,6 +151,14 @@ def test_nothing_to_train_is_one_sentence(tmp_path):
         remember.main([f"--to={tmp_path}", "--memory=infini"])
 
 
+def test_a_table_of_nothing_is_one_sentence(tmp_path):
+    base = make_base(tmp_path / "base")
+    for arguments in (["--tables"], ["--only=no such choice"]):
+        with pytest.raises(ConfigError, match="has no results of these choices: check --only"):
+            memory_choices.main([f"--base={base}", f"--to={tmp_path / 'cells'}", *arguments])
+    assert not (tmp_path / "cells").exists()
+
+
 def test_a_mistake_on_the_command_line_exits_with_one_sentence(tmp_path):
     commands = {
         "remember": [f"--to={tmp_path}"],
@@ -196,6 +204,11 @@ def test_choices_are_measured_once_and_tabulated(tmp_path, monkeypatch, capsys):
     memory_choices.main([*arguments, "0", "1"])
     assert written == [path.stat().st_mtime_ns for path in results]
     assert "prompt bos" in page.read_text() and "hold, 8" in capsys.readouterr().out
+    results[0].unlink()
+    memory_choices.main([*arguments, "0", "1", "2", "--tables"])
+    cells = [[x.strip() for x in row.split("|")[1:3]] for row in page.read_text().splitlines()]
+    assert ["prompt bos", "1"] in cells and ["prompt text", "2"] in cells
+    assert not results[0].exists() and not (tmp_path / "cells" / "prompt_bos" / "2").exists()
 
 
 def test_rows_have_the_median_and_the_range_of_the_seeds():
