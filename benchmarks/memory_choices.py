@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results.append((name, _cell(directory, values.base, size, name, fields, prompt, seed)))
     if not results:
         raise ConfigError(
-            f"{values.to} has no results of these choices: check --only and --seeds, or leave out --tables"
-            " to train them."
+            f"{values.to} has no results of these choices: check --only and --seeds, or leave out"
+            " --tables to train them."
         )
     spread = "median and range of the seeds" if len(values.seeds) > 1 else f"seed {values.seeds[0]}"
     host, title = machine(), "Starts of a memory that learns"
