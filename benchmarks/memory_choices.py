@@ -26,7 +26,7 @@ from famx.memories import Fam
 from famx.scale.timing import machine
 
 SIZES = {
-    # Keys of one digit: a byte-level model of ten minutes does not learn longer ones in as many steps.
+    # Keys of one digit: longer ones take a byte-level model of this size more steps.
     "twin": Size(
         stages=(
             {"steps": 300, "until": {"exact_match": REACHED}, "block_size": 64, "blocks": 2,
