@@ -194,7 +194,7 @@ class _LaneReader:
         """`[nats, correct tokens, tokens]` of each part of the documents, float64 `[parts, 3]`."""
         reset, weights = batch["reset"], batch["decoder_loss_weights"].astype(np.float64)
         state = self._state
-        if reset.any():  # of all lanes in the first batch
+        if state is None or reset.any():  # all lanes in the first batch
             start = self._streamer.initial_state(self._params, len(reset))
             state = start if state is None else _select(start, reset, state)
         read, targets = self._model.inputs(batch), batch["decoder_target_tokens"]
