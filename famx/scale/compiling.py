@@ -104,8 +104,6 @@ def fill_page(json_files: Sequence[str], markdown_file: str, table_name: str) ->
             raise ConfigError(f"{name} holds no reports of famx.compile --json: {error}.") from error
     if not rows:
         raise ConfigError(f"There are no reports in {', '.join(map(str, json_files))}.")
-    columns = dict.fromkeys(column for row in rows for column in row)
-    rows = [{column: row.get(column, "-") for column in columns} for row in rows]
     tables.fill_markdown(page, tables.Table(table_name, "", (), rows))
 
 
