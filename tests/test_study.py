@@ -133,6 +133,7 @@ def test_a_study_that_cannot_be_is_one_sentence(tmp_path, changes, sentence):
         ("memories", [], 12 * 6 - 1, {"block_recurrent"}),
         ("memories_copy", [], 12, {"block_recurrent"}),
         ("memories_recall", [], 12, {"block_recurrent"}),
+        ("memories_multikey", [], 12, {"block_recurrent"}),
         ("memories_text", [], 12 * 2, {"block_recurrent"}),
         ("memories_gpu", ["BASE_GIN = 'gin_configs/models/fam_135m.gin'"], 9, set()),
     ],
@@ -161,7 +162,8 @@ def test_every_cell_of_the_studies_of_memories_is_a_run(name, more, choices, oth
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["memories", "memories_copy", "memories_recall", "memories_text", "fam_parts", "carry_over"],
+    ["memories", "memories_copy", "memories_recall", "memories_multikey", "memories_text", "fam_parts",
+     "carry_over"],
 )
 def test_every_cell_of_the_studies_can_begin(name, tmp_path, monkeypatch):
     """As far as to the point where settings and data are checked and a run would be begun."""

@@ -225,10 +225,12 @@ def test_a_tweak_of_an_example_begins(opened, tmp_path, tweaks, replaced):
 
 
 @pytest.mark.parametrize(
-    "example", ["own_text", "own_text_bswa", "own_text_short", "passkey_short", "passkey_tiny_bswa"]
+    "example",
+    ["own_text", "own_text_bswa", "own_text_short", "passkey_short", "passkey_tiny_bswa", "recall_tiny",
+     "multikey_tiny"],
 )
 def test_other_examples_begin_with_few_settings(opened, tmp_path, example):
-    steps = ["TRAIN_STEPS=5", "LEARNING_RATE=1e-3", "BATCH_SIZE=2", "Run.evaluation=None"]
+    steps = ["TRAIN_STEPS=20", "LEARNING_RATE=1e-3", "BATCH_SIZE=8", "Run.evaluation=None"]
     opened(example, *(f"--gin.{binding}" for binding in (f"MODEL_DIR={tmp_path}", *steps)))
 
 

@@ -46,6 +46,7 @@ def test_the_key_that_counts_is_the_second_of_two():
     ("ruler_niah_multiquery", {}, "asks for several values"),
     ("passkey_words", {"second_key": 0.5}, "PassKey's second_key is 0.5"),
     ("associative_recall", {"overwrite": 0.5}, "RecallProbe with overwrite"),
+    ("associative_recall", {"spread": True}, "RecallProbe with spread has pairs at several depths"),
 ])  # fmt: skip
 def test_probes_without_a_depth_say_so(name, options, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -139,6 +139,45 @@ def test_an_easier_form_of_recall_states_the_same_and_asks_for_the_same():
             assert sorted(pairs_of(said, probe.terse)) == sorted(pairs_of(right, False))
 
 
+@settings(max_examples=100, deadline=None)
+@given(lengths, st.integers(0, 10**6), st.booleans(), st.booleans(), st.integers(0, 3))
+def test_spread_pairs_each_have_a_block_between_the_first_and_the_question(
+    lengths, index, terse, ordered, questions
+):
+    more, distance, cut = lengths
+    easier = dict(terse=terse, sorted_keys=ordered, more_questions=questions, distance=distance)
+    probe, together = (RecallProbe(spread=spread, **easier) for spread in (True, False))
+    length = 32 * ((distance or 2) + more) - cut
+    assume(length >= probe.min_length and (length - 1) % 32 + 1 >= 4 * (questions + 1))
+    row, expected = (p.example(index, length) for p in (probe, together))
+    words, last = words_of(probe, row), (length - 1) // 32
+    written = writings(words)
+    assert row["positions"] == [start for start, _ in written]
+    blocks = [start // 32 for start, _ in written]
+    assert blocks == sorted(set(blocks)) and blocks[-1] < last
+    assert blocks[0] >= (0 if distance is None else last - distance)
+    for block, (start, text) in zip(blocks, written):  # none is cut by a block's edge, also as inputs
+        assert (start + len(text) + 2) // 32 == block
+        keys = [key for key, _ in pairs_of(text, terse)]
+        assert not ordered or keys == sorted(keys)
+    pairs = [pair for _, text in written for pair in pairs_of(text, terse)]
+    [(_, text)] = writings(words_of(together, expected))
+    assert sorted(pairs) == sorted(pairs_of(text, terse))  # the same pairs, each once
+    question = words[len(words) - words[::-1].index("recall") :]
+    assert expected["references"] == row["references"]
+    assert " ".join(question) == words_text(together, expected).rsplit("recall ", 1)[1]
+
+
+def test_spread_pairs_are_everywhere_before_the_question():
+    probe = RecallProbe(spread=True)
+    rows = [probe.example(i, 32 * 5) for i in range(300)]
+    counts = [len(row["positions"]) for row in rows]
+    assert set(counts) == {1, 2, 3, 4}
+    blocks = [start // 32 for row in rows for start in row["positions"]]
+    assert all(0.2 < blocks.count(block) / len(blocks) < 0.3 for block in range(4))
+    assert len({start % 32 for row in rows for start in row["positions"]}) > 10
+
+
 def test_all_keys_are_asked_for_before_the_one_that_counts():
     probe = RecallProbe(more_questions=1)
     asked = [words_of(probe, probe.example(index, 96))[-7] for index in range(300)]
@@ -190,6 +229,7 @@ def test_the_vocabulary_is_small_and_knows_every_word():
         (RecallProbe, dict(num_pairs=99, block_size=999), "from 1 to 24, not 99"),
         (RecallProbe, dict(overwrite=1.5), "overwrite must be a number from 0 to 1"),
         (RecallProbe, dict(overwrite=0.5, distance=1), "set distance to 2"),
+        (RecallProbe, dict(overwrite=0.5, spread=True), "overwrite needs all pairs in the first"),
         (RecallProbe, dict(num_keys=3), "num_pairs must be at most num_keys, which is 3, but it is 4"),
         (RecallProbe, dict(num_keys=25), "num_keys must be a whole number from 1 to 24, not 25"),
         (RecallProbe, dict(num_pairs=2, more_questions=2), "than num_pairs, which is 2, but it is 2"),

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -98,12 +98,28 @@ class DistanceProbe(Probe):
     def _min_distance(self) -> int:
         return 1
 
-    def _content(self, index: int) -> tuple[list[str], list[str], str, dict[str, Any]]:
-        """One or two statements, the question, the answer, and additional entries of the example.
+    @property
+    def _joint(self) -> str:
+        """What stands between two parts of a statement."""
+        return " "
+
+    def _content(self, index: int) -> tuple[list[list[str]], list[str], str, dict[str, Any]]:
+        """The parts of each statement, the question, the answer, and additional entries of the example.
 
         Every other part of the question, from the second on, has the loss weight of the answer.
         """
         raise NotImplementedError
+
+    def _placed(
+        self, statements: Sequence[list[str]], first: int, last: int, rng: np.random.Generator
+    ) -> Iterable[tuple[int, float, list[str]]]:
+        """(block, place within the block from 0 to 1, parts) of each statement as it is written.
+
+        The first statement is in the block `first`, a second one between it and the question's, `last`.
+        """
+        draw = rng.random(3)
+        between = first + 1 + int(draw[2] * (last - first - 1))
+        return zip((first, between), draw, statements)
 
     @property
     def min_length(self) -> int:
@@ -125,12 +141,10 @@ class DistanceProbe(Probe):
         statements, question, answer, extra = self._content(index)
         filler = self._filler_ids
         tokens = filler[self._rng(index, FILLER).integers(0, len(filler), length)]
-        draw = self._rng(index, PLACES).random(3)
         first = 0 if self.distance is None else last - self.distance
-        between = first + 1 + int(draw[2] * (last - first - 1))  # the second statement's block
         starts = []
-        for block, text, place in zip((first, between), statements, draw):
-            ids = self._encode(text)
+        for block, place, parts in self._placed(statements, first, last, self._rng(index, PLACES)):
+            ids = self._encode(f"remember {self._joint.join(parts)} .")
             starts.append(block * size + int(place * (size - len(ids))))
             tokens[starts[-1] : starts[-1] + len(ids)] = ids
         parts = [self._encode(text) for text in [*question, answer]]
@@ -171,7 +185,7 @@ class CopyProbe(DistanceProbe):
     def _content(self, index):
         drawn = self._rng(index, CONTENT).integers(len(SYMBOLS), size=self.num_symbols)
         symbols = " ".join(SYMBOLS[i] for i in drawn)
-        return [f"remember {symbols} ."], ["recall"], symbols, {}
+        return [[symbols]], ["recall"], symbols, {}
 
 
 @checked
@@ -198,6 +212,9 @@ class RecallProbe(DistanceProbe):
         row teaches as much as several, like the rows of multi-query associative recall (Arora et al.
         2023, arXiv 2312.04927). The answer is still one letter, and fewer are left for it: leave it 0 in
         evaluations.
+      spread: each pair has a block of its own choice, from that of the first statement to the last one
+        before the question, like the needles of RULER's `niah_multikey_1`. Pairs of one block are in one
+        statement, in their order.
     """
 
     num_pairs: Annotated[int, Ge(1), Le(len(KEYS))] = 4
@@ -206,6 +223,7 @@ class RecallProbe(DistanceProbe):
     terse: bool = False
     sorted_keys: bool = False
     more_questions: NonNegative = 0
+    spread: bool = False
 
     def __post_init__(self):
         if self.num_pairs > self.num_keys:
@@ -223,6 +241,11 @@ class RecallProbe(DistanceProbe):
                 "A key is overwritten in a block between statement and question; set distance to 2 or "
                 "more, or overwrite to 0."
             )
+        if self.overwrite and self.spread:
+            raise ValueError(
+                "RecallProbe.overwrite needs all pairs in the first statement; set it to 0, or spread to "
+                "False."
+            )
         super().__post_init__()
 
     def at_depth(self, depth, length):
@@ -231,11 +254,27 @@ class RecallProbe(DistanceProbe):
                 "RecallProbe with overwrite asks now for the first statement and now for a later one, so "
                 "it has no depth; set overwrite to 0."
             )
+        if self.spread:
+            raise ValueError("RecallProbe with spread has pairs at several depths; set spread to False.")
         return super().at_depth(depth, length)
 
     @functools.cached_property
     def answer_width(self) -> int:
         return self._width(SYMBOLS)
+
+    def _placed(self, statements, first, last, rng):
+        if not self.spread:
+            return super()._placed(statements, first, last, rng)
+        blocks = rng.integers(first, last, len(statements)).tolist()
+        places = rng.random(len(statements))
+        together = {block: [] for block in sorted(set(blocks))}
+        for block, parts in zip(blocks, statements):
+            together[block] += parts
+        return zip(together, places, together.values())
+
+    @property
+    def _joint(self):
+        return f"{self._between[1]} "
 
     @property
     def _between(self) -> tuple[str, str]:
@@ -273,12 +312,13 @@ class RecallProbe(DistanceProbe):
         order = range(self.num_pairs)
         if self.sorted_keys:
             order = sorted(order, key=keys.__getitem__)
-        statements = ["remember " + f"{comma} ".join(map(pair, order)) + " ."]
+        pairs = [pair(i) for i in order]
+        statements = [[pair] for pair in pairs] if self.spread else [pairs]
         overwritten = bool(overwrites < self.overwrite and (same_key < 0.5 or self.num_pairs == 1))
         if overwrites < self.overwrite:
             target = asked if overwritten else other
             values[target] = SYMBOLS[(SYMBOLS.index(values[target]) + step) % len(SYMBOLS)]
-            statements.append(f"remember {pair(target)} .")
+            statements.append([pair(target)])
         others = [i for i in rng.permutation(self.num_pairs) if i != asked][: self.more_questions]
         question, start = [], "recall"
         for i in others:
