@@ -162,8 +162,8 @@ def test_every_cell_of_the_studies_of_memories_is_a_run(name, more, choices, oth
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["memories", "memories_copy", "memories_recall", "memories_multikey", "memories_text", "fam_parts",
-     "carry_over"],
+    ["memories", "memories_copy", "memories_recall", "memories_multikey", "memories_text", "balance",
+     "fam_parts", "carry_over"],
 )
 def test_every_cell_of_the_studies_can_begin(name, tmp_path, monkeypatch):
     """As far as to the point where settings and data are checked and a run would be begun."""
