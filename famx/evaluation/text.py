@@ -52,11 +52,8 @@ class TextEvaluation:
         same tokens with the memory. The memory statistics are measured on a single document.
       health_tokens: maximum number of tokens read for each of these.
       sample_tokens: number of tokens of the sample that `report` shows; 0: none.
-      distances: numbers of tokens from a document's start, ascending, at which its next part begins;
+      distances: numbers of tokens from a document's start at which its next part begins, in any order;
         `bits_per_token/from/<start>` is reported of each part, the first of which is from 0.
-
-    Raises:
-      ConfigError: on construction, if `distances` do not ascend.
     """
 
     documents: Sequence[Any] | Object | None = None
@@ -69,11 +66,7 @@ class TextEvaluation:
     distances: Sequence[Positive] = ()
 
     def __post_init__(self):
-        if list(self.distances) != sorted(set(self.distances)):
-            raise ConfigError(
-                f"TextEvaluation.distances must ascend, but is {tuple(self.distances)}: sort the numbers,"
-                " and give each once."
-            )
+        self.distances = tuple(sorted(set(self.distances)))
 
     def with_task(self, make_task: Callable[..., Any]) -> "TextEvaluation":
         """A copy that reads the split "validation" of a run's task; this evaluation if it has documents.
