@@ -1,6 +1,7 @@
 """Studies: the grid, the runner that repeats nothing, and the tables; and `famx ablate` with a kill."""
 
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -10,13 +11,14 @@ import sys
 import time
 
 import gin
+import jax
 import pytest
 from configurables import clean
 from processes import start_process
 
 from famx.base import gin_utils
 from famx.base.errors import ConfigError
-from famx.modules import DecoderConfig
+from famx.modules import Decoder, DecoderConfig
 from famx.study import commands, results, runner
 from famx.study.grid import Study
 from famx.training import loop
@@ -157,6 +159,24 @@ def test_every_cell_of_the_studies_of_memories_is_a_run(name, more, choices, oth
     }  # fmt: skip
     windows = {1, 3} if name == "memories_text" else {3}
     assert {segments for kind, segments in kinds if kind == "none"} == windows
+
+
+def test_the_balance_is_between_equal_bytes(tmp_path):
+    with clean():
+        gin_utils.parse_gin(["gin_configs/studies/balance.gin"], [f"STUDY_DIR = {str(tmp_path)!r}"])
+        one = gin_utils.call(commands.study)
+    sizes, kept = [], set()
+    for cell in one.cells():
+        if cell.seed == 0:
+            one.write_gin_file(cell)
+            with clean():
+                gin_utils.parse_gin([str(cell.gin_file)])
+                config = gin.get_configurable(DecoderConfig)()
+            start = functools.partial(Decoder(config).init_with_output, method="initial_state")
+            state, _ = jax.eval_shape(functools.partial(start, jax.random.key(0), batch_size=1))
+            kept.add(state.num_bytes())
+            sizes.append((config.memory_segments, config.memory_columns))
+    assert sizes == [(2, 0), (1, 64), (0, 128)] and len(kept) == 1
 
 
 @pytest.mark.slow

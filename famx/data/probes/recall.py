@@ -313,7 +313,7 @@ class RecallProbe(DistanceProbe):
         if self.sorted_keys:
             order = sorted(order, key=keys.__getitem__)
         pairs = [pair(i) for i in order]
-        statements = [[pair] for pair in pairs] if self.spread else [pairs]
+        statements = [[one] for one in pairs] if self.spread else [pairs]
         overwritten = bool(overwrites < self.overwrite and (same_key < 0.5 or self.num_pairs == 1))
         if overwrites < self.overwrite:
             target = asked if overwritten else other
