@@ -129,6 +129,23 @@ def test_a_study_that_cannot_be_is_one_sentence(tmp_path, changes, sentence):
         study(**{"directory": str(tmp_path), **changes})
 
 
+def first_cells(name, directory, *more):
+    """The study of that gin file, and its cells of seed 0."""
+    with clean():
+        file, given = f"gin_configs/studies/{name}.gin", [f"STUDY_DIR = {str(directory)!r}", *more]
+        gin_utils.parse_gin([file], given)
+        one = gin_utils.call(commands.study)
+    return one, [cell for cell in one.cells() if cell.seed == 0]
+
+
+def config_of(one, cell):
+    """The decoder's config of a cell, from the gin file that the study writes for it."""
+    one.write_gin_file(cell)
+    with clean():
+        gin_utils.parse_gin([str(cell.gin_file)])
+        return gin.get_configurable(DecoderConfig)()
+
+
 @pytest.mark.parametrize(
     ("name", "more", "choices", "others"),
     [
@@ -141,18 +158,9 @@ def test_a_study_that_cannot_be_is_one_sentence(tmp_path, changes, sentence):
     ],
 )
 def test_every_cell_of_the_studies_of_memories_is_a_run(name, more, choices, others, tmp_path):
-    with clean():
-        file, given = f"gin_configs/studies/{name}.gin", [f"STUDY_DIR = {str(tmp_path)!r}", *more]
-        gin_utils.parse_gin([file], given)
-        one = gin_utils.call(commands.study)
-    cells = [cell for cell in one.cells() if cell.seed == 0]
-    kinds = []
-    for cell in cells:
-        one.write_gin_file(cell)
-        with clean():
-            gin_utils.parse_gin([str(cell.gin_file)])
-            config = gin.get_configurable(DecoderConfig)()
-        kinds.append((config.memory.kind, config.memory_segments))
+    one, cells = first_cells(name, tmp_path, *more)
+    configs = [config_of(one, cell) for cell in cells]
+    kinds = [(config.memory.kind, config.memory_segments) for config in configs]
     assert len(cells) == len(set(cell.name for cell in cells)) == choices
     assert {kind for kind, _ in kinds} == others | {
         "none", "fam", "infini", "key_value_means", "landmark", "rmt", "auto_compressor",
@@ -162,20 +170,14 @@ def test_every_cell_of_the_studies_of_memories_is_a_run(name, more, choices, oth
 
 
 def test_the_balance_is_between_equal_bytes(tmp_path):
-    with clean():
-        gin_utils.parse_gin(["gin_configs/studies/balance.gin"], [f"STUDY_DIR = {str(tmp_path)!r}"])
-        one = gin_utils.call(commands.study)
+    one, cells = first_cells("balance", tmp_path)
     sizes, kept = [], set()
-    for cell in one.cells():
-        if cell.seed == 0:
-            one.write_gin_file(cell)
-            with clean():
-                gin_utils.parse_gin([str(cell.gin_file)])
-                config = gin.get_configurable(DecoderConfig)()
-            start = functools.partial(Decoder(config).init_with_output, method="initial_state")
-            state, _ = jax.eval_shape(functools.partial(start, jax.random.key(0), batch_size=1))
-            kept.add(state.num_bytes())
-            sizes.append((config.memory_segments, config.memory_columns))
+    for cell in cells:
+        config = config_of(one, cell)
+        start = functools.partial(Decoder(config).init_with_output, method="initial_state")
+        state, _ = jax.eval_shape(functools.partial(start, jax.random.key(0), batch_size=1))
+        kept.add(state.num_bytes())
+        sizes.append((config.memory_segments, config.memory_columns))
     assert sizes == [(2, 0), (1, 64), (0, 128)] and len(kept) == 1
 
 
@@ -192,17 +194,13 @@ def test_every_cell_of_the_studies_can_begin(name, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "starting", begin)
-    with clean():
-        file, given = f"gin_configs/studies/{name}.gin", [f"STUDY_DIR = {str(tmp_path)!r}"]
-        gin_utils.parse_gin([file], given)
-        one = gin_utils.call(commands.study)
-    for cell in one.cells():
-        if cell.seed == 0:
-            one.write_gin_file(cell)
-            with clean():
-                gin_utils.parse_gin([str(cell.gin_file)])
-                with pytest.raises(KeyboardInterrupt):
-                    gin_utils.call(loop.train)
+    one, cells = first_cells(name, tmp_path)
+    for cell in cells:
+        one.write_gin_file(cell)
+        with clean():
+            gin_utils.parse_gin([str(cell.gin_file)])
+            with pytest.raises(KeyboardInterrupt):
+                gin_utils.call(loop.train)
 
 
 def finish(cell, **scores):
