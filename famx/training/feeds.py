@@ -8,7 +8,7 @@ before the steps begin (`famx.training.ahead`); `prepare` needs the parameters o
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -147,6 +147,10 @@ class Feed:
         del rows, params
         return kept
 
+    def examples(self) -> Iterator[Rows]:
+        """Rows of each shape that is to come, in the order in which they come; none if not known."""
+        return iter(())
+
     def share(self, other: "Feed") -> None:
         """Uses the compiled programs of the feed of another stage where they are the same."""
 
@@ -282,6 +286,14 @@ class IndexedFeed(Feed):
         length = source.length if blocks == self.blocks else blocks * source.block_size
         return source.task.batch(range(start, start + rows), length)
 
+    def examples(self):
+        lengths = self.curriculum.blocks
+        for blocks in dict.fromkeys(
+            min(blocks, self.blocks)
+            for blocks in (*lengths[self.curriculum.stage :], *lengths[: self.curriculum.stage])
+        ):
+            yield Rows(self.fresh(0, blocks), blocks)
+
     def observe(self, blocks, value):
         self.curriculum.observe(blocks, value)
 
@@ -339,10 +351,11 @@ class AgedFeed(IndexedFeed):
                 batch, blocks = self._group(int(self.rng(step, 1).choice(groups)))
                 return Rows(batch, blocks, self.longest, refresh)
             blocks = self.blocks
-        batch = self.fresh(step, blocks)
-        rows = len(batch["decoder_target_tokens"])
-        lane = np.full(rows, -1, np.int32)
-        return Rows({**batch, "lane": lane}, blocks, self.longest, refresh)
+        return Rows(self.fresh(step, blocks), blocks, self.longest, refresh)
+
+    def fresh(self, step, blocks):
+        batch = super().fresh(step, blocks)
+        return {**batch, "lane": np.full(len(batch["decoder_target_tokens"]), -1, np.int32)}
 
     def _refresh(self, step) -> Refresh | None:
         """Chooses the group that is replaced before the step and makes its tokens; None: no group."""

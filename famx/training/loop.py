@@ -33,6 +33,7 @@ from famx.models import loss_weights
 from famx.models.inputs import check_features
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY
 from famx.training.bad_data import look_at, take
+from famx.training.compiling import Programs, threads_of
 from famx.training.fallback import Choice, choose
 from famx.training.feeds import Feed, Rows
 from famx.training.health import GoodCheckpoints, Unsound, Watch
@@ -126,6 +127,11 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
         raise ConfigError(f"{missing} is not set: training needs it.")
     if run.retry_full_disk and jax.process_count() > 1:
         raise ConfigError("Run.retry_full_disk needs a run of one process: others wait for a save.")
+    if run.compile_threads and jax.process_count() > 1:
+        raise ConfigError(
+            "Run.compile_threads needs a run of one process, since all have to compile in the same order:"
+            " set it to 0 or leave it out."
+        )
     stages = tuple(stage.ready() for stage in stages_of(run))
     for stage in stages:
         with stage.errors():
@@ -256,6 +262,9 @@ def _begin_or_resume(
         save_vocabulary(data.vocabulary, directory)
     initialize, abstract = make_initializer(run)
     check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
+    programs = Programs(threads_of(run))
+    stack.callback(programs.close)
+    programs.begin(stages[place.index :], data.feeds[place.index :], data.sharding)
     writer = RunWriter(last, directory, checkpointer, lock)
     notes = [*data.notes, *writer.notes(), *start.notes]
     if resumed is None:
@@ -289,7 +298,8 @@ def _begin_or_resume(
     stack.callback(profile.close)
     session = Session(
         last, data, directory, profile, checkpointer, writer, log, place, state, step, metrics,
-        position.get("logged", step), position.get("skipped", 0), watch, good, step, choice.origin,
+        position.get("logged", step), position.get("skipped", 0), watch, good, step, programs,
+        choice.origin,
     )  # fmt: skip
     stack.callback(session.close)
     stack.enter_context(run.on_mesh())

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
-from famx.base.waiting import Announced, waiting
+from famx.base.waiting import waiting
 from famx.model_dir.checkpointer import Checkpointer
 from famx.training.ahead import BATCHES_AHEAD, OBSERVED_DELAY, BatchesAhead
+from famx.training.compiling import Programs
 from famx.training.feeds import Feed, Rows
 from famx.training.health import GoodCheckpoints, Watch, check_sound
 from famx.training.metrics import RecentMetrics, mean
@@ -20,7 +21,7 @@ from famx.training.saving import RunWriter
 from famx.training.settings import versions
 from famx.training.speed import Profile, SpeedMeter
 from famx.training.stages import Place
-from famx.training.step import TrainState, make_train_step
+from famx.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Session:
       watch: what was usual in the steps with metrics read.
       good: which checkpoints are good.
       saved: number of steps taken at the last checkpoint; -1: it could not be written.
+      programs: the jitted steps of all stages.
       resumed_from: the step that `Run.resume_from` named, or None.
       ahead, speed, train_step: of the stage, see `enter`.
       longest: length in blocks that the curriculum unlocked last; None without a curriculum.
@@ -72,7 +74,6 @@ class Session:
       bad_records: number of bad documents that were left out, as the log tells.
       recent: rows of the latest steps, numbered from 0: from the last one whose metrics are read on, and
         of the first of the `skipped` ones.
-      programs: jitted steps, each with the run and the shardings that it was made for.
     """
 
     last: Run
@@ -91,6 +92,7 @@ class Session:
     watch: Watch
     good: GoodCheckpoints
     saved: int
+    programs: Programs
     resumed_from: int | None = None
     ahead: BatchesAhead | None = None
     speed: SpeedMeter | None = None
@@ -99,7 +101,6 @@ class Session:
     scalars: dict[str, float] = dataclasses.field(default_factory=dict)
     bad_records: int = 0
     recent: dict[int, Rows] = dataclasses.field(default_factory=dict)
-    programs: list[tuple[Run, Any, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def run(self) -> Run:
@@ -124,19 +125,7 @@ class Session:
         for later in range(step + 1, step + BATCHES_AHEAD):
             self.ahead.ask(later, self.observation(later - 1 - OBSERVED_DELAY))
         self.speed = SpeedMeter(run.model.config, run.state_passing.from_prompt, run.learning)
-        self.train_step = self.program(abstract)
-
-    def program(self, abstract: TrainState):
-        """The jitted step of the stage: that of an earlier one if they differ in their data alone."""
-        run = self.run
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        traced = lambda run: (run.model, run.state_passing, run.microbatches)
-        for other, known, train_step in self.programs:
-            if traced(other) == traced(run) and known == shardings:
-                return train_step
-        train_step = Announced(make_train_step(run, abstract), "the training step")
-        self.programs.append((run, shardings, train_step))
-        return train_step
+        self.train_step = self.programs.of(run, abstract)
 
     def observation(self, step: int) -> tuple[int | None, float] | None:
         """`(blocks, metric)` of a step for the feed; None for one before the stage or without metrics."""

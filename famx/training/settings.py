@@ -31,7 +31,7 @@ from famx.training.stages import Stage
 FREE = (
     *("steps", "model_dir", "evaluation", "every", "adapter_dtype", "checkpoints_to_keep"),
     *("mesh", "rules", "minutes", "profile_steps", "xla_options", "resume_from", "retry_full_disk"),
-    "health",
+    *("health", "compile_threads"),
 )
 _OF_STAGES = ("data", "microbatches", "state_passing", "stages")  # fields of `Run` that stages change
 _OF_MODEL = ("dtype", "param_dtype")  # fields of `DecoderConfig` that its identity leaves out

@@ -18,7 +18,7 @@ from famx.base.errors import ConfigError
 from famx.data import ContinuousLanes
 from famx.data.tasks import registry
 from famx.model_dir.loading import check_model, load_model
-from famx.training import loop, session
+from famx.training import compiling, loop
 from famx.training.curriculum import Curriculum
 from famx.training.feeds import Source
 from famx.training.run import Every, Run
@@ -193,8 +193,8 @@ def test_the_model_of_the_run_is_that_of_the_last_stage(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_stages_of_equal_shapes_share_their_programs(tmp_path, monkeypatch):
-    made, make = [], session.make_train_step
-    monkeypatch.setattr(session, "make_train_step", lambda *args: made.append(make(*args)) or made[-1])
+    made, make = [], compiling.make_train_step
+    monkeypatch.setattr(compiling, "make_train_step", lambda *args: made.append(make(*args)) or made[-1])
     stages = (
         {"steps": 1, "blocks": 4},
         {"steps": 1, "options": {"filler": "repeated"}},
