@@ -95,16 +95,16 @@ class Size:
 
 
 # A residual update learns in fewer steps, but the memory grows with every block: a model that had learnt
-# 8 blocks knew hardly anything at 16 (docs/pretrained.md). So the first stage has it, and the others have
-# the gated one.
+# 8 blocks knew hardly anything at 16 (docs/pretrained.md). So on CPUs the first stage has it, and the
+# other has the gated one.
 LEARNING = {"update": "residual"}
 ON_CPU = {
     "DecoderConfig.dtype": "float32", "DecoderConfig.remat": "none", "FROZEN_DTYPE": None,
     "Every.log": 1, "Every.checkpoint": 10,
 }  # fmt: skip
 SIZES = {
-    # One GPU: the paper's blocks of 1,024 tokens at the end, documents of up to 64 blocks. Four lengths of
-    # a row in all, since each is a program of its own, and the same update in all stages for that reason.
+    # One GPU: the paper's blocks of 1,024 tokens at the end, documents of up to 64 blocks. Four programs:
+    # stages of the same block size and update share theirs.
     "gpu": Size(
         stages=(
             {"steps": 350, "until": {"exact_match": 0.9}, "block_size": 256, "blocks": 8,

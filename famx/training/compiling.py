@@ -1,11 +1,12 @@
 """The jitted steps of a run, which threads compile before the steps that need them.
 
 A curriculum and stages have a program for each length of a row. Compiled where it is first needed, each
-would stop the run; here later ones are compiled while earlier ones run.
+would stop the run; here later ones are compiled while earlier ones run. Several threads gain little: XLA
+has threads of its own, and tries variants of a GPU's products one at a time. On an H200 with 16 cores
+four threads took 90 seconds for the four programs of `benchmarks.remember`; no step began before.
 """
 
 import concurrent.futures
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,6 @@ from famx.training.run import Run
 from famx.training.stages import Stage
 from famx.training.step import TrainState, make_initializer, make_train_step
 
-_MOST_THREADS = 4  # by default; the compiler has threads of its own
-
 
 def threads_of(run: Run) -> int:
     """The number of threads that compile programs of `run`, which is `ready`; 0: none."""
@@ -26,7 +25,7 @@ def threads_of(run: Run) -> int:
         return run.compile_threads
     if jax.process_count() > 1 or run.mesh.devices.flat[0].platform == "cpu":
         return 0  # the processors of a CPU are busy with the steps
-    return min(_MOST_THREADS, os.cpu_count() or 1)
+    return 1
 
 
 class Programs:

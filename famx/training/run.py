@@ -242,8 +242,8 @@ class Run:
       profile_steps: "10:13" traces these steps to `MODEL_DIR/profile`, see `Profile`.
       xla_options: compiler options of the step: "default", or a choice of `famx.base.xla_options`.
       compile_threads: number of threads that compile the steps of a curriculum's later lengths and of
-        later stages while earlier ones run; 0: each is compiled where it is needed; None: up to 4 on a
-        GPU or TPU of one process, else 0. A run that ends early waits for the compilation in progress.
+        later stages while earlier ones run; 0: each is compiled where it is needed; None: 1 on a GPU or
+        TPU of one process, else 0. A run that ends early waits for the compilation in progress.
       stages: settings that change within the run, a dict for each stage, see `famx.training.stages`;
         empty: they stay as they are.
     """

@@ -1,6 +1,7 @@
 """Steps that threads compile ahead: the same run, and each program once and by a thread."""
 
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -112,6 +113,14 @@ def test_an_error_of_the_compiler_ends_the_step_that_needs_the_program():
     with pytest.raises(ValueError, match="no room"):
         step(state, batch)
     programs.close()
+
+
+def test_one_thread_compiles_for_an_accelerator(monkeypatch):
+    devices = np.array([types.SimpleNamespace(platform="gpu")])
+    run = types.SimpleNamespace(compile_threads=None, mesh=types.SimpleNamespace(devices=devices))
+    assert threads_of(run) == 1
+    monkeypatch.setattr(compiling.jax, "process_count", lambda: 2)
+    assert threads_of(run) == 0
 
 
 def test_processes_compile_in_one_order(tmp_path, monkeypatch):
