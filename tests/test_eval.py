@@ -13,6 +13,7 @@ import time
 
 import gin
 import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 from gin import config as gin_config
@@ -27,8 +28,13 @@ from famx.base.errors import ConfigError
 from famx.data.probes.passkey_text import passkey_words
 from famx.evaluation import TaskEvaluation
 from famx.evaluation.checkpoints import evaluate, table
+from famx.lora import Lora, combine, save_adapter
+from famx.model_dir.identity import weights_fingerprint
+from famx.model_dir.loading import load_model
+from famx.modules.config import MEMORY_FIELDS
 
 MODEL = make_model(block_size=16)
+TOKENS = jnp.arange(40).reshape(1, 40) % MODEL.config.vocab_size
 
 
 @dataclasses.dataclass
@@ -83,6 +89,38 @@ def test_one_checkpoint_and_all_of_them_and_another_place(model_dir, tmp_path):
     both = evaluate(str(model_dir), {"a": Mean(), "b": Mean(2.0)}, checkpoints="all")
     assert [list(by_step) for by_step in both.values()] == [[1, 2], [1, 2]]
     assert both["b"][2]["mean"] == pytest.approx(2 * both["a"][2]["mean"])
+
+
+def test_a_saved_adapter_is_evaluated_in_a_directory_of_its_own(model_dir, tmp_path):
+    base, path = load_model(str(model_dir)), tmp_path / "adapter"
+    lora = Lora(rank=2)
+    adapters = jax.tree.map(jnp.ones_like, lora.init(jax.random.key(0), base.params))
+    memory = {**MODEL.config.to_dict(), "block_size": 8}
+    save_adapter(
+        path, combine(base.params, adapters), lora, weights_fingerprint(base.params),
+        memory={name: memory[name] for name in MEMORY_FIELDS},
+    )  # fmt: skip
+    seen = []
+
+    def read(model, params, step):
+        seen.append(model.module.apply({"params": params}, TOKENS)[0])
+        return {"block_size": model.config.block_size}
+
+    for checkpoint in (model_dir, model_dir / "checkpoint_2"):
+        out = tmp_path / f"out_{checkpoint.name}"
+        results = evaluate(str(checkpoint), {"read": read}, str(out), adapter=str(path))
+        assert results == {"read": {2: {"block_size": 8.0}}}
+    adapted = load_model(str(model_dir), adapter=str(path))
+    wanted = adapted.model.module.apply({"params": adapted.params}, TOKENS)[0]
+    plain = base.model.module.apply({"params": base.params}, TOKENS)[0]
+    assert (seen[0] == wanted).all() and (seen[1] == wanted).all() and not (seen[0] == plain).all()
+    with pytest.raises(ConfigError, match="needs EVAL_OUTPUT_DIR"):
+        evaluate(str(model_dir), {"read": read}, adapter=str(path))
+    with pytest.raises(ConfigError, match="leave out CHECKPOINTS"):
+        evaluate(str(model_dir), {"read": read}, str(tmp_path), checkpoints="all", adapter=str(path))
+    with pytest.raises(ConfigError, match="trained on another base model"):
+        evaluate(str(model_dir / "checkpoint_1"), {"read": read}, str(tmp_path), adapter=str(path))
+    assert len(seen) == 2
 
 
 def test_what_is_evaluated_already_is_not_made_again(model_dir, capsys):

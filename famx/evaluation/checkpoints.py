@@ -29,7 +29,13 @@ from famx.evaluation.common import is_of_memory
 from famx.mesh import make_mesh, make_rules, on_mesh
 from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.identity import split_checkpoint
-from famx.model_dir.loading import check_model, restore_params
+from famx.model_dir.loading import (
+    TrainedModel,
+    check_model,
+    model_of_adapter,
+    restore_params,
+    with_adapter,
+)
 from famx.models import DecoderModel
 from famx.training.event_files import summary_writer
 
@@ -66,6 +72,7 @@ def evaluate(
     timeout: Amount = 3600.0,
     poll_seconds: Rate = 5.0,
     re_evaluate: bool = False,
+    adapter: Directory | None = None,
 ) -> Results:
     """Runs every evaluation on every selected checkpoint, oldest first.
 
@@ -85,6 +92,8 @@ def evaluate(
       timeout: with "wait", return after this many seconds without a new checkpoint.
       poll_seconds: with "wait", seconds between two looks for new checkpoints.
       re_evaluate: evaluate again even if a result exists.
+      adapter: saved adapter for the checkpoint, see `famx.model_dir.loading.load_model`, which needs an
+        `output_dir` of its own.
 
     Returns:
       `{name: {step: scalars}}` for the selected checkpoints, including results of earlier calls.
@@ -100,7 +109,11 @@ def evaluate(
             f"CHECKPOINTS={checkpoints!r} needs a MODEL_DIR, and CHECKPOINT_PATH is one checkpoint:"
             f" give {directory}."
         )
-    model = check_model(directory, model)
+    stored = check_model(directory, model)
+    model = stored
+    if adapter is not None:
+        _check_adapter(adapter, checkpoints, output_dir)
+        model = model_of_adapter(stored, adapter)
     for evaluation in evaluations.values():
         if hasattr(evaluation, "check"):
             evaluation.check(model)
@@ -126,10 +139,13 @@ def evaluate(
             pending = {name: x for name, x in evaluations.items() if name not in reused}
             if not pending:
                 continue
-            params = _restore(checkpointer, model, step)
+            params = _restore(checkpointer, stored, step)
             if params is None:
                 _say(f"Checkpoint {step} was deleted in the meantime: skipped.")
                 continue
+            if adapter is not None:
+                trained = TrainedModel(stored, params, step, directory / f"checkpoint_{step}")
+                params = with_adapter(trained, adapter).params
             place = f"{count}" if wait else f"{count} of {len(steps)}"
             for number, (name, evaluation) in enumerate(pending.items(), 1):
                 if stop():
@@ -242,6 +258,18 @@ def _check_evaluations(evaluations: Mapping[str, Any]) -> None:
                 f"{name!r} cannot be the name of an evaluation: it names a folder, so use letters, digits"
                 " and underscores."
             )
+
+
+def _check_adapter(adapter: str, checkpoints: str, output_dir: str | None) -> None:
+    if checkpoints != "latest":
+        raise ConfigError(
+            f"ADAPTER={adapter} belongs to the weights of one checkpoint: leave out CHECKPOINTS."
+        )
+    if output_dir is None:
+        raise ConfigError(
+            f"ADAPTER={adapter} needs EVAL_OUTPUT_DIR, a directory for its results: those in"
+            " MODEL_DIR/eval are of the checkpoint without it."
+        )
 
 
 class _Output:

@@ -74,21 +74,16 @@ def load_model(
         model = check_model(directory, model)
         step, params = restore_params(checkpointer, model, step)
     trained = TrainedModel(model, params, step, directory / f"checkpoint_{step}")
-    return trained if adapter is None else _with_adapter(trained, adapter)
+    return trained if adapter is None else with_adapter(trained, adapter)
 
 
-def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
-    """The model with the adapters merged into its weights, and the memory they were trained with."""
-    config, memory = trained.model.config, adapter_memory(adapter)
-    unknown = ", ".join(sorted(set(memory) - set(MEMORY_FIELDS)))
-    if unknown:
-        raise ConfigError(f"The adapter {adapter} has a memory of another version of famx: {unknown}.")
-    check_description(memory, f"The memory of the adapter {adapter}")
-    try:
-        config = config.with_fields(memory)
-    except (TypeError, ValueError) as error:  # a kind of memory, or a field of it, that is not known here
-        raise ConfigError(f"The adapter {adapter} cannot be used: {error}") from error
-    model = DecoderModel(Decoder(config), trained.model.vocabulary)
+def with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
+    """The model with a saved adapter merged into its weights, and the memory that it was trained with.
+
+    Raises:
+      ConfigError: there is no such adapter, or it does not fit.
+    """
+    model = model_of_adapter(trained.model, adapter)
     base, prompt = split_memory(trained.params)
     abstract = without_boxes(model.abstract_params())
     adapters, lora = load_adapter(adapter, abstract, weights_fingerprint(trained.params))
@@ -101,6 +96,24 @@ def _with_adapter(trained: TrainedModel, adapter: str) -> TrainedModel:
         base = combine(base, prompt)
     params = jax.jit(lambda tree: merged(tree, lora))(combine(base, adapters))
     return dataclasses.replace(trained, model=model, params=params)
+
+
+def model_of_adapter(model: DecoderModel, adapter: str) -> DecoderModel:
+    """`model` with the memory that a saved adapter was trained with, and without adapters of its own.
+
+    Raises:
+      ConfigError: there is no such adapter, or its memory is not known here.
+    """
+    memory = adapter_memory(adapter)
+    unknown = ", ".join(sorted(set(memory) - set(MEMORY_FIELDS)))
+    if unknown:
+        raise ConfigError(f"The adapter {adapter} has a memory of another version of famx: {unknown}.")
+    check_description(memory, f"The memory of the adapter {adapter}")
+    try:
+        config = model.config.with_fields(memory)
+    except (TypeError, ValueError) as error:  # a kind of memory, or a field of it, that is not known here
+        raise ConfigError(f"The adapter {adapter} cannot be used: {error}") from error
+    return DecoderModel(Decoder(config), model.vocabulary)
 
 
 def check_model(directory: pathlib.Path, model: DecoderModel | None = None) -> DecoderModel:
