@@ -29,12 +29,12 @@ SIZES = {
     # Keys of one digit: longer ones take a byte-level model of this size more steps.
     "twin": Size(
         stages=(
-            {"steps": 300, "until": {"exact_match": REACHED}, "block_size": 64, "blocks": 2,
+            {"steps": 600, "until": {"exact_match": REACHED}, "block_size": 64, "blocks": 2,
              "batch_size": 16, "options": {"header": False, "digits": 1}},
             {"blocks": 4, "batch_size": 8, "curriculum": {"blocks": (2, 4)},
              "options": {"filler": FILLERS, "text_weight": 0.02}},
         ),
-        steps=350,
+        steps=650,
         memory=Fam(8),
         settings={
             **ON_CPU, "Lora.rank": 16, "warmup_cosine.learning_rate": 4e-3, "Every.checkpoint": 100,
