@@ -287,11 +287,9 @@ class IndexedFeed(Feed):
         return source.task.batch(range(start, start + rows), length)
 
     def examples(self):
-        lengths = self.curriculum.blocks
-        for blocks in dict.fromkeys(
-            min(blocks, self.blocks)
-            for blocks in (*lengths[self.curriculum.stage :], *lengths[: self.curriculum.stage])
-        ):
+        lengths, newest = self.curriculum.blocks, self.curriculum.stage
+        to_come = (*lengths[newest:], *lengths[:newest])
+        for blocks in dict.fromkeys(min(blocks, self.blocks) for blocks in to_come):
             yield Rows(self.fresh(0, blocks), blocks)
 
     def observe(self, blocks, value):

@@ -264,13 +264,15 @@ def _begin_or_resume(
     check_model_dir(directory, 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
     programs = Programs(threads_of(run))
     stack.callback(programs.close)
-    programs.begin(stages[place.index :], data.feeds[place.index :], data.sharding)
     writer = RunWriter(last, directory, checkpointer, lock)
     notes = [*data.notes, *writer.notes(), *start.notes]
+    begin = lambda: programs.begin(stages[place.index :], data.feeds[place.index :], data.sharding)
     if resumed is None:
+        begin()
         state = new_state(run, data, initialize, writer, notes)
     else:
         state = _restored(checkpointer, start, abstract, data.feeds[place.index])
+        begin()  # with the length that the curriculum had come to
         notes += choice.set_newer_aside(checkpointer)
     step = int(state.step)
     log = stack.enter_context(

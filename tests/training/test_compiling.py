@@ -65,6 +65,25 @@ def test_all_known_shapes_are_compiled_by_threads_and_once(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+def test_a_resumed_run_compiles_the_length_that_it_had_come_to_first(tmp_path, monkeypatch):
+    lengths, lower = [], compiling._Step._compiled
+
+    def noted(step, state, batch):
+        lengths.append(batch["decoder_target_tokens"].shape[1] // BLOCK)
+        return lower(step, state, batch)
+
+    monkeypatch.setattr(compiling._Step, "_compiled", noted)
+    for steps in (10, 12):
+        loop.train(
+            make_run(
+                model_dir=str(tmp_path), steps=steps, lengths={"targets": 6 * BLOCK}, compile_threads=1,
+                curriculum=Curriculum((4, 6, 5), unlock=0.0),
+            )
+        )  # fmt: skip
+    assert lengths == [4, 6, 5, 5, 4, 6]
+
+
+@pytest.mark.slow
 def test_on_a_cpu_programs_are_compiled_where_they_are_needed(tmp_path, monkeypatch):
     names = traced_by(monkeypatch)
     run = run_of(tmp_path, (), steps=3)
