@@ -25,8 +25,9 @@ from famx.model_dir.checkpointer import Checkpointer
 from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import check_model
 from famx.models import DecoderModel
-from famx.training.feeds import DatasetFeed, Feed, Source, fresh_feed
+from famx.training.feeds import DatasetFeed, Feed, fresh_feed
 from famx.training.run import bound_options
+from famx.training.source import Source
 
 
 def import_tasks(module: str | None) -> None:

@@ -12,11 +12,21 @@ from typing import Any
 
 import jax
 
+from famx.base.errors import ConfigError
 from famx.base.waiting import Announced
 from famx.training.feeds import Feed
 from famx.training.run import Run
 from famx.training.stages import Stage
 from famx.training.step import TrainState, make_initializer, make_train_step
+
+
+def check_threads(run: Run) -> None:
+    """Raises ConfigError if several processes would compile ahead, each in an order of its own."""
+    if run.compile_threads and jax.process_count() > 1:
+        raise ConfigError(
+            "Run.compile_threads needs a run of one process, since all have to compile in the same order:"
+            " set it to 0 or leave it out."
+        )
 
 
 def threads_of(run: Run) -> int:

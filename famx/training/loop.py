@@ -33,7 +33,7 @@ from famx.models import loss_weights
 from famx.models.inputs import check_features
 from famx.training.ahead import BATCHES_AHEAD, METRICS_DELAY, OBSERVED_DELAY
 from famx.training.bad_data import look_at, take
-from famx.training.compiling import Programs, threads_of
+from famx.training.compiling import Programs, check_threads, threads_of
 from famx.training.fallback import Choice, choose
 from famx.training.feeds import Feed, Rows
 from famx.training.health import GoodCheckpoints, Unsound, Watch
@@ -127,11 +127,7 @@ def _check(run: Run) -> tuple[tuple[Stage, ...], pathlib.Path, Profile]:
         raise ConfigError(f"{missing} is not set: training needs it.")
     if run.retry_full_disk and jax.process_count() > 1:
         raise ConfigError("Run.retry_full_disk needs a run of one process: others wait for a save.")
-    if run.compile_threads and jax.process_count() > 1:
-        raise ConfigError(
-            "Run.compile_threads needs a run of one process, since all have to compile in the same order:"
-            " set it to 0 or leave it out."
-        )
+    check_threads(run)
     stages = tuple(stage.ready() for stage in stages_of(run))
     for stage in stages:
         with stage.errors():

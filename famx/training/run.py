@@ -57,9 +57,9 @@ from famx.models import DecoderModel
 from famx.models.memory_start import MemoryStart
 from famx.modules.backends import resolve_backend
 from famx.training.curriculum import Curriculum
-from famx.training.feeds import Source
 from famx.training.flops import Learning
 from famx.training.health import Health
+from famx.training.source import Source
 from famx.training.stage_line import StageLine
 from famx.training.state_passing import Fresh, StatePassing
 from famx.training.trainable import Trainable

@@ -30,7 +30,8 @@ from famx.mesh import Rules, state_sharding, without_boxes
 from famx.model_dir import memory_file as memory_files
 from famx.models import DecoderModel
 from famx.modules import DecoderState
-from famx.training.feeds import Feed, Source, aged_feed, fresh_feed, lane_feed
+from famx.training.feeds import Feed, aged_feed, fresh_feed, lane_feed
+from famx.training.source import Source
 from famx.training.trainable import Trainable
 
 MUTABLES, RANDOM = "flax_mutables", "state_passing"  # t5x's names

@@ -26,7 +26,8 @@ from famx.mesh import LOGICAL_AXES
 from famx.t5x.data import FeedIterator
 from famx.t5x.metrics import as_t5x
 from famx.t5x.optimizers import with_factor_rules
-from famx.training.feeds import DatasetFeed, IndexedFeed, Source, fresh_feed
+from famx.training.feeds import DatasetFeed, IndexedFeed, fresh_feed
+from famx.training.source import Source
 from famx.training.state_passing import Aged, Random
 from famx.training.trainable import Trainable
 

@@ -15,7 +15,7 @@ from famx.data.probes import RecallProbe
 from famx.training import compiling, loop
 from famx.training.compiling import Programs, threads_of
 from famx.training.curriculum import Curriculum
-from famx.training.feeds import Source
+from famx.training.source import Source
 from famx.training.state_passing import Lanes, named
 
 LENGTHS = (  # shapes that are known before

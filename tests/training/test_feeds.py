@@ -23,7 +23,8 @@ from tiny import (
 from famx.base.errors import ConfigError
 from famx.data import ContinuousLanes
 from famx.training.curriculum import Curriculum
-from famx.training.feeds import AgedFeed, IndexedFeed, LaneFeed, Source
+from famx.training.feeds import AgedFeed, IndexedFeed, LaneFeed
+from famx.training.source import Source
 from famx.training.state_passing import Aged, Lanes, named
 from famx.training.step import TrainState, make_initializer, make_train_step
 

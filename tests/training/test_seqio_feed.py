@@ -15,9 +15,10 @@ from famx.data.probes.passkey import PasskeyTask  # noqa: E402
 from famx.data.tasks import registry  # noqa: E402
 from famx.data.vocabularies import load_vocabulary  # noqa: E402
 from famx.training import loop  # noqa: E402
-from famx.training.feeds import SeqioFeed, Source, lane_feed  # noqa: E402
+from famx.training.feeds import SeqioFeed, lane_feed  # noqa: E402
 from famx.training.run import Every  # noqa: E402
 from famx.training.run_log import read_metrics  # noqa: E402
+from famx.training.source import Source  # noqa: E402
 
 NAME, LENGTH = "passkey_for_the_feed", 96
 

@@ -20,8 +20,8 @@ from famx.data.tasks import registry
 from famx.model_dir.loading import check_model, load_model
 from famx.training import compiling, loop
 from famx.training.curriculum import Curriculum
-from famx.training.feeds import Source
 from famx.training.run import Every, Run
+from famx.training.source import Source
 from famx.training.stages import Place, stages_of
 from famx.training.state_passing import Aged, FromMemoryFile, Lanes, named
 

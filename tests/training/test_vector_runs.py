@@ -26,7 +26,8 @@ from famx.model_dir.memory_file import restore_memory, save_memory
 from famx.modules.frontends import Frontend, Mixed, Vectors
 from famx.modules.heads import Values
 from famx.training.curriculum import Curriculum
-from famx.training.feeds import AgedFeed, Source
+from famx.training.feeds import AgedFeed
+from famx.training.source import Source
 from famx.training.state_passing import Aged
 from famx.training.step import make_initializer, make_train_step
 

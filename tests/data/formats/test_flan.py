@@ -14,7 +14,8 @@ from famx.data.formats import flan
 from famx.data.formats.flan import WEIGHTS, FlanRows
 from famx.data.storage.records import write_tfrecords
 from famx.data.vocabularies import ByteVocabulary
-from famx.training.feeds import Source, fresh_feed
+from famx.training.feeds import fresh_feed
+from famx.training.source import Source
 from tests.tiny import make_model
 
 SOURCES = {"flan2021": "Flan2021", "t0": "P3", "niv2": "NIv2", "cot": "CoT", "dialog": "Dialog"}
