@@ -46,7 +46,7 @@ class Programs:
     """
 
     def __init__(self, threads: int = 0):
-        self._made: list[tuple[Run, Any, _Step, Announced]] = []
+        self._made: list[tuple[Run, Any, Announced]] = []
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, "compile") if threads else None
 
     def of(self, run: Run, abstract: TrainState) -> Announced:
@@ -56,7 +56,14 @@ class Programs:
           run: the run of the stage.
           abstract: its state as ShapeDtypeStructs with shardings.
         """
-        return self._find(run, abstract)[1]
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        traced = lambda run: (run.model, run.state_passing, run.microbatches)
+        for other, known, step in self._made:
+            if traced(other) == traced(run) and known == shardings:
+                return step
+        step = Announced(_Step(make_train_step(run, abstract), run), "the training step")
+        self._made.append((run, shardings, step))
+        return step
 
     def begin(self, stages: Sequence[Stage], feeds: Sequence[Feed], sharding: Any) -> None:
         """Begins to compile for all shapes that the feeds know, in the order in which they come.
@@ -71,7 +78,7 @@ class Programs:
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for stage, feed in zip(stages, feeds, strict=True):
             _, abstract = make_initializer(stage.run)
-            step, _ = self._find(stage.run, abstract)
+            step = self.of(stage.run, abstract)
             for rows in feed.examples():
                 step.compile_ahead(self._pool, abstract, jax.tree.map(place, rows.trained))
 
@@ -79,17 +86,6 @@ class Programs:
         """Begins no more compilations; one that runs cannot be stopped, and ends by itself."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _find(self, run: Run, abstract: TrainState) -> tuple["_Step", Announced]:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        traced = lambda run: (run.model, run.state_passing, run.microbatches)
-        for other, known, step, announced in self._made:
-            if traced(other) == traced(run) and known == shardings:
-                return step, announced
-        step = _Step(make_train_step(run, abstract), run)
-        announced = Announced(step, "the training step")
-        self._made.append((run, shardings, step, announced))
-        return step, announced
 
 
 class _Step:
@@ -112,9 +108,6 @@ class _Step:
     def __call__(self, state: TrainState, batch: Any) -> Any:
         program = self._programs.get(_shapes(state, batch))
         return self._jitted(state, batch) if program is None else program.result()(state, batch)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._jitted, name)
 
 
 def _shapes(state: TrainState, batch: Any) -> Any:
