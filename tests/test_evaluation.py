@@ -100,7 +100,7 @@ def test_probes_are_what_they_are_called():
 
 def test_probes_for_what_a_run_trained_on():
     """Each differs from `hold` in one thing, also if the task draws it."""
-    task = PasskeyTask("bytes", header=0.5, filler=("repeated", "python_stdlib"), depth=None)
+    task = PasskeyTask("bytes", header=0.5, filler=("repeated", "python_stdlib"), depth=None, padding=99)
     evaluation = PasskeyEvaluation(task, probes=tuple(PROBES))
     rows = {
         probe: [evaluation._task(512, probe).example(i, 4096) for i in range(6)] for probe in PROBES
@@ -112,6 +112,10 @@ def test_probes_for_what_a_run_trained_on():
             assert ("The grass is green." in text) == (probe == "hold_repeated")
             assert len(example["positions"]) == (2 if probe == "overwrite" else 1)
     starts = {probe: {x["positions"][0] for x in examples} for probe, examples in rows.items()}
+    asked = {probe: {x["answer_start"] for x in examples} for probe, examples in rows.items()}
+    unaligned = asked.pop("hold_unaligned")
+    assert len(unaligned) > 3 and 7 * 512 < min(unaligned) - task.asked_width
+    assert set.union(*asked.values()) == {4096 - 5}
     assert starts["hold_headerless"] == {0} and len(starts["hold"]) == len(starts["hold_text"]) == 1
     assert len(starts["hold_anywhere"]) == 6 and max(starts["hold_anywhere"]) > 1000
     words = [set(task.vocab.decode(x["tokens"][1000:3000]).split()) for x in rows["hold_text"]]
@@ -219,14 +223,17 @@ def test_passkey_of_a_tokenizer_equals_a_direct_evaluation(tmp_path, name):
     assert set(scores) == {f"{probe}/3" for probe in PROBES}
     for probe, options in PROBES.items():
         common = dict(split="eval", seed=1, depth=0.0, block_size=size)
+        if probe == "hold_unaligned":
+            common["padding"] = size - task.asked_width
         batch = dataclasses.replace(task, **{**common, **options}).batch(range(examples), 3 * size)
         best = np.argmax(jitted({"params": params}, batch["decoder_input_tokens"])[0], axis=-1)
         right, expected = [], batch["answer"].copy()
         for i, start in enumerate(batch["answer_start"]):
-            found = best[i, start:]
-            expected[i, : len(found)] = found
-            right.append(found.tolist() == batch["decoder_target_tokens"][i, start:].tolist())
-        np.testing.assert_array_equal(_answers(model, params, batch), expected)
+            count = int(np.sum(batch["answer"][i] != vocabulary.pad_id))
+            expected[i, :count] = best[i, start : start + count]
+            right.append(expected[i].tolist() == batch["answer"][i].tolist())
+        found = _answers(model, params, batch, vocabulary.pad_id)
+        np.testing.assert_array_equal(found, expected)
         assert scores[f"{probe}/3"] == pytest.approx(np.mean(right))
 
 
@@ -333,7 +340,7 @@ def direct(model, params, batch, zero_memory=False):
 def task_scores(log_p, right, _, batch):
     weights = batch["decoder_loss_weights"]
     loss = -(log_p * weights).sum() / weights.sum()
-    matched = [row[start:].all() for row, start in zip(right, batch["answer_start"])]
+    matched = [row[start:].all() for row, start in zip(right | (weights == 0), batch["answer_start"])]
     return {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
@@ -362,6 +369,21 @@ def test_task_scores_equal_a_direct_computation(oracle_params):
     for name, value in expected.items():
         assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert got["memory/zeroed/loss"] != pytest.approx(got["memory/kept/loss"], rel=1e-3)
+
+
+def test_padding_after_an_answer_is_not_scored(oracle_params):
+    """Answers that are right as a whole are found in rows with padding, too."""
+    options = {"digits": 1, "header": False, "filler": "random_words", "padding": 30}
+    evaluation = make_task_evaluation(task_options=options, health_tokens=1, examples=64)
+    task = passkey(split="eval", seed=1, padding=30)
+    batch = task.batch(range(64), 53)
+    assert len(set(batch["answer_start"])) > 3
+    log_p, right, likely = direct(MODEL, oracle_params, batch)
+    expected = task_scores(log_p, right, likely, batch)
+    assert 0 < expected["exact_match"] < 1
+    got = evaluation(MODEL, oracle_params, 0)
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize("memory", [Fam(length=4), Memory()], ids=["fam", "none"])
@@ -432,7 +454,8 @@ def test_answers_without_memory_equal_an_obvious_loop(sizes):
         batch = task.batch(range(32), blocks * BLOCK)
         log_p = direct(model, params, batch, zero_memory=True)[2]
         best = log_p[:, -1:].argmax(-1)
-        np.testing.assert_array_equal(_answers(model, params, batch, zero_memory=True), best)
+        found = _answers(model, params, batch, task.vocab.pad_id, zero_memory=True)
+        np.testing.assert_array_equal(found, best)
         assert len(set(best.ravel())) > 5
 
 

@@ -39,7 +39,7 @@ def directory(tmp_path_factory):
 def right_if(rule):
     """A replacement of `streamed_answers` in which an answer is right if `rule(inputs)` says so."""
 
-    def answers(model, params, tokens, starts, answers, piece_blocks, done):
+    def answers(model, params, tokens, starts, answers, pad_id, piece_blocks, done):
         done(tokens.shape[1])
         right = np.array([rule(row) for row in tokens])
         return np.where(right[:, None], answers, answers + 1)
@@ -55,22 +55,25 @@ def rule(row):
 
 
 @pytest.mark.sampled(3)
+@pytest.mark.parametrize("padding", [0, BLOCK - 1])
 @pytest.mark.parametrize("length, pieces", [(4 * BLOCK, None), (4 * BLOCK, 1), (7 * BLOCK + 3, 2)])
-def test_streamed_answers_are_those_of_one_pass(length, pieces):
+def test_streamed_answers_are_those_of_one_pass(length, pieces, padding):
+    """Padding may follow the answers."""
     model = make_model()
     params = make_params(model.module, seed=1)
-    tokens, starts = make_tokens(3, length), np.array([length - 3, length - 1, length - 2])
-    answers = np.zeros((3, 4), np.int32)
-    read = []
+    tokens, counts = make_tokens(3, length), [3, 1, 2]
+    starts = length - np.array([0, padding, padding // 2]) - counts
+    answers, pad_id, read = np.zeros((3, 4), np.int32), -1, []
+    for answer, count in zip(answers, counts):
+        answer[count:] = pad_id
     found = streamed_answers(
-        model, params, tokens, starts, answers, piece_blocks=pieces, done=read.append
+        model, params, tokens, starts, answers, pad_id, piece_blocks=pieces, done=read.append
     )
     logits, _ = model.module.apply({"params": params}, tokens)
     best = np.argmax(logits, -1)
-    for i, start in enumerate(starts):
-        count = length - start
-        assert found[i, :count].tolist() == best[i, start:].tolist()
-        assert not found[i, count:].any()
+    for i, (start, count) in enumerate(zip(starts, counts)):
+        assert found[i, :count].tolist() == best[i, start : start + count].tolist()
+        assert (found[i, count:] == pad_id).all()
     assert sum(read) == length and (pieces is None) == (len(read) == 2)
 
 

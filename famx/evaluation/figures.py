@@ -27,6 +27,7 @@ _PROBES = {
     "hold_text": "One key, then real text",
     "hold_headerless": "One key, not announced",
     "hold_anywhere": "One key, anywhere in the text",
+    "hold_unaligned": "One key, asked for\nanywhere in a block",
     "overwrite": "A second key replaces the first",
 }
 _WITHOUT = "the same model without a memory"

@@ -240,7 +240,7 @@ def _right(trained, probes, length: int, rows, read) -> np.ndarray:
         answers.append(batch["answer"])
     arrays = [np.concatenate(parts) for parts in (tokens, starts, answers)]
     found = streamed_answers(
-        trained.model, trained.params, *arrays,
+        trained.model, trained.params, *arrays, probes[rows[0][0]].vocab.pad_id,
         piece_blocks=_PIECE_BLOCKS, done=lambda count: read(count * len(rows)),
     )  # fmt: skip
     return exact_match(found, arrays[2]) > 0

@@ -27,6 +27,7 @@ PROBES = {
     "hold_text": dict(filler="python_stdlib", second_key=0.0),
     "hold_headerless": dict(filler="random_words", second_key=0.0, header=False),
     "hold_anywhere": dict(filler="random_words", second_key=0.0, depth=None),
+    "hold_unaligned": dict(filler="random_words", second_key=0.0),  # and with padding
     "overwrite": dict(filler="random_words", second_key=1.0, second_key_depth=0.5),
 }
 STANDARD_PROBES = ("hold", "hold_repeated", "overwrite")
@@ -43,8 +44,9 @@ class PasskeyEvaluation:
     written once and never again passes `hold` and fails `overwrite`.
 
     The others of `PROBES` are `hold` with one change each, which a model passes only if it was trained
-    for it: `hold_text` has real text as filler (not in words), `hold_headerless` no header, and
-    `hold_anywhere` a key at any depth.
+    for it: `hold_text` has real text as filler (not in words), `hold_headerless` no header,
+    `hold_anywhere` a key at any depth, and in `hold_unaligned` the question is anywhere in the last
+    block, not at its end.
 
     Attributes:
       task: the task whose header, vocabulary and number of digits are used; its split is set to
@@ -148,8 +150,10 @@ class PasskeyEvaluation:
         task = self._base_task
         common = dict(
             split="eval", seed=self.seed, depth=0.0, block_size=block_size, second_key_depth=None,
-            second_key_recent=False, header=task.header > 0,
+            second_key_recent=False, header=task.header > 0, padding=0,
         )  # fmt: skip
+        if probe == "hold_unaligned":  # the question is in the last block in any case
+            common["padding"] = max(block_size - task.asked_width, 0)
         return dataclasses.replace(task, **{**common, **PROBES[probe]})
 
     def _measure(self, model, params, lengths) -> dict[str, float]:
@@ -162,10 +166,10 @@ class PasskeyEvaluation:
                 if task.min_length > blocks * size:
                     continue
                 batch = task.batch(range(self.examples), blocks * size)
-                answers = _answers(model, params, batch)
+                answers = _answers(model, params, batch, task.vocab.pad_id)
                 scores[f"{probe}/{blocks}"] = float(exact_match(answers, batch["answer"]).mean())
                 if health:
-                    answers = _answers(model, params, batch, zero_memory=True)
+                    answers = _answers(model, params, batch, task.vocab.pad_id, zero_memory=True)
                     match = exact_match(answers, batch["answer"])
                     zeroed[f"memory/zeroed/{probe}/{blocks}"] = float(match.mean())
                     if probe == "hold" and (longest is None or blocks * size > longest.shape[1]):
@@ -175,7 +179,7 @@ class PasskeyEvaluation:
         return scores | zeroed
 
 
-def _answers(model: DecoderModel, params, batch, zero_memory: bool = False):
+def _answers(model: DecoderModel, params, batch, pad_id: int, zero_memory: bool = False):
     """Most likely tokens at the answer positions, int32 `[B, answer_width]`, padded like the answers."""
     arrays = (batch[name] for name in ("decoder_input_tokens", "answer_start", "answer"))
-    return streamed_answers(model, params, *arrays, zero_memory=zero_memory)
+    return streamed_answers(model, params, *arrays, pad_id, zero_memory=zero_memory)

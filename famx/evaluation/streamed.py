@@ -17,6 +17,7 @@ def streamed_answers(
     tokens: np.ndarray,
     starts: np.ndarray,
     answers: np.ndarray,
+    pad_id: int,
     zero_memory: bool = False,
     piece_blocks: int | None = None,
     done: Callable[[int], None] = lambda tokens: None,
@@ -26,9 +27,10 @@ def streamed_answers(
     Args:
       model: the model.
       params: its parameters.
-      tokens: inputs of documents that end with their answers, int32 `[B, L]`.
+      tokens: inputs of documents that end with their answers, or with padding after them, int32 `[B, L]`.
       starts: where each answer begins, int32 `[B]`.
       answers: the answers, int32 `[B, W]`, padded at the end.
+      pad_id: the id that pads the answers.
       zero_memory: set the memory to zero before every block.
       piece_blocks: number of blocks between two calls of `done`; None: all but the last are one piece.
       done: called with the number of tokens of each document that were just read.
@@ -37,7 +39,7 @@ def streamed_answers(
       int32 `[B, W]`, padded like `answers`.
     """
     c, length = model.config, tokens.shape[1]
-    # The answers end the documents, so predictions are computed for the last blocks only.
+    # Nothing follows the answers, so predictions are computed for the last blocks only.
     tail = math.ceil((length - starts.min()) / c.block_size) * c.block_size
     # Without memory, tokens outside the reach of the stacked windows cannot influence the answer, so
     # reading them is skipped.
@@ -55,4 +57,4 @@ def streamed_answers(
     done(min(tail, length))
     places = (starts - length)[:, None] + np.arange(answers.shape[1])
     found = np.take_along_axis(best, np.minimum(places, -1) + tail, axis=1)
-    return np.where(places < 0, found, answers)
+    return np.where(answers == pad_id, answers, found)

@@ -199,7 +199,8 @@ def _task_sums(streamer: Streamer, model: DecoderModel, params, batch) -> _Sums:
     (log_p, right), _ = streamer.score(params, begin(), read, targets)
     nats, hits = float(-np.sum(log_p * weights)), float(np.sum(right * weights))
     if "answer_start" in batch:
-        before = np.arange(right.shape[1]) < batch["answer_start"][:, None]
+        ignored = np.arange(right.shape[1]) < batch["answer_start"][:, None]
+        ignored |= weights == 0  # padding
         counted = weights.any(axis=1)
-        matches = float(np.sum(np.all(right | before, axis=1) & counted)), float(np.sum(counted))
+        matches = float(np.sum(np.all(right | ignored, axis=1) & counted)), float(np.sum(counted))
     return _Sums((nats, hits, float(np.sum(weights))), matches, of_values)

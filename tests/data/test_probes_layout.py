@@ -85,6 +85,45 @@ def test_any_row_of_any_probe(name, index, extra, seed, split):
         assert reference in row["inputs"]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(PROBES)), st.integers(0, 10**6), st.integers(0, 300), st.integers(1, 90))
+def test_a_padded_row_is_a_shorter_row_and_padding(name, index, extra, padding):
+    probe = PROBES[name](text_weight=0.1)
+    length = length_of(probe, extra)
+    row = dataclasses.replace(probe, padding=padding).example(index, length)
+    kept = length - np.argmin(row["tokens"][::-1] == probe.vocab.pad_id)
+    assert length - kept <= padding and row["answer_start"] + len(row["answer"]) == kept
+    assert not row["weights"][kept:].any() and (row["tokens"][kept:] == probe.vocab.pad_id).all()
+    shorter = probe.example(index, kept)
+    assert set(shorter) == set(row)
+    for part, wanted in shorter.items():
+        found = row[part][:kept] if part in ("tokens", "weights") else row[part]
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_is_any_number_up_to_the_largest(name):
+    probe = PROBES[name](padding=3)
+    length = length_of(probe, 300)
+    rows = [probe.example(i, length) for i in range(60)]
+    ends = [row["answer_start"] + len(row["answer"]) for row in rows]
+    assert set(ends) == {length - 3, length - 2, length - 1, length}
+    batch = probe.batch(range(60), length)
+    for i, (row, end) in enumerate(zip(rows, ends)):
+        assert batch["answer"][i, : len(row["answer"])].tolist() == row["answer"].tolist()
+        assert (batch["answer"][i, len(row["answer"]) :] == probe.vocab.pad_id).all()
+        assert not batch["decoder_loss_weights"][i, end:].any()
+
+
+def test_padding_takes_what_there_is_room_for():
+    shortest = PasskeyTask(padding=40)
+    assert shortest.example(0, shortest.min_length)["answer_start"] == shortest.min_length - 5
+    recall = PROBES["associative_recall"](padding=1000, block_size=64)
+    for index in range(50):
+        start = recall.example(index, 256)["answer_start"]
+        assert 192 < start - len(recall.vocab.encode("recall")) < 256
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(IN_BYTES), st.integers(0, 10**6), st.integers(0, 2000))
 def test_a_prompt_in_bytes_is_the_same_as_text(name, index, extra):

@@ -2,7 +2,7 @@
 
 Section 3.2 of TransformerFAM. Layout of a row, in tokens:
 
-    header, filler, key statement, filler[, second key statement, filler], question, answer
+    header, filler, key statement, filler[, second key statement, filler], question, answer[, padding]
 
 With words and bytes the answer is the digits of the key, one token each. With any other vocabulary it is
 the tokens of a space and the key, because a prompt that ends in "is" does not end in a space; there are
@@ -70,7 +70,8 @@ class PasskeyTask(Probe):
         example. Without them, a row in other vocabularies than words and bytes begins with a space.
       block_size: if given, every key statement is moved to the nearest place where it is within one
         block of this number of tokens, both as targets and as inputs (one position later). Question
-        and answer are the last tokens: they are within one block if the length is a multiple of it.
+        and answer are the last tokens: they are within one block if the length is a multiple of it and
+        there is no `padding`.
       mention_weight: loss weight of the second mention of a key in its statement. The answer has
         `answer_weight`, and all other tokens `text_weight`.
 
@@ -122,7 +123,12 @@ class PasskeyTask(Probe):
         size = self._texts.statement_width
         end = self._blocks.later(len(self._header(self.header > 0))) + size
         end = self._blocks.later(end) + size if self.second_key > 0 else end
-        return end + self._asked_width
+        return end + self.asked_width
+
+    @property
+    def asked_width(self) -> int:
+        """Largest number of tokens of question and answer."""
+        return len(self._texts.question) + self._texts.key_width
 
     def at_depth(self, depth, length):
         """With a second key in every row, `depth` is its place, since it is the one that is asked for."""
@@ -145,7 +151,7 @@ class PasskeyTask(Probe):
         """
         statements = (2 if second_key else 1) * self._texts.statement_width
         header = self.header > 0 if header is None else header
-        return len(self._header(header)) + statements + self._asked_width
+        return len(self._header(header)) + statements + self.asked_width
 
     def _row(self, index, length):
         # Every draw is made in every case, so that no option shifts the draws of another.
@@ -199,11 +205,6 @@ class PasskeyTask(Probe):
         """The opening sentences of a row that is `opened` by them, or nothing."""
         return self._texts.header if opened else np.zeros(0, np.int32)
 
-    @property
-    def _asked_width(self) -> int:
-        """Largest number of tokens of question and answer."""
-        return len(self._texts.question) + self._texts.key_width
-
     def _keys(self, index: int) -> list[str]:
         """Two different keys."""
         rng = self._rng(index, CONTENT)
@@ -226,7 +227,7 @@ class PasskeyTask(Probe):
         filler = length - self.overhead(two, opened)
         depth = draw[2] if self.depth is None else self.depth
         low = self._blocks.later(header)
-        last = self._blocks.earlier(length - self._asked_width - size)
+        last = self._blocks.earlier(length - self.asked_width - size)
         high = self._blocks.earlier(last - size) if two else last
         first = self._blocks.nearest(header + round(depth * filler), low, high)
         if not two:

@@ -2,7 +2,7 @@
 
 A probe hides something in a long row and asks for it at the end. Layout, in tokens:
 
-    header, context that fills the row, question, answer
+    header, context that fills the row, question, answer[, padding]
 
 The parts are encoded one by one, so a row's prompt as text (`inputs`) is the decoded prompt ids. With
 bytes both are the same text; another vocabulary may split the text differently when it encodes it as a
@@ -17,14 +17,15 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from famx.base.ranges import Amount, OneOf, Seed
+from famx.base.ranges import Amount, NonNegative, OneOf, Seed
 from famx.base.values import checked
 from famx.data.metrics import string_match_all
 from famx.data.rows import decoder_batch
 from famx.data.tasks.kinds import SPLITS
 from famx.data.vocabularies import AnyVocabulary, ByteVocabulary, Vocabulary, as_vocabulary, token_ids
 
-CONTENT, PLACES, FILLER = range(3)  # random streams of an example: what is hidden, where, in what
+# Random streams of an example: what is hidden, where, in what, and how much padding follows the answer.
+CONTENT, PLACES, FILLER, PADDING = range(4)
 
 
 @checked
@@ -37,6 +38,10 @@ class Probe:
       answer_weight: loss weight of the tokens of the answer.
       text_weight: loss weight of all other tokens, unless a subclass gives some of them a larger one.
         Above 0, a pretrained model also trains on such texts while it learns the task.
+      padding: largest number of padding tokens after the answer, without loss; their number is drawn
+        for each example from 0 to this, or to what the row has room for. Without it every answer is at
+        the end of a block if rows are whole blocks, and a model may then learn to answer nowhere else;
+        with the block size less one the answer is at any place of a block.
       seed: seed of all examples, at least 0.
       split: "train" or "eval"; examples of the two are drawn from disjoint random streams.
 
@@ -47,6 +52,7 @@ class Probe:
     vocabulary: AnyVocabulary = "bytes"
     answer_weight: Amount = 1.0
     text_weight: Amount = 0.0
+    padding: NonNegative = 0
     seed: Seed = 0
     split: Annotated[str, OneOf(SPLITS)] = "train"
 
@@ -84,6 +90,10 @@ class Probe:
         """
         raise NotImplementedError
 
+    def _room(self, length: int) -> int:
+        """Largest number of tokens of a row that may be padding."""
+        return length - self.min_length
+
     def example(self, index: int, length: int) -> dict[str, Any]:
         """Make row `index` with `length` tokens.
 
@@ -94,7 +104,7 @@ class Probe:
         Returns:
           tokens int32 `[length]`: the targets.
           weights float32 `[length]`: their loss weights.
-          answer int32 `[n]`: ids of the answer, which ends the row.
+          answer int32 `[n]`: ids of the answer, which ends the row but for its padding.
           answer_start int: where it begins.
           positions list of int: where each hidden part begins, in the order of the row.
           inputs str: the prompt.
@@ -115,12 +125,16 @@ class Probe:
                 f"A row of {type(self).__name__} needs at least {self.min_length} tokens, but the "
                 f"length is {length}; {self._too_short}."
             )
-        row = self._row(index, length)
+        most = max(min(self.padding, self._room(length)), 0)
+        padding = int(self._rng(index, PADDING).integers(most + 1))
+        row = self._row(index, length - padding)
         answer_start = row["answer_start"]
         row["answer"] = row["tokens"][answer_start:]
-        weights = row.setdefault("weights", np.zeros(length, np.float32))
+        weights = row.setdefault("weights", np.zeros(length - padding, np.float32))
         weights[:answer_start] = np.maximum(weights[:answer_start], self.text_weight)
         weights[answer_start:] = self.answer_weight
+        row["tokens"] = np.pad(row["tokens"], (0, padding), constant_values=self.vocab.pad_id)
+        row["weights"] = np.pad(weights, (0, padding))
         return row
 
     def prompt(self, index: int, length: int, room: int = 0) -> dict[str, Any]:

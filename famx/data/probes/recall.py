@@ -131,6 +131,9 @@ class DistanceProbe(Probe):
         blocks = last - round(depth * (last - self._min_distance))
         return dataclasses.replace(self, distance=max(blocks, self._min_distance))
 
+    def _room(self, length):  # question and answer stay in the last block
+        return length - (length - 1) // self.block_size * self.block_size - self._question_size
+
     def _row(self, index, length):
         size, last = self.block_size, (length - 1) // self.block_size
         if length - last * size < self._question_size:

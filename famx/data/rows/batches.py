@@ -32,8 +32,8 @@ def decoder_batch(
     Args:
       examples: each with `tokens` int32 `[L]` and `weights` float32 `[L]`, and, if it has them,
         `starts` (where its parts begin, each after a bos; without it, one part begins at 0), and
-        `answer_start` int (where the answer begins, which ends the row). With features and values, see
-        `famx.base.features.with_features`.
+        `answer_start` int (where the answer begins, which ends the row but for its padding). With
+        features and values, see `famx.base.features.with_features`.
       vocabulary: has the ids of bos and padding.
       answer_width: number of tokens that every answer fits in; None leaves `answer` out.
       features: what is read besides tokens, or in their place.
@@ -67,5 +67,6 @@ def decoder_batch(
     if answer_width is not None:
         batch["answer"] = np.full((len(examples), answer_width), vocabulary.pad_id, np.int32)
         for row, target, start in zip(batch["answer"], targets, starts):
-            row[: len(target) - start] = target[start:]
+            found = target[start : start + answer_width]  # padding may follow
+            row[: len(found)] = found
     return {**batch, "answer_start": np.array(starts, np.int32)}
