@@ -11,7 +11,14 @@ and checkpoints treat them like any parameter:
 
 from famx.lora.adapters import GROUPS, Lora, combine, merged, split
 from famx.lora.applying import intercept
-from famx.lora.files import adapter_directory, adapter_memory, load_adapter, save_adapter
+from famx.lora.files import (
+    adapter_directory,
+    adapter_memory,
+    check_base,
+    check_continued,
+    load_adapter,
+    save_adapter,
+)
 from famx.lora.int8 import quantize
 
 __all__ = [
@@ -19,6 +26,8 @@ __all__ = [
     "Lora",
     "adapter_directory",
     "adapter_memory",
+    "check_base",
+    "check_continued",
     "combine",
     "intercept",
     "load_adapter",

@@ -21,7 +21,7 @@ from famx.base.checksums import checksum
 from famx.base.errors import ConfigError
 from famx.base.files import as_path, local_copy, write_bytes, write_json
 from famx.base.untrusted import shown
-from famx.lora.adapter_config import CONFIG, MEMORY, read_adapter_config
+from famx.lora.adapter_config import CONFIG, MEMORY, AdapterConfig, read_adapter_config
 from famx.lora.adapters import GROUPS, Lora, inputs_end, select, value
 from famx.modules.memory import of_memory
 
@@ -148,6 +148,38 @@ def adapter_memory(path) -> dict[str, Any]:
     return dict(_read(path)[0].famx_memory or {})
 
 
+def check_continued(path, lora: Lora | None) -> None:
+    """Raises ConfigError if adapters with these settings cannot begin as a saved one; reads no weights.
+
+    Args:
+      path: the directory of the saved adapter.
+      lora: settings of the adapters that are to begin; None if there are none.
+    """
+    path = adapter_directory(path)
+    try:
+        config = read_adapter_config(path)
+    except FileNotFoundError:
+        raise _missing(path) from None
+    alpha = _alpha(config)
+    if lora is None:
+        raise ConfigError(f"The adapter {path} needs adapters to begin with it: set TRAINABLE='lora'.")
+    if lora.rank != config.r or not math.isclose(lora.scale, alpha / config.r):
+        raise ConfigError(
+            f"The adapter {path} has rank {config.r} and alpha {alpha:g}, the run's adapters have rank"
+            f" {lora.rank} and alpha {lora.scale * lora.rank:g}: set Lora.rank={config.r} and"
+            f" Lora.alpha={alpha:g}."
+        )
+
+
+def check_base(path, fingerprint: str) -> None:
+    """Raises ConfigError if an adapter names the fingerprint of its base model, and it is another."""
+    import safetensors
+
+    path = adapter_directory(path)
+    with local_copy(path / WEIGHTS) as local, safetensors.safe_open(local, "np") as file:
+        _check_base(path, fingerprint, (file.metadata() or {}).get(FINGERPRINT))
+
+
 def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str, Any], Lora]:
     """Load an adapter, saved by famx or PEFT, for a base model.
 
@@ -166,11 +198,7 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
     """
     path = adapter_directory(path)
     config, tensors, saved = _read(path)
-    if fingerprint and saved and fingerprint != saved:
-        raise ConfigError(
-            f"The adapter {path} was trained on another base model (fingerprint {saved[:12]}, this one"
-            f" has {fingerprint[:12]}): load it with the model that it was trained on."
-        )
+    _check_base(path, fingerprint, saved)
     kernels, parts, adapters = select(params, tuple(GROUPS)), {}, {}  # parts: tensors by path and layer
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
@@ -192,7 +220,7 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
     for name in tensors:
         if name.startswith(OURS):
             adapters[name.removeprefix(OURS)] = _own_parameter(tensors[name], name, params, path)
-    alpha = config.lora_alpha * (math.sqrt(rank) if config.use_rslora else 1)
+    alpha = _alpha(config)
     alpha = None if alpha == rank else alpha
     lora = Lora(rank, alpha, config.lora_dropout or 0.0, _targets(parts, kernels))
     return unflatten_dict(adapters, sep="/"), lora
@@ -209,10 +237,7 @@ def _read(path: pathlib.Path):
             metadata = file.metadata() or {}
         tensors = {name: _float32(tensor, name) for name, tensor in stored.items()}
     except FileNotFoundError:
-        raise ConfigError(
-            f"There is no adapter in {path}: it must contain {CONFIG} and {WEIGHTS}. Those that come with"
-            f" famx, by their names: {', '.join(_shipped()) or 'none'}."
-        ) from None
+        raise _missing(path) from None
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
@@ -226,6 +251,26 @@ def _read(path: pathlib.Path):
             " fit: copy both again."
         )
     return config, tensors, metadata.get(FINGERPRINT)
+
+
+def _check_base(path: pathlib.Path, fingerprint: str | None, saved: str | None) -> None:
+    if fingerprint and saved and fingerprint != saved:
+        raise ConfigError(
+            f"The adapter {path} was trained on another base model (fingerprint {saved[:12]}, this one"
+            f" has {fingerprint[:12]}): load it with the model that it was trained on."
+        )
+
+
+def _missing(path: pathlib.Path) -> ConfigError:
+    return ConfigError(
+        f"There is no adapter in {path}: it must contain {CONFIG} and {WEIGHTS}. Those that come with"
+        f" famx, by their names: {', '.join(_shipped()) or 'none'}."
+    )
+
+
+def _alpha(config: AdapterConfig) -> float:
+    """Numerator of the scale `alpha / rank`."""
+    return config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1)
 
 
 def _checksum(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from famx.base.text import some
 from famx.base.values import SettingError
 from famx.base.waiting import waiting
 from famx.data.vocabularies import load_vocabulary
-from famx.lora import adapter_memory, combine, load_adapter, merged
+from famx.lora import adapter_memory, check_continued, combine, load_adapter, merged
 from famx.lora.adapters import ADAPTERS, SCALE
 from famx.mesh import logical_to_sharding, make_mesh, make_rules, without_boxes
 from famx.model_dir.checkpointer import Checkpointer
@@ -174,8 +175,47 @@ def restore_params(checkpointer: Checkpointer, model: DecoderModel, step: int | 
     return step, params
 
 
+def load_initial_adapter(
+    adapter: str, model: DecoderModel, start: MemoryStart = MemoryStart()
+) -> dict[str, Any]:
+    """Parameters of a saved adapter for a new run of `model`, whose adapters begin with them.
+
+    Args:
+      adapter: directory of the adapter.
+      model: definition of the run, with adapters.
+      start: how the memory starts.
+
+    Returns:
+      The adapters, the parameters of the memory and the norms that were trained, numpy float32. Call
+      `famx.lora.check_base` once the base is loaded.
+
+    Raises:
+      ConfigError: there is no such adapter, it is damaged or does not fit, or `start` would replace the
+        prompt that it has.
+    """
+    check_continued(adapter, model.lora)
+    abstract = without_boxes(model.abstract_params())
+    adapters, _ = load_adapter(adapter, abstract)
+    paths = lambda tree: {p for p in flatten_dict(tree, sep="/") if p.endswith(ADAPTERS)}
+    differing = sorted(paths(adapters) ^ paths(abstract))
+    if differing:
+        raise ConfigError(
+            f"The adapter {adapter} and the run's adapters are not of the same projections, one of them"
+            f" lacks {some(differing)}: set Lora.targets to those of the adapter."
+        )
+    if start.prompt is not None and any(map(is_prompt, flatten_dict(adapters, sep="/"))):
+        raise ConfigError(
+            f"PROMPT={start.prompt!r} would replace the prompt of the adapter {adapter}: leave it out."
+        )
+    return adapters
+
+
 def load_pretrained(
-    checkpoint: str, model: DecoderModel, start: MemoryStart = MemoryStart(), seed: int = 0
+    checkpoint: str,
+    model: DecoderModel,
+    start: MemoryStart = MemoryStart(),
+    seed: int = 0,
+    known: Collection[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """Parameters for a new run of `model`, from a checkpoint that may differ in its memory.
 
@@ -187,6 +227,7 @@ def load_pretrained(
       model: definition of the run.
       start: how prompts start, and measured parameters that the checkpoint does not have.
       seed: seed of the draw of prompts.
+      known: paths of the memory's parameters that the run has from elsewhere; they are left out.
 
     Returns:
       The parameters, placed as by `restore_params`, and sentences for the user about omitted ones.
@@ -207,6 +248,7 @@ def load_pretrained(
     rest, memory = split_memory(trained.params)
     memory = flatten_dict(memory, sep="/") if stored.memory.kind == config.memory.kind else {}
     wanted = flatten_dict(split_memory(without_boxes(model.abstract_params()))[1], sep="/")
+    wanted = {path: x for path, x in wanted.items() if path not in known}
     memory = {path: x for path, x in memory.items() if path in wanted and x.shape == wanted[path].shape}
     made, notes = _started(trained, config, wanted, memory, start, seed), []
     missing = sorted(wanted.keys() - memory.keys())

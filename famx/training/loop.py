@@ -21,13 +21,13 @@ from famx.base.peers import agree
 from famx.base.ranges import Name
 from famx.base.signals import graceful_stop
 from famx.base.values import checked
-from famx.base.waiting import Announced, hush, waiting
+from famx.base.waiting import hush, waiting
 from famx.data.tasks import Kind, kind_of, vocabulary_of
 from famx.data.vocabularies import save_vocabulary
 from famx.mesh import batch_sharding
 from famx.model_dir.checkpointer import Checkpointer, check_model_dir
 from famx.model_dir.identity import check_same_model, split_checkpoint
-from famx.model_dir.loading import TrainedModel, check_model, load_pretrained
+from famx.model_dir.loading import check_model, load_initial_adapter
 from famx.model_dir.lock import RunLock, run_lock
 from famx.models import loss_weights
 from famx.models.inputs import check_features
@@ -37,6 +37,7 @@ from famx.training.compiling import Programs, check_threads, threads_of
 from famx.training.fallback import Choice, choose
 from famx.training.feeds import Feed, Rows
 from famx.training.health import GoodCheckpoints, Unsound, Watch
+from famx.training.initial_state import new_state
 from famx.training.metrics import RecentMetrics, Sums
 from famx.training.resuming import History, Start, cannot_change, last_scalars, starting
 from famx.training.run import Run
@@ -151,6 +152,10 @@ def open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
     if last.initial_checkpoint_path is not None:
         initial_dir = split_checkpoint(last.initial_checkpoint_path)[0]
         initial_vocabulary = check_model(initial_dir).vocabulary
+    if last.initial_adapter is not None:
+        if initial_dir is None:
+            raise ConfigError("INITIAL_ADAPTER needs INITIAL_CHECKPOINT_PATH, the model that it is for.")
+        load_initial_adapter(last.initial_adapter, last.model, last.memory_start)  # or raises
     tasks, vocabulary, notes = [], None, []
     for stage in stages:
         with stage.errors():
@@ -320,24 +325,6 @@ def _restored(checkpointer: Checkpointer, start: Start, abstract: TrainState, fe
     except ConfigError as error:
         raise cannot_change(error, start) from error
     return TrainState.from_checkpoint(tree)
-
-
-def new_state(
-    run: Run, data: OpenData, initialize, writer: RunWriter | None, notes: list[str]
-) -> TrainState:
-    """The initial state; adds to `notes` what was not taken from the initial checkpoint."""
-    pretrained, loaded = {}, None
-    if run.initial_checkpoint_path is not None:
-        pretrained, load_notes = load_pretrained(
-            run.initial_checkpoint_path, run.model, run.memory_start, run.random_seed
-        )
-        notes += load_notes
-        if writer is not None:
-            writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
-        trained = TrainedModel(run.model, pretrained, 0, data.initial_dir)
-        loaded = run.state_passing.load(trained)
-    initialize = Announced(initialize, "the model's first values")
-    return initialize(jax.random.key(run.random_seed), pretrained, loaded)
 
 
 def _opening(run: Run, state: TrainState) -> str:

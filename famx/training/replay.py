@@ -17,6 +17,7 @@ from famx.base.files import as_path
 from famx.model_dir.checkpointer import Checkpointer
 from famx.training import loop
 from famx.training.health import GoodCheckpoints, Unsound, Watch
+from famx.training.initial_state import new_state
 from famx.training.metrics import RecentMetrics
 from famx.training.nonfinite import Origin, first_nonfinite
 from famx.training.run import Run
@@ -84,7 +85,7 @@ def _session(stages, data, directory, stopped: Stopped, stack) -> Session:
     run, notes = place.stage.run, []
     initialize, abstract = make_initializer(run)
     if step is None:
-        state = loop.new_state(run, data, initialize, None, notes)
+        state = new_state(run, data, initialize, None, notes)
     else:
         state = TrainState.from_checkpoint(checkpointer.restore(step, abstract.to_checkpoint())[0])
         data.feeds[place.index].set_state(position["feed"])

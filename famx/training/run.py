@@ -220,6 +220,9 @@ class Run:
       initial_checkpoint_path: checkpoint that a new run takes its parameters from, a `MODEL_DIR` or one
         `checkpoint_<step>` in it. The model may differ from that of the checkpoint in its memory. A named
         task takes the vocabulary of the checkpoint.
+      initial_adapter: saved adapter of that checkpoint which the run's adapters begin with, a directory
+        or the name of one that comes with famx; None: they begin anew. `trainable` must name "lora", with
+        the adapter's rank, alpha and targets.
       memory_start: how the memory starts in a run from such a checkpoint.
       microbatches: number of parts of the batch that are computed one after another to save memory; the
         result of the step is the same.
@@ -259,6 +262,7 @@ class Run:
     state_passing: StatePassing = Fresh()
     trainable: Trainable = Trainable()
     initial_checkpoint_path: Directory | None = None
+    initial_adapter: Name | None = None
     memory_start: MemoryStart = MemoryStart()
     microbatches: Positive = 1
     evaluation: Annotated[

@@ -36,6 +36,7 @@ from famx.memories import Fam
 from famx.model_dir.loading import load_model
 from famx.model_dir.memory_file import load_memory, save_memory
 from famx.models import DecoderModel
+from famx.models.memory_start import MemoryStart
 from famx.modules import Memory
 from famx.training import saving
 from famx.training.run import Every
@@ -411,6 +412,50 @@ def test_a_checkpoint_with_adapters_can_be_begun_from(base, tmp_path):
     finetune(tmp_path / "second", str(tmp_path / "first"), steps=1, optimizer=optax.sgd(0.0))
     first, second = (load_model(str(tmp_path / name)) for name in ("first", "second"))
     assert_close(logits(first), logits(second), NEAR)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "lora+norms"])
+def test_a_run_may_begin_with_a_saved_adapter(trainable, base, tmp_path):
+    """The adapter of a run that learns nothing is then the one it began with, prompt included."""
+    changes = dict(lora=Lora(rank=3, alpha=6.0), trainable=trainable)
+    finetune(tmp_path / "first", base, **changes)
+    adapter, still = str(tmp_path / "first" / "adapter"), dict(steps=1, optimizer=optax.sgd(0.0))
+    finetune(tmp_path / "second", base, initial_adapter=adapter, **still, **changes)
+    first, second = (flat(saved(tmp_path / name, step)["target"]) for name, step in (
+        ("first", STEPS), ("second", 1)))  # fmt: skip
+    assert first.keys() == second.keys()
+    for path, leaf in first.items():
+        np.testing.assert_array_equal(leaf, second[path], err_msg=path)
+    assert any(path.endswith(ADAPTERS) for path in first)
+    bases = [json.loads((tmp_path / name / "base.json").read_text()) for name in ("first", "second")]
+    assert bases[0] == bases[1]
+    begun = load_model(base, adapter=str(tmp_path / "second" / "adapter"))  # its base is the original
+    assert_close(logits(begun), logits(load_model(base, adapter=adapter)), NEAR)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(base, tmp_path):
+    """Before the run begins where its settings tell, and before it is saved in any case."""
+    finetune(tmp_path / "first", base, steps=1)
+    other = write_model_dir(
+        tmp_path / "other", make_model(), make_params(make_model().module, seed=5), passkey().vocab
+    )
+    given = dict(initial_adapter=str(tmp_path / "first" / "adapter"), steps=1)
+    for changes, sentence in (
+        (dict(lora=Lora(rank=2)), "has rank 3 and alpha 3, the run's adapters have rank 2 and alpha 2:"),
+        (dict(lora=Lora(rank=3, alpha=6)), "have rank 3 and alpha 6: set Lora.rank=3 and Lora.alpha=3."),
+        (dict(lora=Lora(rank=3, targets="attention")), "lacks layers/mlp/down/lora_a"),
+        (dict(trainable="all"), "needs adapters to begin with it: set TRAINABLE='lora'."),
+        (dict(memory_start=MemoryStart("text")), "PROMPT='text' would replace the prompt of the adapter"),
+        (dict(initial_checkpoint_path=None), "INITIAL_ADAPTER needs INITIAL_CHECKPOINT_PATH"),
+        (dict(model=make_model(memory=Memory())), "prompt, a parameter of its memory, but the base"),
+        (dict(initial_adapter="smollm3"), "There is no adapter in smollm3: it must contain"),
+        (dict(initial_checkpoint_path=other), "was trained on another base model"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            finetune(tmp_path / "second", base, **{**given, **changes})
+        assert sentence in str(error.value)
+        late = changes.get("initial_checkpoint_path") == other  # whose weights are read first
+        assert not list(tmp_path.glob("second/checkpoint_*" if late else "second/*"))
 
 
 @pytest.mark.slow
