@@ -44,7 +44,7 @@ modules.DecoderConfig:
   memory = @modules.Memory()
   memory_segments = 1
 """
-PROBES = ("hold", "hold_repeated", "overwrite")
+PROBES = ("hold", "hold_unaligned", "hold_repeated", "overwrite")
 REACHED = 0.95  # exact match whose number of steps is noted
 VARIED = {"header": 0.5, "depth": None, "second_key": 0.3}
 FILLERS = ("repeated", "random_words", "python_stdlib")
@@ -108,12 +108,12 @@ SIZES = {
     "gpu": Size(
         stages=(
             {"steps": 350, "until": {"exact_match": 0.9}, "block_size": 256, "blocks": 8,
-             "batch_size": 32, "curriculum": {"blocks": (2, 4, 8)}},
+             "batch_size": 32, "curriculum": {"blocks": (2, 4, 8)}, "options": {"padding": 255}},
             {"steps": 150, "until": {"exact_match": 0.9}, "curriculum": {"blocks": (4, 8)},
              "options": {**VARIED, "filler": FILLERS, "text_weight": 0.002}},
             {"block_size": 1024, "batch_size": 8, "state_passing": "aged",
              "curriculum": {"blocks": (8, 16, 32, 64), "smoothing": 0.8},
-             "options": {"text_weight": 0.0005}},
+             "options": {"text_weight": 0.0005, "padding": 1023}},
         ),
         steps=700,
         memory=Fam(64, update="gated", first_residual="ordinary"),
@@ -131,7 +131,8 @@ SIZES = {
     "cpu": Size(
         stages=(
             {"steps": 180, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
-             "microbatches": 2, "curriculum": {"blocks": (2, 4)}, "memory": LEARNING},
+             "microbatches": 2, "curriculum": {"blocks": (2, 4)}, "memory": LEARNING,
+             "options": {"padding": 63}},
             {"state_passing": "aged", "curriculum": {"blocks": (8, 16, 32, 64), "smoothing": 0.8},
              "options": {"filler": FILLERS, "text_weight": 0.02}},
         ),

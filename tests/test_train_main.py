@@ -71,7 +71,8 @@ def test_the_main_job_whole_and_interrupted(tmp_path):
     assert f"train step {STEPS}/{STEPS}" in text
     table = text.index("Exact match over 4 fresh documents per cell, streamed:")
     table = text[table:].splitlines()
-    assert table[1].split() == ["blocks", "tokens", "hold", "hold_repeated", "overwrite"]
+    probes = ["hold", "hold_unaligned", "hold_repeated", "overwrite"]
+    assert table[1].split() == ["blocks", "tokens", *probes]
     assert [row.split()[:2] for row in table[2:4]] == [["4", "128"], ["8", "256"]]
     result = json.loads((whole / "passkey.json").read_text())
     assert result["block_size"] == 32 and set(result["exact_match"]) == set(table[1].split()[2:])
@@ -243,7 +244,7 @@ def test_a_relative_directory_is_that_of_this_one(opened, tmp_path, monkeypatch)
 @pytest.mark.parametrize("tweaks, sentence", [
     (["TRAIN_STEPS=50"], "steps (50) must be larger than warmup_steps (100). A run of 50 steps can have"
      " --gin.warmup_stable_decay.warmup_steps=5 --gin.warmup_stable_decay.decay_steps=22."),
-    (["TRAIN_STEPS=1000"], "decay_steps must be at most steps - warmup_steps (900), not 1400. A run of"
+    (["TRAIN_STEPS=1000"], "decay_steps must be at most steps - warmup_steps (900), not 2100. A run of"
      " 1000 steps can have --gin.warmup_stable_decay.decay_steps=450."),
     (["Run.evaluation=None", "PasskeyEvaluation.examples=4"],
      "The binding PasskeyEvaluation.examples has no effect in this run: "),
