@@ -17,7 +17,7 @@ from famx.base.errors import ConfigError
 from famx.data import ByteVocabulary, PasskeyTask, TextFiles
 from famx.data.probes import CopyProbe
 from famx.data.probes.passkey_text import passkey_words
-from famx.data.vocabularies import as_vocabulary
+from famx.data.vocabularies import WordVocabulary, as_vocabulary
 from famx.decoding import Sampling
 from famx.evaluation import (
     PROBES,
@@ -102,8 +102,9 @@ def test_probes_for_what_a_run_trained_on():
     """Each differs from `hold` in one thing, also if the task draws it."""
     task = PasskeyTask("bytes", header=0.5, filler=("repeated", "python_stdlib"), depth=None, padding=99)
     evaluation = PasskeyEvaluation(task, probes=tuple(PROBES))
+    model = make_model(block_size=512)
     rows = {
-        probe: [evaluation._task(512, probe).example(i, 4096) for i in range(6)] for probe in PROBES
+        probe: [evaluation._task(model, probe).example(i, 4096) for i in range(6)] for probe in PROBES
     }
     for probe, examples in rows.items():
         for example in examples:
@@ -124,6 +125,22 @@ def test_probes_for_what_a_run_trained_on():
         PasskeyEvaluation(probes=("holding",))
     with pytest.raises(ConfigError, match="'python_stdlib' is real text"):
         PasskeyEvaluation(passkey(), probes=("hold_text",)).check(MODEL)
+
+
+def test_without_a_task_it_is_the_papers_in_the_models_vocabulary(tmp_path):
+    vocabulary = as_vocabulary(write_tokenizer(tmp_path, "byte_pair_numbers"))
+    model = make_model(vocabulary=vocabulary, vocab_size=vocabulary.vocab_size, block_size=64)
+    probes = ("hold", "hold_unaligned")
+    evaluation = PasskeyEvaluation(blocks=(8,), examples=2, health=False, probes=probes)
+    evaluation.check(model)
+    task = evaluation._task(model, "hold")
+    assert task == PasskeyTask(vocabulary, filler="random_words", block_size=64, split="eval", seed=1)
+    scores = evaluation(model, make_params(model.module), 0)
+    assert set(scores) == {"hold/8", "hold_unaligned/8"}
+    plain = make_model(vocab_size=128, block_size=64)
+    assert evaluation._task(plain, "hold").vocab == PasskeyTask().vocab
+    with pytest.raises(ConfigError, match="cannot spell PassKey's text"):
+        evaluation.check(make_model(vocabulary=WordVocabulary("abc"), vocab_size=128, block_size=64))
 
 
 def test_evaluation_never_reads_a_training_row():

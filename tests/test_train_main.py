@@ -173,7 +173,7 @@ def test_a_change_of_the_task_changes_training_and_evaluation(opened, tmp_path, 
     run, task, notes = opened(*arguments(tmp_path, binding, longer))
     assert not notes and getattr(task, field) == value
     assert task.filler == "mixed" and task.second_key == 0.7
-    evaluated = run.evaluation._task(32, "hold")
+    evaluated = run.evaluation._task(run.model, "hold")
     assert getattr(evaluated, field) == value and evaluated.header == task.header
     assert run.evaluation.task == task
 

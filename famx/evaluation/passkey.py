@@ -51,8 +51,8 @@ class PasskeyEvaluation:
     Attributes:
       task: the task whose header, vocabulary and number of digits are used; its split is set to
         "eval". A header that it draws is always there, except in `hold_headerless`. An answer counts as
-        correct only if all its tokens are. None takes the task that the run trains on, or the paper's
-        task outside of a run.
+        correct only if all its tokens are. None takes the task that the run trains on, or, outside of a
+        run, the paper's task in the model's vocabulary.
       blocks: document lengths, in blocks, that `__call__` scores during training.
       report_blocks: document lengths, in blocks, that `report` scores at the end of training.
       train_blocks: longest training document in blocks, marked in the figure; None draws no mark.
@@ -137,17 +137,16 @@ class PasskeyEvaluation:
         """Raises ConfigError if a probe does not fit the model's block size or vocabulary."""
         for probe in self.probes:
             try:
-                self._task(model.config.block_size, probe)
+                task = self._task(model, probe)
             except ValueError as error:
                 raise ConfigError(str(error)) from error
-        check_vocabulary(self._base_task.vocab, model, "PasskeyEvaluation.task")
+            check_vocabulary(task.vocab, model, "PasskeyEvaluation.task")
 
-    @property
-    def _base_task(self) -> PasskeyTask:
-        return PasskeyTask() if self.task is None else self.task
-
-    def _task(self, block_size: int, probe: str) -> PasskeyTask:
-        task = self._base_task
+    def _task(self, model: DecoderModel, probe: str) -> PasskeyTask:
+        """The task of a probe, for a model's block size."""
+        task, block_size = self.task, model.config.block_size
+        if task is None:
+            task = PasskeyTask() if model.vocabulary is None else PasskeyTask(model.vocabulary)
         common = dict(
             split="eval", seed=self.seed, depth=0.0, block_size=block_size, second_key_depth=None,
             second_key_recent=False, header=task.header > 0, padding=0,
@@ -162,7 +161,7 @@ class PasskeyEvaluation:
         scores, zeroed, longest = {}, {}, None
         for blocks in lengths:
             for probe in self.probes:
-                task = self._task(size, probe)
+                task = self._task(model, probe)
                 if task.min_length > blocks * size:
                     continue
                 batch = task.batch(range(self.examples), blocks * size)
