@@ -1,5 +1,6 @@
 """Generated sequences: exact in (seed, split, index), right answers, nothing of the test in training."""
 
+import dataclasses
 import importlib.util
 import itertools
 import shutil
@@ -70,6 +71,44 @@ def test_the_answer_ends_the_sequence(name):
         task.example(0, task.min_length - 1)
     with pytest.raises(ValueError, match="numbered from 0"):
         task.example(-1, task.min_length)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_padded_example_is_a_shorter_one_and_padding(name):
+    task, ends = famx.data.get(name, padding=4), set()
+    length = task.min_length + 9
+    for index in range(24):
+        example = task.example(index, length)
+        end = example["answer_start"] + np.count_nonzero(example["weights"])
+        shorter = famx.data.get(name).example(index, end)
+        assert example.keys() == shorter.keys() and example["references"] == shorter["references"]
+        assert (example["tokens"][end:] == task.vocab.pad_id).all() and not example["weights"][end:].any()
+        for part in ("tokens", "weights"):
+            np.testing.assert_array_equal(example[part][:end], shorter[part])
+        for feature, array in example["features"].items():
+            assert len(array) == length and not array[end:].any()
+            np.testing.assert_array_equal(array[:end], shorter["features"][feature])
+        ends.add(end)
+    assert ends <= set(range(length - 4, length + 1)) and len(ends) >= 4
+    assert task.example(0, task.min_length)["weights"][-1] == 1  # there is no room for padding
+
+
+def test_predicted_values_are_padded_too():
+    @dataclasses.dataclass(frozen=True)
+    class Ramp(SequenceTask):
+        value_width = 2
+        features = (Feature("x", 1),)
+        min_length = 3
+
+        def row(self, rng, length):
+            ones = np.ones((length, 2), np.float32)
+            return dict(features={"x": ones[:, :1]}, values=ones, value_weights=ones[:, 0])
+
+    batch = Ramp(padding=3).batch(range(40), 6)
+    ends = batch["decoder_value_weights"].sum(1).astype(int)
+    assert set(ends) == {3, 4, 5, 6}
+    for row, end in enumerate(ends):
+        assert batch["decoder_target_values"][row].any(1).sum() == end
 
 
 # ---------------------------------------------------------------- images

@@ -20,7 +20,7 @@ import numpy as np
 from famx.base.ranges import Amount, NonNegative, OneOf, Seed
 from famx.base.values import checked
 from famx.data.metrics import string_match_all
-from famx.data.rows import decoder_batch
+from famx.data.rows import decoder_batch, padded
 from famx.data.tasks.kinds import SPLITS
 from famx.data.vocabularies import AnyVocabulary, ByteVocabulary, Vocabulary, as_vocabulary, token_ids
 
@@ -133,9 +133,7 @@ class Probe:
         weights = row.setdefault("weights", np.zeros(length - padding, np.float32))
         weights[:answer_start] = np.maximum(weights[:answer_start], self.text_weight)
         weights[answer_start:] = self.answer_weight
-        row["tokens"] = np.pad(row["tokens"], (0, padding), constant_values=self.vocab.pad_id)
-        row["weights"] = np.pad(weights, (0, padding))
-        return row
+        return padded(row, padding, self.vocab.pad_id)
 
     def prompt(self, index: int, length: int, room: int = 0) -> dict[str, Any]:
         """Make example `index` as text, whose answer is to be written.

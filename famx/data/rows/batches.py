@@ -70,3 +70,14 @@ def decoder_batch(
             found = target[start : start + answer_width]  # padding may follow
             row[: len(found)] = found
     return {**batch, "answer_start": np.array(starts, np.int32)}
+
+
+def padded(example: Mapping[str, Any], count: int, pad_id: int) -> dict[str, Any]:
+    """An example with `count` positions of padding after its last one, all zeros but for the tokens."""
+    fill = lambda x, value=0: np.pad(x, [(0, count)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
+    given = ("weights", "values", "value_weights")
+    made = {name: fill(example[name]) for name in given if name in example}
+    made["tokens"] = fill(example["tokens"], pad_id)
+    if "features" in example:
+        made["features"] = {name: fill(x) for name, x in example["features"].items()}
+    return {**example, **made}

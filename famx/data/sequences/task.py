@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from famx.base.features import Feature
-from famx.base.ranges import OneOf, Seed
+from famx.base.ranges import NonNegative, OneOf, Seed
 from famx.base.values import checked
-from famx.data.rows.batches import decoder_batch
+from famx.data.rows.batches import decoder_batch, padded
 from famx.data.tasks.kinds import SPLITS
 from famx.data.vocabularies import Vocabulary, WordVocabulary
 
@@ -28,10 +28,13 @@ class SequenceTask:
     Attributes:
       seed: seed of all examples.
       split: "train" or "eval"; examples of the two are drawn from disjoint random streams.
+      padding: largest number of positions of padding after the answer, as in
+        `famx.data.probes.probe.Probe`.
     """
 
     seed: Seed = 0
     split: Annotated[str, OneOf(SPLITS)] = "train"
+    padding: NonNegative = 0
 
     value_width: ClassVar[int] = 0
     words: ClassVar[tuple[str, ...]] = ()
@@ -75,8 +78,11 @@ class SequenceTask:
                 f"A sequence of {type(self).__name__} needs at least {self.min_length} positions, but the"
                 f" length is {length}."
             )
-        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
-        row = self.row(rng, length)
+        stream = [self.seed, SPLITS.index(self.split), index]
+        most = min(self.padding, length - self.min_length)
+        padding = int(np.random.default_rng([*stream, 1]).integers(most + 1))
+        length -= padding
+        row = self.row(np.random.default_rng(stream), length)
         answer = row.pop("answer", ())
         row.setdefault("tokens", np.full(length, self.vocab.pad_id, np.int32))
         row.setdefault("weights", np.zeros(length, np.float32))
@@ -85,7 +91,7 @@ class SequenceTask:
             row["tokens"][row["answer_start"] :] = self.vocab.encode(" ".join(answer))
             row["weights"][row["answer_start"] :] = 1
             row["references"] = [" ".join(answer)]
-        return row
+        return padded(row, padding, self.vocab.pad_id)
 
     def batch(self, indices: Sequence[int], length: int) -> dict[str, np.ndarray]:
         """The examples `indices` as a batch, see `famx.data.rows.decoder_batch`."""
