@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from famx.base.waiting import Announced
 from famx.lora import check_base, combine
 from famx.model_dir.identity import weights_fingerprint
-from famx.model_dir.loading import TrainedModel, load_initial_adapter, load_pretrained
+from famx.model_dir.loading import TrainedModel, load_pretrained
 from famx.training.run import Run
 from famx.training.saving import RunWriter
 from famx.training.session import OpenData
@@ -32,19 +32,16 @@ def new_state(
     """
     pretrained, loaded = {}, None
     if run.initial_checkpoint_path is not None:
-        adapter = {}
-        if run.initial_adapter is not None:
-            adapter = load_initial_adapter(run.initial_adapter, run.model, run.memory_start)
         pretrained, load_notes = load_pretrained(
             run.initial_checkpoint_path, run.model, run.memory_start, run.random_seed,
-            flatten_dict(adapter, sep="/"),
+            flatten_dict(data.adapter, sep="/"),
         )  # fmt: skip
         notes += load_notes
         if writer is not None:
             writer.note_base(run.initial_checkpoint_path, data.initial_dir, pretrained)
         if run.initial_adapter is not None:
             check_base(run.initial_adapter, weights_fingerprint(pretrained))
-            pretrained = combine(pretrained, adapter)
+            pretrained = combine(pretrained, data.adapter)
         trained = TrainedModel(run.model, pretrained, 0, data.initial_dir)
         loaded = run.state_passing.load(trained)
     initialize = Announced(initialize, "the model's first values")

@@ -152,10 +152,11 @@ def open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
     if last.initial_checkpoint_path is not None:
         initial_dir = split_checkpoint(last.initial_checkpoint_path)[0]
         initial_vocabulary = check_model(initial_dir).vocabulary
+    adapter = {}
     if last.initial_adapter is not None:
         if initial_dir is None:
             raise ConfigError("INITIAL_ADAPTER needs INITIAL_CHECKPOINT_PATH, the model that it is for.")
-        load_initial_adapter(last.initial_adapter, last.model, last.memory_start)  # or raises
+        adapter = load_initial_adapter(last.initial_adapter, last.model, last.memory_start)
     tasks, vocabulary, notes = [], None, []
     for stage in stages:
         with stage.errors():
@@ -177,7 +178,7 @@ def open_data(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], OpenData]:
     stages, more_notes = _with_evaluation(stages, initial_vocabulary)
     last, notes = stages[-1].run, (*notes, *more_notes)
     described = describe(last.evaluation)
-    data = OpenData((), batch_sharding(last.mesh), initial_dir, notes, vocabulary, {}, described)
+    data = OpenData((), batch_sharding(last.mesh), initial_dir, notes, vocabulary, {}, described, adapter)
     feeds = []
     for stage, task in zip(stages, tasks, strict=True):
         run = stage.run

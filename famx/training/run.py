@@ -221,8 +221,8 @@ class Run:
         `checkpoint_<step>` in it. The model may differ from that of the checkpoint in its memory. A named
         task takes the vocabulary of the checkpoint.
       initial_adapter: saved adapter of that checkpoint which the run's adapters begin with, a directory
-        or the name of one that comes with famx; None: they begin anew. `trainable` must name "lora", with
-        the adapter's rank, alpha and targets.
+        or the name of one that comes with famx; None: they begin with their initial values. `trainable`
+        must name "lora", with the adapter's rank, alpha and targets.
       memory_start: how the memory starts in a run from such a checkpoint.
       microbatches: number of parts of the batch that are computed one after another to save memory; the
         result of the step is the same.

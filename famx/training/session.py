@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ class OpenData:
       vocabulary: vocabulary of the data, or None.
       settings: settings of the run, see `famx.training.settings`.
       evaluation: description of its evaluation, as it was before the run.
+      adapter: parameters of the saved adapter that the run begins with; empty without one.
     """
 
     feeds: tuple[Feed, ...]
@@ -45,6 +47,7 @@ class OpenData:
     vocabulary: Any
     settings: dict[str, Any]
     evaluation: Any
+    adapter: Mapping[str, Any]
 
     def place(self, batch):
         """This host's rows as arrays of the global batch."""

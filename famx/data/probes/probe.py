@@ -20,7 +20,7 @@ import numpy as np
 from famx.base.ranges import Amount, NonNegative, OneOf, Seed
 from famx.base.values import checked
 from famx.data.metrics import string_match_all
-from famx.data.rows import decoder_batch, padded
+from famx.data.rows import decoder_batch, draw_padding, padded
 from famx.data.tasks.kinds import SPLITS
 from famx.data.vocabularies import AnyVocabulary, ByteVocabulary, Vocabulary, as_vocabulary, token_ids
 
@@ -125,8 +125,7 @@ class Probe:
                 f"A row of {type(self).__name__} needs at least {self.min_length} tokens, but the "
                 f"length is {length}; {self._too_short}."
             )
-        most = max(min(self.padding, self._room(length)), 0)
-        padding = int(self._rng(index, PADDING).integers(most + 1))
+        padding = draw_padding(self.padding, self._room(length), self._seed(index, PADDING))
         row = self._row(index, length - padding)
         answer_start = row["answer_start"]
         row["answer"] = row["tokens"][answer_start:]
@@ -197,7 +196,10 @@ class Probe:
         return decoder_batch(rows, self.vocab, self.answer_width)
 
     def _rng(self, index: int, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, SPLITS.index(self.split), index, stream])
+        return np.random.default_rng(self._seed(index, stream))
+
+    def _seed(self, index: int, stream: int) -> list[int]:
+        return [self.seed, SPLITS.index(self.split), index, stream]
 
     def _encode(self, text: str) -> np.ndarray:
         """Int32 `[n]` ids of `text`; raises ValueError if one of them is the unknown id."""

@@ -72,8 +72,16 @@ def decoder_batch(
     return {**batch, "answer_start": np.array(starts, np.int32)}
 
 
-def padded(example: Mapping[str, Any], count: int, pad_id: int) -> dict[str, Any]:
+def draw_padding(most: int, room: int, seed: Sequence[int]) -> int:
+    """A number of padding positions, drawn from 0 to `most`, or to `room` if that is less."""
+    most = min(most, room)
+    return int(np.random.default_rng(seed).integers(most + 1)) if most > 0 else 0
+
+
+def padded(example: dict[str, Any], count: int, pad_id: int) -> dict[str, Any]:
     """An example with `count` positions of padding after its last one, all zeros but for the tokens."""
+    if not count:
+        return example
     fill = lambda x, value=0: np.pad(x, [(0, count)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
     given = ("weights", "values", "value_weights")
     made = {name: fill(example[name]) for name in given if name in example}

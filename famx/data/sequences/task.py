@@ -10,7 +10,7 @@ import numpy as np
 from famx.base.features import Feature
 from famx.base.ranges import NonNegative, OneOf, Seed
 from famx.base.values import checked
-from famx.data.rows.batches import decoder_batch, padded
+from famx.data.rows.batches import decoder_batch, draw_padding, padded
 from famx.data.tasks.kinds import SPLITS
 from famx.data.vocabularies import Vocabulary, WordVocabulary
 
@@ -79,8 +79,7 @@ class SequenceTask:
                 f" length is {length}."
             )
         stream = [self.seed, SPLITS.index(self.split), index]
-        most = min(self.padding, length - self.min_length)
-        padding = int(np.random.default_rng([*stream, 1]).integers(most + 1))
+        padding = draw_padding(self.padding, length - self.min_length, [*stream, 1])
         length -= padding
         row = self.row(np.random.default_rng(stream), length)
         answer = row.pop("answer", ())
