@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 
 import gin
 import jax
@@ -18,20 +19,22 @@ import pytest
 from absl import flags
 from gin import config as gin_config
 from processes import start_process
-from tiny import make_model, make_params
+from tiny import make_model, make_params, make_run
 from trained import write_model_dir
 
 from famx import eval as eval_main
 from famx.base import gin_utils
 from famx.base.describe import describe
 from famx.base.errors import ConfigError
+from famx.data import PasskeyTask
 from famx.data.probes.passkey_text import passkey_words
-from famx.evaluation import TaskEvaluation
+from famx.evaluation import PasskeyEvaluation, TaskEvaluation
 from famx.evaluation.checkpoints import evaluate, table
 from famx.lora import Lora, combine, save_adapter
 from famx.model_dir.identity import weights_fingerprint
 from famx.model_dir.loading import load_model
 from famx.modules.config import MEMORY_FIELDS
+from famx.training import loop
 
 MODEL = make_model(block_size=16)
 TOKENS = jnp.arange(40).reshape(1, 40) % MODEL.config.vocab_size
@@ -259,6 +262,31 @@ def test_a_directory_without_checkpoints(model_dir):
     for mode in ("latest", "all"):
         with pytest.raises(ConfigError, match=f"There is no checkpoint in {model_dir}."):
             evaluate(str(model_dir), {"mean": Mean()}, checkpoints=mode)
+
+
+@pytest.mark.parametrize("stages, digits", [((), 1), (({"steps": 1}, {"options": {"digits": 2}}), 2)])
+def test_passkey_is_that_of_the_last_stage_of_the_run(tmp_path, stages, digits):
+    data = {"lengths": {"targets": 128}, "options": {"digits": 1, "header": False}}
+    model = make_model(block_size=32)
+    loop.train(make_run(model=model, model_dir=str(tmp_path), stages=stages, steps=2, **data))
+    settings = result(tmp_path / "settings.json")["settings"]
+    task = PasskeyTask(digits=digits, header=False)
+    assert PasskeyEvaluation().of_run(settings, model).task == task
+    assert PasskeyEvaluation(task).of_run({}, model).task is task
+    seen = []
+    counted = lambda self, model, params, lengths: seen.append((self.task.digits, self.task.header)) or {}
+    with unittest.mock.patch.object(PasskeyEvaluation, "_measure", counted):
+        evaluate(str(tmp_path), {"of_run": PasskeyEvaluation()})
+    assert seen == [(digits, False)]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"history": [], "settings": {"task": {"type": "own_text"}}}']
+)
+def test_passkey_is_the_papers_after_a_run_on_other_data(model_dir, content):
+    (model_dir / "settings.json").write_text(content)
+    with pytest.raises(ConfigError, match="statement of 5 digits"):
+        evaluate(str(model_dir), {"passkey": PasskeyEvaluation()})
 
 
 # ---------------------------------------------------------------- the main

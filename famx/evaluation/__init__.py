@@ -7,7 +7,8 @@ An evaluation is a callable `evaluation(model, params, step) -> {name: float}`. 
 `check(model)` raises ConfigError if the evaluation does not fit the model, before anything is compiled.
 If the task of an evaluation is not set, it is the task that the run trains on: the run calls the
 evaluation's `with_task(make_task)`, which returns a copy with the run's task, or the evaluation itself if
-its task is set. `make_task(**changes)` returns the run's task, with changed options if given.
+its task is set. `make_task(**changes)` returns the run's task, with changed options if given. Outside of
+a run, an optional `of_run(settings, model)` returns a copy that fits the run of the checkpoint.
 
 In a run of several processes all of them call it, and its optional `report(model, params, model_dir)`,
 with parameters that their devices hold together. Results on devices come to the host by

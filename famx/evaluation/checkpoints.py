@@ -38,6 +38,7 @@ from famx.model_dir.loading import (
 )
 from famx.models import DecoderModel
 from famx.training.event_files import summary_writer
+from famx.training.resuming import History
 
 MODES = ("latest", "all", "wait")
 # A checkpoint that cannot be read may be in the middle of its deletion by the training run. It counts
@@ -114,6 +115,11 @@ def evaluate(
     if adapter is not None:
         _check_adapter(adapter, checkpoints, output_dir)
         model = model_of_adapter(stored, adapter)
+    settings = _settings(directory, adapter)
+    evaluations = {
+        name: evaluation.of_run(settings, model) if hasattr(evaluation, "of_run") else evaluation
+        for name, evaluation in evaluations.items()
+    }
     for evaluation in evaluations.values():
         if hasattr(evaluation, "check"):
             evaluation.check(model)
@@ -159,6 +165,15 @@ def evaluate(
             raise ConfigError(f"No checkpoint appeared in {directory} within {timeout:g} seconds.")
         _say(f"Results are in {output.directory}.")
     return output.results
+
+
+def _settings(directory: pathlib.Path, adapter: str | None) -> dict[str, Any]:
+    """The settings of the run that trained a model, or its adapter; {} if they are not known."""
+    if adapter is not None and not as_path(adapter).is_dir():  # one that comes with famx
+        return {}
+    content = History(directory if adapter is None else as_path(adapter).parent).read()
+    settings = content.get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def table(results: Results) -> str:

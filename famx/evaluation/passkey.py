@@ -1,7 +1,7 @@
 """PassKey retrieval at increasing document lengths (paper section 3.3)."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -51,8 +51,9 @@ class PasskeyEvaluation:
     Attributes:
       task: the task whose header, vocabulary and number of digits are used; its split is set to
         "eval". A header that it draws is always there, except in `hold_headerless`. An answer counts as
-        correct only if all its tokens are. None takes the task that the run trains on, or, outside of a
-        run, the paper's task in the model's vocabulary.
+        correct only if all its tokens are. None takes the task that the run trains on; outside of a run,
+        the paper's task in the model's vocabulary, with the header and the digits that the checkpoint's
+        run trained on if that is known.
       blocks: document lengths, in blocks, that `__call__` scores during training.
       report_blocks: document lengths, in blocks, that `report` scores at the end of training.
       train_blocks: longest training document in blocks, marked in the figure; None draws no mark.
@@ -89,6 +90,23 @@ class PasskeyEvaluation:
                 f"PasskeyEvaluation measures PassKey, but the run trains on {type(task).__name__}: set"
                 " PasskeyEvaluation.task, or choose another evaluation."
             )
+        return dataclasses.replace(self, task=task)
+
+    def of_run(self, settings: Mapping[str, Any], model: DecoderModel) -> "PasskeyEvaluation":
+        """A copy whose documents have the header and the digits of those that a run trained on last.
+
+        Args:
+          settings: settings of the run, as `MODEL_DIR/settings.json` has them; {}: they are not known.
+          model: the model.
+
+        Returns:
+          The copy; this evaluation if its task is set, or if the run did not train on PassKey.
+        """
+        stages = [part for name, part in settings.items() if name.startswith("stage_")] or [settings]
+        trained = stages[-1].get("task") or {}
+        if self.task is not None or not {"header", "digits", "second_key"} <= trained.keys():
+            return self
+        task = _task_of(model, header=trained["header"], digits=trained["digits"])
         return dataclasses.replace(self, task=task)
 
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
@@ -144,9 +162,7 @@ class PasskeyEvaluation:
 
     def _task(self, model: DecoderModel, probe: str) -> PasskeyTask:
         """The task of a probe, for a model's block size."""
-        task, block_size = self.task, model.config.block_size
-        if task is None:
-            task = PasskeyTask() if model.vocabulary is None else PasskeyTask(model.vocabulary)
+        task, block_size = self.task or _task_of(model), model.config.block_size
         common = dict(
             split="eval", seed=self.seed, depth=0.0, block_size=block_size, second_key_depth=None,
             second_key_recent=False, header=task.header > 0, padding=0,
@@ -176,6 +192,11 @@ class PasskeyEvaluation:
         if longest is not None:
             zeroed |= memory_figures(model, params, longest, self.health_tokens)
         return scores | zeroed
+
+
+def _task_of(model: DecoderModel, **fields) -> PasskeyTask:
+    """A task in the model's vocabulary, if it is known."""
+    return PasskeyTask(**fields, **({} if model.vocabulary is None else {"vocabulary": model.vocabulary}))
 
 
 def _answers(model: DecoderModel, params, batch, pad_id: int, zero_memory: bool = False):
