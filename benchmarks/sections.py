@@ -145,6 +145,26 @@ def matmul_share(sizes: Sizes, repeats: int) -> Table:
     return Table("matmul_share", "Share of the matrix-product rate", notes, rows)
 
 
+def dtypes(sizes: Sizes, repeats: int) -> Table:
+    """Training step that computes in bfloat16 compared with float32; parameters are float32 in both."""
+    wide = sizes.config(sizes.small, sizes.layers)
+    batch, length = sizes.small_batch, sizes.small_length
+    configs = {name: dataclasses.replace(wide, dtype=name) for name in ("float32", "bfloat16")}
+    steps = {name: train_step(config, batch, length) for name, config in configs.items()}
+    times = _measure(steps, repeats)
+    rows = [
+        {
+            "dtype": name,
+            "seconds": times.spread(name),
+            "time / float32": times.ratio(name, "float32"),
+            "temp MiB": _mib(step),
+        }
+        for name, step in steps.items()
+    ]
+    notes = (_shape(wide, batch, length, repeats, "parameters float32"),)
+    return Table("dtypes", "Training step by compute dtype", notes, rows)
+
+
 def full_vs_fam(sizes: Sizes, repeats: int) -> Table:
     """Forward pass of full causal attention compared with FAM, over the input length."""
     rows, repeats = [], -(-repeats // 3)  # a round takes half a minute on a small machine
@@ -198,6 +218,7 @@ SECTIONS: dict[str, Callable[[Sizes, int], Table]] = {
     "fam_vs_bswa": fam_vs_bswa,
     "chunks": chunks,
     "matmul_share": matmul_share,
+    "dtypes": dtypes,
     "full_vs_fam": full_vs_fam,
     "length": over_length,
 }
@@ -211,11 +232,11 @@ def _mib(workload: Workload) -> float:
     return workload.temp_bytes / 2**20
 
 
-def _shape(c: DecoderConfig, batch: int, length: int | None, repeats: int) -> str:
+def _shape(c: DecoderConfig, batch: int, length: int | None, repeats: int, dtype: str = "") -> str:
     tokens = "" if length is None else f", {length} tokens"
     mlp = "gated feed-forward" if c.gated_mlp else "feed-forward"
     return (
         f"S {c.block_size}, M {c.memory_segments}, N {c.memory_columns}; {c.num_layers} layers, width"
         f" {c.embed_dim}, {c.num_heads} heads of {c.head_dim}, {mlp} {c.mlp_dim}, vocabulary"
-        f" {c.vocab_size}; batch {batch}{tokens}; {c.dtype}; {repeats} repeats"
+        f" {c.vocab_size}; batch {batch}{tokens}; {dtype or c.dtype}; {repeats} repeats"
     )

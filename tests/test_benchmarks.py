@@ -47,11 +47,12 @@ from famx.base import tables  # noqa: E402
 from famx.scale import timing  # noqa: E402
 from famx.scale.full_attention import full_attention  # noqa: E402
 
-SECTIONS = ["fam_vs_bswa", "chunks", "matmul_share", "full_vs_fam", "length"]
+SECTIONS = ["fam_vs_bswa", "chunks", "matmul_share", "dtypes", "full_vs_fam", "length"]
 RATIOS = {
     "fam_vs_bswa": ["time / BSWA", "operations / BSWA"],
     "chunks": ["time / all", "temp / all"],
     "matmul_share": ["share %"],
+    "dtypes": ["time / float32"],
     "full_vs_fam": ["time, full / FAM", "temp, full / FAM"],
     "length": ["per token / 64", "temp / 64"],
 }
@@ -102,6 +103,7 @@ def test_rows_are_the_variants_that_are_compared(quick):
     assert column("fam_vs_bswa", "operations / BSWA")[0] > 1
     assert column("chunks", "blocks per chunk") == ["1", "all", "1", "all"]
     assert column("matmul_share", "model") == ["FAM", "BSWA"]
+    assert column("dtypes", "dtype") == ["float32", "bfloat16"]
     assert column("full_vs_fam", "order") == ["all blocks", "one block"]
     assert column("length", "tokens") == [64, 128]
 

@@ -10,6 +10,7 @@ from famx.base.ranges import Amount, NonNegative, Positive, PositiveShare
 from famx.base.values import checked
 from famx.modules import Decoder, DecoderState
 from famx.modules.prepared import apart, computing, with_joint_kernels
+from famx.modules.weights import platform
 
 # Tokens that are written before the host looks whether to go on: a GPU would stand still meanwhile. Those
 # after the end of a block or of all texts write nothing.
@@ -87,7 +88,7 @@ def generate(
     batch, limit = state.batch_size, sampling.max_new_tokens
     room = jnp.full((batch,), limit) if room is None else jnp.clip(room, 0, limit)
     size = module.config.block_size
-    steps = min(_TOKENS_AT_ONCE.get(_platform(), 1), limit)
+    steps = min(_TOKENS_AT_ONCE.get(platform(), 1), limit)
     stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
     examples = jnp.arange(batch)
     params = with_joint_kernels(computing(params, module.config, tables=True))
@@ -138,12 +139,6 @@ def generate(
     )
     start = (out, room > 0)
     return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), write_to_end_of_block, start)[0]
-
-
-def _platform() -> str:
-    """Platform that the program is compiled for: the mesh's, if there is one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def choose(logits, sampling: Sampling, keys=None):

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from famx.lora.adapters import SCALE, Lora
-from famx.modules.components import Projection, product
+from famx.modules.components import Projection
+from famx.modules.products import product
 
 
 def intercept(lora: Lora | float | None = None, rng=None):
@@ -47,7 +48,7 @@ def _int8_projection(module: Projection, x):
     dtype, n = module.config.dtype, len(module.in_axes)
     leaf = lambda name: module.get_variable("params", name)
     wide = jnp.promote_types(dtype, jnp.float32)
-    y = product(x.astype(dtype), leaf("kernel").astype(dtype), n, preferred_element_type=wide)
+    y = product(x.astype(dtype), leaf("kernel").astype(dtype), n, wide)
     y = (y * leaf(SCALE)).astype(dtype)
     return y + leaf("bias").astype(dtype) if module.use_bias else y
 

@@ -1,6 +1,5 @@
 """Norms, projections and the feed-forward part of a Transformer layer."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from famx.modules.config import DecoderConfig
+from famx.modules.products import product
 from famx.modules.weights import gathered, one_device
 
 _EMBEDDING = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
@@ -63,28 +63,6 @@ class Norm(nn.Module):
         if layer_norm:
             x = x + make("bias", nn.initializers.zeros)
         return x.astype(c.dtype)
-
-
-def product(x, kernel, axes: int, **kwargs):
-    """`tensordot` of the last `axes` axes of `x` with the first of `kernel`, as one of two matrices.
-
-    With several token axes, the CPU compiler chooses a slow layout for the gradient.
-    """
-    inner, outer = kernel.shape[:axes], kernel.shape[axes:]
-    rows = x.reshape(-1, math.prod(inner))
-    kernel, multiply = kernel.reshape(rows.shape[1], -1), lambda x, y: jnp.matmul(x, y, **kwargs)
-    if rows.shape[0] == 1:
-        y = jax.lax.platform_dependent(
-            rows, kernel, cuda=functools.partial(_of_row, multiply), default=multiply
-        )
-    else:
-        y = multiply(rows, kernel)
-    return y.reshape(x.shape[: x.ndim - axes] + outer)
-
-
-def _of_row(multiply, row, kernel):
-    """The product of a row, computed twice: of one alone XLA makes a sum that first copies the kernel."""
-    return multiply(jax.lax.optimization_barrier(jnp.concatenate([row, row])), kernel)[:1]
 
 
 def adapted(adapters, names: Sequence[str], x, ys) -> Sequence:

@@ -11,11 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 from famx.modules import deferred, rope
 from famx.modules.attention import ATTENTION_RESULT, softcap
 from famx.modules.climb import scan_layers
-from famx.modules.components import Norm, embedding_init, product
+from famx.modules.components import Norm, embedding_init
 from famx.modules.config import DecoderConfig
 from famx.modules.heads import ValueHead
 from famx.modules.layer import INPUTS, MASS, Layer
 from famx.modules.prepared import apart
+from famx.modules.products import product
 from famx.modules.state import DecoderState, where_examples
 from famx.modules.weights import one_device
 from famx.modules.window import ChunkContext, TokenWindow, batch_axis, column_count, columns_before

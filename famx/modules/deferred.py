@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
-from famx.modules.components import JOINT, Projection, joint, joint_kernel, product, separate
+from famx.modules.components import JOINT, Projection, joint, joint_kernel, separate
 from famx.modules.jaxprs import by_kind, depends, join, part, variables_of
+from famx.modules.products import matrix_product, product
 from famx.modules.weights import gathered
 
 CARRIES = "memory_before_blocks"
@@ -396,7 +397,7 @@ def _backward(body, residuals, gradients):
         shared = (x.ndim + dy.ndim - kernel.ndim) // 2  # axes of steps, examples and tokens
         # Examples first: a mesh shards them, and of merged axes only the first can be sharded.
         rows = lambda y: y.swapaxes(0, 1).reshape(math.prod(y.shape[:shared]), -1)
-        return jnp.matmul(rows(x).T, rows(dy)).reshape(kernel.shape).astype(kernel.dtype)
+        return matrix_product(rows(x).T, rows(dy)).reshape(kernel.shape).astype(kernel.dtype)
 
     of_kernels = jax.tree.map(of_kernel, kernels, inputs, outputs)
     return of_kernels, carry, equal, each, outputs, None

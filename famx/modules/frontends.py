@@ -24,6 +24,7 @@ from famx.base.features import KINDS, TOKENS, Feature
 from famx.base.ranges import Name, Positive, Sizes
 from famx.base.values import checked
 from famx.modules.kinds import described
+from famx.modules.products import product
 
 Inputs = Mapping[str, jax.Array]
 _KINDS: dict[str, type["Frontend"]] = {}
@@ -258,4 +259,4 @@ def _affine(module: nn.Module, prefix: str, x, width: int, axis: str | None, var
         name("kernel"), place(init, (None, axis)), (x.shape[-1], width), c.param_dtype
     )
     bias = module.param(name("bias"), place(nn.initializers.zeros, (axis,)), (width,), c.param_dtype)
-    return x @ kernel.astype(c.dtype) + bias.astype(c.dtype)
+    return product(x, kernel.astype(c.dtype), 1) + bias.astype(c.dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from famx.base.ranges import Positive
 from famx.base.values import checked
+from famx.modules.products import product
 
 
 @checked
@@ -49,4 +50,4 @@ class ValueHead(nn.Module):
         shape = (c.embed_dim, width)
         kernel = self.param("kernel", place(init, ("embed", None)), shape, c.param_dtype)
         bias = self.param("bias", place(nn.initializers.zeros, (None,)), (width,), c.param_dtype)
-        return x.astype(c.dtype) @ kernel.astype(c.dtype) + bias.astype(c.dtype)
+        return product(x.astype(c.dtype), kernel.astype(c.dtype), 1) + bias.astype(c.dtype)

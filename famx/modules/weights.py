@@ -1,7 +1,7 @@
-"""Gathering of weights that are sharded over the devices that share the batch.
+"""What a program is traced for, and gathering of weights that are sharded over the devices of a batch.
 
-Without it the compiler may move activations instead, in every product and every step of a loop. Without a
-mesh (`jax.set_mesh`) and rules (`nn.logical_axis_rules`) nothing here has an effect.
+Without gathering the compiler may move activations instead, in every product and every step of a loop.
+Without a mesh (`jax.set_mesh`) and rules (`nn.logical_axis_rules`) it has no effect.
 """
 
 import functools
@@ -16,6 +16,12 @@ def one_device() -> bool:
     """Whether the program that is traced has no mesh, or one of a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
+
+
+def platform() -> str:
+    """Platform that the program which is traced is compiled for: the mesh's, if there is one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def mesh_axes(names: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[str, ...]]:
