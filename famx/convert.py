@@ -24,13 +24,14 @@ def define_flags() -> None:
     define("to", Path, None, "MODEL_DIR to write; must be missing or empty.")
     define("block_size", Positive, None, "Tokens per block (S); 1024 by default.")
     define("memory_segments", NonNegative, None, "Past blocks in the window (M); 3 by default.")
-    flags.DEFINE_string("memory", None, "Kind of memory and its fields: fam:length=64 (the default), "
-                        "fam:length=32,update=gated, infini, none.")  # fmt: skip
+    flags.DEFINE_string("memory", None, "Kind of memory and its fields: infini, none, fam (the paper's), "
+                        "fam:length=64,first_residual=ordinary (the default).")  # fmt: skip
     flags.DEFINE_enum("param_dtype", None, _FLOATS, "Weight dtype; float32 by default.")
     flags.DEFINE_enum("dtype", None, _FLOATS, "Compute dtype; float32 by default.")
     flags.DEFINE_multi_string("set", [], "Setting of the memory or the computation, as FIELD=VALUE.")
-    flags.DEFINE_enum("prompt", None, _PROMPTS, "Initial prompt of the memory: noise, or embeddings: of "
-                      "random tokens, a text, its begin token; else an export's, or noise.")  # fmt: skip
+    flags.DEFINE_enum("prompt", None, _PROMPTS, "Initial prompt of the memory: an export's own if it has "
+                      "one, else embeddings of the begin-of-text token (bos, the default), of a text, of "
+                      "random tokens, or noise (normal).")  # fmt: skip
     define("plain_text", Path, None, "File for --prompt=text and fam:normalize=measured.")
     define("seed", Seed, 0, "Random seed of the initial prompt.")
     define("tokenizer", Path, None, "Tokenizer file that replaces the model's own.")

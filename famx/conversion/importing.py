@@ -33,6 +33,9 @@ from famx.models.memory_start import MemoryStart
 from famx.modules import Decoder, DecoderConfig
 from famx.modules.memory import is_prompt, of_memory
 
+# The memory of an import that names none. Of those that learnt with every seed it changes least what a
+# model says before any training (docs/pretrained.md); `Fam()` is the paper's.
+MEMORY = Fam(first_residual="ordinary")
 _MARK = ".importing"  # file in a directory whose import is in progress or was interrupted
 
 
@@ -79,7 +82,7 @@ def plan_import(
     """Check a source against the model that its config describes; reads no tensor but the memory's.
 
     The export of a famx model brings the settings and parameters of its memory; `fields` override the
-    settings. Any other model gets a FAM of the paper's length.
+    settings. Any other model gets `MEMORY`.
 
     Args:
       source: the pretrained model.
@@ -93,7 +96,7 @@ def plan_import(
       ConfigError: the architecture is not supported, tensors are missing, unexpected or of a wrong shape
         or type, or the vocabulary does not fit.
     """
-    fields = {"memory": Fam(), **source.memory_fields, **(fields or {})}
+    fields = {"memory": MEMORY, **source.memory_fields, **(fields or {})}
     config = families.decoder_config(source.config, **fields)
     tensors = families.tensors(source.config, config)
     check_tensors(source, tensors)
@@ -126,7 +129,8 @@ def write_model(
     Args:
       plan: the import.
       directory: destination: missing, empty, or left by an interrupted import, whose files are removed.
-      start: how the memory's parameters start; without a `prompt`, as those of the plan if it has some.
+      start: how the memory's parameters start. Without a `prompt` they are those of the plan, if it has
+        some, or the prompt is of the begin-of-text token, if the vocabulary has one.
       seed: seed of the draw.
       on_bytes: called after each chunk with its size in bytes.
 
@@ -255,6 +259,8 @@ def draw_memory(
     """
     leaves = {"/".join(path): leaf.shape for path, leaf in plan.leaves.items()}
     shapes = {path: shape for path, shape in leaves.items() if of_memory(path)}
+    if start.prompt is None and getattr(plan.vocabulary, "bos_id", None) is not None:
+        start = dataclasses.replace(start, prompt="bos") if any(map(is_prompt, shapes)) else start
     if start.prompt not in (None, "normal") and not any(map(is_prompt, shapes)):
         kind = plan.config.memory.kind
         raise ConfigError(f"--prompt={start.prompt}: the memory {kind!r} has no prompt.")

@@ -115,11 +115,7 @@ def evaluate(
     if adapter is not None:
         _check_adapter(adapter, checkpoints, output_dir)
         model = model_of_adapter(stored, adapter)
-    settings = _settings(directory, adapter)
-    evaluations = {
-        name: evaluation.of_run(settings, model) if hasattr(evaluation, "of_run") else evaluation
-        for name, evaluation in evaluations.items()
-    }
+    evaluations = _of_run(evaluations, model, directory, adapter)
     for evaluation in evaluations.values():
         if hasattr(evaluation, "check"):
             evaluation.check(model)
@@ -167,13 +163,16 @@ def evaluate(
     return output.results
 
 
-def _settings(directory: pathlib.Path, adapter: str | None) -> dict[str, Any]:
-    """The settings of the run that trained a model, or its adapter; {} if they are not known."""
-    if adapter is not None and not as_path(adapter).is_dir():  # one that comes with famx
-        return {}
-    content = History(directory if adapter is None else as_path(adapter).parent).read()
-    settings = content.get("settings")
-    return settings if isinstance(settings, dict) else {}
+def _of_run(evaluations, model: DecoderModel, directory: pathlib.Path, adapter: str | None):
+    """The evaluations, fitted to the run that trained the model, or its adapter, if it is known."""
+    settings = None
+    if adapter is None or as_path(adapter).is_dir():  # not one that comes with famx
+        run = directory if adapter is None else as_path(adapter).parent
+        settings = History(run).read().get("settings")
+    if not isinstance(settings, dict):
+        return evaluations
+    fitted = lambda x: x.of_run(settings, model) if hasattr(x, "of_run") else x
+    return {name: fitted(evaluation) for name, evaluation in evaluations.items()}
 
 
 def table(results: Results) -> str:

@@ -240,6 +240,26 @@ def test_the_prompt_may_be_embeddings_of_tokens():
         MemoryStart("zeros")
 
 
+@pytest.mark.parametrize(
+    "special, id", [(("<|end|>", "<s>", "<|pad|>"), 1), (("<|end|>", "<|pad|>"), None)]
+)
+def test_the_memory_of_an_import_that_names_none(tmp_path, special, id):
+    directory = write_source(tmp_path / "x")
+    train_bpe(directory / "tokenizer.json", special)
+    config = {"eos_token": special[0]} | ({} if id is None else {"bos_token": special[id]})
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    pad = special.index("<|pad|>")
+    plan = plan_import(open_source(directory), pad_id=pad)
+    assert plan.config.memory == Fam(64, first_residual="ordinary")
+    leaves = stored(write_model(plan, tmp_path / "y"), plan)
+    prompt = leaves[("memory", "prompt")]
+    rows = prompt if id is None else np.tile(leaves[("embedding",)][id], (64, 1))
+    np.testing.assert_array_equal(prompt, rows)
+    assert (len(np.unique(prompt, axis=0)) == 1) == (id is not None)
+    without = plan_import(open_source(directory), {"memory": Memory()}, pad_id=pad)
+    write_model(without, tmp_path / "z")
+
+
 def test_an_export_brings_its_prompt_and_its_memory(tmp_path):
     directory = write_source(tmp_path / "x")
     config = dataclasses.replace(CONFIG, memory=Fam(3, normalize=True), memory_segments=2)

@@ -13,9 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+from famx.conversion.importing import plan_import, write_model
+from famx.conversion.sources import open_source
 from famx.data.vocabularies.chat_template import ChatTemplate
 from famx.decoding import Sampling, Streamer
+from famx.memories import Fam
 from famx.model_dir.loading import load_model
+from famx.modules import Memory
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "pretrained.md").read_text()
@@ -120,6 +124,23 @@ def test_english_is_likely_and_would_not_be_with_permuted_queries(trained, strea
         pairs = kernel.reshape(*kernel.shape[:-1], 2, -1).swapaxes(-1, -2)
         params["layers"][name]["kernel"] = pairs.reshape(kernel.shape)
     assert perplexity(log_likelihoods(streamer, params, ids)) > 4 * right
+
+
+def test_a_new_memory_changes_less_than_the_papers_what_the_model_says(tmp_path, trained):
+    """In the blocks that see an updated memory, without any training."""
+    pytest.importorskip("gguf")
+    text = pydoc_data.topics.topics["execmodel"]
+    ids = np.array([trained.model.vocabulary.encode(text)[: 4 * LENGTH + 1]], np.int32)
+    losses = {}
+    for name, memory in {"none": Memory(), "paper": Fam(), "default": None}.items():
+        fields = {"block_size": LENGTH, "memory_segments": 0} | ({"memory": memory} if memory else {})
+        plan = plan_import(open_source(gguf_file()), fields)
+        model = load_model(str(write_model(plan, tmp_path / name)))
+        streamer = Streamer(model.model.module)
+        state = streamer.initial_state(model.params, 1)
+        (scores, _), _ = streamer.score(model.params, state, ids[:, :-1], ids[:, 1:])
+        losses[name] = -float(np.mean(scores[0][LENGTH:]))
+    assert losses["default"] - losses["none"] < 1.5 < 4 < losses["paper"] - losses["none"]
 
 
 def test_the_documented_chat_gives_the_right_answer(directory):
