@@ -29,9 +29,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("param_dtype", None, _FLOATS, "Weight dtype; float32 by default.")
     flags.DEFINE_enum("dtype", None, _FLOATS, "Compute dtype; float32 by default.")
     flags.DEFINE_multi_string("set", [], "Setting of the memory or the computation, as FIELD=VALUE.")
-    flags.DEFINE_enum("prompt", None, _PROMPTS, "Initial prompt of the memory: an export's own if it has "
-                      "one, else embeddings of the begin-of-text token (bos, the default), of a text, of "
-                      "random tokens, or noise (normal).")  # fmt: skip
+    flags.DEFINE_enum("prompt", None, _PROMPTS, "Initial prompt of the memory: an export's own, else by "
+                      "default the begin-of-text token, bos; normal is noise.")  # fmt: skip
     define("plain_text", Path, None, "File for --prompt=text and fam:normalize=measured.")
     define("seed", Seed, 0, "Random seed of the initial prompt.")
     define("tokenizer", Path, None, "Tokenizer file that replaces the model's own.")
