@@ -259,9 +259,10 @@ def draw_memory(
     """
     leaves = {"/".join(path): leaf.shape for path, leaf in plan.leaves.items()}
     shapes = {path: shape for path, shape in leaves.items() if of_memory(path)}
-    if start.prompt is None and getattr(plan.vocabulary, "bos_id", None) is not None:
-        start = dataclasses.replace(start, prompt="bos") if any(map(is_prompt, shapes)) else start
-    if start.prompt not in (None, "normal") and not any(map(is_prompt, shapes)):
+    has_prompt = any(map(is_prompt, shapes))
+    if start.prompt is None and has_prompt and getattr(plan.vocabulary, "bos_id", None) is not None:
+        start = dataclasses.replace(start, prompt="bos")
+    if start.prompt not in (None, "normal") and not has_prompt:
         kind = plan.config.memory.kind
         raise ConfigError(f"--prompt={start.prompt}: the memory {kind!r} has no prompt.")
     of_embedding = next(tensor for tensor in plan.tensors if tensor.path == ("embedding",))
