@@ -84,7 +84,7 @@ def padded(example: dict[str, Any], count: int, pad_id: int) -> dict[str, Any]:
         return example
     fill = lambda x, value=0: np.pad(x, [(0, count)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
     given = ("weights", "values", "value_weights")
-    made = {name: fill(example[name]) for name in given if name in example}
+    made: dict[str, Any] = {name: fill(example[name]) for name in given if name in example}
     made["tokens"] = fill(example["tokens"], pad_id)
     if "features" in example:
         made["features"] = {name: fill(x) for name, x in example["features"].items()}
