@@ -20,6 +20,7 @@ from famx.evaluation.common import (
 )
 from famx.evaluation.streamed import streamed_answers
 from famx.models import DecoderModel
+from famx.training.settings import last_task
 
 PROBES = {
     "hold": dict(filler="random_words", second_key=0.0),
@@ -102,8 +103,7 @@ class PasskeyEvaluation:
         Returns:
           The copy; this evaluation if its task is set, or if the run did not train on PassKey.
         """
-        stages = [part for name, part in settings.items() if name.startswith("stage_")] or [settings]
-        trained = stages[-1].get("task") or {}
+        trained = last_task(settings)
         if self.task is not None or not {"header", "digits", "second_key"} <= trained.keys():
             return self
         task = _task_of(model, header=trained["header"], digits=trained["digits"])

@@ -44,7 +44,7 @@ class MemoryStart:
         with standard deviation `D ** -0.5` as in a new model; "tokens", embeddings of random tokens,
         without repetition if there are enough; "text", embeddings of the first tokens of `text`, again
         from its beginning if it is too short; "bos", all the embedding of the begin-of-text token. None:
-        those of the checkpoint, or "normal".
+        those of the checkpoint, or "normal"; an import has "bos" then, if there is such a token.
       text: path of a plain text in the language of the model, which "text" and measured parameters
         read; None: an English text of ours, `PLAIN_TEXT`.
     """

@@ -67,6 +67,12 @@ def settings_of(stages: Sequence[Stage], tasks: Sequence[Any]) -> dict[str, Any]
     return describe(settings | {f"stage_{i}": fields for i, fields in enumerate(of_stages, 1)})
 
 
+def last_task(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Name ("type") and settings of the task of a run's last stage, by its `settings_of`; {}: unknown."""
+    of_stage = settings.get(f"stage_{settings.get('stages')}", settings)
+    return of_stage.get("task") or {}
+
+
 def _of_stage(stage: Stage, task: Any, memory: Memory) -> dict[str, Any]:
     """The settings of a stage; `memory`: that of the last one, which belongs to the model's identity."""
     run, data = stage.run, stage.run.data

@@ -77,8 +77,12 @@ def streamer(trained):
 @pytest.fixture(scope="module")
 def ids(trained):
     """Ids of an English text that every machine has."""
+    return english(trained, LENGTH)
+
+
+def english(trained, length):
     text = pydoc_data.topics.topics["execmodel"]
-    return np.array([trained.model.vocabulary.encode(text)[:LENGTH]], np.int32)
+    return np.array([trained.model.vocabulary.encode(text)[:length]], np.int32)
 
 
 def test_the_adapter_that_comes_with_famx_remembers_the_first_page(tmp_path, directory):
@@ -101,10 +105,10 @@ def test_the_adapter_that_comes_with_famx_remembers_the_first_page(tmp_path, dir
     assert without_speed(run.stdout) == without_speed(output)
 
 
-def log_likelihoods(streamer, params, ids):
+def log_likelihoods(streamer, params, ids, pieces=PIECES):
     """Log-likelihoods of all tokens but the first, read in pieces."""
     state, found = streamer.initial_state(params, 1), []
-    for begin, end in zip(PIECES, PIECES[1:]):
+    for begin, end in zip(pieces, pieces[1:]):
         tokens, targets = ids[:, begin:end], ids[:, begin + 1 : end + 1]
         (scores, _), state = streamer.score(params, state, tokens, targets)
         found.append(scores[0])
@@ -129,17 +133,13 @@ def test_english_is_likely_and_would_not_be_with_permuted_queries(trained, strea
 def test_a_new_memory_changes_less_than_the_papers_what_the_model_says(tmp_path, trained):
     """In the blocks that see an updated memory, without any training."""
     pytest.importorskip("gguf")
-    text = pydoc_data.topics.topics["execmodel"]
-    ids = np.array([trained.model.vocabulary.encode(text)[: 4 * LENGTH + 1]], np.int32)
-    losses = {}
+    ids, losses = english(trained, 4 * LENGTH + 1), {}
     for name, memory in {"none": Memory(), "paper": Fam(), "default": None}.items():
         fields = {"block_size": LENGTH, "memory_segments": 0} | ({"memory": memory} if memory else {})
         plan = plan_import(open_source(gguf_file()), fields)
         model = load_model(str(write_model(plan, tmp_path / name)))
-        streamer = Streamer(model.model.module)
-        state = streamer.initial_state(model.params, 1)
-        (scores, _), _ = streamer.score(model.params, state, ids[:, :-1], ids[:, 1:])
-        losses[name] = -float(np.mean(scores[0][LENGTH:]))
+        found = log_likelihoods(Streamer(model.model.module), model.params, ids, (0, 4 * LENGTH))
+        losses[name] = -float(found[LENGTH:].mean())
     assert losses["default"] - losses["none"] < 1.5 < 4 < losses["paper"] - losses["none"]
 
 
