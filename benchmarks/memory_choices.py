@@ -19,12 +19,16 @@ import numpy as np
 
 from benchmarks import command, remember
 from benchmarks.memory_start import BIASED, ORDINARY, label
-from benchmarks.remember import FILLERS, ON_CPU, REACHED, Size
+from benchmarks.remember import FILLERS, REACHED, Size
 from famx.base import tables
 from famx.base.errors import ConfigError
 from famx.memories import Fam
 from famx.scale.timing import machine
 
+ON_CPU = {
+    "DecoderConfig.dtype": "float32", "DecoderConfig.remat": "none", "FROZEN_DTYPE": None,
+    "Every.log": 1, "Every.checkpoint": 10,
+}  # fmt: skip
 SIZES = {
     # Keys of one digit: longer ones take a byte-level model of this size more steps.
     "twin": Size(
@@ -45,7 +49,7 @@ SIZES = {
         text_blocks=16,
     ),
     "smollm2": Size(
-        stages=({"block_size": 64, "blocks": 2, "batch_size": 16, "microbatches": 2},),
+        stages=({"block_size": 64, "blocks": 2, "batch_size": 16},),
         steps=140,
         memory=Fam(16),
         settings=remember.SIZES["cpu"].settings,

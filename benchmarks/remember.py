@@ -98,10 +98,6 @@ class Size:
 # 8 blocks knew hardly anything at 16 (docs/pretrained.md). So on CPUs the first stage has it, and the
 # other has the gated one.
 LEARNING = {"update": "residual"}
-ON_CPU = {
-    "DecoderConfig.dtype": "float32", "DecoderConfig.remat": "none", "FROZEN_DTYPE": None,
-    "Every.log": 1, "Every.checkpoint": 10,
-}  # fmt: skip
 SIZES = {
     # One GPU: the paper's blocks of 1,024 tokens at the end, documents of up to 64 blocks. Four programs:
     # stages of the same block size and update share theirs.
@@ -131,16 +127,17 @@ SIZES = {
     "cpu": Size(
         stages=(
             {"steps": 180, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
-             "microbatches": 2, "curriculum": {"blocks": (2, 4)}, "memory": LEARNING,
-             "options": {"padding": 63}},
+             "curriculum": {"blocks": (2, 4)}, "memory": LEARNING, "options": {"padding": 63}},
             {"state_passing": "aged", "curriculum": {"blocks": (8, 16, 32, 64), "smoothing": 0.8},
              "options": {"filler": FILLERS, "text_weight": 0.02}},
         ),
         steps=260,
         memory=Fam(16, update="gated", first_residual="ordinary", bias="minus_log_length"),
         settings={
-            **ON_CPU, "Lora.rank": 8, "Lora.alpha": 16, "warmup_cosine.learning_rate": 1e-3,
-            "warmup_cosine.warmup_steps": 5, "run.Run.adapter_dtype": "bfloat16",
+            "DecoderConfig.remat": "full", "DecoderModel.loss_chunk": 256,
+            "Every.log": 1, "Every.checkpoint": 10, "Lora.rank": 8, "Lora.alpha": 16,
+            "warmup_cosine.learning_rate": 1e-3, "warmup_cosine.warmup_steps": 5,
+            "run.Run.adapter_dtype": "bfloat16",
         },
         twin_steps=0,
         lengths=(2, 4, 8, 16, 32, 64),

@@ -31,7 +31,7 @@ TINY = remember.Size(
     ),
     steps=4,
     memory=Fam(2, update="gated"),
-    settings={**remember.ON_CPU, "Lora.rank": 2, "warmup_cosine.warmup_steps": 1},
+    settings={**memory_choices.ON_CPU, "Lora.rank": 2, "warmup_cosine.warmup_steps": 1},
     twin_steps=2,
     lengths=(6, 8),
     examples=2,
