@@ -190,7 +190,7 @@ def remember(directory: pathlib.Path, size: Size, memory: Fam, prompt: str, seed
             "minutes": minutes,
             "stages": _stage_ends(directory / name),
             "reached": _reached(directory / name),
-            "exact_match": _scores(directory / name, trained, size, seed, trained.step == steps),
+            **_scores(directory / name, trained, size, seed, trained.step == steps),
         }
         figures["plain_text"][f"{name}, trained"] = loss.of(trained)
     return figures
@@ -256,8 +256,9 @@ def _reached(run: pathlib.Path) -> int | None:
 def _scores(
     run: pathlib.Path, trained: TrainedModel, size: Size, seed: int, complete: bool
 ) -> dict[str, Any]:
-    """Exact match by probe and by number of blocks; those of `zeroed ...` without the memory.
+    """`{"exact_match": scores, "answer_loss": nats of an answer's token}`.
 
+    Both are by probe and by number of blocks; those of `zeroed ...` are without the memory.
     A `complete` run has evaluated itself at its end; any other is evaluated here, as far as it has come.
     """
     if not complete:
@@ -268,12 +269,14 @@ def _scores(
         evaluation = PasskeyEvaluation(task, **_evaluation(size, seed))
         evaluation.report(trained.model, trained.params, str(run))
     results = passkey_results(run)
-    found = {probe: {str(n): x for n, x in row.items()} for probe, row in results["exact_match"].items()}
+    match = {probe: {str(n): x for n, x in row.items()} for probe, row in results["exact_match"].items()}
     for name, value in results["memory"].items():
         if name.startswith("zeroed/"):
             _, probe, blocks = name.split("/")
-            found.setdefault(f"zeroed {probe}", {})[blocks] = value
-    return found
+            match.setdefault(f"zeroed {probe}", {})[blocks] = value
+    kept, zeroed = (results.get("answer_loss", {}).get(name, {}) for name in ("kept", "zeroed"))
+    loss = {**kept, **{f"zeroed {probe}": row for probe, row in zeroed.items()}}
+    return {"exact_match": match, "answer_loss": loss}
 
 
 def _evaluation(size: Size, seed: int) -> dict[str, Any]:
@@ -322,18 +325,18 @@ class Loss:
 
 
 def made_tables(figures: Mapping[str, Any], host: Mapping[str, Any]) -> list[tables.Table]:
-    """The tables of exact match and of loss."""
+    """The tables of exact match, of the answers' loss and of the loss on plain text."""
     steps = ", ".join(f"{name} {figures[name]['steps']}" for name in ("fam", "bswa") if name in figures)
     notes = (
         f"Memory {figures['memory']}, prompt {figures['prompt']}; blocks of {figures['block_size']}"
         f" tokens; seed {figures['seed']}; steps: {steps}",
         f"{host['cpu']}, {host['cores']} cores; {host['device']}; jax {host['jax']}",
     )
-    scores = [
+    by_length = lambda measure: [
         {"model": name, "probe": probe}
         | {f"{blocks} blocks": f"{value:.3f}" for blocks, value in row.items()}
         for name in ("fam", "bswa") if name in figures
-        for probe, row in figures[name]["exact_match"].items()
+        for probe, row in figures[name][measure].items()
     ]  # fmt: skip
     losses = [
         {"model": name}
@@ -342,7 +345,10 @@ def made_tables(figures: Mapping[str, Any], host: Mapping[str, Any]) -> list[tab
         for name, row in figures["plain_text"].items()
     ]
     return [
-        tables.Table("remember_scores", "Exact match by length", notes, scores),
+        tables.Table("remember_scores", "Exact match by length", notes, by_length("exact_match")),
+        tables.Table(
+            "remember_answers", "Loss of the answers, nats per token", (), by_length("answer_loss")
+        ),
         tables.Table("remember_loss", "Loss on plain text, nats per token", (), losses),
     ]
 

@@ -28,7 +28,7 @@ from famx.evaluation import (
     TextTaskEvaluation,
 )
 from famx.evaluation.common import streamer_of
-from famx.evaluation.passkey import _answers
+from famx.evaluation.passkey import _scored
 from famx.evaluation.text import _opening
 from famx.memories import Fam
 from famx.models import DecoderModel
@@ -169,7 +169,7 @@ def test_the_task_is_asked_in_its_eval_split(monkeypatch):
 def test_report(tmp_path):
     evaluation = make_evaluation(train_blocks=3)
     text = evaluation.report(MODEL, PARAMS, str(tmp_path))
-    scores = evaluation._measure(MODEL, PARAMS, (2, 3, 5))
+    scores, losses = evaluation._measure(MODEL, PARAMS, (2, 3, 5))
     assert {k: v for k, v in scores.items() if k.startswith("memory/")} == {
         f"memory/{k}": v for k, v in json.loads((tmp_path / "passkey.json").read_text())["memory"].items()
     }
@@ -177,6 +177,10 @@ def test_report(tmp_path):
     result = json.loads((tmp_path / "passkey.json").read_text())
     assert result["exact_match"]["hold"] == {str(b): scores[f"hold/{b}"] for b in (2, 3, 5)}
     assert set(result["exact_match"]["overwrite"]) == {"3", "5"}
+    of_answers = result["answer_loss"]
+    assert of_answers["kept"]["hold"] == {str(b): losses["kept"][f"hold/{b}"] for b in (2, 3, 5)}
+    assert of_answers["kept"].keys() == of_answers["zeroed"].keys() == result["exact_match"].keys()
+    assert of_answers["kept"]["hold"]["5"] != of_answers["zeroed"]["hold"]["5"]
     assert {k: result[k] for k in ("block_size", "train_blocks", "examples", "memory_config")} == {
         "block_size": 16, "train_blocks": 3, "examples": 8,
         "memory_config": Fam(2).to_dict()}  # fmt: skip
@@ -249,8 +253,8 @@ def test_passkey_of_a_tokenizer_equals_a_direct_evaluation(tmp_path, name):
             count = int(np.sum(batch["answer"][i] != vocabulary.pad_id))
             expected[i, :count] = best[i, start : start + count]
             right.append(expected[i].tolist() == batch["answer"][i].tolist())
-        found = _answers(model, params, batch, vocabulary.pad_id)
-        np.testing.assert_array_equal(found, expected)
+        found = _scored(model, params, {**batch, "answer": expected}, vocabulary.pad_id)
+        assert found.right.all() and not right == [True] * examples
         assert scores[f"{probe}/3"] == pytest.approx(np.mean(right))
 
 
@@ -471,8 +475,12 @@ def test_answers_without_memory_equal_an_obvious_loop(sizes):
         batch = task.batch(range(32), blocks * BLOCK)
         log_p = direct(model, params, batch, zero_memory=True)[2]
         best = log_p[:, -1:].argmax(-1)
-        found = _answers(model, params, batch, task.vocab.pad_id, zero_memory=True)
-        np.testing.assert_array_equal(found, best)
+        score = functools.partial(_scored, model, params, pad_id=task.vocab.pad_id, zero_memory=True)
+        assert score({**batch, "answer": best.astype(np.int32)}).right.all()
+        found, digits = score(batch), batch["answer"]
+        np.testing.assert_array_equal(found.right, best[:, 0] == digits[:, 0])
+        expected = -np.take_along_axis(log_p[:, -1], digits, axis=-1)[:, 0]
+        np.testing.assert_allclose(found.loss, expected, rtol=1e-4)
         assert len(set(best.ravel())) > 5
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from processes import start_process
@@ -21,7 +22,7 @@ from famx.base.errors import ConfigError
 from famx.data.probes.passkey_text import passkey_words
 from famx.evaluation import heatmap, heatmap_files
 from famx.evaluation.heatmap import Grid, make_heat_map
-from famx.evaluation.streamed import streamed_answers
+from famx.evaluation.streamed import AnswerScores, score_answers
 
 ROOT = pathlib.Path(__file__).parent.parent
 OPTIONS = {"digits": 1, "header": False, "filler": "random_words", "block_size": None}
@@ -37,14 +38,13 @@ def directory(tmp_path_factory):
 
 
 def right_if(rule):
-    """A replacement of `streamed_answers` in which an answer is right if `rule(inputs)` says so."""
+    """A replacement of `score_answers` in which an answer is right if `rule(inputs)` says so."""
 
-    def answers(model, params, tokens, starts, answers, pad_id, piece_blocks, done):
+    def scores(model, params, tokens, starts, answers, pad_id, piece_blocks, done):
         done(tokens.shape[1])
-        right = np.array([rule(row) for row in tokens])
-        return np.where(right[:, None], answers, answers + 1)
+        return AnswerScores(np.array([rule(row) for row in tokens]), np.zeros(len(tokens)))
 
-    return answers
+    return scores
 
 
 def rule(row):
@@ -57,29 +57,32 @@ def rule(row):
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("padding", [0, BLOCK - 1])
 @pytest.mark.parametrize("length, pieces", [(4 * BLOCK, None), (4 * BLOCK, 1), (7 * BLOCK + 3, 2)])
-def test_streamed_answers_are_those_of_one_pass(length, pieces, padding):
-    """Padding may follow the answers."""
+def test_scores_of_streamed_answers_are_those_of_one_pass(length, pieces, padding):
+    """Padding may follow the answers, of which one is right; two are wrong in their first token."""
     model = make_model()
     params = make_params(model.module, seed=1)
     tokens, counts = make_tokens(3, length), [3, 1, 2]
     starts = length - np.array([0, padding, padding // 2]) - counts
-    answers, pad_id, read = np.zeros((3, 4), np.int32), -1, []
-    for answer, count in zip(answers, counts):
-        answer[count:] = pad_id
-    found = streamed_answers(
-        model, params, tokens, starts, answers, pad_id, piece_blocks=pieces, done=read.append
-    )
+    answers, pad_id, read = np.full((3, 4), -1, np.int32), -1, []
     logits, _ = model.module.apply({"params": params}, tokens)
     best = np.argmax(logits, -1)
     for i, (start, count) in enumerate(zip(starts, counts)):
-        assert found[i, :count].tolist() == best[i, start : start + count].tolist()
-        assert (found[i, count:] == pad_id).all()
+        answers[i, :count] = best[i, start : start + count]
+    answers[1:, 0] = (answers[1:, 0] + 1) % logits.shape[-1]
+    found = score_answers(
+        model, params, tokens, starts, answers, pad_id, piece_blocks=pieces, done=read.append
+    )
+    assert found.right.tolist() == [True, False, False]
+    log_p = np.asarray(jax.nn.log_softmax(logits.astype(np.float32), -1))
+    for i, (start, count) in enumerate(zip(starts, counts)):
+        expected = [-log_p[i, start + j, answers[i, j]] for j in range(count)]
+        assert found.loss[i] == pytest.approx(np.mean(expected), rel=1e-4)
     assert sum(read) == length and (pieces is None) == (len(read) == 2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_a_cell_counts_its_own_rows(directory, tmp_path, monkeypatch, batch_size):
-    monkeypatch.setattr(heatmap, "streamed_answers", right_if(rule))
+    monkeypatch.setattr(heatmap, "score_answers", right_if(rule))
     cells = make_heat_map(directory, tmp_path, Grid("passkey", **SMALL), batch_size)
     assert list(cells) == list(itertools.product((32, 64), (0, 1.0), (1, 2)))
     for (length, depth, seed), cell in cells.items():
@@ -92,7 +95,7 @@ def test_a_cell_counts_its_own_rows(directory, tmp_path, monkeypatch, batch_size
 
 def test_the_block_size_of_a_probe_is_the_model_s(directory, monkeypatch, tmp_path):
     made = {}
-    monkeypatch.setattr(heatmap, "streamed_answers", right_if(rule))
+    monkeypatch.setattr(heatmap, "score_answers", right_if(rule))
     probes = Grid.probes
     monkeypatch.setattr(Grid, "probes", lambda *a: made.update(probes(*a)) or made)
     options = {name: value for name, value in OPTIONS.items() if name != "block_size"}
@@ -111,14 +114,14 @@ def test_a_vocabulary_that_cannot_spell_the_probe_is_refused(directory, tmp_path
 def test_more_lengths_are_added_and_what_is_there_is_not_measured_again(
     directory, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(heatmap, "streamed_answers", right_if(rule))
+    monkeypatch.setattr(heatmap, "score_answers", right_if(rule))
     first = make_heat_map(directory, tmp_path, Grid("passkey", **{**SMALL, "lengths": (32,)}))
     lines = (tmp_path / "heatmap.jsonl").read_text().splitlines()
     more = make_heat_map(directory, tmp_path, Grid("passkey", **SMALL))
     assert "4 of 8 cells are measured already." in capsys.readouterr().out
     assert (tmp_path / "heatmap.jsonl").read_text().splitlines()[:5] == lines and len(lines) == 5
     assert {key: more[key] for key in first} == first and len(more) == 8
-    monkeypatch.setattr(heatmap, "streamed_answers", None)  # nothing is left to measure
+    monkeypatch.setattr(heatmap, "score_answers", None)  # nothing is left to measure
     assert make_heat_map(directory, tmp_path, Grid("passkey", **SMALL)) == more
     with pytest.raises(ConfigError, match=r"cells of other settings \(examples\)"):
         make_heat_map(directory, tmp_path, Grid("passkey", **{**SMALL, "examples": 4}))
@@ -128,7 +131,7 @@ def test_more_lengths_are_added_and_what_is_there_is_not_measured_again(
 
 
 def test_the_files_have_the_figures(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr(heatmap, "streamed_answers", right_if(rule))
+    monkeypatch.setattr(heatmap, "score_answers", right_if(rule))
     cells = make_heat_map(directory, tmp_path, Grid("passkey", **SMALL))
     rows = list(csv.DictReader((tmp_path / "heatmap.csv").open()))
     assert [(int(r["length"]), float(r["depth"]), int(r["seed"])) for r in rows] == list(cells)

@@ -60,6 +60,10 @@ def test_a_model_is_trained_and_evaluated_beside_its_twin(tmp_path, monkeypatch,
     }
     assert twin["exact_match"].keys() == set(remember.PROBES)
     assert fam["exact_match"]["hold"].keys() == {"6", "8"}
+    for run in (fam, twin):
+        for probe, row in run["exact_match"].items():
+            assert run["answer_loss"][probe].keys() == row.keys()
+            assert all(loss > 0 for loss in run["answer_loss"][probe].values())
     losses = found["plain_text"]
     assert list(losses) == [
         "pretrained, whole text", "pretrained, blocks apart", "fam, untrained", "fam, trained",
@@ -73,7 +77,8 @@ def test_a_model_is_trained_and_evaluated_beside_its_twin(tmp_path, monkeypatch,
     model = load_model(str(tmp_path / "fam")).model
     assert model.config.memory == Fam(2, update="gated") and model.config.memory_segments == 0
     assert load_model(str(tmp_path / "bswa")).model.config.memory == Memory()
-    assert "hold" in (tmp_path / "remember.md").read_text() and (tmp_path / "remember.png").exists()
+    assert "zeroed hold" in (tmp_path / "remember.md").read_text()
+    assert (tmp_path / "remember.png").exists()
     assert "pretrained, whole text" in capsys.readouterr().out
 
 

@@ -214,6 +214,7 @@ def finish(cell, **scores):
     )
     passkey = {
         "exact_match": {"hold": scores},
+        "answer_loss": {"kept": {"hold": {"2": 1.5}}, "zeroed": {"hold": {"2": 2.5}}},
         "block_size": 4,
         "train_blocks": 2,
         "memory": {"zeroed/hold/2": 0.0},
@@ -235,7 +236,7 @@ def test_the_table_has_a_row_for_each_number_and_the_summary_the_spread(tmp_path
         finish(cell, **{"2": score, "4": 0.125})
     text = commands.tables(one)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert len(rows) == 3 * 5  # two losses, two scores and one with the memory zeroed
+    assert len(rows) == 3 * 6  # two losses, two scores, an answer's loss and one with the memory zeroed
     row = next(row for row in rows if row["measure"] == "passkey/hold/2")
     assert (row["memory"], row["seed"], row["value"], row["command"]) == (
         "fam",

@@ -17,11 +17,10 @@ from famx.base.progress import Progress, compilation_seconds
 from famx.base.ranges import Name, Positive, Seed, Share
 from famx.base.text import clock
 from famx.base.values import check
-from famx.data.metrics import exact_match
 from famx.data.probes.probe import Probe
 from famx.decoding.streaming import check_position
 from famx.evaluation.probes import probe_of
-from famx.evaluation.streamed import streamed_answers
+from famx.evaluation.streamed import score_answers
 from famx.mesh import make_mesh, make_rules, on_mesh
 from famx.model_dir.identity import split_checkpoint
 from famx.model_dir.loading import TrainedModel, check_model, load_model
@@ -239,11 +238,10 @@ def _right(trained, probes, length: int, rows, read) -> np.ndarray:
         starts.append(batch["answer_start"])
         answers.append(batch["answer"])
     arrays = [np.concatenate(parts) for parts in (tokens, starts, answers)]
-    found = streamed_answers(
+    return score_answers(
         trained.model, trained.params, *arrays, probes[rows[0][0]].vocab.pad_id,
         piece_blocks=_PIECE_BLOCKS, done=lambda count: read(count * len(rows)),
-    )  # fmt: skip
-    return exact_match(found, arrays[2]) > 0
+    ).right  # fmt: skip
 
 
 def _cell(key: _Key, right: int, rows: int, seconds: float) -> Cell:

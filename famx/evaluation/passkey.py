@@ -10,7 +10,6 @@ from famx.base.errors import ConfigError
 from famx.base.files import as_path, replacing, write_json
 from famx.base.ranges import OneOf, Positive, Seed
 from famx.base.values import checked
-from famx.data.metrics import exact_match
 from famx.data.probes.passkey import PasskeyTask
 from famx.evaluation.common import (
     HEALTH_TOKENS,
@@ -18,7 +17,7 @@ from famx.evaluation.common import (
     is_of_memory,
     memory_figures,
 )
-from famx.evaluation.streamed import streamed_answers
+from famx.evaluation.streamed import AnswerScores, score_answers
 from famx.models import DecoderModel
 from famx.training.settings import last_task
 
@@ -112,24 +111,22 @@ class PasskeyEvaluation:
     def __call__(self, model: DecoderModel, params, step: int) -> dict[str, float]:
         """Returns `{"<probe>/<blocks>": exact match in 0..1}` and, with `health`, memory scalars."""
         del step
-        return self._measure(model, params, self.blocks)
+        return self._measure(model, params, self.blocks)[0]
 
     def report(self, model: DecoderModel, params, model_dir: str) -> str:
         """Scores all of `report_blocks` and writes passkey.json and passkey.png to `model_dir`.
 
-        The picture is `famx.evaluation.figures.recall_figure`.
+        The file also has the mean loss of the answers in nats per token, with the memory ("kept") and
+        with it zeroed. The picture is `famx.evaluation.figures.recall_figure`.
 
         Returns:
           A plain-text table of the scores.
         """
         from famx.evaluation.figures import recall_figure  # matplotlib is slow to import
 
-        scores = self._measure(model, params, self.report_blocks)
+        scores, losses = self._measure(model, params, self.report_blocks)
         size = model.config.block_size
-        table = {
-            probe: {b: scores[f"{probe}/{b}"] for b in self.report_blocks if f"{probe}/{b}" in scores}
-            for probe in self.probes
-        }
+        table = self._by_probe(scores)
         folder = as_path(model_dir)
         result = {
             "block_size": size,
@@ -137,7 +134,10 @@ class PasskeyEvaluation:
             "memory_config": model.config.memory.to_dict(),
             "examples": self.examples,
             "train_blocks": self.train_blocks,
-            "exact_match": {p: {str(b): v for b, v in row.items()} for p, row in table.items()},
+            "exact_match": _with_texts(table),
+            "answer_loss": {
+                name: _with_texts(self._by_probe(of_answers)) for name, of_answers in losses.items()
+            },
             "memory": {k.removeprefix("memory/"): v for k, v in scores.items() if is_of_memory(k)},
         }
         if jax.process_index() == 0:
@@ -150,6 +150,14 @@ class PasskeyEvaluation:
             cells = [f"{row[b]:.3f}" if b in row else "-" for row in table.values()]
             lines.append(f"{b:8d}{b * size:10d}" + "".join(c.rjust(20) for c in cells))
         return "\n".join([*lines, "Written to MODEL_DIR: passkey.json, passkey.png"])
+
+    def _by_probe(self, numbers: Mapping[str, float]) -> dict[str, dict[int, float]]:
+        """`{"<probe>/<blocks>": number}` as `{probe: {blocks: number}}`, for `report_blocks` alone."""
+        lengths = self.report_blocks
+        return {
+            probe: {b: numbers[f"{probe}/{b}"] for b in lengths if f"{probe}/{b}" in numbers}
+            for probe in self.probes
+        }
 
     def check(self, model: DecoderModel) -> None:
         """Raises ConfigError if a probe does not fit the model's block size or vocabulary."""
@@ -171,27 +179,33 @@ class PasskeyEvaluation:
             common["padding"] = max(block_size - task.asked_width, 0)
         return dataclasses.replace(task, **{**common, **PROBES[probe]})
 
-    def _measure(self, model, params, lengths) -> dict[str, float]:
+    def _measure(self, model, params, lengths) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """What `__call__` returns, and the losses of the answers in nats per token.
+
+        The losses are `{"kept": {"<probe>/<blocks>": loss}}`, with `health` those of "zeroed" as well.
+        """
         size = model.config.block_size
         health = self.health and model.config.memory.exists
         scores, zeroed, longest = {}, {}, None
+        losses: dict[str, dict[str, float]] = {"kept": {}, **({"zeroed": {}} if health else {})}
         for blocks in lengths:
             for probe in self.probes:
                 task = self._task(model, probe)
                 if task.min_length > blocks * size:
                     continue
                 batch = task.batch(range(self.examples), blocks * size)
-                answers = _answers(model, params, batch, task.vocab.pad_id)
-                scores[f"{probe}/{blocks}"] = float(exact_match(answers, batch["answer"]).mean())
+                name = f"{probe}/{blocks}"
+                found = _scored(model, params, batch, task.vocab.pad_id)
+                scores[name], losses["kept"][name] = float(found.right.mean()), float(found.loss.mean())
                 if health:
-                    answers = _answers(model, params, batch, task.vocab.pad_id, zero_memory=True)
-                    match = exact_match(answers, batch["answer"])
-                    zeroed[f"memory/zeroed/{probe}/{blocks}"] = float(match.mean())
+                    found = _scored(model, params, batch, task.vocab.pad_id, zero_memory=True)
+                    zeroed[f"memory/zeroed/{name}"] = float(found.right.mean())
+                    losses["zeroed"][name] = float(found.loss.mean())
                     if probe == "hold" and (longest is None or blocks * size > longest.shape[1]):
                         longest = batch["decoder_input_tokens"]
         if longest is not None:
             zeroed |= memory_figures(model, params, longest, self.health_tokens)
-        return scores | zeroed
+        return scores | zeroed, losses
 
 
 def _task_of(model: DecoderModel, **fields) -> PasskeyTask:
@@ -199,7 +213,11 @@ def _task_of(model: DecoderModel, **fields) -> PasskeyTask:
     return PasskeyTask(**fields, **({} if model.vocabulary is None else {"vocabulary": model.vocabulary}))
 
 
-def _answers(model: DecoderModel, params, batch, pad_id: int, zero_memory: bool = False):
-    """Most likely tokens at the answer positions, int32 `[B, answer_width]`, padded like the answers."""
-    arrays = (batch[name] for name in ("decoder_input_tokens", "answer_start", "answer"))
-    return streamed_answers(model, params, *arrays, pad_id, zero_memory=zero_memory)
+def _scored(model: DecoderModel, params, batch, pad_id: int, zero_memory: bool = False) -> AnswerScores:
+    tokens, starts, answers = (batch[name] for name in ("decoder_input_tokens", "answer_start", "answer"))
+    return score_answers(model, params, tokens, starts, answers, pad_id, zero_memory=zero_memory)
+
+
+def _with_texts(table: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
+    """The table with its lengths as JSON has them."""
+    return {probe: {str(b): value for b, value in row.items()} for probe, row in table.items()}

@@ -8,6 +8,7 @@ Measures are named by where they come from:
 | `<split>/<name>` | the last value of an evaluation during the run |
 | `passkey/<probe>/<blocks>` | exact match after that many blocks, from passkey.json |
 | `zeroed/<probe>/<blocks>` | the same with the memory zeroed |
+| `answer_loss/<probe>/<blocks>` | the loss of the answer there, in nats per token, from passkey.json |
 """
 
 import csv
@@ -29,6 +30,7 @@ from famx.study.runner import is_complete, read_record
 from famx.training.run_log import read_metrics
 
 _ABOUT = ("famx", "jax", "seconds", "command")
+_OF_PASSKEY = ("passkey/", "zeroed/", "answer_loss/")  # prefixes of measures
 _NOT_SCALARS = ("step", "split", "time")
 
 
@@ -44,6 +46,8 @@ def measures(directory: pathlib.Path) -> Iterator[tuple[str, float]]:
         results = passkey_results(directory)
         for probe, row in results["exact_match"].items():
             yield from ((f"passkey/{probe}/{blocks}", value) for blocks, value in row.items())
+        for probe, row in results.get("answer_loss", {}).get("kept", {}).items():
+            yield from ((f"answer_loss/{probe}/{blocks}", value) for blocks, value in row.items())
         memory = results.get("memory") or {}
         yield from ((name, value) for name, value in memory.items() if name.startswith("zeroed/"))
 
@@ -165,7 +169,7 @@ def _passkey_figure(
 
 def _lengths_figure(study: Study, found: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Measures over the length that ends their names: a line for each choice, a panel for each."""
-    names = {name for name in _named(study, found) if not name.startswith(("passkey/", "zeroed/"))}
+    names = {name for name in _named(study, found) if not name.startswith(_OF_PASSKEY)}
     scores = _over_lengths(study, found, names)
     if not scores:
         return None
