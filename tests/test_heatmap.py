@@ -55,8 +55,10 @@ def rule(row):
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("padding", [0, BLOCK - 1])
-@pytest.mark.parametrize("length, pieces", [(4 * BLOCK, None), (4 * BLOCK, 1), (7 * BLOCK + 3, 2)])
+@pytest.mark.parametrize("padding", [0, BLOCK - 1, BLOCK + 1])
+@pytest.mark.parametrize(
+    "length, pieces", [(4 * BLOCK, None), (4 * BLOCK, 1), (7 * BLOCK + 3, 2), (BLOCK + 5, None)]
+)
 def test_scores_of_streamed_answers_are_those_of_one_pass(length, pieces, padding):
     """Padding may follow the answers, of which one is right; two are wrong in their first token."""
     model = make_model()
@@ -77,7 +79,7 @@ def test_scores_of_streamed_answers_are_those_of_one_pass(length, pieces, paddin
     for i, (start, count) in enumerate(zip(starts, counts)):
         expected = [-log_p[i, start + j, answers[i, j]] for j in range(count)]
         assert found.loss[i] == pytest.approx(np.mean(expected), rel=1e-4)
-    assert sum(read) == length and (pieces is None) == (len(read) == 2)
+    assert sum(read) == length and (pieces is None) == (len(read) <= 2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
