@@ -274,7 +274,7 @@ def test_passkey_is_that_of_the_last_stage_of_the_run(tmp_path, stages, digits):
     assert PasskeyEvaluation().of_run(settings, model).task == task
     assert PasskeyEvaluation(task).of_run({}, model).task is task
     seen = []
-    counted = lambda self, model, params, lengths: seen.append((self.task.digits, self.task.header)) or {}
+    counted = lambda self, *of_model: seen.append((self.task.digits, self.task.header)) or ({}, {})
     with unittest.mock.patch.object(PasskeyEvaluation, "_measure", counted):
         evaluate(str(tmp_path), {"of_run": PasskeyEvaluation()})
     assert seen == [(digits, False)]
