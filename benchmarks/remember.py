@@ -128,7 +128,7 @@ SIZES = {
         stages=(
             {"steps": 180, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
              "curriculum": {"blocks": (2, 4)}, "memory": LEARNING, "options": {"padding": 63}},
-            {"state_passing": "aged", "curriculum": {"blocks": (8, 16, 32, 64), "smoothing": 0.8},
+            {"state_passing": "aged", "curriculum": {"blocks": (4, 8, 16, 32, 64), "smoothing": 0.8},
              "options": {"filler": FILLERS, "text_weight": 0.02}},
         ),
         steps=260,

@@ -166,7 +166,16 @@ def test_the_task_is_asked_in_its_eval_split(monkeypatch):
     assert asked == [("eval", 5, BLOCK, 1, 8)] * 3
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    evaluation = make_evaluation()
+    monkeypatch.setattr(PasskeyEvaluation, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match="Cannot write the report to .*/file/below: Not a directory"):
+        evaluation.report(MODEL, PARAMS, str(tmp_path / "file" / "below"))
+
+
 def test_report(tmp_path):
+    tmp_path = tmp_path / "is" / "made"
     evaluation = make_evaluation(train_blocks=3)
     text = evaluation.report(MODEL, PARAMS, str(tmp_path))
     scores, losses = evaluation._measure(MODEL, PARAMS, (2, 3, 5))

@@ -1,13 +1,14 @@
 """PassKey retrieval at increasing document lengths (paper section 3.3)."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
 
 from famx.base.errors import ConfigError
-from famx.base.files import as_path, replacing, write_json
+from famx.base.files import as_path, check_writable, replacing, write_json
 from famx.base.ranges import OneOf, Positive, Seed
 from famx.base.values import checked
 from famx.data.probes.passkey import PasskeyTask
@@ -119,15 +120,25 @@ class PasskeyEvaluation:
         The file also has the mean loss of the answers in nats per token, with the memory ("kept") and
         with it zeroed. The picture is `famx.evaluation.figures.recall_figure`.
 
+        Args:
+          model: the model.
+          params: its parameters.
+          model_dir: directory of the two files, which is made if it is missing.
+
         Returns:
           A plain-text table of the scores.
+
+        Raises:
+          ConfigError: the directory cannot be written; before anything is measured.
         """
         from famx.evaluation.figures import recall_figure  # matplotlib is slow to import
 
+        folder = as_path(model_dir)
+        if jax.process_index() == 0:
+            _check(folder)
         scores, losses = self._measure(model, params, self.report_blocks)
         size = model.config.block_size
         table = self._by_probe(scores)
-        folder = as_path(model_dir)
         result = {
             "block_size": size,
             "memory_segments": model.config.memory_segments,
@@ -206,6 +217,13 @@ class PasskeyEvaluation:
         if longest is not None:
             zeroed |= memory_figures(model, params, longest, self.health_tokens)
         return scores | zeroed, losses
+
+
+def _check(folder: pathlib.Path) -> None:
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise ConfigError(f"Cannot write the report to {folder}: {error.strerror or error}.") from error
 
 
 def _task_of(model: DecoderModel, **fields) -> PasskeyTask:

@@ -254,6 +254,9 @@ class AgedFeed(IndexedFeed):
       model: model that reads the documents.
       groups, refresh_period: see above.
       place: function that puts this host's rows on the devices.
+
+    Raises:
+      ConfigError: the curriculum has more lengths beyond a row than the pool has groups, or no others.
     """
 
     _longer_documents = True
@@ -262,6 +265,12 @@ class AgedFeed(IndexedFeed):
         self, source: Source, model: DecoderModel, groups: int, refresh_period: int, place=lambda x: x
     ):
         super().__init__(source)
+        if min(self.curriculum.blocks) > self.blocks:
+            raise ConfigError(
+                f"No length of the curriculum {self.curriculum.blocks} fits a row of {self.blocks}"
+                " blocks. From aged states alone, no gradient reaches the reading of a document's first"
+                f" blocks: begin with a length of at most {self.blocks}, or make rows longer."
+            )
         aged = sum(b > self.blocks for b in set(self.curriculum.blocks))
         if groups < aged:
             raise ConfigError(

@@ -228,7 +228,9 @@ def test_the_pools_position_is_saved_apart_from_later_changes():
 
 def test_hosts_make_their_own_rows_of_the_pool():
     def feed(shard, batch_size=4):
-        feed = feed_of(passkey(), "aged", Curriculum((6,)), shard=shard, batch_size=batch_size)
+        curriculum = Curriculum((4, 6), newest=1.0)
+        feed = feed_of(passkey(), "aged", curriculum, shard=shard, batch_size=batch_size)
+        feed.curriculum.set_state({"stage": 1, "level": 0.0})
         feed.lengths, feed.firsts = [0, 6, 0], [0, 2**40 + 8, 0]
         return feed.next(1).batch  # 1: no group is replaced
 
@@ -299,6 +301,8 @@ def test_rows_need_not_fill_their_last_block():
         (dict(packed=True), "Data.packed joins documents to rows, but the task makes whole rows"),
         (dict(states=Aged(groups=2), curriculum=Curriculum((4, 5, 6, 7))),
          "has 3 lengths beyond the 4 blocks of a row, but the aged-state pool only 2 groups"),
+        (dict(mode="aged", curriculum=Curriculum((5, 8))),
+         r"No length of the curriculum \(5, 8\) fits a row of 4 blocks"),
         (dict(task=[make_tokens(9)], mode="aged"), "The aged-state pool needs a task .* by index"),
         (dict(task=[make_tokens(9)], curriculum=Curriculum((4,))), "A curriculum needs a task"),
         (dict(mode="continuous", curriculum=Curriculum((4,))), "A curriculum needs a task"),
