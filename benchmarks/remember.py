@@ -129,7 +129,7 @@ SIZES = {
             {"steps": 180, "until": {"exact_match": 0.9}, "block_size": 64, "blocks": 4, "batch_size": 16,
              "curriculum": {"blocks": (2, 4)}, "memory": LEARNING, "options": {"padding": 63}},
             {"state_passing": "aged", "curriculum": {"blocks": (4, 8, 16, 32, 64), "smoothing": 0.8},
-             "options": {"filler": FILLERS, "text_weight": 0.02}},
+             "options": {"filler": FILLERS, "text_weight": 0.004}},
         ),
         steps=260,
         memory=Fam(16, update="gated", first_residual="ordinary", bias="minus_log_length"),
