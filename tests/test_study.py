@@ -150,9 +150,9 @@ def config_of(one, cell):
     ("name", "more", "choices", "others"),
     [
         ("memories", [], 12 * 6 - 1, {"block_recurrent"}),
-        ("memories_copy", [], 12, {"block_recurrent"}),
-        ("memories_recall", [], 12, {"block_recurrent"}),
-        ("memories_multikey", [], 12, {"block_recurrent"}),
+        ("memories_copy", [], 12 * 5 - 1, {"block_recurrent"}),
+        ("memories_recall", [], 12 * 4 - 1, {"block_recurrent"}),
+        ("memories_multikey", [], 12 * 4 - 1, {"block_recurrent"}),
         ("memories_text", [], 12 * 2, {"block_recurrent"}),
         ("memories_gpu", ["BASE_GIN = 'gin_configs/models/fam_135m.gin'"], 9, set()),
     ],
