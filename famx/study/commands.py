@@ -9,6 +9,7 @@ import gin
 from famx.base import gin_checks
 from famx.base.errors import ConfigError
 from famx.base.signals import STOP_SIGNALS, handling
+from famx.base.text import nearest
 from famx.study import results
 from famx.study.grid import Cell, Study, check_pattern
 from famx.study.runner import Runner, command, is_complete
@@ -93,6 +94,9 @@ def selected(study: Study, only: str) -> list[Cell]:
     check_pattern(only, f"--only={only}")
     found = [cell for cell in study.cells() if re.search(only, cell.name)]
     if not found:
-        names = "; ".join(cell.name for cell in study.cells())
-        raise ConfigError(f"--only={only} selects none of the cells: {names}.")
+        names = [cell.name for cell in study.cells()]
+        raise ConfigError(
+            f"--only={only} selects none of the {len(names)} cells.{nearest(only.strip('^$'), names)}"
+            " --dry_run without --only lists their commands."
+        )
     return found
