@@ -306,7 +306,7 @@ def test_tasks_of_an_array_share_the_cells(tmp_path, capsys):
         assert commands.run(one, "", (task, 3), 1, None, dry_run=True) == 0
         seen.append(capsys.readouterr().out.splitlines())
     assert sorted(map(len, seen)) == [2, 3, 3] and len({line for lines in seen for line in lines}) == 8
-    with pytest.raises(ConfigError, match="selects none of the 8 cells. Did you mean memory=bswa, rate=low,"):
+    with pytest.raises(ConfigError, match="none of the 8 cells. Did you mean memory=bswa, rate=low,"):
         commands.selected(one, "^memory=bswa, rate=lower, seed [31]$")
     with pytest.raises(ConfigError, match="no regular expression"):
         commands.selected(one, "(")

@@ -246,20 +246,24 @@ def _check_steps(stages: Sequence[Stage], steps: int | None) -> None:
 
 
 def _check_used(data: Data, stages: Sequence[Stage], lines: Sequence[StageLine]) -> None:
-    """Raises ConfigError if a setting of the run has no effect, since no stage has this value of it."""
-    first = lines[0]
-    own = "all stages have their own, and none has this one: change STAGES, or give one that they have."
+    """Raises ConfigError if settings of the run have no effect, since no stage has their values."""
+    first, unused = lines[0], []
     if "blocks" in first and data.length not in [stage.run.data.length for stage in stages]:
-        raise ConfigError(f"TASK_FEATURE_LENGTHS gives rows of {data.length} tokens, but {own}")
+        unused.append(f"TASK_FEATURE_LENGTHS gives rows of {data.length} tokens")
     rows = [line["batch_size"] for line in lines if "batch_size" in line]
     if "batch_size" in first and min(rows) >= 1 and data.batch_size not in rows:
-        raise ConfigError(f"BATCH_SIZE is {data.batch_size}, but {own}")
+        unused.append(f"BATCH_SIZE is {data.batch_size}")
     given = first.get("curriculum") or {}
     if data.curriculum is not None and (isinstance(given, Curriculum) or "blocks" in given):
         curricula = [stage.run.data.curriculum for stage in stages]
         blocks = tuple(data.curriculum.blocks)
         if blocks not in [tuple(each.blocks) for each in curricula if each is not None]:
-            raise ConfigError(f"Curriculum.blocks is {blocks}, but {own}")
+            unused.append(f"Curriculum.blocks is {blocks}")
+    if unused:
+        raise ConfigError(
+            f"{' and '.join(unused)}, but all stages have their own, and none has that: change STAGES, or"
+            " give what one of them has."
+        )
 
 
 class Place:

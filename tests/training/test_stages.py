@@ -354,6 +354,7 @@ BAD = {
     "row's share": (({"blocks": 4, "batch_size": 1.5},), r"\[\'batch_size\'\] must be .* not 1.5"),
     "rows that none has": (({"blocks": 4, "batch_size": 4},), "BATCH_SIZE is 2, but all stages have"),
     "length that none has": (({"blocks": 8},), "TASK_FEATURE_LENGTHS gives rows of 32 tokens, but all"),
+    "both": (({"blocks": 8, "batch_size": 4},), "rows of 32 tokens and BATCH_SIZE is 2, but all stages"),
     "segments": (({"memory_segments": -1},), r"\[\'memory_segments\'\] must be a whole number of at"),
     "sum": (({"steps": 3}, {"steps": 4}), "add up to 7, but TRAIN_STEPS is 13"),
     "none left": (({"steps": 13}, {}), "take 13 steps, but TRAIN_STEPS is 13: none is left"),
