@@ -370,7 +370,7 @@ def fresh_feed(source: Source) -> Feed:
     Raises:
       ConfigError: the task, the curriculum and the lengths do not fit.
     """
-    source.check_length(whole_blocks=False)
+    source.check_rows(whole_blocks=False)
     if source.is_seqio:
         if source.curriculum is not None:
             raise _no_documents(source.task)
@@ -393,7 +393,7 @@ def lane_feed(source: Source, document_length: int, num_documents: int) -> Feed:
     Raises:
       ConfigError: the task, the curriculum and the lengths do not fit.
     """
-    source.check_length(whole_blocks=True)
+    source.check_rows(whole_blocks=True)
     if source.is_seqio:
         raise _no_documents(source.task)
     if source.curriculum is not None:
@@ -415,7 +415,7 @@ def aged_feed(source: Source, model: DecoderModel, groups: int, refresh_period: 
     Raises:
       ConfigError: the task, the curriculum and the lengths do not fit.
     """
-    source.check_length(whole_blocks=True)
+    source.check_rows(whole_blocks=True)
     if source.is_seqio:
         raise _no_documents(source.task)
     if not source.indexed:

@@ -55,8 +55,12 @@ class Source:
         """Whether the task is one of SeqIO, neither rows by index nor documents."""
         return kind_of(self.task) is Kind.SEQIO
 
-    def check_length(self, whole_blocks: bool) -> None:
-        """Raises ConfigError if a row is shorter than a block, or does not hold whole blocks but must."""
+    def check_rows(self, whole_blocks: bool) -> None:
+        """Raises ConfigError if a row is shorter than a block, or does not hold whole blocks but must.
+
+        Likewise if the task places texts within blocks, as `DistanceProbe` does, of which parts are in
+        different blocks of the model.
+        """
         size, length = self.block_size, self.length
         if length < size:
             raise ConfigError(
@@ -68,4 +72,11 @@ class Source:
                 f"The row length {length} of TASK_FEATURE_LENGTHS must be a multiple of the block size "
                 f"{size} where states are carried from row to row or a curriculum counts blocks: use"
                 f" {length // size * size}, or change DecoderConfig.block_size."
+            )
+        own = getattr(self.task, "block_size", None) if self.indexed else None
+        if own is not None and size % own:
+            raise ConfigError(
+                f"{type(self.task).__name__} keeps statements within blocks of {own} tokens, but those of"
+                f" the model have {size}: set its block_size to {size} in TASK_OPTIONS, or in the options"
+                " of a stage that has other blocks."
             )

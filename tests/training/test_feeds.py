@@ -284,6 +284,13 @@ def test_rows_need_not_fill_their_last_block():
     assert (batch["decoder_loss_weights"][:, -1] == 1).all()  # the answer is the last token
 
 
+def test_blocks_of_a_task_may_be_parts_of_blocks():
+    source = Source(passkey(block_size=20), batch_size=2, length=80, block_size=40)
+    source.check_rows(whole_blocks=True)
+    with pytest.raises(ConfigError, match="within blocks of 20 tokens, but .* have 50"):
+        dataclasses.replace(source, length=100, block_size=50).check_rows(whole_blocks=True)
+
+
 # ---------------------------------------------------------------- sentences
 
 
@@ -295,6 +302,8 @@ def test_rows_need_not_fill_their_last_block():
         (dict(length=36, mode="aged"), "row length 36 .* multiple of the block size 8 .* use 32, or"),
         (dict(length=36, mode="continuous"), "row length 36 .* use 32, or change"),
         (dict(length=36, curriculum=Curriculum((4,))), "row length 36 .* use 32, or change"),
+        (dict(task=passkey(block_size=20)),
+         "PasskeyTask keeps statements within blocks of 20 tokens, but those of the model have 8: set"),
         (dict(length=25), "The rows hold 25 tokens, but the task needs 26: raise TASK_FEATURE"),
         (dict(curriculum=Curriculum((4, 6))), "goes to 6 blocks, but the rows hold 4: raise"),
         (dict(curriculum=Curriculum((2, 4))), "shortest length of the curriculum is 2 blocks"),
