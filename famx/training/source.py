@@ -58,8 +58,8 @@ class Source:
     def check_rows(self, whole_blocks: bool) -> None:
         """Raises ConfigError if a row is shorter than a block, or does not hold whole blocks but must.
 
-        Likewise if the task places texts within blocks, as `DistanceProbe` does, of which parts are in
-        different blocks of the model.
+        Likewise if the task keeps statements within blocks, as `DistanceProbe` does, and these do not
+        divide those of the model.
         """
         size, length = self.block_size, self.length
         if length < size:
