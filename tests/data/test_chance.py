@@ -57,6 +57,7 @@ def test_the_documented_chance_levels_are_what_is_measured(name):
          "</context>\n\nthe bathroom?", "the place before the last", "garden"),
         ("passkey", "1234 12345 678901 54321 is", "the last number", "54321"),
         ("associative_recall", "remember Ada is q, Bo is z. recall Ada is", "the first letter", "q"),
+        ("associative_recall", "remember Ada=q Bo=z . recall Ada", "the last letter", "z"),
     ],
 )  # fmt: skip
 def test_strategies_name_what_they_say(name, text, strategy, answer):

@@ -11,7 +11,7 @@ from pretrained import TOKENIZERS, write_tokenizer
 from famx.data import WordVocabulary
 from famx.data.probes import CopyProbe, RecallProbe
 from famx.data.probes.passkey_text import FILLER_WORDS, passkey_words
-from famx.data.probes.recall import KEYS, SYMBOLS, recall_words
+from famx.data.probes.recall import KEYS, SYMBOLS, joined_words, recall_words
 
 
 def words_of(probe, row):
@@ -67,9 +67,11 @@ def test_copy_is_read_the_distance_after_it_was_written(symbols, spare, lengths,
         assert len(set(words[:question]) & set(FILLER_WORDS)) <= 1
 
 
-def pairs_of(text, terse):
+def pairs_of(text, joined, asked=False):
     """Keys with their letters of a statement or a question, whose words between are as they should be."""
-    if not terse:
+    if joined and not asked:
+        text = [part for word in text for part in word.split("=")]
+    elif not joined:
         assert set(text[1::4]) == {"is"} and set(text[3::4]) <= {","}
         text = [word for word in text if word not in ("is", ",")]
     pairs = list(zip(text[::2], text[1::2], strict=True))
@@ -80,17 +82,17 @@ def pairs_of(text, terse):
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(1, 6), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 9), lengths,
-    st.integers(0, 10**6), st.booleans(), st.booleans(), st.integers(0, 5), st.integers(6, len(KEYS)),
+    st.integers(0, 10**6), st.booleans(), st.integers(0, 5), st.integers(6, len(KEYS)),
 )  # fmt: skip
 def test_recall_answers_with_the_last_value_of_the_key(
-    pairs, overwrite, spare, lengths, index, terse, ordered, questions, num_keys
+    pairs, overwrite, spare, lengths, index, joined, questions, num_keys
 ):
     more, distance, cut = lengths
     assume(not (overwrite and distance == 1) and questions < pairs)
     size = 4 * pairs + 2 + spare
     probe = RecallProbe(
-        num_pairs=pairs, overwrite=overwrite, block_size=size, distance=distance, terse=terse,
-        sorted_keys=ordered, more_questions=questions, num_keys=num_keys,
+        num_pairs=pairs, overwrite=overwrite, block_size=size, distance=distance, joined=joined,
+        more_questions=questions, num_keys=num_keys,
     )  # fmt: skip
     length = size * ((distance or 2) + more) - cut
     assume(length >= probe.min_length and (length - 1) % size + 1 >= 4 * (questions + 1))
@@ -98,14 +100,13 @@ def test_recall_answers_with_the_last_value_of_the_key(
     words, written, question = check_blocks(probe, row, length, size, distance)
     values, again = {}, []
     for _, text in written:
-        for key, value in pairs_of(text, terse):
+        for key, value in pairs_of(text, joined):
             assert values.get(key) != value
             again += [key] if key in values else []
             values[key] = value
-    first = [key for key, _ in pairs_of(written[0][1], terse)]
-    assert not ordered or first == sorted(first)
+    first = [key for key, _ in pairs_of(written[0][1], joined)]
     assert set(first) <= set(KEYS[:num_keys])
-    asked = pairs_of(words[question + 1 :], terse)
+    asked = pairs_of(words[question + 1 :], joined, asked=True)
     assert all(values[key] == value for key, value in asked) and len(values) == pairs
     assert len(dict(asked)) == len(asked) == questions + 1
     key, value = asked[-1]
@@ -130,22 +131,32 @@ def test_what_is_written_does_not_depend_on_length_distance_or_filler():
 
 
 def test_an_easier_form_of_recall_states_the_same_and_asks_for_the_same():
-    for options in (dict(terse=True), dict(sorted_keys=True), dict(more_questions=3)):
+    for options in (dict(joined=True), dict(more_questions=3)):
         probe = RecallProbe(**options)
         for index in range(20):
             row, expected = probe.example(index, 96), RecallProbe().example(index, 96)
             assert row["references"] == expected["references"]
             said, right = (writings(words_of(probe, x))[0][1] for x in (row, expected))
-            assert sorted(pairs_of(said, probe.terse)) == sorted(pairs_of(right, False))
+            assert pairs_of(said, probe.joined) == pairs_of(right, False)
+
+
+def test_a_joined_pair_is_one_token_and_the_question_has_key_and_letter():
+    probe = RecallProbe(joined=True, more_questions=3, block_size=9)
+    words = words_of(probe, probe.example(0, 18))
+    statement, question = words[words.index("remember") :][:6], words[-9:]
+    assert [word.count("=") for word in statement] == [0, 1, 1, 1, 1, 0]
+    assert question[0] == "recall"
+    asked = {f"{key}={letter}" for key, letter in zip(question[1::2], question[2::2])}
+    assert asked == set(statement[1:5])
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths, st.integers(0, 10**6), st.booleans(), st.booleans(), st.integers(0, 3))
+@given(lengths, st.integers(0, 10**6), st.booleans(), st.integers(0, 3))
 def test_spread_pairs_each_have_a_block_between_the_first_and_the_question(
-    lengths, index, terse, ordered, questions
+    lengths, index, joined, questions
 ):
     more, distance, cut = lengths
-    easier = dict(terse=terse, sorted_keys=ordered, more_questions=questions, distance=distance)
+    easier = dict(joined=joined, more_questions=questions, distance=distance)
     probe, together = (RecallProbe(spread=spread, **easier) for spread in (True, False))
     length = 32 * ((distance or 2) + more) - cut
     assume(length >= probe.min_length and (length - 1) % 32 + 1 >= 4 * (questions + 1))
@@ -158,11 +169,9 @@ def test_spread_pairs_each_have_a_block_between_the_first_and_the_question(
     assert blocks[0] >= (0 if distance is None else last - distance)
     for block, (start, text) in zip(blocks, written):  # none is cut by a block's edge, also as inputs
         assert (start + len(text) + 2) // 32 == block
-        keys = [key for key, _ in pairs_of(text, terse)]
-        assert not ordered or keys == sorted(keys)
-    pairs = [pair for _, text in written for pair in pairs_of(text, terse)]
+    pairs = [pair for _, text in written for pair in pairs_of(text, joined)]
     [(_, text)] = writings(words_of(together, expected))
-    assert sorted(pairs) == sorted(pairs_of(text, terse))  # the same pairs, each once
+    assert sorted(pairs) == sorted(pairs_of(text, joined))  # the same pairs, each once
     question = words[len(words) - words[::-1].index("recall") :]
     assert expected["references"] == row["references"]
     assert " ".join(question) == words_text(together, expected).rsplit("recall ", 1)[1]
@@ -211,6 +220,8 @@ def test_keys_and_answers_are_spread_evenly():
 
 def test_the_vocabulary_is_small_and_knows_every_word():
     assert recall_words().vocab_size < 128
+    assert joined_words().vocab_size <= 768
+    assert joined_words().words[: len(recall_words().words)] == recall_words().words
     assert not set(KEYS) & set(FILLER_WORDS) and not set(SYMBOLS) & set(FILLER_WORDS)
     larger = WordVocabulary([*recall_words().words, "more"])
     assert CopyProbe(vocabulary=larger).example(0, 64)["tokens"].max() < larger.vocab_size
@@ -234,6 +245,8 @@ def test_the_vocabulary_is_small_and_knows_every_word():
         (RecallProbe, dict(num_keys=25), "num_keys must be a whole number from 1 to 24, not 25"),
         (RecallProbe, dict(num_pairs=2, more_questions=2), "than num_pairs, which is 2, but it is 2"),
         (RecallProbe, dict(block_size=17), "use a block_size of at least 18"),
+        (RecallProbe, dict(joined=True, block_size=6), "use a block_size of at least 7"),
+        (RecallProbe, dict(joined=True, vocabulary=recall_words()), "cannot spell"),
     ],
 )
 def test_bad_options_get_a_sentence(make, options, sentence):
@@ -249,7 +262,7 @@ def test_a_row_whose_last_block_is_too_short_gets_a_sentence():
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("make", [
     CopyProbe, functools.partial(RecallProbe, overwrite=0.5),
-    functools.partial(RecallProbe, terse=True, more_questions=2),
+    functools.partial(RecallProbe, joined=True, more_questions=2),
 ])  # fmt: skip
 def test_a_tokenizer_spells_the_same_words(tmp_path, name, make):
     """However many tokens a word is, writing and question are whole and each within its block."""

@@ -92,7 +92,7 @@ def test_on_a_cpu_programs_are_compiled_where_they_are_needed(tmp_path, monkeypa
 
 
 @given(
-    task=st.sampled_from([passkey(), RecallProbe(num_pairs=2, terse=True, block_size=BLOCK)]),
+    task=st.sampled_from([passkey(), RecallProbe(num_pairs=2, joined=True, block_size=BLOCK)]),
     blocks=st.lists(st.integers(8, 16), min_size=1, max_size=4, unique=True),
     batch_size=st.integers(1, 3),
     aged=st.booleans(),

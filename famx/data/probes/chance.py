@@ -126,7 +126,7 @@ def _letters(probe: CopyProbe | RecallProbe) -> Iterator[tuple[str, Strategy]]:
     count = getattr(probe, "num_symbols", 1)
     yield "blind", lambda _, rng: " ".join(SYMBOLS[i] for i in rng.integers(len(SYMBOLS), size=count))
     if isinstance(probe, RecallProbe):
-        letter = r"\w+ is ([a-z])\b"
+        letter = r"\w+(?: is |=)([a-z])\b"
         yield "the first letter", _of_text(_first, letter)
         yield "the last letter", _of_text(_last, letter)
     else:

@@ -29,6 +29,17 @@ def recall_words() -> WordVocabulary:
     return WordVocabulary([".", ",", "?", "remember", "recall", "is", *SYMBOLS, *KEYS, *FILLER_WORDS])
 
 
+@functools.cache
+def joined_words() -> WordVocabulary:
+    """`recall_words()`, and each key joined to each letter as one word: fewer than 768 ids."""
+    joined = [_joined(key, symbol) for key in KEYS for symbol in SYMBOLS]
+    return WordVocabulary([*recall_words().words, *joined])
+
+
+def _joined(key: str, symbol: str) -> str:
+    return f"{key}={symbol}"
+
+
 @checked
 @dataclasses.dataclass(frozen=True)
 class DistanceProbe(Probe):
@@ -38,22 +49,23 @@ class DistanceProbe(Probe):
     and answer, which end the row. The statement does not depend on length or distance.
 
     Attributes:
-      vocabulary: "words" (`recall_words()`), or anything that `as_vocabulary` takes, that has a bos_id
-        and can spell these words. Each word is encoded with the space before it.
+      vocabulary: "words" (`recall_words()`, or `joined_words()` for pairs of one word), or anything that
+        `as_vocabulary` takes, that has a bos_id and can spell these words. Each word is encoded with the
+        space before it.
       block_size: number of tokens of a block.
       distance: number of blocks from that of the statement to that of the answer, at least 1; None: the
         statement is in the row's first block, so that longer rows ask over a longer distance.
       filler: "random_words", or "repeated": one word, repeated.
     """
 
-    vocabulary: AnyVocabulary = dataclasses.field(default_factory=recall_words)
+    vocabulary: AnyVocabulary = "words"
     block_size: Positive = 32
     distance: Positive | None = None
     filler: Annotated[str, OneOf(FILLERS)] = "random_words"
 
     def __post_init__(self):
         super().__post_init__()
-        self._encode(" ".join(recall_words().words))
+        self._encode(" ".join(self._words.words))
         needed = max(self._statement_size + 1, self._question_size)
         if self.block_size < needed:
             raise ValueError(
@@ -64,7 +76,12 @@ class DistanceProbe(Probe):
 
     @functools.cached_property
     def vocab(self) -> Vocabulary:
-        return as_vocabulary(self.vocabulary, words=recall_words)
+        return as_vocabulary(self.vocabulary, words=lambda: self._words)
+
+    @property
+    def _words(self) -> WordVocabulary:
+        """All words that rows are made of."""
+        return recall_words()
 
     def _encode(self, text: str) -> np.ndarray:
         if isinstance(self.vocab, WordVocabulary):
@@ -196,8 +213,9 @@ class CopyProbe(DistanceProbe):
 class RecallProbe(DistanceProbe):
     """The statement is `remember Ada is q , Bo is z .`; the row ends with `recall Bo is z`.
 
-    Small models need thousands of steps for this; `terse`, `sorted_keys` and `more_questions` make it
-    easier to learn, and so does a small `num_keys` that grows in the run's stages.
+    A small model first has to learn that a letter belongs to the key before it. Which seeds learn that
+    within some thousand steps is a matter of chance, whatever the memory; with `joined` there is nothing
+    of it to learn, and `more_questions` makes rows teach more.
 
     An example also has `overwritten`, which is True if a second statement changed the letter of the key
     that is asked for.
@@ -208,8 +226,9 @@ class RecallProbe(DistanceProbe):
         the pairs and the question; the distance must then be at least 2. With several pairs, it is the
         key that is asked for in half of these examples.
       num_keys: number of keys that a row's are drawn from, at least `num_pairs`.
-      terse: leave out "is" and ",", so that a letter is next to its key: `remember Ada q Bo z .`
-      sorted_keys: the pairs stand in the alphabetical order of their keys, and not in a random one.
+      joined: a pair is one word, `remember Ada=q Bo=z .`, and the question has no "is" and no ",":
+        `recall Bo z`. In the probe's own vocabulary this word is one token, with which the model reads
+        key and letter at once: what is left is to keep four of them and to find the one asked for.
       more_questions: number of other keys that are asked for, with their letters, before the one that
         counts: `recall Ada is q , Bo is z`. Their letters have the loss weight of the answer, so that a
         row teaches as much as several, like the rows of multi-query associative recall (Arora et al.
@@ -223,8 +242,7 @@ class RecallProbe(DistanceProbe):
     num_pairs: Annotated[int, Ge(1), Le(len(KEYS))] = 4
     overwrite: Share = 0.0
     num_keys: Annotated[int, Ge(1), Le(len(KEYS))] = len(KEYS)
-    terse: bool = False
-    sorted_keys: bool = False
+    joined: bool = False
     more_questions: NonNegative = 0
     spread: bool = False
 
@@ -261,6 +279,10 @@ class RecallProbe(DistanceProbe):
             raise ValueError("RecallProbe with spread has pairs at several depths; set spread to False.")
         return super().at_depth(depth, length)
 
+    @property
+    def _words(self):
+        return joined_words() if self.joined else recall_words()
+
     @functools.cached_property
     def answer_width(self) -> int:
         return self._width(SYMBOLS)
@@ -282,20 +304,25 @@ class RecallProbe(DistanceProbe):
     @property
     def _between(self) -> tuple[str, str]:
         """What stands between a key and its letter, and after each pair but the last."""
-        return ("", "") if self.terse else (" is", " ,")
+        return ("", "") if self.joined else (" is", " ,")
 
-    def _pairs_size(self, number: int) -> int:
-        """Largest number of tokens of that many pairs."""
-        verb, comma = (len(self._encode(text)) for text in self._between)
-        return number * (self._width(KEYS) + verb + self.answer_width) + (number - 1) * comma
+    def _stated(self, key: str, symbol: str) -> str:
+        """A pair as the statement has it."""
+        return _joined(key, symbol) if self.joined else f"{key}{self._between[0]} {symbol}"
+
+    def _pairs_size(self, number: int, pair: int) -> int:
+        """Largest number of tokens of that many pairs of `pair` tokens."""
+        return number * pair + (number - 1) * len(self._encode(self._between[1]))
 
     @functools.cached_property
     def _statement_size(self):
-        return len(self._encode("remember .")) + self._pairs_size(self.num_pairs)
+        pair = self._width([self._stated(key, symbol) for key in KEYS for symbol in SYMBOLS])
+        return len(self._encode("remember .")) + self._pairs_size(self.num_pairs, pair)
 
     @functools.cached_property
     def _question_size(self):
-        return len(self._encode("recall")) + self._pairs_size(1 + self.more_questions)
+        pair = self._width(KEYS) + len(self._encode(self._between[0])) + self.answer_width
+        return len(self._encode("recall")) + self._pairs_size(1 + self.more_questions, pair)
 
     @property
     def _min_distance(self):
@@ -311,17 +338,13 @@ class RecallProbe(DistanceProbe):
         other = (asked + 1 + int(rng.integers(max(self.num_pairs - 1, 1)))) % self.num_pairs
         step = 1 + int(rng.integers(len(SYMBOLS) - 1))
         verb, comma = self._between
-        pair = lambda i: f"{keys[i]}{verb} {values[i]}"
-        order = range(self.num_pairs)
-        if self.sorted_keys:
-            order = sorted(order, key=keys.__getitem__)
-        pairs = [pair(i) for i in order]
+        pairs = [self._stated(key, value) for key, value in zip(keys, values)]
         statements = [[one] for one in pairs] if self.spread else [pairs]
         overwritten = bool(overwrites < self.overwrite and (same_key < 0.5 or self.num_pairs == 1))
         if overwrites < self.overwrite:
             target = asked if overwritten else other
             values[target] = SYMBOLS[(SYMBOLS.index(values[target]) + step) % len(SYMBOLS)]
-            statements.append([pair(target)])
+            statements.append([self._stated(keys[target], values[target])])
         others = [i for i in rng.permutation(self.num_pairs) if i != asked][: self.more_questions]
         question, start = [], "recall"
         for i in others:
