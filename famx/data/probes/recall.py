@@ -32,8 +32,11 @@ def recall_words() -> WordVocabulary:
 @functools.cache
 def joined_words() -> WordVocabulary:
     """`recall_words()`, and each key joined to each letter as one word: fewer than 768 ids."""
-    joined = [_joined(key, symbol) for key in KEYS for symbol in SYMBOLS]
-    return WordVocabulary([*recall_words().words, *joined])
+    return WordVocabulary([*recall_words().words, *_joined_pairs()])
+
+
+def _joined_pairs() -> list[str]:
+    return [_joined(key, symbol) for key in KEYS for symbol in SYMBOLS]
 
 
 def _joined(key: str, symbol: str) -> str:
@@ -314,15 +317,19 @@ class RecallProbe(DistanceProbe):
         """Largest number of tokens of that many pairs of `pair` tokens."""
         return number * pair + (number - 1) * len(self._encode(self._between[1]))
 
+    @property
+    def _asked_size(self) -> int:
+        """Largest number of tokens of a key and its letter as the question has them."""
+        return self._width(KEYS) + len(self._encode(self._between[0])) + self.answer_width
+
     @functools.cached_property
     def _statement_size(self):
-        pair = self._width([self._stated(key, symbol) for key in KEYS for symbol in SYMBOLS])
+        pair = self._width(_joined_pairs()) if self.joined else self._asked_size
         return len(self._encode("remember .")) + self._pairs_size(self.num_pairs, pair)
 
     @functools.cached_property
     def _question_size(self):
-        pair = self._width(KEYS) + len(self._encode(self._between[0])) + self.answer_width
-        return len(self._encode("recall")) + self._pairs_size(1 + self.more_questions, pair)
+        return len(self._encode("recall")) + self._pairs_size(1 + self.more_questions, self._asked_size)
 
     @property
     def _min_distance(self):
