@@ -17,6 +17,7 @@ COMMANDS = {
     "memory": "famx.memory",
     "verify": "famx.verify",
     "convert": "famx.convert",
+    "average": "famx.average",
     "export": "famx.export",
     "attention-maps": "famx.attention_maps",
     "heatmap": "famx.heatmap",

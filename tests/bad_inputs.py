@@ -900,6 +900,18 @@ adapter_case("with DoRA", edit_json(CONFIG, use_dora=True), "use_dora")
 adapter_case("with a start that changes the base", edit_json(CONFIG, init_lora_weights="pissa"), "pissa")
 adapter_case("with a key from the future", edit_json(CONFIG, use_telepathy=True), "use_telepathy")
 adapter_case("for no module", edit_json(CONFIG, target_modules=[], r=1), "{here}/copy")
+TWICE = "average --adapter={adapter} --adapter={adapter}"
+case("average of nothing", "average --to={here}/a", "--adapter")
+case("average to nowhere", TWICE, "--to")
+case("average of one adapter", "average --adapter={adapter} --to={here}/a", "two adapters")
+case("average over an adapter", f"{TWICE} --to={{adapter}}", "{adapter}")
+case("average with one weight", f"{TWICE} --weight=2 --to={{here}}/a", "2 adapters")
+case("average with a weight of 0", f"{TWICE} --weight=0 --weight=1 --to={{here}}/a", "--weight")
+case(
+    "average with an adapter that is missing",
+    "average --adapter={adapter} --adapter={here}/none --to={here}/a",
+    "{here}/none",
+)
 
 
 def template_case(name: str, template: object, *words: str) -> None:

@@ -14,6 +14,7 @@ from famx.lora.applying import intercept
 from famx.lora.files import (
     adapter_directory,
     adapter_memory,
+    average_adapters,
     check_base,
     check_continued,
     load_adapter,
@@ -26,6 +27,7 @@ __all__ = [
     "Lora",
     "adapter_directory",
     "adapter_memory",
+    "average_adapters",
     "check_base",
     "check_continued",
     "combine",

@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from famx.base.checksums import checksum
 from famx.base.errors import ConfigError
 from famx.base.files import as_path, local_copy, write_bytes, write_json
-from famx.base.untrusted import shown
+from famx.base.untrusted import read_object, shown
 from famx.lora.adapter_config import CONFIG, MEMORY, AdapterConfig, read_adapter_config
 from famx.lora.adapters import GROUPS, Lora, inputs_end, select, value
 from famx.modules.memory import of_memory
@@ -84,8 +84,6 @@ def save_adapter(
     Raises:
       ConfigError: there are no adapters, or the directory cannot be written.
     """
-    import safetensors.numpy
-
     flat = flatten_dict(tree, sep="/")
     paths = [ours for ours in _THEIRS if f"{ours}/lora_a" in flat]
     if not paths:
@@ -113,8 +111,74 @@ def save_adapter(
         "inference_mode": True,
         MEMORY: None if memory is None else dict(memory),
     }
+    _write(path, config, tensors, fingerprint)
+
+
+def average_adapters(path, adapters: Sequence, weights: Sequence[float] | None = None) -> None:
+    """Save the weighted mean of all parameters of several adapters, as one adapter ("model soup").
+
+    The mean is taken of the two factors of each adapter, so they must have begun as the same adapter, or
+    be of one run. Tensors keep the dtype of the first one's. Source: arXiv 2203.05482; for an adapter and
+    what it became in further training, arXiv 2109.01903.
+
+    Args:
+      path: the directory; created if missing. An adapter in it is replaced.
+      adapters: at least two directories, or names of adapters that come with famx.
+      weights: positive weight of each; they need not sum to 1. None: all are equal.
+
+    Raises:
+      ConfigError: an adapter is missing or damaged, they do not fit together, or it cannot be written.
+    """
+    if len(adapters) < 2:
+        raise ConfigError("Give at least two adapters to average.")
+    weights = [1.0] * len(adapters) if weights is None else weights
+    if len(weights) != len(adapters):
+        raise ConfigError(
+            f"There are {len(adapters)} adapters and {len(weights)} weights: give one for each."
+        )
+    directories = [adapter_directory(adapter) for adapter in adapters]
+    several = [_read(directory) for directory in directories]
+    config, tensors, _ = several[0]
+    fingerprint = next((saved for _, _, saved in several if saved), None)
+    for directory, other in zip(directories[1:], several[1:], strict=True):
+        if (difference := _difference((config, tensors, fingerprint), other)) is not None:
+            raise ConfigError(
+                f"The adapters {directories[0]} and {directory} cannot be averaged: {difference}."
+            )
+    total, mean = sum(weights), {}
+    for name, tensor in tensors.items():
+        parts = zip(weights, (read[1][name] for read in several), strict=True)
+        mean[name] = sum(w / total * part.astype(np.float32) for w, part in parts).astype(tensor.dtype)
+    _write(path, read_object(directories[0] / CONFIG), mean, fingerprint)
+
+
+def _difference(first, other) -> str | None:
+    """Why an adapter, as `_read` returns it, cannot be averaged with the first one; None if it can."""
+    for name in ("r", "lora_alpha", "use_rslora", MEMORY):  # the tensors tell the targets
+        one, two = (getattr(config, name) for config, _, _ in (first, other))
+        if one != two:
+            return f"{name} of {CONFIG} is {shown(one)} in the first and {shown(two)} in the other"
+    if first[2] and other[2] and first[2] != other[2]:
+        return f"they belong to base models with the fingerprints {first[2][:12]} and {other[2][:12]}"
+    shapes = [{name: x.shape for name, x in tensors.items()} for _, tensors, _ in (first, other)]
+    for name in sorted(shapes[0].keys() ^ shapes[1].keys()):
+        return f"only {'the first' if name in shapes[0] else 'the other'} has {name}"
+    for name, one in shapes[0].items():
+        if one != (two := shapes[1][name]):
+            return f"{name} has the shape {list(one)} in the first and {list(two)} in the other"
+    return None
+
+
+def _write(path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], fingerprint: str | None):
+    """Writes the files of an adapter, and replaces those of an earlier one.
+
+    Raises:
+      ConfigError: they cannot be written.
+    """
+    import safetensors.numpy
+
     metadata = {"format": "pt"} | ({FINGERPRINT: fingerprint} if fingerprint else {})
-    metadata[_CHECKSUM] = _checksum({name: config[name] for name in _CHECKED}, tensors)
+    metadata[_CHECKSUM] = _checksum({name: config.get(name) for name in _CHECKED}, tensors)
     path = as_path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -197,7 +261,8 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
         base model.
     """
     path = adapter_directory(path)
-    config, tensors, saved = _read(path)
+    config, stored, saved = _read(path)
+    tensors = {name: tensor.astype(np.float32) for name, tensor in stored.items()}
     _check_base(path, fingerprint, saved)
     kernels, parts, adapters = select(params, tuple(GROUPS)), {}, {}  # parts: tensors by path and layer
     for name, tensor in tensors.items():
@@ -235,7 +300,8 @@ def _read(path: pathlib.Path):
         with local_copy(path / WEIGHTS) as local, safetensors.safe_open(local, "np") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
-        tensors = {name: _float32(tensor, name) for name, tensor in stored.items()}
+        for name, tensor in stored.items():
+            _check_values(tensor, name)
     except FileNotFoundError:
         raise _missing(path) from None
     except ConfigError:
@@ -250,7 +316,7 @@ def _read(path: pathlib.Path):
             f"The adapter {path} is not as it was saved, the checksum of {WEIGHTS} and {CONFIG} does not"
             " fit: copy both again."
         )
-    return config, tensors, metadata.get(FINGERPRINT)
+    return config, stored, metadata.get(FINGERPRINT)
 
 
 def _check_base(path: pathlib.Path, fingerprint: str | None, saved: str | None) -> None:
@@ -278,14 +344,12 @@ def _checksum(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> s
     return checksum(json.loads(json.dumps(fields)), tensors)
 
 
-def _float32(tensor: np.ndarray, name: str) -> np.ndarray:
-    """A tensor of an adapter in float32; ValueError if it has other values than finite numbers."""
+def _check_values(tensor: np.ndarray, name: str) -> None:
+    """Raises ValueError if a tensor of an adapter has other values than finite numbers."""
     if tensor.dtype.name not in _DTYPES:
         raise ValueError(f"{name} is of type {tensor.dtype.name}")
-    tensor = tensor.astype(np.float32)
-    if not np.isfinite(tensor).all():
+    if not np.isfinite(tensor.astype(np.float32)).all():
         raise ValueError(f"{name} has values that are not finite")
-    return tensor
 
 
 def _stack(parts, letter: str, layers: int, shape, label: str):
