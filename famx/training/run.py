@@ -214,7 +214,8 @@ class Run:
         taken.
       model_dir: directory of checkpoints and logs, absolute if there are several processes; None only if
         nothing is written.
-      random_seed: seed of parameters, data and all other random draws.
+      random_seed: seed of parameters, the order of documents, lengths of a curriculum and all other draws
+        of the run. Examples that a task generates have the task's own `seed`, whatever this is.
       state_passing: states that examples begin from, see `famx.training.state_passing`.
       trainable: which parameters learn, see `famx.training.trainable`.
       initial_checkpoint_path: checkpoint that a new run takes its parameters from, a `MODEL_DIR` or one
