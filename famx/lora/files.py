@@ -11,7 +11,7 @@ import math
 import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +42,15 @@ _THEIRS = {
 _OURS = {theirs: ours for ours, theirs in _THEIRS.items()}
 _TENSOR = re.compile(r"base_model\.model\.(?:\w+\.)*?layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+class _Saved(NamedTuple):
+    """A saved adapter: its tensors in float32, and their dtypes in the file."""
+
+    config: AdapterConfig
+    tensors: dict[str, np.ndarray]
+    dtypes: dict[str, np.dtype]
+    fingerprint: str | None
 
 
 def adapter_directory(path) -> pathlib.Path:
@@ -138,34 +147,35 @@ def average_adapters(path, adapters: Sequence, weights: Sequence[float] | None =
         )
     directories = [adapter_directory(adapter) for adapter in adapters]
     several = [_read(directory) for directory in directories]
-    config, tensors, _ = several[0]
-    fingerprint = next((saved for _, _, saved in several if saved), None)
+    fingerprint = next((saved.fingerprint for saved in several if saved.fingerprint), None)
+    first = several[0]._replace(fingerprint=fingerprint)
     for directory, other in zip(directories[1:], several[1:], strict=True):
-        if (difference := _difference((config, tensors, fingerprint), other)) is not None:
+        if (difference := _difference(first, other)) is not None:
             raise ConfigError(
                 f"The adapters {directories[0]} and {directory} cannot be averaged: {difference}."
             )
     total, mean = sum(weights), {}
-    for name, tensor in tensors.items():
-        parts = zip(weights, (read[1][name] for read in several), strict=True)
-        mean[name] = sum(w / total * part.astype(np.float32) for w, part in parts).astype(tensor.dtype)
+    for name, dtype in first.dtypes.items():
+        parts = zip(weights, several, strict=True)
+        mean[name] = sum(w / total * saved.tensors[name] for w, saved in parts).astype(dtype)
     _write(path, read_object(directories[0] / CONFIG), mean, fingerprint)
 
 
-def _difference(first, other) -> str | None:
-    """Why an adapter, as `_read` returns it, cannot be averaged with the first one; None if it can."""
+def _difference(first: _Saved, other: _Saved) -> str | None:
+    """Why an adapter cannot be averaged with the first one; None if it can."""
     for name in ("r", "lora_alpha", "use_rslora", MEMORY):  # the tensors tell the targets
-        one, two = (getattr(config, name) for config, _, _ in (first, other))
+        one, two = (getattr(saved.config, name) for saved in (first, other))
         if one != two:
             return f"{name} of {CONFIG} is {shown(one)} in the first and {shown(two)} in the other"
-    if first[2] and other[2] and first[2] != other[2]:
-        return f"they belong to base models with the fingerprints {first[2][:12]} and {other[2][:12]}"
-    shapes = [{name: x.shape for name, x in tensors.items()} for _, tensors, _ in (first, other)]
-    for name in sorted(shapes[0].keys() ^ shapes[1].keys()):
-        return f"only {'the first' if name in shapes[0] else 'the other'} has {name}"
-    for name, one in shapes[0].items():
-        if one != (two := shapes[1][name]):
-            return f"{name} has the shape {list(one)} in the first and {list(two)} in the other"
+    one, two = first.fingerprint, other.fingerprint
+    if one and two and one != two:
+        return f"they belong to base models with the fingerprints {one[:12]} and {two[:12]}"
+    for name in sorted(first.tensors.keys() ^ other.tensors.keys()):
+        return f"only {'the first' if name in first.tensors else 'the other'} has {name}"
+    for name, tensor in first.tensors.items():
+        one, two = list(tensor.shape), list(other.tensors[name].shape)
+        if one != two:
+            return f"{name} has the shape {one} in the first and {two} in the other"
     return None
 
 
@@ -209,7 +219,7 @@ def adapter_memory(path) -> dict[str, Any]:
       ConfigError: there is no adapter, or it is damaged.
     """
     path = adapter_directory(path)
-    return dict(_read(path)[0].famx_memory or {})
+    return dict(_read(path).config.famx_memory or {})
 
 
 def check_continued(path, lora: Lora | None) -> None:
@@ -261,8 +271,7 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
         base model.
     """
     path = adapter_directory(path)
-    config, stored, saved = _read(path)
-    tensors = {name: tensor.astype(np.float32) for name, tensor in stored.items()}
+    config, tensors, _, saved = _read(path)
     _check_base(path, fingerprint, saved)
     kernels, parts, adapters = select(params, tuple(GROUPS)), {}, {}  # parts: tensors by path and layer
     for name, tensor in tensors.items():
@@ -291,8 +300,8 @@ def load_adapter(path, params, fingerprint: str | None = None) -> tuple[dict[str
     return unflatten_dict(adapters, sep="/"), lora
 
 
-def _read(path: pathlib.Path):
-    """`(config, tensors, fingerprint)` of the adapter in a directory; the last is None if not saved."""
+def _read(path: pathlib.Path) -> _Saved:
+    """The adapter in a directory; ConfigError if there is none, or it is damaged."""
     import safetensors
 
     try:
@@ -300,8 +309,7 @@ def _read(path: pathlib.Path):
         with local_copy(path / WEIGHTS) as local, safetensors.safe_open(local, "np") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
-        for name, tensor in stored.items():
-            _check_values(tensor, name)
+        tensors = {name: _float32(tensor, name) for name, tensor in stored.items()}
     except FileNotFoundError:
         raise _missing(path) from None
     except ConfigError:
@@ -316,7 +324,8 @@ def _read(path: pathlib.Path):
             f"The adapter {path} is not as it was saved, the checksum of {WEIGHTS} and {CONFIG} does not"
             " fit: copy both again."
         )
-    return config, stored, metadata.get(FINGERPRINT)
+    dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+    return _Saved(config, tensors, dtypes, metadata.get(FINGERPRINT))
 
 
 def _check_base(path: pathlib.Path, fingerprint: str | None, saved: str | None) -> None:
@@ -344,12 +353,14 @@ def _checksum(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> s
     return checksum(json.loads(json.dumps(fields)), tensors)
 
 
-def _check_values(tensor: np.ndarray, name: str) -> None:
-    """Raises ValueError if a tensor of an adapter has other values than finite numbers."""
+def _float32(tensor: np.ndarray, name: str) -> np.ndarray:
+    """A tensor of an adapter in float32; ValueError if it has other values than finite numbers."""
     if tensor.dtype.name not in _DTYPES:
         raise ValueError(f"{name} is of type {tensor.dtype.name}")
-    if not np.isfinite(tensor.astype(np.float32)).all():
+    tensor = tensor.astype(np.float32)
+    if not np.isfinite(tensor).all():
         raise ValueError(f"{name} has values that are not finite")
+    return tensor
 
 
 def _stack(parts, letter: str, layers: int, shape, label: str):
